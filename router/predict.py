@@ -1,0 +1,158 @@
+"""Answers prompts with whichever adapter is live: greedy generation and multiple choice.
+
+Knows nothing of where the live adapter came from. No chat template is applied: a prompt reaches
+the model as it stands in the CSV, as in the competition's starter kit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Scoring = Literal["full", "kit"]
+
+
+def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = None) -> list[list[int]]:
+    """Token ids of each prompt, with the tokenizer's own special tokens.
+
+    A prompt of more than `max_seq_len` tokens keeps its first ones, as the starter kit does.
+    """
+    ids: list[list[int]] = tokenizer(list(prompts), verbose=False)["input_ids"]
+    return [row[:max_seq_len] if max_seq_len else row for row in ids]
+
+
+def by_length(lengths: Sequence[int], budget: int, rows: int | None = None) -> Iterator[list[int]]:
+    """Batches of indices, longest first, so that padding is small and memory peaks at the start.
+
+    Args:
+        lengths: tokens per row.
+        budget: at most this many tokens a batch, padding counted; a longer row comes alone.
+        rows: at most this many rows a batch.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and ((len(batch) + 1) * lengths[batch[0]] > budget or len(batch) == rows):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of a left-padded batch, both (B, T) int64."""
+    import torch
+
+    width = max(1, *map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        if row:
+            ids[n, width - len(row) :] = torch.tensor(row)
+            mask[n, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[str]:
+    """Greedy continuations of a batch of token rows, special tokens removed.
+
+    Args:
+        model: a causal language model, plain or PEFT.
+        rows: token ids of each prompt.
+        max_new_tokens: generation stops here or at the end-of-sequence token.
+    """
+    import torch
+
+    ids, mask = pad_left(rows, _pad_id(tokenizer), model.device)
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=_pad_id(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+        )  # (B, T + new)
+    texts = tokenizer.batch_decode(
+        out[:, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return [text.removeprefix(" ") for text in texts]
+
+
+def score_choices(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[str]],
+    scoring: Scoring = "full",
+) -> list[list[float]]:
+    """Log-probability of every choice after its prompt, in nats.
+
+    The prompt is read once; its key-value cache is shared by the prompt's choices.
+
+    Args:
+        rows: token ids of each prompt.
+        choices: the choices of each prompt, at least one each.
+        scoring: `full` sums over all of the choice's tokens and the end-of-sequence token;
+            `kit` leaves the first token out, as the competition's starter kit does.
+
+    Returns:
+        A score per prompt and choice.
+    """
+    import torch
+
+    ids, mask = pad_left(rows, _pad_id(tokenizer), model.device)
+    owner = torch.tensor(
+        [n for n, options in enumerate(choices) for _ in options], device=model.device
+    )  # (N,) which prompt a choice belongs to
+    texts = [text for options in choices for text in options]
+    tails = [
+        [*tokens, tokenizer.eos_token_id]
+        for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ]
+    width = max(map(len, tails))
+    tail = torch.full((len(tails), width), _pad_id(tokenizer), dtype=torch.long)
+    valid = torch.zeros_like(tail)
+    for n, tokens in enumerate(tails):
+        tail[n, : len(tokens)] = torch.tensor(tokens)
+        valid[n, : len(tokens)] = 1
+    tail, valid = tail.to(model.device), valid.to(model.device)
+
+    with torch.inference_mode():
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        prompt = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+        first = prompt.logits[:, -1].float().log_softmax(-1)  # (B, V)
+        cache = prompt.past_key_values
+        cache.batch_select_indices(owner)
+        start = mask.sum(1)[owner]  # (N,)
+        scores = first[owner].gather(1, tail[:, :1]).squeeze(1)  # (N,)
+        if scoring == "kit":
+            scores = torch.zeros_like(scores)
+        if width > 1:
+            rest = model(
+                input_ids=tail[:, :-1],
+                attention_mask=torch.cat([mask[owner], valid[:, :-1]], 1),
+                position_ids=start[:, None] + torch.arange(width - 1, device=model.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits  # (N, width - 1, V)
+            logp = rest.float().log_softmax(-1).gather(2, tail[:, 1:, None]).squeeze(2)
+            scores = scores + (logp * valid[:, 1:]).sum(1)
+    flat = iter(scores.tolist())
+    return [[next(flat) for _ in options] for options in choices]
+
+
+def _pad_id(tokenizer: Any) -> int:
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id)
