@@ -205,3 +205,15 @@ def _from_hub(spec: str) -> tuple[Path, str, str | None]:
             "Download it where there is a network and pass the folder instead."
         ) from error
     return folder, name, folder.name
+
+
+def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of every linear layer below the head, by module name, in the model's order."""
+    from torch.nn import Linear
+
+    head = model.get_output_embeddings()
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and module is not head
+    }

@@ -6,14 +6,17 @@ the model as it stands in the CSV, as in the competition's starter kit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 Scoring = Literal["full", "kit"]
+BATCH_TOKENS = 8192  # of a batch, padding and new tokens counted
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = None) -> list[list[int]]:
@@ -22,7 +25,8 @@ def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = Non
     A prompt of more than `max_seq_len` tokens keeps its first ones, as the starter kit does.
     """
     ids: list[list[int]] = tokenizer(list(prompts), verbose=False)["input_ids"]
-    return [row[:max_seq_len] if max_seq_len else row for row in ids]
+    empty = [_pad_id(tokenizer)]  # a model needs one token to start from
+    return [(row[:max_seq_len] if max_seq_len else row) or empty for row in ids]
 
 
 def by_length(lengths: Sequence[int], budget: int, rows: int | None = None) -> Iterator[list[int]]:
@@ -49,20 +53,34 @@ def pad_left(
     """Ids and attention mask of a left-padded batch, both (B, T) int64."""
     import torch
 
-    width = max(1, *map(len, rows))
+    width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for n, row in enumerate(rows):
-        if row:
-            ids[n, width - len(row) :] = torch.tensor(row)
-            mask[n, width - len(row) :] = 1
+        ids[n, width - len(row) :] = torch.tensor(row)
+        mask[n, width - len(row) :] = 1
     return ids.to(device), mask.to(device)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a query was answered with.
+
+    Attributes:
+        text: the generated text, special tokens removed; for multiple choice the 0-based index.
+        ids: generated token ids up to the end-of-sequence token; empty for multiple choice.
+        scores: log-probability of each choice in nats; empty for generation.
+    """
+
+    text: str
+    ids: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+
+
 def generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[str]:
-    """Greedy continuations of a batch of token rows, special tokens removed.
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[Answer]:
+    """Greedy continuations of a batch of token rows.
 
     Args:
         model: a causal language model, plain or PEFT.
@@ -82,19 +100,22 @@ def generate(
             pad_token_id=_pad_id(tokenizer),
             eos_token_id=tokenizer.eos_token_id,
         )  # (B, T + new)
-    texts = tokenizer.batch_decode(
-        out[:, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return [text.removeprefix(" ") for text in texts]
+    answers = []
+    for new in out[:, ids.shape[1] :].tolist():
+        if tokenizer.eos_token_id in new:
+            new = new[: new.index(tokenizer.eos_token_id) + 1]
+        text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        answers.append(Answer(text.removeprefix(" "), tuple(new)))
+    return answers
 
 
 def score_choices(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     rows: Sequence[Sequence[int]],
     choices: Sequence[Sequence[str]],
     scoring: Scoring = "full",
-) -> list[list[float]]:
+) -> list[tuple[float, ...]]:
     """Log-probability of every choice after its prompt, in nats.
 
     The prompt is read once; its key-value cache is shared by the prompt's choices.
@@ -150,9 +171,51 @@ def score_choices(
             logp = rest.float().log_softmax(-1).gather(2, tail[:, 1:, None]).squeeze(2)
             scores = scores + (logp * valid[:, 1:]).sum(1)
     flat = iter(scores.tolist())
-    return [[next(flat) for _ in options] for options in choices]
+    return [tuple(next(flat) for _ in options) for options in choices]
 
 
 def _pad_id(tokenizer: Any) -> int:
     pad = tokenizer.pad_token_id
     return int(pad if pad is not None else tokenizer.eos_token_id)
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    queries: Sequence[Query],
+    *,
+    scoring: Scoring = "full",
+    max_new_tokens: int = 64,
+    max_seq_len: int | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[Answer]:
+    """Answers queries in order.
+
+    Batches hold queries of like length. Of equal scores the first choice wins.
+
+    Args:
+        batch_size: queries a batch; None fills batches up to BATCH_TOKENS.
+        progress: called with the number of queries done after each batch.
+    """
+    rows = encode(tokenizer, [query.input for query in queries], max_seq_len)
+    answers: dict[int, Answer] = {}
+    for kind in (GENERATION, MULTIPLE_CHOICE):
+        part = [n for n, query in enumerate(queries) if query.eval_type == kind]
+        if kind == GENERATION:
+            lengths = [len(rows[n]) + max_new_tokens for n in part]
+        else:  # each choice holds a copy of its prompt's key-value cache
+            widest = max((len(queries[n].choices) for n in part), default=1)
+            lengths = [len(rows[n]) * widest for n in part]
+        for batch in by_length(lengths, BATCH_TOKENS, batch_size):
+            chosen = [part[k] for k in batch]
+            prompts = [rows[n] for n in chosen]
+            if kind == GENERATION:
+                found = generate(model, tokenizer, prompts, max_new_tokens)
+            else:
+                choices = [queries[n].choices for n in chosen]
+                scored = score_choices(model, tokenizer, prompts, choices, scoring)
+                found = [Answer(str(scores.index(max(scores))), scores=scores) for scores in scored]
+            answers.update(zip(chosen, found, strict=True))
+            progress(len(chosen))
+    return [answers[n] for n in range(len(queries))]

@@ -163,8 +163,8 @@ def accuracy(model: Any, tokenizer: Any, prompts: list[str], items: list[Item]) 
     for batch in by_length([len(row) for row in rows], budget=4096):
         part = [rows[n] for n in batch]
         if items[0].choices is None:
-            texts = generate(model, tokenizer, part, 64)
-            right += sum(text.strip() == items[n].answer for text, n in zip(texts, batch, strict=True))
+            found = generate(model, tokenizer, part, 64)
+            right += sum(a.text.strip() == items[n].answer for a, n in zip(found, batch, strict=True))
         else:
             options = [list(items[n].choices or ()) for n in batch]
             for n, scores in zip(batch, score_choices(model, tokenizer, part, options), strict=True):

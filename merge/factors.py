@@ -1,0 +1,108 @@
+"""Low-rank factors of one module's update, and the exact algebra on them.
+
+An update is `D = B @ A` with every scale already folded in. Nothing here ever forms `D`, except
+`dense`, which is there to check the rest. Notation: d_in and d_out are the module's widths, r the
+rank; all factors are float32 or better, whatever the file held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """The update `b @ a` of one module."""
+
+    a: Tensor  # (r, d_in)
+    b: Tensor  # (d_out, r)
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of `b`; the update's true rank may be smaller."""
+        return self.a.shape[0]
+
+
+def dense(update: Factors) -> Tensor:
+    """The update itself, (d_out, d_in)."""
+    return update.b @ update.a
+
+
+def scaled(update: Factors, scale: float) -> Factors:
+    """`scale` times the update; the scale goes into `b`."""
+    return Factors(update.a, update.b * scale)
+
+
+def weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """The exact sum of `weights[i] * updates[i]`: factors side by side, rank = sum of ranks.
+
+    Each weight is shared between the two factors as its root (the sign goes into `b`), so that
+    neither loses precision when stored in half precision.
+
+    Raises:
+        ValueError: no update, or not one weight per update.
+    """
+    if not updates or len(updates) != len(weights):
+        raise ValueError(f"expected one weight per update, got {len(updates)} updates, {len(weights)} weights")
+    roots = [abs(weight) ** 0.5 for weight in weights]
+    return Factors(
+        torch.cat([root * update.a for root, update in zip(roots, updates, strict=True)], dim=0),
+        torch.cat(
+            [
+                (root if weight >= 0 else -root) * update.b
+                for root, weight, update in zip(roots, weights, updates, strict=True)
+            ],
+            dim=1,
+        ),
+    )
+
+
+def svd(update: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of the update by QR of both factors and an r x r SVD.
+
+    Returns:
+        u (d_out, k), s (k,) descending, vh (k, d_in), with k = min(r, d_in, d_out).
+    """
+    q_b, r_b = torch.linalg.qr(update.b)  # (d_out, k_b), (k_b, r)
+    q_a, r_a = torch.linalg.qr(update.a.T)  # (d_in, k_a), (k_a, r)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u, s, vh @ q_a.T
+
+
+def recompress(update: Factors, rank: int) -> Factors:
+    """The best approximation of at most the given rank (Eckart-Young), singular values shared evenly.
+
+    Raises:
+        ValueError: rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"expected a rank of at least 1, got {rank}")
+    u, s, vh = svd(update)
+    root = s[:rank].sqrt()
+    return Factors(root[:, None] * vh[:rank], u[:, :rank] * root)
+
+
+def pad(update: Factors, rank: int) -> Factors:
+    """The same update with zero rows and columns up to the given rank.
+
+    Raises:
+        ValueError: the update's rank is already larger.
+    """
+    extra = rank - update.rank
+    if extra < 0:
+        raise ValueError(f"cannot pad rank {update.rank} to {rank}")
+    a = torch.nn.functional.pad(update.a, (0, 0, 0, extra))
+    return Factors(a, torch.nn.functional.pad(update.b, (0, extra)))
+
+
+def inner(left: Factors, right: Factors) -> float:
+    """Frobenius inner product of two updates, from r x r products alone."""
+    return float(((left.b.T @ right.b) * (left.a @ right.a.T)).sum())
+
+
+def norm(update: Factors) -> float:
+    """Frobenius norm of the update."""
+    return max(inner(update, update), 0.0) ** 0.5

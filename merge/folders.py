@@ -1,0 +1,245 @@
+"""Reads and writes LoRA adapters as PEFT folders: adapter_config.json and adapter_model.safetensors.
+
+Only plain LoRA passes. What would be lost without a word (DoRA magnitudes, biases, saved modules)
+is refused with a message that names it. Data never becomes code: JSON and safetensors only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from merge.factors import Factors, pad
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Ranks that vLLM accepts as max_lora_rank; a rank between two of them is padded up.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# Settings that change what the adapter computes beyond s * B A, and the value that is harmless.
+_PLAIN = {
+    "use_dora": False, "use_qalora": False, "lora_bias": False, "bias": "none",
+    "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None,
+    "target_parameters": None, "use_bdlora": None, "alora_invocation_tokens": None,
+    "fan_in_fan_out": False,
+}  # fmt: skip
+
+
+class AdapterError(ValueError):
+    """An adapter folder that cannot be used: says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A checked LoRA adapter on disk. Weights are read on demand, one module at a time.
+
+    Attributes:
+        path: the folder.
+        config: adapter_config.json as it stands.
+        ranks: rank of each module's update, by module name ("model.layers.0.self_attn.q_proj").
+        shapes: (d_out, d_in) of each module.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    ranks: dict[str, int]
+    shapes: dict[str, tuple[int, int]]
+    _keys: dict[str, tuple[str, str]] = field(repr=False)
+
+    @property
+    def base_model(self) -> str:
+        """The base model that the adapter says it belongs to, "" if it doesn't say."""
+        return str(self.config.get("base_model_name_or_path") or "")
+
+    def scale(self, module: str) -> float:
+        """The factor s of `s * B A`: alpha / r, or alpha / sqrt(r) for rsLoRA.
+
+        The patterns are matched as PEFT does: against the end of the module's name.
+        """
+        rank = self.ranks[module]
+        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+
+    def read(self, module: str) -> Factors:
+        """One module's update in float32, its scale folded into `b`."""
+        key_a, key_b = self._keys[module]
+        with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
+            a, b = file.get_tensor(key_a).float(), file.get_tensor(key_b).float()
+        return Factors(a, b * self.scale(module))
+
+    def read_all(self) -> Iterator[tuple[str, Factors]]:
+        """Every module's update, one after the other, with the file opened once."""
+        with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
+            for module, (key_a, key_b) in self._keys.items():
+                a, b = file.get_tensor(key_a).float(), file.get_tensor(key_b).float()
+                yield module, Factors(a, b * self.scale(module))
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def open_adapter(path: Path) -> AdapterFolder:
+    """Checks a PEFT folder and lists its modules; reads headers and finiteness of no weight yet.
+
+    Raises:
+        AdapterError: missing files, only a pickle, broken JSON, truncated weights, not plain
+            LoRA, or factors that do not fit together.
+    """
+    config = _read_config(path)
+    weights = path / WEIGHTS_FILE
+    if not weights.exists():
+        pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
+        found = f"only the pickle {pickles[0]}, which could run code" if pickles else "no weights"
+        advice = "convert it to safetensors where you trust it" if pickles else "is the folder complete?"
+        raise AdapterError(f"{path}: expected {WEIGHTS_FILE}, found {found}; {advice}")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{weights}: expected a complete safetensors file, got an unreadable one ({error}); "
+            "download or copy it again"
+        ) from error
+    keys = _pairs(weights, shapes)
+    ranks = {module: shapes[a][0] for module, (a, _) in keys.items()}
+    for module, rank in ranks.items():
+        stated = _by_pattern(config.get("rank_pattern"), module, config["r"])
+        if rank != stated:
+            raise AdapterError(
+                f"{path}: {module} has rank {rank} in {WEIGHTS_FILE} but {stated} in {CONFIG_FILE}; "
+                "the two files do not belong together"
+            )
+    widths = {module: (shapes[b][0], shapes[a][1]) for module, (a, b) in keys.items()}
+    return AdapterFolder(path, config, ranks, widths, keys)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path}: expected a PEFT folder with {CONFIG_FILE}, found none there") from error
+    except ValueError as error:
+        raise AdapterError(f"{file}: expected JSON, got something else ({error})") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: expected a JSON object, got a {type(config).__name__}")
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{path}: expected a LoRA adapter, got peft_type {config.get('peft_type')!r}; "
+            "leave it out of --adapters"
+        )
+    for key, plain in _PLAIN.items():
+        value = config.get(key, plain)
+        if value != plain and value not in (None, [], {}, False):
+            raise AdapterError(
+                f"{path}: expected plain LoRA, got {key} = {value!r}, which would be lost in a merge; "
+                "leave the adapter out of --adapters"
+            )
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise AdapterError(f"{file}: expected {key} to be a positive number, got {value!r}")
+    return config
+
+
+def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
+    """The keys of lora_A and lora_B by module name, in the file's order of names."""
+    found: dict[str, dict[str, str]] = {}
+    for key in sorted(shapes):
+        match = re.fullmatch(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])\.(?:default\.)?weight", key)
+        if match is None:
+            raise AdapterError(
+                f"{weights}: expected lora_A and lora_B of linear layers only, got {key}; "
+                "leave the adapter out of --adapters"
+            )
+        found.setdefault(match[1], {})[match[2]] = key
+    pairs = {}
+    for module, keys in found.items():
+        if set(keys) != {"A", "B"}:
+            raise AdapterError(f"{weights}: {module} has lora_{next(iter(keys))} without its counterpart")
+        a, b = shapes[keys["A"]], shapes[keys["B"]]
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:
+            raise AdapterError(
+                f"{weights}: {module}: expected factors (r, d_in) and (d_out, r), got {a} and {b}"
+            )
+        pairs[module] = (keys["A"], keys["B"])
+    if not pairs:
+        raise AdapterError(f"{weights}: expected LoRA weights, the file holds none")
+    return pairs
+
+
+def served_rank(rank: int) -> int:
+    """The smallest rank that the serving engines accept and that holds `rank`.
+
+    Beyond the largest accepted rank it is `rank` itself.
+    """
+    return next((served for served in SERVED_RANKS if served >= rank), rank)
+
+
+def _targets(modules: Iterable[str]) -> list[str]:
+    """Target modules by kind ("q_proj") where every layer has all kinds, else by full name."""
+    layers: dict[str, set[str]] = {}
+    for module in modules:
+        layer, _, kind = module.rpartition(".")
+        layers.setdefault(re.sub(r"(\d+)\..*$", r"\1", layer), set()).add(kind)
+    kinds = set.union(*layers.values())
+    return sorted(kinds if all(found == kinds for found in layers.values()) else modules)
+
+
+def write_adapter(
+    path: Path,
+    updates: Mapping[str, Factors],
+    base_model: str,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Writes updates as a PEFT folder that PEFT, vLLM and SGLang load as it is.
+
+    One uniform rank (narrower updates are padded with zeros), alpha equal to the rank since
+    every scale is in the factors, and no pattern fields, which engines ignore.
+
+    Returns:
+        The uniform rank.
+    """
+    rank = served_rank(max(update.rank for update in updates.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": _targets(updates),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    tensors = {}
+    for module, update in updates.items():
+        padded = pad(update, rank)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = padded.a.to(dtype).contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = padded.b.to(dtype).contiguous()
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
+    (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    return rank

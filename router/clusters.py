@@ -1,0 +1,82 @@
+"""From weights per query to few variants: faiss k-means on the gate's weights. Knows no models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+MAX_VARIANTS = 32
+TOLERANCE = 0.05  # total variation between a query's own weights and its variant's
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Queries grouped by weights.
+
+    Attributes:
+        labels: (queries,) variant of each query, 0-based; variants are in order of first query.
+        weights: (variants, candidates) mean weights of each variant's queries; rows sum to 1.
+    """
+
+    labels: NDArray[np.int64]
+    weights: Array
+
+
+def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
+    """Groups queries so that few variants serve them all.
+
+    Args:
+        weights: (queries, candidates), rows sum to 1.
+        n_variants: how many groups; None takes the fewest, at most MAX_VARIANTS, for which
+            queries lose on average no more than TOLERANCE of their weight (total variation
+            distance to their group's mean).
+        seed: of k-means.
+
+    Raises:
+        ValueError: n_variants below 1.
+    """
+    if n_variants is not None and n_variants < 1:
+        raise ValueError(f"expected at least 1 variant, got {n_variants}")
+    distinct = len(np.unique(weights.round(6), axis=0))
+    if n_variants is not None:
+        return _kmeans(weights, min(n_variants, distinct), seed)
+    # The loss falls with K, near enough monotonically, so the fewest K is found by bisection.
+    low, high = 1, min(MAX_VARIANTS, distinct)
+    best = _kmeans(weights, high, seed)
+    while low < high:
+        middle = (low + high) // 2
+        tried = _kmeans(weights, middle, seed)
+        if loss(weights, tried) <= TOLERANCE:
+            high, best = middle, tried
+        else:
+            low = middle + 1
+    return best
+
+
+def loss(weights: Array, clusters: Clusters) -> float:
+    """Mean total variation distance, in [0, 1], between queries' weights and their variants'."""
+    return float(np.abs(weights - clusters.weights[clusters.labels]).sum(1).mean() / 2)
+
+
+def _kmeans(weights: Array, k: int, seed: int) -> Clusters:
+    import faiss
+
+    points = np.ascontiguousarray(weights, dtype=np.float32)
+    if k == 1:
+        labels = np.zeros(len(points), dtype=np.int64)
+    else:
+        kmeans = faiss.Kmeans(
+            points.shape[1], k, niter=25, nredo=4, seed=seed, min_points_per_centroid=1,
+            max_points_per_centroid=max(256, len(points)),
+        )  # fmt: skip
+        kmeans.train(points)
+        labels = kmeans.index.search(points, 1)[1][:, 0]
+    _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
+    order = np.argsort(np.argsort(first))  # number the groups by their first query
+    labels = order[labels].astype(np.int64)
+    means = np.stack([weights[labels == n].mean(0) for n in range(len(first))])
+    return Clusters(labels, means / means.sum(1, keepdims=True))

@@ -1,0 +1,20 @@
+"""Names and presets shared by the rooms of the router."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LIBRARY = Path("data/library")
+BASE_COLUMN = "base"  # the null candidate in routing tables: the base model without any adapter
+
+COMPETITION = "competition"
+COMPETITION_BASE = "mistralai/Mistral-7B-v0.1"
+# The adapters of the NeurIPS 2024 LLM Merging Competition.
+COMPETITION_ADAPTERS = tuple(
+    f"predibase/{name}"
+    for name in (
+        "magicoder conllpp dbpedia cnn agnews_explained gsm8k customer_support glue_qnli glue_mnli "
+        "glue_sst2 glue_cola glue_stsb glue_mrpc glue_qqp tldr_headline_gen tldr_content_gen e2e_nlg "
+        "wikisql hellaswag hellaswag_processed legal jigsaw bc5cdr covid drop drop_explained viggo"
+    ).split()
+)

@@ -1,0 +1,43 @@
+"""The methods behind `-m`: one file each, found by its name.
+
+To add one, put a file here that defines a subclass of `router.merges.Merges` (the starter kit's
+contract) or `router.merges.Routed`. Nothing else has to be edited.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from router.merges import Merges
+
+
+def method_names() -> list[str]:
+    """The names of all methods, in alphabetical order; imports none of them."""
+    return sorted(module.name for module in iter_modules(__path__))
+
+
+def load_method(name: str) -> type[Merges]:
+    """The class of one method: the one that its file defines itself.
+
+    Raises:
+        ValueError: the file defines no method, or several.
+    """
+    from router.merges import Merges
+
+    module = import_module(f"{__name__}.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Merges) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise ValueError(f"{module.__file__}: expected one subclass of Merges or Routed, found {len(found)}")
+    return found[0]
+
+
+def all_merge_handlers() -> dict[str, type[Merges]]:
+    """Every method's class by name, as in the starter kit."""
+    return {name: load_method(name) for name in method_names()}

@@ -1,0 +1,21 @@
+"""`average`: one static merge, the exact mean of all adapters' updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from router.clusters import Array
+from router.merges import Routed
+from router.submission import Query
+
+
+class Average(Routed):
+    """Every query is answered by the mean of all updates, whatever it asks."""
+
+    def route(self, queries: Sequence[Query]) -> Array:
+        """The same weight for every adapter, none for the base model."""
+        weights = np.zeros((len(queries), len(self.adapters) + 1))
+        weights[:, :-1] = 1.0 / len(self.adapters)
+        return weights

@@ -1,0 +1,133 @@
+"""One pass of the base model over prompts: how much each adapter responds to each prompt.
+
+Hooks on the target modules turn the input of every token into one number per adapter and pool
+them over the prompt's tokens; no activation is kept. Padding is not counted, and neither is the
+first token, an attention sink whose norm is tens of times that of other tokens. Knows no labels
+and no adapter's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from router.predict import by_length, pad_left
+from router.prototypes import ModulePrototypes
+
+TOKENS = 4096  # a batch's budget: large enough to keep two cores or a GPU busy
+
+
+@contextmanager
+def _hooked(model: Any, modules: Sequence[str], visit: Any) -> Iterator[None]:
+    """Calls `visit(module name, input (B, T, d_in))` whenever one of the modules runs."""
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: visit(name, args[0])
+        )
+        for name in modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _batches(
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """(row numbers, ids, mask, counted tokens) of each batch, (B, T) each."""
+    lengths = [len(row) for row in rows]
+    with tqdm(total=sum(lengths), desc=title, unit="tok", disable=None) as progress:
+        for batch in by_length(lengths, TOKENS):
+            ids, mask = pad_left([rows[n] for n in batch], pad_id, model.device)
+            first = (mask.cumsum(1) == 1) & (mask.sum(1, keepdim=True) > 1)
+            yield batch, ids, mask, mask.bool() & ~first
+            progress.update(sum(lengths[n] for n in batch))
+
+
+def _forward(model: Any, ids: Tensor, mask: Tensor) -> None:
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+
+
+def input_means(
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, modules: Sequence[str]
+) -> dict[str, Tensor]:
+    """The mean input of each module over all counted tokens of the prompts, (d_in,) float32."""
+    totals: dict[str, Tensor] = {}
+    count = 0
+    with torch.inference_mode():
+        for _, ids, mask, counted in _batches(model, rows, pad_id, "centre"):
+
+            def visit(name: str, x: Tensor, counted: Tensor = counted) -> None:
+                part = x[counted].double().sum(0)  # (d_in,)
+                totals[name] = totals[name] + part if name in totals else part
+
+            with _hooked(model, modules, visit):
+                _forward(model, ids, mask)
+            count += int(counted.sum())
+    return {name: (total / count).float() for name, total in totals.items()}
+
+
+def responses(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    prototypes: Mapping[str, ModulePrototypes],
+    means: Mapping[str, Tensor],
+    n_adapters: int,
+    title: str = "probe",
+) -> NDArray[np.float32]:
+    """How strongly each prompt sets each adapter's update free, module by module.
+
+    For every counted token, the input is centred with `means`, and its cosine to the prototype is
+    `sqrt(sum_j w_j (v_j . x)^2) / norm(x)`, in [0, 1]; the prompt's response is the largest over
+    its tokens.
+
+    Args:
+        model: the base model.
+        rows: token ids of each prompt.
+        prototypes: by module; the order of modules is that of the mapping.
+        means: what to centre with, by module, (d_in,).
+        n_adapters: the number of adapters in the library.
+
+    Returns:
+        (prompts, adapters, modules); NaN where an adapter has no prototype at a module.
+    """
+    names = list(prototypes)
+    place = {name: m for m, name in enumerate(names)}
+    out = np.full((len(rows), n_adapters, len(names)), np.nan, dtype=np.float32)
+    with torch.inference_mode():
+        for batch, ids, mask, counted in _batches(model, rows, pad_id, title):
+            token_row = counted.nonzero()[:, 0]  # (T',) which prompt of the batch a token is in
+            part = torch.zeros((len(batch), n_adapters, len(names)), device=ids.device)
+
+            def visit(
+                name: str, x: Tensor, counted: Tensor = counted, token_row: Tensor = token_row,
+                part: Tensor = part,
+            ) -> None:  # fmt: skip
+                proto = prototypes[name]
+                x = x[counted].float() - means[name]  # (T', d_in)
+                size = x.square().sum(1, keepdim=True).clamp_min(1e-12)  # (T', 1)
+                along = (x.to(proto.directions.dtype) @ proto.directions).float()  # (T', K)
+                shares = torch.zeros((len(x), n_adapters), device=x.device)
+                shares.index_add_(1, proto.owners, along.square() * proto.weights)
+                cosine = (shares / size).sqrt()  # (T', adapters)
+                index = token_row[:, None].expand_as(cosine)
+                part[:, :, place[name]].scatter_reduce_(0, index, cosine, "amax")
+
+            with _hooked(model, names, visit):
+                _forward(model, ids, mask)
+            out[batch] = part.cpu().numpy()
+    for name, m in place.items():
+        absent = np.setdiff1d(np.arange(n_adapters), prototypes[name].owners.cpu().numpy())
+        out[:, absent, m] = np.nan
+    return out

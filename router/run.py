@@ -1,0 +1,126 @@
+"""One run from query files to submissions, with the record of what was done."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from router.constants import BASE_COLUMN
+from router.errors import InputError
+from router.merges import Merges, Routed
+from router.methods import load_method
+from router.settings import Settings
+from router.submission import Query, read_queries, replacing, write_submission, write_table
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "scikit-learn", "faiss-cpu", "numpy")
+
+
+def run(name: str, settings: Settings) -> Merges:
+    """Answers the query files with one method and writes all results.
+
+    Raises:
+        InputError: something a person can mend is wrong with the queries, adapters or base model.
+    """
+    names = [path.name for path in settings.dataset_filepaths]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"--dataset_filepaths: two files are called {twice[0]} and would share an output file")
+    files = {path: read_queries(path) for path in settings.dataset_filepaths}
+    queries = [query for part in files.values() for query in part]
+    import torch
+
+    torch.manual_seed(settings.seed)
+    method = load_method(name)(name)
+    method.settings = settings
+    method.merge()
+    answers = [answer.text for answer in method.answer(queries)]
+    start = 0
+    for path, part in files.items():
+        end = start + len(part)
+        write_submission(settings.output_folder / path.name, part, answers[start:end])
+        if isinstance(method, Routed):
+            _write_routing(settings.output_folder / f"{path.stem}.routing.csv", part, method, slice(start, end))
+        start = end
+    with replacing(settings.output_folder / "run.json") as file:
+        json.dump(record(method), file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    print(summary(method), flush=True)
+    return method
+
+
+def _write_routing(path: Path, queries: list[Query], method: Routed, part: slice) -> None:
+    header = ["id", "variant", *(adapter.name for adapter in method.adapters), BASE_COLUMN]
+    rows = (
+        [query.id, label, *(f"{weight:.6g}" for weight in row)]
+        for query, label, row in zip(queries, method.clusters.labels[part], method.weights[part], strict=True)
+    )
+    write_table(path, header, rows)
+
+
+def record(method: Merges) -> dict[str, Any]:
+    """What run.json holds: everything needed to repeat the run, and what it cost."""
+    flags = {key: _plain(value) for key, value in vars(method.settings).items()}
+    found: dict[str, Any] = {
+        "method": method.get_name(),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+        "flags": flags,
+        "seconds": {stage: round(value, 3) for stage, value in method.stages.seconds.items()},
+        "peak_mib": method.stages.peak_mib,
+    }
+    if isinstance(method, Routed):
+        counts = np.bincount(method.clusters.labels, minlength=len(method.variants))
+        found |= {
+            "base": {
+                "name": method.base.name,
+                "revision": method.base.revision,
+                "sha256": method.base.sha256,
+                "dtype": str(method.base.model.dtype).removeprefix("torch."),
+                "device": str(method.base.model.device),
+            },
+            "adapters": {
+                adapter.name: {"revision": adapter.revision, "sha256": adapter.sha256}
+                for adapter in method.adapters
+            },
+            "n_variants": len(method.variants),
+            "variants": [
+                {
+                    "folder": f"variants/{n}" if variant.weights else None,
+                    "queries": int(count),
+                    "weights": {**variant.weights, BASE_COLUMN: variant.base},
+                }
+                for n, (variant, count) in enumerate(zip(method.variants, counts, strict=True))
+            ],
+        }
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def summary(method: Merges) -> str:
+    """A short table of the run: queries and heaviest adapters per variant, seconds per stage."""
+    lines = []
+    if isinstance(method, Routed):
+        counts = np.bincount(method.clusters.labels, minlength=len(method.variants))
+        lines.append("variant  queries  heaviest")
+        for n in np.argsort(-counts, kind="stable"):
+            variant = method.variants[n]
+            shares = sorted(
+                [*variant.weights.items(), (BASE_COLUMN, variant.base)], key=lambda share: -share[1]
+            )
+            heaviest = ", ".join(f"{name} {weight:.2f}" for name, weight in shares[:3] if weight > 0)
+            lines.append(f"{n:7}  {counts[n]:7}  {heaviest}")
+    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in method.stages.seconds.items())
+    lines.append(f"seconds: {stages}")
+    lines.append(f"written to {method.settings.output_folder}")
+    return "\n".join(lines)

@@ -1,0 +1,29 @@
+"""What a run was asked for: the command line's flags, with their defaults and their checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from router.predict import Scoring
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of a run; see `python -m router.main --help` for what each means."""
+
+    dataset_filepaths: tuple[Path, ...] = (Path("data/test.csv"),)
+    output_folder: Path = Path("output")
+    adapters: tuple[str, ...] = ("data/library",)
+    base_model: str | None = None
+    n_variants: int | None = None
+    variant_rank: int | None = None
+    temperature: float = 1.0
+    top_k: int = 3
+    seed: int = 0
+    batch_size: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_gen_len: int = 64
+    max_seq_len: int | None = None
+    scoring: Scoring = field(default="full")

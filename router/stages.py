@@ -1,0 +1,33 @@
+"""Seconds and peak memory of each stage of a run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stages:
+    """Collects what stages cost; a stage that runs again adds to its seconds.
+
+    Attributes:
+        seconds: wall time by stage, in order of first use.
+        peak_mib: the process's highest resident memory up to the end of each stage, MiB.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak_mib: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Measures the block as (part of) the named stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            self.peak_mib[name] = peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)

@@ -1,0 +1,151 @@
+"""Query files in, submissions out: the starter kit's CSV format. Knows nothing of models.
+
+Every file is written to a temporary name and renamed, so that what stands under the final name
+is always whole.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from router.errors import InputError
+
+GENERATION, MULTIPLE_CHOICE = "generation", "multiple_choice"
+EVAL_TYPES = (GENERATION, MULTIPLE_CHOICE)
+COLUMNS = ("id", "input", "eval_type", "answer_choices")
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Query:
+    """One row of a query file. Text stays text: `NA` and `None` are not missing values.
+
+    Attributes:
+        id: unique in its file.
+        input: the prompt.
+        eval_type: `generation` or `multiple_choice`; it alone decides how the row is answered.
+        choices: the answer choices; never empty for multiple choice.
+    """
+
+    id: str
+    input: str
+    eval_type: str
+    choices: tuple[str, ...] = ()
+
+
+def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file as dictionaries, with the line on which each ends.
+
+    Raises:
+        InputError: no such file, not UTF-8, not CSV, a needed column missing, a row too long or short.
+    """
+    csv.field_size_limit(1 << 30)
+    try:
+        # newline="": a bare carriage return inside a field belongs to the text.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            missing = [name for name in needed if name not in (reader.fieldnames or ())]
+            if missing:
+                raise InputError(
+                    f"{path}: expected the columns {', '.join(needed)}; "
+                    f"{', '.join(missing)} is missing (found: {', '.join(reader.fieldnames or ['nothing'])})"
+                )
+            for row in reader:
+                if None in row or None in row.values():
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} fields, "
+                        f"got {'more' if None in row else 'fewer'}; is a quote missing?"
+                    )
+                yield reader.line_num, row
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: expected a CSV file, found none; check --dataset_filepaths") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: expected a CSV file, found a folder; name the files in it") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: expected CSV in UTF-8, got something else ({error})") from error
+
+
+def read_queries(path: Path) -> list[Query]:
+    """Reads and checks a query file.
+
+    Raises:
+        InputError: names file, line and column, what was expected and what came.
+    """
+    queries: list[Query] = []
+    lines: dict[str, int] = {}
+    for line, row in read_rows(path, COLUMNS):
+        where = f"{path}, line {line}"
+        if row["id"] in lines:
+            raise InputError(
+                f"{where}, column id: {row['id']!r} stands on line {lines[row['id']]} too; ids must be unique"
+            )
+        lines[row["id"]] = line
+        if row["eval_type"] not in EVAL_TYPES:
+            raise InputError(
+                f"{where}, column eval_type: expected {' or '.join(EVAL_TYPES)}, got {row['eval_type']!r}"
+            )
+        choices = _choices(row["answer_choices"], where)
+        if row["eval_type"] == MULTIPLE_CHOICE and not choices:
+            choices = (row["input"],)  # as the starter kit does: the only choice, answered with 0
+        queries.append(Query(row["id"], row["input"], row["eval_type"], choices))
+    if not queries:
+        raise InputError(f"{path}: expected at least one query below the header, found none")
+    return queries
+
+
+def _choices(text: str, where: str) -> tuple[str, ...]:
+    if text.strip() in ("", "None"):
+        return ()
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, int, float)) for v in value):
+        raise InputError(
+            f"{where}, column answer_choices: expected a Python list of texts such as "
+            f"\"['yes', 'no']\", got {text[:60]!r}"
+        )
+    return tuple(str(choice) for choice in value)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its final name only if the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            yield file
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Writes a CSV file as pandas and the starter kit do: minimal quotes, `\\n` line ends."""
+    with replacing(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_submission(path: Path, queries: Sequence[Query], predictions: Sequence[str]) -> None:
+    """Writes `id,prediction,dummy_field` in input order.
+
+    The judge counts an empty prediction as missing, so it becomes `unknown`.
+    """
+    rows = (
+        (query.id, prediction if prediction.strip() else UNKNOWN, 0)
+        for query, prediction in zip(queries, predictions, strict=True)
+    )
+    write_table(path, ("id", "prediction", "dummy_field"), rows)

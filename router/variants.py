@@ -1,0 +1,124 @@
+"""Few merged adapters instead of one per query: decided, materialised, written, made live.
+
+A variant is an exact weighted sum of the library's updates, written as a PEFT folder; what
+answers is that folder, loaded by PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from merge.factors import Factors, recompress, weighted_sum
+from merge.folders import write_adapter
+from router.adapters import Adapter
+from router.base import Base
+from router.clusters import Array
+
+NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one group of queries is answered with.
+
+    Attributes:
+        weights: adapter name -> weight, heaviest first; empty for the plain base model.
+        base: the base model's share; with the weights it sums to 1.
+    """
+
+    weights: dict[str, float]
+    base: float
+
+
+def decide(weights: Array, names: Sequence[str]) -> list[Variant]:
+    """Turns mean weights into variants.
+
+    Shares below NEGLIGIBLE are dropped and the rest rescaled, so that a group whose queries
+    agree on one adapter gets the plain adapter.
+
+    Args:
+        weights: (variants, adapters + 1), rows sum to 1, the base model last.
+        names: of the adapters.
+    """
+    limit = np.minimum(NEGLIGIBLE, weights.max(1, keepdims=True))  # the largest always stays
+    kept = np.where(weights >= limit, weights, 0.0)
+    variants = []
+    for row in kept / kept.sum(1, keepdims=True):
+        heaviest = sorted((n for n in range(len(names)) if row[n] > 0), key=lambda n: (-row[n], n))
+        variants.append(Variant({names[n]: float(row[n]) for n in heaviest}, float(row[-1])))
+    return variants
+
+
+def materialise(
+    variant: Variant, adapters: Sequence[Adapter], rank: int | None = None
+) -> dict[str, Factors]:
+    """The variant's updates by module, in float32: exact, or the best of the given rank."""
+    parts: dict[str, tuple[list[Factors], list[float]]] = {}
+    by_name = {adapter.name: adapter for adapter in adapters}
+    for name, weight in variant.weights.items():
+        for module, update in by_name[name].read_all():
+            updates, weights = parts.setdefault(module, ([], []))
+            updates.append(update)
+            weights.append(weight)
+    sums = {module: weighted_sum(*found) for module, found in parts.items()}
+    if rank is None:
+        return sums
+    return {
+        module: update if update.rank <= rank else recompress(update, rank)
+        for module, update in sums.items()
+    }
+
+
+def complete(
+    updates: Mapping[str, Factors], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, Factors]:
+    """Adds zero updates so that a kind of module is changed in every layer or in none.
+
+    PEFT and the serving engines name target modules by kind ("q_proj"); a layer left out would
+    be one that they expect and do not find.
+    """
+    kinds = {module.rsplit(".", 1)[-1] for module in updates}
+    out = {}
+    for module, (d_out, d_in) in shapes.items():
+        if module in updates:
+            out[module] = updates[module]
+        elif module.rsplit(".", 1)[-1] in kinds:
+            out[module] = Factors(torch.zeros(1, d_in), torch.zeros(d_out, 1))
+    return out
+
+
+def write_variant(
+    path: Path, variant: Variant, adapters: Sequence[Adapter], base: Base,
+    shapes: Mapping[str, tuple[int, int]], rank: int | None = None,
+) -> int:  # fmt: skip
+    """Materialises a variant as a PEFT folder in the base model's dtype; returns its rank."""
+    updates = complete(materialise(variant, adapters, rank), shapes)
+    return write_adapter(path, updates, base.name, base.revision, base.model.dtype)
+
+
+@contextmanager
+def live(base: Base, folder: Path | None) -> Iterator[Any]:
+    """The base model with one variant live through PEFT; None leaves it plain.
+
+    Afterwards the base model is as it was: its weights are never written to.
+    """
+    if folder is None:
+        yield base.model
+        return
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(
+        base.model, folder, adapter_name="variant", autocast_adapter_dtype=False, low_cpu_mem_usage=True
+    )
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.unload()

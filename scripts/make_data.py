@@ -1,0 +1,65 @@
+"""Writes the query files from the tasks: `python -m scripts.make_data`.
+
+- data/test.csv: unlabelled, about 12 of each task, phrased as in training and otherwise, shuffled.
+- data/eval/TASK.csv: labelled, phrased as in training.
+- data/eval_unseen/TASK.csv: labelled, phrased as never in training, and the tasks without adapter.
+
+Labelled files have the starter kit's columns, the name of the task's own adapter (`base` where
+there is none), its skill, and the number of the phrasing.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from router.constants import BASE_COLUMN
+from router.submission import GENERATION, MULTIPLE_CHOICE, write_table
+from scripts.tasks import Item, Task, all_tasks, split
+from scripts.train_library import EXPERTS, SEED, SIZES, phrase
+
+LABELLED = ("id", "input", "target", "answer_choices", "eval_type", "adapter", "skill", "phrasing")
+DATA = Path("data")
+
+
+def labelled(task: Task, items: list[Item], prompts: list[str], phrasings: list[int]) -> list[list[object]]:
+    """Rows of a labelled file; the target of multiple choice is the 0-based index, as in the kit."""
+    adapter = task.name if task.has_adapter else BASE_COLUMN
+    rows: list[list[object]] = []
+    for n, (item, prompt, phrasing) in enumerate(zip(items, prompts, phrasings, strict=True)):
+        target = item.answer if item.choices is None else item.choices.index(item.answer)
+        choices = "" if item.choices is None else list(item.choices)
+        kind = GENERATION if item.choices is None else MULTIPLE_CHOICE
+        rows.append([n, prompt, target, choices, kind, adapter, task.skill, phrasing])
+    return rows
+
+
+def main() -> None:
+    """Writes all files."""
+    unlabelled: list[list[object]] = []
+    for task in all_tasks().values():
+        if task.has_adapter and task.name not in EXPERTS:
+            continue
+        parts = split(task, SEED, SIZES)
+        other = [task.unseen[n % len(task.unseen)].format(**item.fields) for n, item in enumerate(parts["unseen"])]
+        numbers = [n % len(task.unseen) for n in range(len(other))]
+        write_table(DATA / "eval_unseen" / f"{task.name}.csv", LABELLED, labelled(task, parts["unseen"], other, numbers))
+        if task.phrasings:
+            own = phrase(task, parts["eval"], SEED)
+            numbers = [
+                next(k for k, text in enumerate(task.phrasings) if text.format(**item.fields) == prompt)
+                for item, prompt in zip(parts["eval"], own, strict=True)
+            ]
+            write_table(DATA / "eval" / f"{task.name}.csv", LABELLED, labelled(task, parts["eval"], own, numbers))
+        forms = [*task.phrasings, *task.unseen]
+        for n, item in enumerate(parts["test"]):
+            choices = "" if item.choices is None else list(item.choices)
+            kind = GENERATION if item.choices is None else MULTIPLE_CHOICE
+            unlabelled.append([forms[n % len(forms)].format(**item.fields), kind, choices])
+    random.Random(SEED).shuffle(unlabelled)
+    header = ("id", "input", "eval_type", "answer_choices")
+    write_table(DATA / "test.csv", header, ([n, *row] for n, row in enumerate(unlabelled)))
+
+
+if __name__ == "__main__":
+    main()
