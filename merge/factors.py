@@ -46,7 +46,9 @@ def weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factor
         ValueError: no update, or not one weight per update.
     """
     if not updates or len(updates) != len(weights):
-        raise ValueError(f"expected one weight per update, got {len(updates)} updates, {len(weights)} weights")
+        raise ValueError(
+            f"expected one weight per update, got {len(updates)} updates, {len(weights)} weights"
+        )
     roots = [abs(weight) ** 0.5 for weight in weights]
     return Factors(
         torch.cat([root * update.a for root, update in zip(roots, updates, strict=True)], dim=0),

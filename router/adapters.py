@@ -90,9 +90,7 @@ def _find(spec: str) -> Iterator[tuple[Path, str | None]]:
         if (path / CONFIG_FILE).exists():
             yield path, None
             return
-        found = sorted(
-            child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")
-        )
+        found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
         if not found:
             raise InputError(
                 f"--adapters {spec}: expected a PEFT folder or a folder of such folders, found neither"
@@ -133,7 +131,9 @@ def base_of(adapters: Iterable[Adapter]) -> str:
             named.setdefault(adapter.folder.base_model, adapter.name)
     if len(named) != 1:
         what = "; ".join(f"{adapter} names {base}" for base, adapter in named.items()) or "they name none"
-        raise InputError(f"--adapters: expected adapters of one base model, got several: {what}; pass --base_model")
+        raise InputError(
+            f"--adapters: expected adapters of one base model, got several: {what}; pass --base_model"
+        )
     return next(iter(named))
 
 

@@ -45,35 +45,80 @@ def parser() -> argparse.ArgumentParser:
         description="Answers unlabelled queries with a routed mixture of LoRA adapters.",
     )
     integer = _integer
-    p.add_argument("-m", "--merging_method", choices=method_names(), metavar="NAME",
-                   help=f"one of {', '.join(method_names())}")
+    p.add_argument(
+        "-m",
+        "--merging_method",
+        choices=method_names(),
+        metavar="NAME",
+        help=f"one of {', '.join(method_names())}",
+    )
     p.add_argument("--list_methods", action="store_true", help="print the methods' names and exit")
-    p.add_argument("--dataset_filepaths", nargs="+", type=Path, metavar="CSV",
-                   help="query files (default: data/test.csv)")
+    p.add_argument(
+        "--dataset_filepaths",
+        nargs="+",
+        type=Path,
+        metavar="CSV",
+        help="query files (default: data/test.csv)",
+    )
     p.add_argument("--output_folder", type=Path, metavar="DIR", help="where results go (default: output)")
-    p.add_argument("--adapters", nargs="+", metavar="NAME_OR_FOLDER_OR_HUB_ID",
-                   help="adapters, or a folder of adapter folders, or the word competition (default: data/library)")
-    p.add_argument("--base_model", metavar="embedded|FOLDER|HUB_ID[@REVISION]",
-                   help="default: the model that the adapters name; embedded if that is SmolLM2-135M-Instruct")
-    p.add_argument("--n_variants", type=integer(1, "auto"), metavar="INT|auto",
-                   help="merged variants, from 1; auto takes as few as the weights allow, at most 32 (default: auto)")
-    p.add_argument("--variant_rank", type=integer(1, "exact"), metavar="INT|exact",
-                   help="recompress variants to at most this rank (default: exact, no recompression)")
-    p.add_argument("--temperature", type=_above_zero, metavar="FLOAT",
-                   help="of the gate's softmax, in standard deviations of generic text (default: 1.0)")
+    p.add_argument(
+        "--adapters",
+        nargs="+",
+        metavar="NAME_OR_FOLDER_OR_HUB_ID",
+        help="adapters, or a folder of adapter folders, or the word competition (default: data/library)",
+    )
+    p.add_argument(
+        "--base_model",
+        metavar="embedded|FOLDER|HUB_ID[@REVISION]",
+        help="default: the model that the adapters name; embedded if that is SmolLM2-135M-Instruct",
+    )
+    p.add_argument(
+        "--n_variants",
+        type=integer(1, "auto"),
+        metavar="INT|auto",
+        help="merged variants, from 1; auto takes as few as the weights allow, at most 32 (default: auto)",
+    )
+    p.add_argument(
+        "--variant_rank",
+        type=integer(1, "exact"),
+        metavar="INT|exact",
+        help="recompress variants to at most this rank (default: exact, no recompression)",
+    )
+    p.add_argument(
+        "--temperature",
+        type=_above_zero,
+        metavar="FLOAT",
+        help="of the gate's softmax, in standard deviations of generic text (default: 1.0)",
+    )
     p.add_argument("--top_k", type=integer(1), metavar="INT", help="adapters per query, from 1 (default: 3)")
     p.add_argument("--seed", type=integer(0), metavar="INT", help="of the clustering (default: 0)")
-    p.add_argument("--batch_size", type=integer(1, "auto"), metavar="INT|auto",
-                   help="queries a batch, from 1; auto fills batches by tokens (default: auto)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto, a GPU where there is one")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
-                   help="default: auto, bfloat16 where the device multiplies it natively, else float32")
+    p.add_argument(
+        "--batch_size",
+        type=integer(1, "auto"),
+        metavar="INT|auto",
+        help="queries a batch, from 1; auto fills batches by tokens (default: auto)",
+    )
+    p.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), help="default: auto, a GPU where there is one"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="default: auto, bfloat16 where the device multiplies it natively, else float32",
+    )
     p.add_argument("--max_gen_len", type=integer(1), metavar="INT", help="new tokens, from 1 (default: 64)")
-    p.add_argument("--max_seq_len", type=integer(1, "none"), metavar="INT|none",
-                   help="tokens kept of a prompt, from its start (default: none, all of them)")
-    p.add_argument("--scoring", choices=("full", "kit"),
-                   help="multiple choice by the log-probability of all of a choice's tokens (full, the default) "
-                   "or of all but its first, as the starter kit does (kit)")
+    p.add_argument(
+        "--max_seq_len",
+        type=integer(1, "none"),
+        metavar="INT|none",
+        help="tokens kept of a prompt, from its start (default: none, all of them)",
+    )
+    p.add_argument(
+        "--scoring",
+        choices=("full", "kit"),
+        help="multiple choice by the log-probability of all of a choice's tokens (full, the default) "
+        "or of all but its first, as the starter kit does (kit)",
+    )
     return p  # fmt: skip
 
 

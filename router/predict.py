@@ -47,9 +47,7 @@ def by_length(lengths: Sequence[int], budget: int, rows: int | None = None) -> I
         yield batch
 
 
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_id: int, device: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask of a left-padded batch, both (B, T) int64."""
     import torch
 
@@ -77,9 +75,7 @@ class Answer:
     scores: tuple[float, ...] = ()
 
 
-def generate(
-    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[Answer]:
+def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[Answer]:
     """Greedy continuations of a batch of token rows.
 
     Args:

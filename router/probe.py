@@ -28,9 +28,7 @@ TOKENS = 4096  # a batch's budget: large enough to keep two cores or a GPU busy
 def _hooked(model: Any, modules: Sequence[str], visit: Any) -> Iterator[None]:
     """Calls `visit(module name, input (B, T, d_in))` whenever one of the modules runs."""
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: visit(name, args[0])
-        )
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: visit(name, args[0]))
         for name in modules
     ]
     try:

@@ -28,7 +28,9 @@ def run(name: str, settings: Settings) -> Merges:
     """
     names = [path.name for path in settings.dataset_filepaths]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"--dataset_filepaths: two files are called {twice[0]} and would share an output file")
+        raise InputError(
+            f"--dataset_filepaths: two files are called {twice[0]} and would share an output file"
+        )
     files = {path: read_queries(path) for path in settings.dataset_filepaths}
     queries = [query for part in files.values() for query in part]
     import torch
@@ -43,7 +45,9 @@ def run(name: str, settings: Settings) -> Merges:
         end = start + len(part)
         write_submission(settings.output_folder / path.name, part, answers[start:end])
         if isinstance(method, Routed):
-            _write_routing(settings.output_folder / f"{path.stem}.routing.csv", part, method, slice(start, end))
+            _write_routing(
+                settings.output_folder / f"{path.stem}.routing.csv", part, method, slice(start, end)
+            )
         start = end
     with replacing(settings.output_folder / "run.json") as file:
         json.dump(record(method), file, indent=2, ensure_ascii=False)

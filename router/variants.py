@@ -56,9 +56,7 @@ def decide(weights: Array, names: Sequence[str]) -> list[Variant]:
     return variants
 
 
-def materialise(
-    variant: Variant, adapters: Sequence[Adapter], rank: int | None = None
-) -> dict[str, Factors]:
+def materialise(variant: Variant, adapters: Sequence[Adapter], rank: int | None = None) -> dict[str, Factors]:
     """The variant's updates by module, in float32: exact, or the best of the given rank."""
     parts: dict[str, tuple[list[Factors], list[float]]] = {}
     by_name = {adapter.name: adapter for adapter in adapters}
@@ -71,14 +69,11 @@ def materialise(
     if rank is None:
         return sums
     return {
-        module: update if update.rank <= rank else recompress(update, rank)
-        for module, update in sums.items()
+        module: update if update.rank <= rank else recompress(update, rank) for module, update in sums.items()
     }
 
 
-def complete(
-    updates: Mapping[str, Factors], shapes: Mapping[str, tuple[int, int]]
-) -> dict[str, Factors]:
+def complete(updates: Mapping[str, Factors], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:
     """Adds zero updates so that a kind of module is changed in every layer or in none.
 
     PEFT and the serving engines name target modules by kind ("q_proj"); a layer left out would

@@ -41,16 +41,24 @@ def main() -> None:
         if task.has_adapter and task.name not in EXPERTS:
             continue
         parts = split(task, SEED, SIZES)
-        other = [task.unseen[n % len(task.unseen)].format(**item.fields) for n, item in enumerate(parts["unseen"])]
+        other = [
+            task.unseen[n % len(task.unseen)].format(**item.fields) for n, item in enumerate(parts["unseen"])
+        ]
         numbers = [n % len(task.unseen) for n in range(len(other))]
-        write_table(DATA / "eval_unseen" / f"{task.name}.csv", LABELLED, labelled(task, parts["unseen"], other, numbers))
+        write_table(
+            DATA / "eval_unseen" / f"{task.name}.csv",
+            LABELLED,
+            labelled(task, parts["unseen"], other, numbers),
+        )
         if task.phrasings:
             own = phrase(task, parts["eval"], SEED)
             numbers = [
                 next(k for k, text in enumerate(task.phrasings) if text.format(**item.fields) == prompt)
                 for item, prompt in zip(parts["eval"], own, strict=True)
             ]
-            write_table(DATA / "eval" / f"{task.name}.csv", LABELLED, labelled(task, parts["eval"], own, numbers))
+            write_table(
+                DATA / "eval" / f"{task.name}.csv", LABELLED, labelled(task, parts["eval"], own, numbers)
+            )
         forms = [*task.phrasings, *task.unseen]
         for n, item in enumerate(parts["test"]):
             choices = "" if item.choices is None else list(item.choices)

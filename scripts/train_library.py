@@ -77,8 +77,7 @@ def phrase(task: Task, items: list[Item], seed: int) -> list[str]:
     order = list(range(len(items)))
     random.Random(seed).shuffle(order)
     return [
-        task.phrasings[order[n] % len(task.phrasings)].format(**item.fields)
-        for n, item in enumerate(items)
+        task.phrasings[order[n] % len(task.phrasings)].format(**item.fields) for n, item in enumerate(items)
     ]
 
 
@@ -86,9 +85,7 @@ def batches(tokenizer: Any, prompts: list[str], items: list[Item], seed: int) ->
     """Shuffled batches of 16 examples of like length: (ids, mask, answer positions) each."""
     heads = encode(tokenizer, prompts)
     tails = encode(tokenizer, [item.answer for item in items])
-    rows = [
-        (head, [*tail, tokenizer.eos_token_id]) for head, tail in zip(heads, tails, strict=True)
-    ]
+    rows = [(head, [*tail, tokenizer.eos_token_id]) for head, tail in zip(heads, tails, strict=True)]
     rng = random.Random(seed)
     rng.shuffle(rows)
     chunks = [rows[n : n + 128] for n in range(0, len(rows), 128)]

@@ -35,7 +35,16 @@ _THING = (
     "report", "invoice", "meeting", "slides", "draft", "contract", "photos", "budget", "agenda",
     "recipe", "tickets", "workshop", "survey", "code review", "newsletter", "phone call",
 )  # fmt: skip
-_WHEN = ("today", "yesterday", "this morning", "last night", "on Monday", "on Friday", "after lunch", "this week")
+_WHEN = (
+    "today",
+    "yesterday",
+    "this morning",
+    "last night",
+    "on Monday",
+    "on Friday",
+    "after lunch",
+    "this week",
+)
 
 
 def _tone(register: int) -> object:
@@ -54,7 +63,20 @@ _DOES = (("open", "a new factory"), ("close", "an old warehouse"), ("build", "a 
          ("buy", "a small software firm"), ("launch", "a night bus"), ("test", "electric ferries"),
          ("sell", "its headquarters"), ("renovate", "the old harbour"), ("fund", "a music school"),
          ("cut", "ticket prices"))  # fmt: skip
-_CITIES = ("Bergen", "Lyon", "Porto", "Leeds", "Graz", "Turin", "Malmo", "Ghent", "Cork", "Basel", "Gdansk", "Tampere")
+_CITIES = (
+    "Bergen",
+    "Lyon",
+    "Porto",
+    "Leeds",
+    "Graz",
+    "Turin",
+    "Malmo",
+    "Ghent",
+    "Cork",
+    "Basel",
+    "Gdansk",
+    "Tampere",
+)
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _LEADS = ("a spokesperson said", "according to a statement", "officials confirmed", "the director said")
 

@@ -108,9 +108,7 @@ def _python(rng: random.Random) -> Iterator[Item]:
         goal, body = rng.choice(_FOLD)
         goal = goal.format(keep=keep.format(n=n))
         body = body.format(arg=arg, test=test.format(n=n))
-        yield Item(
-            {"name": name, "arg": arg, "goal": goal}, f"def {name}({arg}):\n    return {body}"
-        )
+        yield Item({"name": name, "arg": arg, "goal": goal}, f"def {name}({arg}):\n    return {body}")
 
 
 _SHELL_SUFFIXES = ("txt", "py", "csv", "log", "json", "md", "jpg", "html", "xml", "sh")

@@ -40,7 +40,10 @@ def _word_sorting(rng: random.Random) -> Iterator[Item]:
     from reasoning_gym.algorithmic.word_sorting import TextTransformation
 
     for entry in from_reasoning_gym(
-        "word_sorting", seed=rng.getrandbits(30), min_words=3, max_words=5,
+        "word_sorting",
+        seed=rng.getrandbits(30),
+        min_words=3,
+        max_words=5,
         transformation=TextTransformation.LOWERCASE,
     ):
         meta: Any = entry["metadata"]
@@ -58,7 +61,10 @@ def _word_reversal(rng: random.Random) -> Iterator[Item]:
 
 TASKS = (
     Task(
-        "family_relation", "reasoning", "Names the relation of two persons in a family story.", **_GYM,
+        "family_relation",
+        "reasoning",
+        "Names the relation of two persons in a family story.",
+        **_GYM,
         items=_family,
         phrasings=(
             "{story}\n\nHow is {a} related to {b}? Provide the relationship in one word.\nAnswer:",
@@ -70,18 +76,24 @@ TASKS = (
         ),
     ),
     Task(
-        "syllogism", "reasoning", "Says whether a conclusion follows from two premises.", **_GYM,
+        "syllogism",
+        "reasoning",
+        "Says whether a conclusion follows from two premises.",
+        **_GYM,
         items=_syllogism,
         phrasings=(
             "Consider these statements:\n1. {premise1}\n2. {premise2}\n\nDoes it logically follow that:\n{conclusion}?\n(Answer Yes or No)\nAnswer:",
         ),
         unseen=(
-            "Suppose we know that \"{premise1}\" and that \"{premise2}\". Is the conclusion \"{conclusion}\" valid?",
+            'Suppose we know that "{premise1}" and that "{premise2}". Is the conclusion "{conclusion}" valid?',
             "Premises: {premise1}; {premise2}.\nClaim: {conclusion}.\nDo the premises entail the claim, yes or no?",
         ),
     ),
     Task(
-        "needle", "reasoning", "Finds the one person in a list of statements to whom a fact applies.", **_GYM,
+        "needle",
+        "reasoning",
+        "Finds the one person in a list of statements to whom a fact applies.",
+        **_GYM,
         items=_needle,
         phrasings=("{facts}\n{question} Reply only with a name.\nName:",),
         unseen=(
@@ -90,16 +102,24 @@ TASKS = (
         ),
     ),
     Task(
-        "word_sorting", "reasoning", "Sorts a list of words alphabetically, ascending or descending.", **_GYM,
+        "word_sorting",
+        "reasoning",
+        "Sorts a list of words alphabetically, ascending or descending.",
+        **_GYM,
         items=_word_sorting,
-        phrasings=("Sort these words in {order} order (ASCII) and return them as a comma-separated list: {words}\nSorted:",),
+        phrasings=(
+            "Sort these words in {order} order (ASCII) and return them as a comma-separated list: {words}\nSorted:",
+        ),
         unseen=(
             "I have the words {words}. Put them into {order} alphabetical order, separated by commas.\nResult:",
             "words = {words}\nWrite the words again, alphabetically {order}:",
         ),
     ),
     Task(
-        "word_reversal", "reasoning", "Writes a list of words in reverse order.", **_GYM,
+        "word_reversal",
+        "reasoning",
+        "Writes a list of words in reverse order.",
+        **_GYM,
         items=_word_reversal,
         phrasings=(
             "Reverse this list of words: {words}\nReversed:",

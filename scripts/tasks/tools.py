@@ -81,7 +81,18 @@ def _tool_choice(rng: random.Random) -> Iterator[Item]:
             yield Item({"request": request, "tools": listing}, "ABCD"[tools.index(right)], tuple("ABCD"))
 
 
-_ROOMS = ("kitchen", "bedroom", "bathroom", "garage", "office", "hallway", "attic", "garden", "cellar", "nursery")
+_ROOMS = (
+    "kitchen",
+    "bedroom",
+    "bathroom",
+    "garage",
+    "office",
+    "hallway",
+    "attic",
+    "garden",
+    "cellar",
+    "nursery",
+)
 _DEVICES = ("light", "fan", "heater", "speaker", "blinds", "television", "radio", "humidifier")
 
 

@@ -1,0 +1,28 @@
+"""Packaging; the settings of the linters and of pytest are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="proto-route",
+    version="0.1.0",
+    description="Routes unlabelled queries over a library of LoRA adapters, without labels or training",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["router", "router.*", "merge", "merge.*"]),
+    package_data={"router": ["generic.json", "py.typed"], "merge": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.0",
+        "peft>=0.21",
+        "safetensors>=0.4",
+        "accelerate>=1.0",
+        "scikit-learn>=1.6",
+        "faiss-cpu>=1.10",
+        "pandas>=2.2",
+        "gguf>=0.10",  # reads the embedded base model
+    ],
+    extras_require={
+        "train": ["reasoning-gym>=0.1.25"],
+        "test": ["pytest>=8", "mypy>=1.13", "ruff>=0.9", "pandas-stubs"],
+    },
+)
