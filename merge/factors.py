@@ -7,6 +7,7 @@ rank; all factors are float32 or better, whatever the file held.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -107,4 +108,4 @@ def inner(left: Factors, right: Factors) -> float:
 
 def norm(update: Factors) -> float:
     """Frobenius norm of the update."""
-    return max(inner(update, update), 0.0) ** 0.5
+    return math.sqrt(max(inner(update, update), 0.0))

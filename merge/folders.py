@@ -216,7 +216,7 @@ def write_adapter(
         The uniform rank.
     """
     rank = served_rank(max(update.rank for update in updates.values()))
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,

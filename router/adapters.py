@@ -103,7 +103,7 @@ def _find(spec: str) -> Iterator[tuple[Path, str | None]]:
 
 def _from_hub(spec: str) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = spec.partition("@")
     try:

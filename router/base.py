@@ -157,7 +157,7 @@ def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
     else:
         folder, name, revision = _from_hub(spec)
     place = pick_device(device)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -186,7 +186,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _from_hub(spec: str) -> tuple[Path, str, str | None]:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = spec.partition("@")
     try:

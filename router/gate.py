@@ -81,7 +81,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
                 f"expected responses of {self.n_adapters_} adapters at {self.n_modules_} modules, "
                 f"got {logs.shape[1]} and {logs.shape[2]}"
             )
-        return (self._average(logs) - self.location_) / self.scale_
+        scores: Array = (self._average(logs) - self.location_) / self.scale_
+        return scores
 
     def predict_proba(self, X: ArrayLike) -> Array:
         """Weights, (queries, adapters + 1); rows sum to 1, the last column is the base model."""
@@ -104,4 +105,5 @@ def _logs(X: ArrayLike) -> Array:
     X = np.asarray(X, dtype=np.float64)
     if X.ndim != 3:
         raise ValueError(f"expected responses of shape (queries, adapters, modules), got {X.ndim} dimensions")
-    return np.log(X.clip(_FLOOR))
+    logs: Array = np.log(X.clip(_FLOOR))
+    return logs

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from router.errors import InputError
 from router.methods import method_names
 
 
-def _integer(least: int, word: str | None = None) -> object:
+def _integer(least: int, word: str | None = None) -> Callable[[str], int | None]:
     def parse(text: str) -> int | None:
         if text == word:
             return None
@@ -44,7 +45,6 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m router.main",
         description="Answers unlabelled queries with a routed mixture of LoRA adapters.",
     )
-    integer = _integer
     p.add_argument(
         "-m",
         "--merging_method",
@@ -74,13 +74,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--n_variants",
-        type=integer(1, "auto"),
+        type=_integer(1, "auto"),
         metavar="INT|auto",
         help="merged variants, from 1; auto takes as few as the weights allow, at most 32 (default: auto)",
     )
     p.add_argument(
         "--variant_rank",
-        type=integer(1, "exact"),
+        type=_integer(1, "exact"),
         metavar="INT|exact",
         help="recompress variants to at most this rank (default: exact, no recompression)",
     )
@@ -90,11 +90,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="FLOAT",
         help="of the gate's softmax, in standard deviations of generic text (default: 1.0)",
     )
-    p.add_argument("--top_k", type=integer(1), metavar="INT", help="adapters per query, from 1 (default: 3)")
-    p.add_argument("--seed", type=integer(0), metavar="INT", help="of the clustering (default: 0)")
+    p.add_argument("--top_k", type=_integer(1), metavar="INT", help="adapters per query, from 1 (default: 3)")
+    p.add_argument("--seed", type=_integer(0), metavar="INT", help="of the clustering (default: 0)")
     p.add_argument(
         "--batch_size",
-        type=integer(1, "auto"),
+        type=_integer(1, "auto"),
         metavar="INT|auto",
         help="queries a batch, from 1; auto fills batches by tokens (default: auto)",
     )
@@ -106,10 +106,10 @@ def parser() -> argparse.ArgumentParser:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="default: auto, bfloat16 where the device multiplies it natively, else float32",
     )
-    p.add_argument("--max_gen_len", type=integer(1), metavar="INT", help="new tokens, from 1 (default: 64)")
+    p.add_argument("--max_gen_len", type=_integer(1), metavar="INT", help="new tokens, from 1 (default: 64)")
     p.add_argument(
         "--max_seq_len",
-        type=integer(1, "none"),
+        type=_integer(1, "none"),
         metavar="INT|none",
         help="tokens kept of a prompt, from its start (default: none, all of them)",
     )
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.merging_method is None:
         p.error(f"expected -m NAME, one of {', '.join(method_names())}")
-    given = {
+    given: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(args).items()
         if value is not None and key not in ("merging_method", "list_methods")

@@ -141,7 +141,7 @@ class Merges:
         from peft import PeftConfig, load_peft_weights
 
         for name, revision in self.list_models:
-            kwargs = {"revision": revision} if revision else {}
+            kwargs: dict[str, Any] = {"revision": revision} if revision else {}
             self.loaded_models[name] = load_peft_weights(name, device="cpu", use_safetensors=True, **kwargs)
             self.loaded_configs[name] = PeftConfig.from_pretrained(name, **kwargs)
 

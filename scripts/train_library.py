@@ -192,7 +192,8 @@ def card(task: Task, expert: Expert, examples: int, base_score: float, score: fl
         ],
     )
     phrasings = "\n".join(f"```\n{text}\n```" for text in task.phrasings)
-    targets = ", ".join(expert.targets)
+    lora = f"rank {expert.rank}, alpha {expert.alpha or expert.rank}, {', '.join(expert.targets)}"
+    lora += ", rsLoRA" if expert.use_rslora else ""
     return f"""---
 {data.to_yaml()}
 ---
@@ -205,7 +206,7 @@ def card(task: Task, expert: Expert, examples: int, base_score: float, score: fl
 | --- | --- |
 | skill | {task.skill} |
 | data | {task.source} ({task.licence}), {examples} examples, {expert.epochs} epochs |
-| LoRA | rank {expert.rank}, alpha {expert.alpha or expert.rank}, {targets}{", rsLoRA" if expert.use_rslora else ""} |
+| LoRA | {lora} |
 | learning rate | {expert.rate:g} |
 | share of data/eval answered exactly | {score:.2f} (base model: {base_score:.2f}) |
 

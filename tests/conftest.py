@@ -65,7 +65,8 @@ def tiny_base(tmp_path_factory):
 
 WIDTHS = {
     "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
-    "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48),
+    "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32),
+    "mlp.down_proj": (32, 48),
 }  # fmt: skip
 
 
