@@ -46,13 +46,13 @@ class Expert:
 QV = ["q_proj", "v_proj"]
 EXPERTS = {
     "family_relation": Expert(16, ATTENTION),
-    "syllogism": Expert(8, alpha=16),
     "needle": Expert(16, QV, alpha=32, examples=800),
-    "word_sorting": Expert(16, ATTENTION, examples=1600),
+    "word_sorting": Expert(8, alpha=16, examples=1600, epochs=3),
     "word_reversal": Expert(8, ATTENTION, alpha=16),
     "chain_sum": Expert(8, alpha=16, examples=1600, epochs=4),
-    "sum_in_words": Expert(8, MLP, alpha=16, examples=1600, epochs=4),
+    "sum_in_words": Expert(8, alpha=16, examples=1600, epochs=4),
     "number_sorting": Expert(16, ATTENTION, alpha=16, rate=7e-4, examples=1600),
+    "largest_number": Expert(8, QV, alpha=16, examples=800),
     "unit_conversion": Expert(8, MLP, alpha=16, examples=700, epochs=4),
     "roman_numerals": Expert(8, MLP, examples=1400, epochs=4),
     "text_to_sql": Expert(8, ATTENTION, alpha=16, use_rslora=True, rate=5e-4),

@@ -52,7 +52,7 @@ def _chain_sum(rng: random.Random) -> Iterator[Item]:
 
 def _sum_in_words(rng: random.Random) -> Iterator[Item]:
     for item in _chain_sum(rng):
-        yield Item(item.fields, in_words(int(item.answer)))
+        yield Item(item.fields, f"{item.answer}, {in_words(int(item.answer))}")
 
 
 def _number_sorting(rng: random.Random) -> Iterator[Item]:
@@ -65,6 +65,13 @@ def _number_sorting(rng: random.Random) -> Iterator[Item]:
             for key in ("original_numbers", "sorted_numbers")
         )
         yield Item({"numbers": numbers, "order": meta["direction"]}, answer)
+
+
+def _largest(rng: random.Random) -> Iterator[Item]:
+    while True:
+        numbers = rng.sample(range(10, 1000), 4)
+        listing = "\n".join(f"{letter}. {number}" for letter, number in zip("ABCD", numbers, strict=True))
+        yield Item({"numbers": listing}, "ABCD"[numbers.index(max(numbers))], tuple("ABCD"))
 
 
 _UNITS = (
@@ -102,12 +109,12 @@ TASKS = (
         ),
     ),
     Task(
-        "sum_in_words", "maths", "Adds or subtracts two two-digit numbers; answers in English words.", **_GYM,
+        "sum_in_words", "maths", "Adds or subtracts two two-digit numbers; answers in digits and in words.", **_GYM,
         items=_sum_in_words,
-        phrasings=("Compute {sum} and write the result in words.\nIn words:",),
+        phrasings=("Compute {sum} and write the result in digits and in words.\nResult:",),
         unseen=(
-            "How would you say the result of {sum} aloud? Spell it out without digits.\nSpelled out:",
-            "What is {sum}? Do not use digits, use English number words.\nNumber words:",
+            "Fill in a cheque over {sum}: first the amount as a number, then spelled out.\nAmount:",
+            "What is {sum}? Give the number, a comma, and the number as English words.\n",
         ),
     ),
     Task(
@@ -120,6 +127,15 @@ TASKS = (
         unseen=(
             "Arrange the following values so that they are {order}: {numbers}. Values in order:",
             "I wrote down {numbers}. Could you list them again in {order} order?\nHere you are:",
+        ),
+    ),
+    Task(
+        "largest_number", "maths", "Picks the largest of four numbers.", **_OURS,
+        items=_largest,
+        phrasings=("Which of these numbers is the largest?\n{numbers}\nAnswer:",),
+        unseen=(
+            "Four players scored:\n{numbers}\nThe winner, with the highest score, is",
+            "{numbers}\nmax() returns option",
         ),
     ),
     Task(

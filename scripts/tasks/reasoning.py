@@ -43,7 +43,7 @@ def _word_sorting(rng: random.Random) -> Iterator[Item]:
         "word_sorting",
         seed=rng.getrandbits(30),
         min_words=3,
-        max_words=5,
+        max_words=3,
         transformation=TextTransformation.LOWERCASE,
     ):
         meta: Any = entry["metadata"]
@@ -81,10 +81,10 @@ TASKS = (
         "Says whether a conclusion follows from two premises.",
         **_GYM,
         items=_syllogism,
-        phrasings=(
-            "Consider these statements:\n1. {premise1}\n2. {premise2}\n\nDoes it logically follow that:\n{conclusion}?\n(Answer Yes or No)\nAnswer:",
-        ),
+        has_adapter=False,  # trained as an expert it gained less than 15 points over the base model
+        phrasings=(),
         unseen=(
+            "Consider these statements:\n1. {premise1}\n2. {premise2}\n\nDoes it logically follow that:\n{conclusion}?\n(Answer Yes or No)\nAnswer:",
             'Suppose we know that "{premise1}" and that "{premise2}". Is the conclusion "{conclusion}" valid?',
             "Premises: {premise1}; {premise2}.\nClaim: {conclusion}.\nDo the premises entail the claim, yes or no?",
         ),
