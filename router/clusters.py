@@ -71,6 +71,7 @@ def _kmeans(weights: Array, k: int, seed: int) -> Clusters:
     else:
         kmeans = faiss.Kmeans(
             points.shape[1], k, niter=25, nredo=4, seed=seed, min_points_per_centroid=1,
+            init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
             max_points_per_centroid=max(256, len(points)),
         )  # fmt: skip
         kmeans.train(points)
