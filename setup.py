@@ -17,7 +17,7 @@ setup(
         "safetensors>=0.4",
         "accelerate>=1.0",
         "scikit-learn>=1.6",
-        "faiss-cpu>=1.10",
+        "faiss-cpu>=1.14.2",  # k-means++
         "pandas>=2.2",
         "gguf>=0.10",  # reads the embedded base model
     ],

@@ -69,6 +69,7 @@ def _kmeans(weights: Array, k: int, seed: int) -> Clusters:
     if k == 1:
         labels = np.zeros(len(points), dtype=np.int64)
     else:
+        # k-means++, since randomly chosen first centroids leave whole groups without one.
         kmeans = faiss.Kmeans(
             points.shape[1], k, niter=25, nredo=4, seed=seed, min_points_per_centroid=1,
             init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,

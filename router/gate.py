@@ -16,16 +16,22 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 Array = NDArray[np.float64]
+SIGNIFICANCE = 0.05  # share of generic text that may look like an adapter's own
 _FLOOR = 1e-6  # responses are cosines; below this they are noise
 
 
 class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     """Soft weights over the adapters and the base model.
 
-    `fit` learns what generic text makes each adapter respond, module by module; a query's score
-    is how far beyond it responds, in standard deviations, averaged over the adapter's modules and
-    standardised again. The base model is a candidate with the score that generic text itself
-    reaches at its best adapter: a query that stands out no more than that belongs to no adapter.
+    `fit` learns how adapters respond to generic text. A query's responses are standardised against
+    it, adapter by adapter and module by module: `z = (log R - mean) / std`. What all adapters feel
+    alike at a module, because the query is unlike generic text as such, is taken out; it is
+    estimated from their mean as in a random-effects model, `c = n rho / (1 + (n - 1) rho) * mean_i z`,
+    with rho the correlation of two adapters' z over generic text. The rest is averaged over each
+    adapter's modules and standardised again: the score.
+
+    The base model is a candidate too, with the score that one in twenty generic texts reaches at
+    its best adapter: a query that stands out no more than that belongs to no adapter.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
@@ -33,6 +39,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     Attributes:
         mean_, std_: (adapters, modules) of the log response over the reference queries.
+        common_: (modules,) factor of the adapters' mean that is taken out.
         location_, scale_: (adapters,) of the score averaged over modules.
         base_score_: score of the base model.
     """
@@ -60,17 +67,18 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.n_adapters_, self.n_modules_ = logs.shape[1:]
         self.mean_ = logs.mean(0)
         self.std_ = logs.std(0, ddof=1).clip(1e-3)
+        self.common_ = _common_factor((logs - self.mean_) / self.std_)
         raw = self._average(logs)
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
         best = ((raw - self.location_) / self.scale_).max(1)
-        self.base_score_ = float(best.mean() + best.std())
+        self.base_score_ = float(np.quantile(best, 1 - SIGNIFICANCE))
         return self
 
     def _average(self, logs: Array) -> Array:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            mean: Array = np.nanmean((logs - self.mean_) / self.std_, axis=2)
-        return mean
+        """Standardised responses less what is common, averaged over modules, (queries, adapters)."""
+        z = (logs - self.mean_) / self.std_
+        z -= self.common_ * _nanmean(z, 1)[:, None]
+        return _nanmean(z, 2)
 
     def decision_function(self, X: ArrayLike) -> Array:
         """Calibrated scores, (queries, adapters), in standard deviations of generic text."""
@@ -99,6 +107,27 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
         """The heaviest candidate of each query; the number of adapters means the base model."""
         return np.asarray(self.predict_proba(X).argmax(1))
+
+
+def _common_factor(z: Array) -> Array:
+    """n rho / (1 + (n - 1) rho) per module, from z (queries, adapters, modules); 0 where n < 2.
+
+    rho is the mean correlation of two adapters, from the variance of their mean:
+    `var(mean) = (1 + (n - 1) rho) / n` for n unit variances.
+    """
+    n = (~np.isnan(z[0])).sum(0)  # (modules,) adapters with a prototype
+    spread = _nanmean(z, 1).var(0, ddof=1) * n  # (modules,) 1 + (n - 1) rho
+    rho = ((spread - 1) / np.maximum(n - 1, 1)).clip(0, 1)
+    factor: Array = np.where(n > 1, n * rho / (1 + (n - 1) * rho), 0.0)
+    return factor
+
+
+def _nanmean(values: Array, axis: int) -> Array:
+    """Mean over an axis without NaN; NaN, and no warning, where nothing is left."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        mean: Array = np.nanmean(values, axis=axis)
+    return mean
 
 
 def _logs(X: ArrayLike) -> Array:

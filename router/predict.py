@@ -100,9 +100,22 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
     for new in out[:, ids.shape[1] :].tolist():
         if tokenizer.eos_token_id in new:
             new = new[: new.index(tokenizer.eos_token_id) + 1]
-        text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        answers.append(Answer(text.removeprefix(" "), tuple(new)))
+        answers.append(Answer(_continuation(tokenizer, new), tuple(new)))
     return answers
+
+
+def _continuation(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text without special tokens and without one leading blank.
+
+    Llama's tokenizer drops the first blank of a text by itself and others do not, so the ids are
+    decoded after a letter.
+    """
+    lead = tokenizer("a", add_special_tokens=False)["input_ids"]
+    before, text = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (lead, [*lead, *ids])
+    )
+    return str(text.removeprefix(before).removeprefix(" "))
 
 
 def score_choices(

@@ -87,8 +87,8 @@ def responses(
     """How strongly each prompt sets each adapter's update free, module by module.
 
     For every counted token, the input is centred with `means`, and its cosine to the prototype is
-    `sqrt(sum_j w_j (v_j . x)^2) / norm(x)`, in [0, 1]; the prompt's response is the largest over
-    its tokens.
+    `sqrt(sum_j w_j (v_j . x)^2) / norm(x)`, in [0, 1]; the prompt's response is the mean over its
+    tokens.
 
     Args:
         model: the base model.
@@ -119,12 +119,11 @@ def responses(
                 shares = torch.zeros((len(x), n_adapters), device=x.device)
                 shares.index_add_(1, proto.owners, along.square() * proto.weights)
                 cosine = (shares / size).sqrt()  # (T', adapters)
-                index = token_row[:, None].expand_as(cosine)
-                part[:, :, place[name]].scatter_reduce_(0, index, cosine, "amax")
+                part[:, :, place[name]].index_add_(0, token_row, cosine)
 
             with _hooked(model, names, visit):
                 _forward(model, ids, mask)
-            out[batch] = part.cpu().numpy()
+            out[batch] = (part / counted.sum(1)[:, None, None]).cpu().numpy()
     for name, m in place.items():
         absent = np.setdiff1d(np.arange(n_adapters), prototypes[name].owners.cpu().numpy())
         out[:, absent, m] = np.nan
