@@ -198,9 +198,9 @@ class Routed(Merges):
         work = Path(tempfile.mkdtemp(prefix=".variants.", dir=settings.output_folder))
         try:
             with self.stages("variants"):
-                folders = [self._write(work / str(n), v) for n, v in enumerate(self.variants)]
+                self.save_model(work)
             with self.stages("predict"):
-                answers = self._predict(queries, folders)
+                answers = self._predict(queries, work)
             final = settings.output_folder / "variants"
             shutil.rmtree(final, ignore_errors=True)
             work.chmod(0o755)
@@ -211,18 +211,22 @@ class Routed(Merges):
 
     _answer = answer  # the kit's two calls route the batch that they are given
 
-    def _write(self, path: Path, variant: Variant) -> Path | None:
-        if not variant.weights:
-            return None
-        write_variant(path, variant, self.adapters, self.base, self.shapes, self.settings.variant_rank)
-        return path
+    def save_model(self, output_dir: str | Path) -> None:
+        """Writes each variant of the last answers as a PEFT folder, named by its number.
 
-    def _predict(self, queries: Sequence[Query], folders: Sequence[Path | None]) -> list[Answer]:
+        A variant that is the plain base model has no folder.
+        """
+        for n, variant in enumerate(self.variants):
+            if variant.weights:
+                path, rank = Path(output_dir) / str(n), self.settings.variant_rank
+                write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
+
+    def _predict(self, queries: Sequence[Query], folder: Path) -> list[Answer]:
         answers: dict[int, Answer] = {}
         with tqdm(total=len(queries), desc="predict", unit="query", disable=None) as progress:
-            for n, folder in enumerate(folders):
+            for n, variant in enumerate(self.variants):
                 members = np.flatnonzero(self.clusters.labels == n).tolist()
-                with live(self.base, folder) as model:
+                with live(self.base, folder / str(n) if variant.weights else None) as model:
                     part = self._answer_with(model, [queries[m] for m in members], progress.update)
                 answers.update(zip(members, part, strict=True))
         return [answers[n] for n in range(len(queries))]

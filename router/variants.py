@@ -110,7 +110,12 @@ def live(base: Base, folder: Path | None) -> Iterator[Any]:
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(
-        base.model, folder, adapter_name="variant", autocast_adapter_dtype=False, low_cpu_mem_usage=True
+        base.model,
+        folder,
+        adapter_name="variant",
+        torch_device=str(base.model.device),
+        autocast_adapter_dtype=False,  # in the base model's dtype, not float32
+        low_cpu_mem_usage=True,  # no random initialisation first
     )
     model.eval()
     try:

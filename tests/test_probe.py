@@ -1,7 +1,7 @@
 import numpy as np
 import torch
-from merge.factors import dense
 
+from merge.factors import dense
 from router.adapters import load_library
 from router.base import load_base
 from router.predict import encode

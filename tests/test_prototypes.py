@@ -1,7 +1,7 @@
 import torch
 from conftest import write_tiny_adapter
-from merge.factors import dense
 
+from merge.factors import dense
 from router.adapters import load_library
 from router.prototypes import prototypes
 
