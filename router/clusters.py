@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 MAX_VARIANTS = 32
-TOLERANCE = 0.05  # total variation between a query's own weights and its variant's
+# Total variation distance between a query's own weights and its variant's: on average, and at
+# worst. The second keeps the few queries of a rare task from drowning in a large group.
+MEAN_LOSS, WORST_LOSS = 0.05, 0.5
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,8 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
 
     Args:
         weights: (queries, candidates), rows sum to 1.
-        n_variants: how many groups; None takes the fewest, at most MAX_VARIANTS, for which
-            queries lose on average no more than TOLERANCE of their weight (total variation
-            distance to their group's mean).
+        n_variants: how many groups; None takes the fewest, at most MAX_VARIANTS, for which the
+            losses are on average at most MEAN_LOSS and none is above WORST_LOSS.
         seed: of k-means.
 
     Raises:
@@ -50,16 +51,18 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
     while low < high:
         middle = (low + high) // 2
         tried = _kmeans(weights, middle, seed)
-        if loss(weights, tried) <= TOLERANCE:
+        lost = losses(weights, tried)
+        if lost.mean() <= MEAN_LOSS and lost.max() <= WORST_LOSS:
             high, best = middle, tried
         else:
             low = middle + 1
     return best
 
 
-def loss(weights: Array, clusters: Clusters) -> float:
-    """Mean total variation distance, in [0, 1], between queries' weights and their variants'."""
-    return float(np.abs(weights - clusters.weights[clusters.labels]).sum(1).mean() / 2)
+def losses(weights: Array, clusters: Clusters) -> Array:
+    """Total variation distance of each query's weights to its variant's, (queries,) in [0, 1]."""
+    distances: Array = np.abs(weights - clusters.weights[clusters.labels]).sum(1) / 2
+    return distances
 
 
 def _kmeans(weights: Array, k: int, seed: int) -> Clusters:
