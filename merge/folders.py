@@ -149,9 +149,14 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path}: expected plain LoRA, got {key} = {value!r}, which would be lost in a merge; "
                 "leave the adapter out of --adapters"
             )
-    for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise AdapterError(f"{file}: expected {key} to be a JSON object, got {patterns!r}")
+        numbers |= {f"{key} of {pattern}": value for pattern, value in patterns.items()}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise AdapterError(f"{file}: expected {key} to be a positive number, got {value!r}")
     return config
 

@@ -111,7 +111,7 @@ def _from_hub(spec: str) -> tuple[Path, str]:
             snapshot_download(name, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"--adapters {spec}: no such folder, no such name in {LIBRARY}, and the hub could not give "
             f"it ({reason}). Where there is no network, download the adapter elsewhere and pass its folder."

@@ -198,7 +198,7 @@ def _from_hub(spec: str) -> tuple[Path, str, str | None]:
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"--base_model {spec}: expected a folder, `embedded`, or a model on the hub; "
             f"the hub could not give it ({reason}). "

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import median_abs_deviation, norm
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
@@ -30,8 +31,10 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     with rho the correlation of two adapters' z over generic text. The rest is averaged over each
     adapter's modules and standardised again: the score.
 
-    The base model is a candidate too, with the score that one in twenty generic texts reaches at
-    its best adapter: a query that stands out no more than that belongs to no adapter.
+    The base model is a candidate too, with the score that generic text reaches at its best adapter
+    once in twenty times: a query that stands out no more than that belongs to no adapter. That level
+    comes from the median and the median absolute deviation of the best scores, as some of the generic
+    texts may well be an adapter's own.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
@@ -71,7 +74,9 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         raw = self._average(logs)
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
         best = ((raw - self.location_) / self.scale_).max(1)
-        self.base_score_ = float(np.quantile(best, 1 - SIGNIFICANCE))
+        middle = np.median(best)
+        spread = median_abs_deviation(best, scale="normal")
+        self.base_score_ = float(middle + norm.isf(SIGNIFICANCE) * spread)
         return self
 
     def _average(self, logs: Array) -> Array:

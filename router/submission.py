@@ -131,10 +131,20 @@ def replacing(path: Path) -> Iterator[TextIO]:
         raise
 
 
+class _UnixLines:
+    """Ends each row with `\\n`, where csv quotes a bare carriage return only if its line end has one."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, row: str) -> int:
+        return self.file.write(row.removesuffix("\r\n") + "\n")
+
+
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Writes a CSV file as pandas and the starter kit do: minimal quotes, `\\n` line ends."""
     with replacing(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(_UnixLines(file), lineterminator="\r\n")
         writer.writerow(header)
         writer.writerows(rows)
 

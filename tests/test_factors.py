@@ -1,0 +1,119 @@
+"""The algebra on factors equals the same algebra on dense float64 matrices."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from merge.factors import Factors, dense, inner, norm, pad, recompress, scaled, svd, weighted_sum
+
+
+def update(d_out, rank, d_in, seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((rank, d_in)), rng.standard_normal((d_out, rank))
+    return Factors(torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32))
+
+
+def delta(factors):
+    """The update as numpy float64, not by the code under test."""
+    return factors.b.double().numpy() @ factors.a.double().numpy()
+
+
+UPDATES = [update(20, rank, 30, seed) for seed, rank in enumerate((4, 1, 7))]
+# Square, wide, tall, of full rank, and with more columns than the update has rank.
+SHAPES = [(20, 4, 30), (30, 4, 20), (12, 12, 12), (6, 10, 30), (30, 10, 6), (3, 9, 3), (5, 1, 5)]
+
+
+def test_dense_and_scaled():
+    assert UPDATES[2].rank == 7
+    np.testing.assert_allclose(dense(UPDATES[0]), delta(UPDATES[0]), atol=1e-5)
+    np.testing.assert_allclose(delta(scaled(UPDATES[0], -2.5)), -2.5 * delta(UPDATES[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "weights", [(0.5, 0.3, 0.2), (1.0, -2.0, 0.25), (-1.0, -1.0, -1.0), (0.0, 1.0, 0.0), (1e-3, 40.0, -7.0)]
+)
+def test_weighted_sum_is_the_dense_sum(weights):
+    found = weighted_sum(UPDATES, weights)
+    expected = sum(weight * delta(part) for weight, part in zip(weights, UPDATES, strict=True))
+    assert found.rank == 12
+    np.testing.assert_allclose(delta(found), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_opposite_weights_cancel():
+    found = delta(weighted_sum([UPDATES[0], UPDATES[0]], [3.0, -3.0]))
+    np.testing.assert_allclose(found, np.zeros((20, 30)), atol=1e-5)
+
+
+def test_weights_are_shared_evenly_so_that_half_precision_holds_both_factors():
+    one = Factors(torch.ones(1, 4), torch.ones(4, 1))
+    found = weighted_sum([one], [-1e-6])
+    np.testing.assert_allclose(found.a.abs().numpy(), 1e-3, rtol=1e-6)
+    np.testing.assert_allclose(found.b.abs().numpy(), 1e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("updates", "weights"), [([], []), (UPDATES, [1.0]), (UPDATES[:1], [0.5, 0.5])])
+def test_weighted_sum_wants_one_weight_per_update(updates, weights):
+    with pytest.raises(ValueError, match=f"got {len(updates)} updates, {len(weights)} weights"):
+        weighted_sum(updates, weights)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_svd_is_that_of_the_dense_update(shape):
+    factors = update(*shape, seed=8)
+    u, s, vh = svd(factors)
+    k = min(shape)
+    assert (u.shape, s.shape, vh.shape) == ((shape[0], k), (k,), (k, shape[2]))
+    np.testing.assert_allclose(s, np.linalg.svd(delta(factors), compute_uv=False)[:k], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose((u * s) @ vh, delta(factors), atol=1e-4)
+    np.testing.assert_allclose(u.T @ u, np.eye(k), atol=1e-5)
+    np.testing.assert_allclose(vh @ vh.T, np.eye(k), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_recompress_is_the_truncated_dense_svd(shape, rank):
+    factors = update(*shape, seed=9)
+    u, s, vh = np.linalg.svd(delta(factors), full_matrices=False)
+    found = recompress(factors, rank)
+    assert found.rank <= rank
+    np.testing.assert_allclose(delta(found), (u[:, :rank] * s[:rank]) @ vh[:rank], atol=2e-4)
+
+
+def test_recompress_shares_the_singular_values_evenly():
+    found = recompress(UPDATES[2], 3)
+    np.testing.assert_allclose(found.a.norm(dim=1), found.b.norm(dim=0), rtol=1e-5)
+
+
+def test_recompress_of_zero_is_zero_and_of_repeated_factors_exact():
+    assert not delta(recompress(Factors(torch.zeros(3, 8), torch.zeros(5, 3)), 2)).any()
+    twice = weighted_sum([UPDATES[0], UPDATES[0]], [0.5, 0.5])
+    np.testing.assert_allclose(delta(recompress(twice, 4)), delta(UPDATES[0]), atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_recompress_wants_a_positive_rank(rank):
+    with pytest.raises(ValueError, match=f"at least 1, got {rank}"):
+        recompress(UPDATES[0], rank)
+
+
+def test_pad_adds_nothing_but_zeros():
+    found = pad(UPDATES[0], 9)
+    assert found.a.shape == (9, 30) and found.b.shape == (20, 9)
+    assert (delta(found) == delta(UPDATES[0])).all()
+    assert torch.equal(pad(UPDATES[0], 4).a, UPDATES[0].a)
+    with pytest.raises(ValueError, match="cannot pad rank 4 to 3"):
+        pad(UPDATES[0], 3)
+
+
+def test_inner_and_norm_are_frobenius():
+    for left in UPDATES:
+        for right in UPDATES:
+            assert inner(left, right) == pytest.approx((delta(left) * delta(right)).sum(), rel=1e-3, abs=1e-2)
+        assert norm(left) == pytest.approx(np.linalg.norm(delta(left)), rel=1e-5)
+
+
+def test_norm_of_a_cancelled_update_is_no_nan():
+    cancelled = norm(weighted_sum([UPDATES[2], UPDATES[2]], [1.0, -1.0]))
+    assert not math.isnan(cancelled) and cancelled < 0.1

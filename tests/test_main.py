@@ -1,0 +1,400 @@
+"""The command, from flags to files: answers, records, refusals, and a starter kit's method."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_tiny_adapter
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import router.methods
+from router.main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ("id", "input", "eval_type", "answer_choices", "adapter")
+ROWS = [
+    ("g1", "What is two and two?", "generation", "None", "attention"),
+    ("m1", "Which is a fruit, stone or pear? ", "multiple_choice", "['stone', 'pear']", "mlp"),
+    ("g2", "NA", "generation", "['a', 'b']", "mlp"),
+    ("m2", 'Say "x", y\nor z.', "multiple_choice", "['x', 'y', 'z', 'none']", "base"),
+    ("g3", "Bonjour, comment allez-vous aujourd'hui ?", "generation", "", "everything"),
+    ("g4", "1 + 1 =", "generation", "", "base"),
+]
+NAMES = ["attention", "everything", "mlp"]
+METHODS = ["base", "average", "proto_route", "oracle"]
+
+
+def write_queries(path, columns=COLUMNS, rows=ROWS):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(row[: len(columns)] for row in rows)
+    return path
+
+
+def read_table(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, strict=True))
+
+
+@pytest.fixture()
+def command(tmp_path, tiny_base, tiny_library):
+    """Runs a method on the queries; returns the exit code and the output folder."""
+    write_queries(tmp_path / "queries.csv")
+
+    def run(method, *flags, out="out"):
+        argv = [
+            "-m", method, "--dataset_filepaths", tmp_path / "queries.csv", "--adapters", tiny_library,
+            "--base_model", tiny_base, "--output_folder", tmp_path / out, "--dtype", "float32",
+            "--device", "cpu", "--max_gen_len", 6, *flags,
+        ]  # fmt: skip
+        return main([str(word) for word in argv]), tmp_path / out
+
+    return run
+
+
+def plain_model(tiny_base):
+    return AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+
+
+def answers_of(model, tiny_base, rows):
+    """Query by query, with neither batches nor cache sharing: greedy, and the likeliest choice."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    answers = []
+    for _, text, kind, choices, *_ in rows:
+        prompt = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            if kind == "generation":
+                new = model.generate(
+                    input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6,
+                    do_sample=False,
+                )[0, prompt.shape[1] :]  # fmt: skip
+                answers.append(tokenizer.decode(new, skip_special_tokens=True).removeprefix(" "))
+                continue
+            scores = []
+            for choice in json.loads(choices.replace("'", '"')):
+                tail = torch.tensor([[*tokenizer(choice)["input_ids"], tokenizer.eos_token_id]])
+                logp = model(input_ids=torch.cat([prompt, tail], 1)).logits[0].log_softmax(-1)
+                scores.append(float(logp[prompt.shape[1] - 1 : -1].gather(1, tail.T).sum()))
+            answers.append(str(scores.index(max(scores))))
+    return [answer if answer.strip() else "unknown" for answer in answers]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_base, tiny_library, method):
+    code, out = command(method)
+    assert code == 0 and str(out) in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {
+        "queries.csv", "queries.routing.csv", "run.json", "variants",
+    }  # fmt: skip
+    answers = read_table(out / "queries.csv")
+    assert [(row["id"], row["dummy_field"]) for row in answers] == [(row[0], "0") for row in ROWS]
+    assert all(row["prediction"] for row in answers)
+
+    routing, record = read_table(out / "queries.routing.csv"), json.loads((out / "run.json").read_text())
+    assert list(routing[0]) == ["id", "variant", *NAMES, "base"]
+    assert [row["id"] for row in routing] == [row[0] for row in ROWS]
+    for row in routing:
+        weights = [float(row[name]) for name in (*NAMES, "base")]
+        assert min(weights) >= 0 and sum(weights) == pytest.approx(1, abs=1e-5)
+
+    assert record["method"] == method
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["flags"]["max_gen_len"] == 6 and record["flags"]["output_folder"] == str(out)
+    assert (
+        record["seconds"].keys() == record["peak_mib"].keys() >= {"load", "clusters", "variants", "predict"}
+    )
+    base = {"name": str(tiny_base), "revision": None, "dtype": "float32", "device": "cpu"}
+    weight_file = (tiny_base / "model.safetensors").read_bytes()
+    assert record["base"] == base | {"sha256": hashlib.sha256(weight_file).hexdigest()}
+    assert list(record["adapters"]) == NAMES
+    for name, adapter in record["adapters"].items():
+        data = (tiny_library / name / "adapter_model.safetensors").read_bytes()
+        assert adapter == {"revision": None, "sha256": hashlib.sha256(data).hexdigest()}
+
+    assert len(record["variants"]) == record["n_variants"]
+    for n, variant in enumerate(record["variants"]):
+        assert variant["queries"] == sum(row["variant"] == str(n) for row in routing) > 0
+        assert sum(variant["weights"].values()) == pytest.approx(1)
+    folders = [variant["folder"] for variant in record["variants"] if variant["folder"]]
+    assert sorted(folders) == sorted(f"variants/{path.name}" for path in (out / "variants").iterdir())
+    for folder in folders:
+        model = PeftModel.from_pretrained(plain_model(tiny_base), out / folder)
+        assert model.peft_config["default"].base_model_name_or_path == str(tiny_base)
+        assert any(weight.abs().max() > 0 for name, weight in model.named_parameters() if "lora_B" in name)
+
+
+def test_the_methods_weights(command):
+    found = {}
+    for method in METHODS[:2]:
+        code, out = command(method)
+        assert code == 0
+        found[method] = json.loads((out / "run.json").read_text())["variants"]
+    assert found["base"] == [{"folder": None, "queries": 6, "weights": {"base": 1.0}}]
+    (average,) = found["average"]
+    assert average["weights"] == pytest.approx(dict.fromkeys(NAMES, 1 / 3) | {"base": 0})
+
+
+def test_oracle_answers_with_each_querys_own_adapter(command, tiny_base, tiny_library):
+    code, out = command("oracle")
+    assert code == 0
+    found = {row["id"]: row["prediction"] for row in read_table(out / "queries.csv")}
+    for name in (*NAMES, "base"):
+        rows = [row for row in ROWS if row[4] == name]
+        model = plain_model(tiny_base)
+        if name != "base":
+            model = PeftModel.from_pretrained(model, tiny_library / name).eval()
+        assert [found[row[0]] for row in rows] == answers_of(model, tiny_base, rows)
+    for row, own in zip(read_table(out / "queries.routing.csv"), ROWS, strict=True):
+        assert float(row[own[4]]) == 1
+
+
+def test_base_answers_with_the_base_model(command, tiny_base):
+    _, out = command("base")
+    found = [row["prediction"] for row in read_table(out / "queries.csv")]
+    assert found == answers_of(plain_model(tiny_base), tiny_base, ROWS)
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "run.json"
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_command_gives_the_same_bytes(command, method):
+    first, second = (command(method, out=name)[1] for name in ("one", "two"))
+    assert contents(first) == contents(second)
+    assert len(contents(first)) >= 2
+    records = [json.loads((folder / "run.json").read_text()) for folder in (first, second)]
+    for record in records:
+        del record["seconds"], record["peak_mib"], record["flags"]["output_folder"]
+    assert records[0] == records[1]
+
+
+def test_batches_and_variants_asked_for(command):
+    _, whole = command("oracle", out="whole")
+    _, single = command("oracle", "--batch_size", 1, out="single")
+    assert contents(whole) == contents(single)
+    code, merged = command("oracle", "--n_variants", 1, "--variant_rank", 2, out="merged")
+    assert code == 0
+    assert [path.name for path in (merged / "variants").iterdir()] == ["0"]
+    tensors = load_file(merged / "variants" / "0" / "adapter_model.safetensors")
+    assert {min(value.shape) for value in tensors.values()} == {8}  # 2, padded to a rank that engines take
+
+
+def test_a_second_run_replaces_the_first(command):
+    command("oracle")
+    _, out = command("base")
+    assert list((out / "variants").iterdir()) == []
+    assert {path.name for path in out.iterdir()} == {
+        "queries.csv", "queries.routing.csv", "run.json", "variants",
+    }  # fmt: skip
+    assert {row["base"] for row in read_table(out / "queries.routing.csv")} == {"1"}
+
+
+def test_every_query_file_gets_its_own_answers(command, tmp_path):
+    second = write_queries(tmp_path / "more.csv", rows=ROWS[3:5])
+    _, alone = command("oracle", out="alone")
+    code, out = command("oracle", "--dataset_filepaths", second, tmp_path / "queries.csv")
+    assert code == 0
+    assert (out / "queries.csv").read_bytes() == (alone / "queries.csv").read_bytes()
+    assert read_table(out / "more.csv") == read_table(alone / "queries.csv")[3:5]
+    assert [row["id"] for row in read_table(out / "more.routing.csv")] == ["m2", "g3"]
+
+
+def foreign(tmp_path):
+    """An adapter for a base model of half the width."""
+    folder = write_tiny_adapter(tmp_path / "foreign", 1, kinds=("self_attn.q_proj",))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    halves = {key: value[:, :16] if "lora_A" in key else value[:16] for key, value in tensors.items()}
+    save_file(
+        {key: value.contiguous() for key, value in halves.items()}, folder / "adapter_model.safetensors"
+    )
+    return folder
+
+
+def other_file(tmp_path, name, **spec):
+    (tmp_path / name).mkdir()
+    return write_queries(tmp_path / name / "queries.csv", **spec)
+
+
+REFUSED = {
+    "missing CSV": lambda t: ("base", ["--dataset_filepaths", t / "none.csv"], "none.csv: expected a CSV"),
+    "bad eval_type": lambda t: (
+        "base",
+        ["--dataset_filepaths", other_file(t, "bad", rows=[("1", "a", "choice", "", "")])],
+        "line 2, column eval_type: expected generation or multiple_choice, got 'choice'",
+    ),
+    "files of one name": lambda t: (
+        "base",
+        ["--dataset_filepaths", t / "queries.csv", other_file(t, "twin")],
+        "two files are called queries.csv",
+    ),
+    "another base": lambda t: ("average", ["--adapters", foreign(t)], "adapter of another base model?"),
+    "no base": lambda t: ("average", ["--base_model", t / "no" / "model"], "--base_model"),
+    "DoRA": lambda t: (
+        "average",
+        ["--adapters", write_tiny_adapter(t / "dora", 1, use_dora=True)],
+        "dora: expected plain LoRA, got use_dora = True",
+    ),
+    "no labels": lambda t: (
+        "oracle",
+        ["--dataset_filepaths", other_file(t, "bare", columns=COLUMNS[:4])],
+        "adapter is missing",
+    ),
+    "unknown label": lambda t: (
+        "oracle",
+        ["--dataset_filepaths", other_file(t, "odd", rows=[("1", "a", "generation", "", "lyrics")])],
+        "line 2, column adapter: 'lyrics' is not in the library",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_a_person_can_mend_is_one_line_and_exit_code_2(command, capsys, tmp_path, kind):
+    method, flags, cause = REFUSED[kind](tmp_path)
+    code, out = command(method, *flags)
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert cause in captured.err
+    assert not out.exists()
+
+
+def test_adapters_of_two_bases_need_a_base_model(capsys, tmp_path, tiny_library):
+    write_tiny_adapter(tiny_library / "other", 9, base_model_name_or_path="huge")
+    write_queries(tmp_path / "queries.csv")
+    argv = ["--dataset_filepaths", str(tmp_path / "queries.csv"), "--adapters", str(tiny_library)]
+    assert main(["-m", "average", *argv, "--output_folder", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "other names huge" in error and "--base_model" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "accepted"),
+    [
+        (["-m", "nope"], METHODS),
+        ([], METHODS),
+        (["--n_variants", "0"], ["--n_variants", "whole number from 1 or auto", "'0'"]),
+        (["--n_variants", "few"], ["whole number from 1 or auto", "'few'"]),
+        (["--variant_rank", "-1"], ["--variant_rank", "whole number from 1 or exact"]),
+        (["--top_k", "2.5"], ["--top_k", "whole number from 1,", "'2.5'"]),
+        (["--seed", "-1"], ["--seed", "whole number from 0"]),
+        (["--batch_size", "all"], ["--batch_size", "whole number from 1 or auto"]),
+        (["--max_seq_len", "x"], ["--max_seq_len", "whole number from 1 or none"]),
+        (["--temperature", "0"], ["--temperature", "a number above 0", "'0'"]),
+        (["--temperature", "nan"], ["--temperature", "a number above 0"]),
+        (["--dtype", "int8"], ["auto", "float32", "bfloat16", "float16"]),
+        (["--device", "tpu"], ["auto", "cpu", "cuda"]),
+        (["--scoring", "best"], ["full", "kit"]),
+    ],
+)
+def test_wrong_flags_are_refused_with_what_is_accepted(capsys, flags, accepted):
+    with pytest.raises(SystemExit) as caught:
+        main(flags if flags[:1] == ["-m"] or not flags else ["-m", "base", *flags])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert all(word in error for word in accepted)
+
+
+@pytest.mark.parametrize("flag", ["--list_methods", "--help"])
+def test_listing_and_help_load_no_model_library(flag):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "router.main", flag],
+        cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "argparse" in imported
+    assert not imported & {"torch", "transformers", "peft", "numpy", "sklearn"}
+    if flag == "--list_methods":
+        files = (ROOT / "router" / "methods").glob("*.py")
+        assert done.stdout.split() == sorted(path.stem for path in files if path.stem != "__init__")
+    else:
+        assert all(word in done.stdout for word in [*METHODS, "--dataset_filepaths", "--adapters"])
+
+
+KIT_METHOD = """
+import torch
+from peft import get_peft_model, set_peft_model_state_dict
+
+from router.merges import Merges
+
+
+class KitAvg(Merges):
+    def __init__(self, name):
+        super().__init__(name)
+        self.list_models = [(FIRST, None), (SECOND, None)]
+        self.base_model_name = BASE
+        self.base_model_revision_id = None
+        self.max_seq_len = None
+        self.max_gen_len = 6
+        self.device = torch.device("cpu")
+        self.architecture = "decoder"
+
+    def merge(self):
+        super()._load_huggingface_models_and_configs()
+        parameters = list(self.loaded_models.values())
+        config = list(self.loaded_configs.values())[0]
+        for name in sorted(parameters[0]):
+            self.merged_model[name] = torch.stack([p[name] for p in parameters]).mean(0)
+        self._load_base_model()
+        self._load_tokenizer()
+        self.base_model = get_peft_model(self.base_model, config)
+        set_peft_model_state_dict(self.base_model, self.merged_model)
+        self.base_model.eval()
+        return self.base_model
+"""
+
+
+@pytest.fixture()
+def kit_method(tmp_path, tiny_base, monkeypatch):
+    """A starter kit's method in a new file among the methods; returns its two adapter folders."""
+    folders = [
+        write_tiny_adapter(tmp_path / "kit" / name, seed, base_model_name_or_path=str(tiny_base))
+        for seed, name in enumerate("ab")
+    ]
+    constants = f"FIRST, SECOND, BASE = {str(folders[0])!r}, {str(folders[1])!r}, {str(tiny_base)!r}\n"
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "kit_avg.py").write_text(constants + KIT_METHOD)
+    monkeypatch.setattr(router.methods, "__path__", [*router.methods.__path__, str(tmp_path / "methods")])
+    yield folders
+    sys.modules.pop("router.methods.kit_avg", None)
+    vars(router.methods).pop("kit_avg", None)
+
+
+def test_a_starter_kits_method_answers_as_it_stands(capsys, tmp_path, tiny_base, kit_method):
+    argv = ["--dataset_filepaths", str(write_queries(tmp_path / "queries.csv")), "--dtype", "float32"]
+    assert main(["-m", "kit_avg", *argv, "--output_folder", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["method"] == "kit_avg"
+
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in kit_method)
+    mean = {key: (value + second[key]) / 2 for key, value in first.items()}
+    write_tiny_adapter(tmp_path / "mean", 0)
+    save_file(mean, tmp_path / "mean" / "adapter_model.safetensors")
+    model = PeftModel.from_pretrained(plain_model(tiny_base), tmp_path / "mean").eval()
+    found = [row["prediction"] for row in read_table(tmp_path / "out" / "queries.csv")]
+    assert found == answers_of(model, tiny_base, ROWS)
+    assert found != answers_of(plain_model(tiny_base), tiny_base, ROWS)
+
+
+def test_a_new_method_is_listed(capsys, kit_method):
+    assert main(["--list_methods"]) == 0
+    assert capsys.readouterr().out.split() == sorted([*METHODS, "kit_avg"])
+    from router.main import parser
+
+    assert parser().parse_args(["-m", "kit_avg"]).merging_method == "kit_avg"

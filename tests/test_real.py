@@ -1,0 +1,121 @@
+"""The committed library and queries, and the real base model on a part of them."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from router.adapters import check_against_base, load_library
+from router.base import EMBEDDED, EMBEDDED_ID, embedded_gguf, linear_shapes, load_base
+from router.constants import LIBRARY
+from router.main import main
+from router.submission import read_queries
+
+ROOT = LIBRARY.resolve().parents[1]
+EVAL = sorted((ROOT / "data" / "eval").glob("*.csv"))
+
+
+def rows(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def card(folder):
+    from huggingface_hub import ModelCard
+
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_library_is_what_it_should_be():
+    adapters = load_library([str(LIBRARY)])
+    files = [file for file in LIBRARY.rglob("*") if file.is_file()]
+    assert len(adapters) >= 16
+    assert sum(file.stat().st_size for file in files) <= 64 << 20
+    assert max(file.stat().st_size for file in files) <= 10 << 20
+    skills = set()
+    for adapter in adapters:
+        assert adapter.folder.base_model == EMBEDDED_ID
+        data = card(adapter.folder.path).data
+        assert data.base_model == EMBEDDED_ID and data.license == "apache-2.0"
+        skills |= set(data.tags)
+    assert {"reasoning", "maths", "coding", "chat", "tool-use"} <= skills
+    ranks = {rank for adapter in adapters for rank in adapter.folder.ranks.values()}
+    assert min(ranks) == 4 and max(ranks) == 32
+    assert any(adapter.folder.config["use_rslora"] for adapter in adapters)
+
+
+def test_queries_are_complete_and_kept_apart():
+    names = {adapter.name for adapter in load_library([str(LIBRARY)])}
+    assert {path.stem for path in EVAL} == names
+    seen = set()
+    for path in EVAL:
+        unseen = rows(ROOT / "data" / "eval_unseen" / path.name)
+        assert len(rows(path)) >= 25 and len(unseen) >= 25
+        assert len({row["phrasing"] for row in unseen}) >= 2
+        assert {row["adapter"] for row in rows(path)} == {path.stem}
+        seen |= {row["input"] for row in rows(path)} | {row["input"] for row in unseen}
+    without = [p for p in (ROOT / "data" / "eval_unseen").glob("*.csv") if p.stem not in names]
+    assert len(without) >= 3 and all(row["adapter"] == "base" for p in without for row in rows(p))
+    queries = read_queries(ROOT / "data" / "test.csv")
+    assert not seen & {query.input for query in queries}
+    assert {query.eval_type for query in queries} == {"generation", "multiple_choice"}
+
+
+def test_no_test_item_is_a_training_item():
+    pytest.importorskip("reasoning_gym", reason="needs the extra `train`")
+    pytest.importorskip("bfcl_eval", reason="needs bfcl-eval, see CONTRIBUTING.md")
+    from scripts.tasks import all_tasks, split
+    from scripts.train_library import EXPERTS, SEED, SIZES
+
+    for name in EXPERTS:
+        parts = split(all_tasks()[name], SEED, SIZES)
+        items = {part: {tuple(item.fields.items()) for item in found} for part, found in parts.items()}
+        assert not items["train"] & (items["eval"] | items["unseen"] | items["test"])
+
+
+@pytest.mark.slow
+def test_the_embedded_model_holds_the_weights_of_its_gguf_file():
+    from gguf import GGUFReader, dequantize
+
+    base = load_base(EMBEDDED, "cpu", "float32")
+    tensors = {tensor.name: tensor for tensor in GGUFReader(embedded_gguf()).tensors}
+    for theirs, ours in (("ffn_up", "mlp.up_proj"), ("attn_v", "self_attn.v_proj")):
+        tensor = tensors[f"blk.7.{theirs}.weight"]
+        expected = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        torch.testing.assert_close(base.model.model.layers[7].get_submodule(ours).weight.data, expected)
+    check_against_base(load_library([str(LIBRARY)]), EMBEDDED_ID, False, linear_shapes(base.model))
+
+
+@pytest.mark.slow
+def test_queries_in_the_experts_phrasing_reach_their_expert(tmp_path):
+    header, part = None, []
+    for path in EVAL:
+        for row in rows(path)[:4]:
+            header = header or list(row)
+            part.append({**row, "id": f"{path.stem}-{row['id']}"})
+    with (tmp_path / "part.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, header)
+        writer.writeheader()
+        writer.writerows(part)
+    found = {}
+    for method in ("proto_route", "oracle"):
+        out = tmp_path / method
+        flags = ["-m", method, "--dataset_filepaths", str(tmp_path / "part.csv"), "--output_folder", str(out)]
+        assert main(flags) == 0
+        answers = rows(out / "part.csv")
+        assert [row["id"] for row in answers] == [row["id"] for row in part]
+        assert all(row["prediction"] for row in answers)
+        pairs = zip(answers, part, strict=True)
+        found[method] = sum(a["prediction"].strip() == b["target"] for a, b in pairs) / len(part)
+    routing = rows(tmp_path / "proto_route" / "part.routing.csv")
+    right = 0
+    for row, wanted in zip(routing, part, strict=True):
+        weights = {name: float(value) for name, value in row.items() if name not in ("id", "variant")}
+        assert sum(weights.values()) == pytest.approx(1, abs=1e-4)
+        right += max(weights, key=weights.get) == wanted["adapter"]
+    assert right / len(part) >= 0.95
+    assert found["oracle"] >= 0.5
+    assert found["proto_route"] >= 0.9 * found["oracle"]
+    record = json.loads((tmp_path / "proto_route" / "run.json").read_text())
+    assert record["base"]["name"] == EMBEDDED_ID

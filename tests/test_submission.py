@@ -1,0 +1,202 @@
+"""Query files and submissions: text stays text, errors say where, files are whole or absent."""
+
+import csv
+import random
+
+import pandas as pd
+import pytest
+
+from router.errors import InputError
+from router.submission import Query, read_queries, read_rows, replacing, write_submission, write_table
+
+HEADER = "id,input,eval_type,answer_choices\n"
+
+
+def file_of(tmp_path, text, header=HEADER):
+    path = tmp_path / "queries.csv"
+    path.write_bytes((header + text).encode())
+    return path
+
+
+def read(tmp_path, text, header=HEADER):
+    return read_queries(file_of(tmp_path, text, header))
+
+
+@pytest.mark.parametrize("text", ["NA", "None", "nan", "NULL", "", "007", "1e5", "True", " blanks "])
+def test_text_stays_text(tmp_path, text):
+    (query,) = read(tmp_path, f"{text or 0},{text},generation,None\n")
+    assert query == Query(text or "0", text, "generation")
+
+
+def test_control_characters_in_a_field_stay(tmp_path):
+    text = 'one\rtwo\r\nthree\nfour\t,"five"\r'
+    quoted = text.replace('"', '""')
+    first, second = read(tmp_path, f'1,"{quoted}",generation,\n2,b,generation,\n')
+    assert first.input == text
+    assert (second.id, second.input) == ("2", "b")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    assert read(tmp_path, "1,ä,generation,\n", header="\ufeff" + HEADER)[0] == Query("1", "ä", "generation")
+
+
+def test_columns_come_in_any_order_with_others_between(tmp_path):
+    header = "adapter,eval_type,input,answer_choices,id\n"
+    (query,) = read(tmp_path, "x,multiple_choice,Which?,\"['a', 'b']\",q7\n", header)
+    assert query == Query("q7", "Which?", "multiple_choice", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("field", "choices"),
+    [
+        ("\"['yes', 'no']\"", ("yes", "no")),
+        ('"[""it\'s"", \'so, so\']"', ("it's", "so, so")),
+        ("\"('a', 'b')\"", ("a", "b")),
+        ('"[1, 2.5]"', ("1", "2.5")),
+        ("None", ("Which?",)),  # no choices: as in the kit, the input is the only one
+        ("", ("Which?",)),
+        ("[]", ("Which?",)),
+    ],
+)
+def test_choices(tmp_path, field, choices):
+    assert read(tmp_path, f"1,Which?,multiple_choice,{field}\n")[0].choices == choices
+
+
+def test_eval_type_alone_decides(tmp_path):
+    (query,) = read(tmp_path, "1,Which?,generation,\"['a', 'b']\"\n")
+    assert query == Query("1", "Which?", "generation", ("a", "b"))
+
+
+WRONG = {
+    "missing column": ("id,input,answer_choices\n1,a,\n", [], ["eval_type is missing", "found: id, input"]),
+    "empty": ("", [], ["found: nothing"]),
+    "header only": (HEADER, [], ["at least one query"]),
+    "eval_type": (
+        HEADER + '1,"two\nlines",generation,\n2,b,choice,\n',
+        ["line 4", "column eval_type"],
+        ["generation or multiple_choice", "'choice'"],
+    ),
+    "eval_type empty": (HEADER + "1,a,,\n", ["line 2", "column eval_type"], ["got ''"]),
+    "no list": (
+        HEADER + "1,a,generation,\n2,b,multiple_choice,yes or no\n",
+        ["line 3", "column answer_choices"],
+        ["Python list", "'yes or no'"],
+    ),
+    "open list": (HEADER + "1,a,multiple_choice,\"['a',\"\n", ["line 2", "column answer_choices"], ["['a',"]),
+    "a call": (
+        HEADER + "1,a,multiple_choice,\"__import__('os').getcwd()\"\n",
+        ["line 2", "column answer_choices"],
+        ["Python list"],
+    ),
+    "nested list": (
+        HEADER + '1,a,multiple_choice,"[[1], 2]"\n',
+        ["line 2", "column answer_choices"],
+        ["[[1]"],
+    ),
+    "duplicate id": (
+        HEADER + "7,a,generation,\n8,b,generation,\n7,c,generation,\n",
+        ["line 4", "column id"],
+        ["'7'", "line 2", "unique"],
+    ),
+    "too few fields": (HEADER + "1,a,generation,\n2,b\n", ["line 3"], ["expected 4 fields", "fewer"]),
+    "too many fields": (HEADER + "1,a, b,generation,\n", ["line 2"], ["expected 4 fields", "more"]),
+    "open quote": (HEADER + '1,"a,generation,\n', [], ["expected CSV in UTF-8", "unexpected end of data"]),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_errors_name_file_line_and_column(tmp_path, kind):
+    text, places, causes = WRONG[kind]
+    path = file_of(tmp_path, text, header="")
+    with pytest.raises(InputError) as caught:
+        read_queries(path)
+    where, _, what = str(caught.value).partition(": ")
+    assert where.split(", ") == [str(path), *places]
+    assert all(cause in what for cause in causes)
+
+
+def test_what_is_no_text_file_is_named(tmp_path):
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes(HEADER.encode() + "1,ä,generation,\n".encode("latin-1"))
+    for path, cause in [
+        (latin, "expected CSV in UTF-8"),
+        (tmp_path / "absent.csv", "found none; check --dataset_filepaths"),
+        (tmp_path, "found a folder"),
+    ]:
+        with pytest.raises(InputError, match=cause) as caught:
+            read_queries(path)
+        assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_rows_bring_their_lines_and_all_columns(tmp_path):
+    path = file_of(tmp_path, 'a,"x\ny"\n\nb,z\n', header="adapter,more\n")
+    assert list(read_rows(path, ["adapter"])) == [
+        (3, {"adapter": "a", "more": "x\ny"}),
+        (5, {"adapter": "b", "more": "z"}),
+    ]
+
+
+def test_a_submission_keeps_order_and_has_no_empty_prediction(tmp_path):
+    queries = [Query(name, "?", "generation") for name in ("z", "a", "m", "b")]
+    write_submission(tmp_path / "out.csv", queries, ["one", "", " \n ", " two"])
+    expected = b"id,prediction,dummy_field\nz,one,0\na,unknown,0\nm,unknown,0\nb, two,0\n"
+    assert (tmp_path / "out.csv").read_bytes() == expected
+    with pytest.raises(ValueError, match="shorter"):
+        write_submission(tmp_path / "out.csv", queries, ["one"])
+    assert (tmp_path / "out.csv").read_bytes() == expected
+
+
+def test_a_submission_is_written_as_pandas_does(tmp_path):
+    rng = random.Random(0)
+    texts = [
+        'a "quoted" word',
+        "a, b",
+        "two\nlines",
+        "'",
+        '"',
+        ",",
+        "NA",
+        " blank ",
+        "12",
+        "äöü 漢字 🙂",
+        "\\n",
+    ]
+    texts += ["".join(rng.choices("ab,\"'\n\t ;", k=12)) + "." for _ in range(100)]
+    queries = [Query(f"q,{n}" if n % 7 == 0 else str(n), "?", "generation") for n in range(len(texts))]
+    write_submission(tmp_path / "ours.csv", queries, texts)
+    frame = pd.DataFrame({"id": [q.id for q in queries], "prediction": texts, "dummy_field": 0})
+    frame.to_csv(tmp_path / "pandas.csv", index=False)
+    assert (tmp_path / "ours.csv").read_bytes() == (tmp_path / "pandas.csv").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["one\rtwo", "one\r\ntwo", "\rone"])
+def test_a_carriage_return_does_not_break_a_submission(tmp_path, text):
+    queries = [Query(str(n), "?", "generation") for n in range(2)]
+    write_submission(tmp_path / "out.csv", queries, [text, "b"])
+    frame = pd.read_csv(tmp_path / "out.csv", dtype=str, keep_default_na=False)
+    assert frame["prediction"].tolist() == [text, "b"]
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["prediction"] for row in csv.DictReader(file, strict=True)] == [text, "b"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "new" / "out.csv"
+    with replacing(path) as file:
+        file.write("old")
+    with pytest.raises(error), replacing(path) as file:
+        file.write("half of the n")
+        file.flush()
+        raise error
+    assert path.read_text() == "old"
+    assert [child.name for child in path.parent.iterdir()] == ["out.csv"]
+
+
+def test_rows_that_break_off_leave_no_table(tmp_path):
+    def rows():
+        yield ["1"]
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_table(tmp_path / "out.csv", ["a"], rows())
+    assert list(tmp_path.iterdir()) == []
