@@ -211,7 +211,9 @@ def test_every_query_file_gets_its_own_answers(command, tmp_path):
     assert code == 0
     assert (out / "queries.csv").read_bytes() == (alone / "queries.csv").read_bytes()
     assert read_table(out / "more.csv") == read_table(alone / "queries.csv")[3:5]
-    assert [row["id"] for row in read_table(out / "more.routing.csv")] == ["m2", "g3"]
+    rows = [*read_table(out / "more.routing.csv"), *read_table(out / "queries.routing.csv")]
+    assert [row["id"] for row in rows] == ["m2", "g3", *(row[0] for row in ROWS)]
+    assert all(float(row[own[4]]) == 1 for row, own in zip(rows, [*ROWS[3:5], *ROWS], strict=True))
 
 
 def foreign(tmp_path):
