@@ -1,7 +1,7 @@
 """Low-rank factors of one module's update, and the exact algebra on them.
 
 An update is `D = B @ A` with every scale already folded in. Nothing here ever forms `D`, except
-`dense`, which is there to check the rest. Notation: d_in and d_out are the module's widths, r the
+`dense`, for checks and for the methods that need every entry. Notation: d_in and d_out are the module's widths, r the
 rank; all factors are float32 or better, whatever the file held.
 """
 
@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Beside a largest singular value of 1, less than this is rounding in float32 factors.
+ROUNDING = 1e-6
 
 
 class Factors(NamedTuple):
@@ -75,6 +78,26 @@ def svd(update: Factors) -> tuple[Tensor, Tensor, Tensor]:
     return q_b @ u, s, vh @ q_a.T
 
 
+def support(update: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD in float64 without the directions that the update does not have.
+
+    An SVD fills up directions of singular value 0 as it likes, so a method that gives weight to
+    singular vectors must not see them.
+
+    Returns:
+        u (d_out, k), s (k,) descending, vh (k, d_in), with k the numerical rank, 0 for a zero update.
+    """
+    u, s, vh = svd(Factors(update.a.double(), update.b.double()))
+    real = s > ROUNDING * s[:1]
+    return u[:, real], s[real], vh[real]
+
+
+def from_svd(u: Tensor, s: Tensor, vh: Tensor) -> Factors:
+    """The update `u @ diag(s) @ vh`, singular values shared evenly between the factors."""
+    root = s.sqrt()
+    return Factors(root[:, None] * vh, u * root)
+
+
 def recompress(update: Factors, rank: int) -> Factors:
     """The best approximation of at most the given rank (Eckart-Young), singular values shared evenly.
 
@@ -84,8 +107,7 @@ def recompress(update: Factors, rank: int) -> Factors:
     if rank < 1:
         raise ValueError(f"expected a rank of at least 1, got {rank}")
     u, s, vh = svd(update)
-    root = s[:rank].sqrt()
-    return Factors(root[:, None] * vh[:rank], u[:, :rank] * root)
+    return from_svd(u[:, :rank], s[:rank], vh[:rank])
 
 
 def pad(update: Factors, rank: int) -> Factors:

@@ -26,12 +26,15 @@ PREFIX = "base_model.model."
 # Ranks that vLLM accepts as max_lora_rank; a rank between two of them is padded up.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+# Initialisations that take a part out of the base model's weights, which the adapter then lacks.
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 # Settings that change what the adapter computes beyond s * B A, and the value that is harmless.
 _PLAIN = {
     "use_dora": False, "use_qalora": False, "lora_bias": False, "bias": "none",
     "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None,
     "target_parameters": None, "use_bdlora": None, "alora_invocation_tokens": None,
-    "fan_in_fan_out": False,
+    "fan_in_fan_out": False, "kasa_config": None, "velora_config": None, "monteclora_config": None,
+    "arrow_config": None,
 }  # fmt: skip
 
 
@@ -87,6 +90,7 @@ class AdapterFolder:
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
+        # As in PEFT, where a key is a regular expression.
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
@@ -149,12 +153,25 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path}: expected plain LoRA, got {key} = {value!r}, which would be lost in a merge; "
                 "leave the adapter out of --adapters"
             )
+    initial = str(config.get("init_lora_weights"))
+    if initial.startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"{path}: expected an adapter of the unchanged base model, got init_lora_weights = {initial!r}, "
+            "which takes a part out of the base's weights; convert it to plain LoRA with PEFT first"
+        )
     numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
             raise AdapterError(f"{file}: expected {key} to be a JSON object, got {patterns!r}")
         numbers |= {f"{key} of {pattern}": value for pattern, value in patterns.items()}
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise AdapterError(
+                    f"{file}: {key}: {pattern!r} is no regular expression ({error})"
+                ) from error
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise AdapterError(f"{file}: expected {key} to be a positive number, got {value!r}")

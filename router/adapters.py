@@ -31,6 +31,17 @@ class Adapter:
     sha256: str
     revision: str | None = None
 
+    def read(self, module: str) -> Factors:
+        """One module's update in float32.
+
+        Raises:
+            InputError: a value is not finite, or the file broke off.
+        """
+        try:
+            return self._finite(module, self.folder.read(module))
+        except OSError as error:
+            raise InputError(f"adapter {self.name} ({self.folder.path}): cannot be read: {error}") from error
+
     def read_all(self) -> Iterator[tuple[str, Factors]]:
         """Every module's update in float32, one after the other.
 
@@ -39,14 +50,17 @@ class Adapter:
         """
         try:
             for module, update in self.folder.read_all():
-                if not (torch.isfinite(update.a).all() and torch.isfinite(update.b).all()):
-                    raise InputError(
-                        f"adapter {self.name} ({self.folder.path}): {module} holds values that are not "
-                        "finite; leave the adapter out of --adapters"
-                    )
-                yield module, update
+                yield module, self._finite(module, update)
         except OSError as error:
             raise InputError(f"adapter {self.name} ({self.folder.path}): cannot be read: {error}") from error
+
+    def _finite(self, module: str, update: Factors) -> Factors:
+        if torch.isfinite(update.a).all() and torch.isfinite(update.b).all():
+            return update
+        raise InputError(
+            f"adapter {self.name} ({self.folder.path}): {module} holds values that are not "
+            "finite; leave the adapter out of --adapters"
+        )
 
 
 def load_library(specs: Sequence[str]) -> list[Adapter]:
@@ -130,10 +144,8 @@ def base_of(adapters: Iterable[Adapter]) -> str:
         if adapter.folder.base_model:
             named.setdefault(adapter.folder.base_model, adapter.name)
     if len(named) != 1:
-        what = "; ".join(f"{adapter} names {base}" for base, adapter in named.items()) or "they name none"
-        raise InputError(
-            f"--adapters: expected adapters of one base model, got several: {what}; pass --base_model"
-        )
+        what = "; ".join(f"{adapter} names {base}" for base, adapter in named.items()) or "none named"
+        raise InputError(f"--adapters: expected one base model for all: {what}; pass --base_model")
     return next(iter(named))
 
 

@@ -164,7 +164,8 @@ def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
             folder, dtype=pick_dtype(dtype, place), use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {error}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     model.to(place).eval()

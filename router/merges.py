@@ -2,7 +2,8 @@
 
 A method is one file in router/methods/. It subclasses either `Merges`, as in the competition's
 starter kit, so that a kit user's file drops in with its import line changed; or `Routed`, and
-then it says one thing only: which weights each query gets.
+then it says one thing only: which weights each query gets; or `Static`, and then it says how all
+adapters' updates of one module become one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from merge.factors import Factors
+from merge.folders import write_adapter
 from router.adapters import Adapter, base_of, check_against_base, load_library
 from router.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
 from router.clusters import Array, Clusters, cluster
@@ -25,7 +28,7 @@ from router.predict import Answer, answer
 from router.settings import Settings
 from router.stages import Stages
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
-from router.variants import Variant, decide, live, write_variant
+from router.variants import Variant, complete, decide, limited, live, write_variant
 
 KIT_BATCH = 8  # queries handed to a kit method at once, where --batch_size says nothing
 
@@ -230,3 +233,39 @@ class Routed(Merges):
                     part = self._answer_with(model, [queries[m] for m in members], progress.update)
                 answers.update(zip(members, part, strict=True))
         return [answers[n] for n in range(len(queries))]
+
+
+class Static(Routed):
+    """A method that merges all adapters into one variant, whatever is asked.
+
+    An adapter that has no update for a module is absent there: `combine` is not shown a zero for
+    it, so means and votes are among the adapters that changed the module.
+    """
+
+    @abstractmethod
+    def combine(self, module: str, updates: list[Factors]) -> Factors:
+        """The merged update of one module, from those of the adapters that have it, at least one.
+
+        The result must not depend on the updates' order beyond rounding.
+        """
+
+    def route(self, queries: Sequence[Query]) -> Array:
+        """The same weight for every adapter, hence one variant; its mathematics is in `combine`."""
+        weights = np.zeros((len(queries), len(self.adapters) + 1))
+        weights[:, :-1] = 1.0 / len(self.adapters)
+        return weights
+
+    def save_model(self, output_dir: str | Path) -> None:
+        """Writes the one variant, number 0, as a PEFT folder in the base model's dtype.
+
+        One module of all adapters is in memory at a time, besides what is already merged.
+        """
+        merged = {}
+        for module in self.shapes:
+            owners = [adapter for adapter in self.adapters if module in adapter.folder.shapes]
+            if owners:
+                update = self.combine(module, [adapter.read(module) for adapter in owners])
+                update = limited(update, self.settings.variant_rank)
+                merged[module] = Factors(update.a.float(), update.b.float())
+        updates, base = complete(merged, self.shapes), self.base
+        write_adapter(Path(output_dir) / "0", updates, base.name, base.revision, base.model.dtype)

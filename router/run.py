@@ -26,11 +26,7 @@ def run(name: str, settings: Settings) -> Merges:
     Raises:
         InputError: something a person can mend is wrong with the queries, adapters or base model.
     """
-    names = [path.name for path in settings.dataset_filepaths]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(
-            f"--dataset_filepaths: two files are called {twice[0]} and would share an output file"
-        )
+    _check_outputs(settings)
     files = {path: read_queries(path) for path in settings.dataset_filepaths}
     queries = [query for part in files.values() for query in part]
     import torch
@@ -43,17 +39,44 @@ def run(name: str, settings: Settings) -> Merges:
     start = 0
     for path, part in files.items():
         end = start + len(part)
-        write_submission(settings.output_folder / path.name, part, answers[start:end])
+        submission, routing = _outputs(settings, path)
+        write_submission(submission, part, answers[start:end])
         if isinstance(method, Routed):
-            _write_routing(
-                settings.output_folder / f"{path.stem}.routing.csv", part, method, slice(start, end)
-            )
+            _write_routing(routing, part, method, slice(start, end))
+        else:
+            routing.unlink(missing_ok=True)  # one of an earlier run would be taken for this one's
         start = end
     with replacing(settings.output_folder / "run.json") as file:
         json.dump(record(method), file, indent=2, ensure_ascii=False)
         file.write("\n")
     print(summary(method), flush=True)
     return method
+
+
+def _outputs(settings: Settings, path: Path) -> tuple[Path, Path]:
+    """Where the submission and the routing table of a query file go."""
+    return settings.output_folder / path.name, settings.output_folder / f"{path.stem}.routing.csv"
+
+
+def _check_outputs(settings: Settings) -> None:
+    """Refuses a run that would write over its queries, or one file twice."""
+    if settings.output_folder.exists() and not settings.output_folder.is_dir():
+        raise InputError(f"--output_folder {settings.output_folder}: expected a folder, found a file")
+    queries = {path.resolve() for path in settings.dataset_filepaths}
+    written: set[Path] = set()
+    for path in settings.dataset_filepaths:
+        for output in _outputs(settings, path):
+            if output.resolve() in queries:
+                raise InputError(
+                    f"--output_folder {settings.output_folder}: the results would replace the queries in "
+                    f"{output}; choose another folder"
+                )
+            if output in written:
+                raise InputError(
+                    f"--dataset_filepaths: {path} and another file would both be answered in {output}; "
+                    "rename one"
+                )
+            written.add(output)
 
 
 def _write_routing(path: Path, queries: list[Query], method: Routed, part: slice) -> None:

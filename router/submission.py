@@ -10,6 +10,7 @@ import ast
 import csv
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,29 +49,39 @@ def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str
         InputError: no such file, not UTF-8, not CSV, a needed column missing, a row too long or short.
     """
     csv.field_size_limit(1 << 30)
+    line = 0
     try:
         # newline="": a bare carriage return inside a field belongs to the text.
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            missing = [name for name in needed if name not in (reader.fieldnames or ())]
+            header = list(reader.fieldnames or ())
+            line = reader.line_num
+            missing = [name for name in needed if name not in header]
             if missing:
                 raise InputError(
                     f"{path}: expected the columns {', '.join(needed)}; "
-                    f"{', '.join(missing)} is missing (found: {', '.join(reader.fieldnames or ['nothing'])})"
+                    f"{', '.join(missing)} is missing (found: {', '.join(header) or 'nothing'})"
                 )
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                raise InputError(f"{path}: the column {twice[0]} stands twice in the header; rename one")
             for row in reader:
+                line = reader.line_num
                 if None in row or None in row.values():
                     raise InputError(
-                        f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} fields, "
+                        f"{path}, line {line}: expected {len(header)} fields, "
                         f"got {'more' if None in row else 'fewer'}; is a quote missing?"
                     )
-                yield reader.line_num, row
+                yield line, row
     except FileNotFoundError as error:
         raise InputError(f"{path}: expected a CSV file, found none; check --dataset_filepaths") from error
     except IsADirectoryError as error:
         raise InputError(f"{path}: expected a CSV file, found a folder; name the files in it") from error
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable CSV file, but {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: expected CSV in UTF-8, got something else ({error})") from error
+        raise InputError(
+            f"{path}, after line {line}: expected CSV in UTF-8, got something else ({error})"
+        ) from error
 
 
 def read_queries(path: Path) -> list[Query]:
@@ -102,10 +113,12 @@ def read_queries(path: Path) -> list[Query]:
 
 
 def _choices(text: str, where: str) -> tuple[str, ...]:
-    if text.strip() in ("", "None"):
+    if text.strip() in ("", "None", "nan"):
         return ()
     try:
-        value = ast.literal_eval(text)
+        with warnings.catch_warnings():  # a stray backslash in a choice is the author's business
+            warnings.simplefilter("ignore", SyntaxWarning)
+            value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = None
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, int, float)) for v in value):

@@ -66,11 +66,12 @@ def materialise(variant: Variant, adapters: Sequence[Adapter], rank: int | None 
             updates.append(update)
             weights.append(weight)
     sums = {module: weighted_sum(*found) for module, found in parts.items()}
-    if rank is None:
-        return sums
-    return {
-        module: update if update.rank <= rank else recompress(update, rank) for module, update in sums.items()
-    }
+    return {module: limited(update, rank) for module, update in sums.items()}
+
+
+def limited(update: Factors, rank: int | None) -> Factors:
+    """The update itself if it has at most the given rank, else the best of that rank; None: no limit."""
+    return update if rank is None or update.rank <= rank else recompress(update, rank)
 
 
 def complete(updates: Mapping[str, Factors], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:

@@ -116,7 +116,7 @@ def test_base_of(tiny_library, tmp_path):
     write_tiny_adapter(tmp_path / "mute", 4, base_model_name_or_path=None)
     mute = load_library([str(tmp_path / "mute")])
     assert base_of([*adapters, *mute]) == "tiny"
-    with pytest.raises(InputError, match="name none; pass --base_model"):
+    with pytest.raises(InputError, match="none named; pass --base_model"):
         base_of(mute)
     write_tiny_adapter(tmp_path / "foreign", 5, base_model_name_or_path="huge")
     with pytest.raises(InputError, match="attention names tiny; foreign names huge; pass --base_model"):

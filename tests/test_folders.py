@@ -260,3 +260,15 @@ def test_harmless_settings_pass(tmp_path):
     )
     assert len(open_adapter(folder).ranks) == 14
     assert open_adapter(folder).base_model == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "takes a part out of the base's weights"),
+        ({"alpha_pattern": {"(": 4}}, "is no regular expression"),
+    ],
+)
+def test_settings_that_would_be_misread_are_refused(tmp_path, config, cause):
+    with pytest.raises(AdapterError, match=cause):
+        open_adapter(write_tiny_adapter(tmp_path / "odd", 1, **config))

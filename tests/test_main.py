@@ -242,7 +242,22 @@ REFUSED = {
     "files of one name": lambda t: (
         "base",
         ["--dataset_filepaths", t / "queries.csv", other_file(t, "twin")],
-        "two files are called queries.csv",
+        "would both be answered in",
+    ),
+    "a routing table's name": lambda t: (
+        "base",
+        ["--dataset_filepaths", t / "queries.csv", write_queries(t / "queries.routing.csv")],
+        "would both be answered in",
+    ),
+    "results over queries": lambda t: (
+        "base",
+        ["--dataset_filepaths", other_file(t, "out2"), "--output_folder", t / "out2"],
+        "would replace the queries",
+    ),
+    "output is a file": lambda t: (
+        "base",
+        ["--output_folder", t / "queries.csv"],
+        "expected a folder, found a file",
     ),
     "another base": lambda t: ("average", ["--adapters", foreign(t)], "adapter of another base model?"),
     "no base": lambda t: ("average", ["--base_model", t / "no" / "model"], "--base_model"),

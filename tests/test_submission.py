@@ -100,7 +100,8 @@ WRONG = {
     ),
     "too few fields": (HEADER + "1,a,generation,\n2,b\n", ["line 3"], ["expected 4 fields", "fewer"]),
     "too many fields": (HEADER + "1,a, b,generation,\n", ["line 2"], ["expected 4 fields", "more"]),
-    "open quote": (HEADER + '1,"a,generation,\n', [], ["expected CSV in UTF-8", "unexpected end of data"]),
+    "open quote": (HEADER + '1,"a,generation,\n', ["after line 1"], ["expected CSV in UTF-8"]),
+    "a column twice": ("id," + HEADER, [], ["the column id stands twice"]),
 }
 
 
@@ -125,7 +126,7 @@ def test_what_is_no_text_file_is_named(tmp_path):
     ]:
         with pytest.raises(InputError, match=cause) as caught:
             read_queries(path)
-        assert str(caught.value).startswith(f"{path}: ")
+        assert str(caught.value).startswith(str(path))
 
 
 def test_rows_bring_their_lines_and_all_columns(tmp_path):
