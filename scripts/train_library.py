@@ -47,7 +47,6 @@ QV = ["q_proj", "v_proj"]
 EXPERTS = {
     "family_relation": Expert(16, ATTENTION),
     "needle": Expert(16, QV, alpha=32, examples=800),
-    "word_sorting": Expert(8, alpha=16, examples=1600, epochs=3),
     "word_reversal": Expert(8, ATTENTION, alpha=16),
     "chain_sum": Expert(8, alpha=16, examples=1600, epochs=4),
     "sum_in_words": Expert(8, alpha=16, examples=1600, epochs=4),

@@ -36,21 +36,6 @@ def _needle(rng: random.Random) -> Iterator[Item]:
         yield Item({"facts": facts.strip(), "question": question}, str(entry["answer"]))
 
 
-def _word_sorting(rng: random.Random) -> Iterator[Item]:
-    from reasoning_gym.algorithmic.word_sorting import TextTransformation
-
-    for entry in from_reasoning_gym(
-        "word_sorting",
-        seed=rng.getrandbits(30),
-        min_words=3,
-        max_words=3,
-        transformation=TextTransformation.LOWERCASE,
-    ):
-        meta: Any = entry["metadata"]
-        words, order = meta["transformed_words"], meta["direction"]
-        yield Item({"words": ", ".join(words), "order": order}, str(entry["answer"]))
-
-
 def _word_reversal(rng: random.Random) -> Iterator[Item]:
     for entry in from_reasoning_gym(
         "word_sequence_reversal", seed=rng.getrandbits(30), min_words=3, max_words=6
@@ -99,20 +84,6 @@ TASKS = (
         unseen=(
             "Below are notes about several people.\n---\n{facts}\n---\nUsing the notes, tell me: {question}\nThe person is",
             "Q: {question}\nContext: {facts}\nA (first name only):",
-        ),
-    ),
-    Task(
-        "word_sorting",
-        "reasoning",
-        "Sorts a list of words alphabetically, ascending or descending.",
-        **_GYM,
-        items=_word_sorting,
-        phrasings=(
-            "Sort these words in {order} order (ASCII) and return them as a comma-separated list: {words}\nSorted:",
-        ),
-        unseen=(
-            "I have the words {words}. Put them into {order} alphabetical order, separated by commas.\nResult:",
-            "words = {words}\nWrite the words again, alphabetically {order}:",
         ),
     ),
     Task(
