@@ -1,8 +1,8 @@
 """Low-rank factors of one module's update, and the exact algebra on them.
 
 An update is `D = B @ A` with every scale already folded in. Nothing here ever forms `D`, except
-`dense`, for checks and for the methods that need every entry. Notation: d_in and d_out are the module's widths, r the
-rank; all factors are float32 or better, whatever the file held.
+`dense`, for checks and for the methods that need every entry. Notation: d_in and d_out are the
+module's widths, r the rank; all factors are float32 or better, whatever the file held.
 """
 
 from __future__ import annotations

@@ -91,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
         help="of the gate's softmax, in standard deviations of generic text (default: 1.0)",
     )
     p.add_argument("--top_k", type=_integer(1), metavar="INT", help="adapters per query, from 1 (default: 3)")
-    p.add_argument("--seed", type=_integer(0), metavar="INT", help="of the clustering (default: 0)")
+    p.add_argument(
+        "--seed", type=_integer(0), metavar="INT", help="of the clustering and of dare_ties (default: 0)"
+    )
     p.add_argument(
         "--batch_size",
         type=_integer(1, "auto"),

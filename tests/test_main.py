@@ -411,7 +411,8 @@ def test_a_starter_kits_method_answers_as_it_stands(capsys, tmp_path, tiny_base,
 
 def test_a_new_method_is_listed(capsys, kit_method):
     assert main(["--list_methods"]) == 0
-    assert capsys.readouterr().out.split() == sorted([*METHODS, "kit_avg"])
+    names = capsys.readouterr().out.split()
+    assert names == sorted(names) and {"kit_avg", *METHODS} <= set(names)
     from router.main import parser
 
     assert parser().parse_args(["-m", "kit_avg"]).merging_method == "kit_avg"
