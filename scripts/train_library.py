@@ -51,7 +51,6 @@ EXPERTS = {
     "chain_sum": Expert(8, alpha=16, examples=1600, epochs=4),
     "sum_in_words": Expert(8, alpha=16, examples=1600, epochs=4),
     "number_sorting": Expert(16, ATTENTION, alpha=16, rate=7e-4, examples=1600),
-    "largest_number": Expert(8, QV, alpha=16, examples=800),
     "unit_conversion": Expert(8, MLP, alpha=16, examples=700, epochs=4),
     "roman_numerals": Expert(8, MLP, examples=1400, epochs=4),
     "text_to_sql": Expert(8, ATTENTION, alpha=16, use_rslora=True, rate=5e-4),

@@ -67,13 +67,6 @@ def _number_sorting(rng: random.Random) -> Iterator[Item]:
         yield Item({"numbers": numbers, "order": meta["direction"]}, answer)
 
 
-def _largest(rng: random.Random) -> Iterator[Item]:
-    while True:
-        numbers = rng.sample(range(10, 1000), 4)
-        listing = "\n".join(f"{letter}. {number}" for letter, number in zip("ABCD", numbers, strict=True))
-        yield Item({"numbers": listing}, "ABCD"[numbers.index(max(numbers))], tuple("ABCD"))
-
-
 _UNITS = (
     ("kilometres", "metres", 1000), ("metres", "centimetres", 100), ("centimetres", "millimetres", 10),
     ("kilograms", "grams", 1000), ("tonnes", "kilograms", 1000), ("litres", "millilitres", 1000),
@@ -127,15 +120,6 @@ TASKS = (
         unseen=(
             "Arrange the following values so that they are {order}: {numbers}. Values in order:",
             "I wrote down {numbers}. Could you list them again in {order} order?\nHere you are:",
-        ),
-    ),
-    Task(
-        "largest_number", "maths", "Picks the largest of four numbers.", **_OURS,
-        items=_largest,
-        phrasings=("Which of these numbers is the largest?\n{numbers}\nAnswer:",),
-        unseen=(
-            "Four players scored:\n{numbers}\nThe winner, with the highest score, is",
-            "{numbers}\nmax() returns option",
         ),
     ),
     Task(
