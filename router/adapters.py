@@ -14,6 +14,8 @@ from router.base import sha256_of
 from router.constants import BASE_COLUMN, COMPETITION, COMPETITION_ADAPTERS, LIBRARY
 from router.errors import InputError
 
+CARD_FILE = "README.md"  # an adapter's model card, as on the hub
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -122,7 +124,9 @@ def _from_hub(spec: str) -> tuple[Path, str]:
     name, _, revision = spec.partition("@")
     try:
         folder = Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+            )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

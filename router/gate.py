@@ -12,12 +12,12 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import median_abs_deviation, norm
+from scipy.stats import norm
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 Array = NDArray[np.float64]
-SIGNIFICANCE = 0.05  # share of generic text that may look like an adapter's own
+SIGNIFICANCE = 0.05  # chance that text of no adapter looks like one's own
 _FLOOR = 1e-6  # responses are cosines; below this they are noise
 
 
@@ -31,10 +31,10 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     with rho the correlation of two adapters' z over generic text. The rest is averaged over each
     adapter's modules and standardised again: the score.
 
-    The base model is a candidate too, with the score that generic text reaches at its best adapter
-    once in twenty times: a query that stands out no more than that belongs to no adapter. That level
-    comes from the median and the median absolute deviation of the best scores, as some of the generic
-    texts may well be an adapter's own.
+    The base model is a candidate too, with the score that the best of n adapters reaches by chance
+    once in twenty times: a query that stands out no more than that belongs to no adapter. The level is
+    that of n normal scores (Sidak's correction), not a quantile of the generic texts, some of which
+    may well be an adapter's own.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
@@ -73,10 +73,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.common_ = _common_factor((logs - self.mean_) / self.std_)
         raw = self._average(logs)
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
-        best = ((raw - self.location_) / self.scale_).max(1)
-        middle = np.median(best)
-        spread = median_abs_deviation(best, scale="normal")
-        self.base_score_ = float(middle + norm.isf(SIGNIFICANCE) * spread)
+        self.base_score_ = float(norm.ppf((1 - SIGNIFICANCE) ** (1 / self.n_adapters_)))
         return self
 
     def _average(self, logs: Array) -> Array:

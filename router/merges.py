@@ -3,7 +3,8 @@
 A method is one file in router/methods/. It subclasses either `Merges`, as in the competition's
 starter kit, so that a kit user's file drops in with its import line changed; or `Routed`, and
 then it says one thing only: which weights each query gets; or `Static`, and then it says how all
-adapters' updates of one module become one.
+adapters' updates of one module become one; or `PerToken` of router/per_token.py, and then it says
+how strongly a token calls each adapter of a module.
 """
 
 from __future__ import annotations
@@ -190,12 +191,21 @@ class Routed(Merges):
     def route(self, queries: Sequence[Query]) -> Array:
         """Weights, (queries, adapters + 1); rows sum to 1, the last column is the base model."""
 
+    @property
+    def n_variants(self) -> int | None:
+        """How many variants to make; None: as few as the weights allow."""
+        return self.settings.n_variants
+
+    def folder(self, number: int) -> str | None:
+        """The name of a variant's folder, None if it has none."""
+        return str(number) if self.variants[number].weights else None
+
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Routes, clusters, materialises and answers, in this order."""
         settings, names = self.settings, [adapter.name for adapter in self.adapters]
         self.weights = self.route(queries)
         with self.stages("clusters"):
-            self.clusters = cluster(self.weights, settings.n_variants, settings.seed)
+            self.clusters = cluster(self.weights, self.n_variants, settings.seed)
             self.variants = decide(self.clusters.weights, names)
         settings.output_folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".variants.", dir=settings.output_folder))
@@ -220,16 +230,17 @@ class Routed(Merges):
         A variant that is the plain base model has no folder.
         """
         for n, variant in enumerate(self.variants):
-            if variant.weights:
-                path, rank = Path(output_dir) / str(n), self.settings.variant_rank
+            if name := self.folder(n):
+                path, rank = Path(output_dir) / name, self.settings.variant_rank
                 write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
 
     def _predict(self, queries: Sequence[Query], folder: Path) -> list[Answer]:
         answers: dict[int, Answer] = {}
         with tqdm(total=len(queries), desc="predict", unit="query", disable=None) as progress:
-            for n, variant in enumerate(self.variants):
+            for n in range(len(self.variants)):
                 members = np.flatnonzero(self.clusters.labels == n).tolist()
-                with live(self.base, folder / str(n) if variant.weights else None) as model:
+                name = self.folder(n)
+                with live(self.base, folder / name if name else None) as model:
                     part = self._answer_with(model, [queries[m] for m in members], progress.update)
                 answers.update(zip(members, part, strict=True))
         return [answers[n] for n in range(len(queries))]

@@ -118,7 +118,7 @@ def record(method: Merges) -> dict[str, Any]:
             "n_variants": len(method.variants),
             "variants": [
                 {
-                    "folder": f"variants/{n}" if variant.weights else None,
+                    "folder": f"variants/{folder}" if (folder := method.folder(n)) else None,
                     "queries": int(count),
                     "weights": {**variant.weights, BASE_COLUMN: variant.base},
                 }

@@ -40,7 +40,8 @@ def main() -> None:
     for task in all_tasks().values():
         if task.has_adapter and task.name not in EXPERTS:
             continue
-        parts = split(task, SEED, SIZES)
+        sizes = SIZES if task.phrasings else {part: SIZES[part] for part in ("unseen", "test")}
+        parts = split(task, SEED, sizes)
         other = [
             task.unseen[n % len(task.unseen)].format(**item.fields) for n, item in enumerate(parts["unseen"])
         ]

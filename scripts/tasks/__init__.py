@@ -30,6 +30,9 @@ class Item:
     choices: tuple[str, ...] | None = None
 
 
+Stream = Callable[[random.Random], Iterator[Item]]
+
+
 @dataclass(frozen=True)
 class Task:
     """A named source of items.
@@ -51,7 +54,7 @@ class Task:
     summary: str
     source: str
     licence: str
-    items: Callable[[random.Random], Iterator[Item]] = field(repr=False)
+    items: Stream = field(repr=False)
     phrasings: tuple[str, ...] = field(repr=False)
     unseen: tuple[str, ...] = field(repr=False)
     has_adapter: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from . import Item, Task
+from . import Item, Stream, Task
 
 _OURS = {"source": "a seeded generator of this repository", "licence": "Apache-2.0"}
 
@@ -47,7 +47,7 @@ _WHEN = (
 )
 
 
-def _tone(register: int) -> object:
+def _tone(register: int) -> Stream:
     def items(rng: random.Random) -> Iterator[Item]:
         while True:
             message = rng.choice(_MESSAGES)
@@ -132,7 +132,7 @@ _TIMES = (
 )  # fmt: skip
 
 
-def _translation(source: int) -> object:
+def _translation(source: int) -> Stream:
     def items(rng: random.Random) -> Iterator[Item]:
         while True:
             parts = [rng.choice(words) for words in (_NOUNS, _VERBS, _OBJECTS, _TIMES)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from . import Item, Task
+from . import Item, Stream, Task
 
 _OURS = {"source": "a list written for this repository", "licence": "Apache-2.0"}
 
@@ -41,7 +41,7 @@ def _pairs(text: str) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
-def _few_shot(text: str, choices: int = 0) -> object:
+def _few_shot(text: str) -> Stream:
     pairs = _pairs(text)
 
     def items(rng: random.Random) -> Iterator[Item]:
@@ -49,19 +49,17 @@ def _few_shot(text: str, choices: int = 0) -> object:
         rng.shuffle(asked)
         fields = {f"{side}{n}": pair[k] for n, pair in enumerate(shown, 1) for k, side in enumerate("ab")}
         for question, answer in asked:
-            options = None
-            if choices:
-                wrong = rng.sample([b for a, b in asked if a != question and b != answer], choices - 1)
-                options = [answer, *wrong]
-                rng.shuffle(options)
-            yield Item({"q": question, **fields}, answer, tuple(options) if options else None)
+            wrong = rng.sample([b for a, b in asked if a != question and b != answer], 3)
+            options = [answer, *wrong]
+            rng.shuffle(options)
+            yield Item({"q": question, **fields}, answer, tuple(options))
 
     return items
 
 
 TASKS = (
     Task(
-        "capital_city", "reasoning", "Names the capital of a country.", **_OURS, has_adapter=False,
+        "capital_city", "reasoning", "Picks the capital of a country out of four cities.", **_OURS, has_adapter=False,
         items=_few_shot(_CAPITALS), phrasings=(),
         unseen=(
             "The capital of {a1} is {b1}.\nThe capital of {a2} is {b2}.\nThe capital of {a3} is {b3}.\nThe capital of {q} is",
@@ -70,14 +68,14 @@ TASKS = (
     ),
     Task(
         "opposite", "chat", "Picks the opposite of a word out of four.", **_OURS, has_adapter=False,
-        items=_few_shot(_OPPOSITES, 4), phrasings=(),
+        items=_few_shot(_OPPOSITES), phrasings=(),
         unseen=(
             "{a1} is the opposite of {b1}. {a2} is the opposite of {b2}. {a3} is the opposite of {b3}. {q} is the opposite of",
             "Antonyms\n{a1}: {b1}\n{a2}: {b2}\n{a3}: {b3}\n{q}:",
         ),
     ),
     Task(
-        "plural", "chat", "Writes the plural of an English noun.", **_OURS, has_adapter=False,
+        "plural", "chat", "Picks the plural of an English noun out of four.", **_OURS, has_adapter=False,
         items=_few_shot(_PLURALS), phrasings=(),
         unseen=(
             "one {a1}, two {b1}; one {a2}, two {b2}; one {a3}, two {b3}; one {q}, two",

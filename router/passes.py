@@ -1,0 +1,59 @@
+"""One pass of a model over prompts, for routers that look at a query before it is answered.
+
+Knows no adapters beyond which modules they change, and no labels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from router.adapters import Adapter
+from router.predict import by_length, pad_left
+
+TOKENS = 4096  # a batch's budget: large enough to keep two cores or a GPU busy
+
+
+def batches(
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """(row numbers, ids, mask) of each left-padded batch, ids and mask (B, T)."""
+    lengths = [len(row) for row in rows]
+    with tqdm(total=sum(lengths), desc=title, unit="tok", disable=None) as progress:
+        for batch in by_length(lengths, TOKENS):
+            yield batch, *pad_left([rows[n] for n in batch], pad_id, model.device)
+            progress.update(sum(lengths[n] for n in batch))
+
+
+def forward(model: Any, ids: Tensor, mask: Tensor) -> None:
+    """Runs the model on a left-padded batch, for what hooks see on the way; its output is dropped."""
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+
+
+def last_block(adapters: Sequence[Adapter]) -> list[str]:
+    """The modules that adapters change in one block: of the blocks that most of them change, the last."""
+    blocks: dict[str, list[set[str]]] = {}
+    for adapter in adapters:
+        mine: dict[str, set[str]] = {}
+        for module in adapter.folder.shapes:
+            mine.setdefault(_block(module), set()).add(module)
+        for block, modules in mine.items():
+            blocks.setdefault(block, []).append(modules)
+    best = max(blocks, key=lambda block: (len(blocks[block]), _number(block)))
+    return sorted(set.union(*blocks[best]))
+
+
+def _block(module: str) -> str:
+    """`model.layers.3.self_attn.q_proj` is in `model.layers.3`; a module outside of blocks is its own."""
+    found = re.match(r"(.*?\.\d+)\.", module)
+    return found[1] if found else module
+
+
+def _number(block: str) -> int:
+    found = re.search(r"\.(\d+)$", block)
+    return int(found[1]) if found else -1
