@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 MAX_VARIANTS = 32
 # Total variation distance between a query's own weights and its variant's: on average, and at
 # worst. The second keeps the few queries of a rare task from drowning in a large group.
-MEAN_LOSS, WORST_LOSS = 0.05, 0.5
+MEAN_LOSS, WORST_LOSS = 0.05, 0.25
 
 
 @dataclass(frozen=True)

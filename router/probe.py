@@ -16,12 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
-from router.predict import by_length, pad_left
+from router.passes import batches, forward
 from router.prototypes import ModulePrototypes
-
-TOKENS = 4096  # a batch's budget: large enough to keep two cores or a GPU busy
 
 
 @contextmanager
@@ -38,22 +35,10 @@ def _hooked(model: Any, modules: Sequence[str], visit: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _batches(
-    model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str
-) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-    """(row numbers, ids, mask, counted tokens) of each batch, (B, T) each."""
-    lengths = [len(row) for row in rows]
-    with tqdm(total=sum(lengths), desc=title, unit="tok", disable=None) as progress:
-        for batch in by_length(lengths, TOKENS):
-            ids, mask = pad_left([rows[n] for n in batch], pad_id, model.device)
-            first = (mask.cumsum(1) == 1) & (mask.sum(1, keepdim=True) > 1)
-            yield batch, ids, mask, mask.bool() & ~first
-            progress.update(sum(lengths[n] for n in batch))
-
-
-def _forward(model: Any, ids: Tensor, mask: Tensor) -> None:
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+def counted_tokens(mask: Tensor) -> Tensor:
+    """Which positions count, (B, T) bool: no padding, and no first token unless it is the only one."""
+    first = (mask.cumsum(1) == 1) & (mask.sum(1, keepdim=True) > 1)
+    return mask.bool() & ~first
 
 
 def input_means(
@@ -63,14 +48,15 @@ def input_means(
     totals: dict[str, Tensor] = {}
     count = 0
     with torch.inference_mode():
-        for _, ids, mask, counted in _batches(model, rows, pad_id, "centre"):
+        for _, ids, mask in batches(model, rows, pad_id, "centre"):
+            counted = counted_tokens(mask)
 
             def visit(name: str, x: Tensor, counted: Tensor = counted) -> None:
                 part = x[counted].double().sum(0)  # (d_in,)
                 totals[name] = totals[name] + part if name in totals else part
 
             with _hooked(model, modules, visit):
-                _forward(model, ids, mask)
+                forward(model, ids, mask)
             count += int(counted.sum())
     return {name: (total / count).float() for name, total in totals.items()}
 
@@ -86,9 +72,9 @@ def responses(
 ) -> NDArray[np.float32]:
     """How strongly each prompt sets each adapter's update free, module by module.
 
-    For every counted token, the input is centred with `means`, and its cosine to the prototype is
-    `sqrt(sum_j w_j (v_j . x)^2) / norm(x)`, in [0, 1]; the prompt's response is the mean over its
-    tokens.
+    For every counted token, the input is centred with `means`, and its weighted cosine to the
+    prototype is `sqrt(sum_j w_j (v_j . x)^2) / norm(x)`, in [0, 1]; the prompt's response is the mean over
+    its tokens.
 
     Args:
         model: the base model.
@@ -104,7 +90,8 @@ def responses(
     place = {name: m for m, name in enumerate(names)}
     out = np.full((len(rows), n_adapters, len(names)), np.nan, dtype=np.float32)
     with torch.inference_mode():
-        for batch, ids, mask, counted in _batches(model, rows, pad_id, title):
+        for batch, ids, mask in batches(model, rows, pad_id, title):
+            counted = counted_tokens(mask)
             token_row = counted.nonzero()[:, 0]  # (T',) which prompt of the batch a token is in
             part = torch.zeros((len(batch), n_adapters, len(names)), device=ids.device)
 
@@ -122,7 +109,7 @@ def responses(
                 part[:, :, place[name]].index_add_(0, token_row, cosine)
 
             with _hooked(model, names, visit):
-                _forward(model, ids, mask)
+                forward(model, ids, mask)
             out[batch] = (part / counted.sum(1)[:, None, None]).cpu().numpy()
     for name, m in place.items():
         absent = np.setdiff1d(np.arange(n_adapters), prototypes[name].owners.cpu().numpy())

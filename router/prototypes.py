@@ -1,9 +1,11 @@
 """An adapter's prototype at each target module: the subspace of inputs that its update reads.
 
 For an update `D = s B A` with thin SVD `U S V^T`, the prototype is the columns of V, each weighted
-by its share of the update's energy, `w_j = S_j^2 / sum(S^2)`. For a unit input x the weighted
-squared cosine `sum_j w_j (v_j . x)^2` equals `norm(D x)^2 / norm(D)_F^2`: how much of the update
-the input sets free, whatever the adapter's size. Knows nothing of queries.
+by its share of the singular values, `w_j = S_j / sum(S)`. The weighted squared cosine of an input x
+to it is `sum_j w_j (v_j . x)^2 / norm(x)^2`: how much of x lies where the update reads, whatever the
+adapter's size. With `S_j^2` instead it would be `norm(D x)^2 / (norm(D)_F norm(x))^2`, which leans
+on the first direction alone; with equal weights it would drown in the directions that training
+left as they were drawn. Knows nothing of queries.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class ModulePrototypes:
 
     Attributes:
         directions: (d_in, K) orthonormal columns within each adapter.
-        weights: (K,) share of the adapter's energy; sums to 1 within each adapter.
+        weights: (K,) share of the adapter's singular values; sums to 1 within each adapter.
         owners: (K,) int64, which adapter a column belongs to.
     """
 
@@ -45,10 +47,10 @@ def prototypes(
     for owner, adapter in enumerate(adapters):
         for module, update in adapter.read_all():
             _, s, vh = svd(update)
-            energy = s.square() / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
-            keep = energy > 0
+            share = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny)
+            keep = share > 1e-6  # below that it is rounding, not a direction
             if keep.any():
-                parts.setdefault(module, []).append((vh[keep].T, energy[keep], owner))
+                parts.setdefault(module, []).append((vh[keep].T, share[keep], owner))
     return {
         module: ModulePrototypes(
             torch.cat([v for v, _, _ in found], dim=1).to(device, dtype).contiguous(),

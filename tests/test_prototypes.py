@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 from conftest import write_tiny_adapter
 
@@ -6,21 +7,22 @@ from router.adapters import load_library
 from router.prototypes import prototypes
 
 
-def test_weighted_squared_cosine_is_the_share_of_the_update_that_an_input_frees(tiny_library):
+def test_prototypes_are_the_dense_updates_right_singular_vectors(tiny_library):
     adapters = load_library([str(tiny_library)])
     found = prototypes(adapters)
-    x = torch.nn.functional.normalize(torch.randn(48, generator=torch.Generator().manual_seed(5)), dim=0)
+    x = np.random.default_rng(5).standard_normal(48)
     checked = 0
     for owner, adapter in enumerate(adapters):
         for module, update in adapter.read_all():
-            d = dense(update).double()
-            unit = torch.nn.functional.normalize(x[: d.shape[1]].double(), dim=0)
-            expected = (d @ unit).square().sum() / d.square().sum()
+            _, s, vh = np.linalg.svd(dense(update).double().numpy(), full_matrices=False)
+            s, vh = s[: update.rank], vh[: update.rank]
+            along = vh @ x[: vh.shape[1]]
             proto = found[module]
             mine = proto.owners == owner
-            cosine = unit.float() @ proto.directions[:, mine]
-            torch.testing.assert_close(
-                (cosine.square() * proto.weights[mine]).sum().double(), expected, atol=1e-6, rtol=1e-4
+            cosines = torch.from_numpy(x[: vh.shape[1]]).float() @ proto.directions[:, mine]
+            np.testing.assert_allclose(proto.weights[mine].sum(), 1, rtol=1e-5)
+            np.testing.assert_allclose(
+                (cosines.square() * proto.weights[mine]).sum(), (along**2 * s).sum() / s.sum(), rtol=1e-4
             )
             checked += 1
     assert checked == 8 + 14 + 6

@@ -32,7 +32,7 @@ def probed(adapters: Sequence[Adapter]) -> set[str]:
 
 
 class LoGo(Routed):
-    """Lee et al. 2026, LoRA on the Go, arXiv 2511.07129, with its default signal, the norm.
+    """LoRA on the Go, ACL 2026, arXiv 2511.07129, with its default signal, the norm.
 
     One pass over the prompt with all adapters attached, each at full weight. The signal of adapter
     i is `s_i = norm(D_i h)`, h the input of q_proj of the last block for the prompt's last token;
