@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         "--temperature",
         type=_above_zero,
         metavar="FLOAT",
-        help="of the gate's softmax, in standard deviations of generic text (default: 1.0)",
+        help="of the gate's softmax, in standard deviations of generic text, above 0 (default: 0.5)",
     )
     p.add_argument("--top_k", type=_integer(1), metavar="INT", help="adapters per query, from 1 (default: 3)")
     p.add_argument(
