@@ -22,7 +22,7 @@ from router.prototypes import ModulePrototypes
 
 
 @contextmanager
-def _hooked(model: Any, modules: Sequence[str], visit: Any) -> Iterator[None]:
+def hooked(model: Any, modules: Sequence[str], visit: Any) -> Iterator[None]:
     """Calls `visit(module name, input (B, T, d_in))` whenever one of the modules runs."""
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: visit(name, args[0]))
@@ -55,7 +55,7 @@ def input_means(
                 part = x[counted].double().sum(0)  # (d_in,)
                 totals[name] = totals[name] + part if name in totals else part
 
-            with _hooked(model, modules, visit):
+            with hooked(model, modules, visit):
                 forward(model, ids, mask)
             count += int(counted.sum())
     return {name: (total / count).float() for name, total in totals.items()}
@@ -108,7 +108,7 @@ def responses(
                 cosine = (shares / size).sqrt()  # (T', adapters)
                 part[:, :, place[name]].index_add_(0, token_row, cosine)
 
-            with _hooked(model, names, visit):
+            with hooked(model, names, visit):
                 forward(model, ids, mask)
             out[batch] = (part / counted.sum(1)[:, None, None]).cpu().numpy()
     for name, m in place.items():
