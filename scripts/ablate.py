@@ -135,9 +135,7 @@ def main() -> None:
 
     print("# What each choice of the gate is worth\n")
     print("Routing accuracy on `data/eval` (own phrasing) and `data/eval_unseen` (other phrasings), queries")
-    print(
-        f"that have an adapter, {len(names)} adapters, {n} generic prompts. Made by `python -m scripts.ablate`.\n"
-    )
+    print(f"that have an adapter, {len(names)} adapters, {n} generic prompts. Made by `scripts/ablate.py`.\n")
     print("| gate | own phrasing | other phrasings |\n| --- | ---: | ---: |")
     X = found["S, mean"]
     row("**as it is, among the adapters**", scores(X, X[:n]).argmax(1))
