@@ -17,7 +17,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 Array = NDArray[np.float64]
-SIGNIFICANCE = 0.05  # chance that text of no adapter looks like one's own
+CHANCE = 0.5  # of the best of n adapters to reach the base model's score on text that is none's own
 _FLOOR = 1e-6  # responses are cosines; below this they are noise
 
 
@@ -31,10 +31,10 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     with rho the correlation of two adapters' z over generic text. The rest is averaged over each
     adapter's modules and standardised again: the score.
 
-    The base model is a candidate too, with the score that the best of n adapters reaches by chance
-    once in twenty times: a query that stands out no more than that belongs to no adapter. The level is
-    that of n normal scores (Sidak's correction), not a quantile of the generic texts, some of which
-    may well be an adapter's own.
+    The base model is a candidate too, with the score that the best of n adapters reaches by chance as
+    often as not: a query that stands out no more than that belongs to no adapter. The level is the
+    median of the largest of n normal scores, not of the generic texts' best, some of which may well be
+    an adapter's own.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
@@ -73,7 +73,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.common_ = _common_factor((logs - self.mean_) / self.std_)
         raw = self._average(logs)
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
-        self.base_score_ = float(norm.ppf((1 - SIGNIFICANCE) ** (1 / self.n_adapters_)))
+        self.base_score_ = float(norm.ppf((1 - CHANCE) ** (1 / self.n_adapters_)))
         return self
 
     def _average(self, logs: Array) -> Array:
