@@ -6,6 +6,7 @@ answers is that folder, loaded by PEFT.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,14 +111,16 @@ def live(base: Base, folder: Path | None) -> Iterator[Any]:
         return
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(
-        base.model,
-        folder,
-        adapter_name="variant",
-        torch_device=str(base.model.device),
-        autocast_adapter_dtype=False,  # in the base model's dtype, not float32
-        low_cpu_mem_usage=True,  # no random initialisation first
-    )
+    with warnings.catch_warnings():  # between PEFT and transformers; nothing a person can act on
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = PeftModel.from_pretrained(
+            base.model,
+            folder,
+            adapter_name="variant",
+            torch_device=str(base.model.device),
+            autocast_adapter_dtype=False,  # in the base model's dtype, not float32
+            low_cpu_mem_usage=True,  # no random initialisation first
+        )
     model.eval()
     try:
         yield model
