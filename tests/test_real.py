@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -39,6 +40,10 @@ def test_the_library_is_what_it_should_be():
         data = card(adapter.folder.path).data
         assert data.base_model == EMBEDDED_ID and data.license == "apache-2.0"
         skills |= set(data.tags)
+        text = (adapter.folder.path / "README.md").read_text("utf-8")
+        score, base = re.search(r"answered exactly \| (\S+) \(base model: (\S+)\)", text).groups()
+        assert float(score) - float(base) >= 0.15
+        assert data.eval_results[0].metric_value == pytest.approx(float(score), abs=0.005)
     assert {"reasoning", "maths", "coding", "chat", "tool-use"} <= skills
     ranks = {rank for adapter in adapters for rank in adapter.folder.ranks.values()}
     assert min(ranks) == 4 and max(ranks) == 32
