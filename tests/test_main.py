@@ -266,6 +266,11 @@ REFUSED = {
         ["--adapters", write_tiny_adapter(t / "dora", 1, use_dora=True)],
         "dora: expected plain LoRA, got use_dora = True",
     ),
+    "an adapter that does nothing": lambda t: (
+        "proto_route",
+        ["--adapters", write_tiny_adapter(t / "zero", 1, size=0.0)],
+        "adapter zero",
+    ),
     "no labels": lambda t: (
         "oracle",
         ["--dataset_filepaths", other_file(t, "bare", columns=COLUMNS[:4])],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from router.clusters import Array
+from router.errors import InputError
 from router.gate import PrototypeGate
 from router.merges import Routed
 from router.predict import encode
@@ -30,6 +31,13 @@ class ProtoRoute(Routed):
         pad, n = tokenizer.pad_token_id, len(self.adapters)
         with self.stages("prototypes"):
             protos = prototypes(self.adapters, str(model.device), model.dtype)
+            present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
+        for number, adapter in enumerate(self.adapters):
+            if number not in present:
+                raise InputError(
+                    f"adapter {adapter.name} ({adapter.folder.path}): expected an update, got zero at every "
+                    "module; was it trained? Leave it out of --adapters"
+                )
         with self.stages("calibrate"):
             generic = encode(tokenizer, generic_prompts(), limit)
             means = input_means(model, generic, pad, list(protos))
