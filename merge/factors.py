@@ -7,7 +7,6 @@ module's widths, r the rank; all factors are float32 or better, whatever the fil
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,11 +32,6 @@ class Factors(NamedTuple):
 def dense(update: Factors) -> Tensor:
     """The update itself, (d_out, d_in)."""
     return update.b @ update.a
-
-
-def scaled(update: Factors, scale: float) -> Factors:
-    """`scale` times the update; the scale goes into `b`."""
-    return Factors(update.a, update.b * scale)
 
 
 def weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -121,13 +115,3 @@ def pad(update: Factors, rank: int) -> Factors:
         raise ValueError(f"cannot pad rank {update.rank} to {rank}")
     a = torch.nn.functional.pad(update.a, (0, 0, 0, extra))
     return Factors(a, torch.nn.functional.pad(update.b, (0, extra)))
-
-
-def inner(left: Factors, right: Factors) -> float:
-    """Frobenius inner product of two updates, from r x r products alone."""
-    return float(((left.b.T @ right.b) * (left.a @ right.a.T)).sum())
-
-
-def norm(update: Factors) -> float:
-    """Frobenius norm of the update."""
-    return math.sqrt(max(inner(update, update), 0.0))

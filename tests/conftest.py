@@ -22,20 +22,21 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+def shared(name, what):
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"{what} are not on this machine")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def kit_golden():
-    folder = SHARED / "kit_golden"
-    if not folder.is_dir():
-        pytest.skip("the starter kit's golden files are not on this machine")
-    return folder
+    return shared("kit_golden", "the starter kit's golden files")
 
 
 @pytest.fixture(scope="session")
 def competition():
-    folder = SHARED / "competition"
-    if not folder.is_dir():
-        pytest.skip("the competition's CSV files are not on this machine")
-    return folder
+    return shared("competition", "the competition's CSV files")
 
 
 @pytest.fixture(scope="session")

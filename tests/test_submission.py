@@ -201,3 +201,14 @@ def test_rows_that_break_off_leave_no_table(tmp_path):
     with pytest.raises(RuntimeError):
         write_table(tmp_path / "out.csv", ["a"], rows())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_competitions_queries_are_read_whole(competition):
+    queries = read_queries(competition / "test.csv")
+    assert len(queries) == 807
+    choices = [len(query.choices) for query in queries if query.eval_type == "multiple_choice"]
+    assert {n: choices.count(n) for n in (2, 4, 8)} == {2: 100, 4: 307, 8: 50}
+    assert sum(query.eval_type == "generation" for query in queries) == 350
+    assert next(query for query in queries if query.id == "672").input.count("\r") == 3
+    assert len(read_queries(competition / "cosmos_qa.csv")) == 500
+    assert max(len(query.input) for query in read_queries(competition / "xsum.csv")) == 9513
