@@ -3,9 +3,10 @@
 - data/test.csv: unlabelled, about 12 of each task, phrased as in training and otherwise, shuffled.
 - data/eval/TASK.csv: labelled, phrased as in training.
 - data/eval_unseen/TASK.csv: labelled, phrased as never in training, and the tasks without adapter.
+- data/eval_composite/TASK.csv: labelled, tasks that need two adapters.
 
 Labelled files have the starter kit's columns, the name of the task's own adapter (`base` where
-there is none), its skill, and the number of the phrasing.
+there is none, both names joined by `+` where it needs two), its skill, and the number of the phrasing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from router.constants import BASE_COLUMN
 from router.submission import GENERATION, MULTIPLE_CHOICE, write_table
-from scripts.tasks import Item, Task, all_tasks, split
+from scripts.tasks import Item, Task, all_tasks, composite_tasks, split
 from scripts.train_library import EXPERTS, SEED, SIZES, phrase
 
 LABELLED = ("id", "input", "target", "answer_choices", "eval_type", "adapter", "skill", "phrasing")
@@ -24,7 +25,7 @@ DATA = Path("data")
 
 def labelled(task: Task, items: list[Item], prompts: list[str], phrasings: list[int]) -> list[list[object]]:
     """Rows of a labelled file; the target of multiple choice is the 0-based index, as in the kit."""
-    adapter = task.name if task.has_adapter else BASE_COLUMN
+    adapter = task.name if task.has_adapter else "+".join(task.experts) or BASE_COLUMN
     rows: list[list[object]] = []
     for n, (item, prompt, phrasing) in enumerate(zip(items, prompts, phrasings, strict=True)):
         target = item.answer if item.choices is None else item.choices.index(item.answer)
@@ -32,6 +33,13 @@ def labelled(task: Task, items: list[Item], prompts: list[str], phrasings: list[
         kind = GENERATION if item.choices is None else MULTIPLE_CHOICE
         rows.append([n, prompt, target, choices, kind, adapter, task.skill, phrasing])
     return rows
+
+
+def write_unseen(folder: Path, task: Task, items: list[Item]) -> None:
+    """Writes a task's labelled items, its phrasings never used in training taking turns."""
+    numbers = [n % len(task.unseen) for n in range(len(items))]
+    prompts = [task.unseen[k].format(**item.fields) for k, item in zip(numbers, items, strict=True)]
+    write_table(folder / f"{task.name}.csv", LABELLED, labelled(task, items, prompts, numbers))
 
 
 def main() -> None:
@@ -42,15 +50,7 @@ def main() -> None:
             continue
         sizes = SIZES if task.phrasings else {part: SIZES[part] for part in ("unseen", "test")}
         parts = split(task, SEED, sizes)
-        other = [
-            task.unseen[n % len(task.unseen)].format(**item.fields) for n, item in enumerate(parts["unseen"])
-        ]
-        numbers = [n % len(task.unseen) for n in range(len(other))]
-        write_table(
-            DATA / "eval_unseen" / f"{task.name}.csv",
-            LABELLED,
-            labelled(task, parts["unseen"], other, numbers),
-        )
+        write_unseen(DATA / "eval_unseen", task, parts["unseen"])
         if task.phrasings:
             own = phrase(task, parts["eval"], SEED)
             numbers = [
@@ -68,6 +68,9 @@ def main() -> None:
     random.Random(SEED).shuffle(unlabelled)
     header = ("id", "input", "eval_type", "answer_choices")
     write_table(DATA / "test.csv", header, ([n, *row] for n, row in enumerate(unlabelled)))
+    for task in composite_tasks().values():
+        items = split(task, SEED, {"unseen": SIZES["unseen"]})["unseen"]
+        write_unseen(DATA / "eval_composite", task, items)
 
 
 if __name__ == "__main__":

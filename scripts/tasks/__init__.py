@@ -47,6 +47,7 @@ class Task:
         phrasings: templates used in training and in data/eval.
         unseen: templates never used in training, written by hand for data/eval_unseen.
         has_adapter: False for tasks that no adapter of the library was trained for.
+        experts: adapters whose skills a composite task needs, both.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Task:
     phrasings: tuple[str, ...] = field(repr=False)
     unseen: tuple[str, ...] = field(repr=False)
     has_adapter: bool = True
+    experts: tuple[str, ...] = ()
 
 
 def split(task: Task, seed: int, sizes: dict[str, int]) -> dict[str, list[Item]]:
@@ -89,6 +91,13 @@ def all_tasks() -> dict[str, Task]:
 
     modules = (reasoning, maths, coding, chat, tools, unserved)
     return {task.name: task for module in modules for task in module.TASKS}
+
+
+def composite_tasks() -> dict[str, Task]:
+    """The composite tasks by name; kept apart from all_tasks, as no single adapter serves them."""
+    from . import composite
+
+    return {task.name: task for task in composite.TASKS}
 
 
 def from_reasoning_gym(name: str, **config: object) -> Iterator[dict[str, object]]:
