@@ -174,12 +174,16 @@ class Routed(Merges):
         with self.stages("load"):
             self.adapters = load_library(self.settings.adapters)
             spec = self.settings.base_model or self._default_base()
-            self.base = load_base(spec, self.settings.device, self.settings.dtype)
-            self.base_model, self.tokenizer = self.base.model, self.base.tokenizer
-            self.shapes = linear_shapes(self.base.model)
+            self.attach(load_base(spec, self.settings.device, self.settings.dtype), self.adapters)
             is_folder = spec != EMBEDDED and Path(spec).is_dir()
             check_against_base(self.adapters, self.base.name, is_folder, self.shapes)
         return self.base.model
+
+    def attach(self, base: Base, adapters: Sequence[Adapter]) -> None:
+        """Takes a base model and a library that are loaded already, as `merge` would load them."""
+        self.base, self.adapters = base, list(adapters)
+        self.base_model, self.tokenizer = base.model, base.tokenizer
+        self.shapes = linear_shapes(base.model)
 
     def _default_base(self) -> str:
         if self.settings.adapters == (COMPETITION,):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
@@ -139,8 +140,10 @@ def score_choices(
         A score per prompt and choice.
     """
     import torch
+    from transformers import DynamicCache
 
     ids, mask = pad_left(rows, _pad_id(tokenizer), model.device)
+    cache, argument = DynamicCache(config=model.config), _cache_argument(model)
     owner = torch.tensor(
         [n for n, options in enumerate(choices) for _ in options], device=model.device
     )  # (N,) which prompt a choice belongs to
@@ -160,10 +163,10 @@ def score_choices(
     with torch.inference_mode():
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         prompt = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
-        )
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
+            **{argument: cache},
+        )  # fmt: skip
         first = prompt.logits[:, -1].float().log_softmax(-1)  # (B, V)
-        cache = prompt.past_key_values
         cache.batch_select_indices(owner)
         start = mask.sum(1)[owner]  # (N,)
         scores = first[owner].gather(1, tail[:, :1]).squeeze(1)  # (N,)
@@ -174,13 +177,19 @@ def score_choices(
                 input_ids=tail[:, :-1],
                 attention_mask=torch.cat([mask[owner], valid[:, :-1]], 1),
                 position_ids=start[:, None] + torch.arange(width - 1, device=model.device),
-                past_key_values=cache,
                 use_cache=True,
+                **{argument: cache},
             ).logits  # (N, width - 1, V)
             logp = rest.float().log_softmax(-1).gather(2, tail[:, 1:, None]).squeeze(2)
             scores = scores + (logp * valid[:, 1:]).sum(1)
     flat = iter(scores.tolist())
     return [tuple(next(flat) for _ in options) for options in choices]
+
+
+def _cache_argument(model: Any) -> str:
+    """What the model calls its key-value cache: transformers renamed it, and the old name warns."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in signature(plain.forward).parameters else "past_key_values"
 
 
 def _pad_id(tokenizer: Any) -> int:
