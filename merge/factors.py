@@ -34,6 +34,13 @@ def dense(update: Factors) -> Tensor:
     return update.b @ update.a
 
 
+def inner(one: Factors, other: Factors) -> float:
+    """The Frobenius inner product of two updates of one module, from `r x r` matrices in float64."""
+    a = one.a.double() @ other.a.double().T  # (r, r')
+    b = one.b.double().T @ other.b.double()  # (r, r')
+    return float((a * b).sum())
+
+
 def weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """The exact sum of `weights[i] * updates[i]`: factors side by side, rank = sum of ranks.
 

@@ -1,4 +1,4 @@
-"""From responses to weights: a scikit-learn estimator on plain arrays.
+"""From responses and trials to weights: a scikit-learn estimator on plain arrays.
 
 Knows no files and no models, so it serves any base model whose responses somebody has measured.
 Notation: response R[q, i, m] of query q, adapter i, module m; reference queries are generic text
@@ -8,7 +8,7 @@ that no adapter was made for.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +18,18 @@ from sklearn.utils.validation import check_is_fitted
 
 Array = NDArray[np.float64]
 CHANCE = 0.5  # of the best of n adapters to reach the base model's score on text that is none's own
+# How far, in standard deviations of generic text, a trial can raise an adapter's score, and so how far behind
+# the best an adapter may be and still be in question.
+REACH = 1.5
 _FLOOR = 1e-6  # responses are cosines; below this they are noise
+
+
+class Trials(NamedTuple):
+    """What adapters did when they were tried at the end of queries; NaN where one was not tried."""
+
+    effect: Array  # (queries, adapters) relative change of the last token's final hidden state, above 0
+    confidence: Array  # (queries, adapters) log-probability, nats, of the likeliest next token
+    base_confidence: Array  # (queries,) the same of the base model
 
 
 class PrototypeGate(BaseEstimator):  # type: ignore[misc]
@@ -31,10 +42,15 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     with rho the correlation of two adapters' z over generic text. The rest is averaged over each
     adapter's modules and standardised again: the score.
 
+    Adapters less than REACH behind the best are `in_question`, and may be tried on the query. Their
+    trials are standardised against trials on generic text: effect (its logarithm) and confidence.
+    An adapter's score rises by its confidence, by REACH at most, and never falls.
+
     The base model is a candidate too, with the score that the best of n adapters reaches by chance as
     often as not: a query that stands out no more than that belongs to no adapter. The level is the
     median of the largest of n normal scores, not of the generic texts' best, some of which may well be
-    an adapter's own.
+    an adapter's own. After trials it is also level with the best adapter where its own confidence
+    is as unusual as that adapter's effect: it knows an answer, and the adapter adds nothing of note.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
@@ -45,6 +61,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         common_: (modules,) factor of the adapters' mean that is taken out.
         location_, scale_: (adapters,) of the score averaged over modules.
         base_score_: score of the base model.
+        effect_, confidence_: (2, adapters) mean and deviation in the reference trials.
+        base_confidence_: (2,) the same of the base model.
     """
 
     def __init__(self, temperature: float = 0.5, top_k: int | None = 3) -> None:
@@ -76,6 +94,19 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.base_score_ = float(norm.ppf((1 - CHANCE) ** (1 / self.n_adapters_)))
         return self
 
+    def fit_trials(self, trials: Trials) -> Self:
+        """Learns what adapters do at the end of generic text.
+
+        Args:
+            trials: on at least 2 reference queries; NaN for adapters that will not be tried.
+        """
+        if len(trials.base_confidence) < 2:
+            raise ValueError(f"expected at least 2 reference trials, got {len(trials.base_confidence)}")
+        self.effect_ = _moments(np.log(trials.effect.clip(_FLOOR)))
+        self.confidence_ = _moments(trials.confidence)
+        self.base_confidence_ = _moments(trials.base_confidence)
+        return self
+
     def _average(self, logs: Array) -> Array:
         """Standardised responses less what is common, averaged over modules, (queries, adapters)."""
         z = (logs - self.mean_) / self.std_
@@ -94,21 +125,46 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         scores: Array = (self._average(logs) - self.location_) / self.scale_
         return scores
 
-    def predict_proba(self, X: ArrayLike) -> Array:
+    def in_question(self, X: ArrayLike) -> NDArray[np.bool_]:
+        """Which adapters a trial could put first, (queries, adapters)."""
+        scores = self.decision_function(X)
+        best = np.maximum(scores.max(1, keepdims=True), self.base_score_)
+        return np.asarray(scores > best - REACH)
+
+    def candidate_scores(self, X: ArrayLike, trials: Trials | None = None) -> Array:
+        """Scores of the adapters and, last, the base model, (queries, adapters + 1).
+
+        With trials, an adapter that was not tried has minus infinity.
+        """
+        scores = self.decision_function(X)
+        base = np.full(len(scores), self.base_score_)
+        if trials is not None:
+            check_is_fitted(self, "effect_")
+            sure = (trials.confidence - self.confidence_[0]) / self.confidence_[1]
+            tried = ~np.isnan(sure)
+            scores = np.where(tried, scores + sure.clip(0, REACH), -np.inf)
+            effect = (np.log(trials.effect.clip(_FLOOR)) - self.effect_[0]) / self.effect_[1]
+            base_sure = (trials.base_confidence - self.base_confidence_[0]) / self.base_confidence_[1]
+            some, rows = tried.any(1), np.arange(len(scores))
+            best = scores.argmax(1)
+            level = scores[rows, best] + base_sure - effect[rows, best]
+            base = np.where(some, np.fmax(base, level), base)
+        return np.column_stack([scores, base])
+
+    def predict_proba(self, X: ArrayLike, trials: Trials | None = None) -> Array:
         """Weights, (queries, adapters + 1); rows sum to 1, the last column is the base model."""
         if not self.temperature > 0:
             raise ValueError(f"expected a temperature above 0, got {self.temperature}")
-        scores = self.decision_function(X)
-        scores = np.column_stack([scores, np.full(len(scores), self.base_score_)])
+        scores = self.candidate_scores(X, trials)
         weights = np.exp((scores - scores.max(1, keepdims=True)) / self.temperature)
         if self.top_k is not None:
             ranks = (-weights[:, :-1]).argsort(1, kind="stable").argsort(1)
             weights[:, :-1][ranks >= self.top_k] = 0.0
         return np.asarray(weights / weights.sum(1, keepdims=True))
 
-    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
+    def predict(self, X: ArrayLike, trials: Trials | None = None) -> NDArray[np.int64]:
         """The heaviest candidate of each query; the number of adapters means the base model."""
-        return np.asarray(self.predict_proba(X).argmax(1))
+        return np.asarray(self.predict_proba(X, trials).argmax(1))
 
 
 def _common_factor(z: Array) -> Array:
@@ -122,6 +178,11 @@ def _common_factor(z: Array) -> Array:
     rho = ((spread - 1) / np.maximum(n - 1, 1)).clip(0, 1)
     factor: Array = np.where(n > 1, n * rho / (1 + (n - 1) * rho), 0.0)
     return factor
+
+
+def _moments(values: Array) -> Array:
+    """Mean and standard deviation over the first axis, (2, ...); the deviation at least 1e-3."""
+    return np.stack([values.mean(0), values.std(0, ddof=1).clip(1e-3)])
 
 
 def _nanmean(values: Array, axis: int) -> Array:

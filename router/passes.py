@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -19,20 +19,36 @@ TOKENS = 4096  # a batch's budget: large enough to keep two cores or a GPU busy
 
 
 def batches(
-    model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(row numbers, ids, mask) of each left-padded batch, ids and mask (B, T)."""
+    """(row numbers, ids, mask) of each left-padded batch, ids and mask (B, T); no title, no progress bar."""
     lengths = [len(row) for row in rows]
-    with tqdm(total=sum(lengths), desc=title, unit="tok", disable=None) as progress:
+    quiet = None if title else True  # None: quiet where there is no terminal
+    with tqdm(total=sum(lengths), desc=title, unit="tok", disable=quiet) as progress:
         for batch in by_length(lengths, TOKENS):
             yield batch, *pad_left([rows[n] for n in batch], pad_id, model.device)
             progress.update(sum(lengths[n] for n in batch))
 
 
-def forward(model: Any, ids: Tensor, mask: Tensor) -> None:
-    """Runs the model on a left-padded batch, for what hooks see on the way; its output is dropped."""
+class Last(NamedTuple):
+    """Where a model stands at the last token of each prompt, before it answers."""
+
+    hidden: Tensor  # (B, d) what the output layer reads there
+    confidence: Tensor  # (B,) float32, log-probability in nats of the likeliest next token
+
+
+def forward(model: Any, ids: Tensor, mask: Tensor) -> Last:
+    """Runs the model on a left-padded batch, for what hooks see on the way and where it ends."""
+    seen: list[Tensor] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+    try:
+        logits = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
+        ).logits  # (B, 1, V)
+    finally:
+        handle.remove()
+    return Last(seen[-1][:, -1], logits[:, -1].float().log_softmax(-1).amax(-1))
 
 
 def last_block(adapters: Sequence[Adapter]) -> list[str]:

@@ -1,23 +1,23 @@
 """One pass of the base model over prompts: how much each adapter responds to each prompt.
 
 Hooks on the target modules turn the input of every token into one number per adapter and pool
-them over the prompt's tokens; no activation is kept. Padding is not counted, and neither is the
-first token, an attention sink whose norm is tens of times that of other tokens. Knows no labels
-and no adapter's name.
+them over the prompt's tokens; of the activations only the last token's final one is kept. Padding
+is not counted, and neither is the first token, an attention sink whose norm is tens of times that
+of other tokens. Knows no labels and no adapter's name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.passes import batches, forward
+from router.passes import Last, batches, forward
 from router.prototypes import ModulePrototypes
 
 
@@ -61,7 +61,28 @@ def input_means(
     return {name: (total / count).float() for name, total in totals.items()}
 
 
-def responses(
+def last_of(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> Last:
+    """The model at the end of each prompt."""
+    ends: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.inference_mode():
+        for batch, ids, mask in batches(model, rows, pad_id, None):
+            ends.update(zip(batch, zip(*forward(model, ids, mask), strict=True), strict=True))
+    return _in_order(ends)
+
+
+def _in_order(ends: Mapping[int, tuple[Tensor, Tensor]]) -> Last:
+    hidden, confidence = zip(*(ends[n] for n in range(len(ends))), strict=True)
+    return Last(torch.stack(hidden), torch.stack(confidence))
+
+
+class Probed(NamedTuple):
+    """What one pass tells about prompts."""
+
+    responses: NDArray[np.float32]  # (prompts, adapters, modules); NaN where an adapter has no prototype
+    last: Last  # of the base model
+
+
+def probe(
     model: Any,
     rows: Sequence[Sequence[int]],
     pad_id: int,
@@ -69,7 +90,7 @@ def responses(
     means: Mapping[str, Tensor],
     n_adapters: int,
     title: str = "probe",
-) -> NDArray[np.float32]:
+) -> Probed:
     """How strongly each prompt sets each adapter's update free, module by module.
 
     For every counted token, the input is centred with `means`, and its weighted cosine to the
@@ -82,13 +103,11 @@ def responses(
         prototypes: by module; the order of modules is that of the mapping.
         means: what to centre with, by module, (d_in,).
         n_adapters: the number of adapters in the library.
-
-    Returns:
-        (prompts, adapters, modules); NaN where an adapter has no prototype at a module.
     """
     names = list(prototypes)
     place = {name: m for m, name in enumerate(names)}
     out = np.full((len(rows), n_adapters, len(names)), np.nan, dtype=np.float32)
+    ends: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.inference_mode():
         for batch, ids, mask in batches(model, rows, pad_id, title):
             counted = counted_tokens(mask)
@@ -109,9 +128,10 @@ def responses(
                 part[:, :, place[name]].index_add_(0, token_row, cosine)
 
             with hooked(model, names, visit):
-                forward(model, ids, mask)
+                last = forward(model, ids, mask)
+            ends.update(zip(batch, zip(*last, strict=True), strict=True))
             out[batch] = (part / counted.sum(1)[:, None, None]).cpu().numpy()
     for name, m in place.items():
         absent = np.setdiff1d(np.arange(n_adapters), prototypes[name].owners.cpu().numpy())
         out[:, absent, m] = np.nan
-    return out
+    return Probed(out, _in_order(ends))

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from router.adapters import load_library
 from router.base import EMBEDDED, load_base
+from router.calibration import generic_prompts
 from router.constants import BASE_COLUMN
 from router.gate import PrototypeGate
-from router.methods.proto_route import generic_prompts
 from router.passes import batches, forward
 from router.predict import encode
 from router.probe import counted_tokens, hooked, input_means

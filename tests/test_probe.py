@@ -5,7 +5,7 @@ from merge.factors import dense
 from router.adapters import load_library
 from router.base import load_base
 from router.predict import encode
-from router.probe import input_means, responses
+from router.probe import input_means, probe
 from router.prototypes import prototypes
 
 TEXTS = ["a", "two words", "Question: what is 17 + 4?\nAnswer:", "x" * 70, "über 漢字"]
@@ -28,7 +28,7 @@ def test_responses_equal_dense_cosines_prompt_by_prompt(tiny_base, tiny_library)
     protos = prototypes(adapters)
     rows = encode(base.tokenizer, TEXTS)
     means = input_means(base.model, rows, 0, list(protos))
-    found = responses(base.model, rows, 0, protos, means, len(adapters))
+    found = probe(base.model, rows, 0, protos, means, len(adapters)).responses
     assert found.shape == (len(TEXTS), 3, 14)
     for m, module in enumerate(protos):
         inputs = [inputs_of(base, text, module) for text in TEXTS]

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from importlib.resources import files
 
+import numpy as np
+
+from router.calibration import Calibration
 from router.clusters import Array
+from router.copies import stand_ins
 from router.errors import InputError
 from router.gate import PrototypeGate
 from router.merges import Routed
 from router.predict import encode
-from router.probe import input_means, responses
+from router.probe import probe
 from router.prototypes import prototypes
 from router.submission import Query
-
-
-def generic_prompts() -> list[str]:
-    """The prompts that ship with the package, against which responses are calibrated."""
-    prompts: list[str] = json.loads(files("router").joinpath("generic.json").read_text("utf-8"))
-    return prompts
+from router.trial import trial
 
 
 class ProtoRoute(Routed):
-    """Routes by how strongly the base model's activations set each adapter's update free."""
+    """Routes by how strongly the base model's activations set each adapter's update free.
+
+    Adapters that are close are tried on the query: docs/method.md has the equations.
+    """
 
     def route(self, queries: Sequence[Query]) -> Array:
-        """Probe, prototypes, gate; no labels, no training, no data of the adapters."""
+        """Prototypes, probe, gate, and a trial of what is in question; no labels, no training."""
         model, tokenizer, limit = self.base.model, self.tokenizer, self.settings.max_seq_len
-        pad, n = tokenizer.pad_token_id, len(self.adapters)
         with self.stages("prototypes"):
             protos = prototypes(self.adapters, str(model.device), model.dtype)
             present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
@@ -39,12 +38,21 @@ class ProtoRoute(Routed):
                     "module; was it trained? Leave it out of --adapters"
                 )
         with self.stages("calibrate"):
-            generic = encode(tokenizer, generic_prompts(), limit)
-            means = input_means(model, generic, pad, list(protos))
-            reference = responses(model, generic, pad, protos, means, n, "calibrate")
+            calibration = Calibration(self.base, limit)
+            means = calibration.means(list(protos))
+            reference = calibration.responses(self.adapters, list(protos), means)
+            kept = np.unique(stand_ins(self.adapters, reference))
+            gate = PrototypeGate(self.settings.temperature, self.settings.top_k).fit(reference[:, kept])
         with self.stages("probe"):
             rows = encode(tokenizer, [query.input for query in queries], limit)
-            measured = responses(model, rows, pad, protos, means, n)
+            probed = probe(model, rows, tokenizer.pad_token_id, protos, means, len(self.adapters))
+        responses, adapters = probed.responses[:, kept], [self.adapters[n] for n in kept]
+        wanted = gate.in_question(responses)
+        with self.stages("calibrate"):
+            gate.fit_trials(calibration.trials(adapters, wanted))
+        with self.stages("trial"):
+            trials = trial(self.base, adapters, rows, probed.last, wanted)
         with self.stages("gate"):
-            gate = PrototypeGate(self.settings.temperature, self.settings.top_k).fit(reference)
-            return gate.predict_proba(measured)
+            weights = np.zeros((len(queries), len(self.adapters) + 1))
+            weights[:, [*kept, -1]] = gate.predict_proba(responses, trials)
+        return weights

@@ -1,0 +1,162 @@
+"""How adapters respond to generic text, and what they do at its end: what the gate compares with.
+
+The text ships with the package. What is measured depends on the base model and on the adapter alone, so
+it is kept on disk, adapter by adapter, under a name made from their contents: a library that was seen before
+costs nothing, and one new adapter costs one adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from merge.folders import CONFIG_FILE
+from router.adapters import Adapter
+from router.base import Base, cache_folder
+from router.gate import Trials
+from router.passes import Last
+from router.predict import encode
+from router.probe import input_means, last_of, probe
+from router.prototypes import prototypes
+from router.trial import trial
+
+FORMAT = 1  # raise it when what is measured changes
+# Trials need fewer texts than responses, of which there is one at every module: every fourth. Each costs
+# a pass of its own for every adapter.
+EVERY = 4
+
+
+def generic_prompts() -> list[str]:
+    """The texts against which responses are calibrated."""
+    prompts: list[str] = json.loads(files("router").joinpath("generic.json").read_text("utf-8"))
+    return prompts
+
+
+def _key(adapter: Adapter) -> str:
+    """A name made from an adapter's weights and configuration, in which its scale is."""
+    config = (adapter.folder.path / CONFIG_FILE).read_bytes()
+    return hashlib.sha256(adapter.sha256.encode() + config).hexdigest()[:32]
+
+
+class Calibration:
+    """What generic text does to one base model and its adapters.
+
+    Args:
+        base: the base model.
+        limit: most tokens of a prompt; None keeps all.
+    """
+
+    def __init__(self, base: Base, limit: int | None = None) -> None:
+        self.base = base
+        prompts = generic_prompts()
+        self.rows = encode(base.tokenizer, prompts, limit)
+        self.pad = base.tokenizer.pad_token_id
+        what = [FORMAT, base.sha256, str(base.model.dtype), base.model.device.type, torch.__version__, limit]
+        name = hashlib.sha256(json.dumps([*what, prompts]).encode()).hexdigest()[:16]
+        self.folder = cache_folder() / "calibration" / name
+
+    def means(self, modules: Sequence[str]) -> dict[str, Tensor]:
+        """The mean input of each module, (d_in,) float32."""
+        known = self._load("means") or {}
+        if missing := [module for module in modules if module not in known]:
+            known |= input_means(self.base.model, self.rows, self.pad, missing)
+            self._save("means", known)
+        return {module: known[module].to(self.base.model.device) for module in modules}
+
+    def responses(
+        self, adapters: Sequence[Adapter], modules: Sequence[str], means: Mapping[str, Tensor]
+    ) -> NDArray[np.float32]:
+        """The adapters' responses, (generic prompts, adapters, modules); NaN without a prototype."""
+        out = np.full((len(self.rows), len(adapters), len(modules)), np.nan, dtype=np.float32)
+        known = [self._load(f"{_key(adapter)}.responses") for adapter in adapters]
+        new = [n for n, found in enumerate(known) if found is None]
+        if new:
+            protos = prototypes(
+                [adapters[n] for n in new], str(self.base.model.device), self.base.model.dtype
+            )
+            found = probe(
+                self.base.model, self.rows, self.pad, protos, means, len(new), "calibrate"
+            ).responses
+            for k, n in enumerate(new):
+                known[n] = {
+                    module: torch.from_numpy(found[:, k, m].copy())
+                    for m, module in enumerate(protos)
+                    if not np.isnan(found[0, k, m])
+                }
+                self._save(f"{_key(adapters[n])}.responses", known[n] or {})
+        place = {module: m for m, module in enumerate(modules)}
+        for n, responses in enumerate(known):
+            for module, values in (responses or {}).items():
+                out[:, n, place[module]] = values.numpy()
+        return out
+
+    def trials(self, adapters: Sequence[Adapter], wanted: NDArray[np.bool_]) -> Trials:
+        """Trials on every fourth generic prompt of the adapters that any query wants; NaN for the others.
+
+        Args:
+            wanted: (queries, adapters).
+        """
+        rows = self.rows[::EVERY]
+        effect, confidence = np.full((2, len(rows), len(adapters)), np.nan)
+        new = []
+        for n in np.flatnonzero(wanted.any(0)).tolist():
+            if kept := self._load(f"{_key(adapters[n])}.trials"):
+                effect[:, n], confidence[:, n] = kept["effect"].numpy(), kept["confidence"].numpy()
+            else:
+                new.append(n)
+        if new:
+            everywhere = np.ones((len(rows), len(new)), dtype=bool)
+            tried = [adapters[n] for n in new]
+            found = trial(self.base, tried, rows, self._last, everywhere, "calibrate")
+            effect[:, new], confidence[:, new] = found.effect, found.confidence
+            for n in new:
+                values = {"effect": effect[:, n], "confidence": confidence[:, n]}
+                self._save(
+                    f"{_key(adapters[n])}.trials",
+                    {key: torch.from_numpy(value.copy()) for key, value in values.items()},
+                )
+        return Trials(effect, confidence, self._base_confidence)
+
+    @cached_property
+    def _last(self) -> Last:
+        """The base model at the end of every fourth generic prompt."""
+        return last_of(self.base.model, self.rows[::EVERY], self.pad)
+
+    @cached_property
+    def _base_confidence(self) -> NDArray[np.float64]:
+        known = self._load("base")
+        if known is None:
+            known = {"confidence": self._last.confidence.double().cpu()}
+            self._save("base", known)
+        return known["confidence"].numpy()
+
+    def _load(self, name: str) -> dict[str, Tensor] | None:
+        """What is kept under a name; None if nothing is, or nothing that can be read."""
+        try:
+            return load_file(self.folder / f"{name}.safetensors")
+        except (OSError, SafetensorError):
+            return None
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps tensors under a name; whoever reads it finds all of them or none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        os.close(handle)
+        try:
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+            Path(temporary).replace(self.folder / f"{name}.safetensors")
+        finally:
+            Path(temporary).unlink(missing_ok=True)

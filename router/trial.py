@@ -1,0 +1,52 @@
+"""A second look: what the adapters in question do at the end of a prompt, just before the answer.
+
+Adapters may read much the same input and do different things with it. What tells them apart is what
+each of them does with the prompt: its own adapter changes where the model is heading more than it changes
+other prompts, and is surer of how the answer starts. One pass for each adapter, over those prompts
+alone for which it is in question. Knows no labels; the gate compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from router.adapters import Adapter
+from router.base import Base
+from router.gate import Trials
+from router.passes import Last, batches, forward
+from router.variants import live
+
+
+def trial(
+    base: Base,
+    adapters: Sequence[Adapter],
+    rows: Sequence[Sequence[int]],
+    last: Last,
+    wanted: NDArray[np.bool_],
+    title: str = "trial",
+) -> Trials:
+    """Runs each adapter on the prompts for which it is wanted.
+
+    Args:
+        rows: token ids of each prompt.
+        last: the base model at the end of each prompt.
+        wanted: (prompts, adapters).
+    """
+    effect, confidence = np.full((2, *wanted.shape), np.nan)
+    for n, adapter in enumerate(adapters):
+        mine = np.flatnonzero(wanted[:, n])
+        if not len(mine):
+            continue
+        with live(base, adapter.folder.path) as model, torch.inference_mode():
+            part, pad = [rows[k] for k in mine.tolist()], base.tokenizer.pad_token_id
+            for numbers, ids, mask in batches(model, part, pad, f"{title} {adapter.name}"):
+                found, where = forward(model, ids, mask), mine[numbers]
+                before = last.hidden[torch.from_numpy(where).to(ids.device)].float()  # (B, d)
+                change = (found.hidden.float() - before).norm(dim=1) / before.norm(dim=1)  # (B,)
+                effect[where, n] = change.cpu().numpy()
+                confidence[where, n] = found.confidence.cpu().numpy()
+    return Trials(effect, confidence, last.confidence.double().cpu().numpy())

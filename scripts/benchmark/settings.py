@@ -1,0 +1,119 @@
+"""What is asked of whom: the settings of the benchmark."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from router.adapters import Adapter
+from scripts.benchmark import libraries
+
+DATA = Path("data")
+STATIC = ("average", "task_arithmetic", "ties", "dare_ties", "knots", "tsv", "iso_c")
+PER_TOKEN = ("arrow", "spectr", "lag")
+ROUTERS = ("cards", "logo", "mass", *PER_TOKEN)
+OURS = "proto_route"
+PEERS = (*STATIC, *ROUTERS)
+EVERYONE = ("base", *PEERS, OURS, "per_query", "oracle")
+SEEDS = {OURS: (0, 1, 2), "dare_ties": (0, 1, 2)}  # where something is drawn: k-means, DARE's masks
+LEFT_OUT_ROWS = 14  # of each task, where every task needs runs of its own
+SKEW = 0.9
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries that are answered in one run.
+
+    Attributes:
+        name: of its file of answers.
+        rows: the labelled rows, with a column `task`.
+        library: what the method may choose from, made from the committed adapters.
+    """
+
+    name: str
+    rows: pd.DataFrame
+    library: Callable[[Sequence[Adapter]], list[Adapter]] = list
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A question to the methods.
+
+    Attributes:
+        name: of its folder of answers.
+        methods: who is asked.
+        parts: makes the runs of one method.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    parts: Callable[[], list[Part]]
+
+    def seeds(self, method: str) -> tuple[int, ...]:
+        """Which seeds a method runs with here; several only in the settings that everyone is asked in."""
+        return SEEDS.get(method, (0,)) if self.name in ("held_in", "unseen") else (0,)
+
+
+def labelled(folder: str, rows_per_task: int | None = None) -> pd.DataFrame:
+    """All rows of a folder of labelled files, each with its task."""
+    files = sorted((DATA / folder).glob("*.csv"))
+    parts = [
+        pd.read_csv(file, dtype=str, keep_default_na=False).assign(task=file.stem)[:rows_per_task]
+        for file in files
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _whole(folder: str, library: Callable[[Sequence[Adapter]], list[Adapter]] = list) -> list[Part]:
+    return [Part("all", labelled(folder), library)]
+
+
+def _left_out() -> list[Part]:
+    rows = labelled("eval", LEFT_OUT_ROWS)
+    return [Part(task, part, libraries.without(task)) for task, part in rows.groupby("task")]
+
+
+def _singles(folder: str, rows_per_task: int | None = None) -> list[Part]:
+    """Every adapter alone; where the labels name several adapters, those alone."""
+    rows = labelled(folder, rows_per_task)
+    wanted = rows["adapter"].str.split("+")
+    names = sorted(set(wanted.explode()))
+    composite = wanted.str.len().max() > 1
+    return [
+        Part(name, rows[[not composite or name in some for some in wanted]], libraries.only(name))
+        for name in names
+    ]
+
+
+def _skewed() -> list[Part]:
+    """For each task: its rows, and of all other rows so few that its own are 90 %."""
+    rows = labelled("eval")
+    parts = []
+    for task, own in rows.groupby("task"):
+        others = rows[rows["task"] != task]
+        count = round(len(own) * (1 - SKEW) / SKEW)
+        picked = random.Random(f"skewed {task}").sample(range(len(others)), count)
+        parts.append(Part(str(task), pd.concat([own, others.iloc[picked]], ignore_index=True)))
+    return parts
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("held_in", EVERYONE, lambda: _whole("eval")),
+        Setting("unseen", EVERYONE, lambda: _whole("eval_unseen")),
+        Setting("composite", tuple(m for m in EVERYONE if m != "oracle"), lambda: _whole("eval_composite")),
+        Setting("composite_singles", ("single",), lambda: _singles("eval_composite")),
+        Setting("left_out", ("base", *PEERS, OURS), _left_out),
+        Setting("left_out_singles", ("single",), lambda: _singles("eval", LEFT_OUT_ROWS)),
+        Setting("skewed", (OURS,), _skewed),
+        Setting("decoys_random", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_random)),
+        Setting("decoys_rescaled", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_rescaled)),
+        Setting("decoys_duplicates", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_duplicates)),
+        Setting("scale", (OURS,), lambda: _whole("eval", libraries.grown)),
+    )
+}
