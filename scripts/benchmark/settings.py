@@ -20,7 +20,7 @@ OURS = "proto_route"
 PEERS = (*STATIC, *ROUTERS)
 EVERYONE = ("base", *PEERS, OURS, "per_query", "oracle")
 SEEDS = {OURS: (0, 1, 2), "dare_ties": (0, 1, 2)}  # where something is drawn: k-means, DARE's masks
-LEFT_OUT_ROWS = 14  # of each task, where every task needs runs of its own
+FEWER = 14  # rows of each task, where the number of runs or of adapters is large
 SKEW = 0.9
 
 
@@ -68,12 +68,16 @@ def labelled(folder: str, rows_per_task: int | None = None) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _whole(folder: str, library: Callable[[Sequence[Adapter]], list[Adapter]] = list) -> list[Part]:
-    return [Part("all", labelled(folder), library)]
+def _whole(
+    folder: str,
+    library: Callable[[Sequence[Adapter]], list[Adapter]] = list,
+    rows_per_task: int | None = None,
+) -> list[Part]:
+    return [Part("all", labelled(folder, rows_per_task), library)]
 
 
 def _left_out() -> list[Part]:
-    rows = labelled("eval", LEFT_OUT_ROWS)
+    rows = labelled("eval", FEWER)
     return [Part(task, part, libraries.without(task)) for task, part in rows.groupby("task")]
 
 
@@ -109,11 +113,13 @@ SETTINGS = {
         Setting("composite", tuple(m for m in EVERYONE if m != "oracle"), lambda: _whole("eval_composite")),
         Setting("composite_singles", ("single",), lambda: _singles("eval_composite")),
         Setting("left_out", ("base", *PEERS, OURS), _left_out),
-        Setting("left_out_singles", ("single",), lambda: _singles("eval", LEFT_OUT_ROWS)),
+        Setting("left_out_singles", ("single",), lambda: _singles("eval", FEWER)),
         Setting("skewed", (OURS,), _skewed),
-        Setting("decoys_random", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_random)),
-        Setting("decoys_rescaled", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_rescaled)),
-        Setting("decoys_duplicates", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_duplicates)),
-        Setting("scale", (OURS,), lambda: _whole("eval", libraries.grown)),
+        Setting("decoys_random", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_random, FEWER)),
+        Setting("decoys_rescaled", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_rescaled, FEWER)),
+        Setting(
+            "decoys_duplicates", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_duplicates, FEWER)
+        ),
+        Setting("scale", (OURS,), lambda: _whole("eval", libraries.grown, FEWER)),
     )
 }
