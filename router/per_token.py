@@ -5,9 +5,10 @@ At a module with the updates `D_i` of n adapters and the input x of a token
     output = W x + sum_i w_i D_i x,    w = weights(x), in the simplest case softmax(logits(x)),
 
 for prompts and generated tokens alike. Updates are kept as `D_i = U_i (S_i V_i^T)`, their thin SVD:
-the same update up to rounding, with factors that answer what training-free routers ask, as
-`norm(S V^T x) = norm(D x)` and the first row of `V^T` is what Arrow calls the prototype. An adapter
-does not compete at a module that it does not change, be it no target of its or its update zero.
+the same update up to rounding, with factors that answer what training-free routers ask:
+`norm(S V^T x) = norm(D x)`, without S it is the length of x within the update's row space, and the
+first row of `V^T` is what Arrow calls the prototype. An adapter does not compete at a module that
+it does not change, be it no target of its or its update zero.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Experts:
         module: its name.
         a: (K, d_in) the rows `S_j v_j^T` of each adapter, K the sum of ranks.
         b: (d_out, K) the columns `u_j`.
+        scales: (K,) float32, the singular values `S_j`, all above rounding.
         owners: (K,) int64, which of the n a row belongs to.
         arrows: (n, d_in) each one's first right singular vector.
         members: (n,) int64, which adapter of the library each is.
@@ -49,6 +51,7 @@ class Experts:
     module: str
     a: Tensor
     b: Tensor
+    scales: Tensor
     owners: Tensor
     arrows: Tensor
     members: Tensor
@@ -62,20 +65,21 @@ def load_experts(
     adapters: Sequence[Adapter], device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, Experts]:
     """The updates of a library by module; decomposed in float64, kept in `dtype`."""
-    parts: dict[str, list[tuple[Tensor, Tensor, Tensor, int]]] = {}
+    parts: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor, int]]] = {}
     for number, adapter in enumerate(adapters):
         for module, update in adapter.read_all():
             u, s, vh = support(update)
             if len(s):
-                parts.setdefault(module, []).append((s[:, None] * vh, u, vh[:1], number))
+                parts.setdefault(module, []).append((s[:, None] * vh, u, s, vh[:1], number))
     found = {}
     for module, experts in parts.items():
-        a, b, arrows, members = zip(*experts, strict=True)
+        a, b, scales, arrows, members = zip(*experts, strict=True)
         ranks = torch.tensor([len(rows) for rows in a])
         found[module] = Experts(
             module,
             torch.cat(a).to(device, dtype),
             torch.cat(b, dim=1).to(device, dtype),
+            torch.cat(scales).to(device, torch.float32),
             torch.arange(len(a)).repeat_interleave(ranks).to(device),
             torch.cat(arrows).to(device, dtype),
             torch.tensor(members, device=device),
@@ -92,6 +96,11 @@ def norms(experts: Experts, along: Tensor) -> Tensor:
     """`norm(S V^T x)`, which is `norm(D x)`, of each adapter, (T, n) float32."""
     squares = along.new_zeros((len(along), len(experts.members)), dtype=torch.float32)
     return squares.index_add_(1, experts.owners, along.float().square()).sqrt()
+
+
+def input_norms(experts: Experts, along: Tensor) -> Tensor:
+    """`norm(V^T x)` of each adapter, whatever its size, (T, n) float32."""
+    return norms(experts, along.float() / experts.scales)
 
 
 def keep_top(logits: Tensor, k: int) -> Tensor:

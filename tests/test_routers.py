@@ -11,6 +11,7 @@ import torch
 from conftest import write_tiny_adapter
 from peft import ArrowConfig, PeftModel, create_arrow_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from router.adapters import load_library
@@ -22,7 +23,7 @@ from router.methods.cards import card_of, encoder_folder, nearest
 from router.methods.logo import proportional
 from router.methods.mass import residuals, select, subspaces
 from router.passes import last_block
-from router.per_token import attached, load_experts, mean_weights
+from router.per_token import attached, input_norms, load_experts, mean_weights
 from router.predict import encode, pad_left
 from router.settings import Settings
 from router.submission import Query
@@ -104,14 +105,20 @@ def arrow_weights(x, updates, k):
     return softmax_over(scores, chosen(scores, k))
 
 
+def within(x, d):
+    """norm(V^T x), from the dense update."""
+    _, s, vh = np.linalg.svd(d)
+    return np.linalg.norm(vh[: len(s)][s > 1e-6 * s[0]] @ x)
+
+
 def spectr_weights(x, updates, k):
-    scores = {i: np.linalg.norm(d @ x) for i, d in updates.items()}
+    scores = {i: within(x, d) for i, d in updates.items()}
     return softmax_over(scores, chosen(scores, k))
 
 
 def lag_weights(x, updates, k):
     arrows = {i: abs(np.linalg.svd(d)[2][0] @ x) for i, d in updates.items()}
-    scores = {i: np.linalg.norm(updates[i] @ x) for i in chosen(arrows, k)}
+    scores = {i: within(x, updates[i]) for i in chosen(arrows, k)}
     return {max(scores, key=scores.get): 1.0}
 
 
@@ -145,6 +152,27 @@ def test_each_token_gets_what_the_papers_formula_says(name, module, few, tiny_ba
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
         choices.add(tuple(sorted(weights)))
     assert len(choices) > 1 or name != "arrow" or few == 20  # tokens do differ
+
+
+def rewrite(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file({key: change(key, value.clone()) for key, value in load_file(path).items()}, path)
+
+
+def test_input_norms_see_neither_sizes_nor_directions_that_an_update_does_not_have(five):
+    rewrite(five / "c", lambda key, value: value * 100 if "lora_B" in key else value)
+    rewrite(five / "e", lambda key, value: value[[0, 1, 2, 0, 1]] if "lora_A" in key else value)
+    updates, x = deltas(five), torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
+    for module, experts in load_experts(load_library([str(five)])).items():
+        inputs, at_module = x[:, : experts.a.shape[1]], list(updates[module].values())
+        found = input_norms(experts, inputs @ experts.a.T)
+        expected = [[within(token, d) for d in at_module] for token in inputs.double().numpy()]
+        assert experts.members.tolist() == list(updates[module]) and found.dtype == torch.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        scales = [s[s > 1e-6 * s[0]] for s in (np.linalg.svd(d)[1] for d in at_module)]
+        np.testing.assert_allclose(experts.scales, np.concatenate(scales), rtol=1e-5)
+        if 4 in updates[module]:
+            assert len(scales[-1]) == 3  # of rank 5
 
 
 def test_spectr_and_lag_disagree_with_arrow_only_by_their_score(tiny_base, five, monkeypatch):
@@ -237,11 +265,7 @@ def test_one_adapter_alone_is_that_adapter(name, adapter, tiny_base, tiny_librar
 
 
 def test_an_untrained_adapter_competes_nowhere(tiny_base, five):
-    from safetensors.torch import load_file, save_file
-
-    path = five / "b" / "adapter_model.safetensors"
-    weights = load_file(path)
-    save_file({key: value * ("lora_A" in key) for key, value in weights.items()}, path)
+    rewrite(five / "b", lambda key, value: value * ("lora_A" in key))
     router = per_token("arrow", tiny_base, five)
     assert all(1 not in expert.members for expert in router.experts.values())
     for other in "acde":

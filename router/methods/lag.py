@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from router.per_token import Experts, PerToken, arrow_scores, keep_top, norms
+from router.per_token import Experts, PerToken, arrow_scores, input_norms, keep_top
 
 CANDIDATES = 20  # the paper's k
 TOP_K = 1  # "select a single adapter for each position", their eqs. 7 and 8
@@ -18,11 +18,12 @@ class Lag(PerToken):
     then of these the one with the largest SpectR score, which is applied in full,
     `output = W x + D_i x`. In a library of at most 20 adapters it is SpectR with one adapter.
 
-    The SpectR score is `norm(S V^T x)` as in `spectr`; the paper's eqs. 4 and 7 leave S out of it.
-    Its second library, of knowledge adapters beside those of tasks, has no counterpart here.
+    The SpectR score is `norm(V^T x)`, as in the paper's eqs. 4 and 7 and in `spectr`, which says what
+    the other reading is, with S, and why not that one. The paper's second library, of knowledge
+    adapters beside those of tasks, has no counterpart here.
     """
 
     def logits(self, experts: Experts, x: Tensor, along: Tensor) -> Tensor:
         """The SpectR score of the best of Arrow's 20, minus infinity for all others."""
         found = keep_top(arrow_scores(experts, x), CANDIDATES) > -torch.inf
-        return keep_top(norms(experts, along).masked_fill(~found, -torch.inf), TOP_K)
+        return keep_top(input_norms(experts, along).masked_fill(~found, -torch.inf), TOP_K)
