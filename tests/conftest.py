@@ -29,6 +29,15 @@ def shared(name, what):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_calibration(tmp_path_factory):
+    """Calibration goes to a temporary folder, never to the user's cache, where the converted model stays."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("router.calibration.cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def kit_golden():
     return shared("kit_golden", "the starter kit's golden files")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from merge.factors import Factors, dense, pad, recompress, svd, weighted_sum
+from merge.factors import Factors, dense, inner, pad, recompress, svd, weighted_sum
 
 
 def update(d_out, rank, d_in, seed):
@@ -26,6 +26,14 @@ SHAPES = [(20, 4, 30), (30, 4, 20), (12, 12, 12), (6, 10, 30), (30, 10, 6), (3, 
 def test_dense():
     assert UPDATES[2].rank == 7
     np.testing.assert_allclose(dense(UPDATES[0]), delta(UPDATES[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("one", UPDATES)
+@pytest.mark.parametrize("other", UPDATES)
+def test_inner_is_the_sum_of_products_of_dense_entries(one, other):
+    expected = np.sum(delta(one) * delta(other))
+    size = np.linalg.norm(delta(one)) * np.linalg.norm(delta(other))
+    assert inner(one, other) == pytest.approx(expected, rel=0, abs=1e-12 * size)
 
 
 @pytest.mark.parametrize(

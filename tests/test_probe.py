@@ -1,11 +1,13 @@
 import numpy as np
+import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from merge.factors import dense
 from router.adapters import load_library
 from router.base import load_base
 from router.predict import encode
-from router.probe import input_means, probe
+from router.probe import input_means, last_of, probe
 from router.prototypes import prototypes
 
 TEXTS = ["a", "two words", "Question: what is 17 + 4?\nAnswer:", "x" * 70, "über 漢字"]
@@ -45,3 +47,22 @@ def test_responses_equal_dense_cosines_prompt_by_prompt(tiny_base, tiny_library)
                 x = x - mean
                 cosine = ((x @ vh.T).square() @ (s / s.sum())).sqrt() / x.norm(dim=1)
                 np.testing.assert_allclose(found[q, i, m], cosine.mean().item(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [4096, 40])  # all prompts in one batch; in several
+def test_the_end_of_a_prompt_is_where_a_plain_model_ends_on_it_alone(
+    budget, tiny_base, tiny_library, monkeypatch
+):
+    monkeypatch.setattr("router.passes.TOKENS", budget)
+    base = load_base(str(tiny_base), "cpu", "float32")
+    protos = prototypes(load_library([str(tiny_library)]))
+    rows = encode(base.tokenizer, TEXTS)
+    means = input_means(base.model, rows, 0, list(protos))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    for found in (last_of(base.model, rows, 0), probe(base.model, rows, 0, protos, means, 3).last):
+        assert found.hidden.shape == (len(rows), 32) and found.confidence.shape == (len(rows),)
+        for row, hidden, confidence in zip(rows, *found, strict=True):
+            with torch.no_grad():
+                out = plain(input_ids=torch.tensor([row]), output_hidden_states=True)
+            torch.testing.assert_close(hidden, out.hidden_states[-1][0, -1], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(confidence, out.logits[0, -1].log_softmax(0).max(), atol=1e-4, rtol=0)

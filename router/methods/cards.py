@@ -58,11 +58,9 @@ class Cards(Routed):
     weights and at no base model, and can only be as good as the cards.
     """
 
-    encoder: Path
-
     def merge(self) -> Any:
         """Looks for the sentence encoder before anything is loaded."""
-        self.encoder = encoder_folder()
+        encoder_folder()
         return super().merge()
 
     def route(self, queries: Sequence[Query]) -> Array:
@@ -70,7 +68,7 @@ class Cards(Routed):
         with self.stages("cards"):
             device = str(self.base.model.device)
             texts = [*map(card_of, self.adapters), *(query.input for query in queries)]
-            vectors = embed(texts, self.encoder, device)
+            vectors = embed(texts, encoder_folder(), device)
             cosines = vectors[len(self.adapters) :] @ vectors[: len(self.adapters)].T
         return np.column_stack([nearest(cosines), np.zeros(len(queries))])
 
