@@ -93,13 +93,15 @@ class Scores:
 
 
 def write() -> None:
-    """Makes quality.csv, the tables of the README and docs/benchmark.md from what is on disk."""
+    """Makes quality.csv from what is on disk and, if that is whole, the tables of the README and the docs."""
     found, costs = answers(), records()
     by_setting = {str(name): part for name, part in found.groupby("setting")}
     scores = {name: Scores(part) for name, part in by_setting.items()}
     _write_quality(found, scores, costs)
-    details = ["# Benchmark", "", *_details(scores), ""]
-    DETAILS.write_text("\n".join(details), "utf-8")
+    if waiting := [name for name in SETTINGS if name not in scores]:
+        print(f"no tables yet: nothing on disk for {', '.join(waiting)}", flush=True)
+        return
+    DETAILS.write_text("\n".join(_details(scores)), "utf-8")
     insert(README, "methods", methods_table(by_setting, scores, costs))
     insert(README, "targets", targets_table(by_setting, scores, costs))
 
@@ -253,8 +255,13 @@ def targets_table(
 
 
 def _details(scores: dict[str, Scores]) -> list[str]:
-    """Every method's score on every task, setting by setting."""
-    lines = []
+    """docs/benchmark.md: every method's score on every task, setting by setting."""
+    lines = [
+        "# Every method on every task",
+        "",
+        "Made by `python -m scripts.benchmark`; what the settings are is told",
+    ]
+    lines += ["in [method.md](method.md), and the summary is in the README. Shares of right answers.", ""]
     titles = {**SHOWN, **DECOYS}
     for name, title in titles.items():
         if name not in scores:
