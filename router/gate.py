@@ -107,11 +107,29 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.base_confidence_ = _moments(trials.base_confidence)
         return self
 
-    def _average(self, logs: Array) -> Array:
-        """Standardised responses less what is common, averaged over modules, (queries, adapters)."""
-        z = (logs - self.mean_) / self.std_
+    def _standardised(self, logs: Array) -> Array:
+        """Standardised responses less what is common, (queries, adapters, modules)."""
+        z: Array = (logs - self.mean_) / self.std_
         z -= self.common_ * _nanmean(z, 1)[:, None]
-        return _nanmean(z, 2)
+        return z
+
+    def _average(self, logs: Array) -> Array:
+        """The same averaged over modules, (queries, adapters)."""
+        return _nanmean(self._standardised(logs), 2)
+
+    def votes(self, X: ArrayLike) -> Array:
+        """The best adapter's standardised responses, whose mean its score is, (queries, modules)."""
+        best = self.decision_function(X).argmax(1)
+        return np.asarray(self._standardised(_logs(X))[np.arange(len(best)), best])
+
+    def standard_trials(self, trials: Trials) -> Trials:
+        """Trials in standard deviations of generic text; the effect's are those of its logarithm."""
+        check_is_fitted(self, "effect_")
+        return Trials(
+            (np.log(trials.effect.clip(_FLOOR)) - self.effect_[0]) / self.effect_[1],
+            (trials.confidence - self.confidence_[0]) / self.confidence_[1],
+            (trials.base_confidence - self.base_confidence_[0]) / self.base_confidence_[1],
+        )
 
     def decision_function(self, X: ArrayLike) -> Array:
         """Calibrated scores, (queries, adapters), in standard deviations of generic text."""
@@ -139,12 +157,9 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         scores = self.decision_function(X)
         base = np.full(len(scores), self.base_score_)
         if trials is not None:
-            check_is_fitted(self, "effect_")
-            sure = (trials.confidence - self.confidence_[0]) / self.confidence_[1]
+            effect, sure, base_sure = self.standard_trials(trials)
             tried = ~np.isnan(sure)
             scores = np.where(tried, scores + sure.clip(0, REACH), -np.inf)
-            effect = (np.log(trials.effect.clip(_FLOOR)) - self.effect_[0]) / self.effect_[1]
-            base_sure = (trials.base_confidence - self.base_confidence_[0]) / self.base_confidence_[1]
             some, rows = tried.any(1), np.arange(len(scores))
             best = scores.argmax(1)
             level = scores[rows, best] + base_sure - effect[rows, best]

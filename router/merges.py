@@ -25,6 +25,7 @@ from router.adapters import Adapter, base_of, check_against_base, load_library
 from router.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
 from router.clusters import Array, Clusters, cluster
 from router.constants import COMPETITION, COMPETITION_BASE
+from router.evidence import Evidence
 from router.predict import Answer, answer
 from router.settings import Settings
 from router.stages import Stages
@@ -160,6 +161,7 @@ class Routed(Merges):
     Attributes, after `answer`:
         weights: (queries, adapters + 1), the base model last.
         clusters, variants: what the queries were answered with.
+        evidence: why, of a method that can tell; None of others.
     """
 
     base: Base
@@ -168,6 +170,7 @@ class Routed(Merges):
     weights: Array
     clusters: Clusters
     variants: list[Variant]
+    evidence: Evidence | None = None
 
     def merge(self) -> Any:
         """Loads the library, then the base model that it belongs to, and checks that they fit."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from router.clusters import Array
 from router.constants import BASE_COLUMN
 from router.errors import InputError
 from router.merges import Merges, Routed
@@ -39,12 +40,17 @@ def run(name: str, settings: Settings) -> Merges:
     start = 0
     for path, part in files.items():
         end = start + len(part)
-        submission, routing = _outputs(settings, path)
+        submission, routing, evidence = _outputs(settings, path)
         write_submission(submission, part, answers[start:end])
         if isinstance(method, Routed):
             _write_routing(routing, part, method, slice(start, end))
+            if method.evidence:
+                method.evidence.rows(slice(start, end)).save(evidence)
+            else:
+                evidence.unlink(missing_ok=True)
         else:
             routing.unlink(missing_ok=True)  # one of an earlier run would be taken for this one's
+            evidence.unlink(missing_ok=True)
         start = end
     with replacing(settings.output_folder / "run.json") as file:
         json.dump(record(method), file, indent=2, ensure_ascii=False)
@@ -53,9 +59,14 @@ def run(name: str, settings: Settings) -> Merges:
     return method
 
 
-def _outputs(settings: Settings, path: Path) -> tuple[Path, Path]:
-    """Where the submission and the routing table of a query file go."""
-    return settings.output_folder / path.name, settings.output_folder / f"{path.stem}.routing.csv"
+def _outputs(settings: Settings, path: Path) -> tuple[Path, Path, Path]:
+    """Where the submission, the routing table and the evidence of a query file go."""
+    folder = settings.output_folder
+    return (
+        folder / path.name,
+        folder / f"{path.stem}.routing.csv",
+        folder / f"{path.stem}.evidence.safetensors",
+    )
 
 
 def _check_outputs(settings: Settings) -> None:
@@ -116,6 +127,7 @@ def record(method: Merges) -> dict[str, Any]:
                 for adapter in method.adapters
             },
             "n_variants": len(method.variants),
+            **({"guesses": guesses(method.weights)} if method.evidence else {}),
             "variants": [
                 {
                     "folder": f"variants/{folder}" if (folder := method.folder(n)) else None,
@@ -126,6 +138,11 @@ def record(method: Merges) -> dict[str, Any]:
             ],
         }
     return found
+
+
+def guesses(weights: Array) -> int:
+    """How many queries have no candidate with more than half of the weight."""
+    return int((weights.max(1) <= 0.5).sum())
 
 
 def _plain(value: Any) -> Any:
@@ -147,6 +164,8 @@ def summary(method: Merges) -> str:
             )
             heaviest = ", ".join(f"{name} {weight:.2f}" for name, weight in shares[:3] if weight > 0)
             lines.append(f"{n:7}  {counts[n]:7}  {heaviest}")
+        if method.evidence and (unsure := guesses(method.weights)):
+            lines.append(f"guesses: {unsure} of {len(method.weights)} queries have no candidate above half")
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in method.stages.seconds.items())
     lines.append(f"seconds: {stages}")
     lines.append(f"written to {method.settings.output_folder}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_adapter
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import router.methods
+from router.evidence import Evidence
 from router.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +95,8 @@ def answers_of(model, tiny_base, rows):
 def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_base, tiny_library, method):
     code, out = command(method)
     assert code == 0 and str(out) in capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {
+    evidence = {"queries.evidence.safetensors"} if method == "proto_route" else set()
+    assert {path.name for path in out.iterdir()} == evidence | {
         "queries.csv", "queries.routing.csv", "run.json", "variants",
     }  # fmt: skip
     answers = read_table(out / "queries.csv")
@@ -194,8 +197,24 @@ def test_batches_and_variants_asked_for(command):
     assert {min(value.shape) for value in tensors.values()} == {8}  # 2, padded to a rank that engines take
 
 
+def test_the_evidence_tells_what_was_decided(command):
+    _, out = command("proto_route")
+    evidence, routing = (
+        Evidence.load(out / "queries.evidence.safetensors"),
+        read_table(out / "queries.routing.csv"),
+    )
+    assert evidence.adapters == NAMES and len(evidence.modules) == evidence.votes.shape[1]
+    for row, candidates, scores, effect in zip(
+        routing, evidence.candidates, evidence.scores, evidence.effect, strict=True
+    ):
+        weights = np.array([float(row[name]) for name in (*NAMES, "base")])
+        assert weights.argmax() == candidates.argmax()
+        assert (candidates[:-1][np.isfinite(candidates[:-1])] >= scores[np.isfinite(candidates[:-1])]).all()
+        assert (np.isfinite(candidates[:-1]) == ~np.isnan(effect)).all()
+
+
 def test_a_second_run_replaces_the_first(command):
-    command("oracle")
+    command("proto_route")
     _, out = command("base")
     assert list((out / "variants").iterdir()) == []
     assert {path.name for path in out.iterdir()} == {

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router.calibration import Calibration
 from router.clusters import Array
 from router.copies import stand_ins
 from router.errors import InputError
+from router.evidence import Evidence
 from router.gate import PrototypeGate
 from router.merges import Routed
 from router.predict import encode
@@ -41,7 +43,7 @@ class ProtoRoute(Routed):
             calibration = Calibration(self.base, limit)
             means = calibration.means(list(protos))
             reference = calibration.responses(self.adapters, list(protos), means)
-            kept = np.unique(stand_ins(self.adapters, reference))
+            kept = np.unique(stand_ins(self.adapters, reference)).tolist()
             gate = PrototypeGate(self.settings.temperature, self.settings.top_k).fit(reference[:, kept])
         with self.stages("probe"):
             rows = encode(tokenizer, [query.input for query in queries], limit)
@@ -55,4 +57,22 @@ class ProtoRoute(Routed):
         with self.stages("gate"):
             weights = np.zeros((len(queries), len(self.adapters) + 1))
             weights[:, [*kept, -1]] = gate.predict_proba(responses, trials)
+            standard = gate.standard_trials(trials)
+            self.evidence = Evidence(
+                [adapter.name for adapter in self.adapters],
+                list(protos),
+                np.nanmean(probed.responses, 2),
+                self._spread(gate.decision_function(responses), kept),
+                self._spread(gate.candidate_scores(responses, trials), [*kept, -1], 1),
+                self._spread(standard.effect, kept),
+                self._spread(standard.confidence, kept),
+                standard.base_confidence.astype(np.float32),
+                gate.votes(responses).astype(np.float32),
+            )
         return weights
+
+    def _spread(self, values: Array, columns: Sequence[int], more: int = 0) -> NDArray[np.float32]:
+        """Columns of the adapters that stand for themselves, among those of all; NaN for the others."""
+        out = np.full((len(values), len(self.adapters) + more), np.nan, dtype=np.float32)
+        out[:, columns] = values
+        return out

@@ -1,0 +1,67 @@
+"""Why the gate decided as it did, query by query: what a report, an explanation or a notebook shows.
+
+Kept beside the routing table as safetensors, so that looking at a run needs no model. Knows no models.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of each query, and what the gate made of it; NaN where nothing was.
+
+    Attributes:
+        adapters: names, in the order of the columns.
+        modules: names, in the order of the columns of `votes`.
+        responses: (queries, adapters) mean response over modules, a cosine in [0, 1].
+        scores: (queries, adapters) calibrated, before trials, in standard deviations of generic text.
+        candidates: (queries, adapters + 1) scores after trials, the base model last; minus infinity for
+            an adapter that was out of the question.
+        effect, confidence: (queries, adapters) of trials, standardised; NaN for an adapter not tried.
+        base_confidence: (queries,) standardised.
+        votes: (queries, modules) the standardised response, at each module, of the adapter with the
+            highest score; NaN where it has no prototype.
+    """
+
+    adapters: list[str]
+    modules: list[str]
+    responses: Array
+    scores: Array
+    candidates: Array
+    effect: Array
+    confidence: Array
+    base_confidence: Array
+    votes: Array
+
+    def rows(self, part: slice) -> Evidence:
+        """The evidence of some of the queries."""
+        arrays = {name: getattr(self, name)[part] for name in _ARRAYS}
+        return Evidence(self.adapters, self.modules, **arrays)
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file."""
+        arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _ARRAYS}
+        names = {"adapters": json.dumps(self.adapters), "modules": json.dumps(self.modules)}
+        save_file(arrays, path, metadata=names)
+
+    @staticmethod
+    def load(path: Path) -> Evidence:
+        """Reads what `save` wrote."""
+        with safe_open(path, framework="numpy") as file:
+            names = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+        return Evidence(json.loads(names["adapters"]), json.loads(names["modules"]), **arrays)
+
+
+_ARRAYS = [field.name for field in fields(Evidence) if field.name not in ("adapters", "modules")]
