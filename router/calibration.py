@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -33,7 +33,7 @@ from router.probe import input_means, last_of, probe
 from router.prototypes import prototypes
 from router.trial import trial
 
-FORMAT = 1  # raise it when what is measured changes
+FORMAT = 2  # raise it when what is measured changes
 # Trials need fewer texts than responses, of which there is one at every module: every fourth. Each costs
 # a pass of its own for every adapter.
 EVERY = 4
@@ -61,11 +61,11 @@ class Calibration:
 
     def __init__(self, base: Base, limit: int | None = None) -> None:
         self.base = base
-        prompts = generic_prompts()
-        self.rows = encode(base.tokenizer, prompts, limit)
-        self.pad = base.tokenizer.pad_token_id
-        what = [FORMAT, base.sha256, str(base.model.dtype), base.model.device.type, torch.__version__, limit]
-        name = hashlib.sha256(json.dumps([*what, prompts]).encode()).hexdigest()[:16]
+        self.rows = encode(base.tokenizer, generic_prompts(), limit)
+        self.pad, model = base.tokenizer.pad_token_id, base.model
+        what = [FORMAT, base.sha256, str(model.dtype), model.device.type, torch.__version__, self.rows]
+        text = json.dumps(what) + model.config.to_json_string()
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.folder = cache_folder() / "calibration" / name
 
     def means(self, modules: Sequence[str]) -> dict[str, Tensor]:
@@ -151,12 +151,13 @@ class Calibration:
             return None
 
     def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps tensors under a name; whoever reads it finds all of them or none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        os.close(handle)
-        try:
-            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
-            Path(temporary).replace(self.folder / f"{name}.safetensors")
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        """Keeps tensors under a name; whoever reads it finds all of them or none.
+
+        Where nothing can be kept, the next run measures again.
+        """
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as work:
+                part = Path(work) / name
+                save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part)
+                part.replace(self.folder / f"{name}.safetensors")

@@ -46,9 +46,9 @@ def stand_ins(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> ND
     out = np.arange(len(adapters))
     for group in groups:
         if len(group) > 1:
-            sizes = [size(adapters[n]) for n in group]
-            order = sorted(range(len(group)), key=lambda k: (round(sizes[k], 6), k))
-            out[group] = group[order[(len(group) - 1) // 2]]
+            sizes = np.array([size(adapters[n]) for n in group])
+            middle = np.sort(sizes)[(len(group) - 1) // 2]
+            out[group] = group[int(np.isclose(sizes, middle, rtol=1e-3).argmax())]
     return out
 
 

@@ -52,16 +52,17 @@ class Evidence:
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""
         arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _ARRAYS}
-        names = {"adapters": json.dumps(self.adapters), "modules": json.dumps(self.modules)}
-        save_file(arrays, path, metadata=names)
+        # One key, since safetensors writes several in any order.
+        names = json.dumps({"adapters": self.adapters, "modules": self.modules})
+        save_file(arrays, path, metadata={"names": names})
 
     @staticmethod
     def load(path: Path) -> Evidence:
         """Reads what `save` wrote."""
         with safe_open(path, framework="numpy") as file:
-            names = file.metadata()
+            names = json.loads(file.metadata()["names"])
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        return Evidence(json.loads(names["adapters"]), json.loads(names["modules"]), **arrays)
+        return Evidence(names["adapters"], names["modules"], **arrays)
 
 
 _ARRAYS = [field.name for field in fields(Evidence) if field.name not in ("adapters", "modules")]

@@ -83,8 +83,13 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         logs = _logs(X)
         if len(logs) < 2:
             raise ValueError(f"expected at least 2 reference queries, got {len(logs)}")
+        if not logs.shape[1]:
+            raise ValueError("expected at least 1 adapter, got none")
         if (empty := np.isnan(logs).all(axis=(0, 2))).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
+        self._check_absent(logs, np.isnan(logs[0]))
+        for name in ("effect_", "confidence_", "base_confidence_"):  # of another library, if there are any
+            self.__dict__.pop(name, None)
         self.n_adapters_, self.n_modules_ = logs.shape[1:]
         self.mean_ = logs.mean(0)
         self.std_ = logs.std(0, ddof=1).clip(1e-3)
@@ -93,6 +98,15 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
         self.base_score_ = float(norm.ppf((1 - CHANCE) ** (1 / self.n_adapters_)))
         return self
+
+    @staticmethod
+    def _check_absent(logs: Array, absent: NDArray[np.bool_]) -> None:
+        """Refuses values that are not finite where an adapter has a prototype, and any where it has none."""
+        if np.isinf(logs).any() or (np.isnan(logs) != absent).any():
+            raise ValueError(
+                "expected finite responses, NaN at the same adapters and modules for all queries: "
+                "those without a prototype"
+            )
 
     def fit_trials(self, trials: Trials) -> Self:
         """Learns what adapters do at the end of generic text.
@@ -118,7 +132,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return _nanmean(self._standardised(logs), 2)
 
     def votes(self, X: ArrayLike) -> Array:
-        """The best adapter's standardised responses, whose mean its score is, (queries, modules)."""
+        """The best adapter's standardised responses, whose mean makes its score, (queries, modules)."""
         best = self.decision_function(X).argmax(1)
         return np.asarray(self._standardised(_logs(X))[np.arange(len(best)), best])
 
@@ -140,6 +154,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
                 f"expected responses of {self.n_adapters_} adapters at {self.n_modules_} modules, "
                 f"got {logs.shape[1]} and {logs.shape[2]}"
             )
+        self._check_absent(logs, np.isnan(self.mean_))
         scores: Array = (self._average(logs) - self.location_) / self.scale_
         return scores
 
@@ -170,6 +185,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         """Weights, (queries, adapters + 1); rows sum to 1, the last column is the base model."""
         if not self.temperature > 0:
             raise ValueError(f"expected a temperature above 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"expected top_k of at least 1 or None, got {self.top_k}")
         scores = self.candidate_scores(X, trials)
         weights = np.exp((scores - scores.max(1, keepdims=True)) / self.temperature)
         if self.top_k is not None:

@@ -8,17 +8,31 @@ alone for which it is in question. Knows no labels; the gate compares.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from router.adapters import Adapter
-from router.base import Base
+from router.base import Base, linear_shapes
 from router.gate import Trials
 from router.passes import Last, batches, forward
-from router.variants import live
+from router.variants import Variant, live, write_variant
+
+
+@contextmanager
+def _alone(base: Base, adapter: Adapter) -> Iterator[Any]:
+    """The base model with one adapter live, in the form in which a variant of it alone would answer."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "variant"
+        write_variant(path, Variant({adapter.name: 1.0}, 0.0), [adapter], base, linear_shapes(base.model))
+        with live(base, path) as model:
+            yield model
 
 
 def trial(
@@ -41,8 +55,8 @@ def trial(
         mine = np.flatnonzero(wanted[:, n])
         if not len(mine):
             continue
-        with live(base, adapter.folder.path) as model, torch.inference_mode():
-            part, pad = [rows[k] for k in mine.tolist()], base.tokenizer.pad_token_id
+        part, pad = [rows[k] for k in mine.tolist()], base.tokenizer.pad_token_id
+        with _alone(base, adapter) as model, torch.inference_mode():
             for numbers, ids, mask in batches(model, part, pad, f"{title} {adapter.name}"):
                 found, where = forward(model, ids, mask), mine[numbers]
                 before = last.hidden[torch.from_numpy(where).to(ids.device)].float()  # (B, d)
