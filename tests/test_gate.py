@@ -103,7 +103,8 @@ UNSEEN = dict.fromkeys(
     """
     check_fit_score_takes_y check_estimators_overwrite_params check_dont_overwrite_parameters
     check_estimators_fit_returns_self check_readonly_memmap_input check_positive_only_tag_during_fit
-    check_estimators_dtypes check_dtype_object check_estimators_nan_inf check_pipeline_consistency check_estimators_pickle
+    check_estimators_dtypes check_dtype_object check_estimators_nan_inf
+    check_pipeline_consistency check_estimators_pickle
     check_f_contiguous_array_estimator check_methods_sample_order_invariance
     check_methods_subset_invariance check_fit2d_1feature check_dict_unchanged check_fit_idempotent
     check_fit_check_is_fitted
