@@ -37,7 +37,8 @@ def test_rescaled_copies_are_the_adapters_times_a_number(adapters):
         for mark, scale in (("x4", 4), ("x0.25", 0.25)):
             copy = updates(found[f"{name}~{mark}"])
             for module, update in own.items():
-                np.testing.assert_allclose(copy[module], scale * update, rtol=0.02, atol=1e-2 * scale)
+                apart = np.linalg.norm(copy[module] - scale * update)
+                assert apart < 0.01 * np.linalg.norm(scale * update)  # bfloat16
 
 
 def test_random_adapters_have_the_shapes_and_norms_of_real_ones_but_not_their_directions(
