@@ -54,7 +54,10 @@ class Evidence:
         arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _ARRAYS}
         # One key, since safetensors writes several in any order.
         names = json.dumps({"adapters": self.adapters, "modules": self.modules})
-        save_file(arrays, path, metadata={"names": names})
+        part = path.with_suffix(".part")
+        save_file(arrays, part, metadata={"names": names})
+        part.chmod(0o644)  # it is written for its owner alone
+        part.replace(path)
 
     @staticmethod
     def load(path: Path) -> Evidence:

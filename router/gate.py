@@ -21,6 +21,8 @@ CHANCE = 0.5  # of the best of n adapters to reach the base model's score on tex
 # How far, in standard deviations of generic text, a trial can raise an adapter's score, and so how far behind
 # the best an adapter may be and still be in question.
 REACH = 1.5
+_HIGHEST = 0.97  # loading: an adapter is never all common factor
+_STEPS = 50  # of the iteration for loadings, enough to change nothing that matters any more
 _FLOOR = 1e-6  # responses are cosines; below this they are noise
 
 
@@ -36,11 +38,11 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     """Soft weights over the adapters and the base model.
 
     `fit` learns how adapters respond to generic text. A query's responses are standardised against
-    it, adapter by adapter and module by module: `z = (log R - mean) / std`. What all adapters feel
-    alike at a module, because the query is unlike generic text as such, is taken out; it is
-    estimated from their mean as in a random-effects model, `c = n rho / (1 + (n - 1) rho) * mean_i z`,
-    with rho the correlation of two adapters' z over generic text. The rest is averaged over each
-    adapter's modules and standardised again: the score.
+    it, adapter by adapter and module by module: `z = (log R - mean) / std`. What adapters feel alike
+    at a module, because the query is unlike generic text as such, is taken out. It is the factor f
+    of a one-factor model of generic text, `z_i = l_i f + e_i`, estimated from all adapters (Thomson's
+    regression scores); an adapter that has no part in it, such as a random one, changes nothing. The
+    rest, `z_i - l_i f`, is averaged over each adapter's modules and standardised again: the score.
 
     Adapters less than REACH behind the best are `in_question`, and may be tried on the query. Their
     trials are standardised against trials on generic text: effect (its logarithm) and confidence.
@@ -58,7 +60,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     Attributes:
         mean_, std_: (adapters, modules) of the log response over the reference queries.
-        common_: (modules,) factor of the adapters' mean that is taken out.
+        loadings_: (adapters, modules) of the common factor, in [0, 1); 0 without a prototype.
         location_, scale_: (adapters,) of the score averaged over modules.
         base_score_: score of the base model.
         effect_, confidence_: (2, adapters) mean and deviation in the reference trials.
@@ -93,7 +95,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.n_adapters_, self.n_modules_ = logs.shape[1:]
         self.mean_ = logs.mean(0)
         self.std_ = logs.std(0, ddof=1).clip(1e-3)
-        self.common_ = _common_factor((logs - self.mean_) / self.std_)
+        self.loadings_ = _loadings((logs - self.mean_) / self.std_)
         raw = self._average(logs)
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
         self.base_score_ = float(norm.ppf((1 - CHANCE) ** (1 / self.n_adapters_)))
@@ -124,8 +126,9 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     def _standardised(self, logs: Array) -> Array:
         """Standardised responses less what is common, (queries, adapters, modules)."""
         z: Array = (logs - self.mean_) / self.std_
-        z -= self.common_ * _nanmean(z, 1)[:, None]
-        return z
+        weights = self.loadings_ / (1 - self.loadings_**2)
+        factor = (np.nan_to_num(z) * weights).sum(1) / (1 + (self.loadings_ * weights).sum(0))
+        return np.asarray(z - self.loadings_ * factor[:, None])
 
     def _average(self, logs: Array) -> Array:
         """The same averaged over modules, (queries, adapters)."""
@@ -183,33 +186,59 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     def predict_proba(self, X: ArrayLike, trials: Trials | None = None) -> Array:
         """Weights, (queries, adapters + 1); rows sum to 1, the last column is the base model."""
-        if not self.temperature > 0:
-            raise ValueError(f"expected a temperature above 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"expected top_k of at least 1 or None, got {self.top_k}")
-        scores = self.candidate_scores(X, trials)
-        weights = np.exp((scores - scores.max(1, keepdims=True)) / self.temperature)
-        if self.top_k is not None:
-            ranks = (-weights[:, :-1]).argsort(1, kind="stable").argsort(1)
-            weights[:, :-1][ranks >= self.top_k] = 0.0
-        return np.asarray(weights / weights.sum(1, keepdims=True))
+        return weights_of(self.candidate_scores(X, trials), self.temperature, self.top_k)
 
     def predict(self, X: ArrayLike, trials: Trials | None = None) -> NDArray[np.int64]:
         """The heaviest candidate of each query; the number of adapters means the base model."""
         return np.asarray(self.predict_proba(X, trials).argmax(1))
 
 
-def _common_factor(z: Array) -> Array:
-    """n rho / (1 + (n - 1) rho) per module, from z (queries, adapters, modules); 0 where n < 2.
+def weights_of(scores: Array, temperature: float, top_k: int | None) -> Array:
+    """Softmax over the candidates' scores, in which at most `top_k` adapters keep a weight.
 
-    rho is the mean correlation of two adapters, from the variance of their mean:
-    `var(mean) = (1 + (n - 1) rho) / n` for n unit variances.
+    Args:
+        scores: (queries, adapters + 1), the base model last; minus infinity for what is out of the question.
+        temperature: above 0.
+        top_k: at least 1; None keeps all.
+
+    Raises:
+        ValueError: temperature or top_k out of their range.
     """
-    n = (~np.isnan(z[0])).sum(0)  # (modules,) adapters with a prototype
-    spread = _nanmean(z, 1).var(0, ddof=1) * n  # (modules,) 1 + (n - 1) rho
-    rho = ((spread - 1) / np.maximum(n - 1, 1)).clip(0, 1)
-    factor: Array = np.where(n > 1, n * rho / (1 + (n - 1) * rho), 0.0)
-    return factor
+    if not temperature > 0:
+        raise ValueError(f"expected a temperature above 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"expected top_k of at least 1 or None, got {top_k}")
+    weights = np.exp((scores - scores.max(1, keepdims=True)) / temperature)
+    if top_k is not None:
+        ranks = (-weights[:, :-1]).argsort(1, kind="stable").argsort(1)
+        weights[:, :-1][ranks >= top_k] = 0.0
+    return np.asarray(weights / weights.sum(1, keepdims=True))
+
+
+def _loadings(z: Array) -> Array:
+    """Loadings of one common factor at each module, (adapters, modules), by principal axes.
+
+    Negative correlations count as none, so the factor is something that adapters share and loadings
+    are not negative. Two adapters have the root of their correlation, one alone has 0.
+
+    Args:
+        z: (queries, adapters, modules) standardised, NaN without a prototype.
+    """
+    filled = np.nan_to_num(z)
+    correlation = np.einsum("qim,qjm->mij", filled, filled).clip(0) / (len(z) - 1)
+    n = np.arange(z.shape[1])
+    there = ~np.isnan(z[0]).T  # (modules, adapters)
+    communality = 0.5 * there
+    axis = there / np.sqrt(there.sum(1, keepdims=True).clip(1))
+    loadings = np.zeros(there.shape)
+    for _ in range(_STEPS):
+        correlation[:, n, n] = communality
+        axis = np.einsum("mij,mj->mi", correlation, axis)
+        size = np.linalg.norm(axis, axis=1, keepdims=True).clip(1e-12)
+        axis /= size
+        loadings = (np.sqrt(size) * axis).clip(0, _HIGHEST)
+        communality = loadings**2
+    return np.asarray(loadings.T)
 
 
 def _moments(values: Array) -> Array:

@@ -124,17 +124,26 @@ def try_all(prompts: list[str], wanted: NDArray[np.bool_]) -> tuple[Trials, Tria
 
 
 def scores(
-    X: Array, reference: Array, common: str = "random effects", last: bool = True, std: bool = True
+    X: Array, reference: Array, common: str = "one factor", last: bool = True, std: bool = True
 ) -> Array:
     """The gate's scores with parts of it changed or left out, (prompts, adapters)."""
     gate = PrototypeGate().fit(reference)
     if not std:
         gate.std_ = np.ones_like(gate.std_)
-    if common != "random effects":
-        gate.common_ = np.full_like(gate.common_, float(common == "full mean"))
+    if common == "mean":
+        X, reference = (np.exp(_less_mean(np.log(x.clip(1e-6)), gate)) for x in (X, reference))
+        gate.fit(reference)
+    if common != "one factor":
+        gate.loadings_ = np.zeros_like(gate.loadings_)
     raw = gate._average(np.log(reference.clip(1e-6)))
     gate.location_, gate.scale_ = raw.mean(0), raw.std(0, ddof=1) if last else np.ones(raw.shape[1])
     return gate.decision_function(X)
+
+
+def _less_mean(logs: Array, gate: PrototypeGate) -> Array:
+    """Log responses without what is the mean of all adapters' standardised ones."""
+    z = (logs - gate.mean_) / gate.std_
+    return np.asarray(gate.mean_ + gate.std_ * (z - np.nanmean(z, 1, keepdims=True)))
 
 
 def by_groups(X: Array, reference: Array, groups: list[str]) -> Array:
@@ -201,8 +210,8 @@ def main() -> None:
             row(what, scores(values, values[:n]).argmax(1))
     row("no calibration: largest mean cosine", np.nanmean(X, 2).argmax(1))
     row("log-ratio to generic text, not divided by its spread", scores(X, reference, std=False).argmax(1))
-    row("what adapters feel alike is left in", scores(X, reference, common="none").argmax(1))
-    row("adapters' full mean is taken out", scores(X, reference, common="full mean").argmax(1))
+    row("what adapters feel alike is left in", scores(X, reference, common="nothing").argmax(1))
+    row("the adapters' mean is taken out", scores(X, reference, common="mean").argmax(1))
     row("module average not standardised again", scores(X, reference, last=False).argmax(1))
     kind = [module.rsplit(".", 1)[-1] for module in modules]
     depth = [int(module.split(".")[2]) for module in modules]
