@@ -55,8 +55,8 @@ class Setting:
     parts: Callable[[], list[Part]]
 
     def seeds(self, method: str) -> tuple[int, ...]:
-        """Which seeds a method runs with here; several only in the settings that everyone is asked in."""
-        return SEEDS.get(method, (0,)) if self.name in ("held_in", "unseen") else (0,)
+        """Which seeds a method runs with here; several only in the first setting, for their spread."""
+        return SEEDS.get(method, (0,)) if self.name == "held_in" else (0,)
 
 
 def labelled(folder: str, rows_per_task: int | None = None) -> pd.DataFrame:
