@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["router", "router.*", "merge", "merge.*"]),
-    package_data={"router": ["generic.json", "py.typed"], "merge": ["py.typed"]},
+    package_data={"router": ["generic.json", "py.typed", "report.html.j2"], "merge": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.0",

@@ -67,7 +67,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         base_confidence_: (2,) the same of the base model.
     """
 
-    def __init__(self, temperature: float = 0.5, top_k: int | None = 3) -> None:
+    def __init__(self, temperature: float = 0.2, top_k: int | None = 3) -> None:
         self.temperature = temperature
         self.top_k = top_k
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +42,14 @@ def _above_zero(text: str) -> float:
     return value
 
 
+def _method(text: str) -> str:
+    if text in method_names():
+        return text
+    close = difflib.get_close_matches(text, method_names(), 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise argparse.ArgumentTypeError(f"expected one of {', '.join(method_names())}, got {text!r}{hint}")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; defaults that are None stand for those of `router.settings.Settings`."""
     p = argparse.ArgumentParser(
@@ -48,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-m",
         "--merging_method",
-        choices=method_names(),
+        type=_method,
         metavar="NAME",
         help=f"one of {', '.join(method_names())}",
     )
@@ -88,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         "--temperature",
         type=_above_zero,
         metavar="FLOAT",
-        help="of the gate's softmax, in standard deviations of generic text, above 0 (default: 0.5)",
+        help="of the gate's softmax, in standard deviations of generic text, above 0 (default: 0.2)",
     )
     p.add_argument("--top_k", type=_integer(1), metavar="INT", help="adapters per query, from 1 (default: 3)")
     p.add_argument(
@@ -121,6 +132,9 @@ def parser() -> argparse.ArgumentParser:
         help="multiple choice by the log-probability of all of a choice's tokens (full, the default) "
         "or of all but its first, as the starter kit does (kit)",
     )
+    told = p.add_mutually_exclusive_group()
+    told.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    told.add_argument("--json", action="store_true", help="print the record of the run, as in run.json")
     return p  # fmt: skip
 
 
@@ -136,16 +150,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     given: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(args).items()
-        if value is not None and key not in ("merging_method", "list_methods")
+        if value is not None and key not in ("merging_method", "list_methods", "quiet", "json")
     }
-    from router.run import run  # imports torch
+    if args.quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    from router.run import record, run, summary  # imports torch
     from router.settings import Settings
 
     try:
-        run(args.merging_method, Settings(**given))
+        method = run(args.merging_method, Settings(**given))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if args.json:
+        print(json.dumps(record(method), ensure_ascii=False))
+    elif not args.quiet:
+        print(summary(method), flush=True)
     return 0
 
 

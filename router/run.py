@@ -15,9 +15,11 @@ from router.constants import BASE_COLUMN
 from router.errors import InputError
 from router.merges import Merges, Routed
 from router.methods import load_method
+from router.report import REPORT, write_report
 from router.settings import Settings
 from router.submission import Query, read_queries, replacing, write_submission, write_table
 
+SHOWN = 12  # variants in the summary
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "scikit-learn", "faiss-cpu", "numpy")
 
 
@@ -55,7 +57,7 @@ def run(name: str, settings: Settings) -> Merges:
     with replacing(settings.output_folder / "run.json") as file:
         json.dump(record(method), file, indent=2, ensure_ascii=False)
         file.write("\n")
-    print(summary(method), flush=True)
+    write_report(settings.output_folder)
     return method
 
 
@@ -152,21 +154,44 @@ def _plain(value: Any) -> Any:
 
 
 def summary(method: Merges) -> str:
-    """A short table of the run: queries and heaviest adapters per variant, seconds per stage."""
+    """What was found, what was decided, how sure that is, and where to look."""
     lines = []
     if isinstance(method, Routed):
+        adapters, queries, variants = (
+            _count(len(found), what)
+            for found, what in (
+                (method.adapters, "adapter"), (method.weights, "query"), (method.variants, "variant"),
+            )
+        )  # fmt: skip
+        lines.append(f"{method.name}: {adapters} of {method.base.name}, {queries}, {variants}")
         counts = np.bincount(method.clusters.labels, minlength=len(method.variants))
+        order = np.argsort(-counts, kind="stable")
         lines.append("variant  queries  heaviest")
-        for n in np.argsort(-counts, kind="stable"):
+        for n in order[:SHOWN]:
             variant = method.variants[n]
             shares = sorted(
                 [*variant.weights.items(), (BASE_COLUMN, variant.base)], key=lambda share: -share[1]
             )
             heaviest = ", ".join(f"{name} {weight:.2f}" for name, weight in shares[:3] if weight > 0)
             lines.append(f"{n:7}  {counts[n]:7}  {heaviest}")
-        if method.evidence and (unsure := guesses(method.weights)):
-            lines.append(f"guesses: {unsure} of {len(method.weights)} queries have no candidate above half")
+        if len(order) > SHOWN:
+            rest = _count(int(counts[order[SHOWN:]].sum()), "query")
+            lines.append(f"and {_count(len(order) - SHOWN, 'variant')} with {rest}")
+        if method.evidence:
+            unsure = guesses(method.weights)
+            lines.append(
+                f"{_count(unsure, 'guess')}, queries for which no candidate has more than half of the weight"
+                if unsure
+                else "no guess: every query has a candidate with more than half of the weight"
+            )
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in method.stages.seconds.items())
-    lines.append(f"seconds: {stages}")
-    lines.append(f"written to {method.settings.output_folder}")
+    lines.append(f"{sum(method.stages.seconds.values()):.0f} seconds: {stages}")
+    folder = method.settings.output_folder
+    files = ", ".join(path.name for path in method.settings.dataset_filepaths)
+    lines.append(f"answers in {folder}: {files}; to look at: {folder / REPORT}")
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    plural = {"query": "queries", "guess": "guesses"}.get(what, f"{what}s")
+    return f"{number} {what if number == 1 else plural}"

@@ -97,7 +97,7 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
     assert code == 0 and str(out) in capsys.readouterr().out
     evidence = {"queries.evidence.safetensors"} if method == "proto_route" else set()
     assert {path.name for path in out.iterdir()} == evidence | {
-        "queries.csv", "queries.routing.csv", "run.json", "variants",
+        "queries.csv", "queries.routing.csv", "report.html", "run.json", "variants",
     }  # fmt: skip
     answers = read_table(out / "queries.csv")
     assert [(row["id"], row["dummy_field"]) for row in answers] == [(row[0], "0") for row in ROWS]
@@ -171,7 +171,7 @@ def contents(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "run.json"
+        if path.is_file() and path.name not in ("run.json", "report.html")
     }
 
 
@@ -218,7 +218,7 @@ def test_a_second_run_replaces_the_first(command):
     _, out = command("base")
     assert list((out / "variants").iterdir()) == []
     assert {path.name for path in out.iterdir()} == {
-        "queries.csv", "queries.routing.csv", "run.json", "variants",
+        "queries.csv", "queries.routing.csv", "report.html", "run.json", "variants",
     }  # fmt: skip
     assert {row["base"] for row in read_table(out / "queries.routing.csv")} == {"1"}
 
