@@ -41,6 +41,21 @@ def inner(one: Factors, other: Factors) -> float:
     return float((a * b).sum())
 
 
+def gram(updates: Sequence[Factors]) -> Tensor:
+    """The Frobenius inner products of all pairs of updates of one module, (n, n) float64.
+
+    Each update meets all of them at once, their factors side by side, K columns in all.
+    """
+    a = torch.cat([update.a for update in updates]).double()  # (K, d_in)
+    b = torch.cat([update.b for update in updates], dim=1).double()  # (d_out, K)
+    owners = torch.repeat_interleave(torch.tensor([update.rank for update in updates]))  # (K,)
+    rows = []
+    for one in updates:
+        columns = ((one.a.double() @ a.T) * (one.b.double().T @ b)).sum(0)  # (K,)
+        rows.append(torch.bincount(owners, columns, len(updates)))
+    return torch.stack(rows)
+
+
 def weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """The exact sum of `weights[i] * updates[i]`: factors side by side, rank = sum of ranks.
 

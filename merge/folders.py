@@ -25,6 +25,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Ranks that vLLM accepts as max_lora_rank; a rank between two of them is padded up.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+LARGEST = torch.finfo(torch.float32).max  # a scale beyond it would be infinite
 
 # Initialisations that take a part out of the base model's weights, which the adapter then lacks.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -173,8 +174,8 @@ def _read_config(path: Path) -> dict[str, Any]:
                     f"{file}: {key}: {pattern!r} is no regular expression ({error})"
                 ) from error
     for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise AdapterError(f"{file}: expected {key} to be a positive number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
+            raise AdapterError(f"{file}: expected {key} to be a positive number, got {value!r:.40}")
     return config
 
 

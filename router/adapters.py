@@ -80,7 +80,7 @@ def load_library(specs: Sequence[str]) -> list[Adapter]:
     """
     adapters: list[Adapter] = []
     for spec in COMPETITION_ADAPTERS if list(specs) == [COMPETITION] else specs:
-        for path, revision in _find(spec):
+        for path, revision in find(spec):
             try:
                 folder = open_adapter(path)
             except AdapterError as error:
@@ -98,7 +98,12 @@ def load_library(specs: Sequence[str]) -> list[Adapter]:
     return adapters
 
 
-def _find(spec: str) -> Iterator[tuple[Path, str | None]]:
+def find(spec: str) -> Iterator[tuple[Path, str | None]]:
+    """The folders that one of the specs of `load_library` stands for, with their revisions; not opened.
+
+    Raises:
+        InputError: there are none.
+    """
     path = Path(spec)
     if not path.is_dir() and (LIBRARY / spec).is_dir():
         path = LIBRARY / spec
@@ -114,10 +119,15 @@ def _find(spec: str) -> Iterator[tuple[Path, str | None]]:
         for child in found:
             yield child, None
         return
-    yield _from_hub(spec)
+    yield from_hub(spec)
 
 
-def _from_hub(spec: str) -> tuple[Path, str]:
+def from_hub(spec: str) -> tuple[Path, str]:
+    """Fetches an adapter, `ID[@REVISION]`; returns its folder in the hub's cache and its commit.
+
+    Raises:
+        InputError: the hub cannot give it.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.factors import inner
+from merge.factors import gram
 from router.adapters import Adapter
 
 # Root mean square difference of two adapters' log responses to generic text, up to which they are
@@ -38,7 +38,7 @@ def stand_ins(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> ND
             first = group[0]
             if (there[n] == there[first]).all():
                 apart = np.sqrt(np.square(flat[n] - flat[first]).sum() / count)
-                if apart < ALIKE and cosine(adapters[n], adapters[first]) > SAME:
+                if apart < ALIKE and norms_and_cosines([adapters[n], adapters[first]])[1][0, 1] > SAME:
                     group.append(n)
                     break
         else:
@@ -46,20 +46,24 @@ def stand_ins(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> ND
     out = np.arange(len(adapters))
     for group in groups:
         if len(group) > 1:
-            sizes = np.array([size(adapters[n]) for n in group])
+            sizes, _ = norms_and_cosines([adapters[n] for n in group])
             middle = np.sort(sizes)[(len(group) - 1) // 2]
             out[group] = group[int(np.isclose(sizes, middle, rtol=1e-3).argmax())]
     return out
 
 
-def size(adapter: Adapter) -> float:
-    """The Frobenius norm of all updates of an adapter."""
-    return float(sum(inner(update, update) for _, update in adapter.read_all()) ** 0.5)
+def norms_and_cosines(adapters: Sequence[Adapter]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The Frobenius norm of each adapter's updates and the cosines of all pairs, all modules as one vector.
 
+    One module of all adapters is in memory at a time. Zero has a cosine of 0.
 
-def cosine(one: Adapter, other: Adapter) -> float:
-    """The cosine of two adapters' updates, all modules taken as one vector; in [-1, 1]."""
-    theirs = dict(other.read_all())
-    both = sum(inner(update, theirs[module]) for module, update in one.read_all() if module in theirs)
-    norms = size(one) * size(other)
-    return both / norms if norms else 0.0
+    Returns:
+        norms (adapters,), cosines (adapters, adapters).
+    """
+    inner = np.zeros((len(adapters), len(adapters)))
+    for module in sorted({module for adapter in adapters for module in adapter.folder.shapes}):
+        owners = [n for n, adapter in enumerate(adapters) if module in adapter.folder.shapes]
+        inner[np.ix_(owners, owners)] += gram([adapters[n].read(module) for n in owners]).numpy()
+    norms = np.sqrt(inner.diagonal().clip(0))  # rounding may leave a zero just below
+    sizes = np.outer(norms, norms)
+    return norms, np.divide(inner, sizes, out=np.zeros_like(inner), where=sizes > 0)

@@ -26,6 +26,7 @@ from router.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
 from router.clusters import Array, Clusters, cluster
 from router.constants import COMPETITION, COMPETITION_BASE
 from router.evidence import Evidence
+from router.model_card import write_card
 from router.predict import Answer, answer
 from router.settings import Settings
 from router.stages import Stages
@@ -240,6 +241,7 @@ class Routed(Merges):
             if name := self.folder(n):
                 path, rank = Path(output_dir) / name, self.settings.variant_rank
                 write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
+                write_card(path, self, variant)
 
     def _predict(self, queries: Sequence[Query], folder: Path) -> list[Answer]:
         answers: dict[int, Answer] = {}
@@ -287,3 +289,4 @@ class Static(Routed):
                 merged[module] = Factors(update.a.float(), update.b.float())
         updates, base = complete(merged, self.shapes), self.base
         write_adapter(Path(output_dir) / "0", updates, base.name, base.revision, base.model.dtype)
+        write_card(Path(output_dir) / "0", self)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from merge.factors import Factors, dense, inner, pad, recompress, svd, weighted_sum
+from merge.factors import Factors, dense, gram, inner, pad, recompress, svd, weighted_sum
 
 
 def update(d_out, rank, d_in, seed):
@@ -34,6 +34,14 @@ def test_inner_is_the_sum_of_products_of_dense_entries(one, other):
     expected = np.sum(delta(one) * delta(other))
     size = np.linalg.norm(delta(one)) * np.linalg.norm(delta(other))
     assert inner(one, other) == pytest.approx(expected, rel=0, abs=1e-12 * size)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_gram_holds_the_inner_products_of_all_pairs(count):
+    vectors = np.stack([delta(part).ravel() for part in UPDATES[:count]])
+    found = gram(UPDATES[:count])
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found, vectors @ vectors.T, rtol=1e-12, atol=1e-12 * found.max())
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,7 @@ REFUSED = {
     "alpha_true": (changed(lora_alpha=True), "adapter_config.json", "a positive number, got True"),
     "alpha_nan": (changed(lora_alpha=math.nan), "adapter_config.json", "a positive number, got nan"),
     "alpha_endless": (changed(lora_alpha=math.inf), "adapter_config.json", "a positive number, got inf"),
+    "alpha_huge": (changed(lora_alpha=10**400), "adapter_config.json", "a positive number, got 1000"),
     "alpha_pattern": (changed(alpha_pattern={"q": "8"}), "adapter_config.json", "alpha_pattern of q to be"),
     "pattern_list": (changed(rank_pattern=["q"]), "adapter_config.json", "rank_pattern to be a JSON object"),
 }

@@ -1,0 +1,195 @@
+"""The notebook runs from top to bottom on any run, its tables are right, and the committed outputs are clean.
+
+`PROTO_ROUTE_RUN=output python tests/test_notebook.py` makes the committed outputs anew.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_tiny_adapter
+from test_main import NAMES, ROWS, write_queries
+
+from router import inspect_run as look
+from router.clusters import Clusters
+from router.constants import LIBRARY
+from router.main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "notebooks" / "clusters.ipynb"
+
+
+def execute(folder):
+    """The notebook, executed from a folder, without what differs from run to run."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    metadata = {**notebook.metadata}
+    where = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=120, record_timing=False, resources=where).execute()
+    notebook.metadata = metadata
+    return notebook
+
+
+def shown(notebook):
+    """All text of the outputs, and the number of figures; nothing may have gone to stderr."""
+    text, figures = [], 0
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr", output["text"]
+            data = output.get("data", {})
+            text += [output.get("text", ""), data.get("text/html", ""), data.get("text/plain", "")]
+            figures += "image/png" in data
+    return "\n".join("".join(part) for part in text), figures
+
+
+@pytest.fixture()
+def extra():
+    for name in ("ipykernel", "matplotlib", "nbclient", "nbformat"):
+        pytest.importorskip(name, reason="needs the extra `notebook`")
+
+
+@pytest.fixture()
+def finished(tmp_path, tiny_base, tiny_library):
+    """Makes a run over the tiny library and a copy of one of its adapters; returns its folder."""
+    write_tiny_adapter(tiny_library / "twin", 2, 2, alpha=4)
+    write_queries(tmp_path / "queries.csv")
+
+    def run(method, *flags, out="out"):
+        argv = [
+            "-m", method, "--dataset_filepaths", tmp_path / "queries.csv", "--adapters", tiny_library,
+            "--base_model", tiny_base, "--output_folder", tmp_path / out, "--dtype", "float32",
+            "--device", "cpu", "--max_gen_len", 2, *flags,
+        ]  # fmt: skip
+        assert main([str(word) for word in argv]) == 0
+        return tmp_path / out
+
+    return run
+
+
+def test_the_notebook_shows_any_run(extra, finished, monkeypatch):
+    monkeypatch.setenv("PROTO_ROUTE_RUN", str(finished("proto_route")))
+    monkeypatch.setenv("PROTO_ROUTE_RUN_B", str(finished("average", out="other")))
+    text, figures = shown(execute(NOTEBOOK.parent))
+    assert figures >= 7
+    for part in (*NAMES, "twin", "queries:m1", ROWS[0][1], "guesses", "worst loss", "mean loss"):
+        assert part in text
+    assert "largest difference of a weight: 0.00000" in text
+    assert "of 6 queries have the same heaviest candidate" in text
+
+
+def test_a_run_without_evidence_is_told_in_one_line(extra, finished, monkeypatch):
+    from nbclient.exceptions import CellExecutionError
+
+    monkeypatch.setenv("PROTO_ROUTE_RUN", str(finished("average")))
+    with pytest.raises(CellExecutionError) as caught:
+        execute(NOTEBOOK.parent)
+    told = str(caught.value)
+    assert "Traceback" not in told and "site-packages" not in told
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "average" in line and "evidence" in line
+
+
+def test_a_replay_at_the_runs_settings_is_the_run(finished):
+    run = look.open_run(finished("proto_route"))
+    assert np.isnan(run.evidence.candidates).any()  # a copy
+    wrote, again = look.decided(run), look.replay(run, **look.settings_of(run))
+    np.testing.assert_allclose(again.weights, run.weights, atol=1e-5)
+    np.testing.assert_array_equal(again.clusters.labels, run.labels)
+    assert again.figures() == pytest.approx(wrote.figures(), abs=0.02)  # a variant drops weights below 0.01
+    assert wrote.figures()["variants"] == run.record["n_variants"]
+    assert wrote.figures()["guesses"] == run.record["guesses"]
+
+
+@pytest.mark.parametrize("flags", [("--temperature", 2.0), ("--top_k", 1), ("--n_variants", 2)])
+def test_a_replay_with_other_settings_is_the_run_with_them(finished, flags):
+    run, other = (look.open_run(finished("proto_route", *f, out=str(len(f)))) for f in ((), flags))
+    replayed = look.replay(run, **look.settings_of(other))
+    np.testing.assert_allclose(replayed.weights, other.weights, atol=1e-5)
+    np.testing.assert_array_equal(replayed.clusters.labels, other.labels)
+    assert look.settings_of(run) != look.settings_of(other)
+
+
+def test_tables(finished):
+    run = look.open_run(finished("proto_route", "--n_variants", 2))
+    variants, unsure = look.variant_table(run), look.unsure_table(run)
+    assert variants["queries"].sum() == len(unsure) == len(ROWS)
+    assert unsure["heaviest"].is_monotonic_increasing
+    assert look.adapter_table(run)["heaviest for"].sum() == len(ROWS)
+    votes = look.vote_table(run)
+    assert votes.index.tolist() == [0, 1] and "self_attn.q_proj" in votes
+    place = run.evidence.modules.index("model.layers.1.mlp.up_proj")
+    assert votes.loc[1, "mlp.up_proj"] == pytest.approx(np.nanmean(run.evidence.votes[:, place]), nan_ok=True)
+    parts = [look.vote_table(run, name) for name in run.evidence.adapters]
+    assert sum(map(len, parts)) >= 2
+    curve = look.loss_curve(look.decided(run))
+    assert curve["mean"].iloc[-1] <= curve["mean"].iloc[0] and (curve["mean"] <= curve["worst"]).all()
+    with pytest.raises(look.NotShown, match="expected one of the adapters"):
+        look.vote_table(run, "nobody")
+
+
+def test_two_decisions_are_compared_by_query_and_by_name():
+    groups = Clusters(np.array([0, 1]), np.eye(2))
+    first = look.Decision(["f:1", "f:2"], ["x", "base"], np.array([[1.0, 0.0], [0.5, 0.5]]), groups)
+    second = look.Decision(["f:2", "f:3"], ["y", "base"], np.array([[0.3, 0.7], [0.0, 1.0]]), groups)
+    (row,) = look.compare(first, second).to_dict("records")
+    assert row["weights apart"] == pytest.approx(0.5) and not row["same heaviest"]
+    assert row["variants apart"] == 1  # B's variant 0 is y, A's variant 1 the base model
+    assert (row["A"], row["B"]) == ("x 0.50, base 0.50", "base 0.70, y 0.30")
+    assert (row["variant A"], row["variant B"]) == (1, 0)
+    alien = look.Decision(["g:1"], ["x"], np.ones((1, 1)), Clusters(np.zeros(1, int), np.ones((1, 1))))
+    with pytest.raises(look.NotShown, match="none in common"):
+        look.compare(first, alien)
+
+
+def test_a_run_is_found_from_a_folder_below_and_what_is_missing_is_told(finished, monkeypatch, tmp_path):
+    finished("base")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    run = look.open_run("out", evidence=False)
+    assert look.texts(run)[0] == ROWS[0][1] and look.keys(run)[0] == "queries:g1"
+    with pytest.raises(look.NotShown, match="found no run"):
+        look.open_run("nowhere")
+    with pytest.raises(look.NotShown, match="base without"):
+        look.open_run("out")
+    shutil.move(tmp_path / "queries.csv", tmp_path / "gone.csv")
+    run = look.open_run("out", evidence=False)
+    assert look.texts(run)[0] == "g1" and "no longer there" in run.notes[0]
+
+
+def test_the_committed_outputs_are_of_the_committed_library():
+    raw = NOTEBOOK.read_text("utf-8")
+    notebook = json.loads(raw)
+    text, figures = shown(notebook)
+    names = {path.parent.name for path in LIBRARY.resolve().glob("*/adapter_config.json")}
+    assert len(names) >= 16 and {name for name in names if name not in text} == set()
+    assert figures >= 7
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+
+
+def test_the_committed_notebook_tells_nothing_of_the_machine():
+    raw = NOTEBOOK.read_text("utf-8")
+    notebook = json.loads(raw)
+    assert len(raw) < 1_000_000
+    plain = json.dumps([cell | {"outputs": []} for cell in notebook["cells"]]) + shown(notebook)[0]
+    queries = (ROOT / "data" / "test.csv").read_text("utf-8")  # some ask about paths
+    paths = re.findall(r"(?<![\w.<])/[\w.-]+/[\w./-]*|\b[A-Z]:\\\\\w+", plain)
+    assert [path for path in paths if path not in queries] == []
+    assert all(cell["metadata"] == {} for cell in notebook["cells"])
+    assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
+    assert notebook["metadata"]["language_info"] == {"name": "python"}
+    kinds = {output["output_type"] for cell in notebook["cells"] for output in cell.get("outputs", [])}
+    assert kinds <= {"display_data", "execute_result", "stream"}
+
+
+if __name__ == "__main__":
+    import nbformat
+
+    os.environ.pop("PROTO_ROUTE_RUN_B", None)
+    nbformat.write(execute(NOTEBOOK.parent), NOTEBOOK)
