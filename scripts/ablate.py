@@ -39,14 +39,14 @@ POOLS = ("mean", "mean of squares", "peak", "last token", "second half", "mean n
 FAR = 3.0  # how far behind the best an adapter is tried here, for the rows with another REACH
 
 
-def weightings(proto: ModulePrototypes) -> dict[str, torch.Tensor]:
-    """Each weighting of a module's directions, (K,), summing to 1 within each adapter."""
-    out = {name: torch.zeros_like(proto.weights) for name in WEIGHTS}
-    for owner in proto.owners.unique():
+def weightings(proto: ModulePrototypes, n: int) -> dict[str, torch.Tensor]:
+    """Each weighting of a module's directions, (K, n): a direction's weight in its adapter's column."""
+    out = {name: torch.zeros(len(proto.owners), n) for name in WEIGHTS}
+    for owner in proto.owners.unique().tolist():
         mine = proto.owners == owner
         for name, rule in WEIGHTS.items():
             weights = rule(proto.weights[mine])
-            out[name][mine] = weights / weights.sum()
+            out[name][mine, owner] = weights / weights.sum()
     return out
 
 
@@ -79,7 +79,7 @@ def measure(prompts: list[str]) -> tuple[list[str], dict[str, Array], list[str]]
     pad, n = base.tokenizer.pad_token_id, len(adapters)
     protos = prototypes(adapters, str(base.model.device), base.model.dtype)
     rows, means = encode(base.tokenizer, prompts), Calibration(base).means(list(protos))
-    rules = {module: weightings(proto) for module, proto in protos.items()}
+    rules = {module: weightings(proto, n) for module, proto in protos.items()}
     kinds = [("S", pool) for pool in POOLS] + [(name, "mean") for name in WEIGHTS if name != "S"]
     out = {f"{w}, {p}": np.full((len(rows), n, len(protos)), np.nan, np.float32) for w, p in kinds}
     with torch.inference_mode():
@@ -93,12 +93,13 @@ def measure(prompts: list[str]) -> tuple[list[str], dict[str, Array], list[str]]
             ) -> None:  # fmt: skip
                 proto, m = protos[module], list(protos).index(module)
                 raw = x[counted].float()
-                centred = raw - means[module]
+                seen = {}
+                for name, inputs in (("raw", raw), ("centred", raw - means[module])):
+                    along = (inputs.to(proto.directions.dtype) @ proto.directions).float().square()  # (T', K)
+                    seen[name] = along, inputs.square().sum(1, keepdim=True).clamp_min(1e-12)
                 for weight, pool in kinds:
-                    x = raw if pool == "mean, not centred" else centred
-                    size = x.square().sum(1, keepdim=True).clamp_min(1e-12)
-                    along = (x.to(proto.directions.dtype) @ proto.directions).float().square()  # (T', K)
-                    shares = torch.zeros(len(x), n).index_add_(1, proto.owners, along * rules[module][weight])
+                    along, size = seen["raw" if pool == "mean, not centred" else "centred"]
+                    shares = along @ rules[module][weight]  # (T', n)
                     value = shares if pool == "mean of squares" else shares.sqrt()
                     if pool != "mean norm":
                         value = value / (size if pool == "mean of squares" else size.sqrt())

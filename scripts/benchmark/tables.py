@@ -101,7 +101,8 @@ def write() -> None:
     if waiting := [name for name in SETTINGS if name not in scores]:
         print(f"no tables yet: nothing on disk for {', '.join(waiting)}", flush=True)
         return
-    DETAILS.write_text("\n".join(_details(scores)), "utf-8")
+    skills = found.drop_duplicates("task").set_index("task").skill
+    DETAILS.write_text("\n".join(_details(scores, skills)), "utf-8")
     insert(README, "methods", methods_table(by_setting, scores, costs))
     insert(README, "targets", targets_table(by_setting, scores, costs))
 
@@ -254,7 +255,7 @@ def targets_table(
     return lines
 
 
-def _details(scores: dict[str, Scores]) -> list[str]:
+def _details(scores: dict[str, Scores], skills: pd.Series) -> list[str]:
     """docs/benchmark.md: every method's score on every task, setting by setting."""
     lines = [
         "# Every method on every task",
@@ -269,13 +270,18 @@ def _details(scores: dict[str, Scores]) -> list[str]:
         tasks = scores[name].tasks
         methods = _order(tasks.columns)
         lines += [f"## {title[0].upper()}{title[1:]}", ""]
-        lines += [f"| task | {' | '.join(methods)} |", "| --- |" + " ---: |" * len(methods)]
+        lines += [f"| task | skill | {' | '.join(methods)} |", "| --- | --- |" + " ---: |" * len(methods)]
         for task, row in tasks.iterrows():
-            lines.append(f"| {task} | " + " | ".join(f"{row[m]:.2f}" for m in methods) + " |")
+            lines.append(
+                f"| {task} | {skills[task]} | " + " | ".join(f"{row[m]:.2f}" for m in methods) + " |"
+            )
+        for skill, part in tasks.groupby(skills.reindex(tasks.index)):
+            row = part.mean()
+            lines.append(f"| **mean** | {skill} | " + " | ".join(f"{row[m]:.3f}" for m in methods) + " |")
         mean = tasks.mean()
-        lines.append("| **mean** | " + " | ".join(f"{mean[m]:.3f}" for m in methods) + " |")
+        lines.append("| **mean** | all | " + " | ".join(f"{mean[m]:.3f}" for m in methods) + " |")
         if mean.get("oracle"):
             share = mean / mean["oracle"]
-            lines.append("| share of the oracle | " + " | ".join(f"{share[m]:.3f}" for m in methods) + " |")
+            lines.append("| share of the oracle | | " + " | ".join(f"{share[m]:.3f}" for m in methods) + " |")
         lines.append("")
     return lines
