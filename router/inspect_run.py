@@ -1,7 +1,7 @@
 """What notebooks/clusters.ipynb shows of a finished run, as tables: loads no model and draws nothing.
 
-The run's files are read by router/report.py. A run can be replayed from its evidence at another temperature,
-top_k or number of variants, since these come after everything that needs the model.
+A run can be replayed from its evidence at another temperature, top_k or number of variants, since these come
+after everything that needs the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pandas as pd
 from router.clusters import Array, Clusters, cluster, losses
 from router.errors import InputError
 from router.gate import weights_of
-from router.report import Run, load, place_of, variant_weights
+from router.report import Labels, Run, load, mix, places_of
 
 KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # of the curve
 SHORT = 70  # characters of a query
@@ -46,25 +46,16 @@ class Decision:
     weights: Array
     clusters: Clusters
 
-    @property
-    def heaviest(self) -> list[str]:
-        """The heaviest candidate of each query."""
-        return [self.names[n] for n in self.weights.argmax(1)]
-
-    @property
-    def losses(self) -> Array:
-        """Total variation distance of each query's weights to its variant's."""
-        return losses(self.weights, self.clusters)
-
     def figures(self) -> dict[str, float]:
         """The decision in a few numbers; a guess has no candidate above half of the weight."""
+        lost, sure = losses(self.weights, self.clusters), self.weights.max(1)
         return {
             "variants": len(self.clusters.weights),
-            "guesses": int((self.weights.max(1) <= 0.5).sum()),
-            "heaviest weight, mean": float(self.weights.max(1).mean()),
+            "guesses": int((sure <= 0.5).sum()),
+            "heaviest weight, mean": float(sure.mean()),
             "left to the base model": int((self.weights.argmax(1) == len(self.names) - 1).sum()),
-            "mean loss": float(self.losses.mean()),
-            "worst loss": float(self.losses.max()),
+            "mean loss": float(lost.mean()),
+            "worst loss": float(lost.max()),
         }
 
 
@@ -77,32 +68,22 @@ def open_run(folder: str | Path, evidence: bool = True) -> Run:
     Raises:
         NotShown: there is no run, or it has no routing table, or no evidence though that is needed.
     """
-    here, found = Path.cwd(), None
-    for place in (here, *here.parents):
-        if (place / folder / "run.json").is_file():
-            try:
-                with chdir(place):
-                    run = load(Path(folder))
-            except InputError as error:
-                raise NotShown(str(error)) from None
-            if found is None or not run.notes:
-                found = run
-            if not run.notes:
-                break
+    here = [Path.cwd(), *Path.cwd().parents]
+    found = next((place / folder for place in here if (place / folder / "run.json").is_file()), None)
     if found is None:
-        raise NotShown(
-            f"{folder}: expected the output folder of a finished run, found no run.json there; "
-            "make a run with `python -m router.main -m proto_route`, or set RUN"
-        )
-    method = found.record["method"]
-    if not found.names:
-        raise NotShown(f"{folder}: expected a routing table, but the method {method} writes none")
-    if evidence and found.evidence is None:
-        raise NotShown(
-            f"{folder}: expected a run with evidence (*.evidence.safetensors), found a run of the method "
-            f"{method} without; choose a run of proto_route"
-        )
-    return found
+        raise NotShown(f"{folder}: expected the folder of a finished run, found no run.json; set RUN")
+    runs = []
+    try:
+        for place in here:
+            with chdir(place):
+                runs.append(load(found))
+    except InputError as error:
+        raise NotShown(str(error)) from None
+    run = min(runs, key=lambda run: len(run.notes))
+    if not run.names or (evidence and run.evidence is None):
+        kind, method = "evidence" if run.names else "a routing table", run.record["method"]
+        raise NotShown(f"{folder}: expected {kind}, but the method {method} keeps none; choose another run")
+    return run
 
 
 def keys(run: Run) -> list[str]:
@@ -110,24 +91,12 @@ def keys(run: Run) -> list[str]:
     return [f"{Path(run.files[row.file]).stem}:{row.id}" for row in run.rows]
 
 
-def texts(run: Run) -> list[str]:
-    """The start of each query on one line; its id where the text is gone."""
-    lines = [row.id if row.text is None else " ".join(row.text.split()) for row in run.rows]
-    return [line if len(line) <= SHORT else f"{line[: SHORT - 1]}…" for line in lines]
-
-
-def mix(names: list[str], weights: Array, most: int = 3) -> str:
-    """The heaviest candidates in words; those below 0.005 are left out."""
-    heavy = [n for n in np.argsort(-weights, kind="stable")[:most] if weights[n] >= 0.005]
-    return ", ".join(f"{names[n]} {weights[n]:.2f}" for n in heavy)
-
-
 # What the run decided
 
 
 def decided(run: Run) -> Decision:
     """The weights and groups that the run wrote."""
-    return Decision(keys(run), run.names, run.weights, Clusters(run.labels, variant_weights(run)))
+    return Decision(keys(run), run.names, run.weights, run.clusters)
 
 
 def overview(run: Run) -> pd.DataFrame:
@@ -149,39 +118,34 @@ def overview(run: Run) -> pd.DataFrame:
 
 def adapter_table(run: Run) -> pd.DataFrame:
     """Of each candidate: queries where it is heaviest, its share of all weight, variants that it is in."""
-    heaviest = np.bincount(run.weights.argmax(1), minlength=len(run.names))
-    found = pd.DataFrame(
-        {
-            "heaviest for": heaviest,
-            "share of all weight": run.weights.mean(0),
-            "in variants": (variant_weights(run) > 0).sum(0),
-        },
-        index=run.names,
-    )
+    found = pd.DataFrame(index=run.names)
+    found["heaviest for"] = np.bincount(run.weights.argmax(1), minlength=len(run.names))
+    found["share of all weight"] = run.weights.mean(0)
+    found["in variants"] = (run.clusters.weights > 0).sum(0)
     return found.sort_values("heaviest for", ascending=False, kind="stable")
 
 
 def variant_table(run: Run) -> pd.DataFrame:
     """Each variant, largest first: its queries, mix and loss, two typical queries and the farthest."""
-    own, lost, lines = variant_weights(run), decided(run).losses, texts(run)
+    own, lost = run.clusters.weights, losses(run.weights, run.clusters)
     rows = {}
     for n in np.argsort(-np.bincount(run.labels, minlength=len(own)), kind="stable").tolist():
         members = np.flatnonzero(run.labels == n)
-        members = members[np.argsort(lost[members], kind="stable")]
+        lines = [run.rows[k].line(SHORT) for k in members[np.argsort(lost[members], kind="stable")]]
         rows[n] = {
             "queries": len(members),
             "mix": mix(run.names, own[n]),
-            "mean loss": lost[members].mean() if len(members) else np.nan,
-            "typical": lines[members[0]] if len(members) else "",
-            "another": lines[members[1]] if len(members) > 2 else "",
-            "farthest": lines[members[-1]] if len(members) > 1 else "",
+            "mean loss": lost[members].mean(),
+            "typical": lines[0],
+            "another": lines[1] if len(lines) > 2 else "",
+            "farthest": lines[-1] if len(lines) > 1 else "",
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
 
 
 def mix_table(run: Run) -> pd.DataFrame:
     """Variants by candidates, sorted so that the heaviest weights run down the diagonal."""
-    own = variant_weights(run)
+    own = run.clusters.weights
     order = np.lexsort((-own.max(1), own.argmax(1)))
     used = [name for name, column in zip(run.names, own.T, strict=True) if (column >= 0.005).any()]
     return pd.DataFrame(own, columns=run.names)[used].iloc[order]
@@ -189,15 +153,10 @@ def mix_table(run: Run) -> pd.DataFrame:
 
 def unsure_table(run: Run) -> pd.DataFrame:
     """All queries, least sure first, with their heaviest weights."""
-    found = pd.DataFrame(
-        {
-            "query": texts(run),
-            "heaviest": run.weights.max(1),
-            "weights": [mix(run.names, row) for row in run.weights],
-            "variant": run.labels,
-        },
-        index=keys(run),
-    )
+    found = pd.DataFrame({"query": [row.line(SHORT) for row in run.rows]}, keys(run))
+    found["heaviest"] = run.weights.max(1)
+    found["weights"] = [mix(run.names, row) for row in run.weights]
+    found["variant"] = run.labels
     return found.sort_values("heaviest", kind="stable")
 
 
@@ -214,12 +173,8 @@ def vote_table(run: Run, adapter: str | None = None) -> pd.DataFrame:
     if adapter is not None:
         best = np.nan_to_num(run.evidence.scores, nan=-np.inf).argmax(1)
         votes = votes[best == run.evidence.adapters.index(adapter)]
-    parts = [place_of(module) for module in run.evidence.modules]
-    several = len({before for before, _, _ in parts}) > 1  # towers of their own
-    layers = [int(number or -1) for _, number, _ in parts]
-    kinds = [f"{before}: {kind}" if several else kind for before, _, kind in parts]
-    places = np.tile(np.arange(len(parts)), len(votes))
-    found = pd.Series(votes.ravel()).groupby([np.take(layers, places), np.take(kinds, places)]).mean()
+    layers, kinds = (np.tile(part, len(votes)) for part in places_of(run.evidence.modules))
+    found = pd.Series(votes.ravel()).groupby([layers, kinds]).mean()
     return found.unstack().rename_axis(index="layer", columns="module")
 
 
@@ -232,17 +187,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def replay(run: Run, temperature: float, top_k: int | None, n_variants: int | None) -> Decision:
-    """Decides anew from the evidence.
-
-    Args:
-        run: one with evidence.
-        temperature: of the softmax, in standard deviations of generic text.
-        top_k: at most this many adapters keep a weight; None: all.
-        n_variants: how many; None: as few as keep the losses low.
-
-    Raises:
-        ValueError: a setting out of its range.
-    """
+    """Decides anew from the evidence, as a run with these settings would."""
     assert run.evidence is not None
     scores = run.evidence.candidates.astype(np.float64)
     scores = np.where(np.isnan(scores), -np.inf, scores)  # a copy, for which another adapter stands
@@ -259,10 +204,8 @@ def figures_table(decisions: dict[Any, Decision]) -> pd.DataFrame:
 def loss_curve(decision: Decision, seed: int = 0) -> pd.DataFrame:
     """Mean and worst loss of the decision's weights by number of variants."""
     distinct = len(np.unique(decision.weights.round(6), axis=0))
-    rows = {}
-    for k in (k for k in KS if k <= distinct):
-        lost = losses(decision.weights, cluster(decision.weights, k, seed))
-        rows[k] = {"mean": lost.mean(), "worst": lost.max()}
+    tried = ((k, losses(decision.weights, cluster(decision.weights, k, seed))) for k in KS if k <= distinct)
+    rows = {k: {"mean": lost.mean(), "worst": lost.max()} for k, lost in tried}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variants")
 
 
@@ -277,33 +220,25 @@ def compare(first: Decision, second: Decision) -> pd.DataFrame:
     Raises:
         NotShown: they have no query in common.
     """
-    places: dict[str, int] = {key: n for n, key in enumerate(second.queries)}
-    pairs = [(n, places[key]) for n, key in enumerate(first.queries) if key in places]
-    if not pairs:
+    known = set(second.queries)
+    queries = [key for key in first.queries if key in known]
+    if not queries:
         raise NotShown("expected two runs over the same queries, but these have none in common")
-    mine, theirs = np.array(pairs).T
     names = list(dict.fromkeys([*first.names, *second.names]))
-    groups, others = first.clusters.labels[mine], second.clusters.labels[theirs]
-    a, b = _aligned(first, first.weights, names)[mine], _aligned(second, second.weights, names)[theirs]
-    answered = _aligned(first, first.clusters.weights, names)[groups]
-    answered -= _aligned(second, second.clusters.weights, names)[others]
-    found = pd.DataFrame(
-        {
-            "weights apart": np.abs(a - b).sum(1) / 2,
-            "variants apart": np.abs(answered).sum(1) / 2,
-            "A": [mix(names, row) for row in a],
-            "B": [mix(names, row) for row in b],
-            "same heaviest": a.argmax(1) == b.argmax(1),
-            "variant A": groups,
-            "variant B": others,
-        },
-        index=[first.queries[n] for n in mine],
-    )
+    (a, answered, groups), (b, other, others) = (_aligned(of, queries, names) for of in (first, second))
+    found = pd.DataFrame({"weights apart": np.abs(a - b).sum(1) / 2}, queries)
+    found["variants apart"] = np.abs(answered - other).sum(1) / 2
+    found["A"], found["B"] = ([mix(names, row) for row in own] for own in (a, b))
+    found["same heaviest"] = a.argmax(1) == b.argmax(1)
+    found["variant A"], found["variant B"] = groups, others
     return found.sort_values("weights apart", ascending=False, kind="stable")
 
 
-def _aligned(decision: Decision, weights: Array, names: list[str]) -> Array:
-    """Weights with a column for each name, zero where the decision has no such candidate."""
-    out = np.zeros((len(weights), len(names)))
-    out[:, [names.index(name) for name in decision.names]] = weights
-    return out
+def _aligned(decision: Decision, queries: list[str], names: list[str]) -> tuple[Array, Array, Labels]:
+    """Weights of these queries and of the variants that answer them, a column for each name; the variants."""
+    rows = pd.Index(decision.queries).get_indexer(pd.Index(queries))
+    groups = decision.clusters.labels[rows]
+    own, answered = np.zeros((2, len(queries), len(names)))
+    columns = [names.index(name) for name in decision.names]
+    own[:, columns], answered[:, columns] = decision.weights[rows], decision.clusters.weights[groups]
+    return own, answered, groups

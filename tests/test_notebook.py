@@ -152,14 +152,14 @@ def test_a_run_is_found_from_a_folder_below_and_what_is_missing_is_told(finished
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     run = look.open_run("out", evidence=False)
-    assert look.texts(run)[0] == ROWS[0][1] and look.keys(run)[0] == "queries:g1"
+    assert run.rows[0].line(70) == ROWS[0][1] and look.keys(run)[0] == "queries:g1" and not run.notes
     with pytest.raises(look.NotShown, match="found no run"):
         look.open_run("nowhere")
-    with pytest.raises(look.NotShown, match="base without"):
+    with pytest.raises(look.NotShown, match="the method base keeps none"):
         look.open_run("out")
     shutil.move(tmp_path / "queries.csv", tmp_path / "gone.csv")
     run = look.open_run("out", evidence=False)
-    assert look.texts(run)[0] == "g1" and "no longer there" in run.notes[0]
+    assert run.rows[0].line(70) == "g1" and "not at hand" in run.notes[0]
 
 
 def test_the_committed_outputs_are_of_the_committed_library():

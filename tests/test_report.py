@@ -4,8 +4,11 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from router.errors import InputError
 from router.evidence import Evidence
 from router.report import LIMITS, MAPPED, layers, layout, load, main, place_of, write_report
 
+ROOT = Path(__file__).resolve().parents[1]
 MINUS = "\N{MINUS SIGN}"
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -209,7 +213,7 @@ def test_layers_are_means_of_the_votes(tmp_path):
     run = load(synthetic(tmp_path, sentences(30)))
     votes, best = run.evidence.votes, run.evidence.scores.argmax(1)
     found = layers(run)
-    assert found["kinds"] == ["self_attn.q_proj", "mlp.down_proj"] and found["numbers"] == ["0", "1", "2"]
+    assert found["kinds"] == ["self_attn.q_proj", "mlp.down_proj"] and found["numbers"] == [0, 1, 2]
     groups = {group["name"]: group for group in found["groups"]}
     for name, mine in [("all queries", best >= 0), ("two", best == 1)]:
         cells = groups[name]["cells"]
@@ -258,61 +262,55 @@ def test_query_files_that_are_gone_leave_ids(tmp_path):
     out = synthetic(tmp_path, sentences(5), keep_queries=False)
     page = Page(write_report(out))
     assert page.data["texts"] == [None] * 5 and page.data["ids"] == [f"q{k}" for k in range(5)]
-    assert "is no longer there, so its queries are shown by their ids alone" in page.words
+    assert "The texts of 5 queries of " in page.words and "are shown by their ids alone" in page.words
     (tmp_path / "queries.csv").write_text("id,input\n")
-    assert "can no longer be read" in Page(write_report(out)).words
+    assert Page(write_report(out)).words == page.words
     header = ("id", "input", "eval_type", "answer_choices")
     write_csv(tmp_path / "queries.csv", header, [("q1", "Another.", "generation", "")])
     page = Page(write_report(out))
     assert page.data["texts"] == [None, "Another.", None, None, None]
-    assert "4 queries of queries.csv are not in the query file that is there now" in page.words
+    assert "The texts of 4 queries of " in page.words
 
 
-def break_record(out):
-    (out / "run.json").write_text("{")
-
-
-def other_adapters(out):
-    path = out / "queries.evidence.safetensors"
+def test_copies_stand_aside_and_are_named(small):
+    path = small / "queries.evidence.safetensors"
     evidence = Evidence.load(path)
-    Evidence(
-        [*ADAPTERS[1:], "x"], MODULES, *[vars(evidence)[name] for name in list(vars(evidence))[2:]]
-    ).save(path)
+    for values in (evidence.scores, evidence.candidates, evidence.effect, evidence.confidence):
+        values[:, 3] = np.nan
+    evidence.save(path)
+    page = Page(write_report(small))
+    assert "1 adapter stands aside, as another is the same in another size: four ." in page.words
+    assert all(row[0] != 3 for reasons in page.data["reasons"] for row in reasons)
+    assert 3 not in [axis for axis, *_ in page.data["prototypes"]]
 
 
-def other_ids(out):
-    path = out / "queries.routing.csv"
-    path.write_text(path.read_text().replace("q1,", "q9,"))
-
-
-def other_variants(out):
-    record = json.loads((out / "run.json").read_text())
-    record["variants"] = record["variants"][:1]
-    (out / "run.json").write_text(json.dumps(record))
-
-
-@pytest.mark.parametrize(
-    ("harm", "cause"),
-    [
-        (lambda out: shutil.rmtree(out), "expected the record of a finished run, found none"),
-        (break_record, "in JSON"),
-        (lambda out: (out / "run.json").write_text('{"method": "x"}'), "versions, flags, seconds, peak_mib"),
-        (lambda out: (out / "queries.csv").unlink(), "queries.csv: expected a CSV file, found none"),
-        (lambda out: (out / "queries.routing.csv").unlink(), "queries.routing.csv: expected a CSV file"),
-        (other_ids, "expected the ids of the answers beside it"),
-        (lambda out: (out / "queries.evidence.safetensors").write_bytes(b"no"), "expected the evidence"),
-        (other_adapters, "expected the adapters and queries of the routing table"),
-        (other_variants, "name variants that run.json does not"),
-    ],
-)
-def test_what_does_not_belong_together_is_one_line_and_exit_code_2(small, capsys, harm, cause):
+@pytest.mark.parametrize("harm", [lambda out: shutil.rmtree(out), lambda out: (out / "queries.csv").unlink()])
+def test_what_does_not_belong_together_is_one_line_and_exit_code_2(small, capsys, harm):
     harm(small)
     with pytest.raises(InputError):
         write_report(small)
     assert main([str(small)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and cause in error
+    assert error.startswith(f"error: {small}") and error.count("\n") == 1
     assert not (small / "report.html").exists()
+
+
+def test_scikit_learn_is_imported_only_to_draw_a_map(tmp_path):
+    """A run without a map is not kept waiting for it; the process is another, as this one has it already."""
+    out = synthetic(tmp_path, sentences(20))
+    code = "import sys; from pathlib import Path; from router.report import write_report; "
+    code += "write_report(Path(sys.argv[1])); print('sklearn' in sys.modules)"
+
+    def drew():
+        done = subprocess.run([sys.executable, "-c", code, out], cwd=ROOT, capture_output=True, text=True)
+        assert done.stderr == ""
+        return done.stdout.strip()
+
+    assert drew() == "True"
+    record = json.loads((out / "run.json").read_text())
+    del record["variants"]
+    (out / "run.json").write_text(json.dumps(record))
+    assert drew() == "False"
 
 
 def test_hostile_text_stays_text(small):
