@@ -64,7 +64,14 @@ def panel(title: str, left: int, names: list[str], own: list[str], points: Array
         n = names.index(name)
         return f"hsl({n * 360 // len(names)} 65% {40 + 14 * (n % 2)}%)"
 
+    strongest = [names[n] for n in points.argmax(1)]
+    right = sum(map(str.__eq__, strongest, own)) / len(own)
+    title = f"{title}: {right:.0%} strongest at their own adapter"
     lines = [f'<text x="{left + SIZE / 2}" y="22" class="title">{escape(title)}</text>']
+    for place, name, found in zip(queries, own, strongest, strict=True):
+        if name != found:
+            (x, y), (to_x, to_y) = at(place), at(adapters[names.index(found)])
+            lines.append(f'<path d="M{x} {y}L{to_x} {to_y}" class="astray"/>')
     for place, name in zip(queries, own, strict=True):
         x, y = at(place)
         lines.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour(name)}"><title>{name}</title></circle>')
@@ -80,15 +87,16 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     names, own, before, after = measured()
     style = (
-        "svg{background:#fff}text{font-family:sans-serif;text-anchor:middle}.title{font-size:15px;fill:#222}"
+        "svg{background:#fff}text{font-family:sans-serif;text-anchor:middle}.title{font-size:14px;fill:#222}"
         ".name{font-size:10px;paint-order:stroke;stroke:#fff;stroke-width:3px}.cross{stroke:#222;stroke-width:1.5}"
+        ".astray{stroke:#999;stroke-width:.5}"
     )
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * SIZE} {SIZE + HEAD}" role="img">',
         "<title>Queries and prototypes before and after calibration</title>",
         f"<style>{style}</style>",
-        *panel("before: raw responses", 0, names, own, before),
-        *panel("after: calibrated scores", SIZE, names, own, after),
+        *panel("raw responses", 0, names, own, before),
+        *panel("calibrated scores", SIZE, names, own, after),
         "</svg>",
     ]
     OUT.write_text("\n".join(lines) + "\n", "utf-8")
