@@ -117,10 +117,8 @@ SETTINGS = {
         Setting("left_out_singles", ("single",), lambda: _singles("eval", FEWER)),
         Setting("skewed", (OURS,), _skewed),
         Setting("decoys_random", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_random, FEWER)),
-        Setting("decoys_rescaled", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_rescaled, FEWER)),
-        Setting(
-            "decoys_duplicates", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_duplicates, FEWER)
-        ),
+        Setting("decoys_rescaled", (OURS,), lambda: _whole("eval", libraries.with_rescaled, FEWER)),
+        Setting("decoys_duplicates", (OURS,), lambda: _whole("eval", libraries.with_duplicates, FEWER)),
         Setting("scale", (OURS,), lambda: _whole("eval", libraries.grown, FEWER)),
     )
 }
