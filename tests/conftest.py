@@ -108,3 +108,17 @@ def tiny_library(tmp_path):
     write_tiny_adapter(tmp_path / "library" / "everything", 2, 2, alpha=2)
     write_tiny_adapter(tmp_path / "library" / "mlp", 3, 6, tuple(WIDTHS)[4:], alpha=9, use_rslora=True)
     return tmp_path / "library"
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    from router.base import load_base
+
+    return load_base(str(tiny_base), "cpu", "float32")
+
+
+@pytest.fixture()
+def adapters(tiny_library):
+    from router.adapters import load_library
+
+    return load_library([str(tiny_library)])

@@ -28,16 +28,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="module")
-def base(tiny_base):
-    return load_base(str(tiny_base), "cpu", "float32")
-
-
-@pytest.fixture()
-def adapters(tiny_library):
-    return load_library([str(tiny_library)])
-
-
 def measured(base, adapters, limit=None):
     """All that a calibration gives, as arrays by name."""
     calibration = Calibration(base, limit)

@@ -9,7 +9,6 @@ from conftest import write_tiny_adapter
 from safetensors.torch import load_file, save_file
 
 from router.adapters import load_library
-from router.base import load_base
 from router.copies import stand_ins
 from router.methods.proto_route import ProtoRoute
 from router.predict import encode
@@ -19,11 +18,6 @@ from router.submission import GENERATION, Query
 
 TEXTS = ["a", "two words", "Question: what is 17 + 4?\nAnswer:", "x" * 40, "über 漢字"]
 KINDS = ("self_attn.q_proj", "mlp.up_proj")
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base):
-    return load_base(str(tiny_base), "cpu", "float32")
 
 
 def adapter(folder, change=lambda key, tensor: tensor, seed=1, kinds=KINDS, **config):

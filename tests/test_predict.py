@@ -22,11 +22,6 @@ CHOICES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tiny_base):
-    return load_base(str(tiny_base), "cpu", "float32")
-
-
 def letters(base, text):
     """Ids of ASCII text, one per character, without the tokenizer's own splitting."""
     return base.tokenizer.convert_tokens_to_ids(list(text.replace(" ", "Ġ")))

@@ -12,23 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from merge.factors import Factors
-from router.adapters import load_library
 from router.base import linear_shapes, load_base
 from router.variants import Variant, complete, decide, live, materialise, write_variant
 
 SCALES = {"attention": 8 / 4, "everything": 2 / 2, "mlp": 9 / math.sqrt(6)}  # alpha / r, the last rsLoRA
 MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
 IDS = torch.tensor([[5, 60, 7, 91, 12, 200, 33]])
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base):
-    return load_base(str(tiny_base), "cpu", "float32")
-
-
-@pytest.fixture()
-def adapters(tiny_library):
-    return load_library([str(tiny_library)])
 
 
 def logits(model):
