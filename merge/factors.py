@@ -7,7 +7,7 @@ module's widths, r the rank; all factors are float32 or better, whatever the fil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class Factors(NamedTuple):
     @property
     def rank(self) -> int:
         """The number of columns of `b`; the update's true rank may be smaller."""
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
 
 def dense(update: Factors) -> Tensor:
@@ -82,16 +82,26 @@ def weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factor
     )
 
 
+def stacks(updates: Iterable[tuple[str, Factors]]) -> Iterator[tuple[list[str], Factors]]:
+    """Updates of one shape and rank stacked, with the modules' names; linear algebra is faster on a stack."""
+    groups: dict[tuple[torch.Size, torch.Size], list[tuple[str, Factors]]] = {}
+    for name, update in updates:
+        groups.setdefault((update.a.shape, update.b.shape), []).append((name, update))
+    for group in groups.values():
+        names, found = zip(*group, strict=True)
+        yield list(names), Factors(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+
 def svd(update: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of the update by QR of both factors and an r x r SVD.
+    """Thin SVD of the update by QR of both factors and an r x r SVD; of many at once if they are stacked.
 
     Returns:
-        u (d_out, k), s (k,) descending, vh (k, d_in), with k = min(r, d_in, d_out).
+        u (..., d_out, k), s (..., k) descending, vh (..., k, d_in), with k = min(r, d_in, d_out).
     """
-    q_b, r_b = torch.linalg.qr(update.b)  # (d_out, k_b), (k_b, r)
-    q_a, r_a = torch.linalg.qr(update.a.T)  # (d_in, k_a), (k_a, r)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u, s, vh @ q_a.T
+    q_b, r_b = torch.linalg.qr(update.b)  # (..., d_out, k_b), (..., k_b, r)
+    q_a, r_a = torch.linalg.qr(update.a.mT)  # (..., d_in, k_a), (..., k_a, r)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    return q_b @ u, s, vh @ q_a.mT
 
 
 def support(update: Factors) -> tuple[Tensor, Tensor, Tensor]:

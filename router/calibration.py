@@ -27,7 +27,7 @@ from merge.folders import CONFIG_FILE
 from router.adapters import Adapter
 from router.base import Base, cache_folder
 from router.gate import Trials
-from router.passes import Last
+from router.passes import Last, look
 from router.predict import encode
 from router.probe import input_means, last_of, probe
 from router.prototypes import prototypes
@@ -61,7 +61,7 @@ class Calibration:
 
     def __init__(self, base: Base, limit: int | None = None) -> None:
         self.base = base
-        self.rows = encode(base.tokenizer, generic_prompts(), limit)
+        self.rows = look(encode(base.tokenizer, generic_prompts(), limit))
         self.pad, model = base.tokenizer.pad_token_id, base.model
         what = [FORMAT, base.sha256, str(model.dtype), model.device.type, torch.__version__, self.rows]
         text = json.dumps(what) + model.config.to_json_string()

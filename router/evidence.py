@@ -44,7 +44,7 @@ class Evidence:
     base_confidence: Array
     votes: Array
 
-    def rows(self, part: slice) -> Evidence:
+    def rows(self, part: slice | NDArray[np.int64]) -> Evidence:
         """The evidence of some of the queries."""
         arrays = {name: getattr(self, name)[part] for name in _ARRAYS}
         return Evidence(self.adapters, self.modules, **arrays)

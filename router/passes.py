@@ -13,9 +13,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from router.adapters import Adapter
+from router.cache import tokens_at_once
 from router.predict import by_length, pad_left
 
-TOKENS = 4096  # a batch's budget: large enough to keep two cores or a GPU busy
+LOOK = 128  # tokens of a prompt that routing reads at most; docs/speed.md tells what more would change
+
+
+def look(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What routing reads of each prompt: all of a short one, the first and the last tokens of a long one.
+
+    What is asked stands at an end; what is between, a context, would be read for each adapter in question.
+    """
+    return [[*row[: LOOK // 2], *row[-(LOOK // 2) :]] if len(row) > LOOK else list(row) for row in rows]
 
 
 def batches(
@@ -25,7 +34,7 @@ def batches(
     lengths = [len(row) for row in rows]
     quiet = None if title else True  # None: quiet where there is no terminal
     with tqdm(total=sum(lengths), desc=title, unit="tok", disable=quiet) as progress:
-        for batch in by_length(lengths, TOKENS):
+        for batch in by_length(lengths, tokens_at_once(model.device)):
             yield batch, *pad_left([rows[n] for n in batch], pad_id, model.device)
             progress.update(sum(lengths[n] for n in batch))
 

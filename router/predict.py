@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 Scoring = Literal["full", "kit"]
-BATCH_TOKENS = 8192  # of a batch, padding and new tokens counted
+BATCH_TOKENS = 8192  # of a batch that writes, padding and new tokens counted
+CHOICE_TOKENS = 2048  # of a batch of multiple choice, a prompt counted once for each choice
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = None) -> list[list[int]]:
@@ -77,7 +77,9 @@ class Answer:
 
 
 def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[Answer]:
-    """Greedy continuations of a batch of token rows.
+    """Greedy continuations of a batch of token rows: plain argmax, no penalties.
+
+    Rows that have ended leave the batch.
 
     Args:
         model: a causal language model, plain or PEFT.
@@ -86,22 +88,40 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
     """
     import torch
 
+    from router.cache import cache_argument, read_prompts
+
+    eos, argument = tokenizer.eos_token_id, cache_argument(model)
     ids, mask = pad_left(rows, _pad_id(tokenizer), model.device)
+    new = torch.full((len(rows), max_new_tokens), eos, device=model.device)
+    writing = torch.arange(len(rows), device=model.device)  # (B,) which rows the batch still holds
+    ended = torch.zeros_like(writing, dtype=torch.bool)  # (B,) of them
     with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=_pad_id(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-        )  # (B, T + new)
+        logits, cache = read_prompts(model, ids, mask, max_new_tokens)
+        position = mask.sum(1)  # (B,)
+        for step in range(max_new_tokens):
+            token = logits.argmax(-1)  # (B,)
+            new[writing, step] = token
+            ended |= token == eos
+            if step + 1 == max_new_tokens or ended.all():
+                break
+            if 4 * ended.sum() >= len(ended):  # leaving copies the cache, so rows leave together
+                stay = (~ended).nonzero().squeeze(1)
+                cache.batch_select_indices(stay)
+                writing, token, mask, position = (x[stay] for x in (writing, token, mask, position))
+                ended = ended[stay]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            logits = model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=position[:, None],
+                use_cache=True,
+                **{argument: cache},
+            ).logits[:, -1]  # (B, V)
+            position = position + 1
     answers = []
-    for new in out[:, ids.shape[1] :].tolist():
-        if tokenizer.eos_token_id in new:
-            new = new[: new.index(tokenizer.eos_token_id) + 1]
-        answers.append(Answer(_continuation(tokenizer, new), tuple(new)))
+    for row in new.tolist():
+        written = row[: row.index(eos) + 1] if eos in row else row
+        answers.append(Answer(_continuation(tokenizer, written), tuple(written)))
     return answers
 
 
@@ -140,10 +160,10 @@ def score_choices(
         A score per prompt and choice.
     """
     import torch
-    from transformers import DynamicCache
+
+    from router.cache import cache_argument, read_prompts
 
     ids, mask = pad_left(rows, _pad_id(tokenizer), model.device)
-    cache, argument = DynamicCache(config=model.config), _cache_argument(model)
     owner = torch.tensor(
         [n for n, options in enumerate(choices) for _ in options], device=model.device
     )  # (N,) which prompt a choice belongs to
@@ -161,12 +181,8 @@ def score_choices(
     tail, valid = tail.to(model.device), valid.to(model.device)
 
     with torch.inference_mode():
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        prompt = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
-            **{argument: cache},
-        )  # fmt: skip
-        first = prompt.logits[:, -1].float().log_softmax(-1)  # (B, V)
+        logits, cache = read_prompts(model, ids, mask, width - 1)
+        first = logits.float().log_softmax(-1)  # (B, V)
         cache.batch_select_indices(owner)
         start = mask.sum(1)[owner]  # (N,)
         scores = first[owner].gather(1, tail[:, :1]).squeeze(1)  # (N,)
@@ -178,18 +194,12 @@ def score_choices(
                 attention_mask=torch.cat([mask[owner], valid[:, :-1]], 1),
                 position_ids=start[:, None] + torch.arange(width - 1, device=model.device),
                 use_cache=True,
-                **{argument: cache},
+                **{cache_argument(model): cache},
             ).logits  # (N, width - 1, V)
             logp = rest.float().log_softmax(-1).gather(2, tail[:, 1:, None]).squeeze(2)
             scores = scores + (logp * valid[:, 1:]).sum(1)
     flat = iter(scores.tolist())
     return [tuple(next(flat) for _ in options) for options in choices]
-
-
-def _cache_argument(model: Any) -> str:
-    """What the model calls its key-value cache: transformers renamed it, and the old name warns."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "cache" if "cache" in signature(plain.forward).parameters else "past_key_values"
 
 
 def _pad_id(tokenizer: Any) -> int:
@@ -210,30 +220,59 @@ def answer(
 ) -> list[Answer]:
     """Answers queries in order.
 
-    Batches hold queries of like length. Of equal scores the first choice wins.
+    Batches hold queries of like length. One that does not fit into memory is answered in halves, and so are
+    all after it. Of equal scores the first choice wins.
 
     Args:
-        batch_size: queries a batch; None fills batches up to BATCH_TOKENS.
+        batch_size: queries a batch; None fills batches by tokens.
         progress: called with the number of queries done after each batch.
     """
     rows = encode(tokenizer, [query.input for query in queries], max_seq_len)
     answers: dict[int, Answer] = {}
-    for kind in (GENERATION, MULTIPLE_CHOICE):
+
+    def generated(part: list[int]) -> list[Answer]:
+        return generate(model, tokenizer, [rows[n] for n in part], max_new_tokens)
+
+    def chosen(part: list[int]) -> list[Answer]:
+        choices = [queries[n].choices for n in part]
+        scored = score_choices(model, tokenizer, [rows[n] for n in part], choices, scoring)
+        return [Answer(str(scores.index(max(scores))), scores=scores) for scores in scored]
+
+    for kind, way in ((GENERATION, generated), (MULTIPLE_CHOICE, chosen)):
         part = [n for n, query in enumerate(queries) if query.eval_type == kind]
         if kind == GENERATION:
-            lengths = [len(rows[n]) + max_new_tokens for n in part]
+            budget, lengths = BATCH_TOKENS, [len(rows[n]) + max_new_tokens for n in part]
         else:  # each choice holds a copy of its prompt's key-value cache
             widest = max((len(queries[n].choices) for n in part), default=1)
-            lengths = [len(rows[n]) * widest for n in part]
-        for batch in by_length(lengths, BATCH_TOKENS, batch_size):
-            chosen = [part[k] for k in batch]
-            prompts = [rows[n] for n in chosen]
-            if kind == GENERATION:
-                found = generate(model, tokenizer, prompts, max_new_tokens)
+            budget, lengths = CHOICE_TOKENS, [len(rows[n]) * widest for n in part]
+        batches = [[part[k] for k in batch] for batch in by_length(lengths, budget, batch_size)]
+        while batches:
+            batch, *rest = batches
+            if found := _if_it_fits(way, batch):
+                answers.update(zip(batch, found, strict=True))
+                progress(len(batch))
+                batches = rest
             else:
-                choices = [queries[n].choices for n in chosen]
-                scored = score_choices(model, tokenizer, prompts, choices, scoring)
-                found = [Answer(str(scores.index(max(scores))), scores=scores) for scores in scored]
-            answers.update(zip(chosen, found, strict=True))
-            progress(len(chosen))
+                batches = [half for whole in batches for half in _halves(whole)]
     return [answers[n] for n in range(len(queries))]
+
+
+def _if_it_fits(way: Callable[[list[int]], list[Answer]], batch: list[int]) -> list[Answer] | None:
+    """A batch's answers; None if memory ran out and there is less to try."""
+    import torch
+
+    try:
+        return way(batch)
+    except RuntimeError as error:  # on a CPU that is all it is
+        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full or len(batch) == 1:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _halves(batch: list[int]) -> list[list[int]]:
+    """Two parts of a batch, or the one query that it has."""
+    middle = len(batch) // 2
+    return [half for half in (batch[:middle], batch[middle:]) if half]

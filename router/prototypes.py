@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merge.factors import svd
+from merge.factors import stacks, svd
 from router.adapters import Adapter
 
 
@@ -45,17 +45,18 @@ def prototypes(
     """
     parts: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
     for owner, adapter in enumerate(adapters):
-        for module, update in adapter.read_all():
-            _, s, vh = svd(update)
-            share = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny)
-            keep = share > 1e-6  # below that it is rounding, not a direction
-            if keep.any():
-                parts.setdefault(module, []).append((vh[keep].T, share[keep], owner))
+        for modules, stack in stacks(adapter.read_all()):
+            _, s, vh = svd(stack)  # (modules, k), (modules, k, d_in)
+            shares = s / s.sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
+            for module, share, v in zip(modules, shares, vh.mT, strict=True):
+                keep = share > 1e-6  # below that it is rounding, not a direction
+                if keep.any():
+                    parts.setdefault(module, []).append((v[:, keep], share[keep], owner))
     return {
         module: ModulePrototypes(
             torch.cat([v for v, _, _ in found], dim=1).to(device, dtype).contiguous(),
             torch.cat([w for _, w, _ in found]).to(device, torch.float32),
             torch.cat([torch.full((len(w),), owner) for _, w, owner in found]).to(device),
         )
-        for module, found in parts.items()
+        for module, found in sorted(parts.items())
     }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from merge.factors import Factors, dense, gram, inner, pad, recompress, svd, weighted_sum
+from merge.factors import Factors, dense, gram, inner, pad, recompress, stacks, svd, weighted_sum
 
 
 def update(d_out, rank, d_in, seed):
@@ -82,6 +82,16 @@ def test_svd_is_that_of_the_dense_update(shape):
     np.testing.assert_allclose((u * s) @ vh, delta(factors), atol=1e-4)
     np.testing.assert_allclose(u.T @ u, np.eye(k), atol=1e-5)
     np.testing.assert_allclose(vh @ vh.T, np.eye(k), atol=1e-5)
+
+
+def test_svd_of_a_stack_is_that_of_each():
+    named = [(f"{shape} {seed}", update(*shape, seed=seed)) for seed in range(3) for shape in SHAPES[:2]]
+    found = list(stacks(named))
+    assert [len(names) for names, _ in found] == [3, 3]
+    for names, stack in found:
+        u, s, vh = svd(stack)
+        for n, name in enumerate(names):
+            np.testing.assert_allclose((u[n] * s[n]) @ vh[n], delta(dict(named)[name]), atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,9 +1,12 @@
 """Prediction: batches, padding and the shared cache change nothing about the answers."""
 
 import random
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from router.base import load_base
 from router.predict import answer, by_length, encode, generate, score_choices
@@ -102,22 +105,28 @@ def test_generation_stops_at_the_end_of_sequence_token(base, tiny_base):
     assert [found.ids for found in generate(eager.model, eager.tokenizer, rows(base), 12)] == expected
 
 
+@contextmanager
 def scripted(base, text):
-    """A stand-in for the model that always goes on with the given text."""
+    """The model, made to go on with the given text whatever it is asked."""
+    told = iter([*letters(base, text), EOS])
 
-    class Scripted:
-        device = torch.device("cpu")
+    def say(model, args, out):
+        out.logits = torch.nn.functional.one_hot(
+            torch.full_like(out.logits[..., 0].long(), next(told)), out.logits.shape[-1]
+        )
+        return out
 
-        def generate(self, input_ids, **_):
-            new = torch.tensor([[*letters(base, text), EOS, 0, 0]] * len(input_ids))
-            return torch.cat([input_ids, new], 1)
-
-    return Scripted()
+    handle = base.model.register_forward_hook(say)
+    try:
+        yield base.model
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize(("told", "kept"), [(" two", "two"), ("   two ", "  two "), ("two", "two"), ("", "")])
 def test_generated_text_loses_one_leading_blank_and_special_tokens(base, told, kept):
-    (found,) = generate(scripted(base, told), base.tokenizer, [[5, 6]], 8)
+    with scripted(base, told) as model:
+        (found,) = generate(model, base.tokenizer, [[5, 6]], 8)
     assert found.text == kept
     assert found.ids == (*letters(base, told), EOS)
 
@@ -204,3 +213,67 @@ def test_mixed_kinds_are_answered_in_order(base, batch_size):
             assert one.scores == pytest.approx(wanted, rel=0, abs=1e-3)
     assert sum(done) == len(queries)
     assert batch_size is None or max(done) == batch_size
+
+
+def short_of_memory(base, rows):
+    """Makes every pass over more than so many rows fail; returns the sizes that came, and an undo."""
+    seen = []
+
+    def refuse(model, args, kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        if seen[-1] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    return seen, base.model.register_forward_pre_hook(refuse, with_kwargs=True).remove
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_done_twice(base):
+    queries = generation(*(f"number {n}" for n in range(9)))
+    expected = answer(base.model, base.tokenizer, queries, max_new_tokens=3)
+    seen, undo = short_of_memory(base, 3)
+    done = []
+    try:
+        found = answer(base.model, base.tokenizer, queries, max_new_tokens=3, progress=done.append)
+    finally:
+        undo()
+    assert found == expected
+    assert sum(done) == 9 and max(done) <= 3
+    assert [size for size in seen if size > 3] == [
+        9,
+        4,
+    ]  # what failed; the other half was then not tried whole
+
+
+def test_one_query_that_does_not_fit_is_an_error(base):
+    seen, undo = short_of_memory(base, 0)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            answer(base.model, base.tokenizer, generation("Hi", "Ho"), max_new_tokens=3)
+    finally:
+        undo()
+    assert seen == [2, 1]
+
+
+@pytest.mark.parametrize("sliding_window", [None, 8])
+def test_prompts_read_in_parts_and_rows_that_leave_change_nothing(
+    base, tmp_path, monkeypatch, sliding_window
+):
+    config = MistralConfig(
+        vocab_size=base.model.config.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=sliding_window, eos_token_id=EOS,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight[EOS] *= 3
+    other = replace(base, model=model)
+    expected = [greedy(other, ids, 12) for ids in rows(base)]
+    sizes = []
+    handle = model.register_forward_pre_hook(
+        lambda model, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr("router.cache.CPU_TOKENS", 600)
+    found = generate(model, base.tokenizer, rows(base), 12)
+    handle.remove()
+    assert [one.ids for one in found] == expected
+    assert sizes[:3] == [2, 2, 2] and min(sizes[3:]) < max(sizes[3:])

@@ -53,7 +53,7 @@ def test_responses_equal_dense_cosines_prompt_by_prompt(tiny_base, tiny_library)
 def test_the_end_of_a_prompt_is_where_a_plain_model_ends_on_it_alone(
     budget, tiny_base, tiny_library, monkeypatch
 ):
-    monkeypatch.setattr("router.passes.TOKENS", budget)
+    monkeypatch.setattr("router.cache.CPU_TOKENS", budget)
     base = load_base(str(tiny_base), "cpu", "float32")
     protos = prototypes(load_library([str(tiny_library)]))
     rows = encode(base.tokenizer, TEXTS)

@@ -12,8 +12,9 @@ from router.clusters import Array
 from router.copies import stand_ins
 from router.errors import InputError
 from router.evidence import Evidence
-from router.gate import PrototypeGate
+from router.gate import PrototypeGate, weights_of
 from router.merges import Routed
+from router.passes import look
 from router.predict import encode
 from router.probe import probe
 from router.prototypes import prototypes
@@ -46,7 +47,9 @@ class ProtoRoute(Routed):
             kept = np.unique(stand_ins(self.adapters, reference)).tolist()
             gate = PrototypeGate(self.settings.temperature, self.settings.top_k).fit(reference[:, kept])
         with self.stages("probe"):
-            rows = encode(tokenizer, [query.input for query in queries], limit)
+            every = look(encode(tokenizer, [query.input for query in queries], limit))
+            numbers = {row: n for n, row in enumerate(dict.fromkeys(map(tuple, every)))}
+            rows = list(numbers)  # the same prompt is routed once
             probed = probe(model, rows, tokenizer.pad_token_id, protos, means, len(self.adapters))
         responses, adapters = probed.responses[:, kept], [self.adapters[n] for n in kept]
         wanted = gate.in_question(responses)
@@ -55,21 +58,24 @@ class ProtoRoute(Routed):
         with self.stages("trial"):
             trials = trial(self.base, adapters, rows, probed.last, wanted)
         with self.stages("gate"):
-            weights = np.zeros((len(queries), len(self.adapters) + 1))
-            weights[:, [*kept, -1]] = gate.predict_proba(responses, trials)
+            scores = gate.candidate_scores(responses, trials)
+            weights = np.zeros((len(rows), len(self.adapters) + 1))
+            weights[:, [*kept, -1]] = weights_of(scores, gate.temperature, gate.top_k)
             standard = gate.standard_trials(trials)
-            self.evidence = Evidence(
+            evidence = Evidence(
                 [adapter.name for adapter in self.adapters],
                 list(protos),
                 np.nanmean(probed.responses, 2),
                 self._spread(gate.decision_function(responses), kept),
-                self._spread(gate.candidate_scores(responses, trials), [*kept, -1], 1),
+                self._spread(scores, [*kept, -1], 1),
                 self._spread(standard.effect, kept),
                 self._spread(standard.confidence, kept),
                 standard.base_confidence.astype(np.float32),
                 gate.votes(responses).astype(np.float32),
             )
-        return weights
+            place = np.array([numbers[tuple(row)] for row in every])
+            self.evidence = evidence.rows(place)
+        return np.asarray(weights[place])
 
     def _spread(self, values: Array, columns: Sequence[int], more: int = 0) -> NDArray[np.float32]:
         """Columns of the adapters that stand for themselves, among those of all; NaN for the others."""

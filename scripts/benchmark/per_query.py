@@ -10,7 +10,7 @@ from torch import Tensor
 
 from router.methods.proto_route import ProtoRoute
 from router.per_token import Experts, attached, load_experts
-from router.predict import BATCH_TOKENS, Answer, by_length, encode
+from router.predict import BATCH_TOKENS, Answer, by_length, encode, pad_left
 from router.submission import MULTIPLE_CHOICE, Query
 
 
@@ -38,14 +38,33 @@ class PerQuery(ProtoRoute):
                 return mine.repeat_interleave(len(x) // len(mine), 0).float()  # (B * T, n)
 
             with attached(model, experts, mix):
-                found = self._answer_with(model, [queries[n] for n in batch])
+                part = [queries[n] for n in batch]
+                multiple = part[0].eval_type == MULTIPLE_CHOICE
+                found = self._answer_with(model, part) if multiple else self._write(part)
             answers.update(zip(batch, found, strict=True))
         return [answers[n] for n in range(len(queries))]
+
+    def _write(self, queries: Sequence[Query]) -> list[Answer]:
+        """As `router.predict.generate`, but by transformers, which keeps a batch whole."""
+        rows = encode(self.tokenizer, [query.input for query in queries])
+        ids, mask = pad_left(rows, self.tokenizer.pad_token_id, self.base.model.device)
+        with torch.inference_mode():
+            out = self.base.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=self.settings.max_gen_len,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )  # (B, T + new)
+        texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        return [Answer(text.strip()) for text in texts]
 
     def _batches(self, queries: Sequence[Query]) -> list[list[int]]:
         """Batches that stay whole and in order when they are answered, as the rows' weights must.
 
-        Rows of generation are sorted by length, as they will be; multiple choice comes one by one.
+        Multiple choice comes one by one.
         """
         rows = encode(self.tokenizer, [query.input for query in queries])
         written = [n for n, query in enumerate(queries) if query.eval_type != MULTIPLE_CHOICE]

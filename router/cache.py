@@ -1,0 +1,100 @@
+"""The key-value cache of a batch: prompts read part by part, room for what comes, rows that leave.
+
+transformers' own cache grows by concatenation, which copies all of it for every new token; this one is as
+wide as it will be from the start. Knows no adapters and no queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+# Tokens that a CPU takes in one pass. Their activations stay in its caches, so that more are slower, not
+# faster (docs/speed.md).
+CPU_TOKENS = 512
+GPU_TOKENS = 16384
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """How many tokens, padding counted, a forward pass over prompts should take."""
+    return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+
+
+def cache_argument(model: Any) -> str:
+    """What the model calls its key-value cache: transformers renamed it, and the old name warns."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in signature(plain.forward).parameters else "past_key_values"
+
+
+class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer's keys and values with room for tokens to come."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self._all: tuple[Tensor, ...] = tuple(
+            torch.nn.functional.pad(x, (0, 0, 0, room)) for x in (keys, values)
+        )
+        self._show(keys.shape[-2])
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (whole[:, :, :length] for whole in self._all)  # (B, heads, length, d)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[-2]
+        self._show(start + key_states.shape[-2])
+        self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.keys.shape[-2]
+        self._all = tuple(whole[indices] for whole in self._all)
+        self._show(length)
+
+
+def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tensor, Any]:
+    """Reads a left-padded batch, as many rows a pass as are read at once.
+
+    Args:
+        model: a causal language model, plain or PEFT.
+        ids, mask: (B, T).
+        room: tokens that will follow.
+
+    Returns:
+        Logits of the next token, (B, V), and the cache, to be passed on as `cache_argument` says.
+    """
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    rows = max(1, tokens_at_once(ids.device) // ids.shape[1])
+    logits, caches = [], []
+    for part in torch.split(torch.arange(len(ids)), rows):
+        cache = DynamicCache(config=model.config)
+        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+            raise TypeError(f"expected a model with attention in every layer, got {type(model).__name__}")
+        out = model(
+            input_ids=ids[part], attention_mask=mask[part], position_ids=positions[part], use_cache=True,
+            logits_to_keep=1, **{cache_argument(model): cache},
+        )  # fmt: skip
+        logits.append(out.logits[:, -1])
+        caches.append(cache)
+    whole = caches[0]
+    whole.layers = [_joined(layers, room) for layers in zip(*(c.layers for c in caches), strict=True)]
+    return torch.cat(logits), whole
+
+
+def _joined(layers: Sequence[DynamicLayer], room: int) -> DynamicLayer:
+    """The rows of several caches' layers in one; one that forgets (a sliding window) stays of its kind."""
+    first = layers[0]
+    keys, values = (torch.cat(parts) for parts in zip(*((x.keys, x.values) for x in layers), strict=True))
+    if type(first) is DynamicLayer:
+        return _Roomy(keys, values, room)
+    first.keys, first.values = keys, values
+    return first
