@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 Scoring = Literal["full", "kit"]
-BATCH_TOKENS = 8192  # of a batch that writes, padding and new tokens counted
+BATCH_TOKENS = 4096  # of a batch that writes, padding and new tokens counted
 CHOICE_TOKENS = 2048  # of a batch of multiple choice, a prompt counted once for each choice
 
 
