@@ -1,0 +1,80 @@
+"""Measures what is missing and writes the tables: `python -m scripts.bench_speed`.
+
+Every measurement runs in a process of its own, those that are compared in turns, and is kept in
+output/benchmark/speed.json, so that a run that was stopped goes on where it stood. Delete that file to
+measure anew. `--shape mistral-7b` does the same for one layer with Mistral's dimensions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from scripts.bench_speed import measures, shape, tables
+
+RESULTS = Path("output/benchmark/speed.json")
+EVERY = "8"  # of the queries, where not all are asked
+SIZES = ("4", "16", "64", "256")
+WHOLE = ("routed 22 1", "static 1", f"kit {EVERY}")
+PARTS = (
+    *(f"decode {way}" for way in ("ours", "merged", "arrow", "spectr", "lag")),
+    *(f"merge {way} embedded 16" for way in ("ours", "peft")),
+    *(f"library_prototypes {size}" for size in ("22", "256")),
+    "roofline",
+)
+ONCE = (
+    *(f"merge ours embedded {rank}" for rank in (4, 8, 32, 64)),
+    "merge ours large 16", "merge peft large 16", "floor", f"matmul_share {EVERY}",
+    *(f"gate {count} {size}" for size in SIZES for count in ("50", "200", "800", "3200")),
+)  # fmt: skip
+GROWTH = tuple(f"routed {size} {EVERY}" for size in SIZES)
+SHAPE = ("shape 1", "shape 2")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5, help="of what is compared (default: 5)")
+    parser.add_argument("--shape", choices=["mistral-7b"], help="measure this shape instead")
+    parser.add_argument("--one", nargs="+", metavar="WORD", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        name, *words = args.one
+        found = shape.measure(*words) if name == "shape" else measures.run(args.one)
+        print(json.dumps(found))
+        return
+    if args.shape:
+        _measure(SHAPE, 1)
+    else:
+        _measure(ONCE, 1)
+        _measure(PARTS, args.repetitions)
+        _measure(WHOLE, args.repetitions)
+        _measure(GROWTH, args.repetitions)
+    tables.write(_known())
+
+
+def _known() -> dict[str, list[dict[str, Any]]]:
+    return json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+
+
+def _measure(jobs: tuple[str, ...], repetitions: int) -> None:
+    """Fills up each job's results to so many, in turns."""
+    for repetition in range(repetitions):
+        for job in jobs:
+            known = _known()
+            if len(known.get(job, [])) > repetition:
+                continue
+            print(job, flush=True)
+            command = [sys.executable, "-m", "scripts.bench_speed", "--one", *job.split()]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            known.setdefault(job, []).append(json.loads(done.stdout.splitlines()[-1]))
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            RESULTS.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""A Mistral-7B-shaped model of one and of two layers, random weights, and what 32 layers would cost.
+
+One layer's cost is the difference between the two, so the vocabulary's matrices are counted once. On this
+machine all is measured; for an A6000 the same work is divided by its published bfloat16 rate, at the share of the
+rate that this machine reached of its own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from merge.factors import Factors
+from merge.folders import write_adapter
+from router.adapters import Adapter, load_library
+from router.base import linear_shapes, sha256_of
+from router.cache import cache_argument, read_prompts
+from router.probe import input_means, probe
+from router.prototypes import prototypes
+from router.variants import Variant, live, write_variant
+
+LAYERS, ADAPTERS, RANK = 32, 27, 16
+PROMPTS, LENGTH = 4, 128
+WRITING, STEPS = 16, 4  # rows of a batch that writes, and how many steps are timed
+
+
+def _build(layers: int) -> Any:
+    config = MistralConfig(num_hidden_layers=layers)  # the defaults are Mistral-7B-v0.1's
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return MistralForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _adapters(model: Any, folder: Path) -> list[Adapter]:
+    generator = torch.Generator().manual_seed(1)
+    for n in range(ADAPTERS):
+        updates = {
+            module: Factors(
+                torch.randn(RANK, d_in, generator=generator) / d_in**0.5,
+                torch.randn(d_out, RANK, generator=generator) * 0.01,
+            )
+            for module, (d_out, d_in) in linear_shapes(model).items()
+        }
+        write_adapter(folder / f"adapter{n:02}", updates, "random/mistral", None, torch.bfloat16)
+    return load_library([str(folder)])
+
+
+def _timed(work: Callable[[], Any], times: int = 3) -> float:
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return sorted(found)[times // 2]
+
+
+def measure(layers: str) -> dict[str, Any]:
+    """Median seconds of each step for a model of so many layers.
+
+    Returns:
+        probe: a token of a prompt, with all adapters' prototypes; read: without; write: a step of 16 rows;
+        prototypes: of all adapters; variant: a mix of three, summed, written, loaded by PEFT and taken out.
+    """
+    model, pad = _build(int(layers)), 0
+    rows = torch.randint(5, 30000, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(2))
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        adapters = _adapters(model, folder / "library")
+        protos = prototypes(adapters, "cpu", torch.bfloat16)
+        means = input_means(model, rows[:1].tolist(), pad, list(protos))
+        tokens = rows.numel()
+        base: Any = SimpleNamespace(
+            model=model, name="random/mistral", revision=None, sha256=sha256_of(), tokenizer=None
+        )
+        names = [adapter.name for adapter in adapters[:3]]
+        mix, shapes = Variant(dict(zip(names, (0.6, 0.3, 0.1), strict=True)), 0.0), linear_shapes(model)
+
+        def swap() -> None:
+            write_variant(folder / "variant", mix, adapters, base, shapes)
+            with live(base, folder / "variant"):
+                pass
+
+        found = {
+            "prototypes": _timed(lambda: prototypes(adapters, "cpu", torch.bfloat16)),
+            "variant": _timed(swap),
+            "probe": _timed(lambda: probe(model, rows.tolist(), pad, protos, means, ADAPTERS)) / tokens,
+        }
+        with torch.inference_mode(), live(base, folder / "variant") as variant:
+            mask = torch.ones_like(rows)
+            found["read"] = _timed(lambda: read_prompts(variant, rows, mask, 1)) / tokens
+            ids = rows.repeat(WRITING // PROMPTS, 1)
+            mask = torch.ones_like(ids)
+            _, cache = read_prompts(variant, ids, mask, 2 * STEPS)
+
+            def write() -> None:
+                nonlocal mask
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+                position = mask.sum(1, keepdim=True) - 1
+                variant(
+                    input_ids=ids[:, :1], attention_mask=mask, position_ids=position, use_cache=True,
+                    **{cache_argument(variant): cache},
+                )  # fmt: skip
+
+            found["write"] = _timed(write, STEPS + 1)
+    linear = sum(d_out * d_in for d_out, d_in in linear_shapes(model).values())
+    return {**found, "linear": linear, "head": model.lm_head.weight.numel()}

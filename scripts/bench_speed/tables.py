@@ -1,0 +1,242 @@
+"""From measurements to the tables of the README and of docs/speed.md: medians, ranges, met or missed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from scripts.bench_speed import shape
+from scripts.benchmark.tables import insert
+
+Known = dict[str, list[dict[str, Any]]]
+README, DETAILS = Path("README.md"), Path("docs/speed.md")
+ALL = 807  # queries of the competition's CSV
+TOKENS = 86905  # of its prompts, by the embedded base model's tokenizer
+# An RTX A6000, by NVIDIA's data sheet: dense bfloat16 rate and memory bandwidth.
+A6000_FLOPS, A6000_BYTES = 154.8e12, 768e9
+
+
+class Measured(NamedTuple):
+    """One line: a figure with its range, and whether it is what was aimed at."""
+
+    what: str
+    against: str
+    target: str
+    value: float
+    low: float
+    high: float
+    met: bool
+    unit: str = "x"
+
+    def row(self) -> str:
+        """The line of a Markdown table."""
+        digits = 0 if self.value >= 100 else 2
+        spread = "" if self.low == self.high else f" ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        value = f"{self.value:.{digits}f}{self.unit}{spread}"
+        return (
+            f"| {self.what} | {self.against} | {self.target} | {value} | {'met' if self.met else 'missed'} |"
+        )
+
+
+def values(known: Known, job: str, key: str = "seconds") -> list[float]:
+    """One number of every repetition; of a stage where the key is `stages.NAME`."""
+    first, _, second = key.partition(".")
+    return [found[first][second] if second else found[first] for found in known[job]]
+
+
+def middle(known: Known, job: str, key: str = "seconds") -> float:
+    """The median over repetitions."""
+    return median(values(known, job, key))
+
+
+def ratio(
+    known: Known, job: str, other: str, what: str, against: str, target: str, limit: float,
+    least: bool = False, factor: float = 1.0, key: str = "seconds",
+) -> Measured:  # fmt: skip
+    """`job` over `other`, repetition by repetition, times a factor; at most the limit, or at least."""
+    pairs = zip(values(known, job, key), values(known, other, key), strict=False)
+    found = [factor * one / two for one, two in pairs]
+    value = median(found)
+    met = value >= limit if least else value <= limit
+    return Measured(what, against, target, value, min(found), max(found), met)
+
+
+def targets(known: Known) -> Iterator[Measured]:
+    """Every line of the table of targets."""
+    whole, kit = "routed 22 1", "kit 8"
+    yield ratio(
+        known, whole, "static 1", "whole routed run", "one static average, merged already",
+        "at most 1.15x", 1.15,
+    )  # fmt: skip
+    scale = known[whole][0]["queries"] / known[kit][0]["queries"]
+    yield ratio(
+        known, kit, whole, "whole routed run", "the kit's way, every 8th query", "at least 5x faster",
+        5, True, scale,
+    )  # fmt: skip
+    for way, name in (("arrow", "PEFT's Arrow"), ("spectr", "SpectR (ours)"), ("lag", "LAG (ours)")):
+        yield ratio(
+            known, f"decode {way}", "decode ours", "tokens/s when writing, a variant", name, "at least 3x", 3,
+            True,
+        )  # fmt: skip
+    for kind, name, limit in (
+        ("embedded", "the embedded base, 3 adapters", 100),
+        ("large", "a 4096 x 14336 module, 27 adapters", 300),
+    ):
+        yield ratio(
+            known, f"merge peft {kind} 16", f"merge ours {kind} 16", f"merge and recompression, {name}",
+            "`add_weighted_adapter`, svd", f"at least {limit}x", limit, True,
+        )  # fmt: skip
+    for size in ("22", "256"):
+        job = f"library_prototypes {size}"
+        found = [a / b for a, b in zip(values(known, job), values(known, job, "read"), strict=True)]
+        yield Measured(
+            f"prototypes of {size} adapters, nothing cached", "reading them", "at most 5x", median(found),
+            min(found), max(found), median(found) <= 5,
+        )  # fmt: skip
+    probe = middle(known, "routed 256 8", "stages.probe") * 3200 / known["routed 256 8"][0]["queries"]
+    share = 100 * middle(known, "gate 3200 256") / probe
+    yield Measured(
+        "gate and clusters, 3,200 queries, 256 adapters", "their probe, scaled from 101 queries",
+        "at most 5 %", share, share, share, share <= 5, " %",
+    )  # fmt: skip
+    yield ratio(
+        known, whole, "floor", "peak memory", "base, a variant and a batch", "at most 1.3x", 1.3,
+        key="peak_mib",
+    )  # fmt: skip
+    yield ratio(
+        known, "routed 256 8", "routed 4 8", "peak memory, 256 adapters", "4 adapters", "at most 1.05x", 1.05,
+        key="peak_mib",
+    )  # fmt: skip
+    yield ratio(
+        known, "routed 256 8", "routed 16 8", "whole run, 256 adapters", "16 adapters", "at most 1.25x", 1.25
+    )
+    share = 100 * matmuls(known)["matrix products"]
+    yield Measured(
+        "matrix products", "prediction, torch's profiler", "at least 85 %", share, share, share, share >= 85,
+        " %",
+    )  # fmt: skip
+
+
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn"),
+    "attention": ("attention", "softmax"),
+}
+
+
+def matmuls(known: Known) -> dict[str, float]:
+    """Shares of the time of prediction, largest first."""
+    found = known["matmul_share 8"][0]
+    shares: dict[str, float] = {}
+    for name, seconds in found["operators"].items():
+        kind = next((kind for kind, names in KINDS.items() if any(part in name for part in names)), name)
+        shares[kind] = shares.get(kind, 0.0) + seconds / found["seconds"]
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def write(known: Known) -> None:
+    """Writes every table whose measurements are all there."""
+    try:
+        lines = ["| measured | against | target | median (range) | |", "| --- | --- | --- | --- | --- |"]
+        insert(README, "speed", [*lines, *(found.row() for found in targets(known)), *_roofline(known)])
+        insert(DETAILS, "stages", _stages(known))
+        insert(DETAILS, "operators", _operators(known))
+        insert(DETAILS, "grid", _grid(known))
+    except KeyError as error:
+        print(f"no table of targets yet: {error} is not measured")
+    if all(f"shape {layers}" in known for layers in (1, 2)) and "roofline" in known:
+        insert(DETAILS, "mistral", _mistral(known))
+
+
+def _roofline(known: Known) -> list[str]:
+    roof = known["roofline"][0]
+    flops, memory = middle(known, "roofline", "gemm_flops"), middle(known, "roofline", "bytes")
+    read = middle(known, "roofline", "read_tokens")
+    at_most = flops / (2 * roof["linear"])
+    written = known["decode ours"][0]["tokens"] / middle(known, "decode ours")
+    # A step reads all weights once and multiplies them with 16 rows; whichever takes longer.
+    weights = roof["linear"] + roof["head"]
+    step = max(2 * weights / memory, 2 * 16 * weights / flops)
+    return [
+        "",
+        f"Roofline: this machine multiplies {flops / 1e9:.0f} GFLOP/s in bfloat16 and reads "
+        f"{memory / 1e9:.0f} GB/s. That allows {at_most:.0f} prompt tokens/s, and {read:.0f} were reached "
+        f"({100 * read / at_most:.0f} %); and {16 / step:.0f} written tokens/s in a batch of 16, of which "
+        f"{written:.0f} were reached ({100 * written * step / 16:.0f} %).",
+    ]
+
+
+def _stages(known: Known) -> list[str]:
+    names = list(known["routed 22 1"][0]["stages"])
+    lines = ["| adapters | queries | " + " | ".join(names) + " | sum | variants | peak MiB |"]
+    lines.append("| ---: " * (len(names) + 5) + "|")
+    for job in sorted((j for j in known if j.startswith("routed")), key=lambda j: int(j.split()[1])):
+        cells = [f"{middle(known, job, f'stages.{name}'):.1f}" for name in names]
+        first = known[job][-1]
+        sums = f"{middle(known, job):.1f} | {first['variants']} | {middle(known, job, 'peak_mib'):.0f}"
+        lines.append(f"| {job.split()[1]} | {first['queries']} | " + " | ".join(cells) + f" | {sums} |")
+    static = f"{middle(known, 'static 1'):.1f} | 1 | {middle(known, 'static 1', 'peak_mib'):.0f}"
+    blanks = "| " * (len(names) - 1)
+    lines.append(
+        f"| one average | {known['static 1'][0]['queries']} {blanks}| {static.split(' |')[0]} | {static} |"
+    )
+    return lines
+
+
+def _operators(known: Known) -> list[str]:
+    shares = [f"| {kind.replace('aten::', '')} | {100 * v:.1f} % |" for kind, v in matmuls(known).items()]
+    return ["| in prediction | share |", "| --- | ---: |", *shares[:10]]
+
+
+def _grid(known: Known) -> list[str]:
+    sizes, counts = ("4", "16", "64", "256"), ("50", "200", "800", "3200")
+    lines = ["| gate and clusters, seconds | " + " | ".join(f"{size} adapters" for size in sizes) + " |"]
+    lines.append("| --- " + "| ---: " * len(sizes) + "|")
+    for count in counts:
+        cells = [f"{middle(known, f'gate {count} {size}'):.2f}" for size in sizes]
+        lines.append(f"| {count} queries | " + " | ".join(cells) + " |")
+    ranks = ("4", "8", "16", "32", "64")
+    lines += ["", "| merge and recompression of one variant of three adapters | seconds |", "| --- | ---: |"]
+    lines += [f"| rank {rank} | {middle(known, f'merge ours embedded {rank}'):.2f} |" for rank in ranks]
+    return lines
+
+
+def _mistral(known: Known) -> list[str]:
+    one, two = known["shape 1"][-1], known["shape 2"][-1]
+    flops, memory = middle(known, "roofline", "gemm_flops"), middle(known, "roofline", "bytes")
+
+    def whole(key: str) -> float:
+        return one[key] + (shape.LAYERS - 1) * (two[key] - one[key])
+
+    layer = two["linear"] - one["linear"]
+    weights = layer * shape.LAYERS + one["head"]
+    looked, variants, rows, steps = 51325, 24, 350, 64
+    batches = rows / shape.WRITING
+    lines = ["| step | assumed | this machine, s | an A6000, s |", "| --- | --- | ---: | ---: |"]
+    total = [0.0, 0.0]
+    for name, assumed, seconds, card in (
+        ("prototypes", f"{shape.ADAPTERS} adapters of rank {shape.RANK} on all layers, on the CPU in both",
+         whole("prototypes"), whole("prototypes")),
+        ("probe", f"{looked} tokens, at most 128 a query", looked * whole("probe"),
+         looked * whole("probe") * flops / A6000_FLOPS),
+        ("trials", f"1.8 adapters a query, {looked} tokens each", 1.8 * looked * whole("read"),
+         1.8 * looked * whole("read") * flops / A6000_FLOPS),
+        ("variants", f"{variants}, three adapters each, on the CPU in both", variants * whole("variant"),
+         variants * whole("variant")),
+        ("reading the prompts", f"{TOKENS} tokens", TOKENS * whole("read"),
+         TOKENS * whole("read") * flops / A6000_FLOPS),
+        ("writing", f"{rows} answers of {steps} tokens, {shape.WRITING} at a time; bound by memory",
+         batches * steps * whole("write"), batches * steps * whole("write") * memory / A6000_BYTES),
+    ):  # fmt: skip
+        lines.append(f"| {name} | {assumed} | {seconds:.0f} | {card:.0f} |")
+        total = [total[0] + seconds, total[1] + card]
+    lines.append(f"| sum | | {total[0]:.0f} | {total[1]:.0f} of 3600 |")
+    cache = 2 * shape.LAYERS * 8 * 128 * 2 * 4096 / 2**30
+    adapter = 2 * shape.ADAPTERS * shape.RANK * (14336 * 3 + 4096 * 9 + 1024 * 2) * shape.LAYERS / 2**30 / 2
+    lines += [
+        "",
+        f"Memory, by arithmetic: weights {2 * (weights + one['head']) / 2**30:.1f} GiB, the cache of a batch of 4,096 "
+        f"tokens {cache:.1f} GiB, prototypes of the library {adapter:.1f} GiB; of 48 GB.",
+    ]
+    return lines
