@@ -1,7 +1,7 @@
-"""The measurements. Each runs in a process of its own and returns plain numbers, seconds unless named otherwise.
+"""The measurements. Each runs in a process of its own and returns plain numbers, seconds if not named otherwise.
 
-Everything that is compared runs on the same queries, the embedded base model and the same adapters. What is kept
-on disk between runs (calibration) is made before the clock starts.
+Everything that is compared runs on the same queries, the embedded base model and the same adapters. What is
+kept on disk between runs (calibration) is not counted.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _method(name: str, base: Base, adapters: list[Adapter], folder: str) -> Rout
 
 
 def routed(size: str, every: str) -> dict[str, Any]:
-    """A whole routed run but for loading, by stage; prepared by one run that fills the calibration."""
+    """A whole routed run but for loading, by stage."""
     base, adapters, asked = load_base(EMBEDDED), library(int(size)), queries(int(every))
     with tempfile.TemporaryDirectory() as folder:
         method = _method("proto_route", base, adapters, folder)
@@ -144,16 +144,12 @@ def kit(every: str) -> dict[str, Any]:
     def ask(query: Query, model: Any) -> None:
         (ids,) = encode(base.tokenizer, [query.input])
         if query.eval_type != MULTIPLE_CHOICE:
-            row = torch.tensor([ids])
-            model.generate(
-                input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=NEW_TOKENS, do_sample=False,
-                pad_token_id=pad,
-            )  # fmt: skip
+            row, wanted = torch.tensor([ids]), {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+            model.generate(input_ids=row, attention_mask=torch.ones_like(row), pad_token_id=pad, **wanted)
             return
         for choice in base.tokenizer(list(query.choices), add_special_tokens=False)["input_ids"]:
-            model(input_ids=torch.tensor([[*ids, *choice, base.tokenizer.eos_token_id]])).logits.log_softmax(
-                -1
-            )
+            row = torch.tensor([[*ids, *choice, base.tokenizer.eos_token_id]])
+            model(input_ids=row).logits.log_softmax(-1)
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         model = _average(base, folder)
@@ -180,7 +176,7 @@ def decode(way: str) -> dict[str, Any]:
     base = load_base(EMBEDDED)
     base.tokenizer.eos_token = "<file_sep>"  # of no use to the model: nothing ends early
     adapters = uniform(base)
-    rows = [row for row in encode(base.tokenizer, [q.input * 8 for q in queries()[:16]], 32)]
+    rows = encode(base.tokenizer, [query.input * 8 for query in queries()[:16]], 32)
 
     def write(model: Any) -> int:
         return sum(len(found.ids) for found in generate(model, base.tokenizer, rows, NEW_TOKENS))
