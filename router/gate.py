@@ -23,6 +23,7 @@ CHANCE = 0.5  # of the best of n adapters to reach the base model's score on tex
 REACH = 1.5
 _HIGHEST = 0.97  # loading: an adapter is never all common factor
 _STEPS = 50  # of the iteration for loadings, enough to change nothing that matters any more
+_AT_ONCE = 64  # queries
 _FLOOR = 1e-6  # responses are cosines; below this they are noise
 
 
@@ -134,10 +135,14 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         """The same averaged over modules, (queries, adapters)."""
         return _nanmean(self._standardised(logs), 2)
 
-    def votes(self, X: ArrayLike) -> Array:
+    def votes(self, X: ArrayLike, scores: Array) -> Array:
         """The best adapter's standardised responses, whose mean makes its score, (queries, modules)."""
-        best = self.decision_function(X).argmax(1)
-        return np.asarray(self._standardised(_logs(X))[np.arange(len(best)), best])
+        best = scores.argmax(1)
+        found = [
+            self._standardised(_logs(x))[np.arange(len(who)), who]
+            for x, who in zip(_parts(X), _parts(best), strict=True)
+        ]
+        return np.concatenate(found) if found else np.empty((0, self.n_modules_))
 
     def standard_trials(self, trials: Trials) -> Trials:
         """Trials in standard deviations of generic text; the effect's are those of its logarithm."""
@@ -151,28 +156,32 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     def decision_function(self, X: ArrayLike) -> Array:
         """Calibrated scores, (queries, adapters), in standard deviations of generic text."""
         check_is_fitted(self)
-        logs = _logs(X)
-        if logs.shape[1:] != (self.n_adapters_, self.n_modules_):
-            raise ValueError(
-                f"expected responses of {self.n_adapters_} adapters at {self.n_modules_} modules, "
-                f"got {logs.shape[1]} and {logs.shape[2]}"
-            )
-        self._check_absent(logs, np.isnan(self.mean_))
-        scores: Array = (self._average(logs) - self.location_) / self.scale_
-        return scores
+        found = np.empty((len(np.asarray(X)), self.n_adapters_))
+        for x, place in zip(_parts(X), _parts(found), strict=True):
+            logs = _logs(x)
+            if logs.shape[1:] != (self.n_adapters_, self.n_modules_):
+                raise ValueError(
+                    f"expected responses of {self.n_adapters_} adapters at {self.n_modules_} modules, "
+                    f"got {logs.shape[1]} and {logs.shape[2]}"
+                )
+            self._check_absent(logs, np.isnan(self.mean_))
+            place[:] = (self._average(logs) - self.location_) / self.scale_
+        return found
 
-    def in_question(self, X: ArrayLike) -> NDArray[np.bool_]:
-        """Which adapters a trial could put first, (queries, adapters)."""
-        scores = self.decision_function(X)
+    def in_question(self, scores: Array) -> NDArray[np.bool_]:
+        """Which adapters a trial could put first, (queries, adapters), by what `decision_function` found."""
         best = np.maximum(scores.max(1, keepdims=True), self.base_score_)
         return np.asarray(scores > best - REACH)
 
-    def candidate_scores(self, X: ArrayLike, trials: Trials | None = None) -> Array:
+    def candidate_scores(self, scores: Array, trials: Trials | None = None) -> Array:
         """Scores of the adapters and, last, the base model, (queries, adapters + 1).
 
         With trials, an adapter that was not tried has minus infinity.
+
+        Args:
+            scores: what `decision_function` found, (queries, adapters).
+            trials: of the adapters in question.
         """
-        scores = self.decision_function(X)
         base = np.full(len(scores), self.base_score_)
         if trials is not None:
             effect, sure, base_sure = self.standard_trials(trials)
@@ -186,7 +195,9 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     def predict_proba(self, X: ArrayLike, trials: Trials | None = None) -> Array:
         """Weights, (queries, adapters + 1); rows sum to 1, the last column is the base model."""
-        return weights_of(self.candidate_scores(X, trials), self.temperature, self.top_k)
+        return weights_of(
+            self.candidate_scores(self.decision_function(X), trials), self.temperature, self.top_k
+        )
 
     def predict(self, X: ArrayLike, trials: Trials | None = None) -> NDArray[np.int64]:
         """The heaviest candidate of each query; the number of adapters means the base model."""
@@ -252,6 +263,12 @@ def _nanmean(values: Array, axis: int) -> Array:
         warnings.simplefilter("ignore", RuntimeWarning)
         mean: Array = np.nanmean(values, axis=axis)
     return mean
+
+
+def _parts(X: ArrayLike) -> list[Any]:
+    """Some queries at a time: responses to many queries of many adapters are large, and float64 is larger."""
+    X = np.asarray(X)
+    return [X[start : start + _AT_ONCE] for start in range(0, len(X), _AT_ONCE)]
 
 
 def _logs(X: ArrayLike) -> Array:

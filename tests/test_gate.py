@@ -206,7 +206,7 @@ def only(wanted, found):
 
 def test_in_question_is_what_a_trial_could_put_first(gate):
     X = various()
-    wanted = gate.in_question(X)
+    wanted = gate.in_question(gate.decision_function(X))
     assert {0, 1, 2} <= set(wanted.sum(1))
     for adapter in range(6):  # as sure as can be, while all others and the base model are not
         first = gate.predict(X, trials(300, 0.0, adapter_only(adapter, 9.0, -9.0), -9.0)) == adapter
@@ -218,14 +218,16 @@ def test_in_question_is_what_a_trial_could_put_first(gate):
 
 def test_what_is_not_in_question_would_not_have_won_had_it_been_tried(gate):
     X, found = various(), any_trials()
-    wanted = gate.in_question(X)
+    wanted = gate.in_question(gate.decision_function(X))
     predicted = gate.predict(X, found)
     assert set(predicted) == set(range(7)) and not wanted.all()
     np.testing.assert_array_equal(gate.predict(X, only(wanted, found)), predicted)
 
 
 def test_a_sure_adapter_passes_a_close_rival_and_no_other(gate, close):
-    assert gate.in_question(close).tolist() == [[False, True, True, False, False, False]]
+    assert gate.in_question(gate.decision_function(close)).tolist() == [
+        [False, True, True, False, False, False]
+    ]
     assert gate.predict(close, trials()) == gate.predict(close) == 1
     assert gate.predict(close, trials(sure=adapter_only(2, REACH))) == 2
     assert gate.predict(close, trials(sure=adapter_only(3, 9.0))) == 1
@@ -236,7 +238,7 @@ def test_a_sure_adapter_passes_a_close_rival_and_no_other(gate, close):
 )
 def test_a_trial_raises_a_score_by_its_confidence_up_to_reach(gate, close, sure, rise):
     plain = gate.decision_function(close)
-    found = gate.candidate_scores(close, trials(sure=adapter_only(2, sure)))
+    found = gate.candidate_scores(gate.decision_function(close), trials(sure=adapter_only(2, sure)))
     np.testing.assert_allclose(found[:, :-1] - plain, adapter_only(2, rise)[None], atol=1e-9)
 
 
@@ -257,7 +259,7 @@ def test_an_adapter_without_reference_trials_has_no_weight(close):
 
 def test_rows_sum_to_one_also_where_no_adapter_is_in_question(gate):
     X, found = various(), any_trials()
-    wanted = gate.in_question(X)
+    wanted = gate.in_question(gate.decision_function(X))
     weights = gate.predict_proba(X, only(wanted, found))
     np.testing.assert_allclose(weights.sum(1), 1.0)
     nobody = ~wanted.any(1)
@@ -277,10 +279,10 @@ def test_the_base_model_wins_where_it_is_unusually_sure_and_the_best_adapter_doe
 
 
 def test_the_base_model_is_level_where_both_are_as_unusual_and_never_below_its_own_score(gate, close):
-    level = gate.candidate_scores(close, trials(effect=1.3, base=1.3))
+    level = gate.candidate_scores(gate.decision_function(close), trials(effect=1.3, base=1.3))
     assert level[0, 6] == pytest.approx(level[0, 1])
-    plain = gate.candidate_scores(close)[0, 6]
-    assert gate.candidate_scores(close, trials(effect=9.0, base=-9.0))[0, 6] == plain
+    plain = gate.candidate_scores(gate.decision_function(close))[0, 6]
+    assert gate.candidate_scores(gate.decision_function(close), trials(effect=9.0, base=-9.0))[0, 6] == plain
 
 
 def test_an_adapters_size_of_effect_does_not_matter(close):

@@ -52,13 +52,15 @@ class ProtoRoute(Routed):
             rows = list(numbers)  # the same prompt is routed once
             probed = probe(model, rows, tokenizer.pad_token_id, protos, means, len(self.adapters))
         responses, adapters = probed.responses[:, kept], [self.adapters[n] for n in kept]
-        wanted = gate.in_question(responses)
+        with self.stages("gate"):
+            raw = gate.decision_function(responses)
+            wanted = gate.in_question(raw)
         with self.stages("calibrate"):
             gate.fit_trials(calibration.trials(adapters, wanted))
         with self.stages("trial"):
             trials = trial(self.base, adapters, rows, probed.last, wanted)
         with self.stages("gate"):
-            scores = gate.candidate_scores(responses, trials)
+            scores = gate.candidate_scores(raw, trials)
             weights = np.zeros((len(rows), len(self.adapters) + 1))
             weights[:, [*kept, -1]] = weights_of(scores, gate.temperature, gate.top_k)
             standard = gate.standard_trials(trials)
@@ -66,12 +68,12 @@ class ProtoRoute(Routed):
                 [adapter.name for adapter in self.adapters],
                 list(protos),
                 np.nanmean(probed.responses, 2),
-                self._spread(gate.decision_function(responses), kept),
+                self._spread(raw, kept),
                 self._spread(scores, [*kept, -1], 1),
                 self._spread(standard.effect, kept),
                 self._spread(standard.confidence, kept),
                 standard.base_confidence.astype(np.float32),
-                gate.votes(responses).astype(np.float32),
+                gate.votes(responses, raw).astype(np.float32),
             )
             place = np.array([numbers[tuple(row)] for row in every])
             self.evidence = evidence.rows(place)

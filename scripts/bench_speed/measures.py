@@ -1,4 +1,4 @@
-"""The measurements. Each runs in a process of its own and returns plain numbers, seconds if not named otherwise.
+"""The measurements. Each runs in a process of its own and returns numbers, seconds if not named otherwise.
 
 Everything that is compared runs on the same queries, the embedded base model and the same adapters. What is
 kept on disk between runs (calibration) is not counted.
@@ -23,7 +23,7 @@ from router.adapters import Adapter, load_library
 from router.base import EMBEDDED, Base, linear_shapes, load_base
 from router.clusters import cluster
 from router.constants import LIBRARY
-from router.gate import PrototypeGate
+from router.gate import PrototypeGate, weights_of
 from router.merges import Routed
 from router.methods import load_method
 from router.passes import batches, forward
@@ -292,8 +292,10 @@ def gate(count: str, size: str) -> dict[str, Any]:
     estimator = PrototypeGate().fit(drawn(64))
 
     def work() -> None:
-        estimator.in_question(responses)
-        cluster(estimator.predict_proba(responses), None, 0)
+        scores = estimator.decision_function(responses)
+        estimator.in_question(scores), estimator.votes(responses, scores)
+        weights = weights_of(estimator.candidate_scores(scores), estimator.temperature, estimator.top_k)
+        cluster(weights, None, 0)
 
     return {"seconds": timed(work)}
 

@@ -1,8 +1,8 @@
 """A Mistral-7B-shaped model of one and of two layers, random weights, and what 32 layers would cost.
 
 One layer's cost is the difference between the two, so the vocabulary's matrices are counted once. On this
-machine all is measured; an A6000 is taken to reach the same share of its published bfloat16 rate and bandwidth
-as this machine of its own measured ones.
+machine all is measured; an A6000 is taken to reach the same share of its published rate and bandwidth as
+this machine of its own measured ones.
 """
 
 from __future__ import annotations

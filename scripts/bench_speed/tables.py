@@ -236,7 +236,7 @@ def _mistral(known: Known) -> list[str]:
     adapter = 2 * shape.ADAPTERS * shape.RANK * (14336 * 3 + 4096 * 9 + 1024 * 2) * shape.LAYERS / 2**30 / 2
     lines += [
         "",
-        f"Memory, by arithmetic: weights {2 * (weights + one['head']) / 2**30:.1f} GiB, the cache of a batch of "
-        f"4,096 tokens {cache:.1f} GiB, prototypes of the library {adapter:.1f} GiB; of 48 GB.",
+        f"Memory, by arithmetic: weights {2 * (weights + one['head']) / 2**30:.1f} GiB, the cache of a batch "
+        f"of 4,096 tokens {cache:.1f} GiB, prototypes of the library {adapter:.1f} GiB; of 48 GB.",
     ]
     return lines
