@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 
 Array = NDArray[np.float32]
 
+CLOSE = 0.5  # standard deviations of generic text; docs/method.md tells how often such a choice is right
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -43,6 +45,17 @@ class Evidence:
     confidence: Array
     base_confidence: Array
     votes: Array
+
+    @property
+    def lead(self) -> Array:
+        """(queries,) how far the best candidate is ahead of the next, in standard deviations."""
+        best = np.sort(np.nan_to_num(self.candidates, nan=-np.inf, posinf=np.inf, neginf=-np.inf), 1)
+        return np.asarray(best[:, -1] - best[:, -2])
+
+    @property
+    def guesses(self) -> NDArray[np.bool_]:
+        """(queries,) where the next candidate is so close that another choice might be as good."""
+        return self.lead < CLOSE
 
     def rows(self, part: slice | NDArray[np.int64]) -> Evidence:
         """The evidence of some of the queries."""

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from router.constants import BASE_COLUMN
 from router.errors import InputError
-from router.evidence import Evidence
+from router.evidence import CLOSE, Evidence
 from router.finished import QueryFile, Run, load
 from router.submission import MULTIPLE_CHOICE, Query
 
@@ -142,8 +142,9 @@ def _reasons(candidates: Rows, top: dict[str, Any]) -> Iterator[str]:
     *adapters, base = candidates
     tried = sorted((c for c in adapters if c["tried"]), key=lambda c: -c["after"])
     others = [c["name"] for c in tried if c is not top]
-    if top["weight"] <= 0.5:
-        yield "that is a guess"
+    after = sorted((c["after"] for c in candidates if c["after"] is not None), reverse=True)
+    if len(after) > 1 and (lead := after[0] - after[1]) < CLOSE:
+        yield f"that is a guess, for the next is only {lead:.2f} standard deviations behind"
     read = min(adapters, key=lambda c: c["rank"])
     yield f"{'it' if read is top else read['name']} read the query most strongly before calibration"
     if top is base and tried:

@@ -47,11 +47,11 @@ class Decision:
     clusters: Clusters
 
     def figures(self) -> dict[str, float]:
-        """The decision in a few numbers; a guess has no candidate above half of the weight."""
+        """The decision in a few numbers; a shared query has no candidate above half of its weight."""
         lost, sure = losses(self.weights, self.clusters), self.weights.max(1)
         return {
             "variants": len(self.clusters.weights),
-            "guesses": int((sure <= 0.5).sum()),
+            "shared queries": int((sure <= 0.5).sum()),
             "heaviest weight, mean": float(sure.mean()),
             "left to the base model": int((self.weights.argmax(1) == len(self.names) - 1).sum()),
             "mean loss": float(lost.mean()),
@@ -152,12 +152,13 @@ def mix_table(run: Run) -> pd.DataFrame:
 
 
 def unsure_table(run: Run) -> pd.DataFrame:
-    """All queries, least sure first, with their heaviest weights."""
+    """All queries, least sure first: by how far the best candidate is ahead of the next."""
     found = pd.DataFrame({"query": [row.line(SHORT) for row in run.rows]}, keys(run))
-    found["heaviest"] = run.weights.max(1)
+    assert run.evidence is not None
+    found["ahead"] = run.evidence.lead
     found["weights"] = [mix(run.names, row) for row in run.weights]
     found["variant"] = run.labels
-    return found.sort_values("heaviest", kind="stable")
+    return found.sort_values("ahead", kind="stable")
 
 
 def vote_table(run: Run, adapter: str | None = None) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from router import finished
 from router.clusters import Array, Clusters, losses
 from router.errors import InputError
-from router.evidence import Evidence
+from router.evidence import CLOSE, Evidence
 from router.submission import MULTIPLE_CHOICE, Query, replacing
 
 Labels = NDArray[np.int64]
@@ -97,8 +97,8 @@ class Run:
 
     @property
     def guesses(self) -> NDArray[np.bool_]:
-        """(queries,) no candidate has more than half of the weight; counted where there is evidence."""
-        return np.asarray((self.weights.max(1, initial=0) <= 0.5) & (self.evidence is not None))
+        """(queries,) the two best candidates are close; none where there is no evidence."""
+        return np.zeros(len(self.weights), bool) if self.evidence is None else self.evidence.guesses
 
     @property
     def copies(self) -> list[str]:
@@ -437,7 +437,7 @@ def render(run: Run) -> str:
     template = resources.files("router").joinpath("report.html.j2").read_text("utf-8")
     return environment.from_string(template).render(
         run=run, record=run.record, headline=headline(run), variants=rows, used=used, layers=layered,
-        explained=EXPLAINED, data=found, json=Markup(_escaped(found)),
+        explained=EXPLAINED, close=CLOSE, data=found, json=Markup(_escaped(found)),
     )  # fmt: skip
 
 

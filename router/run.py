@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from router.clusters import Array
 from router.constants import BASE_COLUMN
 from router.errors import InputError
+from router.evidence import CLOSE
 from router.merges import Merges, Routed
 from router.methods import load_method
 from router.report import REPORT, write_report
@@ -129,7 +129,7 @@ def record(method: Merges) -> dict[str, Any]:
                 for adapter in method.adapters
             },
             "n_variants": len(method.variants),
-            **({"guesses": guesses(method.weights)} if method.evidence else {}),
+            **({"guesses": int(method.evidence.guesses.sum())} if method.evidence else {}),
             "variants": [
                 {
                     "folder": f"variants/{folder}" if (folder := method.folder(n)) else None,
@@ -140,11 +140,6 @@ def record(method: Merges) -> dict[str, Any]:
             ],
         }
     return found
-
-
-def guesses(weights: Array) -> int:
-    """How many queries have no candidate with more than half of the weight."""
-    return int((weights.max(1) <= 0.5).sum())
 
 
 def _plain(value: Any) -> Any:
@@ -178,11 +173,12 @@ def summary(method: Merges) -> str:
             rest = _count(int(counts[order[SHOWN:]].sum()), "query")
             lines.append(f"and {_count(len(order) - SHOWN, 'variant')} with {rest}")
         if method.evidence:
-            unsure = guesses(method.weights)
+            unsure = int(method.evidence.guesses.sum())
             lines.append(
-                f"{_count(unsure, 'guess')}, queries for which no candidate has more than half of the weight"
+                f"{_count(unsure, 'guess')}, queries whose two best candidates are within {CLOSE} standard "
+                "deviations"
                 if unsure
-                else "no guess: every query has a candidate with more than half of the weight"
+                else f"no guess: every query's best candidate is {CLOSE} standard deviations ahead or more"
             )
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in method.stages.seconds.items())
     lines.append(f"{sum(method.stages.seconds.values()):.0f} seconds: {stages}")

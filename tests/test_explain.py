@@ -75,7 +75,10 @@ SENTENCES = {
         {"scores": [4, 2, 1], "effect": [1, NONE, NONE], "candidates": [5, -np.inf, -np.inf, 1]},
         "no other adapter was in question",
     ),
-    "a guess": ([0.5, 0.3, 0.1, 0.1], {}, "one has 0.50 of the weight; that is a guess; two read"),
+    "a guess": (
+        [0.7, 0.3, 0, 0], {"candidates": [3.0, 2.6, -np.inf, 0.8]},
+        "one has 0.70 of the weight; that is a guess, for the next is only 0.40 standard deviations behind;",
+    ),
     "base": (
         [0.1, 0.05, 0, 0.85], {"candidates": [3.0, 2.4, -np.inf, 4.25]},
         "the base model has 0.85 of the weight; two read the query most strongly before calibration; "
@@ -89,7 +92,7 @@ SENTENCES = {
 def test_the_sentence_says_how_sure_and_why(capsys, tmp_path, kind):
     weights, changed, sentence = SENTENCES[kind]
     summary = story(capsys, write_run(tmp_path / "run", [weights], changed), "q0")["summary"]
-    assert sentence in summary and ("guess" in summary) == (max(weights) <= 0.5)
+    assert sentence in summary and ("guess" in summary) == (kind == "a guess")
 
 
 def test_a_variant_that_leans_elsewhere_is_told(capsys, tmp_path):
