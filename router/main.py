@@ -9,10 +9,18 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from router.errors import InputError
 from router.methods import method_names
+
+if TYPE_CHECKING:
+    from router.settings import Settings
+
+
+NO_SETTINGS = (
+    "merging_method", "list_methods", "quiet", "json", "plan", "time_limit", "memory_limit",
+)  # fmt: skip
 
 
 def _integer(least: int, word: str | None = None) -> Callable[[str], int | None]:
@@ -132,6 +140,18 @@ def parser() -> argparse.ArgumentParser:
         help="multiple choice by the log-probability of all of a choice's tokens (full, the default) "
         "or of all but its first, as the starter kit does (kit)",
     )
+    p.add_argument(
+        "--plan",
+        action="store_true",
+        help="tell what the run would take and stop: adapters, seconds and memory by stage, downloads; "
+        "exit code 1 if that is over a limit",
+    )
+    p.add_argument(
+        "--time_limit", type=_above_zero, metavar="MINUTES", help="for --plan, above 0 (default: none)"
+    )
+    p.add_argument(
+        "--memory_limit", type=_above_zero, metavar="GIB", help="for --plan, above 0 (default: none)"
+    )
     told = p.add_mutually_exclusive_group()
     told.add_argument("--quiet", action="store_true", help="print nothing but errors")
     told.add_argument("--json", action="store_true", help="print the record of the run, as in run.json")
@@ -139,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 for input that a person can mend."""
+    """Runs the command line; returns the exit code: 0, 1 for a plan over a limit, 2 for what one can mend."""
     p = parser()
     args = p.parse_args(argv, argparse.Namespace())
     if args.list_methods:
@@ -150,14 +170,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     given: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(args).items()
-        if value is not None and key not in ("merging_method", "list_methods", "quiet", "json")
+        if value is not None and key not in NO_SETTINGS
     }
+    if not args.plan and (args.time_limit or args.memory_limit):
+        p.error(
+            "--time_limit and --memory_limit: expected --plan with them, which compares; a run has no limits"
+        )
     if args.quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     from router.run import record, run, summary  # imports torch
     from router.settings import Settings
 
     try:
+        if args.plan:
+            return _plan(args, Settings(**given))
         method = run(args.merging_method, Settings(**given))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -167,6 +193,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not args.quiet:
         print(summary(method), flush=True)
     return 0
+
+
+def _plan(args: argparse.Namespace, settings: Settings) -> int:
+    """Prints the plan and keeps it beside where the results will go; 1 if it is over a limit."""
+    from router.plan import fits, keep, lines, plan
+
+    found, limits = plan(args.merging_method, settings), vars(args)
+    keep(found, settings.output_folder)
+    if not args.quiet:
+        print(json.dumps(found) if args.json else "\n".join(lines(found, limits)))
+    return 0 if fits(found, limits) else 1
 
 
 if __name__ == "__main__":

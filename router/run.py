@@ -15,6 +15,7 @@ from router.errors import InputError
 from router.evidence import CLOSE
 from router.merges import Merges, Routed
 from router.methods import load_method
+from router.plan import kept
 from router.report import REPORT, write_report
 from router.settings import Settings
 from router.submission import Query, read_queries, replacing, write_submission, write_table
@@ -103,7 +104,7 @@ def _write_routing(path: Path, queries: list[Query], method: Routed, part: slice
 
 def record(method: Merges) -> dict[str, Any]:
     """What run.json holds: everything needed to repeat the run, and what it cost."""
-    flags = {key: _plain(value) for key, value in vars(method.settings).items()}
+    flags = method.settings.plain()
     found: dict[str, Any] = {
         "method": method.get_name(),
         "versions": {
@@ -114,6 +115,8 @@ def record(method: Merges) -> dict[str, Any]:
         "seconds": {stage: round(value, 3) for stage, value in method.stages.seconds.items()},
         "peak_mib": method.stages.peak_mib,
     }
+    if planned := kept(method.settings.output_folder, flags):
+        found["plan"] = {key: planned[key] for key in ("seconds", "total_seconds", "peak_mib", "n_variants")}
     if isinstance(method, Routed):
         counts = np.bincount(method.clusters.labels, minlength=len(method.variants))
         found |= {
@@ -140,12 +143,6 @@ def record(method: Merges) -> dict[str, Any]:
             ],
         }
     return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def summary(method: Merges) -> str:

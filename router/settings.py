@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from router.predict import Scoring
 
@@ -27,3 +28,13 @@ class Settings:
     max_gen_len: int = 64
     max_seq_len: int | None = None
     scoring: Scoring = field(default="full")
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as JSON has them: paths are strings, tuples are lists."""
+        return {key: _plain(value) for key, value in vars(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
