@@ -1,0 +1,82 @@
+"""The plan of a run: what it tells of files that a test can weigh itself, and what limits do."""
+
+import json
+
+import pytest
+from test_main import NAMES, ROWS, command  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from router.main import main
+
+
+def planned(capsys, command, *flags):  # noqa: F811
+    capsys.readouterr()
+    code, out = command("proto_route", "--plan", *flags)
+    return code, out, capsys.readouterr()
+
+
+def test_a_plan_tells_of_adapters_queries_and_stages(capsys, command, tiny_base, tiny_library):  # noqa: F811
+    code, out, told = planned(capsys, command, "--json")
+    found = json.loads(told.out)
+    assert code == 0 and [path.name for path in out.iterdir()] == ["plan.json"]
+    assert json.loads((out / "plan.json").read_text()) == found
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    assert found["prompt_tokens"] == sum(len(tokenizer(row[1])["input_ids"]) for row in ROWS)
+    assert {name: (own["rank"], own["modules"]) for name, own in found["adapters"].items()} == {
+        "attention": (4, 8), "everything": (2, 14), "mlp": (6, 6),
+    }  # fmt: skip
+    assert list(found["adapters"]) == NAMES and found["download"] == []
+    stages = ["load", "prototypes", "calibrate", "probe", "trial", "variants", "predict"]
+    assert list(found["seconds"]) == stages and all(value >= 0 for value in found["seconds"].values())
+    low, likely, high = found["total_seconds"]
+    assert low <= likely <= high and likely == pytest.approx(sum(found["seconds"].values()), abs=0.5)
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_base).parameters()) * 4 / 2**20
+    assert weights < found["peak_mib"]["load"] <= found["peak_mib"]["predict"]
+
+
+def test_a_run_keeps_its_plan_beside_what_it_took(capsys, command):  # noqa: F811
+    _, out, _ = planned(capsys, command)
+    command("proto_route")
+    record = json.loads((out / "run.json").read_text())
+    assert record["plan"]["seconds"] == json.loads((out / "plan.json").read_text())["seconds"]
+    assert set(record["plan"]["seconds"]) <= set(record["seconds"])
+    again = json.loads(planned(capsys, command, "--json")[2].out)
+    assert again["n_variants"] == record["n_variants"] and again["known_from_an_earlier_run"]
+    assert again["seconds"]["calibrate"] == 0
+    command("proto_route", "--temperature", 2.0)  # another run: the plan was not made for it
+    assert "plan" not in json.loads((out / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "verdict"),
+    [
+        (("--time_limit", 1000, "--memory_limit", 1000), 0, "fits"),
+        (("--time_limit", 0.001), 1, "does not fit"),
+        (("--memory_limit", 0.001), 1, "does not fit"),
+    ],
+)
+def test_limits_decide_the_exit_code(capsys, command, flags, code, verdict):  # noqa: F811
+    found, _, told = planned(capsys, command, *flags)
+    lines = [line for line in told.out.splitlines() if line.startswith("--")]
+    assert found == code and len(lines) == len(flags) / 2
+    assert all(f": {verdict}, about" in line for line in lines)
+
+
+def test_limits_without_a_plan_are_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["-m", "base", "--time_limit", "5"])
+    assert caught.value.code == 2 and "--plan" in capsys.readouterr().err
+
+
+def test_what_is_not_here_would_be_downloaded(capsys, command, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    _, _, told = planned(capsys, command, "--adapters", "nobody/such-adapter@0000000")
+    assert "to be downloaded: adapter nobody/such-adapter@0000000" in told.out
+    code, _, told = planned(capsys, command, "--base_model", "nobody/such-model")
+    assert code == 2 and "nobody/such-model is not here" in told.err
+
+
+def test_a_broken_adapter_is_refused_as_by_the_run(capsys, command, tiny_library):  # noqa: F811
+    (tiny_library / "mlp" / "adapter_model.safetensors").write_bytes(b"broken")
+    code, out, told = planned(capsys, command)
+    assert code == 2 and "mlp" in told.err and not out.exists()
