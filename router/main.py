@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from router.settings import Settings
 
 
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCORINGS = ("full", "kit")
 NO_SETTINGS = (
     "merging_method", "list_methods", "quiet", "json", "plan", "time_limit", "memory_limit",
 )  # fmt: skip
@@ -50,12 +53,15 @@ def _above_zero(text: str) -> float:
     return value
 
 
-def _method(text: str) -> str:
-    if text in method_names():
-        return text
-    close = difflib.get_close_matches(text, method_names(), 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise argparse.ArgumentTypeError(f"expected one of {', '.join(method_names())}, got {text!r}{hint}")
+def _one_of(accepted: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text in accepted:
+            return text
+        close = difflib.get_close_matches(text, accepted, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(accepted)}, got {text!r}{hint}")
+
+    return parse
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-m",
         "--merging_method",
-        type=_method,
+        type=_one_of(method_names()),
         metavar="NAME",
         help=f"one of {', '.join(method_names())}",
     )
@@ -120,11 +126,15 @@ def parser() -> argparse.ArgumentParser:
         help="queries a batch, from 1; auto fills batches by tokens (default: auto)",
     )
     p.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), help="default: auto, a GPU where there is one"
+        "--device",
+        type=_one_of(DEVICES),
+        metavar="|".join(DEVICES),
+        help="default: auto, a GPU where there is one",
     )
     p.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        type=_one_of(DTYPES),
+        metavar="|".join(DTYPES),
         help="default: auto, bfloat16 where the device multiplies it natively, else float32",
     )
     p.add_argument("--max_gen_len", type=_integer(1), metavar="INT", help="new tokens, from 1 (default: 64)")
@@ -136,7 +146,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--scoring",
-        choices=("full", "kit"),
+        type=_one_of(SCORINGS),
+        metavar="|".join(SCORINGS),
         help="multiple choice by the log-probability of all of a choice's tokens (full, the default) "
         "or of all but its first, as the starter kit does (kit)",
     )

@@ -340,6 +340,7 @@ def test_adapters_of_two_bases_need_a_base_model(capsys, tmp_path, tiny_library)
         (["--temperature", "0"], ["--temperature", "a number above 0", "'0'"]),
         (["--temperature", "nan"], ["--temperature", "a number above 0"]),
         (["--dtype", "int8"], ["auto", "float32", "bfloat16", "float16"]),
+        (["--dtype", "bfloat"], ["did you mean bfloat16?"]),
         (["--device", "tpu"], ["auto", "cpu", "cuda"]),
         (["--scoring", "best"], ["full", "kit"]),
     ],
