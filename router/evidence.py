@@ -6,7 +6,7 @@ Kept beside the routing table as safetensors, so that looking at a run needs no 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ class Evidence:
         base_confidence: (queries,) standardised.
         votes: (queries, modules) the standardised response, at each module, of the adapter with the
             highest score; NaN where it has no prototype.
+        copies: adapters that are another one in another size, and which one stands for them.
     """
 
     adapters: list[str]
@@ -45,6 +46,7 @@ class Evidence:
     confidence: Array
     base_confidence: Array
     votes: Array
+    copies: dict[str, str] = field(default_factory=dict)
 
     @property
     def lead(self) -> Array:
@@ -60,13 +62,13 @@ class Evidence:
     def rows(self, part: slice | NDArray[np.int64]) -> Evidence:
         """The evidence of some of the queries."""
         arrays = {name: getattr(self, name)[part] for name in _ARRAYS}
-        return Evidence(self.adapters, self.modules, **arrays)
+        return replace(self, **arrays)
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""
         arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _ARRAYS}
         # One key, since safetensors writes several in any order.
-        names = json.dumps({"adapters": self.adapters, "modules": self.modules})
+        names = json.dumps({name: getattr(self, name) for name in _NAMES})
         part = path.with_suffix(".part")
         save_file(arrays, part, metadata={"names": names})
         part.chmod(0o644)  # it is written for its owner alone
@@ -78,7 +80,8 @@ class Evidence:
         with safe_open(path, framework="numpy") as file:
             names = json.loads(file.metadata()["names"])
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        return Evidence(names["adapters"], names["modules"], **arrays)
+        return Evidence(**arrays, **{name: names[name] for name in _NAMES})
 
 
-_ARRAYS = [field.name for field in fields(Evidence) if field.name not in ("adapters", "modules")]
+_NAMES = ("adapters", "modules", "copies")
+_ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]

@@ -101,10 +101,9 @@ class Run:
         return np.zeros(len(self.weights), bool) if self.evidence is None else self.evidence.guesses
 
     @property
-    def copies(self) -> list[str]:
-        """Adapters that stand aside for another, which is the same in another size."""
-        scores = np.empty((0, 0)) if self.evidence is None else self.evidence.scores
-        return [name for name, own in zip(self.names, scores.T, strict=False) if np.isnan(own).all()]
+    def copies(self) -> dict[str, str]:
+        """Adapters that stand aside, and for each the one that is the same in another size."""
+        return {} if self.evidence is None else self.evidence.copies
 
 
 def write_report(folder: Path) -> Path:
@@ -156,7 +155,7 @@ def _joined(parts: Sequence[Evidence | None]) -> Evidence | None:
     found = [part for part in parts if part is not None]
     if len(found) < len(parts):
         return None
-    names = vars(found[0]).keys() - {"adapters", "modules"}
+    names = vars(found[0]).keys() - {"adapters", "modules", "copies"}
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in found]) for name in names}
     return replace(found[0], **arrays)
 

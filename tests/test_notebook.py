@@ -97,7 +97,7 @@ def test_a_run_without_evidence_is_told_in_one_line(extra, finished, monkeypatch
 
 def test_a_replay_at_the_runs_settings_is_the_run(finished):
     run = look.open_run(finished("proto_route"))
-    assert np.isnan(run.evidence.candidates).any()  # a copy
+    assert np.isnan(run.evidence.candidates).any() and run.evidence.copies == {"twin": "everything"}
     wrote, again = look.decided(run), look.replay(run, **look.settings_of(run))
     np.testing.assert_allclose(again.weights, run.weights, atol=1e-5)
     np.testing.assert_array_equal(again.clusters.labels, run.labels)

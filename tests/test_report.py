@@ -28,7 +28,7 @@ HOSTILE = [
     "مرحبا \u202eabc 🙂👩‍👩‍👧 \x00\x1b NUL",
 ]
 ADAPTERS = ["one", "two", "<img src=x onerror=alert(1)>", "four", "five/six"]
-ARRAYS = [field.name for field in fields(Evidence)][2:]
+ARRAYS = [field.name for field in fields(Evidence)][2:-1]
 MODULES = [f"model.layers.{n}.{kind}" for n in range(3) for kind in ("self_attn.q_proj", "mlp.down_proj")]
 
 
@@ -282,9 +282,11 @@ def test_copies_stand_aside_and_are_named(small):
     evidence = Evidence.load(path)
     for values in (evidence.scores, evidence.candidates, evidence.effect, evidence.confidence):
         values[:, 3] = np.nan
+    evidence.copies["four"] = "two"
     evidence.save(path)
     page = Page(write_report(small))
-    assert "1 adapter stands aside, as another is the same in another size: four ." in page.words
+    told = "1 adapter stands aside, as another is the same in another size: four ( two stands for it)."
+    assert told in page.words
     assert all(row[0] != 3 for reasons in page.data["reasons"] for row in reasons)
     assert 3 not in [axis for axis, *_ in page.data["prototypes"]]
 

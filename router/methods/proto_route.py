@@ -44,7 +44,8 @@ class ProtoRoute(Routed):
             calibration = Calibration(self.base, limit)
             means = calibration.means(list(protos))
             reference = calibration.responses(self.adapters, list(protos), means)
-            kept = np.unique(stand_ins(self.adapters, reference)).tolist()
+            stand_in = stand_ins(self.adapters, reference)
+            kept = np.unique(stand_in).tolist()
             gate = PrototypeGate(self.settings.temperature, self.settings.top_k).fit(reference[:, kept])
         with self.stages("probe"):
             every = look(encode(tokenizer, [query.input for query in queries], limit))
@@ -64,8 +65,9 @@ class ProtoRoute(Routed):
             weights = np.zeros((len(rows), len(self.adapters) + 1))
             weights[:, [*kept, -1]] = weights_of(scores, gate.temperature, gate.top_k)
             standard = gate.standard_trials(trials)
+            names = [adapter.name for adapter in self.adapters]
             evidence = Evidence(
-                [adapter.name for adapter in self.adapters],
+                names,
                 list(protos),
                 np.nanmean(probed.responses, 2),
                 self._spread(raw, kept),
@@ -74,6 +76,7 @@ class ProtoRoute(Routed):
                 self._spread(standard.confidence, kept),
                 standard.base_confidence.astype(np.float32),
                 gate.votes(responses, raw).astype(np.float32),
+                {names[n]: names[k] for n, k in enumerate(stand_in) if n != k},
             )
             place = np.array([numbers[tuple(row)] for row in every])
             self.evidence = evidence.rows(place)
