@@ -5,6 +5,7 @@ Routes the labelled queries, answers none, and writes the table of docs/method.m
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def main() -> None:
     """Measures and writes."""
     base, adapters = load_base(EMBEDDED), load_library([str(LIBRARY)])
     candidates = [*(adapter.name for adapter in adapters), BASE_COLUMN]
-    spans = [f"{low:g} to {high:g}" for low, high in zip(BOUNDS[:-2], BOUNDS[1:-1], strict=True)]
+    spans = [f"{low:g} to {high:g}" for low, high in pairwise(BOUNDS[:-1])]
     lines = ["| best candidate ahead by | " + " | ".join([*spans, f"more than {BOUNDS[-2]:g}"]) + " |"]
     lines.append("| --- " + "| ---: " * (len(BOUNDS) - 1) + "|")
     for name, what in SETS.items():
