@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from router.errors import InputError
+
 # Tokens that a CPU takes in one pass. Their activations stay in its caches, so that more are slower, not
 # faster (docs/speed.md).
 CPU_TOKENS = 512
@@ -71,6 +73,9 @@ def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tens
 
     Returns:
         Logits of the next token, (B, V), and the cache, to be passed on as `cache_argument` says.
+
+    Raises:
+        InputError: the model has layers of another kind.
     """
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     rows = max(1, tokens_at_once(ids.device) // ids.shape[1])
@@ -78,7 +83,9 @@ def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tens
     for part in torch.split(torch.arange(len(ids)), rows):
         cache = DynamicCache(config=model.config)
         if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-            raise TypeError(f"expected a model with attention in every layer, got {type(model).__name__}")
+            raise InputError(
+                f"--base_model: expected a model with attention in every layer, got {model.config.model_type}"
+            )
         out = model(
             input_ids=ids[part], attention_mask=mask[part], position_ids=positions[part], use_cache=True,
             logits_to_keep=1, **{cache_argument(model): cache},

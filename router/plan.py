@@ -2,21 +2,20 @@
 
 Adapters are looked at by their headers. Speed is measured, within a minute, on a model of the base model's
 configuration with few layers and random weights, and scaled to all layers. What cannot be known before, how
-many variants there will be, is taken from an earlier run in the output folder where there is one of the same
-queries and adapters, and else assumed; the range tells what that is worth.
+many variants there will be and how long the answers, is taken from an earlier run in the output folder where
+there is one of the same queries and adapters. Else it is assumed: two variants more than adapters, and as
+many answers between 1 and 2 tokens as between 16 and 32.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from merge.folders import WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
 from router.adapters import find
@@ -25,26 +24,13 @@ from router.clusters import MAX_VARIANTS
 from router.constants import COMPETITION, COMPETITION_ADAPTERS, COMPETITION_BASE
 from router.errors import InputError
 from router.settings import Settings
-from router.submission import GENERATION, Query, read_queries, replacing
+from router.speed import Speed, measure
+from router.submission import GENERATION, Query, read_queries, read_rows, replacing
 
 PLAN = "plan.json"
 TRIED = 1.8  # adapters in question for a query, and
 LIVE = 1.1  # a pass with a variant beside one of the base model: both as seen on the committed library
-FEW, MORE = 1, 3  # layers of the models that are measured
 GENERIC = (224, 45)  # generic prompts, and their tokens on average
-ROWS = 16  # of the batch in which writing is measured
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of the base model on this device: per prompt token and per step of a batch that writes."""
-
-    read: float
-    probe: float
-    write: float
-    write_row: float
-    prototypes: float  # of one adapter
-    swap: float  # a variant written, loaded and taken out
 
 
 def plan(name: str, settings: Settings) -> dict[str, Any]:
@@ -62,12 +48,14 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     earlier = _earlier(name, settings, list(adapters))
     routed = name == "proto_route"
     variants = earlier.get("n_variants") or (min(MAX_VARIANTS, len(adapters) + 2) if routed else 1)
+    lengths = _answer_lengths(tokenizer, settings, queries) if earlier else []
+    answers = np.array(lengths or np.geomspace(1, settings.max_gen_len, 64))  # tokens
     speed = measure(config, device, dtype, adapters, int(np.median(prompts or [1])))
     ways = {"likely": variants}
     if routed and not earlier:
         ways |= {"low": max(1, variants // 2), "high": MAX_VARIANTS}
     seconds = {
-        way: _seconds(speed, queries, prompts, adapters, count, settings, routed)
+        way: _seconds(speed, queries, prompts, adapters, count, answers, settings, routed)
         for way, count in ways.items()
     }
     if earlier and routed:
@@ -176,94 +164,26 @@ def _earlier(name: str, settings: Settings, adapters: list[str]) -> dict[str, An
         return {}
 
 
-def _timed(work: Callable[[], Any]) -> float:
-    work()  # warm
-    found = []
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return sorted(found)[1]
-
-
-def measure(config: Any, device: str, dtype: Any, adapters: dict[str, AdapterFolder], length: int) -> Speed:
-    """Measures models of FEW and MORE layers and scales to all of them.
-
-    Args:
-        length: tokens of a typical prompt.
-    """
-    few, more = (_measure(config, layers, device, dtype, adapters, length) for layers in (FEW, MORE))
-    step = (config.num_hidden_layers - FEW) / (MORE - FEW)
-    scaled = {key: few[key] + max(0.0, more[key] - few[key]) * step for key in few}
-    return Speed(**scaled, **_adapter_speed(adapters))
-
-
-def _measure(
-    config: Any, layers: int, device: str, dtype: Any, adapters: dict[str, AdapterFolder], length: int
-) -> dict[str, float]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from router.base import linear_shapes
-    from router.cache import cache_argument, read_prompts, tokens_at_once
-    from router.probe import probe
-    from router.prototypes import ModulePrototypes
-
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = layers
-    build: Any = AutoModelForCausalLM.from_config
-    model = build(small, dtype=dtype).to(device).eval()
-    generator = torch.Generator().manual_seed(0)
-    rows = max(1, tokens_at_once(model.device) // length)
-    ids = torch.randint(5, config.vocab_size, (2 * rows, length), generator=generator)
-    protos, means = {}, {}
-    for module, (_, d_in) in linear_shapes(model).items():
-        ranks = [folder.ranks.get(module, 0) for folder in adapters.values()]
-        if sum(ranks):
-            owners = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-            directions = torch.randn(d_in, sum(ranks), generator=generator).to(device, dtype)
-            protos[module] = ModulePrototypes(
-                directions, torch.ones(sum(ranks), device=device), owners.to(device)
-            )
-            means[module] = torch.zeros(d_in, device=device)
-
-    def write(count: int) -> float:
-        batch = ids[:1].repeat(count, 1).to(device)
-        mask = torch.ones_like(batch)
-        _, cache = read_prompts(model, batch, mask, 64)
-
-        def step() -> None:
-            nonlocal mask
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            told = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "use_cache": True}
-            model(input_ids=batch[:, :1], **told, **{cache_argument(model): cache}).logits.sum().item()
-
-        return _timed(step)
-
-    with torch.inference_mode():
-        whole = ids.to(device)
-        read = _timed(lambda: read_prompts(model, whole, torch.ones_like(whole), 1)[0].sum().item())
-        one, many = write(1), write(ROWS)
-    rate = max(0.0, many - one) / (ROWS - 1)
-    seen = _timed(lambda: probe(model, ids.tolist(), 0, protos, means, len(adapters), "measure"))
-    return {"read": read / ids.numel(), "probe": seen / ids.numel(), "write": one - rate, "write_row": rate}
-
-
-def _adapter_speed(adapters: dict[str, AdapterFolder]) -> dict[str, float]:
-    """Seconds of decomposing, and of writing and loading, one adapter; by the one of middle size."""
-    if not adapters:
-        return {"prototypes": 0.0, "swap": 0.0}
-    from merge.factors import stacks, svd
-
-    folders = sorted(adapters.values(), key=lambda folder: sum(folder.ranks.values()))
-    middle = folders[len(folders) // 2]
-    decomposed = _timed(lambda: [svd(stack) for _, stack in stacks(middle.read_all())])
-    return {"prototypes": decomposed, "swap": 4 * _timed(lambda: list(middle.read_all())) + 0.1}
+def _answer_lengths(tokenizer: Any, settings: Settings, queries: list[Query]) -> list[int]:
+    """Tokens of the texts that an earlier run wrote, with the one that ends each; none if they are gone."""
+    if tokenizer is None:
+        return []
+    kinds = [query.eval_type for query in queries]
+    try:
+        rows = [
+            row["prediction"]
+            for path in settings.dataset_filepaths
+            for _, row in read_rows(settings.output_folder / path.name, ("prediction",))
+        ]
+    except InputError:
+        return []
+    texts = [text for text, kind in zip(rows, kinds, strict=False) if kind == GENERATION]
+    return [min(settings.max_gen_len, 1 + len(ids)) for ids in _encode(tokenizer, texts)]
 
 
 def _seconds(
     speed: Speed, queries: list[Query], prompts: list[int], adapters: dict[str, AdapterFolder], variants: int,
-    settings: Settings, routed: bool,
+    answers: NDArray[np.float64], settings: Settings, routed: bool,
 ) -> dict[str, float]:  # fmt: skip
     """Seconds by stage, with a calibration from nothing."""
     from router.passes import LOOK
@@ -283,10 +203,10 @@ def _seconds(
     read = sum(prompts) + sum(sum(1 + len(c) // 4 for c in query.choices) for query in queries)
     rows = max(1, BATCH_TOKENS // (int(np.mean([prompts[n] for n in written] or [1])) + settings.max_gen_len))
     batches = max(variants, len(written) / rows) if written else 0
-    rate = speed.write + speed.write_row * len(written) / max(1, batches) / 2  # half of the rows on average
-    found["predict"] = (
-        LIVE * (read * speed.read + batches * settings.max_gen_len * rate) + variants * speed.swap / 2
-    )
+    together = len(written) / max(1, batches)  # rows of a batch, which writes as long as the longest of them
+    steps = float(np.quantile(answers, together / (together + 1)))
+    writing = batches * steps * speed.write + len(written) * float(answers.mean()) * speed.write_row
+    found["predict"] = LIVE * (read * speed.read + writing) + variants * speed.swap / 2
     return found
 
 
