@@ -196,7 +196,13 @@ def score_choices(
                 use_cache=True,
                 **{cache_argument(model): cache},
             ).logits  # (N, width - 1, V)
-            logp = rest.float().log_softmax(-1).gather(2, tail[:, 1:, None]).squeeze(2)
+            # Row by row: in float32 the logits of all would be the largest thing in memory.
+            logp = torch.stack(
+                [
+                    row.float().log_softmax(-1).gather(1, next_one[:, None]).squeeze(1)
+                    for row, next_one in zip(rest, tail[:, 1:], strict=True)
+                ]
+            )  # (N, width - 1)
             scores = scores + (logp * valid[:, 1:]).sum(1)
     flat = iter(scores.tolist())
     return [tuple(next(flat) for _ in options) for options in choices]
