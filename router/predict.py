@@ -185,7 +185,7 @@ def score_choices(
         first = logits.float().log_softmax(-1)  # (B, V)
         cache.batch_select_indices(owner)
         start = mask.sum(1)[owner]  # (N,)
-        scores = first[owner].gather(1, tail[:, :1]).squeeze(1)  # (N,)
+        scores = first[owner, tail[:, 0]]  # (N,)
         if scoring == "kit":
             scores = torch.zeros_like(scores)
         if width > 1:
