@@ -21,6 +21,7 @@ CHANCE = 0.5  # of the best of n adapters to reach the base model's score on tex
 # How far, in standard deviations of generic text, a trial can raise an adapter's score, and so how far behind
 # the best an adapter may be and still be in question.
 REACH = 1.5
+MOST = 3  # adapters in question for a query; each is a pass over it
 _HIGHEST = 0.97  # loading: an adapter is never all common factor
 _STEPS = 50  # of the iteration for loadings, enough to change nothing that matters any more
 _AT_ONCE = 64  # queries
@@ -45,8 +46,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     regression scores); an adapter that has no part in it, such as a random one, changes nothing. The
     rest, `z_i - l_i f`, is averaged over each adapter's modules and standardised again: the score.
 
-    Adapters less than REACH behind the best, and at most `top_k`, are `in_question`, and may be tried on the
-    query. Their trials are standardised against trials on generic text: effect (its logarithm) and confidence.
+    Adapters less than REACH behind the best, and at most MOST, are `in_question`, and may be tried on the
+    query. Trials are standardised against trials on generic text: effect (its logarithm) and confidence.
     An adapter's score rises by its confidence, by REACH at most, and never falls.
 
     The base model is a candidate too, with the score that the best of n adapters reaches by chance as
@@ -171,12 +172,11 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     def in_question(self, scores: Array) -> NDArray[np.bool_]:
         """Which adapters a trial could put first, (queries, adapters), by what `decision_function` found.
 
-        No more than can keep a weight: the `top_k` best.
+        No more than MOST of a query, the best.
         """
         best = np.maximum(scores.max(1, keepdims=True), self.base_score_)
         ranks = (-scores).argsort(1, kind="stable").argsort(1)
-        most = scores.shape[1] if self.top_k is None else self.top_k
-        return np.asarray((scores > best - REACH) & (ranks < most))
+        return np.asarray((scores > best - REACH) & (ranks < MOST))
 
     def candidate_scores(self, scores: Array, trials: Trials | None = None) -> Array:
         """Scores of the adapters and, last, the base model, (queries, adapters + 1).

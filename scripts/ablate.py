@@ -242,6 +242,7 @@ def main() -> None:
 
     def decide(
         reach: float = gate_module.REACH,
+        most: int = gate_module.MOST,
         rise: float = 1.0,
         every: int = 1,
         change: str = "",
@@ -251,7 +252,8 @@ def main() -> None:
         gate = PrototypeGate().fit(reference).fit_trials(Trials(*(part[::every] for part in known)))
         sure = (trials.confidence - gate.confidence_[0]) / gate.confidence_[1]
         effect = (np.log(trials.effect) - gate.effect_[0]) / gate.effect_[1]
-        sure = np.where(S.max(1, keepdims=True) - reach < S, sure, np.nan)
+        ranks = (-S).argsort(1, kind="stable").argsort(1)
+        sure = np.where((S.max(1, keepdims=True) - reach < S) & (ranks < most), sure, np.nan)
         bonus = rise * (sure if change == "falls too" else sure.clip(0, reach))
         if change == "effect too":
             bonus = bonus + effect.clip(0, reach)
@@ -267,6 +269,8 @@ def main() -> None:
     row("**as it is**", decide())
     for reach in (1.0, 2.0, FAR):
         row(f"adapters up to {reach:g} behind are tried", decide(reach))
+    for most, what in ((1, "the best alone is tried"), (2, "two at most"), (n, "all in question are tried")):
+        row(what, decide(most=most))
     for rise in (0.5, 0.75, 1.5, 2.0):
         row(f"a score rises by {rise:g} times the confidence", decide(rise=rise))
     row("a score also falls by low confidence", decide(change="falls too"))

@@ -204,8 +204,9 @@ def only(wanted, found):
     )  # fmt: skip
 
 
-def test_in_question_is_what_a_trial_could_put_first(gate):
-    X, gate = various(), gate.set_params(top_k=None)
+def test_in_question_is_what_a_trial_could_put_first(gate, monkeypatch):
+    monkeypatch.setattr("router.gate.MOST", 6)
+    X = various()
     wanted = gate.in_question(gate.decision_function(X))
     assert {0, 1, 2} <= set(wanted.sum(1))
     for adapter in range(6):  # as sure as can be, while all others and the base model are not
@@ -216,17 +217,19 @@ def test_in_question_is_what_a_trial_could_put_first(gate):
     assert named.any() and wanted[named, plain[named]].all()
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_no_more_are_in_question_than_can_keep_a_weight(gate, top_k):
+def test_no_more_than_three_are_in_question(gate, monkeypatch):
     scores = gate.decision_function(various())
-    every, few = (gate.set_params(top_k=k).in_question(scores) for k in (None, top_k))
-    assert every.sum(1).max() > top_k == few.sum(1).max()
+    few = gate.in_question(scores)
+    monkeypatch.setattr("router.gate.MOST", 6)
+    every = gate.in_question(scores)
+    assert every.sum(1).max() > 3 == few.sum(1).max()
     for row, own, kept in zip(scores, every, few, strict=True):
-        assert sorted(row[kept]) == sorted(row[own])[-top_k:]
+        assert sorted(row[kept]) == sorted(row[own])[-3:]
 
 
-def test_what_is_not_in_question_would_not_have_won_had_it_been_tried(gate):
-    X, found, gate = various(), any_trials(), gate.set_params(top_k=None)
+def test_what_is_not_in_question_would_not_have_won_had_it_been_tried(gate, monkeypatch):
+    monkeypatch.setattr("router.gate.MOST", 6)
+    X, found = various(), any_trials()
     wanted = gate.in_question(gate.decision_function(X))
     predicted = gate.predict(X, found)
     assert set(predicted) == set(range(7)) and not wanted.all()
