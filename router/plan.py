@@ -1,8 +1,8 @@
 """What a run would take, before anything of it is loaded or downloaded: `router.main --plan`.
 
 Adapters are looked at by their headers. Speed is measured, within a minute, on a model of the base model's
-configuration with few layers and random weights, and scaled to all layers. What cannot be known before, how
-many variants there will be and how long the answers, is taken from an earlier run in the output folder where
+configuration with random weights, and where that is large with few layers and scaled to all. What cannot be known
+before, how many variants there will be and how long the answers, is taken from an earlier run in the output folder where
 there is one of the same queries and adapters. Else it is assumed: two variants more than adapters, and as
 many answers between 1 and 2 tokens as between 16 and 32.
 """
@@ -24,7 +24,7 @@ from router.clusters import MAX_VARIANTS
 from router.constants import COMPETITION, COMPETITION_ADAPTERS, COMPETITION_BASE
 from router.errors import InputError
 from router.settings import Settings
-from router.speed import Speed, measure
+from router.speed import Speed, measure, parameters
 from router.submission import GENERATION, Query, read_queries, read_rows, replacing
 
 PLAN = "plan.json"
@@ -216,15 +216,11 @@ def _memory(
 ) -> dict[str, float]:  # fmt: skip
     """Peak resident memory by stage, MiB."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from router.predict import BATCH_TOKENS
 
-    build: Any = AutoModelForCausalLM.from_config
-    with torch.device("meta"):
-        model = build(config)
     bytes_each = torch.empty(0, dtype=dtype).element_size()
-    weights = sum(p.numel() for p in model.parameters()) * bytes_each
+    weights = parameters(config) * bytes_each
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * width * bytes_each * BATCH_TOKENS

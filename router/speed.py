@@ -1,6 +1,7 @@
 """How fast this device runs a base model of a given configuration, without the model.
 
-Two models of few layers and random weights are measured; what more layers add is scaled to all of them.
+Models with random weights are measured: with all layers where that is small, and else with two numbers of layers,
+whose difference is scaled to all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from merge.folders import AdapterFolder
 
-FEW, MORE = 1, 3  # layers of the models that are measured
+LARGEST = 300_000_000  # parameters of a model that is measured
 ROWS = 16  # of the batch in which writing is measured
 
 
@@ -48,14 +49,26 @@ def _timed(work: Callable[[], Any]) -> float:
     return sorted(found)[1]
 
 
+def parameters(config: Any) -> int:
+    """How many a model of this configuration has."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(config).parameters())
+
+
 def measure(config: Any, device: str, dtype: Any, adapters: dict[str, AdapterFolder], length: int) -> Speed:
-    """Measures models of FEW and MORE layers and scales to all of them.
+    """Measures a model of as many layers as LARGEST allows and one of half of them, and scales to all.
 
     Args:
         length: tokens of a typical prompt.
     """
-    few, more = (_measure(config, layers, device, dtype, adapters, length) for layers in (FEW, MORE))
-    step = (config.num_hidden_layers - FEW) / (MORE - FEW)
+    layers = config.num_hidden_layers
+    most = min(layers, max(2, LARGEST * layers // parameters(config)))
+    few, more = (_measure(config, n, device, dtype, adapters, length) for n in (most // 2, most))
+    step = (layers - most // 2) / (most - most // 2)
     scaled = {key: few[key] + max(0.0, more[key] - few[key]) * step for key in few}
     return Speed(**scaled, **_adapter_speed(adapters))
 
