@@ -1,10 +1,10 @@
 """What a run would take, before anything of it is loaded or downloaded: `router.main --plan`.
 
 Adapters are looked at by their headers. Speed is measured, within a minute, on a model of the base model's
-configuration with random weights, and where that is large with few layers and scaled to all. What cannot be known
-before, how many variants there will be and how long the answers, is taken from an earlier run in the output folder where
-there is one of the same queries and adapters. Else it is assumed: two variants more than adapters, and as
-many answers between 1 and 2 tokens as between 16 and 32.
+configuration with random weights, and where that is large with few layers and scaled to all. What cannot be
+known before, how many variants there will be and how long the answers, is taken from an earlier run in the
+output folder where there is one of the same queries and adapters. Else it is assumed: two variants more
+than adapters, and as many answers between 1 and 2 tokens as between 16 and 32.
 """
 
 from __future__ import annotations

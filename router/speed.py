@@ -1,7 +1,7 @@
 """How fast this device runs a base model of a given configuration, without the model.
 
-Models with random weights are measured: with all layers where that is small, and else with two numbers of layers,
-whose difference is scaled to all of them.
+Models with random weights are measured: with all layers where that is small, and else with two numbers of
+layers, whose difference is scaled to all of them.
 """
 
 from __future__ import annotations
