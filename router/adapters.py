@@ -65,12 +65,13 @@ class Adapter:
         )
 
 
-def load_library(specs: Sequence[str]) -> list[Adapter]:
+def load_library(specs: Sequence[str], local_only: bool = False) -> list[Adapter]:
     """Finds and checks adapters.
 
     Args:
         specs: folders, folders of folders, names in data/library, hub ids (`ID[@REVISION]`), or
             the single word `competition`.
+        local_only: nothing is fetched from the hub.
 
     Returns:
         The adapters in the order given, folders of folders in order of name.
@@ -80,7 +81,7 @@ def load_library(specs: Sequence[str]) -> list[Adapter]:
     """
     adapters: list[Adapter] = []
     for spec in COMPETITION_ADAPTERS if list(specs) == [COMPETITION] else specs:
-        for path, revision in find(spec):
+        for path, revision in find(spec, local_only):
             try:
                 folder = open_adapter(path)
             except AdapterError as error:
@@ -98,7 +99,7 @@ def load_library(specs: Sequence[str]) -> list[Adapter]:
     return adapters
 
 
-def find(spec: str) -> Iterator[tuple[Path, str | None]]:
+def find(spec: str, local_only: bool = False) -> Iterator[tuple[Path, str | None]]:
     """The folders that one of the specs of `load_library` stands for, with their revisions; not opened.
 
     Raises:
@@ -119,11 +120,14 @@ def find(spec: str) -> Iterator[tuple[Path, str | None]]:
         for child in found:
             yield child, None
         return
-    yield from_hub(spec)
+    yield from_hub(spec, local_only)
 
 
-def from_hub(spec: str) -> tuple[Path, str]:
+def from_hub(spec: str, local_only: bool = False) -> tuple[Path, str]:
     """Fetches an adapter, `ID[@REVISION]`; returns its folder in the hub's cache and its commit.
+
+    Args:
+        local_only: it must be in the cache already.
 
     Raises:
         InputError: the hub cannot give it.
@@ -135,7 +139,10 @@ def from_hub(spec: str) -> tuple[Path, str]:
     try:
         folder = Path(
             snapshot_download(
-                name, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+                name,
+                revision=revision or None,
+                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE],
+                local_files_only=local_only,
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

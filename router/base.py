@@ -98,7 +98,9 @@ def embedded_folder() -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model that came from GGUF refuses save_pretrained, and engines refuse its
     # quantization_config, so the weights move into a plain model of the same shape.
@@ -168,12 +170,24 @@ def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
         raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
-    model.to(place).eval()
+    ready(model, place)
+    sha256 = sha256_of(embedded_gguf()) if spec == EMBEDDED else sha256_of(*weight_files(folder))
+    return Base(model, tokenizer, name, revision, sha256)
+
+
+def ready(model: Any, device: str) -> Any:
+    """Moves a causal language model to its device, and prepares it to answer; returns it.
+
+    Raises:
+        InputError: it has layers of another kind than attention.
+    """
+    from router.cache import new_cache
+
+    new_cache(model)  # for its refusal
     # The prefill hands lm_head a strided slice, and a strided 3-D matmul copies the whole
     # vocabulary matrix once per row.
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    sha256 = sha256_of(embedded_gguf()) if spec == EMBEDDED else sha256_of(*weight_files(folder))
-    return Base(model, tokenizer, name, revision, sha256)
+    return model.to(device).eval()
 
 
 def _contiguous(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from router.errors import InputError
 
@@ -63,6 +63,21 @@ class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
         self._show(length)
 
 
+def new_cache(model: Any) -> DynamicCache:
+    """An empty cache for the model.
+
+    Raises:
+        InputError: a layer of it keeps something else than keys and values of its own.
+    """
+    cache = DynamicCache(config=model.config)
+    if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise InputError(
+            "--base_model: expected a model whose every layer has keys and values of its own, got one of the "
+            f"kind {model.config.model_type}"
+        )
+    return cache
+
+
 def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tensor, Any]:
     """Reads a left-padded batch, as many rows a pass as are read at once.
 
@@ -73,19 +88,12 @@ def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tens
 
     Returns:
         Logits of the next token, (B, V), and the cache, to be passed on as `cache_argument` says.
-
-    Raises:
-        InputError: the model has layers of another kind.
     """
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     rows = max(1, tokens_at_once(ids.device) // ids.shape[1])
     logits, caches = [], []
     for part in torch.split(torch.arange(len(ids)), rows):
-        cache = DynamicCache(config=model.config)
-        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-            raise InputError(
-                f"--base_model: expected a model with attention in every layer, got {model.config.model_type}"
-            )
+        cache = new_cache(model)
         out = model(
             input_ids=ids[part], attention_mask=mask[part], position_ids=positions[part], use_cache=True,
             logits_to_keep=1, **{cache_argument(model): cache},

@@ -59,6 +59,11 @@ class Evidence:
         """(queries,) where the next candidate is so close that another choice might be as good."""
         return self.lead < CLOSE
 
+    @property
+    def tried(self) -> NDArray[np.int64]:
+        """(queries,) how many adapters were tried."""
+        return np.asarray(np.isfinite(self.effect).sum(1))
+
     def rows(self, part: slice | NDArray[np.int64]) -> Evidence:
         """The evidence of some of the queries."""
         arrays = {name: getattr(self, name)[part] for name in _ARRAYS}

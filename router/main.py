@@ -209,7 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plan(args: argparse.Namespace, settings: Settings) -> int:
     """Prints the plan and keeps it beside where the results will go; 1 if it is over a limit."""
     from router.plan import fits, keep, lines, plan
+    from router.run import check_outputs
 
+    check_outputs(settings)
     found, limits = plan(args.merging_method, settings), vars(args)
     keep(found, settings.output_folder)
     if not args.quiet:

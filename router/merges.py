@@ -152,6 +152,18 @@ class Merges:
             self.loaded_configs[name] = PeftConfig.from_pretrained(name, **kwargs)
 
 
+def default_base(settings: Settings, adapters: Sequence[Adapter]) -> str:
+    """The base model where --base_model names none: the one that the adapters name.
+
+    Raises:
+        InputError: they name several, or none at all.
+    """
+    if settings.adapters == (COMPETITION,):
+        return COMPETITION_BASE
+    name = base_of(adapters)
+    return EMBEDDED if name.casefold() == EMBEDDED_ID.casefold() else name
+
+
 class Routed(Merges):
     """A method that gives every query its weights; clusters and variants do the rest.
 
@@ -177,7 +189,7 @@ class Routed(Merges):
         """Loads the library, then the base model that it belongs to, and checks that they fit."""
         with self.stages("load"):
             self.adapters = load_library(self.settings.adapters)
-            spec = self.settings.base_model or self._default_base()
+            spec = self.settings.base_model or default_base(self.settings, self.adapters)
             self.attach(load_base(spec, self.settings.device, self.settings.dtype), self.adapters)
             is_folder = spec != EMBEDDED and Path(spec).is_dir()
             check_against_base(self.adapters, self.base.name, is_folder, self.shapes)
@@ -188,12 +200,6 @@ class Routed(Merges):
         self.base, self.adapters = base, list(adapters)
         self.base_model, self.tokenizer = base.model, base.tokenizer
         self.shapes = linear_shapes(base.model)
-
-    def _default_base(self) -> str:
-        if self.settings.adapters == (COMPETITION,):
-            return COMPETITION_BASE
-        name = base_of(self.adapters)
-        return EMBEDDED if name.casefold() == EMBEDDED_ID.casefold() else name
 
     @abstractmethod
     def route(self, queries: Sequence[Query]) -> Array:

@@ -10,73 +10,120 @@ than adapters, and as many answers between 1 and 2 tokens as between 16 and 32.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.folders import WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
-from router.adapters import find
-from router.base import EMBEDDED, EMBEDDED_ID, embedded_folder, pick_device, pick_dtype
+from merge.folders import WEIGHTS_FILE, AdapterFolder
+from router.adapters import check_against_base, load_library
+from router.base import (
+    EMBEDDED,
+    EMBEDDED_ID,
+    embedded_folder,
+    linear_shapes,
+    pick_device,
+    pick_dtype,
+    weight_files,
+)  # fmt: skip
 from router.clusters import MAX_VARIANTS
-from router.constants import COMPETITION, COMPETITION_ADAPTERS, COMPETITION_BASE
+from router.constants import COMPETITION, COMPETITION_ADAPTERS, COMPETITION_BASE, LIBRARY
 from router.errors import InputError
+from router.merges import default_base
 from router.settings import Settings
-from router.speed import Speed, measure, parameters
+from router.speed import Speed, measure, parameters, skeleton
 from router.submission import GENERATION, Query, read_queries, read_rows, replacing
 
 PLAN = "plan.json"
-TRIED = 1.8  # adapters in question for a query, and
-LIVE = 1.1  # a pass with a variant beside one of the base model: both as seen on the committed library
-GENERIC = (224, 45)  # generic prompts, and their tokens on average
+PLANNED = ("proto_route", "base", "average")
+LIBRARIES = 530 * 2**20  # bytes: torch, transformers, peft, faiss and the others, once they have worked
+KERNELS = 200 * 2**20  # that torch compiles for shapes and keeps, and activations: as seen on two cores
+TRIED = 2.0  # adapters in question for a query: 1.5 to 2.4 were seen with the committed library
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What there is to do, in tokens.
+
+    Attributes:
+        prompts: of each query.
+        looked: of each distinct prompt, what routing reads.
+        generic: of each generic prompt.
+        written: of each query that is answered in writing, with the longest answer that is allowed.
+        chosen: of all choices.
+        answers: of answers, or of a guess at them.
+        tried: adapters in question for a query, on average.
+        batch_size: as in Settings.
+    """
+
+    prompts: list[int]
+    looked: list[int]
+    generic: list[int]
+    written: list[int]
+    chosen: int
+    answers: NDArray[np.float64]
+    tried: float
+    batch_size: int | None
 
 
 def plan(name: str, settings: Settings) -> dict[str, Any]:
     """What the run would take, as printed by `lines` and kept in plan.json.
 
     Raises:
-        InputError: queries or adapters that the run would refuse too, or a base model that is not at hand.
+        InputError: what the run would refuse too, a base model that is not at hand, or a method whose cost is
+            not known.
     """
+    if name not in PLANNED:
+        raise InputError(f"--plan: expected -m {', '.join(PLANNED)}, whose cost is known, got {name}")
     queries = [query for path in settings.dataset_filepaths for query in read_queries(path)]
-    adapters, download = _adapters(settings)
-    config, tokenizer, base = _base(settings, adapters, download)
+    specs = COMPETITION_ADAPTERS if settings.adapters == (COMPETITION,) else settings.adapters
+    here = [spec for spec in specs if _is_here(spec)]
+    library = load_library(here, local_only=True)
+    adapters = {adapter.name: adapter.folder for adapter in library}
+    spec = settings.base_model or default_base(settings, library)
+    base = _base(spec)
+    config, tokenizer = base.config, base.tokenizer
+    model = skeleton(config)
+    check_against_base(library, base.name, spec != EMBEDDED and Path(spec).is_dir(), linear_shapes(model))
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    prompts = [len(ids) for ids in _encode(tokenizer, [query.input for query in queries])]
     earlier = _earlier(name, settings, list(adapters))
     routed = name == "proto_route"
-    variants = earlier.get("n_variants") or (min(MAX_VARIANTS, len(adapters) + 2) if routed else 1)
-    lengths = _answer_lengths(tokenizer, settings, queries) if earlier else []
-    answers = np.array(lengths or np.geomspace(1, settings.max_gen_len, 64))  # tokens
-    speed = measure(config, device, dtype, adapters, int(np.median(prompts or [1])))
+    guess = min(MAX_VARIANTS, len(adapters) + 2) if routed else 1
+    variants = settings.n_variants or earlier.get("n_variants") or guess
+    work = _work(tokenizer, settings, queries, len(adapters), earlier)
+    live = {} if name == "base" else adapters
+    speed = measure(config, device, dtype, live, work.prompts)
     ways = {"likely": variants}
-    if routed and not earlier:
+    if routed and not earlier and not settings.n_variants:
         ways |= {"low": max(1, variants // 2), "high": MAX_VARIANTS}
-    seconds = {
-        way: _seconds(speed, queries, prompts, adapters, count, answers, settings, routed)
-        for way, count in ways.items()
-    }
+    seconds = {way: _seconds(speed, work, adapters, count, routed) for way, count in ways.items()}
     if earlier and routed:
         for found in seconds.values():
             found["calibrate"] = 0.0  # kept on disk since then
-    memory = _memory(config, dtype, queries, adapters, settings, routed)
+    memory = _memory(base, dtype.itemsize, parameters(model), work, adapters, routed)
     size = sum((folder.path / WEIGHTS_FILE).stat().st_size for folder in adapters.values())
     return {
         "method": name,
         "flags": settings.plain(),
-        "base": base,
+        "base": base.name,
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "queries": len(queries),
-        "prompt_tokens": sum(prompts),
+        "prompt_tokens": sum(work.prompts),
         "adapters": {
             own: {"rank": max(folder.ranks.values()), "modules": len(folder.ranks),
                   "mib": round((folder.path / WEIGHTS_FILE).stat().st_size / 2**20, 1)}
             for own, folder in adapters.items()
         },
-        "download": download,
+        "download": {
+            "adapters": [spec for spec in specs if spec not in here],
+            "base": [] if base.file_bytes else [spec],
+        },
         "n_variants": variants,
         "known_from_an_earlier_run": bool(earlier),
         "seconds": {stage: round(value, 1) for stage, value in seconds["likely"].items()},
@@ -88,22 +135,8 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _adapters(settings: Settings) -> tuple[dict[str, AdapterFolder], list[str]]:
-    """Adapters by name, by their headers; and what is not here and would be downloaded."""
-    specs = COMPETITION_ADAPTERS if settings.adapters == (COMPETITION,) else settings.adapters
-    adapters, download = {}, []
-    for spec in specs:
-        local = Path(spec).is_dir() or (Path("data/library") / spec).is_dir()
-        path = None if local else _cached(spec)
-        if not local and path is None:
-            download.append(f"adapter {spec}")
-            continue
-        for folder in [path] if path else [found for found, _ in find(spec)]:
-            try:
-                adapters[spec.rsplit("/", 1)[-1] if path else folder.resolve().name] = open_adapter(folder)
-            except AdapterError as error:
-                raise InputError(str(error)) from error
-    return adapters, download
+def _is_here(spec: str) -> bool:
+    return Path(spec).is_dir() or (LIBRARY / spec).is_dir() or _cached(spec) is not None
 
 
 def _cached(spec: str) -> Path | None:
@@ -118,48 +151,54 @@ def _cached(spec: str) -> Path | None:
         return None
 
 
-def _base(
-    settings: Settings, adapters: dict[str, AdapterFolder], download: list[str]
-) -> tuple[Any, Any, str]:
-    """The base model's configuration, its tokenizer (None if it is not here) and its name."""
+class _BaseModel(NamedTuple):
+    config: Any
+    tokenizer: Any  # None if it is not here
+    name: str
+    file_bytes: int  # of its weights, 0 if they are not here
+
+
+def _base(spec: str) -> _BaseModel:
+    """What can be known of the base model without its weights.
+
+    Raises:
+        InputError: nothing, or it is broken.
+    """
     from transformers import AutoConfig, AutoTokenizer, MistralConfig
 
-    named = {folder.base_model for folder in adapters.values() if folder.base_model}
-    spec = settings.base_model or (COMPETITION_BASE if settings.adapters == (COMPETITION,) else None)
-    spec = spec or (named.pop() if len(named) == 1 else EMBEDDED)
-    if spec.casefold() in (EMBEDDED, EMBEDDED_ID.casefold()):
+    if spec == EMBEDDED:
         folder: Path | None = embedded_folder()
     else:
         folder = Path(spec) if Path(spec).is_dir() else _cached(spec)
     if folder:
-        return AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), spec
-    download.append(f"base model {spec}")
+        try:
+            config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error
+        size = sum(file.stat().st_size for file in weight_files(folder))
+        return _BaseModel(config, tokenizer, EMBEDDED_ID if spec == EMBEDDED else spec, size)
     if spec.partition("@")[0] == COMPETITION_BASE:
-        return MistralConfig(), None, spec  # its defaults are this model's
+        return _BaseModel(MistralConfig(), None, spec, 0)  # its defaults are this model's
     raise InputError(
         f"--plan: the base model {spec} is not here, so nothing is known of its size; fetch it first"
     )
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _encode(tokenizer: Any, texts: list[str], limit: int | None = None) -> list[list[int]]:
     if tokenizer is None:  # about four letters a token
-        return [[0] * (1 + len(text) // 4) for text in texts]
+        return [([0] * (1 + len(text) // 4))[:limit] for text in texts]
     from router.predict import encode
 
-    return encode(tokenizer, texts)
+    return encode(tokenizer, texts, limit)
 
 
 def _earlier(name: str, settings: Settings, adapters: list[str]) -> dict[str, Any]:
-    """The record of an earlier run of the same queries and adapters in the output folder, or nothing."""
+    """The record of an earlier run of the same method, flags and adapters, or nothing."""
     try:
         record: dict[str, Any] = json.loads((settings.output_folder / "run.json").read_text("utf-8"))
-        files = [Path(path).resolve() for path in record["flags"]["dataset_filepaths"]]
-        same = files == [path.resolve() for path in settings.dataset_filepaths]
-        return (
-            record
-            if same and record["method"] == name and sorted(record["adapters"]) == sorted(adapters)
-            else {}
-        )
+        same = record["flags"] == settings.plain() and sorted(record["adapters"]) == sorted(adapters)
+        return record if same and record["method"] == name else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -177,64 +216,96 @@ def _answer_lengths(tokenizer: Any, settings: Settings, queries: list[Query]) ->
         ]
     except InputError:
         return []
-    texts = [text for text, kind in zip(rows, kinds, strict=False) if kind == GENERATION]
+    if len(rows) != len(kinds):  # the queries are others now
+        return []
+    texts = [text for text, kind in zip(rows, kinds, strict=True) if kind == GENERATION]
     return [min(settings.max_gen_len, 1 + len(ids)) for ids in _encode(tokenizer, texts)]
 
 
+def _work(
+    tokenizer: Any, settings: Settings, queries: list[Query], adapters: int, earlier: dict[str, Any],
+) -> _Work:  # fmt: skip
+    from router.calibration import generic_prompts
+    from router.passes import look
+
+    limit, longest = settings.max_seq_len, settings.max_gen_len
+    prompts = _encode(tokenizer, [query.input for query in queries], limit)
+    distinct = {query.input: ids for query, ids in zip(queries, prompts, strict=True)}
+    lengths = _answer_lengths(tokenizer, settings, queries) if earlier else []
+    choices = [choice for query in queries for choice in query.choices]
+    return _Work(
+        prompts=[len(ids) for ids in prompts],
+        looked=[len(ids) for ids in look(list(distinct.values()))],
+        generic=[len(ids) for ids in look(_encode(tokenizer, generic_prompts(), limit))],
+        written=[
+            len(ids) + longest
+            for ids, query in zip(prompts, queries, strict=True)
+            if query.eval_type == GENERATION
+        ],
+        chosen=sum(map(len, _encode(tokenizer, choices))) if choices else 0,
+        answers=np.array(lengths or np.geomspace(1, longest, 64)),
+        tried=min(adapters, earlier.get("tried") or TRIED),
+        batch_size=settings.batch_size,
+    )
+
+
 def _seconds(
-    speed: Speed, queries: list[Query], prompts: list[int], adapters: dict[str, AdapterFolder], variants: int,
-    answers: NDArray[np.float64], settings: Settings, routed: bool,
-) -> dict[str, float]:  # fmt: skip
+    speed: Speed, work: _Work, adapters: dict[str, AdapterFolder], variants: int, routed: bool
+) -> dict[str, float]:
     """Seconds by stage, with a calibration from nothing."""
-    from router.passes import LOOK
     from router.predict import BATCH_TOKENS
 
     found = {"load": 4.0}
     if routed:
-        seen: dict[str, int] = {query.input: length for query, length in zip(queries, prompts, strict=True)}
-        tokens, generic = sum(min(length, LOOK) for length in seen.values()), GENERIC[0] * GENERIC[1]
-        tried = min(len(adapters), round(TRIED * len(seen)))
+        asked = min(len(adapters), round(work.tried * len(work.looked)))  # adapters that any query tries
         found["prototypes"] = speed.prototypes * len(adapters)
-        found["calibrate"] = generic * (speed.read + speed.probe + LIVE * speed.read * tried / 4)
-        found["probe"] = tokens * speed.probe
-        found["trial"] = TRIED * tokens * LIVE * speed.read + tried * speed.swap
+        found["calibrate"] = sum(work.generic) * (speed.read + speed.probe) + asked * (
+            sum(work.generic[::4]) * speed.read_live + speed.swap
+        )
+        found["probe"] = sum(work.looked) * speed.probe
+        found["trial"] = work.tried * sum(work.looked) * speed.read_live + asked * speed.swap
     found["variants"] = variants * speed.swap / 2
-    written = [n for n, query in enumerate(queries) if query.eval_type == GENERATION]
-    read = sum(prompts) + sum(sum(1 + len(c) // 4 for c in query.choices) for query in queries)
-    rows = max(1, BATCH_TOKENS // (int(np.mean([prompts[n] for n in written] or [1])) + settings.max_gen_len))
-    batches = max(variants, len(written) / rows) if written else 0
-    together = len(written) / max(1, batches)  # rows of a batch, which writes as long as the longest of them
-    steps = float(np.quantile(answers, together / (together + 1)))
-    writing = batches * steps * speed.write + len(written) * float(answers.mean()) * speed.write_row
-    found["predict"] = LIVE * (read * speed.read + writing) + variants * speed.swap / 2
+    found["predict"] = sum(work.prompts) * speed.read_live + work.chosen * speed.write_row
+    found["predict"] += variants * speed.swap / 2
+    if work.written:
+        # A variant's last batch is half full, or its only one is as large as the variant.
+        full = max(sum(work.written) / BATCH_TOKENS, len(work.written) / (work.batch_size or math.inf))
+        batches = max(variants, variants / 2 + full)
+        rows = len(work.written) / batches
+        steps = float(np.quantile(work.answers, rows / (rows + 1)))  # a batch writes as long as its longest
+        each = float(work.answers.mean()) * speed.write_row
+        found["predict"] += batches * steps * speed.write + len(work.written) * each
     return found
 
 
 def _memory(
-    config: Any, dtype: Any, queries: list[Query], adapters: dict[str, AdapterFolder], settings: Settings,
+    base: _BaseModel,
+    size: int,
+    n_parameters: int,
+    work: _Work,
+    adapters: dict[str, AdapterFolder],
     routed: bool,
-) -> dict[str, float]:  # fmt: skip
-    """Peak resident memory by stage, MiB."""
-    import torch
+) -> dict[str, float]:
+    """Peak resident memory by stage, MiB, on a CPU; `size` is that of a number, bytes."""
+    from router.predict import BATCH_TOKENS, CHOICE_TOKENS
 
-    from router.predict import BATCH_TOKENS
-
-    bytes_each = torch.empty(0, dtype=dtype).element_size()
-    weights = parameters(config) * bytes_each
+    config = base.config
+    weights = n_parameters * size
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * width * bytes_each * BATCH_TOKENS
-    logits = 64 * config.vocab_size * 8
-    found = {"load": 700 * 2**20 + weights}  # torch, transformers, peft, faiss
+    cache = 2 * config.num_hidden_layers * heads * width * size * BATCH_TOKENS if work.written else 0
+    logits = CHOICE_TOKENS * config.vocab_size * size if work.chosen else 0
+    # The file is mapped while the weights are made of it.
+    found = {"load": LIBRARIES + (base.file_bytes or weights) + weights}
+    held = LIBRARIES + weights
     if routed:
         own = sum(
             rank * folder.shapes[m][1] for folder in adapters.values() for m, rank in folder.ranks.items()
         )
         modules = len({module for folder in adapters.values() for module in folder.ranks})
-        measured = 4 * modules * len(adapters) * (2 * len({query.input for query in queries}) + GENERIC[0])
-        found["probe"] = found["load"] + own * bytes_each + measured + 100 * 2**20
-        found["trial"] = found["probe"]
-    found["predict"] = max([*found.values(), max(found.values()) + 2 * cache + logits])
+        held += 4 * modules * len(adapters) * 2 * len(work.looked)
+        found["trial"] = found["probe"] = max(found["load"], held + own * size + KERNELS)
+    found["predict"] = max(found["load"], held + KERNELS + 2 * cache, held + KERNELS + logits)
     return {stage: value / 2**20 for stage, value in found.items()}
 
 
@@ -247,7 +318,7 @@ def lines(found: dict[str, Any], limits: Mapping[str, float | None]) -> list[str
         f"  {name}: rank {a['rank']}, {a['modules']} modules, {a['mib']} MiB"
         for name, a in found["adapters"].items()
     ]
-    rows += [f"to be downloaded: {what}" for what in found["download"]]
+    rows += [f"to be downloaded: {what}" for kind in found["download"].values() for what in kind]
     rows += [f"{stage:>12} {seconds:8.1f} s" for stage, seconds in found["seconds"].items()]
     spread = f", {total[0]:.0f} to {total[2]:.0f} with fewer or more variants" if len(total) == 3 else ""
     where = "an earlier run" if found["known_from_an_earlier_run"] else "a guess"
@@ -255,17 +326,31 @@ def lines(found: dict[str, Any], limits: Mapping[str, float | None]) -> list[str
         f"about {sum(found['seconds'].values()):.0f} seconds with {found['n_variants']} variants, "
         f"by {where}{spread}"
     )
-    rows.append("calibration is kept on disk: a library that was seen before does not need it again")
+    if "calibrate" in found["seconds"]:
+        rows.append("calibration is kept on disk: a library that was seen before does not need it again")
     peak = max(found["peak_mib"].values())
     rows.append(f"about {peak:.0f} MiB of memory at the peak, {found['disk_mib']} MiB of disk")
-    for what, limit, value, unit in (
-        ("time_limit", limits["time_limit"], sum(found["seconds"].values()) / 60, "minutes"),
-        ("memory_limit", limits["memory_limit"], peak / 1024, "GiB"),
-    ):
-        if limit is not None:
-            verdict = "fits" if value <= limit else "does not fit"
-            rows.append(f"--{what} {limit:g} {unit}: {verdict}, about {value:.1f}")
+    for flag, limit, value, unit in _needs(found, limits):
+        verdict = "fits" if value <= limit else "does not fit"
+        if math.isinf(value):
+            rows.append(f"--{flag} {limit:g} {unit}: not known before the adapters are here")
+        else:
+            rows.append(f"--{flag} {limit:g} {unit}: {verdict}, about {value:.1f}")
     return rows
+
+
+def _needs(
+    found: dict[str, Any], limits: Mapping[str, float | None]
+) -> Iterator[tuple[str, float, float, str]]:
+    """Each limit that is set, as (flag, limit, what is needed, unit); infinite while adapters are missing."""
+    missing = math.inf if found["download"]["adapters"] else 0.0
+    needed = {
+        "time_limit": (sum(found["seconds"].values()) / 60, "minutes"),
+        "memory_limit": (max(found["peak_mib"].values()) / 1024, "GiB"),
+    }
+    for flag, (value, unit) in needed.items():
+        if (limit := limits[flag]) is not None:
+            yield flag, limit, value + missing, unit
 
 
 def keep(found: dict[str, Any], folder: Path) -> None:
@@ -275,17 +360,15 @@ def keep(found: dict[str, Any], folder: Path) -> None:
         json.dump(found, file, indent=2)
 
 
-def kept(folder: Path, flags: dict[str, Any]) -> dict[str, Any] | None:
-    """What plan.json says of a run with these flags; None if it is missing or about another run."""
+def kept(folder: Path, name: str, flags: dict[str, Any]) -> dict[str, Any] | None:
+    """What plan.json says of a method with these flags; None if it is missing or about another run."""
     try:
         found: dict[str, Any] = json.loads((folder / PLAN).read_text("utf-8"))
-        return found if found["flags"] == flags else None
+        return found if found["method"] == name and found["flags"] == flags else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def fits(found: dict[str, Any], limits: Mapping[str, float | None]) -> bool:
-    """Whether time (minutes) and memory (GiB) stay below their limits; None is no limit."""
-    minutes, memory = sum(found["seconds"].values()) / 60, max(found["peak_mib"].values()) / 1024
-    time_limit, memory_limit = limits["time_limit"], limits["memory_limit"]
-    return (time_limit is None or minutes <= time_limit) and (memory_limit is None or memory <= memory_limit)
+    """Whether time (minutes) and memory (GiB) are known to stay below their limits; None is no limit."""
+    return all(value <= limit for _, limit, value, _ in _needs(found, limits))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Scoring = Literal["full", "kit"]
 BATCH_TOKENS = 4096  # of a batch that writes, padding and new tokens counted
-CHOICE_TOKENS = 2048  # of a batch of multiple choice, a prompt counted once for each choice
+CHOICE_TOKENS = 2048  # of a batch of multiple choice, each choice counted with its prompt
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = None) -> list[list[int]]:
@@ -244,13 +244,19 @@ def answer(
         scored = score_choices(model, tokenizer, [rows[n] for n in part], choices, scoring)
         return [Answer(str(scores.index(max(scores))), scores=scores) for scores in scored]
 
-    for kind, way in ((GENERATION, generated), (MULTIPLE_CHOICE, chosen)):
-        part = [n for n, query in enumerate(queries) if query.eval_type == kind]
-        if kind == GENERATION:
-            budget, lengths = BATCH_TOKENS, [len(rows[n]) + max_new_tokens for n in part]
-        else:  # each choice holds a copy of its prompt's key-value cache
-            widest = max((len(queries[n].choices) for n in part), default=1)
-            budget, lengths = CHOICE_TOKENS, [len(rows[n]) * widest for n in part]
+    written = [n for n, query in enumerate(queries) if query.eval_type == GENERATION]
+    lengths = [len(rows[n]) + max_new_tokens for n in written]
+    ways = [(generated, written, lengths, BATCH_TOKENS)]
+    # Each choice holds a copy of its prompt's key-value cache, and logits of its own tokens.
+    for count in sorted({len(query.choices) for query in queries if query.eval_type == MULTIPLE_CHOICE}):
+        part = [
+            n
+            for n, query in enumerate(queries)
+            if query.eval_type == MULTIPLE_CHOICE and len(query.choices) == count
+        ]
+        lengths = [len(rows[n]) + _widest(tokenizer, queries[n].choices) for n in part]
+        ways.append((chosen, part, lengths, CHOICE_TOKENS // count))
+    for way, part, lengths, budget in ways:
         batches = [[part[k] for k in batch] for batch in by_length(lengths, budget, batch_size)]
         while batches:
             batch, *rest = batches
@@ -261,6 +267,11 @@ def answer(
             else:
                 batches = [half for whole in batches for half in _halves(whole)]
     return [answers[n] for n in range(len(queries))]
+
+
+def _widest(tokenizer: Any, choices: Sequence[str]) -> int:
+    """Tokens of the longest choice."""
+    return max(map(len, tokenizer(list(choices), add_special_tokens=False)["input_ids"]))
 
 
 def _if_it_fits(way: Callable[[list[int]], list[Answer]], batch: list[int]) -> list[Answer] | None:

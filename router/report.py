@@ -407,6 +407,7 @@ def _reasons(e: Evidence, weights: Array) -> dict[str, Any]:
             for q, row in enumerate(order.tolist())
         ],
         "tried": tried.sum(1).tolist(),
+        "lead": _whole(100 * e.lead).tolist(),
         "baseLevel": _whole(100 * e.candidates[:, -1]).tolist(),
         "baseConfidence": _whole(100 * e.base_confidence).tolist(),
     }

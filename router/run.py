@@ -30,7 +30,7 @@ def run(name: str, settings: Settings) -> Merges:
     Raises:
         InputError: something a person can mend is wrong with the queries, adapters or base model.
     """
-    _check_outputs(settings)
+    check_outputs(settings)
     files = {path: read_queries(path) for path in settings.dataset_filepaths}
     queries = [query for part in files.values() for query in part]
     import torch
@@ -72,8 +72,12 @@ def _outputs(settings: Settings, path: Path) -> tuple[Path, Path, Path]:
     )
 
 
-def _check_outputs(settings: Settings) -> None:
-    """Refuses a run that would write over its queries, or one file twice."""
+def check_outputs(settings: Settings) -> None:
+    """Refuses a run that would write over its queries, or one file twice.
+
+    Raises:
+        InputError: it would.
+    """
     if settings.output_folder.exists() and not settings.output_folder.is_dir():
         raise InputError(f"--output_folder {settings.output_folder}: expected a folder, found a file")
     queries = {path.resolve() for path in settings.dataset_filepaths}
@@ -115,7 +119,7 @@ def record(method: Merges) -> dict[str, Any]:
         "seconds": {stage: round(value, 3) for stage, value in method.stages.seconds.items()},
         "peak_mib": method.stages.peak_mib,
     }
-    if planned := kept(method.settings.output_folder, flags):
+    if planned := kept(method.settings.output_folder, method.get_name(), flags):
         found["plan"] = {key: planned[key] for key in ("seconds", "total_seconds", "peak_mib", "n_variants")}
     if isinstance(method, Routed):
         counts = np.bincount(method.clusters.labels, minlength=len(method.variants))
@@ -132,7 +136,14 @@ def record(method: Merges) -> dict[str, Any]:
                 for adapter in method.adapters
             },
             "n_variants": len(method.variants),
-            **({"guesses": int(method.evidence.guesses.sum())} if method.evidence else {}),
+            **(
+                {
+                    "guesses": int(method.evidence.guesses.sum()),
+                    "tried": round(float(method.evidence.tried.mean()), 3),
+                }
+                if method.evidence
+                else {}
+            ),
             "variants": [
                 {
                     "folder": f"variants/{folder}" if (folder := method.folder(n)) else None,

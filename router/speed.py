@@ -7,14 +7,18 @@ layers, whose difference is scaled to all of them.
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from merge.folders import AdapterFolder
 
 LARGEST = 300_000_000  # parameters of a model that is measured
+PROMPTS = 12  # that are read
 ROWS = 16  # of the batch in which writing is measured
 
 
@@ -24,19 +28,21 @@ class Speed:
 
     Attributes:
         read: of a prompt token in a pass of the base model.
+        read_live: the same with an adapter live.
         probe: of a prompt token with all adapters' prototypes measured on the way.
-        write: of a step in which a batch writes a token each, whatever its size.
+        write: of a step in which a batch writes a token each, whatever its size, with an adapter live.
         write_row: what each row adds to that.
+        swap: of an adapter written and loaded.
         prototypes: of one adapter.
-        swap: of a variant written, loaded and taken out again.
     """
 
     read: float
+    read_live: float
     probe: float
     write: float
     write_row: float
-    prototypes: float
     swap: float
+    prototypes: float
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -49,88 +55,156 @@ def _timed(work: Callable[[], Any]) -> float:
     return sorted(found)[1]
 
 
-def parameters(config: Any) -> int:
-    """How many a model of this configuration has."""
+def skeleton(config: Any) -> Any:
+    """A model of this configuration without its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build(config).parameters())
+        return build(config)
 
 
-def measure(config: Any, device: str, dtype: Any, adapters: dict[str, AdapterFolder], length: int) -> Speed:
+def parameters(model: Any) -> int:
+    """How many it has; those that two layers share count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def measure(
+    config: Any, device: str, dtype: Any, adapters: dict[str, AdapterFolder], lengths: Sequence[int]
+) -> Speed:
     """Measures a model of as many layers as LARGEST allows and one of half of them, and scales to all.
 
     Args:
-        length: tokens of a typical prompt.
+        lengths: tokens of each prompt; a sample is measured.
     """
+    import numpy as np
+
     layers = config.num_hidden_layers
-    most = min(layers, max(2, LARGEST * layers // parameters(config)))
-    few, more = (_measure(config, n, device, dtype, adapters, length) for n in (most // 2, most))
-    step = (layers - most // 2) / (most - most // 2)
+    most = min(layers, max(2, LARGEST * layers // parameters(skeleton(config))))
+    sample = [int(n) for n in np.quantile(lengths or [1], (np.arange(PROMPTS) + 0.5) / PROMPTS)]
+    least = max(1, most // 2)
+    few, more = (_measure(config, n, device, dtype, adapters, sample) for n in (least, most))
+    step = (layers - least) / max(1, most - least)
     scaled = {key: few[key] + max(0.0, more[key] - few[key]) * step for key in few}
-    return Speed(**scaled, **_adapter_speed(adapters))
+    return Speed(**scaled, prototypes=_decomposed(middle(adapters)) if adapters else 0.0)
+
+
+def middle(adapters: dict[str, AdapterFolder]) -> AdapterFolder:
+    """The adapter of middle size."""
+    return sorted(adapters.values(), key=lambda folder: sum(folder.ranks.values()))[len(adapters) // 2]
 
 
 def _measure(
-    config: Any, layers: int, device: str, dtype: Any, adapters: dict[str, AdapterFolder], length: int
+    config: Any, layers: int, device: str, dtype: Any, adapters: dict[str, AdapterFolder], lengths: list[int]
 ) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from router.base import linear_shapes
-    from router.cache import cache_argument, read_prompts, tokens_at_once
+    from router.base import ready
+    from router.passes import batches, forward, look
     from router.probe import probe
-    from router.prototypes import ModulePrototypes
 
     small = copy.deepcopy(config)
     small.num_hidden_layers = layers
     build: Any = AutoModelForCausalLM.from_config
-    model = build(small, dtype=dtype).to(device).eval()
+    model = ready(build(small, dtype=dtype), device)
     generator = torch.Generator().manual_seed(0)
-    rows = max(1, tokens_at_once(model.device) // length)
-    ids = torch.randint(5, config.vocab_size, (2 * rows, length), generator=generator)
-    protos, means = {}, {}
+    rows = [torch.randint(5, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    protos, means = _drawn(model, adapters, generator)
+
+    def read(by: Any) -> None:
+        for _, ids, mask in batches(by, rows, 0, None):
+            forward(by, ids, mask).confidence.sum().item()
+
+    tokens, short = sum(lengths), look(rows)
+    with torch.inference_mode():
+        found = {"read": _timed(lambda: read(model)) / tokens}
+        seen = _timed(lambda: probe(model, short, 0, protos, means, len(adapters), "measure"))
+        found["probe"] = seen / sum(map(len, short))
+        with _one_live(model, adapters) as (by, found["swap"]):
+            found["read_live"] = _timed(lambda: read(by)) / tokens
+            one, many = (_timed(step(by, tokens // len(rows), count)) for count in (1, ROWS))
+    found["write_row"] = max(0.0, many - one) / (ROWS - 1)
+    found["write"] = one - found["write_row"]
+    return found
+
+
+def _drawn(model: Any, adapters: dict[str, AdapterFolder], generator: Any) -> tuple[Any, Any]:
+    """Random prototypes of the adapters' ranks for the model's modules, and mean inputs."""
+    import torch
+
+    from router.base import linear_shapes
+    from router.prototypes import ModulePrototypes
+
+    protos, means, like = {}, {}, next(model.parameters())
     for module, (_, d_in) in linear_shapes(model).items():
         ranks = [folder.ranks.get(module, 0) for folder in adapters.values()]
         if sum(ranks):
             owners = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-            directions = torch.randn(d_in, sum(ranks), generator=generator).to(device, dtype)
+            directions = torch.randn(d_in, sum(ranks), generator=generator).to(like)
             protos[module] = ModulePrototypes(
-                directions, torch.ones(sum(ranks), device=device), owners.to(device)
+                directions, torch.ones(sum(ranks), device=like.device), owners.to(like.device)
             )
-            means[module] = torch.zeros(d_in, device=device)
-
-    def write(count: int) -> float:
-        batch = ids[:1].repeat(count, 1).to(device)
-        mask = torch.ones_like(batch)
-        _, cache = read_prompts(model, batch, mask, 64)
-
-        def step() -> None:
-            nonlocal mask
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            told = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "use_cache": True}
-            model(input_ids=batch[:, :1], **told, **{cache_argument(model): cache}).logits.sum().item()
-
-        return _timed(step)
-
-    with torch.inference_mode():
-        whole = ids.to(device)
-        read = _timed(lambda: read_prompts(model, whole, torch.ones_like(whole), 1)[0].sum().item())
-        one, many = write(1), write(ROWS)
-    rate = max(0.0, many - one) / (ROWS - 1)
-    seen = _timed(lambda: probe(model, ids.tolist(), 0, protos, means, len(adapters), "measure"))
-    return {"read": read / ids.numel(), "probe": seen / ids.numel(), "write": one - rate, "write_row": rate}
+            means[module] = torch.zeros(d_in, device=like.device)
+    return protos, means
 
 
-def _adapter_speed(adapters: dict[str, AdapterFolder]) -> dict[str, float]:
-    """Seconds of decomposing, and of writing and loading, one adapter; by the one of middle size."""
+@contextmanager
+def _one_live(model: Any, adapters: dict[str, AdapterFolder]) -> Iterator[tuple[Any, float]]:
+    """The model with an adapter of middle size, and the seconds that this took; plain without adapters.
+
+    Of that adapter's modules a kind ("q_proj") is taken in every layer, since the model may have few.
+    """
     if not adapters:
-        return {"prototypes": 0.0, "swap": 0.0}
+        yield model, 0.0
+        return
+    import torch
+
+    from merge.factors import Factors
+    from merge.folders import write_adapter
+    from router.base import Base, linear_shapes
+    from router.variants import live
+
+    ranks = {module.rsplit(".", 1)[-1]: rank for module, rank in middle(adapters).ranks.items()}
+    updates = {
+        module: Factors(torch.zeros(ranks[kind], d_in), torch.zeros(d_out, ranks[kind]))
+        for module, (d_out, d_in) in linear_shapes(model).items()
+        if (kind := module.rsplit(".", 1)[-1]) in ranks
+    }
+    nameless: Any = None
+    base = Base(model, nameless, "", None, "")
+    with tempfile.TemporaryDirectory() as folder:
+        one = Path(folder) / "one"
+        write_adapter(one, updates, "", None, model.dtype)
+        with live(base, one):
+            pass  # the first time is that of imports
+        start = time.perf_counter()
+        write_adapter(one, updates, "", None, model.dtype)
+        with live(base, one) as by:
+            yield by, time.perf_counter() - start
+
+
+def step(model: Any, length: int, rows: int) -> Callable[[], None]:
+    """A step in which so many rows write a token each, after prompts of that length."""
+    import torch
+
+    from router.cache import cache_argument, read_prompts
+
+    ids = torch.full((rows, length), 5, device=model.device)
+    mask = torch.ones_like(ids)
+    _, cache = read_prompts(model, ids, mask, 64)
+
+    def one() -> None:
+        nonlocal mask
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        told = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "use_cache": True}
+        model(input_ids=ids[:, :1], **told, **{cache_argument(model): cache}).logits.sum().item()
+
+    return one
+
+
+def _decomposed(adapter: AdapterFolder) -> float:
     from merge.factors import stacks, svd
 
-    folders = sorted(adapters.values(), key=lambda folder: sum(folder.ranks.values()))
-    middle = folders[len(folders) // 2]
-    decomposed = _timed(lambda: [svd(stack) for _, stack in stacks(middle.read_all())])
-    return {"prototypes": decomposed, "swap": 4 * _timed(lambda: list(middle.read_all())) + 0.1}
+    return _timed(lambda: [svd(stack) for _, stack in stacks(adapter.read_all())])

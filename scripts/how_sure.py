@@ -42,7 +42,7 @@ def main() -> None:
         assert method.evidence is not None
         chosen = [candidates[k] for k in weights.argmax(1)]
         right = np.array([own == row["adapter"] for own, row in zip(chosen, rows, strict=True)])
-        place = np.digitize(method.evidence.lead, BOUNDS) - 1
+        place = np.digitize(method.evidence.lead, BOUNDS[1:-1])
         cells = [
             f"{right[place == k].mean():.2f} of {(place == k).sum()}" if (place == k).any() else ""
             for k in range(len(BOUNDS) - 1)

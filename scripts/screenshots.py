@@ -44,8 +44,12 @@ def walk(page: Any, name: str) -> None:
     _shot(page, "walk-map.png", ["#map", "#shown"])
     page.locator(f'[data-toggle="{number}"]').click()
     _shot(page, "walk-why.png", [f'tr[data-row="{number}"]', f"#why-{number}"])
-    for part in ("variants", "layers"):
-        _shot(page, f"walk-{part}.png", [f"#{part}"])
+    _shot(page, "walk-variants.png", ["#variants-title", "#variants .grid"])
+    heaviest = page.locator(f'tr[data-row="{number}"] td:nth-child(4)').inner_text().strip()
+    page.select_option(
+        "#layers-group", page.locator("#layers-group option", has_text=heaviest).first.get_attribute("value")
+    )
+    _shot(page, "walk-layers.png", ["#layers"])
 
 
 def _shot(page: Any, name: str, parts: list[str]) -> None:

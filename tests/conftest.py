@@ -80,11 +80,13 @@ WIDTHS = {
 }  # fmt: skip
 
 
-def write_tiny_adapter(folder, seed, rank=4, kinds=tuple(WIDTHS), alpha=None, size=0.3, **config):
+def write_tiny_adapter(
+    folder, seed, rank=4, kinds=tuple(WIDTHS), alpha=None, size=0.3, layers=(0, 1), **config
+):
     """A random adapter for tiny_base as a PEFT folder, written without the code under test."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer in range(2):
+    for layer in layers:
         for kind in kinds:
             d_out, d_in = WIDTHS[kind]
             prefix = f"base_model.model.model.layers.{layer}.{kind}"

@@ -25,7 +25,7 @@ def test_a_plan_tells_of_adapters_queries_and_stages(capsys, command, tiny_base,
     assert {name: (own["rank"], own["modules"]) for name, own in found["adapters"].items()} == {
         "attention": (4, 8), "everything": (2, 14), "mlp": (6, 6),
     }  # fmt: skip
-    assert list(found["adapters"]) == NAMES and found["download"] == []
+    assert list(found["adapters"]) == NAMES and found["download"] == {"adapters": [], "base": []}
     stages = ["load", "prototypes", "calibrate", "probe", "trial", "variants", "predict"]
     assert list(found["seconds"]) == stages and all(value >= 0 for value in found["seconds"].values())
     low, likely, high = found["total_seconds"]
@@ -43,6 +43,10 @@ def test_a_run_keeps_its_plan_beside_what_it_took(capsys, command):  # noqa: F81
     again = json.loads(planned(capsys, command, "--json")[2].out)
     assert again["n_variants"] == record["n_variants"] and again["known_from_an_earlier_run"]
     assert again["seconds"]["calibrate"] == 0
+    command("base", "--plan")  # another method's
+    command("proto_route")
+    assert "plan" not in json.loads((out / "run.json").read_text())
+    planned(capsys, command)
     command("proto_route", "--temperature", 2.0)  # another run: the plan was not made for it
     assert "plan" not in json.loads((out / "run.json").read_text())
 
@@ -71,7 +75,10 @@ def test_limits_without_a_plan_are_refused(capsys):
 def test_what_is_not_here_would_be_downloaded(capsys, command, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     _, _, told = planned(capsys, command, "--adapters", "nobody/such-adapter@0000000")
-    assert "to be downloaded: adapter nobody/such-adapter@0000000" in told.out
+    assert "to be downloaded: nobody/such-adapter@0000000" in told.out
+    flags = ("--adapters", "nobody/such-adapter@0000000", "--time_limit", "1000")
+    code, _, told = planned(capsys, command, *flags)
+    assert code == 1 and "not known before the adapters are here" in told.out
     code, _, told = planned(capsys, command, "--base_model", "nobody/such-model")
     assert code == 2 and "nobody/such-model is not here" in told.err
 
@@ -80,3 +87,29 @@ def test_a_broken_adapter_is_refused_as_by_the_run(capsys, command, tiny_library
     (tiny_library / "mlp" / "adapter_model.safetensors").write_bytes(b"broken")
     code, out, told = planned(capsys, command)
     assert code == 2 and "mlp" in told.err and not out.exists()
+
+
+def test_flags_change_the_plan(capsys, command):  # noqa: F811
+    found = json.loads(planned(capsys, command, "--json", "--n_variants", 1, "--max_seq_len", 5)[2].out)
+    assert found["n_variants"] == 1 and found["prompt_tokens"] <= 5 * len(ROWS)
+
+
+@pytest.mark.parametrize("method", ["base", "average"])
+def test_static_methods_have_no_routing_to_plan(capsys, command, method):  # noqa: F811
+    code, out = command(method, "--plan")
+    found = json.loads((out / "plan.json").read_text())
+    assert code == 0 and list(found["seconds"]) == ["load", "variants", "predict"]
+
+
+def test_a_method_of_unknown_cost_is_refused(capsys, command):  # noqa: F811
+    code, out = command("ties", "--plan")
+    assert code == 2 and "expected -m proto_route, base, average" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_adapters_of_upper_layers_alone_can_be_planned(tmp_path, capsys, tiny_base, command):  # noqa: F811
+    from conftest import write_tiny_adapter
+
+    write_tiny_adapter(tmp_path / "upper" / "one", 0, layers=(1,), layers_to_transform=[1])
+    code, _, _ = planned(capsys, command, "--adapters", tmp_path / "upper")
+    assert code == 0

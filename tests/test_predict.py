@@ -9,7 +9,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from router.base import load_base
-from router.predict import answer, by_length, encode, generate, score_choices
+from router.predict import CHOICE_TOKENS, answer, by_length, encode, generate, score_choices
 from router.submission import Query
 
 EOS = 1
@@ -277,3 +277,19 @@ def test_prompts_read_in_parts_and_rows_that_leave_change_nothing(
     handle.remove()
     assert [one.ids for one in found] == expected
     assert sizes[:3] == [2, 2, 2] and min(sizes[3:]) < max(sizes[3:])
+
+
+def test_a_batch_of_choices_counts_their_own_tokens(base, monkeypatch):
+    """Each of them has logits of the whole vocabulary: short prompts with long choices must not pile up."""
+    seen = []
+
+    def record(_, tokenizer, rows, choices, scoring):
+        lengths = [[len(tokenizer(text)["input_ids"]) for text in options] for options in choices]
+        seen.append((len(rows) * 2, max(map(len, rows)) + max(map(max, lengths))))
+        return [(0.0, 1.0) for _ in choices]
+
+    monkeypatch.setattr("router.predict.score_choices", record)
+    queries = [Query(str(n), "Hi", "multiple_choice", ("word " * n, "b")) for n in range(1, 60)]
+    assert [found.text for found in answer(base.model, base.tokenizer, queries)] == ["1"] * len(queries)
+    assert sum(count for count, _ in seen) == 2 * len(queries) and len(seen) > 1
+    assert all(count == 2 or count * tokens <= CHOICE_TOKENS for count, tokens in seen)

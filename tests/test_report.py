@@ -515,6 +515,9 @@ def test_a_row_says_why(visit, path):
     why = page.locator("#rows .opened")
     q = data["ids"].index(ids(page)[0])
     assert "reads this query most strongly" in why.inner_text()
+    parts = [Evidence.load(path.parent / f"{name}.evidence.safetensors") for name in ("one", "two")]
+    _, second, best = np.sort(np.concatenate([part.candidates for part in parts]), 1)[q, -3:]
+    assert f"is {best - second:.2f} standard deviations behind" in why.inner_text()
     assert why.locator("tbody tr").count() == len(ADAPTERS) + 1
     row = next(reasons for reasons in data["reasons"][q] if len(reasons) > 3)
     cells = why.locator("tbody tr", has_text=re.compile(f"^{re.escape(ADAPTERS[row[0]])}"))

@@ -20,10 +20,11 @@ from transformers import MistralConfig, MistralForCausalLM
 from merge.factors import Factors
 from merge.folders import write_adapter
 from router.adapters import Adapter, load_library
-from router.base import linear_shapes, sha256_of
-from router.cache import cache_argument, read_prompts
+from router.base import linear_shapes, ready, sha256_of
+from router.cache import read_prompts
 from router.probe import input_means, probe
 from router.prototypes import prototypes
+from router.speed import step
 from router.variants import Variant, live, write_variant
 
 LAYERS, ADAPTERS, RANK = 32, 27, 16
@@ -37,7 +38,7 @@ def _build(layers: int) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return MistralForCausalLM(config).eval()
+        return ready(MistralForCausalLM(config), "cpu")
     finally:
         torch.set_default_dtype(before)
 
@@ -99,19 +100,6 @@ def measure(layers: str) -> dict[str, Any]:
         with torch.inference_mode(), live(base, folder / "variant") as variant:
             mask = torch.ones_like(rows)
             found["read"] = _timed(lambda: read_prompts(variant, rows, mask, 1)) / tokens
-            ids = rows.repeat(WRITING // PROMPTS, 1)
-            mask = torch.ones_like(ids)
-            _, cache = read_prompts(variant, ids, mask, 2 * STEPS)
-
-            def write() -> None:
-                nonlocal mask
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-                position = mask.sum(1, keepdim=True) - 1
-                variant(
-                    input_ids=ids[:, :1], attention_mask=mask, position_ids=position, use_cache=True,
-                    **{cache_argument(variant): cache},
-                )  # fmt: skip
-
-            found["write"] = _timed(write, STEPS + 1)
+            found["write"] = _timed(step(variant, LENGTH, WRITING), STEPS + 1)
     linear = sum(d_out * d_in for d_out, d_in in linear_shapes(model).values())
     return {**found, "linear": linear, "head": model.lm_head.weight.numel()}
