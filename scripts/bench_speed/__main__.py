@@ -29,6 +29,8 @@ PARTS = (
 ONCE = (
     *(f"merge ours embedded {rank}" for rank in (4, 8, 32, 64)),
     "merge ours large 16", "merge peft large 16", "floor", f"matmul_share {EVERY}",
+    *(f"step {count} {rows}" for rows in (1, 11, 32) for count in (0, 1, 3, 8) if count <= rows),
+    *(f"look {tokens}" for tokens in (128, 256, 512, 0)),
     *(f"gate {count} {size}" for size in SIZES for count in ("50", "200", "800", "3200")),
 )  # fmt: skip
 GROWTH = tuple(f"routed {size} {EVERY}" for size in SIZES)

@@ -7,10 +7,12 @@ kept on disk between runs (calibration) is not counted.
 from __future__ import annotations
 
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from merge.factors import Factors, recompress, weighted_sum
 from merge.folders import WEIGHTS_FILE, write_adapter
+from router import passes
 from router.adapters import Adapter, load_library
 from router.base import EMBEDDED, Base, linear_shapes, load_base
 from router.clusters import cluster
@@ -113,8 +116,20 @@ def routed(size: str, every: str) -> dict[str, Any]:
     # Calibration is once for a library: where this process was the first to see it, it is not counted.
     return {
         "seconds": seconds - stages["calibrate"], "stages": stages, "peak_mib": peak_mib(),
-        "variants": len(method.variants), "queries": len(asked),
+        "variants": len(method.variants), "queries": len(asked), "tried": float(method.evidence.tried.mean()),
     }  # fmt: skip
+
+
+def look(tokens: str) -> dict[str, Any]:
+    """Whom long prompts go to when routing reads at most so many tokens of each; 0: all of them."""
+    base, adapters = load_base(EMBEDDED), library(22)
+    long = [q for q in queries() if len(encode(base.tokenizer, [q.input])[0]) > passes.LOOK][::2]
+    passes.LOOK = int(tokens) or sys.maxsize  # no generic prompt is as long: calibration stays what it is
+    with tempfile.TemporaryDirectory() as folder:
+        method = _method("proto_route", base, adapters, folder)
+        weights: Any = []
+        seconds = timed(lambda: weights.append(method.route(long)))
+    return {"seconds": seconds, "heaviest": weights[0].argmax(1).tolist(), "queries": len(long)}
 
 
 def _average(base: Base, folder: str) -> Any:
@@ -209,6 +224,32 @@ def decode(way: str) -> dict[str, Any]:
             if way == "merged":
                 model.merge_adapter()
             return measured(model)
+
+
+def step(adapters: str, rows: str) -> dict[str, Any]:
+    """A step in which each row writes a token, with so many adapters in the batch; 0: the base model alone.
+
+    Several are PEFT's mixed batch. The base model alone is what a variant merged into the weights is.
+    """
+    from peft import PeftModel
+
+    base, count, n_rows = load_base(EMBEDDED), int(adapters), int(rows)
+    model: Any = base.model
+    for n, adapter in enumerate(uniform(base)[:count]):
+        path, how = str(adapter.folder.path), {"adapter_name": str(n), "autocast_adapter_dtype": False}
+        if n:
+            model.load_adapter(path, **how)
+        else:
+            model = PeftModel.from_pretrained(model, path, **how)
+    ids = torch.full((n_rows, 1), 5)
+    mixed = {"adapter_names": sorted(str(n % count) for n in range(n_rows))} if count > 1 else {}
+
+    def work() -> None:
+        with torch.inference_mode():
+            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **mixed)
+
+    work()
+    return {"seconds": median(timed(work) for _ in range(9))}
 
 
 def merge(way: str, shape: str, rank: str) -> dict[str, Any]:
@@ -348,7 +389,8 @@ def _rate(work: Callable[[], Any], amount: float) -> float:
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     f.__name__: f
     for f in (
-        routed, static, kit, floor, decode, merge, library_prototypes, gate, matmul_share, roofline,
+        routed, static, kit, floor, decode, step, merge, library_prototypes, gate, matmul_share, roofline,
+        look,
     )
 }  # fmt: skip
 

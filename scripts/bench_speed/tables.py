@@ -142,9 +142,11 @@ def write(known: Known) -> None:
         insert(DETAILS, "stages", _stages(known))
         insert(DETAILS, "operators", _operators(known))
         insert(DETAILS, "grid", _grid(known))
+        insert(DETAILS, "look", _look(known))
+        insert(DETAILS, "steps", _steps(known))
     except KeyError as error:
         print(f"no table of targets yet: {error} is not measured")
-    if all(f"shape {layers}" in known for layers in (1, 2)) and "roofline" in known:
+    if all(job in known for job in ("shape 1", "shape 2", "roofline", "routed 22 1")):
         insert(DETAILS, "mistral", _mistral(known))
 
 
@@ -201,6 +203,30 @@ def _grid(known: Known) -> list[str]:
     return lines
 
 
+def _look(known: Known) -> list[str]:
+    whole = known["look 0"][0]
+    lines = ["| tokens read, at most | the same heaviest candidate | seconds |", "| ---: | ---: | ---: |"]
+    for tokens in ("128", "256", "512", "0"):
+        found = known[f"look {tokens}"][0]
+        same = sum(a == b for a, b in zip(found["heaviest"], whole["heaviest"], strict=True))
+        name = tokens if tokens != "0" else "all"
+        lines.append(f"| {name} | {same} of {whole['queries']} | {found['seconds']:.0f} |")
+    return lines
+
+
+def _steps(known: Known) -> list[str]:
+    counts = ("0", "1", "3", "8")
+    lines = [
+        "| rows | base model, or merged | one variant beside the weights | mixed, of 3 | mixed, of 8 |",
+        "| ---: " * (len(counts) + 1) + "|",
+    ]
+    for rows in ("1", "11", "32"):
+        jobs = [f"step {count} {rows}" for count in counts]
+        cells = [f"{1000 * middle(known, job):.0f}" if job in known else "" for job in jobs]
+        lines.append(f"| {rows} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def _mistral(known: Known) -> list[str]:
     one, two = known["shape 1"][-1], known["shape 2"][-1]
     flops, memory = middle(known, "roofline", "gemm_flops"), middle(known, "roofline", "bytes")
@@ -210,7 +236,8 @@ def _mistral(known: Known) -> list[str]:
 
     layer = two["linear"] - one["linear"]
     weights = layer * shape.LAYERS + one["head"]
-    looked, tried, variants, rows, steps = 51325, 2.4, 24, 350, 64  # tried: as here, with 22 adapters
+    looked, variants, rows, steps = 51325, 24, 350, 64
+    tried = round(known["routed 22 1"][0]["tried"], 1)  # by the embedded library
     batches = rows / shape.WRITING
     lines = ["| step | assumed | this machine, s | an A6000, s |", "| --- | --- | ---: | ---: |"]
     total = [0.0, 0.0]

@@ -1,0 +1,46 @@
+"""The tables of the speed benchmark say what was measured, and whether it is what was aimed at."""
+
+import pytest
+
+from scripts.bench_speed import tables
+
+
+def known(**jobs):
+    return {
+        name.replace("_", " "): [{"seconds": s, "queries": 100} for s in each] for name, each in jobs.items()
+    }
+
+
+def test_a_ratio_is_the_median_of_what_ran_in_turns():
+    found = tables.ratio(
+        known(slow=[30, 10, 50], fast=[10, 10, 10]), "slow", "fast", "a", "b", "at most 2x", 2
+    )
+    assert (found.value, found.low, found.high, found.met) == (3, 1, 5, False)
+    assert found.row() == "| a | b | at most 2x | 3.00x (1.00 to 5.00) | missed |"
+
+
+@pytest.mark.parametrize(("least", "limit", "met"), [(True, 3, True), (True, 3.1, False), (False, 3, True)])
+def test_a_target_is_a_floor_or_a_ceiling(least, limit, met):
+    found = tables.ratio(known(one=[6], other=[2]), "one", "other", "a", "b", "t", limit, least)
+    assert found.met == met and "(" not in found.row()
+
+
+def test_a_sample_of_the_queries_is_scaled_to_all():
+    found = tables.ratio(known(kit=[10], ours=[20]), "kit", "ours", "a", "b", "t", 5, True, factor=8)
+    assert found.value == 4
+
+
+def test_operators_are_grouped_by_kind():
+    operators = {"aten::mm": 3.0, "mkldnn::_linear_pointwise": 2.0, "aten::_softmax": 1.0, "aten::mul": 4.0}
+    shares = tables.matmuls({"matmul_share 8": [{"seconds": 20.0, "operators": operators}]})
+    assert shares == {
+        "matrix products": 0.25, "aten::mul": 0.2, "attention": 0.05,
+    }  # fmt: skip
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+
+
+def test_choices_are_compared_with_those_of_whole_prompts():
+    heaviest = {"128": [1, 2, 3, 3], "256": [1, 2, 3, 4], "512": [1, 2, 3, 4], "0": [1, 2, 3, 4]}
+    found = {f"look {n}": [{"seconds": 5.0, "heaviest": row, "queries": 4}] for n, row in heaviest.items()}
+    lines = tables._look(found)
+    assert lines[2] == "| 128 | 3 of 4 | 5 |" and lines[-1] == "| all | 4 of 4 | 5 |"
