@@ -152,6 +152,10 @@ def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    # On a CPU torch keeps what it compiled for the last 1024 shapes of products: half a gigabyte, since
+    # each batch has its own. Read when the first product is computed.
+    for capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(capacity, "64")
     if spec == EMBEDDED:
         folder, name, revision = embedded_folder(), EMBEDDED_ID, None
     elif Path(spec).is_dir():
