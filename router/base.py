@@ -7,9 +7,12 @@ Knows nothing of adapters. The embedded model is SmolLM2-135M-Instruct, which th
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
+import sys
 import tempfile
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,7 +89,9 @@ def embedded_folder() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:
-            _convert(gguf, work)
+            # Its progress bars do not ask whether there is a terminal.
+            with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+                _convert(gguf, work)
             work.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster: same bytes
@@ -98,9 +103,7 @@ def embedded_folder() -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model that came from GGUF refuses save_pretrained, and engines refuse its
     # quantization_config, so the weights move into a plain model of the same shape.

@@ -42,12 +42,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5, help="of what is compared (default: 5)")
     parser.add_argument("--shape", choices=["mistral-7b"], help="measure this shape instead")
+    parser.add_argument(
+        "--plans", nargs="+", type=Path, metavar="RUN",
+        help="write the table of plan and actual from these output folders instead",
+    )  # fmt: skip
     parser.add_argument("--one", nargs="+", metavar="WORD", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         name, *words = args.one
         found = shape.measure(*words) if name == "shape" else measures.run(args.one)
         print(json.dumps(found))
+        return
+    if args.plans:
+        tables.write_plans(args.plans)
         return
     if args.shape:
         _measure(SHAPE, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -148,6 +149,22 @@ def write(known: Known) -> None:
         print(f"no table of targets yet: {error} is not measured")
     if all(job in known for job in ("shape 1", "shape 2", "roofline", "routed 22 1")):
         insert(DETAILS, "mistral", _mistral(known))
+
+
+def write_plans(folders: Sequence[Path]) -> None:
+    """What `router.main --plan` said of runs, beside what they took, from their run.json."""
+    stages = ("load", "prototypes", "calibrate", "probe", "trial", "variants", "predict")
+    lines = ["| queries | | " + " | ".join(stages) + " | sum | variants | peak MiB |"]
+    lines.append("| ---: | --- | " + "---: | " * (len(stages) + 3))
+    for folder in folders:
+        record = json.loads((folder / "run.json").read_text("utf-8"))
+        count = sum(variant["queries"] for variant in record["variants"])
+        for name, found in (("planned", record["plan"]), ("took", record)):
+            seconds, peak = found["seconds"], max(found["peak_mib"].values())
+            cells = [f"{seconds[stage]:.1f}" for stage in stages]
+            cells += [f"{sum(seconds.values()):.0f}", str(found["n_variants"]), str(peak)]
+            lines.append(f"| {count} | {name} | " + " | ".join(cells) + " |")
+    insert(DETAILS, "plans", lines)
 
 
 def _roofline(known: Known) -> list[str]:
