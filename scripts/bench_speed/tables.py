@@ -152,14 +152,15 @@ def write(known: Known) -> None:
 
 
 def write_plans(folders: Sequence[Path]) -> None:
-    """What `router.main --plan` said of runs, beside what they took, from their run.json."""
+    """What `router.main --plan` said of runs before, what they took, and what it says after them."""
     stages = ("load", "prototypes", "calibrate", "probe", "trial", "variants", "predict")
     lines = ["| queries | | " + " | ".join(stages) + " | sum | variants | peak MiB |"]
-    lines.append("| ---: | --- | " + "---: | " * (len(stages) + 3))
+    lines.append("| ---: | --- " + "| ---: " * (len(stages) + 3) + "|")
     for folder in folders:
         record = json.loads((folder / "run.json").read_text("utf-8"))
         count = sum(variant["queries"] for variant in record["variants"])
-        for name, found in (("planned", record["plan"]), ("took", record)):
+        again = json.loads((folder / "plan.json").read_text("utf-8"))
+        for name, found in (("planned", record["plan"]), ("took", record), ("planned again", again)):
             seconds, peak = found["seconds"], max(found["peak_mib"].values())
             cells = [f"{seconds[stage]:.1f}" for stage in stages]
             cells += [f"{sum(seconds.values()):.0f}", str(found["n_variants"]), str(peak)]
