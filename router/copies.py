@@ -6,6 +6,7 @@ copy that somebody blew up or shrank is more likely at either end. Knows no quer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,7 +39,7 @@ def stand_ins(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> ND
             first = group[0]
             if (there[n] == there[first]).all():
                 apart = np.sqrt(np.square(flat[n] - flat[first]).sum() / count)
-                if apart < ALIKE and norms_and_cosines([adapters[n], adapters[first]])[1][0, 1] > SAME:
+                if apart < ALIKE and _cosine(adapters[n], adapters[first]) > SAME:
                     group.append(n)
                     break
         else:
@@ -46,10 +47,26 @@ def stand_ins(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> ND
     out = np.arange(len(adapters))
     for group in groups:
         if len(group) > 1:
-            sizes, _ = norms_and_cosines([adapters[n] for n in group])
+            sizes = np.array([_norm(adapters[n]) for n in group])
             middle = np.sort(sizes)[(len(group) - 1) // 2]
             out[group] = group[int(np.isclose(sizes, middle, rtol=1e-3).argmax())]
     return out
+
+
+def _norm(adapter: Adapter) -> float:
+    """The Frobenius norm of an adapter's updates, all modules as one vector."""
+    return math.sqrt(sum(gram([update]).item() for _, update in adapter.read_all()))
+
+
+def _cosine(one: Adapter, other: Adapter) -> float:
+    """As `norms_and_cosines` has it, with each file opened once where both change the same modules."""
+    if list(one.folder.shapes) != list(other.folder.shapes):
+        return float(norms_and_cosines([one, other])[1][0, 1])
+    inner = np.zeros((2, 2))
+    for (_, mine), (_, its) in zip(one.read_all(), other.read_all(), strict=True):
+        inner += gram([mine, its]).numpy()
+    size = math.sqrt(inner[0, 0] * inner[1, 1])
+    return float(inner[0, 1] / size) if size else 0.0
 
 
 def norms_and_cosines(adapters: Sequence[Adapter]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -51,10 +51,10 @@ def prototypes(
             for module, share, v in zip(modules, shares, vh.mT, strict=True):
                 keep = share > 1e-6  # below that it is rounding, not a direction
                 if keep.any():
-                    parts.setdefault(module, []).append((v[:, keep], share[keep], owner))
+                    parts.setdefault(module, []).append((v[:, keep].to(dtype), share[keep], owner))
     return {
         module: ModulePrototypes(
-            torch.cat([v for v, _, _ in found], dim=1).to(device, dtype).contiguous(),
+            torch.cat([v for v, _, _ in found], dim=1).to(device).contiguous(),
             torch.cat([w for _, w, _ in found]).to(device, torch.float32),
             torch.cat([torch.full((len(w),), owner) for _, w, owner in found]).to(device),
         )

@@ -124,7 +124,7 @@ def look(tokens: str) -> dict[str, Any]:
     """Whom long prompts go to when routing reads at most so many tokens of each; 0: all of them."""
     base, adapters = load_base(EMBEDDED), library(22)
     long = [q for q in queries() if len(encode(base.tokenizer, [q.input])[0]) > passes.LOOK][::2]
-    passes.LOOK = int(tokens) or sys.maxsize  # no generic prompt is as long: calibration stays what it is
+    passes.LOOK = int(tokens) or sys.maxsize  # of generic prompts too
     with tempfile.TemporaryDirectory() as folder:
         method = _method("proto_route", base, adapters, folder)
         weights: Any = []

@@ -109,8 +109,14 @@ def targets(known: Known) -> Iterator[Measured]:
         known, "routed 256 8", "routed 4 8", "peak memory, 256 adapters", "4 adapters", "at most 1.05x", 1.05,
         key="peak_mib",
     )  # fmt: skip
-    yield ratio(
-        known, "routed 256 8", "routed 16 8", "whole run, 256 adapters", "16 adapters", "at most 1.25x", 1.25
+    # With what calibration takes where it is on disk already: the search for copies among the adapters.
+    large, small = (
+        known[f"routed {size} 8"][-1]["seconds"] + known[f"routed {size} 8"][-1]["stages"]["calibrate"]
+        for size in ("256", "16")
+    )
+    grown = large / small
+    yield Measured(
+        "whole run, 256 adapters", "16 adapters", "at most 1.25x", grown, grown, grown, grown <= 1.25
     )
     share = 100 * matmuls(known)["matrix products"]
     yield Measured(
