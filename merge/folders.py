@@ -82,9 +82,9 @@ class AdapterFolder:
         return Factors(a, b * self.scale(module))
 
     def read_all(self) -> Iterator[tuple[str, Factors]]:
-        """Every module's update, one after the other, with the file opened once."""
+        """Every module's update in order of name, with the file opened once."""
         with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
-            for module, (key_a, key_b) in self._keys.items():
+            for module, (key_a, key_b) in sorted(self._keys.items()):
                 a, b = file.get_tensor(key_a).float(), file.get_tensor(key_b).float()
                 yield module, Factors(a, b * self.scale(module))
 

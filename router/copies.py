@@ -6,13 +6,15 @@ copy that somebody blew up or shrank is more likely at either end. Knows no quer
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from heapq import merge
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.factors import gram
+from merge.factors import Factors, gram
 from router.adapters import Adapter
 
 # Root mean square difference of two adapters' log responses to generic text, up to which they are
@@ -39,7 +41,7 @@ def stand_ins(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> ND
             first = group[0]
             if (there[n] == there[first]).all():
                 apart = np.sqrt(np.square(flat[n] - flat[first]).sum() / count)
-                if apart < ALIKE and _cosine(adapters[n], adapters[first]) > SAME:
+                if apart < ALIKE and norms_and_cosines([adapters[n], adapters[first]])[1][0, 1] > SAME:
                     group.append(n)
                     break
         else:
@@ -47,40 +49,31 @@ def stand_ins(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> ND
     out = np.arange(len(adapters))
     for group in groups:
         if len(group) > 1:
-            sizes = np.array([_norm(adapters[n]) for n in group])
+            sizes = np.array([norms_and_cosines([adapters[n]])[0][0] for n in group])
             middle = np.sort(sizes)[(len(group) - 1) // 2]
             out[group] = group[int(np.isclose(sizes, middle, rtol=1e-3).argmax())]
     return out
 
 
-def _norm(adapter: Adapter) -> float:
-    """The Frobenius norm of an adapter's updates, all modules as one vector."""
-    return math.sqrt(sum(gram([update]).item() for _, update in adapter.read_all()))
-
-
-def _cosine(one: Adapter, other: Adapter) -> float:
-    """As `norms_and_cosines` has it, with each file opened once where both change the same modules."""
-    if list(one.folder.shapes) != list(other.folder.shapes):
-        return float(norms_and_cosines([one, other])[1][0, 1])
-    inner = np.zeros((2, 2))
-    for (_, mine), (_, its) in zip(one.read_all(), other.read_all(), strict=True):
-        inner += gram([mine, its]).numpy()
-    size = math.sqrt(inner[0, 0] * inner[1, 1])
-    return float(inner[0, 1] / size) if size else 0.0
-
-
 def norms_and_cosines(adapters: Sequence[Adapter]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The Frobenius norm of each adapter's updates and the cosines of all pairs, all modules as one vector.
 
-    One module of all adapters is in memory at a time. Zero has a cosine of 0.
+    One module of all adapters is in memory at a time, and each file is opened once. Zero has a cosine of 0.
 
     Returns:
         norms (adapters,), cosines (adapters, adapters).
     """
     inner = np.zeros((len(adapters), len(adapters)))
-    for module in sorted({module for adapter in adapters for module in adapter.folder.shapes}):
-        owners = [n for n, adapter in enumerate(adapters) if module in adapter.folder.shapes]
-        inner[np.ix_(owners, owners)] += gram([adapters[n].read(module) for n in owners]).numpy()
+    streams = (_numbered(n, adapter) for n, adapter in enumerate(adapters))
+    for _, found in groupby(merge(*streams, key=itemgetter(0, 1)), key=itemgetter(0)):
+        _, owners, updates = zip(*found, strict=True)
+        inner[np.ix_(owners, owners)] += gram(updates).numpy()
     norms = np.sqrt(inner.diagonal().clip(0))  # rounding may leave a zero just below
     sizes = np.outer(norms, norms)
     return norms, np.divide(inner, sizes, out=np.zeros_like(inner), where=sizes > 0)
+
+
+def _numbered(number: int, adapter: Adapter) -> Iterator[tuple[str, int, Factors]]:
+    """An adapter's updates in order of module, with its number."""
+    for module, update in adapter.read_all():
+        yield module, number, update

@@ -97,7 +97,7 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     variants = settings.n_variants or earlier.get("n_variants") or guess
     work = _work(tokenizer, settings, queries, len(adapters), earlier)
     live = {} if name == "base" else adapters
-    speed = measure(config, device, dtype, live, work.prompts)
+    speed = measure(config, parameters(model), device, dtype, live, work.prompts)
     ways = {"likely": variants}
     if routed and not earlier and not settings.n_variants:
         ways |= {"low": max(1, variants // 2), "high": MAX_VARIANTS}

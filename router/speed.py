@@ -71,17 +71,23 @@ def parameters(model: Any) -> int:
 
 
 def measure(
-    config: Any, device: str, dtype: Any, adapters: dict[str, AdapterFolder], lengths: Sequence[int]
+    config: Any,
+    n_parameters: int,
+    device: str,
+    dtype: Any,
+    adapters: dict[str, AdapterFolder],
+    lengths: Sequence[int],
 ) -> Speed:
     """Measures a model of as many layers as LARGEST allows and one of half of them, and scales to all.
 
     Args:
+        n_parameters: of the model with all its layers.
         lengths: tokens of each prompt; a sample is measured.
     """
     import numpy as np
 
     layers = config.num_hidden_layers
-    most = min(layers, max(2, LARGEST * layers // parameters(skeleton(config))))
+    most = min(layers, max(2, LARGEST * layers // n_parameters))
     sample = [int(n) for n in np.quantile(lengths or [1], (np.arange(PROMPTS) + 0.5) / PROMPTS)]
     least = max(1, most // 2)
     few, more = (_measure(config, n, device, dtype, adapters, sample) for n in (least, most))

@@ -3,12 +3,15 @@
 import random
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 
 from router.base import load_base
+from router.cache import new_cache
+from router.errors import InputError
 from router.predict import CHOICE_TOKENS, answer, by_length, encode, generate, score_choices
 from router.submission import Query
 
@@ -293,3 +296,10 @@ def test_a_batch_of_choices_counts_their_own_tokens(base, monkeypatch):
     assert [found.text for found in answer(base.model, base.tokenizer, queries)] == ["1"] * len(queries)
     assert sum(count for count, _ in seen) == 2 * len(queries) and len(seen) > 1
     assert all(count == 2 or count * tokens <= CHOICE_TOKENS for count, tokens in seen)
+
+
+def test_a_model_whose_layers_keep_something_else_is_refused():
+    """Of a recurrent state, rows could neither be joined nor leave."""
+    config = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(InputError, match="keys and values of its own, got one of the kind qwen3_next"):
+        new_cache(SimpleNamespace(config=config))
