@@ -13,6 +13,7 @@ from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from merge.factors import Factors, gram
 from router.adapters import Adapter
@@ -33,9 +34,11 @@ def stand_ins(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> ND
         responses: (generic prompts, adapters, modules) to generic text, NaN without a prototype.
     """
     there = ~np.isnan(responses[0])  # (adapters, modules)
-    flat = np.nan_to_num(np.log(responses.clip(1e-6))).transpose(1, 0, 2).reshape(len(adapters), -1)
+    logs = responses.clip(1e-6)
+    np.nan_to_num(np.log(logs, out=logs), copy=False)  # in place: of a large library this is large
+    flat = logs.transpose(1, 0, 2).reshape(len(adapters), -1)
     groups: list[list[int]] = []
-    for n in range(len(adapters)):
+    for n in tqdm(range(len(adapters)), "copies", unit="adapter", disable=None):
         count = max(1, there[n].sum() * len(responses))
         for group in groups:
             first = group[0]

@@ -24,7 +24,7 @@ REACH = 1.5
 MOST = 3  # adapters in question for a query; each is a pass over it
 _HIGHEST = 0.97  # loading: an adapter is never all common factor
 _STEPS = 50  # of the iteration for loadings, enough to change nothing that matters any more
-_AT_ONCE = 64  # queries
+_AT_ONCE = 16  # queries
 _FLOOR = 1e-6  # responses are cosines; below this they are noise
 
 
@@ -84,21 +84,25 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: wrong shape, or an adapter without any prototype.
         """
-        logs = _logs(X)
-        if len(logs) < 2:
-            raise ValueError(f"expected at least 2 reference queries, got {len(logs)}")
-        if not logs.shape[1]:
+        X = _three_dimensional(X)
+        if len(X) < 2:
+            raise ValueError(f"expected at least 2 reference queries, got {len(X)}")
+        if not X.shape[1]:
             raise ValueError("expected at least 1 adapter, got none")
-        if (empty := np.isnan(logs).all(axis=(0, 2))).any():
+        absent = np.isnan(_logs(X[:1])[0])  # (adapters, modules)
+        self.n_adapters_, self.n_modules_ = X.shape[1:]
+        self.mean_, self.std_, self.loadings_ = np.empty((3, *X.shape[1:]))
+        for m in range(self.n_modules_):  # one at a time: of many adapters, all of them would fill the memory
+            logs = _logs(X[:, :, [m]])
+            self._check_absent(logs, absent[:, [m]])
+            one = logs[:, :, 0]  # (reference queries, adapters)
+            self.mean_[:, m], self.std_[:, m] = one.mean(0), one.std(0, ddof=1).clip(1e-3)
+            self.loadings_[:, m] = _loadings((one - self.mean_[:, m]) / self.std_[:, m])
+        if (empty := absent.all(1)).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
-        self._check_absent(logs, np.isnan(logs[0]))
         for name in ("effect_", "confidence_", "base_confidence_"):  # of another library, if there are any
             self.__dict__.pop(name, None)
-        self.n_adapters_, self.n_modules_ = logs.shape[1:]
-        self.mean_ = logs.mean(0)
-        self.std_ = logs.std(0, ddof=1).clip(1e-3)
-        self.loadings_ = _loadings((logs - self.mean_) / self.std_)
-        raw = self._average(logs)
+        raw = np.concatenate([self._average(_logs(x)) for x in _parts(X)])
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
         self.base_score_ = float(norm.ppf((1 - CHANCE) ** (1 / self.n_adapters_)))
         return self
@@ -232,29 +236,25 @@ def weights_of(scores: Array, temperature: float, top_k: int | None) -> Array:
 
 
 def _loadings(z: Array) -> Array:
-    """Loadings of one common factor at each module, (adapters, modules), by principal axes.
+    """Loadings of one common factor at a module, (adapters,), by principal axes.
 
     Negative correlations count as none, so the factor is something that adapters share and loadings
     are not negative. Two adapters have the root of their correlation, one alone has 0.
 
     Args:
-        z: (queries, adapters, modules) standardised, NaN without a prototype.
+        z: (queries, adapters) standardised, NaN without a prototype.
     """
-    filled = np.nan_to_num(z)
-    correlation = np.einsum("qim,qjm->mij", filled, filled).clip(0) / (len(z) - 1)
-    n = np.arange(z.shape[1])
-    there = ~np.isnan(z[0]).T  # (modules, adapters)
-    communality = 0.5 * there
-    axis = there / np.sqrt(there.sum(1, keepdims=True).clip(1))
-    loadings = np.zeros(there.shape)
+    filled, there = np.nan_to_num(z), ~np.isnan(z[0])
+    correlation = (filled.T @ filled).clip(0) / (len(z) - 1)
+    axis = there / np.sqrt(max(1, there.sum()))
+    loadings = np.sqrt(0.5) * there
     for _ in range(_STEPS):
-        correlation[:, n, n] = communality
-        axis = np.einsum("mij,mj->mi", correlation, axis)
-        size = np.linalg.norm(axis, axis=1, keepdims=True).clip(1e-12)
+        np.fill_diagonal(correlation, loadings**2)
+        axis = correlation @ axis
+        size = max(float(np.linalg.norm(axis)), 1e-12)
         axis /= size
         loadings = (np.sqrt(size) * axis).clip(0, _HIGHEST)
-        communality = loadings**2
-    return np.asarray(loadings.T)
+    return np.asarray(loadings)
 
 
 def _moments(values: Array) -> Array:
@@ -276,9 +276,13 @@ def _parts(X: ArrayLike) -> list[Any]:
     return [X[start : start + _AT_ONCE] for start in range(0, len(X), _AT_ONCE)]
 
 
-def _logs(X: ArrayLike) -> Array:
-    X = np.asarray(X, dtype=np.float64)
+def _three_dimensional(X: ArrayLike) -> NDArray[Any]:
+    X = np.asarray(X)
     if X.ndim != 3:
         raise ValueError(f"expected responses of shape (queries, adapters, modules), got {X.ndim} dimensions")
-    logs: Array = np.log(X.clip(_FLOOR))
+    return X
+
+
+def _logs(X: ArrayLike) -> Array:
+    logs: Array = np.log(np.asarray(_three_dimensional(X), dtype=np.float64).clip(_FLOOR))
     return logs
