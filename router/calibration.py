@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merge.folders import CONFIG_FILE
 from router.adapters import Adapter
-from router.base import Base, cache_folder
+from router.base import Base
+from router.disk import content, load, save
 from router.gate import Trials
 from router.passes import Last, look
 from router.predict import encode
@@ -45,12 +40,6 @@ def generic_prompts() -> list[str]:
     return prompts
 
 
-def _key(adapter: Adapter) -> str:
-    """A name made from an adapter's weights and configuration, in which its scale is."""
-    config = (adapter.folder.path / CONFIG_FILE).read_bytes()
-    return hashlib.sha256(adapter.sha256.encode() + config).hexdigest()[:32]
-
-
 class Calibration:
     """What generic text does to one base model and its adapters.
 
@@ -66,14 +55,17 @@ class Calibration:
         what = [FORMAT, base.sha256, str(model.dtype), model.device.type, torch.__version__, self.rows]
         text = json.dumps(what) + model.config.to_json_string()
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.folder = cache_folder() / "calibration" / name
+        self.folder = f"calibration/{name}"
+
+    def _file(self, adapter: Adapter, what: str) -> str:
+        return f"{self.folder}/{content(adapter)}.{what}"
 
     def means(self, modules: Sequence[str]) -> dict[str, Tensor]:
         """The mean input of each module, (d_in,) float32."""
-        known = self._load("means") or {}
+        known = load(f"{self.folder}/means") or {}
         if missing := [module for module in modules if module not in known]:
             known |= input_means(self.base.model, self.rows, self.pad, missing)
-            self._save("means", known)
+            save(f"{self.folder}/means", known)
         return {module: known[module].to(self.base.model.device) for module in modules}
 
     def responses(
@@ -81,7 +73,7 @@ class Calibration:
     ) -> NDArray[np.float32]:
         """The adapters' responses, (generic prompts, adapters, modules); NaN without a prototype."""
         out = np.full((len(self.rows), len(adapters), len(modules)), np.nan, dtype=np.float32)
-        known = [self._load(f"{_key(adapter)}.responses") for adapter in adapters]
+        known = [load(self._file(adapter, "responses")) for adapter in adapters]
         new = [n for n, found in enumerate(known) if found is None]
         if new:
             protos = prototypes(
@@ -96,7 +88,7 @@ class Calibration:
                     for m, module in enumerate(protos)
                     if not np.isnan(found[0, k, m])
                 }
-                self._save(f"{_key(adapters[n])}.responses", known[n] or {})
+                save(self._file(adapters[n], "responses"), known[n] or {})
         place = {module: m for m, module in enumerate(modules)}
         for n, responses in enumerate(known):
             for module, values in (responses or {}).items():
@@ -113,7 +105,7 @@ class Calibration:
         effect, confidence = np.full((2, len(rows), len(adapters)), np.nan)
         new = []
         for n in np.flatnonzero(wanted.any(0)).tolist():
-            if kept := self._load(f"{_key(adapters[n])}.trials"):
+            if kept := load(self._file(adapters[n], "trials")):
                 effect[:, n], confidence[:, n] = kept["effect"].numpy(), kept["confidence"].numpy()
             else:
                 new.append(n)
@@ -124,10 +116,8 @@ class Calibration:
             effect[:, new], confidence[:, new] = found.effect, found.confidence
             for n in new:
                 values = {"effect": effect[:, n], "confidence": confidence[:, n]}
-                self._save(
-                    f"{_key(adapters[n])}.trials",
-                    {key: torch.from_numpy(value.copy()) for key, value in values.items()},
-                )
+                kept = {key: torch.from_numpy(value.copy()) for key, value in values.items()}
+                save(self._file(adapters[n], "trials"), kept)
         return Trials(effect, confidence, self._base_confidence)
 
     @cached_property
@@ -137,27 +127,8 @@ class Calibration:
 
     @cached_property
     def _base_confidence(self) -> NDArray[np.float64]:
-        known = self._load("base")
+        known = load(f"{self.folder}/base")
         if known is None:
             known = {"confidence": self._last.confidence.double().cpu()}
-            self._save("base", known)
+            save(f"{self.folder}/base", known)
         return known["confidence"].numpy()
-
-    def _load(self, name: str) -> dict[str, Tensor] | None:
-        """What is kept under a name; None if nothing is, or nothing that can be read."""
-        try:
-            return load_file(self.folder / f"{name}.safetensors")
-        except (OSError, SafetensorError):
-            return None
-
-    def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps tensors under a name; whoever reads it finds all of them or none.
-
-        Where nothing can be kept, the next run measures again.
-        """
-        with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder) as work:
-                part = Path(work) / name
-                save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part)
-                part.replace(self.folder / f"{name}.safetensors")

@@ -15,9 +15,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from merge.factors import stacks, svd
 from router.adapters import Adapter
+from router.disk import content, load, save
+
+FORMAT = 1  # raise it when a prototype is computed otherwise
 
 
 @dataclass(frozen=True)
@@ -38,20 +42,17 @@ class ModulePrototypes:
 def prototypes(
     adapters: Sequence[Adapter], device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, ModulePrototypes]:
-    """The prototypes of a library, by module; computed in float32, stored in `dtype`.
+    """The prototypes of a library, by module; computed in float32, stored in `dtype`, and kept on disk so.
 
     An adapter has no prototype at a module that it does not change, be it that the module is not
     its target or that its update is zero.
     """
     parts: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
-    for owner, adapter in enumerate(adapters):
-        for modules, stack in stacks(adapter.read_all()):
-            _, s, vh = svd(stack)  # (modules, k), (modules, k, d_in)
-            shares = s / s.sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
-            for module, share, v in zip(modules, shares, vh.mT, strict=True):
-                keep = share > 1e-6  # below that it is rounding, not a direction
-                if keep.any():
-                    parts.setdefault(module, []).append((v[:, keep].to(dtype), share[keep], owner))
+    for owner, adapter in enumerate(tqdm(adapters, "prototypes", unit="adapter", disable=None)):
+        known = _own(adapter, dtype)
+        for module in {key.rpartition(".")[0] for key in known}:
+            found = known[f"{module}.directions"], known[f"{module}.weights"], owner
+            parts.setdefault(module, []).append(found)
     return {
         module: ModulePrototypes(
             torch.cat([v for v, _, _ in found], dim=1).to(device).contiguous(),
@@ -60,3 +61,21 @@ def prototypes(
         )
         for module, found in sorted(parts.items())
     }
+
+
+def _own(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """An adapter's directions (d_in, k) and weights (k,) by module, from disk where it was seen before."""
+    name = f"prototypes/{FORMAT}-torch{torch.__version__}-{dtype}/{content(adapter)}"
+    if (known := load(name)) is not None:
+        return known
+    known = {}
+    for modules, stack in stacks(adapter.read_all()):
+        _, s, vh = svd(stack)  # (modules, k), (modules, k, d_in)
+        shares = s / s.sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
+        for module, share, v in zip(modules, shares, vh.mT, strict=True):
+            keep = share > 1e-6  # below that it is rounding, not a direction
+            if keep.any():
+                known[f"{module}.directions"] = v[:, keep].to(dtype)
+                known[f"{module}.weights"] = share[keep]
+    save(name, known)
+    return known

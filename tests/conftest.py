@@ -30,11 +30,11 @@ def shared(name, what):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_calibration(tmp_path_factory):
-    """Calibration goes to a temporary folder, never to the user's cache, where the converted model stays."""
+def own_cache(tmp_path_factory):
+    """What is kept between runs goes to a temporary folder; the converted model stays in the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("router.calibration.cache_folder", lambda: folder)
+        patch.setattr("router.disk.cache_folder", lambda: folder)
         yield
 
 

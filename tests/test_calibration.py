@@ -23,7 +23,7 @@ TEXTS = [f"{'word ' * n}{n}: is it so?" for n in range(1, 13)]
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, and few texts."""
-    monkeypatch.setattr("router.calibration.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("router.disk.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr("router.calibration.generic_prompts", lambda: TEXTS)
     return tmp_path / "cache"
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from conftest import write_tiny_adapter
 
@@ -41,3 +42,59 @@ def test_prototypes_do_not_depend_on_the_adapters_size(tmp_path):
 def test_an_update_of_zero_has_no_prototype(tmp_path):
     write_tiny_adapter(tmp_path / "zero", 1, size=0.0)
     assert prototypes(load_library([str(tmp_path / "zero")])) == {}
+
+
+@pytest.fixture()
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("router.disk.cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_a_library_that_was_seen_before_is_not_decomposed_again(tiny_library, cache, monkeypatch):
+    adapters = load_library([str(tiny_library)])
+    first = prototypes(adapters, dtype=torch.bfloat16)
+
+    def refuse(*args):
+        raise AssertionError("a decomposition")
+
+    monkeypatch.setattr("router.prototypes.svd", refuse)
+    again = prototypes(adapters[::-1], dtype=torch.bfloat16)
+    assert again.keys() == first.keys()
+    for module, proto in first.items():
+        for owner in range(3):
+            mine, now = proto.owners == owner, again[module].owners == 2 - owner
+            assert torch.equal(proto.directions[:, mine], again[module].directions[:, now])
+            assert torch.equal(proto.weights[mine], again[module].weights[now])
+    with pytest.raises(AssertionError, match="a decomposition"):  # other numbers, so not those
+        prototypes(adapters, dtype=torch.float32)
+
+
+def test_a_new_or_changed_adapter_is_decomposed_and_the_others_are_not_read(tmp_path, tiny_library, cache):
+    adapters = load_library([str(tiny_library)])
+    first = prototypes(adapters)
+    for adapter in adapters:  # whoever reads one of these again fails
+        (adapter.folder.path / "adapter_model.safetensors").write_bytes(b"gone")
+    new = load_library([str(write_tiny_adapter(tmp_path / "new", 9))])
+    found = prototypes([*adapters, *new])
+    for module, proto in first.items():
+        there = found[module].owners < 3
+        assert torch.equal(found[module].directions[:, there], proto.directions)
+    alone = prototypes(new)
+    assert alone and all(
+        torch.equal(proto.directions, found[module].directions[:, found[module].owners == 3])
+        for module, proto in alone.items()
+    )
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200])
+def test_a_broken_file_is_computed_again(tiny_library, cache, keep):
+    adapters = load_library([str(tiny_library)])
+    first = prototypes(adapters)
+    files = list(cache.rglob("*.safetensors"))
+    assert len(files) == 3
+    whole = {file: file.read_bytes() for file in files}
+    for file, data in whole.items():
+        file.write_bytes(data[:keep])
+    again = prototypes(adapters)
+    assert all(torch.equal(proto.directions, again[module].directions) for module, proto in first.items())
+    assert {file: file.read_bytes() for file in files} == whole  # and kept again
