@@ -27,11 +27,11 @@ from router.clusters import Array, Clusters, cluster
 from router.constants import COMPETITION, COMPETITION_BASE
 from router.evidence import Evidence
 from router.model_card import write_card
-from router.predict import Answer, answer
+from router.predict import Answer, answer, encode
 from router.settings import Settings
 from router.stages import Stages
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
-from router.variants import Variant, complete, decide, limited, live, write_variant
+from router.variants import Hotswap, Variant, complete, decide, limited, swap_order, write_variant
 
 KIT_BATCH = 8  # queries handed to a kit method at once, where --batch_size says nothing
 
@@ -124,10 +124,14 @@ class Merges:
             queries,
             scoring=self.settings.scoring,
             max_new_tokens=self.max_gen_len or self.settings.max_gen_len,
-            max_seq_len=self.max_seq_len or self.settings.max_seq_len,
+            max_seq_len=self._max_seq_len,
             batch_size=self.settings.batch_size,
             progress=progress,
         )
+
+    @property
+    def _max_seq_len(self) -> int | None:
+        return self.max_seq_len or self.settings.max_seq_len
 
     def _load_base_model(self) -> None:
         """For kit methods: loads `base_model_name` into `base_model`, and its tokenizer."""
@@ -243,20 +247,26 @@ class Routed(Merges):
 
         A variant that is the plain base model has no folder.
         """
-        for n, variant in enumerate(self.variants):
+        for n, variant in enumerate(tqdm(self.variants, "variants", unit="variant", disable=None)):
             if name := self.folder(n):
                 path, rank = Path(output_dir) / name, self.settings.variant_rank
                 write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
                 write_card(path, self, variant)
 
+    def _progress(self, queries: Sequence[Query]) -> Any:
+        """A bar of prediction, which counts the prompts' tokens."""
+        rows = encode(self.tokenizer, [query.input for query in queries], self._max_seq_len)
+        return tqdm(total=sum(map(len, rows)), desc="predict", unit="tok", disable=None)
+
     def _predict(self, queries: Sequence[Query], folder: Path) -> list[Answer]:
         answers: dict[int, Answer] = {}
-        with tqdm(total=len(queries), desc="predict", unit="query", disable=None) as progress:
-            for n in range(len(self.variants)):
+        names = [self.folder(n) for n in range(len(self.variants))]
+        folders = [folder / name if name else None for name in names]
+        with self._progress(queries) as progress, Hotswap(self.base) as swap:
+            for n in swap_order(folders):
                 members = np.flatnonzero(self.clusters.labels == n).tolist()
-                name = self.folder(n)
-                with live(self.base, folder / name if name else None) as model:
-                    part = self._answer_with(model, [queries[m] for m in members], progress.update)
+                model = swap.show(folders[n])
+                part = self._answer_with(model, [queries[m] for m in members], progress.update)
                 answers.update(zip(members, part, strict=True))
         return [answers[n] for n in range(len(queries))]
 

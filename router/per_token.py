@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from merge.factors import support
 from router.adapters import Adapter
@@ -230,8 +229,5 @@ class PerToken(Routed):
         """Writes nothing: there is no merged adapter."""
 
     def _predict(self, queries: Sequence[Query], folder: Path) -> list[Answer]:
-        with (
-            attached(self.base.model, self.experts, self.weigh),
-            tqdm(total=len(queries), desc="predict", unit="query", disable=None) as progress,
-        ):
+        with attached(self.base.model, self.experts, self.weigh), self._progress(queries) as progress:
             return self._answer_with(self.base.model, queries, progress.update)

@@ -231,7 +231,7 @@ def answer(
 
     Args:
         batch_size: queries a batch; None fills batches by tokens.
-        progress: called with the number of queries done after each batch.
+        progress: called after each batch with the tokens of its prompts.
     """
     rows = encode(tokenizer, [query.input for query in queries], max_seq_len)
     answers: dict[int, Answer] = {}
@@ -262,7 +262,7 @@ def answer(
             batch, *rest = batches
             if found := _if_it_fits(way, batch):
                 answers.update(zip(batch, found, strict=True))
-                progress(len(batch))
+                progress(sum(len(rows[n]) for n in batch))
                 batches = rest
             else:
                 batches = [half for whole in batches for half in _halves(whole)]

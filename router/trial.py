@@ -8,11 +8,10 @@ alone for which it is in question. Knows no labels; the gate compares.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +21,7 @@ from router.adapters import Adapter
 from router.base import Base, linear_shapes
 from router.gate import Trials
 from router.passes import Last, batches, forward
-from router.variants import Variant, live, write_variant
-
-
-@contextmanager
-def _alone(base: Base, adapter: Adapter) -> Iterator[Any]:
-    """The base model with one adapter live, in the form in which a variant of it alone would answer."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "variant"
-        write_variant(path, Variant({adapter.name: 1.0}, 0.0), [adapter], base, linear_shapes(base.model))
-        with live(base, path) as model:
-            yield model
+from router.variants import Hotswap, Variant, write_variant
 
 
 def trial(
@@ -51,16 +40,24 @@ def trial(
         wanted: (prompts, adapters).
     """
     effect, confidence = np.full((2, *wanted.shape), np.nan)
-    for n, adapter in enumerate(adapters):
-        mine = np.flatnonzero(wanted[:, n])
-        if not len(mine):
-            continue
-        part, pad = [rows[k] for k in mine.tolist()], base.tokenizer.pad_token_id
-        with _alone(base, adapter) as model, torch.inference_mode():
-            for numbers, ids, mask in batches(model, part, pad, f"{title} {adapter.name}"):
-                found, where = forward(model, ids, mask), mine[numbers]
-                before = last.hidden[torch.from_numpy(where).to(ids.device)].float()  # (B, d)
-                change = (found.hidden.float() - before).norm(dim=1) / before.norm(dim=1)  # (B,)
-                effect[where, n] = change.cpu().numpy()
-                confidence[where, n] = found.confidence.cpu().numpy()
+    shapes, pad = linear_shapes(base.model), base.tokenizer.pad_token_id
+    with tempfile.TemporaryDirectory() as folder, Hotswap(base) as swap:
+        for n in sorted(np.flatnonzero(wanted.any(0)).tolist(), key=lambda n: _size(adapters[n])):
+            mine, path = np.flatnonzero(wanted[:, n]), Path(folder) / str(n)
+            # In the form in which a variant of it alone would answer.
+            write_variant(path, Variant({adapters[n].name: 1.0}, 0.0), [adapters[n]], base, shapes)
+            model, part = swap.show(path), [rows[k] for k in mine.tolist()]
+            shutil.rmtree(path, ignore_errors=True)
+            with torch.inference_mode():
+                for numbers, ids, mask in batches(model, part, pad, f"{title} {adapters[n].name}"):
+                    found, where = forward(model, ids, mask), mine[numbers]
+                    before = last.hidden[torch.from_numpy(where).to(ids.device)].float()  # (B, d)
+                    change = (found.hidden.float() - before).norm(dim=1) / before.norm(dim=1)  # (B,)
+                    effect[where, n] = change.cpu().numpy()
+                    confidence[where, n] = found.confidence.cpu().numpy()
     return Trials(effect, confidence, last.confidence.double().cpu().numpy())
+
+
+def _size(adapter: Adapter) -> tuple[list[str], int]:
+    """What swapping goes by: the modules that an adapter changes, and its rank."""
+    return sorted(adapter.folder.shapes), max(adapter.folder.ranks.values())

@@ -6,6 +6,7 @@ answers is that folder, loaded by PEFT.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from merge.factors import Factors, recompress, weighted_sum
-from merge.folders import write_adapter
+from merge.folders import CONFIG_FILE, write_adapter
 from router.adapters import Adapter
 from router.base import Base
 from router.clusters import Array
@@ -100,29 +101,81 @@ def write_variant(
     return write_adapter(path, updates, base.name, base.revision, base.model.dtype)
 
 
-@contextmanager
-def live(base: Base, folder: Path | None) -> Iterator[Any]:
-    """The base model with one variant live through PEFT; None leaves it plain.
+class Hotswap:
+    """Where variants answer one after the other, through PEFT; the base model's weights are never written to.
 
-    Afterwards the base model is as it was: its weights are never written to.
+    A variant that changes the same modules as the one before it, at no lower rank, is put into the layers
+    that are there (PEFT's hot swap); for another, layers are wrapped anew, which takes longer. `swap_order`
+    tells in which order few are. As a context manager it leaves the base model as it was.
     """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self._model: Any = base.model
+        self._targets: list[str] = []
+        self._rank = 0
+
+    def __enter__(self) -> Hotswap:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def show(self, folder: Path | None) -> Any:
+        """The model with a folder's variant live, until the next one is shown; None: the base model alone."""
+        targets, rank = _changed(folder)
+        if targets != self._targets or rank < self._rank:  # PEFT pads a lower rank, which costs at every step
+            self.clear()
+        if folder is None:
+            return self.base.model
+        device = str(self.base.model.device)
+        if self._targets:
+            from peft.utils.hotswap import hotswap_adapter
+
+            hotswap_adapter(self._model, str(folder), "variant", device)
+        else:
+            self._model = _wrapped(self.base.model, folder, device)
+        self._targets, self._rank = targets, rank
+        return self._model
+
+    def clear(self) -> None:
+        """Takes out what is live."""
+        if self._targets:
+            self._model.unload()
+        self._model, self._targets, self._rank = self.base.model, [], 0
+
+
+def _changed(folder: Path | None) -> tuple[list[str], int]:
+    """Which modules a folder's variant changes, as its configuration names them, and its rank."""
     if folder is None:
-        yield base.model
-        return
+        return [], 0
+    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    return config["target_modules"], config["r"]
+
+
+def _wrapped(model: Any, folder: Path, device: str) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():  # between PEFT and transformers; nothing a person can act on
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        model = PeftModel.from_pretrained(
-            base.model,
+        found = PeftModel.from_pretrained(
+            model,
             folder,
             adapter_name="variant",
-            torch_device=str(base.model.device),
+            torch_device=device,
             autocast_adapter_dtype=False,  # in the base model's dtype, not float32
             low_cpu_mem_usage=True,  # no random initialisation first
         )
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.unload()
+    return found.eval()
+
+
+def swap_order(folders: Sequence[Path | None]) -> list[int]:
+    """The numbers of variants in the order in which to show them: by modules, then by rank."""
+    return sorted(range(len(folders)), key=lambda n: _changed(folders[n]))
+
+
+@contextmanager
+def live(base: Base, folder: Path | None) -> Iterator[Any]:
+    """The base model with one variant live; None leaves it plain. Afterwards it is as it was."""
+    with Hotswap(base) as swap:
+        yield swap.show(folder)

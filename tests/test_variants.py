@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from merge.factors import Factors
 from router.base import linear_shapes, load_base
-from router.variants import Variant, complete, decide, live, materialise, write_variant
+from router.variants import Hotswap, Variant, complete, decide, live, materialise, swap_order, write_variant
 
 SCALES = {"attention": 8 / 4, "everything": 2 / 2, "mlp": 9 / math.sqrt(6)}  # alpha / r, the last rsLoRA
 MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
@@ -179,6 +179,54 @@ def test_variants_take_turns_and_leave_no_trace(tmp_path, base, adapters):
             assert torch.equal(logits(model), before)
     assert torch.equal(seen[0], seen[2])
     assert not torch.allclose(seen[0], seen[1], atol=1e-2)
+
+
+def lora_weights(model):
+    return {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+
+
+# The same modules at a higher rank, at a lower one, other modules, fewer modules, nothing, the first again.
+SWAPPED = ("attention 2", "attention 4", "attention 1", "everything 2", "mlp 3", None, "attention 2")
+
+
+def test_a_swapped_variant_has_the_weights_that_peft_loads(tmp_path, base, adapters):
+    before, weights = logits(base.model), copy.deepcopy(base.model.state_dict())
+    folders = [name and tmp_path / name for name in SWAPPED]
+    for name, folder in zip(SWAPPED, folders, strict=True):
+        if name and not folder.exists():
+            adapter, rank = name.split()
+            only = Variant({adapter: 1.0}, 0.0)
+            write_variant(folder, only, adapters, base, linear_shapes(base.model), int(rank))
+    with Hotswap(base) as swap:
+        for folder in folders:
+            found = swap.show(folder)
+            if folder is None:
+                assert found is base.model and torch.equal(logits(found), before)
+                continue
+            fresh = AutoModelForCausalLM.from_pretrained(base.name, dtype=torch.float32)
+            theirs = PeftModel.from_pretrained(fresh, folder, adapter_name="variant").eval()
+            mine, expected = lora_weights(found), lora_weights(theirs)
+            assert mine.keys() == expected.keys()
+            assert all(torch.equal(weight, expected[name]) for name, weight in mine.items())
+            torch.testing.assert_close(logits(found), logits(theirs), atol=1e-5, rtol=0)
+    assert torch.equal(logits(base.model), before)
+    assert base.model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
+
+
+def test_variants_of_the_same_modules_share_the_wrapped_layers(tmp_path, base, adapters):
+    shapes, wrapped = linear_shapes(base.model), []
+    names = ["mlp 1", "attention 2", "mlp 3", "attention 1", "mlp 1"]
+    for n, name in enumerate(names):
+        adapter, rank = name.split()
+        write_variant(tmp_path / f"{n}", Variant({adapter: 1.0}, 0.0), adapters, base, shapes, int(rank))
+    folders = [*(tmp_path / f"{n}" for n in range(len(names))), None]
+    turns = swap_order(folders)
+    assert turns[0] == 5 and sorted(turns) == [0, 1, 2, 3, 4, 5]
+    with Hotswap(base) as swap:
+        for n in turns[1:]:
+            wrapped.append(swap.show(folders[n]))
+    assert len({id(model) for model in wrapped}) == 2  # once for attention, once for mlp
 
 
 def test_an_error_while_a_variant_is_live_leaves_the_base_model_plain(tmp_path, base, adapters):
