@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -189,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    _log("WARNING" if args.quiet else "INFO")
     from router.run import record, run, summary  # imports torch
     from router.settings import Settings
 
@@ -204,6 +206,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not args.quiet:
         print(summary(method), flush=True)
     return 0
+
+
+def _log(level: str) -> None:
+    """What the package logs goes to standard error as it stands; other packages' logs are left alone."""
+    log = logging.getLogger("router")
+    log.setLevel(level)
+    log.handlers = [logging.StreamHandler()]
 
 
 def _plan(args: argparse.Namespace, settings: Settings) -> int:

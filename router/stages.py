@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+TOLD = 1.0  # seconds from which a stage has a line in the log
+log = logging.getLogger(__name__)
+
 
 class Stages:
-    """Collects what stages cost; a stage that runs again adds to its seconds.
+    """Collects what stages cost, and logs it; a stage that runs again adds to its seconds.
 
     Attributes:
         seconds: wall time by stage, in order of first use.
@@ -28,6 +32,9 @@ class Stages:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            taken = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + taken
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             self.peak_mib[name] = peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
+        if taken >= TOLD:
+            log.info("%s: %.1f s, peak memory %d MiB", name, taken, self.peak_mib[name])

@@ -310,9 +310,18 @@ def test_what_a_person_can_mend_is_one_line_and_exit_code_2(command, capsys, tmp
     captured = capsys.readouterr()
     assert code == 2
     assert captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert cause in captured.err
+    (error,) = [line for line in captured.err.splitlines() if "peak memory" not in line]
+    assert error.startswith("error: ") and cause in error
     assert not out.exists()
+
+
+def test_each_stage_that_takes_its_time_has_a_line_and_quiet_has_none(command, capsys, monkeypatch):
+    monkeypatch.setattr("router.stages.TOLD", 0.0)
+    assert command("average")[0] == 0
+    told = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if "peak memory" in line]
+    assert told == ["load", "clusters", "variants", "predict"]
+    assert command("average", "--quiet")[0] == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_adapters_of_two_bases_need_a_base_model(capsys, tmp_path, tiny_library):
