@@ -19,6 +19,8 @@ from scripts.bench_speed import measures, shape, tables
 RESULTS = Path("output/benchmark/speed.json")
 EVERY = "8"  # of the queries, where not all are asked
 SIZES = ("4", "16", "64", "256")
+COUNTS = ("50", "200", "800", "3200")
+RANKS = ("4", "8", "16", "32", "64")
 WHOLE = ("routed 22 1", "static 1", f"kit {EVERY}")
 PARTS = (
     *(f"decode {way}" for way in ("ours", "merged", "arrow", "spectr", "lag")),
@@ -27,11 +29,13 @@ PARTS = (
     "roofline",
 )
 ONCE = (
-    *(f"merge ours embedded {rank}" for rank in (4, 8, 32, 64)),
+    *(f"merge ours embedded {rank}" for rank in RANKS if rank != "16"),
     "merge ours large 16", "merge peft large 16", "floor", f"matmul_share {EVERY}",
     *(f"step {count} {rows}" for rows in (1, 11, 32) for count in (0, 1, 3, 8) if count <= rows),
     *(f"look {tokens}" for tokens in (128, 256, 512, 0)),
-    *(f"gate {count} {size}" for size in SIZES for count in ("50", "200", "800", "3200")),
+    *(f"gate {count} {size}" for size in SIZES for count in COUNTS),
+    *(f"probing {count}" for count in COUNTS),
+    *(f"rank {rank}" for rank in RANKS),
 )  # fmt: skip
 GROWTH = tuple(f"routed {size} {EVERY}" for size in SIZES)
 SHAPE = ("shape 1", "shape 2")

@@ -1,7 +1,7 @@
 """The measurements. Each runs in a process of its own and returns numbers, seconds if not named otherwise.
 
 Everything that is compared runs on the same queries, the embedded base model and the same adapters. What is
-kept on disk between runs (calibration) is not counted.
+kept on disk between runs (calibration) is not counted, and prototypes are read from there.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from merge.folders import WEIGHTS_FILE, write_adapter
 from router import passes
 from router.adapters import Adapter, load_library
 from router.base import EMBEDDED, Base, linear_shapes, load_base
+from router.calibration import Calibration
 from router.clusters import cluster
 from router.constants import LIBRARY
 from router.gate import PrototypeGate, weights_of
@@ -32,10 +35,11 @@ from router.methods import load_method
 from router.passes import batches, forward
 from router.per_token import attached, load_experts
 from router.predict import answer, encode, generate
+from router.probe import probe
 from router.prototypes import prototypes
 from router.settings import Settings
 from router.submission import MULTIPLE_CHOICE, Query, read_queries
-from router.variants import live
+from router.variants import Hotswap, live
 
 COMPETITION_CSV = Path("../shared/competition/test.csv")
 FOLDER = Path("output/benchmark/speed_libraries")
@@ -109,6 +113,7 @@ def _method(name: str, base: Base, adapters: list[Adapter], folder: str) -> Rout
 def routed(size: str, every: str) -> dict[str, Any]:
     """A whole routed run but for loading, by stage."""
     base, adapters, asked = load_base(EMBEDDED), library(int(size)), queries(int(every))
+    prototypes(adapters, dtype=base.model.dtype)  # from now on they are on disk
     with tempfile.TemporaryDirectory() as folder:
         method = _method("proto_route", base, adapters, folder)
         seconds = timed(lambda: method.answer(asked))
@@ -116,6 +121,7 @@ def routed(size: str, every: str) -> dict[str, Any]:
     # Calibration is once for a library: where this process was the first to see it, it is not counted.
     return {
         "seconds": seconds - stages["calibrate"], "stages": stages, "peak_mib": peak_mib(),
+        "peaks_mib": method.stages.peak_mib,
         "variants": len(method.variants), "queries": len(asked), "tried": float(method.evidence.tried.mean()),
     }  # fmt: skip
 
@@ -303,19 +309,65 @@ def merge(way: str, shape: str, rank: str) -> dict[str, Any]:
 
 
 def library_prototypes(size: str) -> dict[str, Any]:
-    """Prototypes of a library, and merely reading it."""
+    """Prototypes of a library, from nothing and from disk, and merely reading the adapters."""
     adapters = library(int(size))
 
     def read() -> list[Any]:
         return [list(adapter.read_all()) for adapter in adapters]
 
-    read()  # both find the files in the system's cache
-    prototypes(adapters[:1])
+    read()  # all find the files in the system's cache
+    with _empty_cache():
+        prototypes(adapters[:1])
+    found = {"read": [timed(read) for _ in range(3)], "seconds": [], "cached": []}
+    for _ in range(3):
+        with _empty_cache():
+            for key in ("seconds", "cached"):
+                found[key].append(timed(lambda: prototypes(adapters)))
+    mib = sum((a.folder.path / WEIGHTS_FILE).stat().st_size for a in adapters) / 2**20
+    return {**{key: min(values) for key, values in found.items()}, "mib": mib}
+
+
+@contextmanager
+def _empty_cache() -> Iterator[None]:
+    """What is kept between runs is kept in a folder of its own, empty at first."""
+    with tempfile.TemporaryDirectory() as folder, patch("router.disk.cache_folder", lambda: Path(folder)):
+        yield
+
+
+def rank(rank: str) -> dict[str, Any]:
+    """What grows with the rank, by 8 adapters on all layers: prototypes, a swap, a step of 11 rows."""
+    base = load_base(EMBEDDED)
+    adapters = uniform(base, int(rank))
+    with _empty_cache():
+        prototypes(adapters[:1])  # warm, under another dtype's name
+        made = timed(lambda: prototypes(adapters, dtype=base.model.dtype))
+    ids = torch.full((11, 1), 5)
+    swaps: dict[str, list[float]] = {"new": [], "hot": []}
+    with Hotswap(base) as swap, torch.inference_mode():
+        for adapter in adapters:
+            swaps["hot"].append(timed(lambda path=adapter.folder.path: swap.show(path)))
+        model = swap.show(adapters[0].folder.path)
+        steps = [timed(lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids))) for _ in range(10)]
+        for adapter in adapters:
+            swap.clear()
+            swaps["new"].append(timed(lambda path=adapter.folder.path: swap.show(path)))
     return {
-        "read": min(timed(read) for _ in range(3)),
-        "seconds": min(timed(lambda: prototypes(adapters)) for _ in range(3)),
-        "mib": sum((a.folder.path / WEIGHTS_FILE).stat().st_size for a in adapters) / 2**20,
-    }
+        "prototypes": made, "step": median(steps[1:]),
+        **{key: median(found[1:]) for key, found in swaps.items()},
+    }  # fmt: skip
+
+
+def probing(count: str) -> dict[str, Any]:
+    """The probe of so many queries, repeated where there are fewer, with the committed library."""
+    base, adapters, asked = load_base(EMBEDDED), library(22), queries()
+    rows = passes.look(encode(base.tokenizer, [query.input for query in asked]))
+    rows = [rows[n % len(rows)] for n in range(int(count))]
+    protos = prototypes(adapters, dtype=base.model.dtype)
+    means = Calibration(base).means(list(protos))
+    pad = base.tokenizer.pad_token_id
+    probe(base.model, rows[:8], pad, protos, means, len(adapters))
+    seconds = timed(lambda: probe(base.model, rows, pad, protos, means, len(adapters)))
+    return {"seconds": seconds, "tokens": sum(map(len, rows))}
 
 
 def gate(count: str, size: str) -> dict[str, Any]:
@@ -390,7 +442,7 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     f.__name__: f
     for f in (
         routed, static, kit, floor, decode, step, merge, library_prototypes, gate, matmul_share, roofline,
-        look,
+        look, rank, probing,
     )
 }  # fmt: skip
 
