@@ -25,7 +25,7 @@ from router.gate import Trials
 from router.passes import Last, look
 from router.predict import encode
 from router.probe import input_means, last_of, probe
-from router.prototypes import prototypes
+from router.prototypes import ModulePrototypes, of_some
 from router.trial import trial
 
 FORMAT = 2  # raise it when what is measured changes
@@ -69,27 +69,33 @@ class Calibration:
         return {module: known[module].to(self.base.model.device) for module in modules}
 
     def responses(
-        self, adapters: Sequence[Adapter], modules: Sequence[str], means: Mapping[str, Tensor]
+        self,
+        adapters: Sequence[Adapter],
+        protos: Mapping[str, ModulePrototypes],
+        means: Mapping[str, Tensor],
     ) -> NDArray[np.float32]:
-        """The adapters' responses, (generic prompts, adapters, modules); NaN without a prototype."""
-        out = np.full((len(self.rows), len(adapters), len(modules)), np.nan, dtype=np.float32)
+        """The adapters' responses, (generic prompts, adapters, modules); NaN without a prototype.
+
+        Args:
+            protos: the adapters' prototypes, whose order of modules is that of the responses.
+            means: what to centre with, by module.
+        """
+        out = np.full((len(self.rows), len(adapters), len(protos)), np.nan, dtype=np.float32)
         known = [load(self._file(adapter, "responses")) for adapter in adapters]
         new = [n for n, found in enumerate(known) if found is None]
         if new:
-            protos = prototypes(
-                [adapters[n] for n in new], str(self.base.model.device), self.base.model.dtype
-            )
+            theirs = of_some(protos, new, len(adapters))
             found = probe(
-                self.base.model, self.rows, self.pad, protos, means, len(new), "calibrate"
+                self.base.model, self.rows, self.pad, theirs, means, len(new), "calibrate"
             ).responses
             for k, n in enumerate(new):
                 known[n] = {
                     module: torch.from_numpy(found[:, k, m].copy())
-                    for m, module in enumerate(protos)
+                    for m, module in enumerate(theirs)
                     if not np.isnan(found[0, k, m])
                 }
                 save(self._file(adapters[n], "responses"), known[n] or {})
-        place = {module: m for m, module in enumerate(modules)}
+        place = {module: m for m, module in enumerate(protos)}
         for n, responses in enumerate(known):
             for module, values in (responses or {}).items():
                 out[:, n, place[module]] = values.numpy()

@@ -10,7 +10,7 @@ left as they were drawn. Knows nothing of queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,14 +53,32 @@ def prototypes(
         for module in {key.rpartition(".")[0] for key in known}:
             found = known[f"{module}.directions"], known[f"{module}.weights"], owner
             parts.setdefault(module, []).append(found)
-    return {
-        module: ModulePrototypes(
+    joined = {}
+    for module in sorted(parts):
+        found = parts.pop(module)  # so that not all are there twice
+        joined[module] = ModulePrototypes(
             torch.cat([v for v, _, _ in found], dim=1).to(device).contiguous(),
             torch.cat([w for _, w, _ in found]).to(device, torch.float32),
             torch.cat([torch.full((len(w),), owner) for _, w, owner in found]).to(device),
         )
-        for module, found in sorted(parts.items())
-    }
+    return joined
+
+
+def of_some(
+    protos: Mapping[str, ModulePrototypes], owners: Sequence[int], n_adapters: int
+) -> Mapping[str, ModulePrototypes]:
+    """The prototypes of some of a library's adapters, numbered in the order given; no copy if that is all."""
+    if list(owners) == list(range(n_adapters)):
+        return protos
+    found = {}
+    for module, proto in protos.items():
+        number = torch.full((n_adapters,), -1, device=proto.owners.device)
+        number[list(owners)] = torch.arange(len(owners), device=number.device)
+        mine = number[proto.owners] >= 0  # (K,)
+        if mine.any():
+            columns = proto.directions[:, mine], proto.weights[mine], number[proto.owners[mine]]
+            found[module] = ModulePrototypes(*columns)
+    return found
 
 
 def _own(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ def measured() -> tuple[list[str], list[str], Array, Array]:
     base, adapters, rows = load_base(EMBEDDED), load_library(["data/library"]), labelled("eval")
     protos, calibration = prototypes(adapters, dtype=base.model.dtype), Calibration(base)
     means = calibration.means(list(protos))
-    reference = calibration.responses(adapters, list(protos), means)
+    reference = calibration.responses(adapters, protos, means)
     ids = encode(base.tokenizer, list(rows["input"]))
     found = probe(base.model, ids, base.tokenizer.pad_token_id, protos, means, len(adapters)).responses
     scores = PrototypeGate().fit(reference).decision_function(found)

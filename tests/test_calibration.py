@@ -31,9 +31,9 @@ def cache(tmp_path, monkeypatch):
 def measured(base, adapters, limit=None):
     """All that a calibration gives, as arrays by name."""
     calibration = Calibration(base, limit)
-    modules = sorted({module for adapter in adapters for module in adapter.folder.shapes})
-    means = calibration.means(modules)
-    responses = calibration.responses(adapters, modules, means)
+    protos = prototypes(adapters)
+    means = calibration.means(list(protos))
+    responses = calibration.responses(adapters, protos, means)
     trials = calibration.trials(adapters, np.ones((1, len(adapters)), dtype=bool))
     means = {module: mean.numpy() for module, mean in means.items()}
     return means | {"responses": responses} | trials._asdict()

@@ -5,7 +5,7 @@ from conftest import write_tiny_adapter
 
 from merge.factors import dense
 from router.adapters import load_library
-from router.prototypes import prototypes
+from router.prototypes import of_some, prototypes
 
 
 def test_prototypes_are_the_dense_updates_right_singular_vectors(tiny_library):
@@ -42,6 +42,19 @@ def test_prototypes_do_not_depend_on_the_adapters_size(tmp_path):
 def test_an_update_of_zero_has_no_prototype(tmp_path):
     write_tiny_adapter(tmp_path / "zero", 1, size=0.0)
     assert prototypes(load_library([str(tmp_path / "zero")])) == {}
+
+
+@pytest.mark.parametrize("some", [[1], [2, 0], [0, 1, 2]])
+def test_those_of_some_adapters_are_what_they_alone_would_have(tiny_library, some):
+    adapters = load_library([str(tiny_library)])
+    found = of_some(prototypes(adapters), some, len(adapters))
+    alone = prototypes([adapters[n] for n in some])
+    assert list(found) == list(alone)
+    for module, proto in alone.items():
+        for number in range(len(some)):
+            mine, theirs = found[module].owners == number, proto.owners == number
+            assert torch.equal(found[module].directions[:, mine], proto.directions[:, theirs])
+            assert torch.equal(found[module].weights[mine], proto.weights[theirs])
 
 
 @pytest.fixture()

@@ -43,7 +43,7 @@ class ProtoRoute(Routed):
         with self.stages("calibrate"):
             calibration = Calibration(self.base, limit)
             means = calibration.means(list(protos))
-            reference = calibration.responses(self.adapters, list(protos), means)
+            reference = calibration.responses(self.adapters, protos, means)
             stand_in = stand_ins(self.adapters, reference)
             kept = np.unique(stand_in).tolist()
             gate = PrototypeGate(self.settings.temperature, self.settings.top_k).fit(reference[:, kept])

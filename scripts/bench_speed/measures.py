@@ -1,7 +1,7 @@
 """The measurements. Each runs in a process of its own and returns numbers, seconds if not named otherwise.
 
 Everything that is compared runs on the same queries, the embedded base model and the same adapters. What is
-kept on disk between runs (calibration) is not counted, and prototypes are read from there.
+kept on disk between runs is not counted (calibration) or read from there (prototypes), but in the first.
 """
 
 from __future__ import annotations
@@ -113,7 +113,6 @@ def _method(name: str, base: Base, adapters: list[Adapter], folder: str) -> Rout
 def routed(size: str, every: str) -> dict[str, Any]:
     """A whole routed run but for loading, by stage."""
     base, adapters, asked = load_base(EMBEDDED), library(int(size)), queries(int(every))
-    prototypes(adapters, dtype=base.model.dtype)  # from now on they are on disk
     with tempfile.TemporaryDirectory() as folder:
         method = _method("proto_route", base, adapters, folder)
         seconds = timed(lambda: method.answer(asked))
