@@ -51,8 +51,8 @@ def prototypes(
     for owner, adapter in enumerate(tqdm(adapters, "prototypes", unit="adapter", disable=None)):
         known = _own(adapter, dtype)
         for module in {key.rpartition(".")[0] for key in known}:
-            found = known[f"{module}.directions"], known[f"{module}.weights"], owner
-            parts.setdefault(module, []).append(found)
+            one = known[f"{module}.directions"], known[f"{module}.weights"], owner
+            parts.setdefault(module, []).append(one)
     joined = {}
     for module in sorted(parts):
         found = parts.pop(module)  # so that not all are there twice
