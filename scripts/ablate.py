@@ -233,7 +233,7 @@ def main() -> None:
     for same in sorted(set(kinds[n:])):
         mine = np.array([k == same for k in kinds])
         together[mine] = plain[mine].mean(0)
-    row("averaged over queries of one task and wording, by the labels", together.argmax(1))
+    row("averaged over queries of one task and phrasing, by the labels", together.argmax(1))
 
     head("Trials, and the base model as a candidate")
     wanted = plain > plain.max(1, keepdims=True) - FAR

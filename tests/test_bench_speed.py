@@ -44,3 +44,19 @@ def test_choices_are_compared_with_those_of_whole_prompts():
     found = {f"look {n}": [{"seconds": 5.0, "heaviest": row, "queries": 4}] for n, row in heaviest.items()}
     lines = tables._look(found)
     assert lines[2] == "| 128 | 3 of 4 | 5 |" and lines[-1] == "| all | 4 of 4 | 5 |"
+
+
+def test_of_calibration_only_what_a_second_run_takes_is_counted():
+    runs = [{"seconds": 10.0, "stages": {"calibrate": 60.0}}, {"seconds": 12.0, "stages": {"calibrate": 2.0}}]
+    assert tables._with_copies(runs) == [12.0, 14.0]
+
+
+def test_the_grid_has_a_line_for_each_count_and_rank():
+    found = {f"gate {n} {size}": [{"seconds": 0.5}] for n in (50, 200, 800, 3200) for size in (4, 16, 64, 256)}
+    found |= {f"probing {n}": [{"seconds": 2.0, "tokens": 60 * n}] for n in (50, 200, 800, 3200)}
+    found |= {f"merge ours embedded {rank}": [{"seconds": 0.25}] for rank in (4, 8, 16, 32, 64)}
+    one = {"prototypes": 1.0, "hot": 0.03, "new": 0.2, "step": 0.05}
+    found |= {f"rank {rank}": [one] for rank in (4, 8, 16, 32, 64)}
+    lines = tables._grid(found)
+    assert "| 3200 queries | 192000 | 2.0 | 96000 |" in lines
+    assert lines[-1] == "| 64 | 1.00 | 0.25 | 30 | 200 | 50 |"
