@@ -166,7 +166,7 @@ def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
     else:
         folder, name, revision = _from_hub(spec)
     place = pick_device(device)
-    if not sys.stderr.isatty():  # its progress bars do not ask
+    if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):  # its progress bars do not ask
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")

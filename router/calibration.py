@@ -25,6 +25,7 @@ from router.gate import Trials
 from router.passes import Last, look
 from router.predict import encode
 from router.probe import input_means, last_of, probe
+from router.prototypes import FORMAT as PROTOTYPES
 from router.prototypes import ModulePrototypes, of_some
 from router.trial import trial
 
@@ -52,7 +53,15 @@ class Calibration:
         self.base = base
         self.rows = look(encode(base.tokenizer, generic_prompts(), limit))
         self.pad, model = base.tokenizer.pad_token_id, base.model
-        what = [FORMAT, base.sha256, str(model.dtype), model.device.type, torch.__version__, self.rows]
+        what = [
+            FORMAT,
+            PROTOTYPES,
+            base.sha256,
+            str(model.dtype),
+            model.device.type,
+            torch.__version__,
+            self.rows,
+        ]
         text = json.dumps(what) + model.config.to_json_string()
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.folder = f"calibration/{name}"
@@ -77,7 +86,8 @@ class Calibration:
         """The adapters' responses, (generic prompts, adapters, modules); NaN without a prototype.
 
         Args:
-            protos: the adapters' prototypes, whose order of modules is that of the responses.
+            protos: the adapters' prototypes in the base model's dtype and on its device; their order of
+                modules is that of the responses.
             means: what to centre with, by module.
         """
         out = np.full((len(self.rows), len(adapters), len(protos)), np.nan, dtype=np.float32)

@@ -13,10 +13,10 @@ from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from merge.factors import Factors, gram
 from router.adapters import Adapter
+from router.progress import progress
 
 # Root mean square difference of two adapters' log responses to generic text, up to which they are
 # compared in full, and the cosine of their updates from which one is a copy of the other.
@@ -34,11 +34,9 @@ def stand_ins(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> ND
         responses: (generic prompts, adapters, modules) to generic text, NaN without a prototype.
     """
     there = ~np.isnan(responses[0])  # (adapters, modules)
-    logs = responses.clip(1e-6)
-    np.nan_to_num(np.log(logs, out=logs), copy=False)  # in place: of a large library this is large
-    flat = logs.transpose(1, 0, 2).reshape(len(adapters), -1)
+    flat = _flat_logs(responses)
     groups: list[list[int]] = []
-    for n in tqdm(range(len(adapters)), "copies", unit="adapter", disable=None):
+    for n in progress(range(len(adapters)), desc="copies", unit="adapter"):
         count = max(1, there[n].sum() * len(responses))
         for group in groups:
             first = group[0]
@@ -56,6 +54,14 @@ def stand_ins(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> ND
             middle = np.sort(sizes)[(len(group) - 1) // 2]
             out[group] = group[int(np.isclose(sizes, middle, rtol=1e-3).argmax())]
     return out
+
+
+def _flat_logs(responses: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log responses, (adapters, prompts * modules), 0 without a prototype; in place, as they may be large."""
+    flat = responses.transpose(1, 0, 2).reshape(responses.shape[1], -1).copy()
+    np.log(flat.clip(1e-6, out=flat), out=flat)
+    np.nan_to_num(flat, copy=False)
+    return flat
 
 
 def norms_and_cosines(adapters: Sequence[Adapter]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

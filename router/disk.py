@@ -1,7 +1,7 @@
 """Tensors kept on disk between runs, under names made from all that they depend on.
 
-They are safetensors in the cache folder. Whoever reads one finds all of it or nothing; deleting any costs
-time and changes no answer.
+They are safetensors in the cache folder. Whoever reads one finds all of it or nothing; any may be deleted,
+and is computed again when it is needed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def load(name: str) -> dict[str, Tensor] | None:
 def save(name: str, tensors: Mapping[str, Tensor]) -> None:
     """Keeps tensors under a name, `folder/name`; where nothing can be kept, the next run computes again."""
     file = _file(name)
-    with suppress(OSError):
+    with suppress(OSError, SafetensorError):  # a full disk is the latter
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as work:
             part = Path(work) / "part"

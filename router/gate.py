@@ -90,16 +90,17 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         if not X.shape[1]:
             raise ValueError("expected at least 1 adapter, got none")
         absent = np.isnan(_logs(X[:1])[0])  # (adapters, modules)
-        self.n_adapters_, self.n_modules_ = X.shape[1:]
-        self.mean_, self.std_, self.loadings_ = np.empty((3, *X.shape[1:]))
-        for m in range(self.n_modules_):  # one at a time: of many adapters, all of them would fill the memory
+        means, stds, loadings = np.empty((3, *X.shape[1:]))
+        for m in range(X.shape[2]):  # one at a time: of many adapters, all of them would fill the memory
             logs = _logs(X[:, :, [m]])
             self._check_absent(logs, absent[:, [m]])
             one = logs[:, :, 0]  # (reference queries, adapters)
-            self.mean_[:, m], self.std_[:, m] = one.mean(0), one.std(0, ddof=1).clip(1e-3)
-            self.loadings_[:, m] = _loadings((one - self.mean_[:, m]) / self.std_[:, m])
+            means[:, m], stds[:, m] = one.mean(0), one.std(0, ddof=1).clip(1e-3)
+            loadings[:, m] = _loadings((one - means[:, m]) / stds[:, m])
         if (empty := absent.all(1)).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
+        self.n_adapters_, self.n_modules_ = X.shape[1:]
+        self.mean_, self.std_, self.loadings_ = means, stds, loadings
         for name in ("effect_", "confidence_", "base_confidence_"):  # of another library, if there are any
             self.__dict__.pop(name, None)
         raw = np.concatenate([self._average(_logs(x)) for x in _parts(X)])

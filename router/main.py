@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,15 +190,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--time_limit and --memory_limit: expected --plan with them, which compares; a run has no limits"
         )
     if args.quiet:
-        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
-    _log("WARNING" if args.quiet else "INFO")
+        os.environ["TQDM_DISABLE"] = "1"
     from router.run import record, run, summary  # imports torch
     from router.settings import Settings
 
     try:
         if args.plan:
             return _plan(args, Settings(**given))
-        method = run(args.merging_method, Settings(**given))
+        with _logging("WARNING" if args.quiet else "INFO"):
+            method = run(args.merging_method, Settings(**given))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -208,11 +209,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _log(level: str) -> None:
+@contextmanager
+def _logging(level: str) -> Iterator[None]:
     """What the package logs goes to standard error as it stands; other packages' logs are left alone."""
-    log = logging.getLogger("router")
+    log, handler = logging.getLogger("router"), logging.StreamHandler()
+    before = log.level
+    log.addHandler(handler)
     log.setLevel(level)
-    log.handlers = [logging.StreamHandler()]
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def _plan(args: argparse.Namespace, settings: Settings) -> int:

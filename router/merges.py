@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from merge.factors import Factors
 from merge.folders import write_adapter
@@ -28,6 +27,7 @@ from router.constants import COMPETITION, COMPETITION_BASE
 from router.evidence import Evidence
 from router.model_card import write_card
 from router.predict import Answer, answer, encode
+from router.progress import progress
 from router.settings import Settings
 from router.stages import Stages
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
@@ -247,26 +247,29 @@ class Routed(Merges):
 
         A variant that is the plain base model has no folder.
         """
-        for n, variant in enumerate(tqdm(self.variants, "variants", unit="variant", disable=None)):
+        for n, variant in enumerate(progress(self.variants, desc="variants", unit="variant")):
             if name := self.folder(n):
                 path, rank = Path(output_dir) / name, self.settings.variant_rank
                 write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
                 write_card(path, self, variant)
 
     def _progress(self, queries: Sequence[Query]) -> Any:
-        """A bar of prediction, which counts the prompts' tokens."""
-        rows = encode(self.tokenizer, [query.input for query in queries], self._max_seq_len)
-        return tqdm(total=sum(map(len, rows)), desc="predict", unit="tok", disable=None)
+        """The bar of prediction, which counts the prompts' tokens."""
+        bar = progress(desc="predict", unit="tok")
+        if not bar.disable:
+            rows = encode(self.tokenizer, [query.input for query in queries], self._max_seq_len)
+            bar.reset(sum(map(len, rows)))
+        return bar
 
     def _predict(self, queries: Sequence[Query], folder: Path) -> list[Answer]:
         answers: dict[int, Answer] = {}
         names = [self.folder(n) for n in range(len(self.variants))]
         folders = [folder / name if name else None for name in names]
-        with self._progress(queries) as progress, Hotswap(self.base) as swap:
+        with self._progress(queries) as bar, Hotswap(self.base) as swap:
             for n in swap_order(folders):
                 members = np.flatnonzero(self.clusters.labels == n).tolist()
                 model = swap.show(folders[n])
-                part = self._answer_with(model, [queries[m] for m in members], progress.update)
+                part = self._answer_with(model, [queries[m] for m in members], bar.update)
                 answers.update(zip(members, part, strict=True))
         return [answers[n] for n in range(len(queries))]
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from tqdm import tqdm
 
 from router.adapters import Adapter
 from router.cache import tokens_at_once
 from router.predict import by_length, pad_left
+from router.progress import progress
 
 LOOK = 128  # tokens of a prompt that routing reads at most; docs/speed.md tells what more would change
 
@@ -32,11 +33,11 @@ def batches(
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """(row numbers, ids, mask) of each left-padded batch, ids and mask (B, T); no title, no progress bar."""
     lengths = [len(row) for row in rows]
-    quiet = None if title else True  # None: quiet where there is no terminal
-    with tqdm(total=sum(lengths), desc=title, unit="tok", disable=quiet) as progress:
+    with progress(total=sum(lengths), desc=title, unit="tok") if title else nullcontext() as bar:
         for batch in by_length(lengths, tokens_at_once(model.device)):
             yield batch, *pad_left([rows[n] for n in batch], pad_id, model.device)
-            progress.update(sum(lengths[n] for n in batch))
+            if bar is not None:
+                bar.update(sum(lengths[n] for n in batch))
 
 
 class Last(NamedTuple):

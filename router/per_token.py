@@ -229,5 +229,5 @@ class PerToken(Routed):
         """Writes nothing: there is no merged adapter."""
 
     def _predict(self, queries: Sequence[Query], folder: Path) -> list[Answer]:
-        with attached(self.base.model, self.experts, self.weigh), self._progress(queries) as progress:
-            return self._answer_with(self.base.model, queries, progress.update)
+        with attached(self.base.model, self.experts, self.weigh), self._progress(queries) as bar:
+            return self._answer_with(self.base.model, queries, bar.update)

@@ -104,7 +104,7 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     seconds = {way: _seconds(speed, work, adapters, count, routed) for way, count in ways.items()}
     if earlier and routed:
         for found in seconds.values():
-            found["calibrate"] = 0.0  # kept on disk since then
+            found["prototypes"] = found["calibrate"] = 0.0  # kept on disk since then
     memory = _memory(base, dtype.itemsize, parameters(model), work, adapters, routed)
     size = sum((folder.path / WEIGHTS_FILE).stat().st_size for folder in adapters.values())
     return {

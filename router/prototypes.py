@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from merge.factors import stacks, svd
 from router.adapters import Adapter
 from router.disk import content, load, save
+from router.progress import progress
 
 FORMAT = 1  # raise it when a prototype is computed otherwise
 
@@ -47,21 +47,29 @@ def prototypes(
     An adapter has no prototype at a module that it does not change, be it that the module is not
     its target or that its update is zero.
     """
-    parts: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
-    for owner, adapter in enumerate(tqdm(adapters, "prototypes", unit="adapter", disable=None)):
+    shapes = {m: shape[1] for adapter in adapters for m, shape in adapter.folder.shapes.items()}
+    room = {m: sum(adapter.folder.ranks.get(m, 0) for adapter in adapters) for m in sorted(shapes)}
+    directions = {m: torch.empty(shapes[m], most, dtype=dtype) for m, most in room.items()}
+    weights = {m: torch.empty(most) for m, most in room.items()}
+    owners = {m: torch.empty(most, dtype=torch.long) for m, most in room.items()}
+    used = dict.fromkeys(room, 0)
+    for owner, adapter in enumerate(progress(adapters, desc="prototypes", unit="adapter")):
         known = _own(adapter, dtype)
         for module in {key.rpartition(".")[0] for key in known}:
-            one = known[f"{module}.directions"], known[f"{module}.weights"], owner
-            parts.setdefault(module, []).append(one)
-    joined = {}
-    for module in sorted(parts):
-        found = parts.pop(module)  # so that not all are there twice
-        joined[module] = ModulePrototypes(
-            torch.cat([v for v, _, _ in found], dim=1).to(device).contiguous(),
-            torch.cat([w for _, w, _ in found]).to(device, torch.float32),
-            torch.cat([torch.full((len(w),), owner) for _, w, owner in found]).to(device),
+            v, start = known[f"{module}.directions"], used[module]
+            used[module] = end = start + v.shape[1]
+            directions[module][:, start:end] = v
+            weights[module][start:end] = known[f"{module}.weights"]
+            owners[module][start:end] = owner
+    return {
+        m: ModulePrototypes(
+            directions[m][:, :end].contiguous().to(device),
+            weights[m][:end].to(device),
+            owners[m][:end].to(device),
         )
-    return joined
+        for m, end in used.items()
+        if end
+    }
 
 
 def of_some(

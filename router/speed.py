@@ -32,7 +32,7 @@ class Speed:
         probe: of a prompt token with all adapters' prototypes measured on the way.
         write: of a step in which a batch writes a token each, whatever its size, with an adapter live.
         write_row: what each row adds to that.
-        swap: of an adapter written and loaded.
+        swap: of an adapter written and loaded; less where it takes the place of one like it.
         prototypes: of one adapter.
     """
 

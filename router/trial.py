@@ -42,7 +42,7 @@ def trial(
     effect, confidence = np.full((2, *wanted.shape), np.nan)
     shapes, pad = linear_shapes(base.model), base.tokenizer.pad_token_id
     with tempfile.TemporaryDirectory() as folder, Hotswap(base) as swap:
-        for n in sorted(np.flatnonzero(wanted.any(0)).tolist(), key=lambda n: _size(adapters[n])):
+        for n in sorted(np.flatnonzero(wanted.any(0)).tolist(), key=lambda n: _turn(adapters[n])):
             mine, path = np.flatnonzero(wanted[:, n]), Path(folder) / str(n)
             # In the form in which a variant of it alone would answer.
             write_variant(path, Variant({adapters[n].name: 1.0}, 0.0), [adapters[n]], base, shapes)
@@ -58,6 +58,7 @@ def trial(
     return Trials(effect, confidence, last.confidence.double().cpu().numpy())
 
 
-def _size(adapter: Adapter) -> tuple[list[str], int]:
-    """What swapping goes by: the modules that an adapter changes, and its rank."""
-    return sorted(adapter.folder.shapes), max(adapter.folder.ranks.values())
+def _turn(adapter: Adapter) -> tuple[list[str], int]:
+    """What `swap_order` would go by: the kinds of modules that an adapter changes, and its rank."""
+    kinds = {module.rsplit(".", 1)[-1] for module in adapter.folder.shapes}
+    return sorted(kinds), max(adapter.folder.ranks.values())

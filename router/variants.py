@@ -106,7 +106,8 @@ class Hotswap:
 
     A variant that changes the same modules as the one before it, at no lower rank, is put into the layers
     that are there (PEFT's hot swap); for another, layers are wrapped anew, which takes longer. `swap_order`
-    tells in which order few are. As a context manager it leaves the base model as it was.
+    tells in which order few are. Folders are as `write_adapter` leaves them, in the base model's dtype. As a
+    context manager it leaves the base model as it was.
     """
 
     def __init__(self, base: Base) -> None:
@@ -128,13 +129,12 @@ class Hotswap:
             self.clear()
         if folder is None:
             return self.base.model
-        device = str(self.base.model.device)
         if self._targets:
             from peft.utils.hotswap import hotswap_adapter
 
-            hotswap_adapter(self._model, str(folder), "variant", device)
+            hotswap_adapter(self._model, str(folder), "variant", "cpu")  # it moves tensor by tensor
         else:
-            self._model = _wrapped(self.base.model, folder, device)
+            self._model = _wrapped(self.base.model, folder)
         self._targets, self._rank = targets, rank
         return self._model
 
@@ -153,19 +153,23 @@ def _changed(folder: Path | None) -> tuple[list[str], int]:
     return config["target_modules"], config["r"]
 
 
-def _wrapped(model: Any, folder: Path, device: str) -> Any:
-    from peft import PeftModel
+def _wrapped(model: Any, folder: Path) -> Any:
+    """A model with a folder's variant, by PEFT; if that fails, the model is as it was."""
+    from peft import PeftConfig, PeftModelForCausalLM
 
+    how: dict[str, Any] = {
+        "adapter_name": "variant",
+        "autocast_adapter_dtype": False,  # in the base model's dtype, not float32
+        "low_cpu_mem_usage": True,  # no random initialisation first
+    }
     with warnings.catch_warnings():  # between PEFT and transformers; nothing a person can act on
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        found = PeftModel.from_pretrained(
-            model,
-            folder,
-            adapter_name="variant",
-            torch_device=device,
-            autocast_adapter_dtype=False,  # in the base model's dtype, not float32
-            low_cpu_mem_usage=True,  # no random initialisation first
-        )
+        found = PeftModelForCausalLM(model, PeftConfig.from_pretrained(str(folder)), **how)
+        try:
+            found.load_adapter(str(folder), torch_device=str(model.device), **how)
+        except BaseException:
+            found.unload()
+            raise
     return found.eval()
 
 

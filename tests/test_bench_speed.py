@@ -52,7 +52,9 @@ def test_of_calibration_only_what_a_second_run_takes_is_counted():
 
 
 def test_the_grid_has_a_line_for_each_count_and_rank():
-    found = {f"gate {n} {size}": [{"seconds": 0.5}] for n in (50, 200, 800, 3200) for size in (4, 16, 64, 256)}
+    found = {
+        f"gate {n} {size}": [{"seconds": 0.5}] for n in (50, 200, 800, 3200) for size in (4, 16, 64, 256)
+    }
     found |= {f"probing {n}": [{"seconds": 2.0, "tokens": 60 * n}] for n in (50, 200, 800, 3200)}
     found |= {f"merge ours embedded {rank}": [{"seconds": 0.25}] for rank in (4, 8, 16, 32, 64)}
     one = {"prototypes": 1.0, "hot": 0.03, "new": 0.2, "step": 0.05}

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_adapter
+from safetensors import SafetensorError
 
 from merge.factors import dense
 from router.adapters import load_library
@@ -82,7 +83,7 @@ def test_a_library_that_was_seen_before_is_not_decomposed_again(tiny_library, ca
         prototypes(adapters, dtype=torch.float32)
 
 
-def test_a_new_or_changed_adapter_is_decomposed_and_the_others_are_not_read(tmp_path, tiny_library, cache):
+def test_a_new_adapter_is_decomposed_and_the_others_are_not_read(tmp_path, tiny_library, cache):
     adapters = load_library([str(tiny_library)])
     first = prototypes(adapters)
     for adapter in adapters:  # whoever reads one of these again fails
@@ -111,3 +112,20 @@ def test_a_broken_file_is_computed_again(tiny_library, cache, keep):
     again = prototypes(adapters)
     assert all(torch.equal(proto.directions, again[module].directions) for module, proto in first.items())
     assert {file: file.read_bytes() for file in files} == whole  # and kept again
+
+
+def test_the_same_file_name_with_other_weights_is_another_adapter(tmp_path, cache):
+    first = prototypes(load_library([str(write_tiny_adapter(tmp_path / "one", 1))]))
+    second = prototypes(load_library([str(write_tiny_adapter(tmp_path / "one", 2))]))
+    assert not any(
+        torch.equal(proto.directions, second[module].directions) for module, proto in first.items()
+    )
+
+
+def test_a_full_disk_costs_the_next_run_time_and_nothing_else(tiny_library, cache, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("router.disk.save_file", full)
+    assert prototypes(load_library([str(tiny_library)]))
+    assert not [path for path in cache.rglob("*") if path.is_file()]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -185,11 +186,22 @@ def lora_weights(model):
     return {name: weight for name, weight in model.named_parameters() if "lora_" in name}
 
 
-# The same modules at a higher rank, at a lower one, other modules, fewer modules, nothing, the first again.
-SWAPPED = ("attention 2", "attention 4", "attention 1", "everything 2", "mlp 3", None, "attention 2")
+# The same modules at a higher rank (1 stays 1, others are padded to 8), at the same, at a lower; others; none.
+SWAPPED = (
+    "attention 1",
+    "attention 4",
+    "attention 2",
+    "attention 1",
+    "everything 2",
+    "mlp 3",
+    None,
+    "attention 2",
+)
 
 
-def test_a_swapped_variant_has_the_weights_that_peft_loads(tmp_path, base, adapters):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_swapped_variant_has_the_weights_that_peft_loads(tmp_path, tiny_base, adapters, dtype):
+    base = load_base(str(tiny_base), "cpu", dtype)
     before, weights = logits(base.model), copy.deepcopy(base.model.state_dict())
     folders = [name and tmp_path / name for name in SWAPPED]
     for name, folder in zip(SWAPPED, folders, strict=True):
@@ -197,18 +209,22 @@ def test_a_swapped_variant_has_the_weights_that_peft_loads(tmp_path, base, adapt
             adapter, rank = name.split()
             only = Variant({adapter: 1.0}, 0.0)
             write_variant(folder, only, adapters, base, linear_shapes(base.model), int(rank))
+    written = {file: file.read_bytes() for file in tmp_path.rglob("adapter_model.safetensors")}
     with Hotswap(base) as swap:
         for folder in folders:
             found = swap.show(folder)
             if folder is None:
                 assert found is base.model and torch.equal(logits(found), before)
                 continue
-            fresh = AutoModelForCausalLM.from_pretrained(base.name, dtype=torch.float32)
-            theirs = PeftModel.from_pretrained(fresh, folder, adapter_name="variant").eval()
+            fresh = AutoModelForCausalLM.from_pretrained(base.name, dtype=base.model.dtype)
+            theirs = PeftModel.from_pretrained(
+                fresh, folder, adapter_name="variant", autocast_adapter_dtype=False
+            ).eval()
             mine, expected = lora_weights(found), lora_weights(theirs)
             assert mine.keys() == expected.keys()
             assert all(torch.equal(weight, expected[name]) for name, weight in mine.items())
             torch.testing.assert_close(logits(found), logits(theirs), atol=1e-5, rtol=0)
+    assert {file: file.read_bytes() for file in written} == written
     assert torch.equal(logits(base.model), before)
     assert base.model.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
@@ -235,6 +251,19 @@ def test_an_error_while_a_variant_is_live_leaves_the_base_model_plain(tmp_path, 
     with pytest.raises(RuntimeError, match="out of memory"), live(base, tmp_path / "v"):
         raise RuntimeError("out of memory")
     assert torch.equal(logits(base.model), before)
+
+
+def test_a_folder_that_cannot_be_loaded_leaves_the_base_model_plain(tmp_path, base, adapters):
+    before, shapes = logits(base.model), linear_shapes(base.model)
+    for name in ("good", "bad"):
+        write_variant(tmp_path / name, MIXED, adapters, base, shapes)
+    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"cut off")
+    for first in ([], ["good"]):
+        with pytest.raises(SafetensorError), Hotswap(base) as swap:
+            for name in [*first, "bad"]:
+                swap.show(tmp_path / name)
+        assert torch.equal(logits(base.model), before)
+        assert not any(hasattr(module, "lora_A") for module in base.model.modules())
 
 
 def test_a_variant_is_written_in_the_base_models_dtype(tmp_path, tiny_base, tiny_library, adapters):

@@ -1,7 +1,7 @@
 """The measurements. Each runs in a process of its own and returns numbers, seconds if not named otherwise.
 
-Everything that is compared runs on the same queries, the embedded base model and the same adapters. What is
-kept on disk between runs is not counted (calibration) or read from there (prototypes), but in the first.
+Everything that is compared runs on the same queries, the embedded base model and the same adapters. Whole
+runs find prototypes and calibration on disk, but for a library's first, whose calibration is not counted.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,6 +38,7 @@ from router.prototypes import prototypes
 from router.settings import Settings
 from router.submission import MULTIPLE_CHOICE, Query, read_queries
 from router.variants import Hotswap, live
+from scripts.bench_speed.clean import empty_cache
 
 COMPETITION_CSV = Path("../shared/competition/test.csv")
 FOLDER = Path("output/benchmark/speed_libraries")
@@ -120,7 +119,6 @@ def routed(size: str, every: str) -> dict[str, Any]:
     # Calibration is once for a library: where this process was the first to see it, it is not counted.
     return {
         "seconds": seconds - stages["calibrate"], "stages": stages, "peak_mib": peak_mib(),
-        "peaks_mib": method.stages.peak_mib,
         "variants": len(method.variants), "queries": len(asked), "tried": float(method.evidence.tried.mean()),
     }  # fmt: skip
 
@@ -315,30 +313,24 @@ def library_prototypes(size: str) -> dict[str, Any]:
         return [list(adapter.read_all()) for adapter in adapters]
 
     read()  # all find the files in the system's cache
-    with _empty_cache():
+    with empty_cache():
         prototypes(adapters[:1])
     found = {"read": [timed(read) for _ in range(3)], "seconds": [], "cached": []}
     for _ in range(3):
-        with _empty_cache():
+        with empty_cache():
             for key in ("seconds", "cached"):
                 found[key].append(timed(lambda: prototypes(adapters)))
     mib = sum((a.folder.path / WEIGHTS_FILE).stat().st_size for a in adapters) / 2**20
     return {**{key: min(values) for key, values in found.items()}, "mib": mib}
 
 
-@contextmanager
-def _empty_cache() -> Iterator[None]:
-    """What is kept between runs is kept in a folder of its own, empty at first."""
-    with tempfile.TemporaryDirectory() as folder, patch("router.disk.cache_folder", lambda: Path(folder)):
-        yield
-
-
-def rank(rank: str) -> dict[str, Any]:
+def rank(width: str) -> dict[str, Any]:
     """What grows with the rank, by 8 adapters on all layers: prototypes, a swap, a step of 11 rows."""
     base = load_base(EMBEDDED)
-    adapters = uniform(base, int(rank))
-    with _empty_cache():
-        prototypes(adapters[:1])  # warm, under another dtype's name
+    adapters = uniform(base, int(width))
+    with empty_cache():
+        prototypes(adapters[:1], dtype=base.model.dtype)  # warm
+    with empty_cache():
         made = timed(lambda: prototypes(adapters, dtype=base.model.dtype))
     ids = torch.full((11, 1), 5)
     swaps: dict[str, list[float]] = {"new": [], "hot": []}

@@ -26,6 +26,7 @@ from router.probe import input_means, probe
 from router.prototypes import prototypes
 from router.speed import step
 from router.variants import Variant, live, write_variant
+from scripts.bench_speed.clean import empty_cache
 
 LAYERS, ADAPTERS, RANK = 32, 27, 16
 PROMPTS, LENGTH = 4, 128
@@ -57,6 +58,11 @@ def _adapters(model: Any, folder: Path) -> list[Adapter]:
     return load_library([str(folder)])
 
 
+def _prototypes(adapters: list[Adapter]) -> Any:
+    with empty_cache():
+        return prototypes(adapters, "cpu", torch.bfloat16)
+
+
 def _timed(work: Callable[[], Any], times: int = 3) -> float:
     found = []
     for _ in range(times):
@@ -78,7 +84,7 @@ def measure(layers: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         adapters = _adapters(model, folder / "library")
-        protos = prototypes(adapters, "cpu", torch.bfloat16)
+        protos = _prototypes(adapters)
         means = input_means(model, rows[:1].tolist(), pad, list(protos))
         tokens = rows.numel()
         base: Any = SimpleNamespace(
@@ -93,7 +99,7 @@ def measure(layers: str) -> dict[str, Any]:
                 pass
 
         found = {
-            "prototypes": _timed(lambda: prototypes(adapters, "cpu", torch.bfloat16)),
+            "prototypes": _timed(lambda: _prototypes(adapters)),
             "variant": _timed(swap),
             "probe": _timed(lambda: probe(model, rows.tolist(), pad, protos, means, ADAPTERS)) / tokens,
         }

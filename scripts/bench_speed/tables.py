@@ -13,6 +13,9 @@ from scripts.benchmark.tables import insert
 
 Known = dict[str, list[dict[str, Any]]]
 README, DETAILS = Path("README.md"), Path("docs/speed.md")
+SIZES = ("4", "16", "64", "256")  # of libraries
+COUNTS = ("50", "200", "800", "3200")  # of queries
+RANKS = ("4", "8", "16", "32", "64")
 TOKENS = 86905  # of its prompts, by the embedded base model's tokenizer
 # An RTX A6000, by NVIDIA's data sheet: dense bfloat16 rate and memory bandwidth.
 A6000_FLOPS, A6000_BYTES = 154.8e12, 768e9
@@ -221,20 +224,19 @@ def _operators(known: Known) -> list[str]:
 
 
 def _grid(known: Known) -> list[str]:
-    sizes, counts = ("4", "16", "64", "256"), ("50", "200", "800", "3200")
-    lines = ["| gate and clusters, seconds | " + " | ".join(f"{size} adapters" for size in sizes) + " |"]
-    lines.append("| --- " + "| ---: " * len(sizes) + "|")
-    for count in counts:
-        cells = [f"{middle(known, f'gate {count} {size}'):.2f}" for size in sizes]
+    lines = ["| gate and clusters, seconds | " + " | ".join(f"{size} adapters" for size in SIZES) + " |"]
+    lines.append("| --- " + "| ---: " * len(SIZES) + "|")
+    for count in COUNTS:
+        cells = [f"{middle(known, f'gate {count} {size}'):.2f}" for size in SIZES]
         lines.append(f"| {count} queries | " + " | ".join(cells) + " |")
     lines += ["", "| probe, 22 adapters | tokens | seconds | tokens/s |", "| --- | ---: | ---: | ---: |"]
-    for count in counts:
+    for count in COUNTS:
         found = known[f"probing {count}"][0]
         each = f"{found['tokens']} | {found['seconds']:.1f} | {found['tokens'] / found['seconds']:.0f}"
         lines.append(f"| {count} queries | {each} |")
-    lines += ["", "| rank | prototypes of 8, s | merge and recompression of 3, s | swap, ms | first of its "
-              "modules, ms | step of 11 rows, ms |", "| ---: " * 6 + "|"]  # fmt: skip
-    for rank in ("4", "8", "16", "32", "64"):
+    lines += ["", "| rank | prototypes of 8, s | merge and recompression of 3, s | swapped in place, ms | "
+              "wrapped anew, ms | step of 11 rows, ms |", "| ---: " * 6 + "|"]  # fmt: skip
+    for rank in RANKS:
         found = known[f"rank {rank}"][0]
         cells = [f"{found['prototypes']:.2f}", f"{middle(known, f'merge ours embedded {rank}'):.2f}"]
         cells += [f"{1000 * found[key]:.0f}" for key in ("hot", "new", "step")]
