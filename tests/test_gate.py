@@ -137,6 +137,15 @@ def test_wrong_references_are_refused(X, message):
         PrototypeGate().fit(X)
 
 
+def test_a_refused_fit_leaves_the_gate_as_it_was():
+    found, fresh = PrototypeGate().fit(GENERIC), PrototypeGate().fit(GENERIC)
+    broken = GENERIC.copy()
+    broken[3, 2, 1] = np.nan
+    with pytest.raises(ValueError, match="expected finite responses"):
+        found.fit(broken)
+    np.testing.assert_array_equal(found.predict_proba(GENERIC), fresh.predict_proba(GENERIC))
+
+
 def test_responses_of_another_library_are_refused():
     with pytest.raises(ValueError, match="6 adapters"):
         PrototypeGate().fit(GENERIC).predict(GENERIC[:, :5])

@@ -186,7 +186,7 @@ def lora_weights(model):
     return {name: weight for name, weight in model.named_parameters() if "lora_" in name}
 
 
-# The same modules at a higher rank (1 stays 1, others are padded to 8), at the same, at a lower; others; none.
+# The same modules at a higher rank (1 stays 1, others become 8), at the same, at a lower; others; none.
 SWAPPED = (
     "attention 1",
     "attention 4",
