@@ -219,6 +219,9 @@ def main() -> None:
     third = [f"{3 * d // (max(depth) + 1)}" for d in depth]
     row("one voice for each kind of module", by_groups(X, reference, kind).argmax(1))
     row("one voice for each third of the depth", by_groups(X, reference, third).argmax(1))
+    for share, what in ((1 / 3, "first third"), (2 / 3, "first two thirds")):
+        mine = [m for m, d in enumerate(depth) if d < share * (max(depth) + 1)]
+        row(f"the {what} of the layers alone", scores(X[:, :, mine], reference[:, :, mine]).argmax(1))
     spread = np.nanvar((np.log(X.clip(1e-6)) - PrototypeGate().fit(reference).mean_)[n:], 0)
     best = spread >= np.nanmedian(spread, 1, keepdims=True)
     row("each adapter's half of modules that separates the queries best",
@@ -253,7 +256,8 @@ def main() -> None:
         sure = (trials.confidence - gate.confidence_[0]) / gate.confidence_[1]
         effect = (np.log(trials.effect) - gate.effect_[0]) / gate.effect_[1]
         ranks = (-S).argsort(1, kind="stable").argsort(1)
-        sure = np.where((S.max(1, keepdims=True) - reach < S) & (ranks < most), sure, np.nan)
+        best = np.fmax(S.max(1, keepdims=True), gate.base_score_)
+        sure = np.where((best - reach < S) & (ranks < most), sure, np.nan)
         bonus = rise * (sure if change == "falls too" else sure.clip(0, reach))
         if change == "effect too":
             bonus = bonus + effect.clip(0, reach)
