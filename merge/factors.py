@@ -92,16 +92,19 @@ def stacks(updates: Iterable[tuple[str, Factors]]) -> Iterator[tuple[list[str], 
         yield list(names), Factors(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
 
-def svd(update: Factors) -> tuple[Tensor, Tensor, Tensor]:
+def svd(update: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of the update by QR of both factors and an r x r SVD; of many at once if they are stacked.
 
+    Args:
+        rank: leave out all but this many of the largest singular values.
+
     Returns:
-        u (..., d_out, k), s (..., k) descending, vh (..., k, d_in), with k = min(r, d_in, d_out).
+        u (..., d_out, k), s (..., k) descending, vh (..., k, d_in), with k = min(r, d_in, d_out, rank).
     """
     q_b, r_b = torch.linalg.qr(update.b)  # (..., d_out, k_b), (..., k_b, r)
     q_a, r_a = torch.linalg.qr(update.a.mT)  # (..., d_in, k_a), (..., k_a, r)
     u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    return q_b @ u, s, vh @ q_a.mT
+    return q_b @ u[..., :rank], s[..., :rank], vh[..., :rank, :] @ q_a.mT
 
 
 def support(update: Factors) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,8 +135,7 @@ def recompress(update: Factors, rank: int) -> Factors:
     """
     if rank < 1:
         raise ValueError(f"expected a rank of at least 1, got {rank}")
-    u, s, vh = svd(update)
-    return from_svd(u[:, :rank], s[:rank], vh[:rank])
+    return from_svd(*svd(update, rank))
 
 
 def pad(update: Factors, rank: int) -> Factors:
