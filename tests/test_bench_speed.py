@@ -62,3 +62,16 @@ def test_the_grid_has_a_line_for_each_count_and_rank():
     lines = tables._grid(found)
     assert "| 3200 queries | 192000 | 2.0 | 96000 |" in lines
     assert lines[-1] == "| 64 | 1.00 | 0.25 | 30 | 200 | 50 |"
+
+
+def test_32_layers_cost_what_one_and_five_say():
+    def measured(layers):
+        seconds = dict.fromkeys(("prototypes", "variant", "probe", "read", "write"), 0.5 + 0.25 * layers)
+        return [{**seconds, "linear": 10 * layers, "head": 7, "gemm_flops": tables.A6000_FLOPS / 2}]
+
+    found = {"shape 1": measured(1), "shape 5": measured(5), "routed 22 1": [{"tried": 2.0}]}
+    found["roofline"] = [{"bytes": tables.A6000_BYTES / 4}]
+    lines = tables._mistral(found)
+    assert "| 8 | 8 |" in lines[2] and "prototypes" in lines[2]  # 0.5 + 0.25 x 32, on the CPU in both: 8.5
+    probe = lines[3].split(" | ")
+    assert [probe[2], probe[3].rstrip(" |")] == [f"{51325 * 8.5:.0f}", f"{51325 * 8.5 / 2:.0f}"]

@@ -2,7 +2,7 @@
 
 Every measurement runs in a process of its own, those that are compared in turns, and is kept in
 output/benchmark/speed.json, so that a run that was stopped goes on where it stood. Delete that file to
-measure anew. `--shape mistral-7b` does the same for one layer with Mistral's dimensions.
+measure anew. `--shape mistral-7b` does the same for layers with Mistral's dimensions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench_speed import measures, shape, tables
-from scripts.bench_speed.tables import COUNTS, RANKS, SIZES
+from scripts.bench_speed.tables import COUNTS, RANKS, SHAPE, SIZES
 
 RESULTS = Path("output/benchmark/speed.json")
 EVERY = "8"  # of the queries, where not all are asked
@@ -36,7 +36,6 @@ ONCE = (
     *(f"rank {rank}" for rank in RANKS),
 )  # fmt: skip
 GROWTH = tuple(f"routed {size} {EVERY}" for size in SIZES)
-SHAPE = ("shape 1", "shape 2")
 
 
 def main() -> None:
@@ -59,7 +58,7 @@ def main() -> None:
         tables.write_plans(args.plans)
         return
     if args.shape:
-        _measure(SHAPE, 1)
+        _measure(SHAPE, args.repetitions)
     else:
         _measure(ONCE, 1)
         _measure(PARTS, args.repetitions)

@@ -1,6 +1,6 @@
-"""A Mistral-7B-shaped model of one and of two layers, random weights, and what 32 layers would cost.
+"""Mistral-7B-shaped models of one and of five layers, random weights, and what 32 layers would cost.
 
-One layer's cost is the difference between the two, so the vocabulary's matrices are counted once. On this
+A layer's cost is a quarter of the difference between the two, so the vocabulary's matrices are counted once. On this
 machine all is measured; an A6000 is taken to reach the same share of its published rate and bandwidth as
 this machine of its own measured ones.
 """
@@ -29,6 +29,7 @@ from router.variants import Variant, live, write_variant
 from scripts.bench_speed.clean import empty_cache
 
 LAYERS, ADAPTERS, RANK = 32, 27, 16
+FEW, MANY = 1, 5  # layers that are measured
 PROMPTS, LENGTH = 4, 128
 WRITING, STEPS = 16, 4  # rows of a batch that writes, and how many steps are timed
 
@@ -77,7 +78,8 @@ def measure(layers: str) -> dict[str, Any]:
 
     Returns:
         probe: a token of a prompt, with all adapters' prototypes; read: without; write: a step of 16 rows;
-        prototypes: of all adapters; variant: a mix of three, summed, written, loaded by PEFT and taken out.
+        prototypes: of all adapters; variant: a mix of three, summed, written, loaded by PEFT and taken out;
+        gemm_flops: FLOP/s of the largest product alone, 512 tokens through an up projection.
     """
     model, pad = _build(int(layers)), 0
     rows = torch.randint(5, 30000, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(2))
@@ -100,12 +102,15 @@ def measure(layers: str) -> dict[str, Any]:
 
         found = {
             "prototypes": _timed(lambda: _prototypes(adapters)),
-            "variant": _timed(swap),
+            "variant": _timed(swap, 5),
             "probe": _timed(lambda: probe(model, rows.tolist(), pad, protos, means, ADAPTERS)) / tokens,
         }
         with torch.inference_mode(), live(base, folder / "variant") as variant:
             mask = torch.ones_like(rows)
             found["read"] = _timed(lambda: read_prompts(variant, rows, mask, 1)) / tokens
             found["write"] = _timed(step(variant, LENGTH, WRITING), STEPS + 1)
+    up = model.model.layers[0].mlp.up_proj.weight
+    x = torch.randn(tokens, up.shape[1]).to(up.dtype)
+    found["gemm_flops"] = 2 * tokens * up.numel() / _timed(lambda: torch.nn.functional.linear(x, up), 9)
     linear = sum(d_out * d_in for d_out, d_in in linear_shapes(model).values())
     return {**found, "linear": linear, "head": model.lm_head.weight.numel()}

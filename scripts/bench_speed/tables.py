@@ -16,6 +16,7 @@ README, DETAILS = Path("README.md"), Path("docs/speed.md")
 SIZES = ("4", "16", "64", "256")  # of libraries
 COUNTS = ("50", "200", "800", "3200")  # of queries
 RANKS = ("4", "8", "16", "32", "64")
+SHAPE = (f"shape {shape.FEW}", f"shape {shape.MANY}")
 TOKENS = 86905  # of its prompts, by the embedded base model's tokenizer
 # An RTX A6000, by NVIDIA's data sheet: dense bfloat16 rate and memory bandwidth.
 A6000_FLOPS, A6000_BYTES = 154.8e12, 768e9
@@ -162,7 +163,7 @@ def write(known: Known) -> None:
         insert(DETAILS, "steps", _steps(known))
     except KeyError as error:
         print(f"no table of targets yet: {error} is not measured")
-    if all(job in known for job in ("shape 1", "shape 2", "roofline", "routed 22 1")):
+    if all(job in known for job in (*SHAPE, "roofline", "routed 22 1")):
         insert(DETAILS, "mistral", _mistral(known))
 
 
@@ -269,14 +270,17 @@ def _steps(known: Known) -> list[str]:
 
 
 def _mistral(known: Known) -> list[str]:
-    one, two = known["shape 1"][-1], known["shape 2"][-1]
-    flops, memory = middle(known, "roofline", "gemm_flops"), middle(known, "roofline", "bytes")
+    few, many = SHAPE
+    flops, memory = middle(known, many, "gemm_flops"), middle(known, "roofline", "bytes")
+
+    def layer(key: str) -> float:
+        return (middle(known, many, key) - middle(known, few, key)) / (shape.MANY - shape.FEW)
 
     def whole(key: str) -> float:
-        return one[key] + (shape.LAYERS - 1) * (two[key] - one[key])
+        return middle(known, few, key) + (shape.LAYERS - shape.FEW) * layer(key)
 
-    layer = two["linear"] - one["linear"]
-    weights = layer * shape.LAYERS + one["head"]
+    head = known[few][0]["head"]
+    weights = layer("linear") * shape.LAYERS + head
     looked, variants, rows, steps = 51325, 24, 350, 64
     tried = round(known["routed 22 1"][0]["tried"], 1)  # by the embedded library
     batches = rows / shape.WRITING
@@ -303,7 +307,7 @@ def _mistral(known: Known) -> list[str]:
     read = 2 * shape.ADAPTERS * shape.RANK * (6 * 4096 + 14336) * shape.LAYERS / 2**30
     lines += [
         "",
-        f"Memory, by arithmetic: weights {2 * (weights + one['head']) / 2**30:.1f} GiB, the cache of a batch "
+        f"Memory, by arithmetic: weights {2 * (weights + head) / 2**30:.1f} GiB, the cache of a batch "
         f"of 4,096 tokens {cache:.1f} GiB, prototypes of the library {read:.1f} GiB; of 48 GB.",
     ]
     return lines
