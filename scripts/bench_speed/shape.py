@@ -1,8 +1,8 @@
 """Mistral-7B-shaped models of one and of five layers, random weights, and what 32 layers would cost.
 
-A layer's cost is a quarter of the difference between the two, so the vocabulary's matrices are counted once. On this
-machine all is measured; an A6000 is taken to reach the same share of its published rate and bandwidth as
-this machine of its own measured ones.
+A layer's cost is a quarter of the difference between the two, so the vocabulary's matrices are counted
+once. On this machine all is measured; an A6000 is taken to reach the same share of its published rate and
+bandwidth as this machine of its own measured ones.
 """
 
 from __future__ import annotations
