@@ -38,11 +38,16 @@ def score_run(labels: Path, run: Path) -> pd.DataFrame:
 
 
 def table(labels: Path, runs: list[Path]) -> str:
-    """The Markdown table of several runs on the same tasks."""
+    """The Markdown table of several runs on the same tasks, a column each.
+
+    A column has the name of its run's method, and the run's folder where several are of one method.
+    """
+    methods = [json.loads((run / "run.json").read_text("utf-8"))["method"] for run in runs]
     scored = {
-        json.loads((run / "run.json").read_text("utf-8"))["method"]: score_run(labels, run) for run in runs
+        method if methods.count(method) == 1 else f"{method}, {run}": score_run(labels, run)
+        for method, run in zip(methods, runs, strict=True)
     }
-    scores = pd.DataFrame({method: found["score"] for method, found in scored.items()}).sort_index()
+    scores = pd.DataFrame({name: found["score"] for name, found in scored.items()}).sort_index()
     skills = pd.concat([found["skill"] for found in scored.values()]).groupby(level=0).first()
     lines = [f"| task | skill | {' | '.join(scores)} |", "| --- | --- |" + " ---: |" * len(scored)]
     for task, row in scores.iterrows():
