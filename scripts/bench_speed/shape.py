@@ -102,7 +102,7 @@ def measure(layers: str) -> dict[str, Any]:
 
         found = {
             "prototypes": _timed(lambda: _prototypes(adapters)),
-            "variant": _timed(swap, 5),
+            "variant": _timed(swap),
             "probe": _timed(lambda: probe(model, rows.tolist(), pad, protos, means, ADAPTERS)) / tokens,
         }
         with torch.inference_mode(), live(base, folder / "variant") as variant:
