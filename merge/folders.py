@@ -1,7 +1,7 @@
 """Reads and writes LoRA adapters as PEFT folders: adapter_config.json and adapter_model.safetensors.
 
-Only plain LoRA passes. What would be lost without a word (DoRA magnitudes, biases, saved modules)
-is refused with a message that names it. Data never becomes code: JSON and safetensors only.
+Only plain LoRA is accepted. What a merge would silently lose (DoRA magnitudes, biases, saved modules) is
+refused with a message that names it. Data never becomes code: only JSON and safetensors are read.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Ranks that vLLM accepts as max_lora_rank; a rank between two of them is padded up.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-LARGEST = torch.finfo(torch.float32).max  # a scale beyond it would be infinite
+LARGEST = torch.finfo(torch.float32).max  # a larger scale would be infinite
 
-# Initialisations that take a part out of the base model's weights, which the adapter then lacks.
+# Initialisations that take a part out of the base model's weights, so that the adapter needs a changed base.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-# Settings that change what the adapter computes beyond s * B A, and the value that is harmless.
+# Settings that make an adapter compute more than s * B A, each with its harmless value.
 _PLAIN = {
     "use_dora": False, "use_qalora": False, "lora_bias": False, "bias": "none",
     "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None,
@@ -40,7 +40,7 @@ _PLAIN = {
 
 
 class AdapterError(ValueError):
-    """An adapter folder that cannot be used: says which, why, and what to do."""
+    """An adapter folder cannot be used; the message says which, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class AdapterFolder:
 
     Attributes:
         path: the folder.
-        config: adapter_config.json as it stands.
+        config: adapter_config.json as it is.
         ranks: rank of each module's update, by module name ("model.layers.0.self_attn.q_proj").
         shapes: (d_out, d_in) of each module.
     """
@@ -62,7 +62,7 @@ class AdapterFolder:
 
     @property
     def base_model(self) -> str:
-        """The base model that the adapter says it belongs to, "" if it doesn't say."""
+        """The base model that the adapter names, "" if it names none."""
         return str(self.config.get("base_model_name_or_path") or "")
 
     def scale(self, module: str) -> float:
@@ -82,7 +82,7 @@ class AdapterFolder:
         return Factors(a, b * self.scale(module))
 
     def read_all(self) -> Iterator[tuple[str, Factors]]:
-        """Every module's update in order of name, with the file opened once."""
+        """Every module's update, as `read` gives it, in order of name; opens the file once."""
         with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
             for module, (key_a, key_b) in sorted(self._keys.items()):
                 a, b = file.get_tensor(key_a).float(), file.get_tensor(key_b).float()
@@ -91,18 +91,20 @@ class AdapterFolder:
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        # As in PEFT, where a key is a regular expression.
+        # A key is a regular expression, as in PEFT.
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
 
 
 def open_adapter(path: Path) -> AdapterFolder:
-    """Checks a PEFT folder and lists its modules; reads headers and finiteness of no weight yet.
+    """Checks a PEFT folder and lists its modules.
+
+    Reads headers only; finiteness is checked when the weights are read.
 
     Raises:
-        AdapterError: missing files, only a pickle, broken JSON, truncated weights, not plain
-            LoRA, or factors that do not fit together.
+        AdapterError: files are missing, the only weights are a pickle, the JSON is broken, the weights are
+            truncated, it is not plain LoRA, or its factors do not fit together.
     """
     config = _read_config(path)
     weights = path / WEIGHTS_FILE
@@ -180,7 +182,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
-    """The keys of lora_A and lora_B by module name, in the file's order of names."""
+    """The keys of lora_A and lora_B by module name, in sorted order."""
     found: dict[str, dict[str, str]] = {}
     for key in sorted(shapes):
         match = re.fullmatch(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])\.(?:default\.)?weight", key)
@@ -206,15 +208,19 @@ def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tu
 
 
 def served_rank(rank: int) -> int:
-    """The smallest rank that the serving engines accept and that holds `rank`.
+    """The smallest rank of at least `rank` that the serving engines accept.
 
-    Beyond the largest accepted rank it is `rank` itself.
+    Above the largest accepted rank it is `rank` itself.
+
+    Example:
+        >>> [served_rank(rank) for rank in (3, 64, 65, 1000)]
+        [8, 64, 128, 1000]
     """
     return next((served for served in SERVED_RANKS if served >= rank), rank)
 
 
 def _targets(modules: Iterable[str]) -> list[str]:
-    """Target modules by kind ("q_proj") where every layer has all kinds, else by full name."""
+    """Target modules by kind ("q_proj") if every layer has all kinds, else by full name."""
     layers: dict[str, set[str]] = {}
     for module in modules:
         layer, _, kind = module.rpartition(".")
@@ -232,8 +238,8 @@ def write_adapter(
 ) -> int:
     """Writes updates as a PEFT folder that PEFT, vLLM and SGLang load as it is.
 
-    One uniform rank (narrower updates are padded with zeros), alpha equal to the rank since
-    every scale is in the factors, and no pattern fields, which engines ignore.
+    All modules get one rank: updates of lower rank are padded with zeros. Alpha equals the rank, since
+    every scale is in the factors. The pattern fields stay empty, since engines ignore them.
 
     Returns:
         The uniform rank.

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from router.constants import BASE_COLUMN
-from router.merges import Routed
 from router.methods import load_method
+from router.pipeline import Routed
 from router.settings import Settings
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 
 
 class Router:
-    """A library of adapters and its base model, loaded, ready to route queries.
-
-    Attributes:
-        method: the method behind it; after `route` or `answer` it has `weights`, and after
-            `answer` the `clusters` and `variants`.
-    """
+    """A loaded library of adapters and its base model, ready to route queries."""
 
     def __init__(self, method: Routed) -> None:
-        self.method = method
+        self._method = method
 
     @classmethod
     def from_library(
@@ -40,7 +34,7 @@ class Router:
 
         Args:
             adapters: folders, folders of folders, names in data/library or hub ids (`ID[@REVISION]`);
-                none stands for data/library.
+                without any, data/library is loaded.
             base_model: `embedded`, a folder or a hub id; None takes the one that the adapters name.
             method: a routed method, by name.
             settings: any other field of `router.settings.Settings`, with the command line's defaults.
@@ -61,12 +55,13 @@ class Router:
     @property
     def candidates(self) -> list[str]:
         """The adapters' names and, last, `base`."""
-        return [*(adapter.name for adapter in self.method.adapters), BASE_COLUMN]
+        return [*(adapter.name for adapter in self._method.adapters), BASE_COLUMN]
 
     def route(self, texts: Sequence[str]) -> pd.DataFrame:
-        """The weight of every candidate for every text: a row a text, a column a candidate, rows sum to 1."""
-        self.method.weights = self.method.route(_queries(texts, None))
-        return pd.DataFrame(self.method.weights, columns=self.candidates)
+        """The weights of each text, which sum to 1: a row per text, a column per candidate."""
+        queries = _queries(texts, None)
+        routing = self._method.route(queries, self._method.encoded(queries))
+        return pd.DataFrame(routing.weights, columns=self.candidates)
 
     def answer(self, texts: Sequence[str], choices: Sequence[Sequence[str]] | None = None) -> list[str]:
         """Answers texts, in order: with generated text or, given choices, with the likeliest of them.
@@ -74,15 +69,10 @@ class Router:
         Variants are written to a temporary folder; `python -m router.main` keeps them.
 
         Args:
-            choices: of each text, at least one each.
+            choices: the choices of each text, at least one each.
         """
         with tempfile.TemporaryDirectory() as folder:
-            kept = self.method.settings
-            self.method.settings = replace(kept, output_folder=Path(folder))
-            try:
-                answers = self.method.answer(_queries(texts, choices))
-            finally:
-                self.method.settings = kept
+            answers = self._method.answer(_queries(texts, choices), Path(folder)).answers
         if choices is None:
             return [answer.text for answer in answers]
         return [options[int(answer.text)] for options, answer in zip(choices, answers, strict=True)]
@@ -95,7 +85,7 @@ def _queries(texts: Sequence[str], choices: Sequence[Sequence[str]] | None) -> l
         raise ValueError("expected at least one text, got none")
     if choices is None:
         return [Query(str(n), text, GENERATION) for n, text in enumerate(texts)]
-    if len(choices) != len(texts) or not all(choices):
-        raise ValueError("expected at least one choice for each text")
+    if len(choices) != len(texts) or not all(choices) or any(isinstance(one, str) for one in choices):
+        raise ValueError("expected for each text a list of at least one choice")
     pairs = zip(texts, choices, strict=True)
     return [Query(str(n), text, MULTIPLE_CHOICE, tuple(options)) for n, (text, options) in enumerate(pairs)]

@@ -1,4 +1,4 @@
-"""Names and presets shared by the rooms of the router."""
+"""Names and presets that several parts of the router share."""
 
 from __future__ import annotations
 

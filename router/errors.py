@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Input that a person can mend: the message says what was expected, what came, where, what to do.
+    """Input that a person can fix. The message says what was expected, what came, where, and what to do.
 
     The command line prints it without a traceback and exits with code 2.
     """

@@ -1,4 +1,4 @@
-"""The command: flags to settings to a run, nothing else. `python -m router.main -m proto_route`."""
+"""The command line: flags -> settings -> run, nothing else. `python -m router.main -m proto_route`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from router.errors import InputError
 from router.methods import method_names
-
-if TYPE_CHECKING:
-    from router.settings import Settings
-
+from router.settings import Settings
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCORINGS = ("full", "kit")
-NO_SETTINGS = (
-    "merging_method", "list_methods", "quiet", "json", "plan", "time_limit", "memory_limit",
-)  # fmt: skip
 
 
 def _integer(least: int, word: str | None = None) -> Callable[[str], int | None]:
@@ -66,12 +60,24 @@ def _one_of(accepted: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
+def _default(name: str, none: str) -> str:
+    """A setting's default as the help text shows it; `none` is the wording for None."""
+    value = Settings.__dataclass_fields__[name].default
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return none if value is None else str(value)
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line; defaults that are None stand for those of `router.settings.Settings`."""
+    """The flags. One that is not given is None; its default is in `Settings`."""
     p = argparse.ArgumentParser(
         prog="python -m router.main",
         description="Answers unlabelled queries with a routed mixture of LoRA adapters.",
     )
+
+    def setting(name: str, what: str, none: str = "none", **how: Any) -> None:
+        p.add_argument(f"--{name}", help=f"{what} (default: {_default(name, none)})", **how)
+
     p.add_argument(
         "-m",
         "--merging_method",
@@ -79,111 +85,103 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"one of {', '.join(method_names())}",
     )
-    p.add_argument("--list_methods", action="store_true", help="print the methods' names and exit")
-    p.add_argument(
-        "--dataset_filepaths",
-        nargs="+",
-        type=Path,
-        metavar="CSV",
-        help="query files (default: data/test.csv)",
-    )
-    p.add_argument("--output_folder", type=Path, metavar="DIR", help="where results go (default: output)")
-    p.add_argument(
-        "--adapters",
+    p.add_argument("--list_methods", action="store_true", help="print the names of all methods and exit")
+    setting("dataset_filepaths", "the query files to answer", nargs="+", type=Path, metavar="CSV")
+    setting("output_folder", "the folder for the results", type=Path, metavar="DIR")
+    setting(
+        "adapters",
+        "adapters, folders of adapter folders, or the word competition",
         nargs="+",
         metavar="NAME_OR_FOLDER_OR_HUB_ID",
-        help="adapters, or a folder of adapter folders, or the word competition (default: data/library)",
     )
-    p.add_argument(
-        "--base_model",
+    setting(
+        "base_model",
+        "the base model",
+        "the one that the adapters name; embedded if that is SmolLM2-135M-Instruct",
         metavar="embedded|FOLDER|HUB_ID[@REVISION]",
-        help="default: the model that the adapters name; embedded if that is SmolLM2-135M-Instruct",
     )
-    p.add_argument(
-        "--n_variants",
+    setting(
+        "n_variants",
+        "number of merged variants, from 1; auto makes as few as the weights allow, at most 32",
+        "auto",
         type=_integer(1, "auto"),
         metavar="INT|auto",
-        help="merged variants, from 1; auto takes as few as the weights allow, at most 32 (default: auto)",
     )
-    p.add_argument(
-        "--variant_rank",
+    setting(
+        "variant_rank",
+        "recompress variants to at most this rank, from 1; exact does not recompress",
+        "exact",
         type=_integer(1, "exact"),
         metavar="INT|exact",
-        help="recompress variants to at most this rank (default: exact, no recompression)",
     )
-    p.add_argument(
-        "--temperature",
+    setting(
+        "temperature",
+        "temperature of the gate's softmax, in standard deviations of generic text, above 0",
         type=_above_zero,
         metavar="FLOAT",
-        help="of the gate's softmax, in standard deviations of generic text, above 0 (default: 0.2)",
     )
-    p.add_argument("--top_k", type=_integer(1), metavar="INT", help="adapters per query, from 1 (default: 3)")
-    p.add_argument(
-        "--seed", type=_integer(0), metavar="INT", help="of the clustering and of dare_ties (default: 0)"
-    )
-    p.add_argument(
-        "--batch_size",
+    setting("top_k", "maximum number of adapters per query, from 1", type=_integer(1), metavar="INT")
+    setting("seed", "seed of the clustering and of dare_ties, from 0", type=_integer(0), metavar="INT")
+    setting(
+        "batch_size",
+        "queries per batch, from 1; auto fills batches by tokens",
+        "auto",
         type=_integer(1, "auto"),
         metavar="INT|auto",
-        help="queries a batch, from 1; auto fills batches by tokens (default: auto)",
     )
-    p.add_argument(
-        "--device",
-        type=_one_of(DEVICES),
-        metavar="|".join(DEVICES),
-        help="default: auto, a GPU where there is one",
-    )
-    p.add_argument(
-        "--dtype",
+    setting("device", "auto uses a GPU if there is one", type=_one_of(DEVICES), metavar="|".join(DEVICES))
+    setting(
+        "dtype",
+        "auto uses bfloat16 if the device multiplies it natively, else float32",
         type=_one_of(DTYPES),
         metavar="|".join(DTYPES),
-        help="default: auto, bfloat16 where the device multiplies it natively, else float32",
     )
-    p.add_argument("--max_gen_len", type=_integer(1), metavar="INT", help="new tokens, from 1 (default: 64)")
-    p.add_argument(
-        "--max_seq_len",
+    setting("max_gen_len", "maximum number of new tokens per answer, from 1", type=_integer(1), metavar="INT")
+    setting(
+        "max_seq_len",
+        "maximum number of tokens per prompt, from 1; longer prompts keep their start, none keeps all",
         type=_integer(1, "none"),
         metavar="INT|none",
-        help="tokens kept of a prompt, from its start (default: none, all of them)",
     )
-    p.add_argument(
-        "--scoring",
+    setting(
+        "scoring",
+        "score a choice by the log-probability of all of its tokens (full) "
+        "or of all but its first, as the starter kit does (kit)",
         type=_one_of(SCORINGS),
         metavar="|".join(SCORINGS),
-        help="multiple choice by the log-probability of all of a choice's tokens (full, the default) "
-        "or of all but its first, as the starter kit does (kit)",
     )
     p.add_argument(
         "--plan",
         action="store_true",
-        help="tell what the run would take and stop: adapters, seconds and memory by stage, downloads; "
-        "exit code 1 if that is over a limit",
+        help="instead of running, print what the run would take: adapters, seconds and memory by stage, "
+        "downloads; exit with code 1 if that exceeds a limit",
     )
     p.add_argument(
-        "--time_limit", type=_above_zero, metavar="MINUTES", help="for --plan, above 0 (default: none)"
+        "--time_limit", type=_above_zero, metavar="MINUTES", help="checked by --plan, above 0 (default: none)"
     )
     p.add_argument(
-        "--memory_limit", type=_above_zero, metavar="GIB", help="for --plan, above 0 (default: none)"
+        "--memory_limit", type=_above_zero, metavar="GIB", help="checked by --plan, above 0 (default: none)"
     )
-    told = p.add_mutually_exclusive_group()
-    told.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    told.add_argument("--json", action="store_true", help="print the record of the run, as in run.json")
-    return p  # fmt: skip
+    output = p.add_mutually_exclusive_group()
+    output.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    output.add_argument("--json", action="store_true", help="print the record of the run, as in run.json")
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 1 for a plan over a limit, 2 for what one can mend."""
+    """Runs the command line and returns the exit code: 0, 1 for a plan over a limit, 2 for wrong input."""
     p = parser()
-    args = p.parse_args(argv, argparse.Namespace())
+    args = p.parse_args(argv)
     if args.list_methods:
         print("\n".join(method_names()))
         return 0
     if args.merging_method is None:
         p.error(f"expected -m NAME, one of {', '.join(method_names())}")
+    names = Settings.__dataclass_fields__
     given: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(args).items()
-        if value is not None and key not in NO_SETTINGS
+        if value is not None and key in names
     }
     if not args.plan and (args.time_limit or args.memory_limit):
         p.error(
@@ -191,27 +189,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.quiet:
         os.environ["TQDM_DISABLE"] = "1"
-    from router.run import record, run, summary  # imports torch
-    from router.settings import Settings
-
     try:
         if args.plan:
             return _plan(args, Settings(**given))
+        from router.record import summary  # imports torch
+        from router.run import run
+
         with _logging("WARNING" if args.quiet else "INFO"):
-            method = run(args.merging_method, Settings(**given))
+            record = run(args.merging_method, Settings(**given))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(record(method), ensure_ascii=False))
+        print(json.dumps(record, ensure_ascii=False))
     elif not args.quiet:
-        print(summary(method), flush=True)
+        print(summary(record), flush=True)
     return 0
 
 
 @contextmanager
 def _logging(level: str) -> Iterator[None]:
-    """What the package logs goes to standard error as it stands; other packages' logs are left alone."""
+    """Sends the package's own log messages to standard error, unadorned, while the block runs."""
     log, handler = logging.getLogger("router"), logging.StreamHandler()
     before = log.level
     log.addHandler(handler)
@@ -224,8 +222,9 @@ def _logging(level: str) -> Iterator[None]:
 
 
 def _plan(args: argparse.Namespace, settings: Settings) -> int:
-    """Prints the plan and keeps it beside where the results will go; 1 if it is over a limit."""
-    from router.plan import fits, keep, lines, plan
+    """Prints the plan and keeps it in the output folder; returns 1 if it exceeds a limit, else 0."""
+    from router.plan.estimate import keep, plan
+    from router.plan.text import fits, lines
     from router.run import check_outputs
 
     check_outputs(settings)

@@ -1,14 +1,14 @@
-"""Adapters mixed anew for every token and module, by hooks on the base model; nothing is merged.
+"""Mixes adapters anew for every token and module, by hooks on the base model; merges nothing.
 
-At a module with the updates `D_i` of n adapters and the input x of a token
+A module with the updates `D_i` of n adapters computes, for a token with input x,
 
     output = W x + sum_i w_i D_i x,    w = weights(x), in the simplest case softmax(logits(x)),
 
-for prompts and generated tokens alike. Updates are kept as `D_i = U_i (S_i V_i^T)`, their thin SVD:
-the same update up to rounding, with factors that answer what training-free routers ask:
-`norm(S V^T x) = norm(D x)`, without S it is the length of x within the update's row space, and the
-first row of `V^T` is what Arrow calls the prototype. An adapter does not compete at a module that
-it does not change, be it no target of its or its update zero.
+for prompts and generated tokens alike. Updates are kept as their thin SVD, `D_i = U_i (S_i V_i^T)`, which is
+the same update up to rounding. Its factors give training-free routers what they need: `norm(S V^T x)` is
+`norm(D x)`, `norm(V^T x)` is the length of x within the update's row space, and the first row of `V^T` is
+what Arrow calls the prototype. An adapter does not compete at a module that it does not change: one that it
+does not target, or where its update is zero.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,16 @@ import torch
 from torch import Tensor
 
 from merge.factors import support
-from router.adapters import Adapter
-from router.clusters import Array
-from router.merges import Routed
-from router.passes import batches, forward
-from router.predict import Answer, encode
+from router.library.adapters import Adapter
+from router.model.answer import Answer
+from router.model.base import Base
+from router.model.hooks import Change, changing_outputs
+from router.model.passes import batches, forward
+from router.pipeline import Routed
+from router.progress import progress
+from router.result import Decision, Routing
+from router.routing.clusters import Array
+from router.routing.variants import Variant
 from router.submission import Query
 
 
@@ -38,13 +44,13 @@ class Experts:
     """The updates of the n adapters that compete at one module, side by side.
 
     Attributes:
-        module: its name.
+        module: the module's name.
         a: (K, d_in) the rows `S_j v_j^T` of each adapter, K the sum of ranks.
         b: (d_out, K) the columns `u_j`.
         scales: (K,) float32, the singular values `S_j`, all above rounding.
-        owners: (K,) int64, which of the n a row belongs to.
-        arrows: (n, d_in) each one's first right singular vector.
-        members: (n,) int64, which adapter of the library each is.
+        owners: (K,) int64, which of the n adapters each row belongs to.
+        arrows: (n, d_in) each adapter's first right singular vector.
+        members: (n,) int64, each adapter's number in the library.
     """
 
     module: str
@@ -98,12 +104,12 @@ def norms(experts: Experts, along: Tensor) -> Tensor:
 
 
 def input_norms(experts: Experts, along: Tensor) -> Tensor:
-    """`norm(V^T x)` of each adapter, whatever its size, (T, n) float32."""
+    """`norm(V^T x)` of each adapter, which does not depend on its size, (T, n) float32."""
     return norms(experts, along.float() / experts.scales)
 
 
 def keep_top(logits: Tensor, k: int) -> Tensor:
-    """The logits with all but the k largest of each row at minus infinity."""
+    """Sets all but the k largest logits of each row to minus infinity."""
     best = logits.topk(min(k, logits.shape[-1]), dim=-1)
     return torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
 
@@ -112,7 +118,7 @@ def keep_top(logits: Tensor, k: int) -> Tensor:
 def attached(model: Any, experts: Mapping[str, Experts], weigh: Rule) -> Iterator[None]:
     """Adds `sum_i w_i D_i x` to the output of each module while the block runs.
 
-    The model's weights are not touched, and it is as before once the hooks are off.
+    The model's weights are not touched; afterwards it is as it was.
 
     Args:
         model: the base model.
@@ -120,35 +126,29 @@ def attached(model: Any, experts: Mapping[str, Experts], weigh: Rule) -> Iterato
         weigh: gives each token's weights; they need not sum to 1.
     """
 
-    def add(expert: Experts) -> Callable[[Any, tuple[Tensor], Tensor], Tensor]:
-        def hook(_: Any, args: tuple[Tensor], out: Tensor) -> Tensor:
-            x = args[0].flatten(0, -2)  # (T, d_in)
+    def add(expert: Experts) -> Change:
+        def change(x: Tensor, out: Tensor) -> Tensor:
+            x = x.flatten(0, -2)  # (T, d_in)
             along = x @ expert.a.T  # (T, K)
             weights = weigh(expert, x, along).to(along.dtype)  # (T, n)
             delta = (along * weights[:, expert.owners]) @ expert.b.T  # (T, d_out)
             return out + delta.view(out.shape)
 
-        return hook
+        return change
 
-    handles = []
-    try:
-        for name, expert in experts.items():
-            handles.append(model.get_submodule(name).register_forward_hook(add(expert)))
+    with changing_outputs(model, {name: add(expert) for name, expert in experts.items()}):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def mean_weights(
     model: Any, rows: Sequence[Sequence[int]], pad_id: int, experts: Mapping[str, Experts], weigh: Rule,
     n_adapters: int,
 ) -> Array:  # fmt: skip
-    """Each prompt's weights in one pass, averaged over its tokens and all modules.
+    """Measures each prompt's weights in one pass, averaged over its tokens and all modules.
 
     Args:
         rows: token ids of each prompt.
-        n_adapters: in the library; an adapter has weight 0 where it does not compete.
+        n_adapters: the size of the library; an adapter has weight 0 where it does not compete.
 
     Returns:
         (prompts, adapters); rows sum to 1 if the weights do.
@@ -178,14 +178,20 @@ class PerToken(Routed):
 
     There is no variant to write: one entry without a folder stands for all queries, with the mean
     weights, and --n_variants and --variant_rank change nothing. The routing table has each query's
-    weights averaged over its prompt's tokens and all modules, from a pass of its own before the
-    answers; the base model has no weight of its own, since its output is always there in full.
-
-    Attributes, after `route`:
-        experts: the library by module.
+    weights, averaged over its prompt's tokens and all modules; a separate pass before the answers
+    measures them. The base model has no weight of its own, since its output is always there in full.
     """
 
-    experts: dict[str, Experts]
+    def attach(self, base: Base, adapters: Sequence[Adapter]) -> None:
+        """As in `Routed`; also forgets the experts of an earlier library."""
+        super().attach(base, adapters)
+        vars(self).pop("experts", None)
+
+    @cached_property
+    def experts(self) -> dict[str, Experts]:
+        """The library by module, loaded on first use."""
+        with self.stages("experts"):
+            return load_experts(self.adapters, str(self.base.model.device), self.base.model.dtype)
 
     @abstractmethod
     def logits(self, experts: Experts, x: Tensor, along: Tensor) -> Tensor:
@@ -209,25 +215,27 @@ class PerToken(Routed):
         """One entry for all queries."""
         return 1
 
-    def route(self, queries: Sequence[Query]) -> Array:
-        """Loads the library and gives the prompts' mean weights, for the routing table."""
-        model, tokenizer = self.base.model, self.tokenizer
-        with self.stages("experts"):
-            self.experts = load_experts(self.adapters, str(model.device), model.dtype)
+    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+        """Loads the library and measures the prompts' mean weights, for the routing table."""
+        experts, pad = self.experts, self.tokenizer.pad_token_id
         with self.stages("weights"):
-            rows = encode(tokenizer, [query.input for query in queries], self.settings.max_seq_len)
-            means = mean_weights(
-                model, rows, tokenizer.pad_token_id, self.experts, self.weigh, len(self.adapters)
-            )
-        return np.column_stack([means, np.full(len(means), 0.0 if self.experts else 1.0)])
+            means = mean_weights(self.base.model, rows, pad, experts, self.weigh, len(self.adapters))
+        return Routing(np.column_stack([means, np.full(len(means), 0.0 if experts else 1.0)]))
 
-    def folder(self, number: int) -> str | None:
-        """None: nothing is merged."""
-        return None
-
-    def save_model(self, output_dir: str | Path) -> None:
+    def write_variants(self, variants: Sequence[Variant], folder: Path) -> list[str | None]:
         """Writes nothing: there is no merged adapter."""
+        return [None] * len(variants)
 
-    def _predict(self, queries: Sequence[Query], folder: Path) -> list[Answer]:
-        with attached(self.base.model, self.experts, self.weigh), self._progress(queries) as bar:
-            return self._answer_with(self.base.model, queries, bar.update)
+    def predict(
+        self,
+        queries: Sequence[Query],
+        rows: Sequence[Sequence[int]],
+        decision: Decision,
+        folder: Path,
+    ) -> list[Answer]:
+        """Answers with the base model while the adapters add to its modules' outputs."""
+        with (
+            attached(self.base.model, self.experts, self.weigh),
+            progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar,
+        ):
+            return self.answer_with(self.base.model, queries, rows, bar.update)

@@ -1,4 +1,4 @@
-"""Progress bars: none where there is no terminal, and none where TQDM_DISABLE is set, as by --quiet."""
+"""Progress bars, shown only on a terminal and never if TQDM_DISABLE is set, which --quiet does."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from tqdm import tqdm
 
 
 def progress(iterable: Any = None, **settings: Any) -> Any:
-    """A tqdm bar; tqdm itself asks the variable only where `disable` is not given."""
+    """A tqdm bar. tqdm itself reads TQDM_DISABLE only if `disable` is not given."""
     return tqdm(iterable, disable=bool(os.environ.get("TQDM_DISABLE")) or None, **settings)

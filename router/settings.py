@@ -1,4 +1,4 @@
-"""What a run was asked for: the command line's flags, with their defaults and their checks."""
+"""The settings of a run: the command line's flags and their defaults."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from router.predict import Scoring
+from router.model.answer import Scoring
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Settings:
     scoring: Scoring = field(default="full")
 
     def plain(self) -> dict[str, Any]:
-        """The settings as JSON has them: paths are strings, tuples are lists."""
+        """The settings as JSON values: paths become strings, tuples become lists."""
         return {key: _plain(value) for key, value in vars(self).items()}
 
 

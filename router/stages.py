@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-TOLD = 1.0  # seconds from which a stage has a line in the log
+TOLD = 1.0  # seconds; a stage that takes at least this long is logged
 log = logging.getLogger(__name__)
 
 
 class Stages:
-    """Collects what stages cost, and logs it; a stage that runs again adds to its seconds.
+    """Collects and logs what stages cost. A stage that runs again adds to its seconds.
 
     Attributes:
         seconds: wall time by stage, in order of first use.

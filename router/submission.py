@@ -1,23 +1,20 @@
 """Query files in, submissions out: the starter kit's CSV format. Knows nothing of models.
 
-Every file is written to a temporary name and renamed, so that what stands under the final name
-is always whole.
+Every file is written under a temporary name and then renamed, so a file under its final name is whole.
 """
 
 from __future__ import annotations
 
 import ast
 import csv
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from router.errors import InputError
+from router.files import replacing
 
 GENERATION, MULTIPLE_CHOICE = "generation", "multiple_choice"
 EVAL_TYPES = (GENERATION, MULTIPLE_CHOICE)
@@ -46,7 +43,8 @@ def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str
     """The rows of a CSV file as dictionaries, with the line on which each ends.
 
     Raises:
-        InputError: no such file, not UTF-8, not CSV, a needed column missing, a row too long or short.
+        InputError: there is no such file, it is not CSV in UTF-8, a needed column is missing, or a row is too
+            long or too short.
     """
     csv.field_size_limit(1 << 30)
     line = 0
@@ -88,7 +86,16 @@ def read_queries(path: Path) -> list[Query]:
     """Reads and checks a query file.
 
     Raises:
-        InputError: names file, line and column, what was expected and what came.
+        InputError: something is wrong; the message names file, line and column, what was expected and what
+            came.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "queries.csv"
+        ...     _ = path.write_text("id,input,eval_type,answer_choices\\n7,Two and two?,generation,\\n")
+        ...     read_queries(path)
+        [Query(id='7', input='Two and two?', eval_type='generation', choices=())]
     """
     queries: list[Query] = []
     lines: dict[str, int] = {}
@@ -129,23 +136,8 @@ def _choices(text: str, where: str) -> tuple[str, ...]:
     return tuple(str(choice) for choice in value)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its final name only if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            yield file
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 class _UnixLines:
-    """Ends each row with `\\n`, where csv quotes a bare carriage return only if its line end has one."""
+    """Ends each row with `\\n`. csv itself quotes a bare carriage return only if its line end has one."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file

@@ -1,1 +1,1 @@
-"""Command-line scripts: training, data, scores. Run them as modules from the repository's root."""
+"""What is run beside the package, as modules and from the root of the repository: data, benchmarks, docs."""

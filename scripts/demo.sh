@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # The main job on this machine's CPU or GPU, from nothing but Python and a package index.
-. "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/install.sh
 
 time .venv/bin/python -m router.main -m proto_route "$@"

@@ -1,13 +1,9 @@
-"""Fixtures: a tiny random model with its tokenizer, tiny adapters for it, and the kit's golden files."""
-
-import json
-from pathlib import Path
+"""Fixtures: a tiny random model with its tokenizer, a tiny library, the command, the kit's golden files."""
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+from helpers import arguments, shared, write_queries, write_tiny_library
 
 
 def pytest_addoption(parser):
@@ -22,19 +18,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
-def shared(name, what):
-    folder = SHARED / name
-    if not folder.is_dir():
-        pytest.skip(f"{what} are not on this machine")
-    return folder
-
-
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """What is kept between runs goes to a temporary folder; the converted model stays in the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("router.disk.cache_folder", lambda: folder)
+        patch.setattr("router.routing.store.cache_folder", lambda: folder)
         yield
 
 
@@ -73,54 +62,35 @@ def tiny_base(tmp_path_factory):
     return folder
 
 
-WIDTHS = {
-    "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
-    "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32),
-    "mlp.down_proj": (32, 48),
-}  # fmt: skip
-
-
-def write_tiny_adapter(
-    folder, seed, rank=4, kinds=tuple(WIDTHS), alpha=None, size=0.3, layers=(0, 1), **config
-):
-    """A random adapter for tiny_base as a PEFT folder, written without the code under test."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in layers:
-        for kind in kinds:
-            d_out, d_in = WIDTHS[kind]
-            prefix = f"base_model.model.model.layers.{layer}.{kind}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) * size
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * size
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny", "r": rank,
-        "lora_alpha": rank if alpha is None else alpha, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted(kind.rsplit(".", 1)[-1] for kind in kinds),
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(settings | config))
-    return folder
-
-
 @pytest.fixture()
 def tiny_library(tmp_path):
-    """Three adapters of different ranks and targets, one of them rsLoRA."""
-    write_tiny_adapter(tmp_path / "library" / "attention", 1, 4, tuple(WIDTHS)[:4], alpha=8)
-    write_tiny_adapter(tmp_path / "library" / "everything", 2, 2, alpha=2)
-    write_tiny_adapter(tmp_path / "library" / "mlp", 3, 6, tuple(WIDTHS)[4:], alpha=9, use_rslora=True)
-    return tmp_path / "library"
+    return write_tiny_library(tmp_path / "library")
 
 
 @pytest.fixture(scope="module")
 def base(tiny_base):
-    from router.base import load_base
+    from router.model.base import load_base
 
     return load_base(str(tiny_base), "cpu", "float32")
 
 
 @pytest.fixture()
 def adapters(tiny_library):
-    from router.adapters import load_library
+    from router.library.adapters import load_library
 
     return load_library([str(tiny_library)])
+
+
+@pytest.fixture()
+def command(tmp_path, tiny_base, tiny_library):
+    """Runs a method on the queries; returns the exit code and the output folder."""
+    from router.main import main
+
+    queries = write_queries(tmp_path / "queries.csv")
+
+    def run(method, *flags, out="out"):
+        return main(
+            arguments(method, [queries], tiny_library, tiny_base, tmp_path / out, *flags)
+        ), tmp_path / out
+
+    return run

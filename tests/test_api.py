@@ -1,35 +1,29 @@
-import csv
+"""The Python interface: it does what the command does, and refuses questions that are none."""
 
 import numpy as np
 import pytest
-from conftest import write_tiny_adapter
 
+from helpers import NAMES, arguments, read_table, write_queries, write_tiny_adapter
 from router import Router
+from router.kit import Merges
 from router.main import main
-from router.merges import Merges
 
 TEXTS = ["What is two and two?", "1 + 1 =", "Say x"]
 
 
 @pytest.fixture()
 def router(tiny_base, tiny_library):
-    return Router.from_library(tiny_library, base_model=str(tiny_base), device="cpu", max_gen_len=6)
+    how = {"device": "cpu", "dtype": "float32", "max_gen_len": 6}
+    return Router.from_library(tiny_library, base_model=str(tiny_base), **how)
 
 
 def test_it_does_what_the_command_does(router, tiny_base, tiny_library, tmp_path):
-    with (tmp_path / "queries.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["id", "input", "eval_type", "answer_choices"])
-        rows.writerows([n, text, "generation", ""] for n, text in enumerate(TEXTS))
-    flags = ["--dataset_filepaths", tmp_path / "queries.csv", "--adapters", tiny_library, "--max_gen_len", 6]
-    flags += ["--base_model", tiny_base, "--output_folder", tmp_path / "out", "--device", "cpu"]
-    assert main(["-m", "proto_route", *map(str, flags)]) == 0
-    with (tmp_path / "out" / "queries.csv").open(newline="") as file:
-        answers = [row["prediction"] for row in csv.DictReader(file)]
-    with (tmp_path / "out" / "queries.routing.csv").open(newline="") as file:
-        routing = list(csv.DictReader(file))
-    weights = router.route(TEXTS)
-    assert list(weights) == ["attention", "everything", "mlp", "base"]
+    rows, out = [(str(n), text, "generation", "") for n, text in enumerate(TEXTS)], tmp_path / "out"
+    queries = write_queries(tmp_path / "queries.csv", rows)
+    assert main(arguments("proto_route", [queries], tiny_library, tiny_base, out)) == 0
+    answers = [row["prediction"] for row in read_table(out / "queries.csv")]
+    routing, weights = read_table(out / "queries.routing.csv"), router.route(TEXTS)
+    assert list(weights) == router.candidates == [*NAMES, "base"]
     for row, told in zip(weights.to_dict("records"), routing, strict=True):
         assert row == pytest.approx({name: float(told[name]) for name in row}, abs=1e-6)
     assert [answer.strip() or "unknown" for answer in router.answer(TEXTS)] == [a.strip() for a in answers]
@@ -39,7 +33,10 @@ def test_choices_are_answered_with_one_of_them(router):
     choices = [["four", "five"], ["1", "2", "3"], ["x", "y"]]
     for answer, options in zip(router.answer(TEXTS, choices), choices, strict=True):
         assert answer in options
-    np.testing.assert_allclose(router.method.weights.sum(1), 1)
+
+
+def test_weights_of_a_text_sum_to_one(router):
+    np.testing.assert_allclose(router.route(TEXTS).sum(axis=1), 1)
 
 
 def test_nothing_is_left_behind(router, tmp_path, monkeypatch):
@@ -56,7 +53,14 @@ def test_a_method_that_only_merges_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("texts", "choices", "message"),
-    [("one text", None, "list"), ([], None, "at least one"), (["a"], [], "choice"), (["a"], [[]], "choice")],
+    [
+        ("one text", None, "list"),
+        ([], None, "at least one"),
+        (["a"], [], "choice"),
+        (["a"], [[]], "choice"),
+        (["a", "b"], ["yes", "no"], "choice"),  # each would be a list of letters
+        (["a", "b"], [["yes", "no"], "no"], "choice"),
+    ],
 )
 def test_wrong_questions_are_refused(router, texts, choices, message):
     with pytest.raises(ValueError, match=message):

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from router.main import main
 from router.methods import load_method
-from router.predict import encode
+from router.model.answer import encode
+from router.routing.variants import active
 from router.settings import Settings
 from router.submission import read_queries
-from router.variants import live
 
 FILES = ("test", "cosmos_qa", "xsum", "quirks")
 PANDAS_NAN = "9017"  # its input is the text NA, which the kit's pandas read as missing and then as "nan"
@@ -99,7 +99,8 @@ def test_scores_and_generated_ids_are_the_kits(kit_golden, tmp_path, name, lengt
     )  # fmt: skip
     method.merge()
     queries = [query for file in FILES for query in read_queries(kit_golden / "inputs" / f"{file}.csv")]
-    answers = method.answer([replace(q, input="nan") if q.id == PANDAS_NAN else q for q in queries])
+    asked = [replace(q, input="nan") if q.id == PANDAS_NAN else q for q in queries]
+    answers = method.answer(asked).answers
     folder = kit_golden / "outputs" / f"{name}_{length}"
     golden = [row for file in FILES for row in golden_rows(folder, f"{file}.scores")]
     assert len(golden) == 142
@@ -111,13 +112,13 @@ def test_scores_and_generated_ids_are_the_kits(kit_golden, tmp_path, name, lengt
             assert list(found.ids) == row["generated_ids"], query.id
             assert found.text == row["csv_prediction"], query.id
     if name == "average":
-        assert_live_update(method.base, tmp_path / "variants" / "0", kit_golden)
+        assert_active_update(method.base, tmp_path / "variants" / "0", kit_golden)
 
 
-def assert_live_update(base, variant, kit_golden):
+def assert_active_update(base, variant, kit_golden):
     """What PEFT adds to every weight, in all layers, is the exact mean of both updates."""
     golden = load_file(kit_golden / "average_delta.safetensors")
-    with live(base, variant) as model:
+    with active(base, variant) as model:
         added = {
             f"{layer}.weight".removeprefix("base_model.model."): module.get_delta_weight("variant")
             for layer, module in model.named_modules()

@@ -1,67 +1,25 @@
 """The command, from flags to files: answers, records, refusals, and a starter kit's method."""
 
-import csv
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import router.methods
-from router.evidence import Evidence
-from router.main import main
-
-ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = ("id", "input", "eval_type", "answer_choices", "adapter")
-ROWS = [
-    ("g1", "What is two and two?", "generation", "None", "attention"),
-    ("m1", "Which is a fruit, stone or pear? ", "multiple_choice", "['stone', 'pear']", "mlp"),
-    ("g2", "NA", "generation", "['a', 'b']", "mlp"),
-    ("m2", 'Say "x", y\nor z.', "multiple_choice", "['x', 'y', 'z', 'none']", "base"),
-    ("g3", "Bonjour, comment allez-vous aujourd'hui ?", "generation", "", "everything"),
-    ("g4", "1 + 1 =", "generation", "", "base"),
-]
-NAMES = ["attention", "everything", "mlp"]
-METHODS = ["base", "average", "proto_route", "oracle"]
-
-
-def write_queries(path, columns=COLUMNS, rows=ROWS):
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(row[: len(columns)] for row in rows)
-    return path
-
-
-def read_table(path):
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, strict=True))
-
-
-@pytest.fixture()
-def command(tmp_path, tiny_base, tiny_library):
-    """Runs a method on the queries; returns the exit code and the output folder."""
-    write_queries(tmp_path / "queries.csv")
-
-    def run(method, *flags, out="out"):
-        argv = [
-            "-m", method, "--dataset_filepaths", tmp_path / "queries.csv", "--adapters", tiny_library,
-            "--base_model", tiny_base, "--output_folder", tmp_path / out, "--dtype", "float32",
-            "--device", "cpu", "--max_gen_len", 6, *flags,
-        ]  # fmt: skip
-        return main([str(word) for word in argv]), tmp_path / out
-
-    return run
+from helpers import COLUMNS, METHODS, NAMES, ROOT, ROWS, read_table, write_queries, write_tiny_adapter
+from router.main import main, parser
+from router.routing.evidence import Evidence
+from router.settings import Settings
 
 
 def plain_model(tiny_base):
@@ -111,7 +69,8 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
         assert min(weights) >= 0 and sum(weights) == pytest.approx(1, abs=1e-5)
 
     assert record["method"] == method
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])  # PyPI leaves out "+cu..."
+    assert record["versions"]["proto-route"] == version("proto-route")
     assert record["flags"]["max_gen_len"] == 6 and record["flags"]["output_folder"] == str(out)
     assert (
         record["seconds"].keys() == record["peak_mib"].keys() >= {"load", "clusters", "variants", "predict"}
@@ -260,7 +219,7 @@ REFUSED = {
     ),
     "files of one name": lambda t: (
         "base",
-        ["--dataset_filepaths", t / "queries.csv", other_file(t, "twin")],
+        ["--dataset_filepaths", t / "queries.csv", other_file(t, "same")],
         "would both be answered in",
     ),
     "a routing table's name": lambda t: (
@@ -362,6 +321,20 @@ def test_wrong_flags_are_refused_with_what_is_accepted(capsys, flags, accepted):
     assert all(word in error for word in accepted)
 
 
+def test_the_help_has_the_defaults_of_the_settings(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")
+    flags = re.sub(r"\n {10,}", " ", parser().format_help())  # each on a line of its own
+    told = dict(re.findall(r"^  --(\w+) .*\(default: ([^()]+)\)$", flags, re.MULTILINE))
+    defaults = vars(Settings())
+    assert told.keys() - defaults.keys() == {"time_limit", "memory_limit"} and defaults.keys() <= told.keys()
+    for name, default in defaults.items():
+        if name == "base_model":  # is told in words
+            assert default is None and "the one that the adapters name" in told[name]
+            continue
+        given = vars(parser().parse_args([f"--{name}", *told[name].split()]))[name]
+        assert (tuple(given) if isinstance(given, list) else given) == default
+
+
 @pytest.mark.parametrize("flag", ["--list_methods", "--help"])
 def test_listing_and_help_load_no_model_library(flag):
     done = subprocess.run(
@@ -382,7 +355,7 @@ KIT_METHOD = """
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
 
-from router.merges import Merges
+from router.kit import Merges
 
 
 class KitAvg(Merges):
@@ -447,6 +420,4 @@ def test_a_new_method_is_listed(capsys, kit_method):
     assert main(["--list_methods"]) == 0
     names = capsys.readouterr().out.split()
     assert names == sorted(names) and {"kit_avg", *METHODS} <= set(names)
-    from router.main import parser
-
     assert parser().parse_args(["-m", "kit_avg"]).merging_method == "kit_avg"

@@ -7,19 +7,16 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_tiny_adapter
-from test_main import NAMES, ROWS, write_queries
 
-from router import inspect_run as look
-from router.clusters import Clusters
+from helpers import NAMES, ROOT, ROWS, arguments, write_queries, write_tiny_adapter
 from router.constants import LIBRARY
 from router.main import main
+from router.routing.clusters import Clusters
+from router.runs import tables
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "clusters.ipynb"
 
 
@@ -56,17 +53,13 @@ def extra():
 
 @pytest.fixture()
 def finished(tmp_path, tiny_base, tiny_library):
-    """Makes a run over the tiny library and a copy of one of its adapters; returns its folder."""
-    write_tiny_adapter(tiny_library / "twin", 2, 2, alpha=4)
-    write_queries(tmp_path / "queries.csv")
+    """Makes a run over the tiny library and a duplicate of one of its adapters; returns its folder."""
+    write_tiny_adapter(tiny_library / "double", 2, 2, alpha=4)
+    queries = write_queries(tmp_path / "queries.csv")
 
     def run(method, *flags, out="out"):
-        argv = [
-            "-m", method, "--dataset_filepaths", tmp_path / "queries.csv", "--adapters", tiny_library,
-            "--base_model", tiny_base, "--output_folder", tmp_path / out, "--dtype", "float32",
-            "--device", "cpu", "--max_gen_len", 2, *flags,
-        ]  # fmt: skip
-        assert main([str(word) for word in argv]) == 0
+        flags = ("--max_gen_len", 2, *flags)
+        assert main(arguments(method, [queries], tiny_library, tiny_base, tmp_path / out, *flags)) == 0
         return tmp_path / out
 
     return run
@@ -77,10 +70,10 @@ def test_the_notebook_shows_any_run(extra, finished, monkeypatch):
     monkeypatch.setenv("PROTO_ROUTE_RUN_B", str(finished("average", out="other")))
     text, figures = shown(execute(NOTEBOOK.parent))
     assert figures >= 7
-    for part in (*NAMES, "twin", "queries:m1", ROWS[0][1], "guesses", "worst loss", "mean loss"):
+    for part in (*NAMES, "double", "queries:m1", ROWS[0][1], "low margin", "worst loss", "mean loss"):
         assert part in text
     assert "largest difference of a weight: 0.00000" in text
-    assert "of 6 queries have the same heaviest candidate" in text
+    assert "of 6 queries have the same top candidate" in text
 
 
 def test_a_run_without_evidence_is_told_in_one_line(extra, finished, monkeypatch):
@@ -96,70 +89,70 @@ def test_a_run_without_evidence_is_told_in_one_line(extra, finished, monkeypatch
 
 
 def test_a_replay_at_the_runs_settings_is_the_run(finished):
-    run = look.open_run(finished("proto_route"))
-    assert np.isnan(run.evidence.candidates).any() and run.evidence.copies == {"twin": "everything"}
-    wrote, again = look.decided(run), look.replay(run, **look.settings_of(run))
+    run = tables.open_run(finished("proto_route"))
+    assert np.isnan(run.evidence.candidates).any() and run.evidence.duplicates == {"double": "everything"}
+    wrote, again = tables.decided(run), tables.replay(run, **tables.settings_of(run))
     np.testing.assert_allclose(again.weights, run.weights, atol=1e-5)
     np.testing.assert_array_equal(again.clusters.labels, run.labels)
     assert again.figures() == pytest.approx(wrote.figures(), abs=0.02)  # a variant drops weights below 0.01
     assert wrote.figures()["variants"] == run.record["n_variants"]
-    lead = np.diff(np.sort(np.nan_to_num(run.evidence.candidates, nan=-np.inf))[:, -2:])
-    assert run.record["guesses"] == (lead < 0.5).sum() == look.overview(run).loc["guesses", ""]
+    margin = np.diff(np.sort(np.nan_to_num(run.evidence.candidates, nan=-np.inf))[:, -2:])
+    assert run.record["low_margin"] == (margin < 0.5).sum() == tables.overview(run).loc["low margin", ""]
 
 
 @pytest.mark.parametrize("flags", [("--temperature", 2.0), ("--top_k", 1), ("--n_variants", 2)])
 def test_a_replay_with_other_settings_is_the_run_with_them(finished, flags):
-    run, other = (look.open_run(finished("proto_route", *f, out=str(len(f)))) for f in ((), flags))
-    replayed = look.replay(run, **look.settings_of(other))
+    run, other = (tables.open_run(finished("proto_route", *f, out=str(len(f)))) for f in ((), flags))
+    replayed = tables.replay(run, **tables.settings_of(other))
     np.testing.assert_allclose(replayed.weights, other.weights, atol=1e-5)
     np.testing.assert_array_equal(replayed.clusters.labels, other.labels)
-    assert look.settings_of(run) != look.settings_of(other)
+    assert tables.settings_of(run) != tables.settings_of(other)
 
 
 def test_tables(finished):
-    run = look.open_run(finished("proto_route", "--n_variants", 2))
-    variants, unsure = look.variant_table(run), look.unsure_table(run)
-    assert variants["queries"].sum() == len(unsure) == len(ROWS)
-    assert unsure["ahead"].is_monotonic_increasing
-    assert look.adapter_table(run)["heaviest for"].sum() == len(ROWS)
-    votes = look.vote_table(run)
+    run = tables.open_run(finished("proto_route", "--n_variants", 2))
+    variants, by_margin = tables.variant_table(run), tables.unsure_table(run)
+    assert variants["queries"].sum() == len(by_margin) == len(ROWS)
+    assert by_margin["margin"].is_monotonic_increasing
+    assert tables.adapter_table(run)["top for"].sum() == len(ROWS)
+    votes = tables.vote_table(run)
     assert votes.index.tolist() == [0, 1] and "self_attn.q_proj" in votes
     place = run.evidence.modules.index("model.layers.1.mlp.up_proj")
     assert votes.loc[1, "mlp.up_proj"] == pytest.approx(np.nanmean(run.evidence.votes[:, place]), nan_ok=True)
-    parts = [look.vote_table(run, name) for name in run.evidence.adapters]
+    parts = [tables.vote_table(run, name) for name in run.evidence.adapters]
     assert sum(map(len, parts)) >= 2
-    curve = look.loss_curve(look.decided(run))
+    curve = tables.loss_curve(tables.decided(run))
     assert curve["mean"].iloc[-1] <= curve["mean"].iloc[0] and (curve["mean"] <= curve["worst"]).all()
-    with pytest.raises(look.NotShown, match="expected one of the adapters"):
-        look.vote_table(run, "nobody")
+    with pytest.raises(tables.NotShown, match="expected one of the adapters"):
+        tables.vote_table(run, "nobody")
 
 
 def test_two_decisions_are_compared_by_query_and_by_name():
     groups = Clusters(np.array([0, 1]), np.eye(2))
-    first = look.Decision(["f:1", "f:2"], ["x", "base"], np.array([[1.0, 0.0], [0.5, 0.5]]), groups)
-    second = look.Decision(["f:2", "f:3"], ["y", "base"], np.array([[0.3, 0.7], [0.0, 1.0]]), groups)
-    (row,) = look.compare(first, second).to_dict("records")
-    assert row["weights apart"] == pytest.approx(0.5) and not row["same heaviest"]
+    first = tables.Decision(["f:1", "f:2"], ["x", "base"], np.array([[1.0, 0.0], [0.5, 0.5]]), groups)
+    second = tables.Decision(["f:2", "f:3"], ["y", "base"], np.array([[0.3, 0.7], [0.0, 1.0]]), groups)
+    (row,) = tables.compare(first, second).to_dict("records")
+    assert row["weights apart"] == pytest.approx(0.5) and not row["same top"]
     assert row["variants apart"] == 1  # B's variant 0 is y, A's variant 1 the base model
     assert (row["A"], row["B"]) == ("x 0.50, base 0.50", "base 0.70, y 0.30")
     assert (row["variant A"], row["variant B"]) == (1, 0)
-    alien = look.Decision(["g:1"], ["x"], np.ones((1, 1)), Clusters(np.zeros(1, int), np.ones((1, 1))))
-    with pytest.raises(look.NotShown, match="none in common"):
-        look.compare(first, alien)
+    alien = tables.Decision(["g:1"], ["x"], np.ones((1, 1)), Clusters(np.zeros(1, int), np.ones((1, 1))))
+    with pytest.raises(tables.NotShown, match="none in common"):
+        tables.compare(first, alien)
 
 
 def test_a_run_is_found_from_a_folder_below_and_what_is_missing_is_told(finished, monkeypatch, tmp_path):
     finished("base")
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
-    run = look.open_run("out", evidence=False)
-    assert run.rows[0].line(70) == ROWS[0][1] and look.keys(run)[0] == "queries:g1" and not run.notes
-    with pytest.raises(look.NotShown, match="found no run"):
-        look.open_run("nowhere")
-    with pytest.raises(look.NotShown, match="the method base keeps none"):
-        look.open_run("out")
+    run = tables.open_run("out", evidence=False)
+    assert run.rows[0].line(70) == ROWS[0][1] and run.keys[0] == "queries:g1" and not run.notes
+    with pytest.raises(tables.NotShown, match="found no run"):
+        tables.open_run("nowhere")
+    with pytest.raises(tables.NotShown, match="the method base keeps none"):
+        tables.open_run("out")
     shutil.move(tmp_path / "queries.csv", tmp_path / "gone.csv")
-    run = look.open_run("out", evidence=False)
+    run = tables.open_run("out", evidence=False)
     assert run.rows[0].line(70) == "g1" and "not at hand" in run.notes[0]
 
 

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-from router.adapters import check_against_base, load_library
-from router.base import EMBEDDED, EMBEDDED_ID, embedded_gguf, linear_shapes, load_base
 from router.constants import LIBRARY
+from router.library.adapters import check_against_base, load_library
 from router.main import main
+from router.model.base import EMBEDDED, EMBEDDED_ID, embedded_gguf, linear_shapes, load_base
 from router.submission import read_queries
 
 ROOT = LIBRARY.resolve().parents[1]
@@ -70,8 +70,8 @@ def test_queries_are_complete_and_kept_apart():
 def test_no_test_item_is_a_training_item():
     pytest.importorskip("reasoning_gym", reason="needs the extra `train`")
     pytest.importorskip("bfcl_eval", reason="needs bfcl-eval, see CONTRIBUTING.md")
-    from scripts.tasks import all_tasks, split
-    from scripts.train_library import EXPERTS, SEED, SIZES
+    from scripts.library.tasks import all_tasks, split
+    from scripts.library.train import EXPERTS, SEED, SIZES
 
     for name in EXPERTS:
         parts = split(all_tasks()[name], SEED, SIZES)

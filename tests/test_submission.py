@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from router.errors import InputError
-from router.submission import Query, read_queries, read_rows, replacing, write_submission, write_table
+from router.submission import Query, read_queries, read_rows, write_submission, write_table
 
 HEADER = "id,input,eval_type,answer_choices\n"
 
@@ -178,19 +178,6 @@ def test_a_carriage_return_does_not_break_a_submission(tmp_path, text):
     assert frame["prediction"].tolist() == [text, "b"]
     with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
         assert [row["prediction"] for row in csv.DictReader(file, strict=True)] == [text, "b"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    path = tmp_path / "new" / "out.csv"
-    with replacing(path) as file:
-        file.write("old")
-    with pytest.raises(error), replacing(path) as file:
-        file.write("half of the n")
-        file.flush()
-        raise error
-    assert path.read_text() == "old"
-    assert [child.name for child in path.parent.iterdir()] == ["out.csv"]
 
 
 def test_rows_that_break_off_leave_no_table(tmp_path):

@@ -1,7 +1,7 @@
 """The methods behind `-m`: one file each, found by its name.
 
-To add one, put a file here that defines a subclass of `router.merges.Merges` (the starter kit's
-contract) or `router.merges.Routed`. Nothing else has to be edited.
+To add one, put a file here that defines a subclass of `router.kit.Merges` (the starter kit's
+contract) or `router.pipeline.Routed`. Nothing else has to be edited.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from router.merges import Merges
+    from router.kit import Merges
 
 
 def method_names() -> list[str]:
@@ -25,7 +25,7 @@ def load_method(name: str) -> type[Merges]:
     Raises:
         ValueError: the file defines no method, or several.
     """
-    from router.merges import Merges
+    from router.kit import Merges
 
     module = import_module(f"{__name__}.{name}")
     found = [

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from router.clusters import Array
-from router.merges import Routed
+from router.pipeline import Routed
+from router.result import Routing
 from router.submission import Query
 
 
 class Average(Routed):
     """Every query is answered by the mean of all updates, whatever it asks."""
 
-    def route(self, queries: Sequence[Query]) -> Array:
+    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """The same weight for every adapter, none for the base model."""
         weights = np.zeros((len(queries), len(self.adapters) + 1))
         weights[:, :-1] = 1.0 / len(self.adapters)
-        return weights
+        return Routing(weights)

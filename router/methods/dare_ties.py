@@ -9,18 +9,18 @@ from torch import Tensor
 
 from merge.dense import ties, to_factors
 from merge.factors import Factors, dense
-from router.merges import Static
+from router.pipeline import Static
 
-# The authors' own command for merging decoders with DARE (yule-BUAA/MergeLM, README). Their 0.9 is
-# for one model kept apart; at that rate a merge needs a lambda tuned on validation data.
+# From the authors' own command for merging decoders with DARE (yule-BUAA/MergeLM, README). Their 0.9 is
+# for a single model; at that rate a merge needs a lambda tuned on validation data.
 DROP = 0.2
 
 
 def thinned(module: str, update: Factors, seed: int) -> Tensor:
-    """DARE: each entry is dropped with probability DROP, the others are divided by 1 - DROP.
+    """DARE: drops each entry with probability DROP and divides the others by 1 - DROP.
 
-    The mean over seeds is the update. The mask follows from the seed, the module and the adapter's
-    own numbers, so neither the order of the adapters nor which others there are changes it.
+    The mean over seeds is the update. The mask depends only on the seed, the module and the adapter's own
+    numbers. The order of the adapters does not change it, and neither do other adapters.
     """
     digest = sha256(f"{seed} {module} ".encode())
     for factor in update:
@@ -34,8 +34,8 @@ def thinned(module: str, update: Factors, seed: int) -> Tensor:
 class DareTies(Static):
     """Yu et al. 2024, Language Models are Super Mario, arXiv 2311.03099, section 3, before TIES.
 
-    `m_i ~ Bernoulli(p)`, `D_i' = (1 - m_i) * D_i / (1 - p)`, then all of TIES, its trimming included,
-    as in the authors' code: formula and hyperparameters are in `merge.dense`.
+    `m_i ~ Bernoulli(p)`, `D_i' = (1 - m_i) * D_i / (1 - p)`, then all of TIES including its trimming, as in
+    the authors' code. The formula and hyperparameters of TIES are in `merge.dense`.
     """
 
     def combine(self, module: str, updates: list[Factors]) -> Factors:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from merge.factors import Factors, from_svd, support, weighted_sum
-from router.merges import Static
+from router.pipeline import Static
 
-# The paper tunes alpha on validation data. 1 keeps the sum's nuclear norm, and is the default of
-# the method's implementation in FusionBench.
+# The paper tunes alpha on validation data. 1 keeps the sum's nuclear norm, and is FusionBench's default for
+# this method.
 SCALE = 1.0
 
 
 class IsoC(Static):
     """Marczak et al. 2025, No Task Left Behind, arXiv 2502.04959, Iso-C, section 4.
 
-    `sum_i D_i = U S V^T`, merged update `alpha * mean(S) * U V^T`. The paper's updates have full
-    rank. Here U, S and V hold the directions that the sum has: beyond them U V^T would be whatever
-    the SVD filled up with. Recompression (`--variant_rank`) has to choose among equals, so it cuts
-    arbitrarily.
+    With `sum_i D_i = U S V^T`, the merged update is `alpha * mean(S) * U V^T`. The paper's updates have full
+    rank. Here U, S and V hold only the directions that the sum has, since an SVD fills up the others
+    arbitrarily. Recompression (`--variant_rank`) has to choose among equal singular values, so its cut is
+    arbitrary.
     """
 
     def combine(self, module: str, updates: list[Factors]) -> Factors:

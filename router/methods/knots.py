@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merge.dense import KEEP, ties
 from merge.factors import Factors, support
-from router.merges import Static
+from router.pipeline import Static
 
 
 def _blocks(matrices: Sequence[Tensor]) -> Tensor:
@@ -20,7 +20,7 @@ def _blocks(matrices: Sequence[Tensor]) -> Tensor:
 def aligned_ties(updates: Sequence[Factors], keep: float = KEEP) -> Factors:
     """TIES on each update's coordinates in the left singular basis of all updates side by side.
 
-    The SVD runs on the factors: `[D_1 .. D_n] = [B_1 .. B_n] @ diag(A_1 .. A_n)` in blocks.
+    The SVD runs on the factors: `[D_1 .. D_n] = [B_1 .. B_n] @ diag(A_1 .. A_n)`, block-diagonal.
     """
     side_by_side = Factors(
         _blocks([update.a for update in updates]),  # (sum of ranks, n * d_in)
@@ -35,11 +35,11 @@ def aligned_ties(updates: Sequence[Factors], keep: float = KEEP) -> Factors:
 class Knots(Static):
     """Stoica et al. 2024, Model Merging with SVD to Tie the KnOTS, arXiv 2410.19735, section 4.
 
-    `[D_1 .. D_n] = U S [V_1^T .. V_n^T]`, merged update `U TIES(S V_1^T, .., S V_n^T)`. As in the
-    authors' configurations S is with V when entries are ranked for trimming; the paper writes
-    it with U, which differs in nothing but that ranking. They tune k and lambda on validation data;
-    without it, those of TIES: k = 20 % (also theirs for vision) and lambda = 1. The result's rank is
-    at most the sum of ranks.
+    With `[D_1 .. D_n] = U S [V_1^T .. V_n^T]`, the merged update is `U TIES(S V_1^T, .., S V_n^T)`. S is
+    with V when trimming ranks the entries, as in the authors' configurations. The paper writes S with U,
+    which changes nothing but that ranking. The authors tune k and lambda on validation data. Here they
+    are those of TIES: k = 20 % (also the authors' for vision) and lambda = 1. The result's rank is at most
+    the sum of ranks.
     """
 
     def combine(self, module: str, updates: list[Factors]) -> Factors:

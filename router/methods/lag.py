@@ -1,4 +1,4 @@
-"""`lag`: Arrow finds a few adapters for every token, SpectR takes one of them."""
+"""`lag`: Arrow finds a few adapters for every token, and SpectR picks one of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TOP_K = 1  # "select a single adapter for each position", their eqs. 7 and 8
 class Lag(PerToken):
     """Fleshman and Van Durme 2025, LoRA-Augmented Generation, arXiv 2507.05346.
 
-    Two stages for every token and module: the 20 adapters with the largest `abs(v_i . x)` (Arrow),
-    then of these the one with the largest SpectR score, which is applied in full,
-    `output = W x + D_i x`. In a library of at most 20 adapters it is SpectR with one adapter.
+    There are two stages for every token and module. Arrow finds the 20 adapters with the largest
+    `abs(v_i . x)`. Of these, the one with the largest SpectR score is applied in full,
+    `output = W x + D_i x`. In a library of at most 20 adapters, this is SpectR with one adapter.
 
-    The SpectR score is `norm(V^T x)`, as in the paper's eqs. 4 and 7 and in `spectr`, which says what
-    the other reading is, with S, and why not that one. The paper's second library, of knowledge
-    adapters beside those of tasks, has no counterpart here.
+    The SpectR score is `norm(V^T x)`, as in the paper's eqs. 4 and 7 and in `spectr`, which explains the
+    other reading, with S, and why it is not used. The paper's second library, of knowledge adapters
+    beside those of tasks, has no counterpart here.
     """
 
     def logits(self, experts: Experts, x: Tensor, along: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`logo`: a query goes to the adapters that answer its last token most strongly at the last block."""
+"""`logo`: a query goes to the adapters whose updates respond most to its last token, at the last block."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from router.adapters import Adapter
-from router.clusters import Array
-from router.merges import Routed
-from router.passes import batches, forward, last_block
+from router.library.adapters import Adapter, last_block
+from router.model.passes import batches, forward
 from router.per_token import Experts, attached, load_experts, norms
-from router.predict import encode
+from router.pipeline import Routed
+from router.result import Routing
+from router.routing.clusters import Array
 from router.submission import Query
 
-TOP_K = 20  # the authors' default (archon159/LoGo), there of 260 adapters
-PROJECTION = "q_proj"  # theirs, of the last block
+TOP_K = 20  # the authors' default (archon159/LoGo), for 260 adapters
+PROJECTION = "q_proj"  # the authors', in the last block
 
 
 def probed(adapters: Sequence[Adapter]) -> set[str]:
-    """Which modules give the signal: q_proj of the last block if all adapters change it, else all there."""
+    """The modules that give the signal: the last block's q_proj if all adapters change it, else all there."""
     block = last_block(adapters)
     shared = [
         module
@@ -34,25 +34,24 @@ def probed(adapters: Sequence[Adapter]) -> set[str]:
 class LoGo(Routed):
     """LoRA on the Go, ACL 2026, arXiv 2511.07129, with its default signal, the norm.
 
-    One pass over the prompt with all adapters attached, each at full weight. The signal of adapter
-    i is `s_i = norm(D_i h)`, h the input of q_proj of the last block for the prompt's last token;
-    the 20 largest are kept, `w_i = s_i / sum s`, and `sum_i w_i D_i` answers.
+    One pass reads the prompt with all adapters attached, each at full weight. The signal of adapter i is
+    `s_i = norm(D_i h)`, where h is the input of the last block's q_proj for the prompt's last token. The
+    20 largest signals are kept, `w_i = s_i / sum s`, and `sum_i w_i D_i` answers.
 
-    The paper's adapters all have q_proj. Where some have not, s_i is the mean over the modules that
-    adapter i changes in that block. The authors' code takes h before the block's norm, and after
-    the first query attaches only the adapters that the query before was given; here h is what
-    q_proj gets, as the paper says, and every query meets all adapters.
+    The paper's adapters all have q_proj. If some do not, s_i is the mean over the modules that adapter i
+    changes in that block. The authors' code takes h before the block's norm; after the first query, it
+    attaches only the adapters that the previous query was given. Here h is q_proj's input, as the paper
+    says, and every query meets all adapters.
     """
 
-    def route(self, queries: Sequence[Query]) -> Array:
-        """Weights in proportion to the norms; the base model has none."""
-        model, tokenizer = self.base.model, self.tokenizer
+    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+        """Weighs adapters in proportion to the norms; the base model has no weight."""
+        model = self.base.model
         with self.stages("experts"):
             experts = load_experts(self.adapters, str(model.device), model.dtype)
         with self.stages("probe"):
-            rows = encode(tokenizer, [query.input for query in queries], self.settings.max_seq_len)
             signals = self._signals(rows, experts)
-        return np.column_stack([proportional(signals, TOP_K), np.zeros(len(queries))])
+        return Routing(np.column_stack([proportional(signals, TOP_K), np.zeros(len(queries))]))
 
     def _signals(self, rows: Sequence[Sequence[int]], experts: dict[str, Experts]) -> Array:
         """The norm of each adapter's output for each prompt's last token, (prompts, adapters)."""

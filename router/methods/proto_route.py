@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from router.calibration import Calibration
-from router.clusters import Array
-from router.copies import stand_ins
 from router.errors import InputError
-from router.evidence import Evidence
-from router.gate import PrototypeGate, weights_of
-from router.merges import Routed
-from router.passes import look
-from router.predict import encode
-from router.probe import probe
-from router.prototypes import prototypes
+from router.library.duplicates import representatives
+from router.model.passes import truncated
+from router.pipeline import Routed
+from router.result import Routing
+from router.routing.calibration import Calibration
+from router.routing.clusters import Array
+from router.routing.evidence import Evidence
+from router.routing.gate import PrototypeGate
+from router.routing.probe import probe
+from router.routing.prototypes import prototypes
+from router.routing.trial import trial
 from router.submission import Query
-from router.trial import trial
 
 
 class ProtoRoute(Routed):
@@ -28,9 +28,10 @@ class ProtoRoute(Routed):
     Adapters that are close are tried on the query: docs/method.md has the equations.
     """
 
-    def route(self, queries: Sequence[Query]) -> Array:
-        """Prototypes, probe, gate, and a trial of what is in question; no labels, no training."""
-        model, tokenizer, limit = self.base.model, self.tokenizer, self.settings.max_seq_len
+    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+        """Prototypes, probe, gate, and trials of the shortlist; no labels, no training."""
+        model, pad = self.base.model, self.tokenizer.pad_token_id
+        limit = self.max_seq_len or self.settings.max_seq_len
         with self.stages("prototypes"):
             protos = prototypes(self.adapters, str(model.device), model.dtype)
             present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
@@ -44,43 +45,42 @@ class ProtoRoute(Routed):
             calibration = Calibration(self.base, limit)
             means = calibration.means(list(protos))
             reference = calibration.responses(self.adapters, protos, means)
-            stand_in = stand_ins(self.adapters, reference)
-            kept = np.unique(stand_in).tolist()
+            representative = representatives(self.adapters, reference)
+            kept = np.unique(representative).tolist()
             gate = PrototypeGate(self.settings.temperature, self.settings.top_k).fit(reference[:, kept])
         with self.stages("probe"):
-            every = look(encode(tokenizer, [query.input for query in queries], limit))
+            every = truncated(rows)
             numbers = {row: n for n, row in enumerate(dict.fromkeys(map(tuple, every)))}
-            rows = list(numbers)  # the same prompt is routed once
-            probed = probe(model, rows, tokenizer.pad_token_id, protos, means, len(self.adapters))
+            distinct = list(numbers)  # the same prompt is routed once
+            probed = probe(model, distinct, pad, protos, means, len(self.adapters))
         responses, adapters = probed.responses[:, kept], [self.adapters[n] for n in kept]
         with self.stages("gate"):
-            raw = gate.decision_function(responses)
-            wanted = gate.in_question(raw)
+            scores = gate.decision_function(responses)
+            shortlist = gate.shortlist(scores)
         with self.stages("calibrate"):
-            gate.fit_trials(calibration.trials(adapters, wanted))
+            gate.fit_trials(calibration.trials(adapters, shortlist))
         with self.stages("trial"):
-            trials = trial(self.base, adapters, rows, probed.last, wanted)
+            trials = trial(self.base, adapters, distinct, probed.last, shortlist)
         with self.stages("gate"):
-            scores = gate.candidate_scores(raw, trials)
-            weights = np.zeros((len(rows), len(self.adapters) + 1))
-            weights[:, [*kept, -1]] = weights_of(scores, gate.temperature, gate.top_k)
+            candidates = gate.candidate_scores(scores, trials)
+            weights = np.zeros((len(distinct), len(self.adapters) + 1))
+            weights[:, [*kept, -1]] = gate.weights(candidates)
             standard = gate.standard_trials(trials)
             names = [adapter.name for adapter in self.adapters]
             evidence = Evidence(
                 names,
                 list(protos),
                 np.nanmean(probed.responses, 2),
-                self._spread(raw, kept),
-                self._spread(scores, [*kept, -1], 1),
+                self._spread(scores, kept),
+                self._spread(candidates, [*kept, -1], 1),
                 self._spread(standard.effect, kept),
                 self._spread(standard.confidence, kept),
                 standard.base_confidence.astype(np.float32),
-                gate.votes(responses, raw).astype(np.float32),
-                {names[n]: names[k] for n, k in enumerate(stand_in) if n != k},
+                gate.votes(responses, scores).astype(np.float32),
+                {names[n]: names[k] for n, k in enumerate(representative) if n != k},
             )
             place = np.array([numbers[tuple(row)] for row in every])
-            self.evidence = evidence.rows(place)
-        return np.asarray(weights[place])
+        return Routing(weights[place], evidence.rows(place))
 
     def _spread(self, values: Array, columns: Sequence[int], more: int = 0) -> NDArray[np.float32]:
         """Columns of the adapters that stand for themselves, among those of all; NaN for the others."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from merge.factors import Factors, weighted_sum
-from router.merges import Static
+from router.pipeline import Static
 
-# Ilharco et al. tune it on validation data. Without any, the TIES paper (2306.01708) takes this
-# value for Task Arithmetic, as recommended by its authors.
+# Ilharco et al. tune it on validation data. Where there is none, the TIES paper (2306.01708) takes this value
+# for Task Arithmetic, as its authors recommend.
 SCALE = 0.4
 
 

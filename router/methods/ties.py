@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from merge.dense import stack, ties, to_factors
 from merge.factors import Factors
-from router.merges import Static
+from router.pipeline import Static
 
 
 class Ties(Static):
     """Yadav et al. 2023, TIES-Merging, arXiv 2306.01708, Algorithm 1.
 
-    Formula and hyperparameters (k = 20 %, lambda = 1) are in `merge.dense`. It runs on the dense
-    updates `s * B A`, not on A and B apart, and leaves an update of full rank.
+    The formula and hyperparameters (k = 20 %, lambda = 1) are in `merge.dense`. The method runs on the dense
+    updates `s * B A`, not on A and B separately, and leaves an update of full rank.
     """
 
     def combine(self, module: str, updates: list[Factors]) -> Factors:

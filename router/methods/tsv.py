@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from merge.factors import ROUNDING, Factors, from_svd, support
-from router.merges import Static
+from router.pipeline import Static
 
-SCALE = 1.0  # the paper's alpha for TSV-Merge, which it keeps instead of tuning
+SCALE = 1.0  # the paper's alpha for TSV-Merge, which it fixes instead of tuning
 
 
 def orthogonal(columns: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns, (d, k): the solution of the Procrustes problem.
 
-    `P Q^T` for the SVD `P S Q^T`. Where columns depend on each other that is not unique; what they
-    do not span is then left out, so that adapters that are the same share one direction.
+    It is `P Q^T` for the SVD `P S Q^T`. If the columns are linearly dependent, it is not unique; directions
+    that they do not span are then left out, so that equal adapters share one direction.
     """
     p, s, qh = torch.linalg.svd(columns, full_matrices=False)
     real = s > ROUNDING
@@ -26,10 +26,10 @@ def orthogonal(columns: Tensor) -> Tensor:
 class Tsv(Static):
     """Gargiulo et al. 2025, Task Singular Vectors, arXiv 2412.00081, TSV-Merge, Algorithm 1.
 
-    `D_i = U_i S_i V_i^T`, cut to the first `min(d_out, d_in) / n` components of each of the n
-    adapters; `U = [U_1 .. U_n]` and `V = [V_1 .. V_n]` are replaced by their nearest orthonormal
-    matrices; merged update `alpha * U' diag(S_1 .. S_n) V'^T`. An adapter of smaller rank gives
-    all it has: components of singular value 0 would only take room from the others.
+    The SVD `D_i = U_i S_i V_i^T` of each of the n adapters is cut to its first `min(d_out, d_in) / n`
+    components. `U = [U_1 .. U_n]` and `V = [V_1 .. V_n]` are replaced by their nearest orthonormal matrices
+    U' and V'. The merged update is `alpha * U' diag(S_1 .. S_n) V'^T`. An adapter of smaller rank gives all
+    it has: components of singular value 0 would only take room from the others.
     """
 
     def combine(self, module: str, updates: list[Factors]) -> Factors:

@@ -1,0 +1,45 @@
+"""The console command `proto-route`, also `python -m router`, with one subcommand per task."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from router import __version__
+
+# Each module has a `main(argv)` of its own and is imported only when its subcommand is called.
+COMMANDS = {
+    "run": ("router.main", "answer queries with a routed mixture of adapters"),
+    "explain": ("router.runs.explain", "explain why one query of a finished run got its answer"),
+    "compare": ("router.runs.compare", "show what changed between two finished runs"),
+    "library": ("router.library.command", "check, list or add adapters"),
+    "report": ("router.runs.report.page", "rebuild report.html of a finished run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit code; 2 for wrong arguments."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    p = argparse.ArgumentParser(
+        prog="proto-route",
+        description="Routes unlabelled queries over a library of LoRA adapters.",
+        epilog=f"commands:\n{listed}\n\n`proto-route COMMAND --help` lists a command's flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--version", action="store_true", help="print the version and exit")
+    p.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="listed below")
+    args = p.parse_args(argv[:1])
+    if args.version:
+        print(f"proto-route {__version__}")
+        return 0
+    if args.command is None:
+        p.error(f"expected a command, one of {', '.join(COMMANDS)}")
+    return int(import_module(COMMANDS[args.command][0]).main(argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

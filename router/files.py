@@ -1,0 +1,41 @@
+"""Files: where they are cached, how they are hashed, and how they are replaced as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+
+def cache_folder() -> Path:
+    """The folder for converted models and computed prototypes; PROTO_ROUTE_CACHE overrides it."""
+    return Path(os.environ.get("PROTO_ROUTE_CACHE") or Path.home() / ".cache" / "proto-route")
+
+
+def sha256_of(*files: Path) -> str:
+    """The sha256 of the files' bytes, concatenated, in hexadecimal."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Opens a text file that takes its final name only if the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            yield file
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,41 @@
+"""Downloads from the Hugging Face hub, into its own cache. Knows neither models nor adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class HubError(Exception):
+    """The hub could not provide a repository; the message is the first line of the reason."""
+
+
+def fetch(
+    spec: str, patterns: Sequence[str] | None = None, local_only: bool = False
+) -> tuple[Path, str, str]:
+    """Fetches a repository, `ID[@REVISION]`.
+
+    Args:
+        patterns: the files to fetch; None takes all.
+        local_only: the repository must be in the cache already.
+
+    Returns:
+        The repository's folder in the cache, its id, and its commit.
+
+    Raises:
+        HubError: there is no such repository or revision, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = spec.partition("@")
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=list(patterns) if patterns else None,
+            local_files_only=local_only,
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise HubError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+    return Path(found), name, Path(found).name

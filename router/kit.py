@@ -1,0 +1,157 @@
+"""The starter kit's contract: what a method of the competition provides, and what it gets.
+
+A method written for the kit goes into router/methods/; only its import line changes, to this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from router.model.answer import Answer, answer, encode
+from router.model.base import EMBEDDED, load_base
+from router.result import Result
+from router.settings import Settings
+from router.stages import Stages
+from router.submission import GENERATION, MULTIPLE_CHOICE, Query
+
+KIT_BATCH = 8  # queries handed to a kit method at once, unless --batch_size is given
+
+
+class Merges:
+    """The starter kit's contract (llm-merging/LLM-Merging, `merging/Merges.py`).
+
+    A subclass sets `list_models`, `base_model_name` and so on, and its `merge` fills
+    `base_model` and `merged_model`. A batch is a dictionary of lists: `input`, and for multiple
+    choice `answer_choices`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.settings = Settings()
+        self.stages = Stages()
+        self.list_models: list[tuple[str, str | None]] = []
+        self.loaded_models: dict[str, Any] = {}
+        self.loaded_configs: dict[str, Any] = {}
+        self.merged_model: dict[str, Any] = {}
+        self.base_model_name: str | None = None
+        self.base_model_revision_id: str | None = None
+        self.base_model: Any = None
+        self.tokenizer: Any = None
+        self.max_seq_len: int | None = None
+        self.max_gen_len: int | None = None
+        self.device: Any = None
+        self.architecture = "decoder"
+
+    def get_name(self) -> str:
+        """The method's name."""
+        return self.name
+
+    def merge(self) -> Any:
+        """Loads what it needs and returns the merged model."""
+        raise TypeError(f"method {self.name} brings no merge()")
+
+    def save_model(self, output_dir: str | Path) -> None:
+        """Writes the merged weights as safetensors."""
+        from safetensors.torch import save_file
+
+        if not self.merged_model:
+            raise ValueError(f"method {self.name}: nothing merged yet, call merge() first")
+        save_file(self.merged_model, Path(output_dir) / "merged_model.safetensors")
+
+    def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
+        """Answers queries in order, batch by batch through the kit's two calls.
+
+        Args:
+            folder: where a method that routes writes its variants; None takes `settings.output_folder`.
+        """
+        answers: dict[int, Answer] = {}
+        size = self.settings.batch_size or KIT_BATCH
+        kinds: dict[int, list[int]] = {}  # all queries of a kit batch have equally many choices
+        for n, query in enumerate(queries):
+            choices = len(query.choices) if query.eval_type == MULTIPLE_CHOICE else 0
+            kinds.setdefault(choices, []).append(n)
+        for choices, members in kinds.items():
+            for start in range(0, len(members), size):
+                part = members[start : start + size]
+                batch: dict[str, list[Any]] = {"input": [queries[n].input for n in part]}
+                if choices:
+                    batch["answer_choices"] = [list(queries[n].choices) for n in part]
+                    indices, scores = self.predict_multiple_choice(batch)
+                    for n, index, row in zip(part, indices, scores, strict=True):
+                        answers[n] = Answer(str(int(index)), scores=tuple(map(float, row)))
+                else:
+                    for n, ids, text in zip(part, *self.generate(batch), strict=True):
+                        answers[n] = Answer(text, tuple(ids))
+        return Result([answers[n] for n in range(len(queries))])
+
+    def predict_multiple_choice(self, batch: Mapping[str, Sequence[Any]]) -> tuple[list[int], list[Any]]:
+        """The 0-based index of the likeliest choice, and the choices' scores, for each input."""
+        pairs = zip(batch["input"], batch["answer_choices"], strict=True)
+        found = self._answer(
+            [Query(str(n), text, MULTIPLE_CHOICE, tuple(choices)) for n, (text, choices) in enumerate(pairs)]
+        )
+        return [int(answer.text) for answer in found], [answer.scores for answer in found]
+
+    def generate(self, batch: Mapping[str, Sequence[Any]]) -> tuple[list[Sequence[int]], list[str]]:
+        """The generated token ids and text for each input."""
+        found = self._answer([Query(str(n), text, GENERATION) for n, text in enumerate(batch["input"])])
+        return [answer.ids for answer in found], [answer.text for answer in found]
+
+    def _answer(self, queries: Sequence[Query]) -> list[Answer]:
+        return self.answer_with(self.base_model, queries, self.encoded(queries))
+
+    def encoded(self, queries: Sequence[Query]) -> list[list[int]]:
+        """The token ids of each query's prompt, cut to `max_seq_len`."""
+        return encode(
+            self.tokenizer,
+            [query.input for query in queries],
+            self.max_seq_len or self.settings.max_seq_len,
+        )
+
+    def answer_with(
+        self,
+        model: Any,
+        queries: Sequence[Query],
+        rows: Sequence[Sequence[int]],
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> list[Answer]:
+        """Answers queries in order with one model.
+
+        Args:
+            rows: token ids of each query's prompt.
+            progress: called after each batch with the tokens of its prompts.
+        """
+        return answer(
+            model,
+            self.tokenizer,
+            queries,
+            rows,
+            scoring=self.settings.scoring,
+            max_new_tokens=self.max_gen_len or self.settings.max_gen_len,
+            batch_size=self.settings.batch_size,
+            progress=progress,
+        )
+
+    def _load_base_model(self) -> None:
+        """For kit methods: loads `base_model_name` into `base_model`, and its tokenizer."""
+        name = self.settings.base_model or self.base_model_name or EMBEDDED
+        if not self.settings.base_model and self.base_model_revision_id:
+            name = f"{name}@{self.base_model_revision_id}"
+        base = load_base(name, self.settings.device, self.settings.dtype)
+        self.base_model, self.tokenizer = base.model, base.tokenizer
+
+    def _load_tokenizer(self) -> None:
+        """For kit methods: loads the tokenizer, which comes with the base model."""
+        if self.tokenizer is None:
+            self._load_base_model()
+
+    def _load_huggingface_models_and_configs(self) -> None:
+        """For kit methods: fills `loaded_models` and `loaded_configs` from `list_models`."""
+        from peft import PeftConfig, load_peft_weights
+
+        for name, revision in self.list_models:
+            kwargs: dict[str, Any] = {"revision": revision} if revision else {}
+            self.loaded_models[name] = load_peft_weights(name, device="cpu", use_safetensors=True, **kwargs)
+            self.loaded_configs[name] = PeftConfig.from_pretrained(name, **kwargs)

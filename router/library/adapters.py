@@ -1,0 +1,173 @@
+"""A library of adapters: opened, checked, and read module by module. Knows nothing of queries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from merge.factors import Factors
+from merge.folders import WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
+from router.constants import BASE_COLUMN
+from router.errors import InputError
+from router.files import sha256_of
+from router.library.sources import Source, expand, find
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter of a library.
+
+    Attributes:
+        name: unique in the library; the column in the routing table.
+        folder: the files, readable one module at a time.
+        sha256: of the weight file.
+        revision: commit on the hub, None for local folders.
+    """
+
+    name: str
+    folder: AdapterFolder
+    sha256: str
+    revision: str | None = None
+
+    def read(self, module: str) -> Factors:
+        """One module's update in float32.
+
+        Raises:
+            InputError: a value is not finite, or the file cannot be read.
+        """
+        try:
+            return self._finite(module, self.folder.read(module))
+        except OSError as error:
+            raise InputError(f"adapter {self.name} ({self.folder.path}): cannot be read: {error}") from error
+
+    def read_all(self) -> Iterator[tuple[str, Factors]]:
+        """Every module's update in float32, one after the other.
+
+        Raises:
+            InputError: a value is not finite, or the file cannot be read.
+        """
+        try:
+            for module, update in self.folder.read_all():
+                yield module, self._finite(module, update)
+        except OSError as error:
+            raise InputError(f"adapter {self.name} ({self.folder.path}): cannot be read: {error}") from error
+
+    def _finite(self, module: str, update: Factors) -> Factors:
+        if torch.isfinite(update.a).all() and torch.isfinite(update.b).all():
+            return update
+        raise InputError(
+            f"adapter {self.name} ({self.folder.path}): {module} holds values that are not "
+            "finite; leave the adapter out of --adapters"
+        )
+
+
+def opened(source: Source) -> Adapter:
+    """Opens one adapter; its values are checked to be finite when they are read.
+
+    Raises:
+        InputError: it is broken or of an unsupported kind.
+    """
+    try:
+        folder = open_adapter(source.path)
+    except AdapterError as error:
+        raise InputError(str(error)) from error
+    return Adapter(source.name, folder, sha256_of(source.path / WEIGHTS_FILE), source.revision)
+
+
+def load_library(specs: Sequence[str], local_only: bool = False) -> list[Adapter]:
+    """Finds and checks adapters.
+
+    Args:
+        specs: folders, folders of folders, names in data/library, hub ids (`ID[@REVISION]`), or
+            the single word `competition`.
+        local_only: nothing is fetched from the hub.
+
+    Returns:
+        The adapters in the order given; those of one folder in order of name.
+
+    Raises:
+        InputError: an adapter is missing, broken, of an unsupported kind, or named like another.
+    """
+    adapters = [opened(source) for spec in expand(specs) for source in find(spec, local_only)]
+    names = [adapter.name for adapter in adapters]
+    for adapter in adapters:
+        if names.count(adapter.name) > 1 or adapter.name == BASE_COLUMN:
+            taken = "the base model" if adapter.name == BASE_COLUMN else "two adapters"
+            raise InputError(
+                f"adapter {adapter.name} ({adapter.folder.path}): {taken} would share a column of that "
+                "name; rename the folder"
+            )
+    return adapters
+
+
+def base_of(adapters: Iterable[Adapter]) -> str:
+    """The one base model that all adapters name.
+
+    Raises:
+        InputError: they name several, or none at all.
+    """
+    named: dict[str, str] = {}
+    for adapter in adapters:
+        if adapter.folder.base_model:
+            named.setdefault(adapter.folder.base_model, adapter.name)
+    if len(named) != 1:
+        what = "; ".join(f"{adapter} names {base}" for base, adapter in named.items()) or "none named"
+        raise InputError(f"--adapters: expected one base model for all: {what}; pass --base_model")
+    return next(iter(named))
+
+
+def check_against_base(
+    adapters: Iterable[Adapter], base_name: str, is_folder: bool, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Refuses adapters of another base model.
+
+    Args:
+        base_name: what the base model is called on the hub, or its folder.
+        is_folder: the name is a local path, so only shapes can be compared.
+        shapes: (d_out, d_in) of the base model's linear layers by module name.
+
+    Raises:
+        InputError: another base model is named, or a module does not exist or fit.
+    """
+    for adapter in adapters:
+        where = f"adapter {adapter.name} ({adapter.folder.path})"
+        stated = adapter.folder.base_model
+        if stated and not is_folder and stated.casefold() != base_name.casefold():
+            raise InputError(
+                f"{where}: expected an adapter of {base_name}, got one of {stated}; "
+                "leave it out of --adapters or pass its --base_model"
+            )
+        for module, shape in adapter.folder.shapes.items():
+            if shapes.get(module) != shape:
+                had = f"{shapes[module]}" if module in shapes else "no such linear layer"
+                raise InputError(
+                    f"{where}: {module} has shape {shape}, but {base_name} has {had} there; "
+                    "is it an adapter of another base model?"
+                )
+
+
+def last_block(adapters: Sequence[Adapter]) -> list[str]:
+    """The modules that adapters change in one block: the last of the blocks that most adapters change."""
+    blocks: dict[str, list[set[str]]] = {}
+    for adapter in adapters:
+        mine: dict[str, set[str]] = {}
+        for module in adapter.folder.shapes:
+            mine.setdefault(_block(module), set()).add(module)
+        for block, modules in mine.items():
+            blocks.setdefault(block, []).append(modules)
+    best = max(blocks, key=lambda block: (len(blocks[block]), _number(block)))
+    return sorted(set.union(*blocks[best]))
+
+
+def _block(module: str) -> str:
+    """`model.layers.3.self_attn.q_proj` is in `model.layers.3`; one outside of blocks is its own block."""
+    found = re.match(r"(.*?\.\d+)\.", module)
+    return found[1] if found else module
+
+
+def _number(block: str) -> int:
+    found = re.search(r"\.(\d+)$", block)
+    return int(found[1]) if found else -1

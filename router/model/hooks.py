@@ -1,0 +1,69 @@
+"""Hooks on a model's modules: everything that reads or changes activations goes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+Visit = Callable[[str, Tensor], object]  # (module name, its input (..., d_in))
+Change = Callable[[Tensor, Tensor], Tensor]  # (input (..., d_in), output (..., d_out)) -> new output
+
+
+@contextmanager
+def reading_inputs(model: Any, modules: Sequence[str], visit: Visit) -> Iterator[None]:
+    """Calls `visit(module name, input)` whenever one of the named modules runs inside the block."""
+
+    def hook(name: str) -> Callable[[Any, tuple[Tensor]], None]:
+        def read(_: Any, args: tuple[Tensor]) -> None:
+            visit(name, args[0])
+
+        return read
+
+    handles = []
+    try:
+        for name in modules:
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def changing_outputs(model: Any, changes: Mapping[str, Change]) -> Iterator[None]:
+    """Replaces the output of each named module by `change(input, output)` inside the block."""
+
+    def hook(change: Change) -> Callable[[Any, tuple[Tensor], Tensor], Tensor]:
+        return lambda _, args, out: change(args[0], out)
+
+    handles = []
+    try:
+        for name, change in changes.items():
+            handles.append(model.get_submodule(name).register_forward_hook(hook(change)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def head_inputs(model: Any) -> Iterator[list[Tensor]]:
+    """Collects what the output layer reads inside the block, (B, T, d) per pass."""
+    seen: list[Tensor] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def make_head_input_contiguous(model: Any) -> None:
+    """Makes the output layer copy its input first, from now on.
+
+    Reading a prompt gives the layer a strided slice, and a strided 3-D product copies the whole vocabulary
+    matrix once per row.
+    """
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))

@@ -1,0 +1,202 @@
+"""The routed pipeline: route, cluster, write variants, answer.
+
+A method that routes is one file in router/methods/. It subclasses `Routed` and gives each query its weights;
+or `Static` and merges all adapters' updates of one module into one; or `PerToken` (router/per_token.py) and
+scores a module's adapters for each token.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge.factors import Factors
+from merge.folders import write_adapter
+from router.constants import COMPETITION, COMPETITION_BASE
+from router.kit import Merges
+from router.library.adapters import Adapter, base_of, check_against_base, load_library
+from router.model.answer import Answer
+from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
+from router.progress import progress
+from router.result import Decision, Result, Routing
+from router.routing.clusters import cluster
+from router.routing.model_card import Recipe, write_card
+from router.routing.variants import Hotswap, Variant, complete, decide, limited, swap_order, write_variant
+from router.settings import Settings
+from router.submission import Query
+
+
+def default_base(settings: Settings, adapters: Sequence[Adapter]) -> str:
+    """The base model to load if --base_model is not given: the one that the adapters name.
+
+    Raises:
+        InputError: they name several, or none at all.
+    """
+    if settings.adapters == (COMPETITION,):
+        return COMPETITION_BASE
+    name = base_of(adapters)
+    return EMBEDDED if name.casefold() == EMBEDDED_ID.casefold() else name
+
+
+class Routed(Merges):
+    """A method that gives every query its weights; clusters and variants do the rest.
+
+    Attributes, after `merge`:
+        base: the loaded base model.
+        adapters: the library.
+        shapes: (d_out, d_in) of the base model's linear layers.
+    """
+
+    base: Base
+    adapters: list[Adapter]
+    shapes: dict[str, tuple[int, int]]
+
+    def merge(self) -> Any:
+        """Loads the library, then the base model that it belongs to, and checks that they fit."""
+        with self.stages("load"):
+            self.adapters = load_library(self.settings.adapters)
+            spec = self.settings.base_model or default_base(self.settings, self.adapters)
+            self.attach(load_base(spec, self.settings.device, self.settings.dtype), self.adapters)
+            is_folder = spec != EMBEDDED and Path(spec).is_dir()
+            check_against_base(self.adapters, self.base.name, is_folder, self.shapes)
+        return self.base.model
+
+    def attach(self, base: Base, adapters: Sequence[Adapter]) -> None:
+        """Takes a base model and a library that are loaded already, in place of `merge`."""
+        self.base, self.adapters = base, list(adapters)
+        self.base_model, self.tokenizer = base.model, base.tokenizer
+        self.shapes = linear_shapes(base.model)
+
+    @abstractmethod
+    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+        """The weights of each query, with evidence if the method keeps any.
+
+        Args:
+            rows: token ids of each query's prompt.
+        """
+
+    @property
+    def n_variants(self) -> int | None:
+        """How many variants to make; None makes as few as the weights allow."""
+        return self.settings.n_variants
+
+    @property
+    def recipe(self) -> Recipe:
+        """What a model card says about the method."""
+        about = " ".join((type(self).__doc__ or "").partition("\n\n")[0].split())
+        return Recipe(self.get_name(), about, self.settings)
+
+    def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
+        """Routes, clusters, writes variants and answers, in this order."""
+        output, rows = folder or self.settings.output_folder, self.encoded(queries)
+        routing = self.route(queries, rows)
+        with self.stages("clusters"):
+            clusters = cluster(routing.weights, self.n_variants, self.settings.seed)
+            variants = decide(clusters.weights, [adapter.name for adapter in self.adapters])
+        output.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".variants.", dir=output))
+        try:
+            with self.stages("variants"):
+                folders = self.write_variants(variants, work)
+            decision = Decision(self.base, self.adapters, routing, clusters, variants, folders)
+            with self.stages("predict"):
+                answers = self.predict(queries, rows, decision, work)
+            final = output / "variants"
+            shutil.rmtree(final, ignore_errors=True)
+            work.chmod(0o755)
+            work.rename(final)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return Result(answers, decision)
+
+    def _answer(self, queries: Sequence[Query]) -> list[Answer]:
+        """The kit's two calls route the batch that they are given."""
+        return self.answer(queries).answers
+
+    def write_variants(self, variants: Sequence[Variant], folder: Path) -> list[str | None]:
+        """Writes each variant as a PEFT folder, named by its number; returns the names.
+
+        A variant that is the plain base model has no folder and the name None.
+        """
+        names = [str(n) if variant.weights else None for n, variant in enumerate(variants)]
+        pairs = zip(names, progress(variants, desc="variants", unit="variant"), strict=True)
+        for name, variant in pairs:
+            if name:
+                path, rank = folder / name, self.settings.variant_rank
+                write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
+                write_card(path, self.recipe, self.base, self.adapters, variant)
+        return names
+
+    def predict(
+        self,
+        queries: Sequence[Query],
+        rows: Sequence[Sequence[int]],
+        decision: Decision,
+        folder: Path,
+    ) -> list[Answer]:
+        """Answers each query with its variant, in the order of the queries.
+
+        Args:
+            rows: token ids of each query's prompt.
+            folder: holds the variants' folders.
+        """
+        answers: dict[int, Answer] = {}
+        paths = [folder / name if name else None for name in decision.folders]
+        with (
+            progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar,
+            Hotswap(self.base) as swap,
+        ):
+            for n in swap_order(paths):
+                members = np.flatnonzero(decision.clusters.labels == n).tolist()
+                part = self.answer_with(
+                    swap.activate(paths[n]),
+                    [queries[m] for m in members],
+                    [rows[m] for m in members],
+                    bar.update,
+                )
+                answers.update(zip(members, part, strict=True))
+        return [answers[n] for n in range(len(queries))]
+
+
+class Static(Routed):
+    """A method that merges all adapters into one variant, whatever the queries.
+
+    An adapter without an update for a module is absent there: `combine` gets no zero in its place, so
+    means and votes are among the adapters that change the module.
+    """
+
+    @abstractmethod
+    def combine(self, module: str, updates: list[Factors]) -> Factors:
+        """Merges the updates of one module, one from each adapter that changes it; there is at least one.
+
+        The result must not depend on the updates' order beyond rounding.
+        """
+
+    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+        """Gives every adapter the same weight, hence one variant; the mathematics is in `combine`."""
+        weights = np.zeros((len(queries), len(self.adapters) + 1))
+        weights[:, :-1] = 1.0 / len(self.adapters)
+        return Routing(weights)
+
+    def write_variants(self, variants: Sequence[Variant], folder: Path) -> list[str | None]:
+        """Writes the one variant, number 0, as a PEFT folder in the base model's dtype.
+
+        Besides what is merged already, one module of all adapters is in memory at a time.
+        """
+        merged = {}
+        for module in self.shapes:
+            owners = [adapter for adapter in self.adapters if module in adapter.folder.shapes]
+            if owners:
+                update = self.combine(module, [adapter.read(module) for adapter in owners])
+                update = limited(update, self.settings.variant_rank)
+                merged[module] = Factors(update.a.float(), update.b.float())
+        updates, base = complete(merged, self.shapes), self.base
+        write_adapter(folder / "0", updates, base.name, base.revision, base.model.dtype)
+        write_card(folder / "0", self.recipe, base, self.adapters)
+        return ["0"]

@@ -1,0 +1,319 @@
+"""Estimates what a run would take, before anything is loaded or downloaded: `router.main --plan`.
+
+Only the headers of adapters are read. Speed is measured, within a minute, on a model with the base model's
+configuration and random weights; a large one gets few layers, and the result is scaled to all. Two things
+cannot be known beforehand: the number of variants and the length of the answers. They are taken from an
+earlier run with the same flags and adapters, if the output folder has one. Else they are assumed: two
+variants more than adapters, and as many answers between 1 and 2 tokens as between 16 and 32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge.folders import WEIGHTS_FILE, AdapterFolder
+from router.constants import COMPETITION_BASE
+from router.errors import InputError
+from router.files import replacing
+from router.hub import HubError, fetch
+from router.library.adapters import check_against_base, load_library
+from router.library.sources import expand, is_here
+from router.model.base import (
+    EMBEDDED,
+    EMBEDDED_ID,
+    embedded_folder,
+    linear_shapes,
+    pick_device,
+    pick_dtype,
+    weight_files,
+)  # fmt: skip
+from router.pipeline import default_base
+from router.plan.speed import Speed, measure, parameters, skeleton
+from router.routing.clusters import MAX_VARIANTS
+from router.settings import Settings
+from router.submission import GENERATION, Query, read_queries, read_rows
+
+PLAN = "plan.json"
+PLANNED = ("proto_route", "base", "average")
+LIBRARIES = 530 * 2**20  # bytes of torch, transformers, peft, faiss and the others, once in use
+KERNELS = 200 * 2**20  # bytes of what torch compiles and keeps, and of activations, as seen on two cores
+TRIED = 2.0  # adapters on a query's shortlist; 1.5 to 2.4 were seen with the committed library
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What there is to do, in tokens.
+
+    Attributes:
+        prompts: of each query's prompt.
+        truncated: of each distinct prompt after truncation, which is what routing reads.
+        generic: of each generic prompt after truncation.
+        written: of each generation query's prompt and the longest answer that is allowed.
+        chosen: of all choices together.
+        answers: of each answer of an earlier run, or of assumed answers.
+        tried: how many adapters are on a query's shortlist, on average.
+        batch_size: as in Settings.
+    """
+
+    prompts: list[int]
+    truncated: list[int]
+    generic: list[int]
+    written: list[int]
+    chosen: int
+    answers: NDArray[np.float64]
+    tried: float
+    batch_size: int | None
+
+
+def plan(name: str, settings: Settings) -> dict[str, Any]:
+    """What the run would take, as printed by `router.plan.text.lines` and kept in plan.json.
+
+    Raises:
+        InputError: the run itself would refuse its input, the base model's configuration is not here, or the
+            method's cost is not known.
+    """
+    if name not in PLANNED:
+        raise InputError(f"--plan: expected -m {', '.join(PLANNED)}, whose cost is known, got {name}")
+    queries = [query for path in settings.dataset_filepaths for query in read_queries(path)]
+    specs = expand(settings.adapters)
+    here = [spec for spec in specs if is_here(spec)]
+    library = load_library(here, local_only=True)
+    adapters = {adapter.name: adapter.folder for adapter in library}
+    spec = settings.base_model or default_base(settings, library)
+    base = _base(spec)
+    config, tokenizer = base.config, base.tokenizer
+    model = skeleton(config)
+    check_against_base(library, base.name, spec != EMBEDDED and Path(spec).is_dir(), linear_shapes(model))
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    earlier = _earlier(name, settings, list(adapters))
+    routed = name == "proto_route"
+    assumed = min(MAX_VARIANTS, len(adapters) + 2) if routed else 1
+    variants = settings.n_variants or earlier.get("n_variants") or assumed
+    work = _work(tokenizer, settings, queries, len(adapters), earlier)
+    used = {} if name == "base" else adapters
+    speed = measure(config, parameters(model), device, dtype, used, work.prompts)
+    ways = {"likely": variants}
+    if routed and not earlier and not settings.n_variants:
+        ways |= {"low": max(1, variants // 2), "high": MAX_VARIANTS}
+    seconds = {way: _seconds(speed, work, adapters, count, routed) for way, count in ways.items()}
+    if earlier and routed:
+        for found in seconds.values():
+            found["prototypes"] = found["calibrate"] = 0.0  # kept on disk since then
+    memory = _memory(base, dtype.itemsize, parameters(model), work, adapters, routed)
+    size = sum((folder.path / WEIGHTS_FILE).stat().st_size for folder in adapters.values())
+    return {
+        "method": name,
+        "flags": settings.plain(),
+        "base": base.name,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "queries": len(queries),
+        "prompt_tokens": sum(work.prompts),
+        "adapters": {
+            own: {"rank": max(folder.ranks.values()), "modules": len(folder.ranks),
+                  "mib": round((folder.path / WEIGHTS_FILE).stat().st_size / 2**20, 1)}
+            for own, folder in adapters.items()
+        },
+        "download": {
+            "adapters": [spec for spec in specs if spec not in here],
+            "base": [] if base.file_bytes else [spec],
+        },
+        "n_variants": variants,
+        "known_from_an_earlier_run": bool(earlier),
+        "seconds": {stage: round(value, 1) for stage, value in seconds["likely"].items()},
+        "total_seconds": [
+            round(sum(seconds[way].values()), 1) for way in ("low", "likely", "high") if way in seconds
+        ],
+        "peak_mib": {stage: round(value) for stage, value in memory.items()},
+        "disk_mib": round(variants * size / max(1, len(adapters)) * 1.5 / 2**20 + len(queries) / 1000),
+    }  # fmt: skip
+
+
+class _BaseModel(NamedTuple):
+    config: Any
+    tokenizer: Any  # None if it is not here
+    name: str
+    file_bytes: int  # of its weights, 0 if they are not here
+
+
+def _cached(spec: str) -> Path | None:
+    """The folder of a hub repository in the local cache, None if it is not there."""
+    try:
+        return fetch(spec, local_only=True)[0]
+    except HubError:
+        return None
+
+
+def _base(spec: str) -> _BaseModel:
+    """What can be known of the base model without its weights.
+
+    Raises:
+        InputError: its configuration is not here, or it is broken.
+    """
+    from transformers import AutoConfig, AutoTokenizer, MistralConfig
+
+    if spec == EMBEDDED:
+        folder: Path | None = embedded_folder()
+    else:
+        folder = Path(spec) if Path(spec).is_dir() else _cached(spec)
+    if folder:
+        try:
+            config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error
+        size = sum(file.stat().st_size for file in weight_files(folder))
+        return _BaseModel(config, tokenizer, EMBEDDED_ID if spec == EMBEDDED else spec, size)
+    if spec.partition("@")[0] == COMPETITION_BASE:
+        return _BaseModel(MistralConfig(), None, spec, 0)  # its defaults are this model's
+    raise InputError(
+        f"--plan: the base model {spec} is not here, so nothing is known of its size; fetch it first"
+    )
+
+
+def _encode(tokenizer: Any, texts: list[str], limit: int | None = None) -> list[list[int]]:
+    if tokenizer is None:  # about four letters per token
+        return [([0] * (1 + len(text) // 4))[:limit] for text in texts]
+    from router.model.answer import encode
+
+    return encode(tokenizer, texts, limit)
+
+
+def _earlier(name: str, settings: Settings, adapters: list[str]) -> dict[str, Any]:
+    """The record of an earlier run of the same method, flags and adapters, or nothing."""
+    try:
+        record: dict[str, Any] = json.loads((settings.output_folder / "run.json").read_text("utf-8"))
+        same = record["flags"] == settings.plain() and sorted(record["adapters"]) == sorted(adapters)
+        return record if same and record["method"] == name else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _answer_lengths(tokenizer: Any, settings: Settings, queries: list[Query]) -> list[int]:
+    """Tokens of each text that an earlier run wrote, including its end token; none if the texts are gone."""
+    if tokenizer is None:
+        return []
+    kinds = [query.eval_type for query in queries]
+    try:
+        rows = [
+            row["prediction"]
+            for path in settings.dataset_filepaths
+            for _, row in read_rows(settings.output_folder / path.name, ("prediction",))
+        ]
+    except InputError:
+        return []
+    if len(rows) != len(kinds):  # the queries have changed
+        return []
+    texts = [text for text, kind in zip(rows, kinds, strict=True) if kind == GENERATION]
+    return [min(settings.max_gen_len, 1 + len(ids)) for ids in _encode(tokenizer, texts)]
+
+
+def _work(
+    tokenizer: Any, settings: Settings, queries: list[Query], adapters: int, earlier: dict[str, Any],
+) -> _Work:  # fmt: skip
+    from router.model.passes import truncated
+    from router.routing.calibration import generic_prompts
+
+    limit, longest = settings.max_seq_len, settings.max_gen_len
+    prompts = _encode(tokenizer, [query.input for query in queries], limit)
+    distinct = {query.input: ids for query, ids in zip(queries, prompts, strict=True)}
+    lengths = _answer_lengths(tokenizer, settings, queries) if earlier else []
+    choices = [choice for query in queries for choice in query.choices]
+    return _Work(
+        prompts=[len(ids) for ids in prompts],
+        truncated=[len(ids) for ids in truncated(list(distinct.values()))],
+        generic=[len(ids) for ids in truncated(_encode(tokenizer, generic_prompts(), limit))],
+        written=[
+            len(ids) + longest
+            for ids, query in zip(prompts, queries, strict=True)
+            if query.eval_type == GENERATION
+        ],
+        chosen=sum(map(len, _encode(tokenizer, choices))) if choices else 0,
+        answers=np.array(lengths or np.geomspace(1, longest, 64)),
+        tried=min(adapters, earlier.get("tried") or TRIED),
+        batch_size=settings.batch_size,
+    )
+
+
+def _seconds(
+    speed: Speed, work: _Work, adapters: dict[str, AdapterFolder], variants: int, routed: bool
+) -> dict[str, float]:
+    """Seconds by stage, with nothing calibrated yet."""
+    from router.model.answer import BATCH_TOKENS
+
+    found = {"load": 4.0}
+    if routed:
+        asked = min(len(adapters), round(work.tried * len(work.truncated)))  # adapters that any query tries
+        found["prototypes"] = speed.prototypes * len(adapters)
+        found["calibrate"] = sum(work.generic) * (speed.read + speed.probe) + asked * (
+            sum(work.generic[::4]) * speed.read_active + speed.swap
+        )
+        found["probe"] = sum(work.truncated) * speed.probe
+        found["trial"] = work.tried * sum(work.truncated) * speed.read_active + asked * speed.swap
+    found["variants"] = variants * speed.swap / 2
+    found["predict"] = sum(work.prompts) * speed.read_active + work.chosen * speed.write_row
+    found["predict"] += variants * speed.swap / 2
+    if work.written:
+        # Assume that a variant's last batch is half full, or its only one is as large as the variant.
+        full = max(sum(work.written) / BATCH_TOKENS, len(work.written) / (work.batch_size or math.inf))
+        batches = max(variants, variants / 2 + full)
+        rows = len(work.written) / batches
+        steps = float(np.quantile(work.answers, rows / (rows + 1)))  # a batch writes until its longest ends
+        each = float(work.answers.mean()) * speed.write_row
+        found["predict"] += batches * steps * speed.write + len(work.written) * each
+    return found
+
+
+def _memory(
+    base: _BaseModel,
+    size: int,
+    n_parameters: int,
+    work: _Work,
+    adapters: dict[str, AdapterFolder],
+    routed: bool,
+) -> dict[str, float]:
+    """Peak resident memory by stage, MiB, on a CPU; `size` is the bytes of one number."""
+    from router.model.answer import BATCH_TOKENS, CHOICE_TOKENS
+
+    config = base.config
+    weights = n_parameters * size
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * width * size * BATCH_TOKENS if work.written else 0
+    logits = CHOICE_TOKENS * config.vocab_size * size if work.chosen else 0
+    # The file stays mapped while the weights are made from it.
+    found = {"load": LIBRARIES + (base.file_bytes or weights) + weights}
+    held = LIBRARIES + weights
+    if routed:
+        own = sum(
+            rank * folder.shapes[m][1] for folder in adapters.values() for m, rank in folder.ranks.items()
+        )
+        modules = len({module for folder in adapters.values() for module in folder.ranks})
+        held += 4 * modules * len(adapters) * 2 * len(work.truncated)
+        found["trial"] = found["probe"] = max(found["load"], held + own * size + KERNELS)
+    found["predict"] = max(found["load"], held + KERNELS + 2 * cache, held + KERNELS + logits)
+    return {stage: value / 2**20 for stage, value in found.items()}
+
+
+def keep(found: dict[str, Any], folder: Path) -> None:
+    """Writes plan.json; a run with the same flags records it beside what it took."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / PLAN) as file:
+        json.dump(found, file, indent=2)
+
+
+def kept(folder: Path, name: str, flags: dict[str, Any]) -> dict[str, Any] | None:
+    """What plan.json says about a method with these flags; None if it is missing or about another run."""
+    try:
+        found: dict[str, Any] = json.loads((folder / PLAN).read_text("utf-8"))
+        return found if found["method"] == name and found["flags"] == flags else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,54 @@
+"""What a method returns: the answers and, if it routes, how every query was decided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from router.library.adapters import Adapter
+from router.model.answer import Answer
+from router.model.base import Base
+from router.routing.clusters import Array, Clusters
+from router.routing.evidence import Evidence
+from router.routing.variants import Variant
+
+
+class Routing(NamedTuple):
+    """The weights of queries, and why."""
+
+    weights: Array  # (queries, adapters + 1) float64; rows sum to 1, the last column is the base model
+    evidence: Evidence | None = None  # None if the method keeps none
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How queries were routed, and what answered them.
+
+    Attributes:
+        base, adapters: the base model and the library.
+        routing: the weights of the queries, and why.
+        clusters: which variant answered each query.
+        variants: what each variant was made of.
+        folders: the name of each variant's PEFT folder, None where nothing was written.
+    """
+
+    base: Base
+    adapters: Sequence[Adapter]
+    routing: Routing
+    clusters: Clusters
+    variants: list[Variant]
+    folders: list[str | None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Answers, in the order of the queries.
+
+    Attributes:
+        answers: one per query.
+        decision: how the queries were routed; None for a starter-kit method, which does not route.
+    """
+
+    answers: list[Answer]
+    decision: Decision | None = None

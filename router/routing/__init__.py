@@ -1,0 +1,1 @@
+"""From queries to weights, and from weights to a few merged variants."""

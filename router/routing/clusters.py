@@ -1,0 +1,103 @@
+"""From weights per query to a few variants: faiss k-means on the gate's weights. Knows no models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+MAX_VARIANTS = 32
+# Limits of the total variation distance between a query's own weights and its variant's: on average, and at
+# worst. The second keeps the few queries of a rare task from drowning in a large group.
+MEAN_LOSS, WORST_LOSS = 0.05, 0.25
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Queries grouped by weights.
+
+    Attributes:
+        labels: (queries,) variant of each query, 0-based; variants are numbered by their first query.
+        weights: (variants, candidates) mean weights of each variant's queries; rows sum to 1.
+    """
+
+    labels: NDArray[np.int64]
+    weights: Array
+
+
+def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
+    """Groups queries so that few variants serve them all.
+
+    Args:
+        weights: (queries, candidates), rows sum to 1.
+        n_variants: how many groups; None takes the fewest, at most MAX_VARIANTS, for which the
+            losses are on average at most MEAN_LOSS and none is above WORST_LOSS.
+        seed: of k-means.
+
+    Raises:
+        ValueError: n_variants below 1.
+
+    Example:
+        >>> weights = np.array([[0.9, 0.1], [0.0, 1.0], [0.88, 0.12]])
+        >>> found = cluster(weights, None, seed=0)
+        >>> found.labels
+        array([0, 1, 0])
+        >>> found.weights
+        array([[0.89, 0.11],
+               [0.  , 1.  ]])
+    """
+    if n_variants is not None and n_variants < 1:
+        raise ValueError(f"expected at least 1 variant, got {n_variants}")
+    distinct = len(np.unique(weights.round(6), axis=0))
+    if n_variants is not None:
+        return _kmeans(weights, min(n_variants, distinct), seed)
+    # The loss falls almost monotonically with K, so bisection finds the smallest K.
+    low, high = 1, min(MAX_VARIANTS, distinct)
+    best = _kmeans(weights, high, seed)
+    while low < high:
+        middle = (low + high) // 2
+        tried = _kmeans(weights, middle, seed)
+        lost = losses(weights, tried)
+        if lost.mean() <= MEAN_LOSS and lost.max() <= WORST_LOSS:
+            high, best = middle, tried
+        else:
+            low = middle + 1
+    return best
+
+
+def losses(weights: Array, clusters: Clusters) -> Array:
+    """Total variation distance of each query's weights to its variant's, (queries,) in [0, 1].
+
+    Example:
+        >>> weights = np.array([[0.9, 0.1], [0.7, 0.3]])
+        >>> one_for_both = Clusters(np.array([0, 0]), np.array([[0.8, 0.2]]))
+        >>> losses(weights, one_for_both).round(3)
+        array([0.1, 0.1])
+    """
+    distances: Array = np.abs(weights - clusters.weights[clusters.labels]).sum(1) / 2
+    return distances
+
+
+def _kmeans(weights: Array, k: int, seed: int) -> Clusters:
+    import faiss
+
+    points = np.ascontiguousarray(weights, dtype=np.float32)
+    if k == 1:
+        labels = np.zeros(len(points), dtype=np.int64)
+    else:
+        # k-means++, since randomly chosen first centroids may leave whole groups without one.
+        kmeans = faiss.Kmeans(
+            points.shape[1], k, niter=25, nredo=4, seed=seed, min_points_per_centroid=1,
+            init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
+            max_points_per_centroid=max(256, len(points)),
+        )  # fmt: skip
+        kmeans.train(points)
+        labels = kmeans.index.search(points, 1)[1][:, 0]
+    _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
+    order = np.argsort(np.argsort(first))  # number the groups by their first query
+    labels = order[labels].astype(np.int64)
+    means = np.stack([weights[labels == n].mean(0) for n in range(len(first))])
+    return Clusters(labels, means / means.sum(1, keepdims=True))

@@ -1,0 +1,102 @@
+"""Why the gate decided as it did, query by query: what a report, an explanation or a notebook shows.
+
+Kept beside the routing table as safetensors, so that looking at a run needs no model. Knows no models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+Array = NDArray[np.float32]
+
+LOW_MARGIN = 0.5  # standard deviations of generic text; docs/method.md tells how often such a choice is right
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of each query, and what the gate made of it; NaN where nothing was.
+
+    Attributes:
+        adapters: names, in the order of the columns.
+        modules: names, in the order of the columns of `votes`.
+        responses: (queries, adapters) mean response over modules, a cosine in [0, 1].
+        scores: (queries, adapters) calibrated, before trials, in standard deviations of generic text.
+        candidates: (queries, adapters + 1) scores after trials, the base model last; minus infinity for
+            an adapter that was out of the question.
+        effect, confidence: (queries, adapters) of trials, standardised; NaN for an adapter not tried.
+        base_confidence: (queries,) standardised.
+        votes: (queries, modules) the standardised response, at each module, of the adapter with the
+            highest score; NaN where it has no prototype.
+        duplicates: adapters that are another one in another size, with the representative of each.
+    """
+
+    adapters: list[str]
+    modules: list[str]
+    responses: Array
+    scores: Array
+    candidates: Array
+    effect: Array
+    confidence: Array
+    base_confidence: Array
+    votes: Array
+    duplicates: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def margin(self) -> Array:
+        """(queries,) the best candidate's score less the next one's, in standard deviations."""
+        best = np.sort(np.nan_to_num(self.candidates, nan=-np.inf, posinf=np.inf, neginf=-np.inf), 1)
+        return np.asarray(best[:, -1] - best[:, -2])
+
+    @property
+    def low_margin(self) -> NDArray[np.bool_]:
+        """(queries,) where the margin is so low that another choice might be as good."""
+        return self.margin < LOW_MARGIN
+
+    @property
+    def tried(self) -> NDArray[np.int64]:
+        """(queries,) how many adapters were tried."""
+        return np.asarray(np.isfinite(self.effect).sum(1))
+
+    def rows(self, part: slice | NDArray[np.int64]) -> Evidence:
+        """The evidence of some of the queries."""
+        arrays = {name: getattr(self, name)[part] for name in _ARRAYS}
+        return replace(self, **arrays)
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file."""
+        arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _ARRAYS}
+        # One key, since safetensors writes several in any order.
+        names = json.dumps({name: getattr(self, name) for name in _NAMES})
+        part = path.with_suffix(".part")
+        save_file(arrays, part, metadata={"names": names})
+        part.chmod(0o644)  # it is written for its owner alone
+        part.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Evidence:
+        """Reads what `save` wrote."""
+        with safe_open(path, framework="numpy") as file:
+            names = json.loads(file.metadata()["names"])
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+        return Evidence(**arrays, **{name: names[name] for name in _NAMES})
+
+
+_NAMES = ("adapters", "modules", "duplicates")
+_ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]
+
+
+def joined(parts: Sequence[Evidence]) -> Evidence:
+    """The evidence of several query files of one run as one."""
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS
+    }
+    return replace(parts[0], **arrays)

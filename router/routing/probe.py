@@ -1,0 +1,139 @@
+"""One pass of the base model over prompts: how much each adapter responds to each prompt.
+
+Hooks on the target modules turn the input of every token into one number per adapter, and average these over
+the prompt's tokens. The only activation that is kept is the last token's final one. Padding does not count,
+and neither does the first token, an attention sink whose norm is tens of times that of other tokens. Knows no
+labels and no adapter's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from router.model.hooks import reading_inputs
+from router.model.passes import Last, batches, forward
+from router.routing.prototypes import ModulePrototypes
+
+
+def counted_tokens(mask: Tensor) -> Tensor:
+    """Which positions count, (B, T) bool: no padding, and no first token unless it is the only one."""
+    first = (mask.cumsum(1) == 1) & (mask.sum(1, keepdim=True) > 1)
+    return mask.bool() & ~first
+
+
+def input_means(
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, modules: Sequence[str]
+) -> dict[str, Tensor]:
+    """The mean input of each module over all counted tokens of the prompts, (d_in,) float32."""
+    totals: dict[str, Tensor] = {}
+    count = 0
+    with torch.inference_mode():
+        for _, ids, mask in batches(model, rows, pad_id, "centre"):
+            counted = counted_tokens(mask)
+
+            def visit(name: str, x: Tensor, counted: Tensor = counted) -> None:
+                part = x[counted].double().sum(0)  # (d_in,)
+                totals[name] = totals[name] + part if name in totals else part
+
+            with reading_inputs(model, modules, visit):
+                forward(model, ids, mask)
+            count += int(counted.sum())
+    return {name: (total / count).float() for name, total in totals.items()}
+
+
+def last_of(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> Last:
+    """The state of the model at the end of each prompt."""
+    ends: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.inference_mode():
+        for batch, ids, mask in batches(model, rows, pad_id, None):
+            ends.update(zip(batch, zip(*forward(model, ids, mask), strict=True), strict=True))
+    return _in_order(ends)
+
+
+def _in_order(ends: Mapping[int, tuple[Tensor, Tensor]]) -> Last:
+    hidden, confidence = zip(*(ends[n] for n in range(len(ends))), strict=True)
+    return Last(torch.stack(hidden), torch.stack(confidence))
+
+
+class _Inputs:
+    """Centres the inputs of a batch's modules; one that several share (queries, keys, values) only once."""
+
+    def __init__(self, counted: Tensor) -> None:
+        self.counted = counted
+        self.seen: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def centred(self, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """The counted tokens minus the mean, (T', d_in) float32, and their squared norms, (T', 1)."""
+        if self.seen is None or self.seen[0] is not x or not torch.equal(self.seen[1], mean):
+            less = x[self.counted].float() - mean
+            self.seen = x, mean, (less, less.square().sum(1, keepdim=True).clamp_min(1e-12))
+        return self.seen[2]
+
+
+class Probed(NamedTuple):
+    """What one pass tells about prompts."""
+
+    responses: NDArray[np.float32]  # (prompts, adapters, modules); NaN where an adapter has no prototype
+    last: Last  # of the base model
+
+
+def probe(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    prototypes: Mapping[str, ModulePrototypes],
+    means: Mapping[str, Tensor],
+    n_adapters: int,
+    title: str = "probe",
+) -> Probed:
+    """How strongly a prompt's activations align with an adapter's input subspace, module by module.
+
+    The input of every counted token is centred with `means`. Its weighted cosine to a prototype is
+    `sqrt(sum_j w_j (v_j . x)^2) / norm(x)`, in [0, 1]. A prompt's response is the mean over its tokens.
+
+    Args:
+        model: the base model.
+        rows: token ids of each prompt.
+        prototypes: by module; the order of modules is that of the mapping.
+        means: what to centre with, by module, (d_in,).
+        n_adapters: the number of adapters in the library.
+    """
+    names = list(prototypes)
+    place = {name: m for m, name in enumerate(names)}
+    columns = {name: torch.arange(len(p.owners), device=p.owners.device) for name, p in prototypes.items()}
+    out = np.full((len(rows), n_adapters, len(names)), np.nan, dtype=np.float32)
+    ends: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.inference_mode():
+        for batch, ids, mask in batches(model, rows, pad_id, title):
+            counted = counted_tokens(mask)
+            prompt = counted.nonzero()[:, 0]  # (T',) which prompt of the batch a token is in
+            average = (prompt == torch.arange(len(batch), device=ids.device)[:, None]).float()  # (B, T')
+            average /= counted.sum(1, keepdim=True)
+            inputs = _Inputs(counted)
+
+            def visit(
+                name: str, x: Tensor, average: Tensor = average, inputs: _Inputs = inputs,
+                batch: list[int] = batch,
+            ) -> None:  # fmt: skip
+                proto = prototypes[name]
+                x, size = inputs.centred(x, means[name])  # (T', d_in), (T', 1)
+                along = (x.to(proto.directions.dtype) @ proto.directions).float()  # (T', K)
+                # Sums each adapter's own columns; many times faster than index_add_.
+                own = along.new_zeros(along.shape[1], n_adapters)  # (K, adapters)
+                own[columns[name], proto.owners] = proto.weights
+                cosine = (along.square() @ own / size).sqrt()  # (T', adapters)
+                out[batch, :, place[name]] = (average @ cosine).cpu().numpy()
+
+            with reading_inputs(model, names, visit):
+                last = forward(model, ids, mask)
+            ends.update(zip(batch, zip(*last, strict=True), strict=True))
+    for name, m in place.items():
+        absent = np.setdiff1d(np.arange(n_adapters), prototypes[name].owners.cpu().numpy())
+        out[:, absent, m] = np.nan
+    return Probed(out, _in_order(ends))

@@ -1,0 +1,107 @@
+"""An adapter's prototype at each target module: the subspace of inputs that its update reads.
+
+For an update `D = s B A` with thin SVD `U S V^T`, the prototype is the columns of V, each weighted
+by its share of the singular values, `w_j = S_j / sum(S)`. The weighted squared cosine of an input x
+to it is `sum_j w_j (v_j . x)^2 / norm(x)^2`: how much of x lies where the update reads, whatever the
+adapter's size. With `S_j^2` as weights it would be `norm(D x)^2 / (norm(D)_F norm(x))^2`, which leans on
+the first direction alone. With equal weights it would drown in the directions that training left as
+they were initialised. Knows nothing of queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merge.factors import stacks, svd
+from router.library.adapters import Adapter
+from router.progress import progress
+from router.routing.store import content, load, save
+
+FORMAT = 1  # raise it when prototypes are computed in another way
+
+
+@dataclass(frozen=True)
+class ModulePrototypes:
+    """The prototypes of all adapters at one module, side by side.
+
+    Attributes:
+        directions: (d_in, K) orthonormal columns within each adapter.
+        weights: (K,) share of the adapter's singular values; sums to 1 within each adapter.
+        owners: (K,) int64, which adapter a column belongs to.
+    """
+
+    directions: Tensor
+    weights: Tensor
+    owners: Tensor
+
+
+def prototypes(
+    adapters: Sequence[Adapter], device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, ModulePrototypes]:
+    """The prototypes of a library, by module; computed in float32, stored and kept on disk in `dtype`.
+
+    An adapter has no prototype at a module that it does not change: one that it does not target, or where
+    its update is zero.
+    """
+    shapes = {m: shape[1] for adapter in adapters for m, shape in adapter.folder.shapes.items()}
+    room = {m: sum(adapter.folder.ranks.get(m, 0) for adapter in adapters) for m in sorted(shapes)}
+    directions = {m: torch.empty(shapes[m], most, dtype=dtype) for m, most in room.items()}
+    weights = {m: torch.empty(most) for m, most in room.items()}
+    owners = {m: torch.empty(most, dtype=torch.long) for m, most in room.items()}
+    used = dict.fromkeys(room, 0)
+    for owner, adapter in enumerate(progress(adapters, desc="prototypes", unit="adapter")):
+        known = _own(adapter, dtype)
+        for module in {key.rpartition(".")[0] for key in known}:
+            v, start = known[f"{module}.directions"], used[module]
+            used[module] = end = start + v.shape[1]
+            directions[module][:, start:end] = v
+            weights[module][start:end] = known[f"{module}.weights"]
+            owners[module][start:end] = owner
+    return {
+        m: ModulePrototypes(
+            directions[m][:, :end].contiguous().to(device),
+            weights[m][:end].to(device),
+            owners[m][:end].to(device),
+        )
+        for m, end in used.items()
+        if end
+    }
+
+
+def of_some(
+    protos: Mapping[str, ModulePrototypes], owners: Sequence[int], n_adapters: int
+) -> Mapping[str, ModulePrototypes]:
+    """The prototypes of some of a library's adapters, numbered as given; no copy if that is all of them."""
+    if list(owners) == list(range(n_adapters)):
+        return protos
+    found = {}
+    for module, proto in protos.items():
+        number = torch.full((n_adapters,), -1, device=proto.owners.device)
+        number[list(owners)] = torch.arange(len(owners), device=number.device)
+        mine = number[proto.owners] >= 0  # (K,)
+        if mine.any():
+            columns = proto.directions[:, mine], proto.weights[mine], number[proto.owners[mine]]
+            found[module] = ModulePrototypes(*columns)
+    return found
+
+
+def _own(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """An adapter's directions (d_in, k) and weights (k,) by module, from disk if it was seen before."""
+    name = f"prototypes/{FORMAT}-torch{torch.__version__}-{dtype}/{content(adapter)}"
+    if (known := load(name)) is not None:
+        return known
+    known = {}
+    for modules, stack in stacks(adapter.read_all()):
+        _, s, vh = svd(stack)  # (modules, k), (modules, k, d_in)
+        shares = s / s.sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
+        for module, share, v in zip(modules, shares, vh.mT, strict=True):
+            keep = share > 1e-6  # below that it is rounding, not a direction
+            if keep.any():
+                known[f"{module}.directions"] = v[:, keep].to(dtype)
+                known[f"{module}.weights"] = share[keep]
+    save(name, known)
+    return known

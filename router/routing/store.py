@@ -1,0 +1,50 @@
+"""Tensors kept on disk between runs, under names made from all that they depend on.
+
+They are safetensors files in the cache folder. A reader finds a whole file or none. Any of them may be
+deleted; it is computed again when it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from merge.folders import CONFIG_FILE
+from router.files import cache_folder
+from router.library.adapters import Adapter
+
+
+def content(adapter: Adapter) -> str:
+    """A name made from an adapter's weights and its configuration, which holds its scale."""
+    config = (adapter.folder.path / CONFIG_FILE).read_bytes()
+    return hashlib.sha256(adapter.sha256.encode() + config).hexdigest()[:32]
+
+
+def load(name: str) -> dict[str, Tensor] | None:
+    """The tensors kept under a name; None if there are none, or they cannot be read."""
+    try:
+        return load_file(_file(name))
+    except (OSError, SafetensorError):
+        return None
+
+
+def save(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Keeps tensors under a name, `folder/name`; if that fails, the next run computes them again."""
+    file = _file(name)
+    with suppress(OSError, SafetensorError):  # a full disk raises the latter
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as work:
+            part = Path(work) / "part"
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part)
+            part.replace(file)
+
+
+def _file(name: str) -> Path:
+    return cache_folder() / f"{name}.safetensors"

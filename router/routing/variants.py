@@ -1,0 +1,191 @@
+"""A few merged adapters instead of one per query: decided, materialised, written, activated.
+
+A variant is an exact weighted sum of the library's updates, written as a PEFT folder. PEFT loads that folder
+to answer.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from merge.factors import Factors, recompress, weighted_sum
+from merge.folders import CONFIG_FILE, write_adapter
+from router.library.adapters import Adapter
+from router.model.base import Base
+from router.routing.clusters import Array
+
+NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one group of queries is answered with.
+
+    Attributes:
+        weights: adapter name -> weight, largest first; empty for the plain base model.
+        base: the base model's share; all shares sum to 1.
+    """
+
+    weights: dict[str, float]
+    base: float
+
+
+def decide(weights: Array, names: Sequence[str]) -> list[Variant]:
+    """Turns mean weights into variants.
+
+    Shares below NEGLIGIBLE are dropped and the rest rescaled, so that a group whose queries
+    agree on one adapter gets the plain adapter.
+
+    Args:
+        weights: (variants, adapters + 1), rows sum to 1, the base model last.
+        names: the adapters' names.
+
+    Example:
+        >>> decide(np.array([[0.25, 0.745, 0.005]]), ["french", "german"])[0].base
+        0.0
+        >>> decide(np.array([[0.25, 0.5, 0.25]]), ["french", "german"])
+        [Variant(weights={'german': 0.5, 'french': 0.25}, base=0.25)]
+    """
+    limit = np.minimum(NEGLIGIBLE, weights.max(1, keepdims=True))  # the largest always stays
+    kept = np.where(weights >= limit, weights, 0.0)
+    variants = []
+    for row in kept / kept.sum(1, keepdims=True):
+        top = sorted((n for n in range(len(names)) if row[n] > 0), key=lambda n: (-row[n], n))
+        variants.append(Variant({names[n]: float(row[n]) for n in top}, float(row[-1])))
+    return variants
+
+
+def materialise(variant: Variant, adapters: Sequence[Adapter], rank: int | None = None) -> dict[str, Factors]:
+    """The variant's updates by module, in float32: exact, or the best of at most the given rank."""
+    parts: dict[str, tuple[list[Factors], list[float]]] = {}
+    by_name = {adapter.name: adapter for adapter in adapters}
+    for name, weight in variant.weights.items():
+        for module, update in by_name[name].read_all():
+            updates, weights = parts.setdefault(module, ([], []))
+            updates.append(update)
+            weights.append(weight)
+    sums = {module: weighted_sum(*found) for module, found in parts.items()}
+    return {module: limited(update, rank) for module, update in sums.items()}
+
+
+def limited(update: Factors, rank: int | None) -> Factors:
+    """The update itself if it has at most the given rank, else the best of that rank; None sets no limit."""
+    return update if rank is None or update.rank <= rank else recompress(update, rank)
+
+
+def complete(updates: Mapping[str, Factors], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:
+    """Adds zero updates so that a kind of module is changed in every layer or in none.
+
+    PEFT and the serving engines name target modules by kind ("q_proj"), so they would expect an update in a
+    layer that was left out.
+    """
+    kinds = {module.rsplit(".", 1)[-1] for module in updates}
+    out = {}
+    for module, (d_out, d_in) in shapes.items():
+        if module in updates:
+            out[module] = updates[module]
+        elif module.rsplit(".", 1)[-1] in kinds:
+            out[module] = Factors(torch.zeros(1, d_in), torch.zeros(d_out, 1))
+    return out
+
+
+def write_variant(
+    path: Path, variant: Variant, adapters: Sequence[Adapter], base: Base,
+    shapes: Mapping[str, tuple[int, int]], rank: int | None = None,
+) -> int:  # fmt: skip
+    """Materialises a variant as a PEFT folder in the base model's dtype; returns its rank."""
+    updates = complete(materialise(variant, adapters, rank), shapes)
+    return write_adapter(path, updates, base.name, base.revision, base.model.dtype)
+
+
+class Hotswap:
+    """Activates variants one after the other, through PEFT; never writes to the base model's weights.
+
+    A variant that changes the same modules as the one before it, at no lower rank, is put into the layers
+    that are there (PEFT's hot swap). For any other, layers are wrapped anew, which takes longer; `swap_order`
+    gives an order in which that is rare. Folders are as `write_adapter` leaves them, in the base model's
+    dtype. As a context manager, it leaves the base model as it was.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self._model: Any = base.model
+        self._targets: list[str] = []
+        self._rank = 0
+
+    def __enter__(self) -> Hotswap:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.deactivate()
+
+    def activate(self, folder: Path | None) -> Any:
+        """The model with a folder's variant active, until the next call; None is the base model alone."""
+        targets, rank = _changed(folder)
+        if targets != self._targets or rank < self._rank:  # PEFT pads a lower rank, which costs at every step
+            self.deactivate()
+        if folder is None:
+            return self.base.model
+        if self._targets:
+            from peft.utils.hotswap import hotswap_adapter
+
+            hotswap_adapter(self._model, str(folder), "variant", "cpu")  # it moves tensor by tensor
+        else:
+            self._model = _wrapped(self.base.model, folder)
+        self._targets, self._rank = targets, rank
+        return self._model
+
+    def deactivate(self) -> None:
+        """Removes the active variant."""
+        if self._targets:
+            self._model.unload()
+        self._model, self._targets, self._rank = self.base.model, [], 0
+
+
+def _changed(folder: Path | None) -> tuple[list[str], int]:
+    """Which modules a folder's variant changes, as its configuration names them, and its rank."""
+    if folder is None:
+        return [], 0
+    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    return config["target_modules"], config["r"]
+
+
+def _wrapped(model: Any, folder: Path) -> Any:
+    """Adds a folder's variant to a model, by PEFT; if that fails, the model is as it was."""
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    how: dict[str, Any] = {
+        "adapter_name": "variant",
+        "autocast_adapter_dtype": False,  # in the base model's dtype, not float32
+        "low_cpu_mem_usage": True,  # no random initialisation first
+    }
+    with warnings.catch_warnings():  # between PEFT and transformers; a user cannot act on it
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        found = PeftModelForCausalLM(model, PeftConfig.from_pretrained(str(folder)), **how)
+        try:
+            found.load_adapter(str(folder), torch_device=str(model.device), **how)
+        except BaseException:
+            found.unload()
+            raise
+    return found.eval()
+
+
+def swap_order(folders: Sequence[Path | None]) -> list[int]:
+    """The numbers of variants in the order in which to activate them: by modules, then by rank."""
+    return sorted(range(len(folders)), key=lambda n: _changed(folders[n]))
+
+
+@contextmanager
+def active(base: Base, folder: Path | None) -> Iterator[Any]:
+    """The base model with one variant active; None leaves it plain. Afterwards it is as it was."""
+    with Hotswap(base) as swap:
+        yield swap.activate(folder)

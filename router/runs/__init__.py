@@ -1,0 +1,1 @@
+"""Finished runs: read from their folder, reported, explained and compared. Knows no models."""

@@ -1,0 +1,215 @@
+"""What changed between two finished runs on the same queries: `proto-route compare before after`.
+
+Labels are read only here, after the fact, to score what both runs wrote; no method imports this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from router.errors import InputError
+from router.runs.explain import Rows, called, open_console, section
+from router.runs.load import Run, load
+from router.submission import read_rows
+
+DRAWS = 2000
+WIDTH = 48  # characters of a prediction or a setting shown
+
+
+def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
+    """Compares two runs; returns what `--json` prints.
+
+    Args:
+        labels: CSV files with `id,target` and optionally `adapter`, named like the query files, or folders of
+            such files.
+
+    Raises:
+        InputError: a folder holds no finished run, the queries differ, or there are no labels.
+    """
+    one, two = load(a), load(b)
+    queries = _queries(one, two, _labels(labels, list(one.files)) if labels else {})
+    moves: dict[tuple[str, str], list[str]] = {}
+    for query in queries:
+        if query["from"] != query["to"]:
+            moves.setdefault((called(query["from"]), called(query["to"])), []).append(query["id"])
+    return {
+        "a": str(a),
+        "b": str(b),
+        "queries": len(queries),
+        "settings": _settings(one.record, two.record),
+        "moved": sum(map(len, moves.values())),
+        "moves": [
+            {"from": source, "to": target, "queries": len(ids), "ids": ids}
+            for (source, target), ids in sorted(moves.items(), key=lambda move: -len(move[1]))
+        ],
+        "changes": [
+            {"id": query["id"], "a": query["a"], "b": query["b"], "label": query["label"].get("target")}
+            for query in queries
+            if query["a"] != query["b"]
+        ],
+        "score": _score(queries) if labels else None,
+    }
+
+
+def _queries(one: Run, two: Run, labels: Mapping[tuple[str, str], dict[str, str]]) -> Rows:
+    """Each query with both predictions and top candidates, and its row of labels, empty if it has none."""
+    if one.files.keys() != two.files.keys():
+        got = " and ".join(f"{', '.join(run.files)} in {run.folder}" for run in (one, two))
+        raise InputError(f"expected two runs on the same query files, got {got}")
+    rows = []
+    for stem, mine in one.files.items():
+        theirs = two.files[stem]
+        if alone := sorted(set(mine.ids) ^ set(theirs.ids)):
+            raise InputError(
+                f"{mine.path.name}: expected the same ids in both runs, but {len(alone)} are in one alone, "
+                f"such as {alone[0]!r}; run both on one query file"
+            )
+        before, after = (
+            dict(zip(f.ids, zip(f.queries, f.predictions, f.top, strict=True), strict=True))
+            for f in (mine, theirs)
+        )
+        for own, (asked, a, source) in before.items():
+            other, b, target = after[own]
+            if asked and other and asked != other:
+                raise InputError(
+                    f"expected two runs on the same queries, but {own!r} is another in {mine.path} than in "
+                    f"{theirs.path}; run both on one query file"
+                )
+            rows.append(
+                {"file": stem, "id": f"{stem}:{own}" if len(one.files) > 1 else own, "a": a, "b": b,
+                 "from": source, "to": target, "label": labels.get((stem, own), {})}
+            )  # fmt: skip
+    return rows
+
+
+def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> Rows:
+    """What decides a run, as far as the two records differ."""
+    flat = []
+    for record in (a, b):
+        found = {"method": record["method"]}
+        for part in ("flags", "base", "versions"):
+            found |= {f"{part}.{name}": value for name, value in record.get(part, {}).items()}
+        found["adapters"] = [f"{name} {of['sha256'][:12]}" for name, of in record.get("adapters", {}).items()]
+        flat.append(found)
+    own, other = flat
+    return [
+        {"setting": name, "a": own.get(name), "b": other.get(name)}
+        for name in dict.fromkeys([*own, *other])
+        if own.get(name) != other.get(name) and name != "flags.output_folder"
+    ]
+
+
+def _labels(paths: Sequence[Path], stems: Sequence[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Rows of labels by stem and id."""
+    files = [file for path in paths for file in (sorted(path.glob("*.csv")) if path.is_dir() else [path])]
+    if not (of_runs := [file for file in files if file.stem in stems and file.exists()]):
+        raise InputError(
+            f"--labels {' '.join(map(str, paths))}: expected CSV files named as the query files "
+            f"({', '.join(stems)}), or a folder of them; found none"
+        )
+    return {(file.stem, row["id"]): row for file in of_runs for _, row in read_rows(file, ("id", "target"))}
+
+
+def _score(queries: Rows) -> dict[str, Any]:
+    """Shares of right answers, their means over files, and the interval of the paired difference."""
+    rng, files, drawn = np.random.default_rng(0), [], []
+    for stem in dict.fromkeys(query["file"] for query in queries):
+        mine = [query for query in queries if query["file"] == stem and query["label"]]
+        if not mine:
+            continue
+        right = np.array([[q[run].strip() == q["label"]["target"] for run in "ab"] for q in mine], float)
+        a, b = right.mean(0).tolist()
+        routes = {"routed a": _routed(mine, "from"), "routed b": _routed(mine, "to")}
+        files.append({"file": stem, "queries": len(mine), "a": a, "b": b, **routes})
+        # To draw queries with replacement is to draw how many were lost, equal and gained.
+        steps = np.array([-1, 0, 1])
+        shares = (right[:, 1:] - right[:, :1] == steps).mean(0)
+        drawn.append(rng.multinomial(len(mine), shares, DRAWS) @ steps / len(mine))
+    if not files:
+        raise InputError("--labels: expected ids of the runs' queries, found none of them")
+    low, high = np.quantile(np.mean(drawn, 0), (0.025, 0.975)).tolist()
+    mean = {key: _mean([file[key] for file in files]) for key in ("a", "b", "routed a", "routed b")}
+    files.append({"file": "mean over files", "queries": sum(file["queries"] for file in files), **mean})
+    return {"files": files, "difference": mean["b"] - mean["a"], "low": low, "high": high}
+
+
+def _mean(values: Sequence[float | None]) -> Any:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def _routed(queries: Rows, run: str) -> float | None:
+    """How often the top candidate is a labelled adapter; None if there is none, as in a static merge."""
+    labelled = [query for query in queries if query["label"].get("adapter")]
+    if all(query[run] is None for query in labelled):
+        return None
+    return float(_mean([query[run] in query["label"]["adapter"].split("+") for query in labelled]))
+
+
+def show(found: Mapping[str, Any], console: Console, most: int) -> None:
+    """Prints a comparison, with at most `most` of the predictions that differ."""
+    section(console, f"A: {found['a']}\nB: {found['b']}")
+    settings = [{"setting": row["setting"], **_apart(row["a"], row["b"])} for row in found["settings"]]
+    section(console, f"Settings that differ: {len(settings)}", settings)
+    total = found["queries"]
+    moves = [row | {"ids": _line(", ".join(row["ids"]))} for row in found["moves"]]
+    title = f"Top candidate: changed for {found['moved']} of {total} queries"
+    section(console, title, moves)
+    changes = [row | _apart(row["a"], row["b"]) for row in found["changes"][:most]]
+    title = f"Predictions: {len(found['changes'])} of {total} differ, {len(changes)} shown"
+    section(console, title, changes)
+    if score := found["score"]:
+        points = [f"{100 * score[key]:+.1f}" for key in ("difference", "low", "high")]
+        how = f"95 % interval {points[1]} to {points[2]} (paired, queries drawn {DRAWS} times)"
+        text = f"B - A: {points[0]} points, {how}"
+        section(console, "Shares of right answers and of right routes", score["files"], text)
+
+
+def _line(text: str) -> str:
+    return (text if len(text) <= WIDTH else f"{text[:WIDTH]}...").replace("\n", "\\n")
+
+
+def _apart(a: Any, b: Any) -> dict[str, str]:
+    """Two values, each on one line from shortly before they differ; of two lists, what only one has."""
+    if isinstance(a, list) and isinstance(b, list) and set(a) != set(b):
+        a, b = ([item for item in own if item not in other] for own, other in ((a, b), (b, a)))
+    a, b = (", ".join(value) if isinstance(value, list) else str(value) for value in (a, b))
+    same = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    start = max(0, same - WIDTH // 3)
+    return {key: ("..." if start else "") + _line(text[start:]) for key, text in (("a", a), ("b", b))}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0 whether or not runs differ, 2 for input that a person can fix."""
+    p = argparse.ArgumentParser(
+        prog="proto-route compare", description="Shows what changed between two finished runs."
+    )
+    p.add_argument("run_a", type=Path, metavar="RUN_A", help="the output folder of a finished run")
+    p.add_argument("run_b", type=Path, metavar="RUN_B", help="another one, on the same query files")
+    labels = "score both runs: files with id,target[,adapter], named like the query files, or their folders"
+    p.add_argument("--labels", nargs="+", type=Path, default=(), metavar="CSV", help=labels)
+    p.add_argument("--show", type=int, default=5, metavar="N", help="predictions to show (default: 5)")
+    p.add_argument("--json", action="store_true", help="print JSON, with every prediction that differs")
+    args = p.parse_args(argv)
+    try:
+        found = compare(args.run_a, args.run_b, args.labels)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found, open_console(), max(0, args.show))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""Explains one query of a finished run: `proto-route explain output 7`.
+
+Tells from the run's files how strongly each adapter responded, what the trial changed, which variant
+answered, and why. Only `--answers` loads a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from router.constants import BASE_COLUMN
+from router.errors import InputError
+from router.routing.evidence import LOW_MARGIN, Evidence
+from router.runs.load import QueryFile, Run, load
+from router.submission import MULTIPLE_CHOICE, Query
+
+NEAREST = 8  # adapters shown for their score
+LONG = 600  # characters shown of a text
+BAR = 20  # characters of the longest bar
+Rows = list[dict[str, Any]]
+THIRDS = ("first third of the layers", "middle third", "last third")
+LEGEND = """response: mean cosine to the prototype; score: calibrated response, in standard deviations of
+generic text (a duplicate has none); confidence, effect: of the trial; after: score after the trial;
+weight: softmax of these scores"""
+
+
+def explain(folder: Path, name: str, answers: bool = False) -> dict[str, Any]:
+    """What `--json` prints about the query `ID` or `STEM:ID`; None marks what was not kept or measured.
+
+    Raises:
+        InputError: the folder holds no finished run, or it has no such id, or several.
+    """
+    run = load(folder)
+    stem, n = _find(run, name)
+    file = run.files[stem]
+    query, candidates = file.queries[n], _candidates(file, n)
+    variant = run.record["variants"][file.labels[n]] if candidates else None
+    return {
+        "run": str(folder),
+        "method": run.record["method"],
+        "file": stem,
+        "id": file.ids[n],
+        "summary": _summary(candidates, variant) if variant else "the method writes no routing table",
+        "query": asdict(query) if query else None,
+        "answer": file.predictions[n],
+        "base_answer": _base_answer(run, query) if answers else None,
+        "candidates": candidates,
+        "variant": {"number": int(file.labels[n]), **variant} if variant else None,
+        "votes": _votes(file.evidence, n) if file.evidence else None,
+    }
+
+
+def _find(run: Run, name: str) -> tuple[str, int]:
+    """The stem and the row that `ID` or `STEM:ID` stands for."""
+    rows = [(stem, n, own) for stem, file in run.files.items() for n, own in enumerate(file.ids)]
+    full = {f"{stem}:{own}": (stem, n) for stem, n, own in rows}
+    found = [key for key, (_, _, own) in zip(full, rows, strict=True) if name in (key, own)]
+    if len(found) > 1:
+        raise InputError(f"{name!r} stands in {len(found)} query files; say which: {' or '.join(found)}")
+    if found:
+        return full[found[0]]
+    meant = get_close_matches(name, [*(own for _, _, own in rows), *full], 1, 0.5) or [rows[0][2]]
+    raise InputError(f"{run.folder}: expected the id of a query, such as {meant[0]!r}, got {name!r}")
+
+
+def _candidates(file: QueryFile, n: int) -> Rows:
+    """The adapters, best score first (without evidence, top weight first), and then the base model."""
+    if not file.names:
+        return []
+    e, level = file.evidence, file.weights[n, :-1]
+    columns: dict[str, list[Any]] = {"name": file.names}
+    if e:
+        level = np.nan_to_num(e.scores[n], nan=-np.inf)
+        columns |= {
+            "response": [*_numbers(e.responses[n]), None],
+            "rank": [*(1 + (-e.responses[n]).argsort().argsort()).tolist(), None],
+            "score": [*_numbers(e.scores[n]), None],
+            "tried": [*np.isfinite(e.effect[n]).tolist(), None],
+            "confidence": _numbers([*e.confidence[n], e.base_confidence[n]]),
+            "effect": [*_numbers(e.effect[n]), None],
+            "after": _numbers(e.candidates[n]),
+        }
+    columns["weight"] = file.weights[n].tolist()
+    order = [*np.argsort(-level, kind="stable").tolist(), -1]
+    return [{key: column[k] for key, column in columns.items()} for k in order]
+
+
+def _numbers(values: Iterable[Any]) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def _votes(e: Evidence, n: int) -> dict[str, Any]:
+    """Mean votes for the adapter with the highest score before trials; a run keeps no others."""
+    depths = {name: int(found[1]) for name in e.modules if (found := re.search(r"\.(\d+)\.", name))}
+    kinds: dict[str, list[float]] = {}
+    thirds: dict[int, list[float]] = {}
+    for name, vote in zip(e.modules, e.votes[n].tolist(), strict=True):
+        if np.isfinite(vote):
+            kinds.setdefault(name.rsplit(".", 1)[-1], []).append(vote)
+            if name in depths:
+                thirds.setdefault(3 * depths[name] // (1 + max(depths.values())), []).append(vote)
+    groups = kinds | {THIRDS[k]: thirds[k] for k in sorted(thirds)}
+    means = [{"modules": key, "count": len(of), "mean": sum(of) / len(of)} for key, of in groups.items()]
+    return {"adapter": e.adapters[int(np.nanargmax(e.scores[n]))], "means": means}
+
+
+def called(name: str | None) -> str:
+    """What a candidate is called in a sentence."""
+    return {BASE_COLUMN: "the base model", None: "no single one"}.get(name, str(name))
+
+
+def _summary(candidates: Rows, variant: dict[str, Any]) -> str:
+    """Which candidate is the top one, and why, in one sentence."""
+    top, mix = max(candidates, key=lambda c: c["weight"]), variant["weights"]
+    share = f"{top['weight']:.2f} of the weight"
+    if (alike := sum(c["weight"] == top["weight"] for c in candidates)) > 1:
+        return f"{alike} candidates have {share} each"
+    told = f"{called(top['name'])} has {share}"
+    if variant["folder"] is None and any(mix[name] for name in mix if name != BASE_COLUMN):
+        return f"{told}, averaged over tokens, since the adapters are mixed anew for each token"
+    mixed = max(mix, key=lambda name: mix[name])
+    other = [f"but {called(mixed)} has more in the variant that answered"] if mixed != top["name"] else []
+    return "; ".join([told, *(_reasons(candidates, top) if "score" in top else ()), *other])
+
+
+def _reasons(candidates: Rows, top: dict[str, Any]) -> Iterator[str]:
+    """Whether its margin is low, and what calibration and the trial changed."""
+    *adapters, base = candidates
+    tried = sorted((c for c in adapters if c["tried"]), key=lambda c: -c["after"])
+    others = [c["name"] for c in tried if c is not top]
+    after = sorted((c["after"] for c in candidates if c["after"] is not None), reverse=True)
+    if len(after) > 1 and (margin := after[0] - after[1]) < LOW_MARGIN:
+        yield f"its margin is low: the next is only {margin:.2f} standard deviations behind"
+    read = min(adapters, key=lambda c: c["rank"])
+    yield f"{'it' if read is top else read['name']} had the strongest response before calibration"
+    if top is base and tried:
+        name, after = tried[0]["name"], tried[0]["after"]
+        yield f"after the trial {name} scores {after:.2f}, below the base model's {base['after']:.2f}"
+    elif top is base:
+        yield "no adapter came close enough to be tried"
+    elif top is not adapters[0]:
+        yield f"the trial put it above {adapters[0]['name']}, which had the higher score"
+    else:
+        yield (
+            f"the trial confirmed it over {others[0]}" if others else "no other adapter was on the shortlist"
+        )
+
+
+def _base_answer(run: Run, query: Query | None) -> str:
+    """What the base model answers by itself, with the run's settings."""
+    if query is None or "base" not in run.record:
+        missing = "the query's text" if query is None else "a base model in run.json"
+        raise InputError(f"--answers: expected {missing}, found none; leave --answers out")
+    from router.model.answer import answer, encode
+    from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
+
+    recorded, flags = run.record["base"], run.record["flags"]
+    name = EMBEDDED if recorded["name"] == EMBEDDED_ID else recorded["name"]
+    spec = flags["base_model"] or "@".join(filter(None, (name, recorded["revision"])))
+    base = load_base(spec, "auto", recorded["dtype"])
+    rows = encode(base.tokenizer, [query.input], flags["max_seq_len"])
+    how = {"scoring": flags["scoring"], "max_new_tokens": flags["max_gen_len"]}
+    return answer(base.model, base.tokenizer, [query], rows, **how)[0].text
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped, but for line ends and tabs: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def open_console() -> Console:
+    """The console for results: as wide as the terminal, or 100 characters if there is none."""
+    return Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False, highlight=False)
+
+
+def section(console: Console, title: str, *parts: str | Rows) -> None:
+    """Prints texts and tables under a title."""
+    console.print(Text(f"\n{printable(title)}", "bold"))
+    for part in parts:
+        if part:
+            shown = Text(printable(part)) if isinstance(part, str) else _table(part)
+            console.print(Padding(shown, (0, 0, 0, 2), expand=False))
+
+
+def _table(rows: Rows) -> Table:
+    """A table of rows under the keys of the first row; numbers are right-aligned and never wrap."""
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for key in rows[0]:
+        words = any(isinstance(row[key], str) for row in rows)
+        found.add_column(key, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    for row in rows:
+        found.add_row(*(Text(printable(_cell(row[key]))) for key in rows[0]))
+    return found
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def show(story: Mapping[str, Any], console: Console) -> None:
+    """Prints a story."""
+    where = f"{story['file']}:{story['id']} in {story['run']}, method {story['method']}"
+    section(console, where, f"{story['summary']}.")
+    query, variant, votes = story["query"], story["variant"], story["votes"]
+    text = _shortened(query["input"]) if query else "not at hand: the query file is gone or has changed"
+    choices = query["choices"] if query and query["eval_type"] == MULTIPLE_CHOICE else ()
+    numbered = {str(n): f"{n}: {_shortened(choice)}" for n, choice in enumerate(choices)}
+    section(console, "Query", text, *numbered.values())
+    for title, key in (("Answer", "answer"), ("Answer of the base model", "base_answer")):
+        if story[key] is not None:
+            section(console, title, numbered.get(story[key]) or _shortened(story[key]) or "(empty)")
+    if variant:
+        *adapters, base = story["candidates"]
+        also = [c for c in adapters[NEAREST:] if c["weight"] >= 0.005 or c.get("rank") == 1]
+        rows = [*adapters[:NEAREST], *also, base]
+        why = LEGEND if votes else "The run kept no evidence, so there are no scores, trials or votes."
+        section(console, f"Nearest {len(rows) - 1} of {len(adapters)} adapters", rows, why)
+        shares = sorted(variant["weights"].items(), key=lambda share: -share[1])
+        mix = ", ".join(f"{called(name)} {weight:.3f}" for name, weight in shares if weight >= 0.005)
+        number, queries = variant["number"], variant["queries"]
+        section(console, f"Variant {number}, which answers {queries} queries", mix)
+    if votes:
+        means = votes["means"]
+        longest = max((abs(row["mean"]) for row in means), default=0) or 1
+        rows = [row | {"": "#-"[row["mean"] < 0] * round(BAR * abs(row["mean"]) / longest)} for row in means]
+        section(console, f"Votes for {votes['adapter']}, which had the highest score", rows)
+
+
+def _shortened(text: str) -> str:
+    text, half = text.strip("\n"), LONG // 2
+    return text if len(text) <= LONG else f"{text[:half]} [... {len(text) - LONG} more ...] {text[-half:]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 for input that a person can fix."""
+    p = argparse.ArgumentParser(
+        prog="proto-route explain", description="Explains why one query of a finished run got its answer."
+    )
+    p.add_argument("output", type=Path, metavar="OUTPUT", help="the output folder of a finished run")
+    p.add_argument("id", metavar="ID", help="a query's id; STEM:ID if several query files have it")
+    p.add_argument("--answers", action="store_true", help="load the base model and show its answer too")
+    p.add_argument("--json", action="store_true", help="print JSON, with all adapters and the whole query")
+    args = p.parse_args(argv)
+    try:
+        story = explain(args.output, args.id, args.answers)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(story, indent=2))
+    else:
+        show(story, open_console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Reads a finished run back from its folder, and checks that its files belong together. Knows no models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from router.constants import BASE_COLUMN
+from router.errors import InputError
+from router.routing.clusters import Clusters
+from router.routing.evidence import Evidence, joined
+from router.submission import MULTIPLE_CHOICE, Query, read_queries, read_rows
+
+Array = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+NEEDED = ("method", "versions", "flags", "seconds", "peak_mib")  # in every run.json
+
+
+@dataclass(frozen=True)
+class QueryFile:
+    """One query file's results, row by row in the order of its queries.
+
+    Attributes:
+        path: the query file, as the run was given it.
+        ids, predictions: each query's id and the answer to it.
+        queries: what was asked; None if the file, or the query in it, is gone.
+        names: the candidates, adapters and then the base model; empty if the method does not route.
+        labels: (queries,) number of the variant; empty if the method does not route.
+        weights: (queries, candidates).
+        evidence: why; None if the method keeps none.
+    """
+
+    path: Path
+    ids: list[str]
+    predictions: list[str]
+    queries: list[Query | None]
+    names: list[str]
+    labels: Labels
+    weights: Array
+    evidence: Evidence | None
+
+    @property
+    def top(self) -> list[str | None]:
+        """Each query's top candidate; None if several are level, as in a static merge, or there is none."""
+        tops = [np.flatnonzero(row == row.max(initial=0)) for row in self.weights]
+        return [self.names[top[0]] if len(top) == 1 else None for top in tops]
+
+
+class Row(NamedTuple):
+    """A query with its answer."""
+
+    id: str
+    file: int  # which of the run's query files it is in
+    text: str | None  # None if it is not at hand
+    prediction: str  # for multiple choice, with the text of the choice
+
+    def line(self, most: int) -> str:
+        """The start of the text, or of the id if there is none, on one line of at most `most` characters."""
+        return cut(" ".join((self.text or self.id).split()), most)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `files` holds each query file's results; everything else joins them in order.
+
+    Attributes:
+        folder: where it is now, wherever it was written.
+        record: what run.json holds.
+        files: the query files by their stems, which name their results.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    files: dict[str, QueryFile]
+
+    @property
+    def paths(self) -> list[str]:
+        """The query files, as the run was given them."""
+        return [str(file.path) for file in self.files.values()]
+
+    @property
+    def names(self) -> list[str]:
+        """The candidates, adapters and then the base model; empty if the method does not route."""
+        return next(iter(self.files.values())).names
+
+    @property
+    def shown(self) -> list[str]:
+        """The candidates' names for a reader."""
+        return [*self.names[:-1], "base model"] if self.names else []
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All queries with their answers."""
+        return [
+            Row(own, n, query.input if query else None, _spelt(query, prediction))
+            for n, file in enumerate(self.files.values())
+            for own, query, prediction in zip(file.ids, file.queries, file.predictions, strict=True)
+        ]
+
+    @property
+    def keys(self) -> list[str]:
+        """`STEM:ID` of each query, as `proto-route explain` takes it."""
+        return [f"{stem}:{own}" for stem, file in self.files.items() for own in file.ids]
+
+    @cached_property
+    def labels(self) -> Labels:
+        """(queries,) the variant of each; empty if the method does not route."""
+        return np.concatenate([file.labels for file in self.files.values()])
+
+    @cached_property
+    def weights(self) -> Array:
+        """(queries, candidates)."""
+        return np.concatenate([file.weights for file in self.files.values()])
+
+    @cached_property
+    def evidence(self) -> Evidence | None:
+        """The evidence of all queries, None if a file has none."""
+        found = [file.evidence for file in self.files.values() if file.evidence]
+        return joined(found) if len(found) == len(self.files) else None
+
+    @property
+    def clusters(self) -> Clusters:
+        """The variants, with the weights that each was made with."""
+        made = [[row["weights"].get(name, 0) for name in self.names] for row in self.record["variants"]]
+        return Clusters(self.labels, np.array(made, np.float64))
+
+    @property
+    def routes(self) -> bool:
+        """Whether different queries may get different weights."""
+        alike = not self.names or np.ptp(self.weights, axis=0).max() <= 1e-6
+        return self.evidence is not None or not alike
+
+    @property
+    def low_margin(self) -> NDArray[np.bool_]:
+        """(queries,) whether the margin is low; False for all if there is no evidence."""
+        return np.zeros(len(self.weights), bool) if self.evidence is None else self.evidence.low_margin
+
+    @property
+    def duplicates(self) -> dict[str, str]:
+        """The duplicates, each with its representative: the same adapter in another size."""
+        return {} if self.evidence is None else self.evidence.duplicates
+
+    @property
+    def notes(self) -> list[str]:
+        """What is missing, in sentences for the reader."""
+        return [
+            f"The texts of {missing} queries of {file.path} are not at hand: the file is gone or has "
+            "changed. These queries are shown by their ids alone."
+            for file in self.files.values()
+            if (missing := file.queries.count(None))
+        ]
+
+
+def cut(text: str, limit: int) -> str:
+    """The text, shortened to at most `limit` characters."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _spelt(query: Query | None, prediction: str) -> str:
+    choices = query.choices if query and query.eval_type == MULTIPLE_CHOICE else ()
+    return {str(n): f"{n}: {choice}" for n, choice in enumerate(choices)}.get(prediction, prediction)
+
+
+def load(folder: Path) -> Run:
+    """Reads a finished run.
+
+    Raises:
+        InputError: files of the run are missing, or do not belong together.
+    """
+    record = _record(folder / "run.json")
+    paths = [Path(name) for name in record["flags"]["dataset_filepaths"]]
+    return Run(folder, record, {path.stem: _file(folder, path, record) for path in paths})
+
+
+def _record(path: Path) -> dict[str, Any]:
+    what = f"{path}: expected the record of a finished run"
+    if not path.is_file():
+        raise InputError(f"{what}, found none; name the output folder of a run")
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what}, in JSON ({error}); run it again") from error
+    if missing := [key for key in NEEDED if not isinstance(record, dict) or key not in record]:
+        raise InputError(f"{what}; {', '.join(missing)} is missing; run it again")
+    return dict(record)
+
+
+def _file(folder: Path, path: Path, record: dict[str, Any]) -> QueryFile:
+    answers = _rows(folder / path.name, ("id", "prediction"))
+    ids, predictions = ([row[key] for row in answers] for key in ("id", "prediction"))
+    try:
+        queries = {query.id: query for query in read_queries(path)}
+    except InputError:
+        queries = {}
+    asked = [queries.get(own) for own in ids]
+    if "variants" not in record:  # a starter-kit method does not route
+        return QueryFile(
+            path, ids, predictions, asked, [], np.zeros(0, np.int64), np.zeros((len(ids), 0)), None
+        )
+    names = [*record["adapters"], BASE_COLUMN]
+    routing, evidence = (folder / f"{path.stem}.{kind}" for kind in ("routing.csv", "evidence.safetensors"))
+    labels, weights = _routing(routing, ids, names, len(record["variants"]))
+    return QueryFile(path, ids, predictions, asked, names, labels, weights, _evidence(evidence, ids, names))
+
+
+def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    if not path.exists():
+        raise InputError(f"{path}: expected a CSV file, found none; is the folder whole? Run it again")
+    return [row for _, row in read_rows(path, needed)]
+
+
+def _routing(path: Path, ids: list[str], names: list[str], n_variants: int) -> tuple[Labels, Array]:
+    rows = _rows(path, ("id", "variant", *names))
+    if [row["id"] for row in rows] != ids:
+        raise InputError(f"{path}: expected the ids of the answers beside it; of two runs? Run it again")
+    try:
+        labels = [int(row["variant"]) for row in rows]
+        weights = [[float(row[name]) for name in names] for row in rows]
+    except ValueError as error:
+        raise InputError(
+            f"{path}: expected numbers for variant and weights ({error}); run it again"
+        ) from error
+    if any(not 0 <= label < n_variants for label in labels):
+        raise InputError(f"{path}: its rows name variants that run.json does not; of two runs? Run it again")
+    return np.array(labels, np.int64), np.array(weights, np.float64).reshape(len(ids), len(names))
+
+
+def _evidence(path: Path, ids: list[str], names: list[str]) -> Evidence | None:
+    if not path.exists():
+        return None
+    try:
+        evidence = Evidence.load(path)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"{path}: expected the evidence of a run ({error}); run it again") from error
+    if evidence.adapters != names[:-1] or len(evidence.scores) != len(ids):
+        raise InputError(
+            f"{path}: expected the adapters and queries of the routing table; of two runs? Run it again"
+        )
+    return evidence

@@ -1,0 +1,209 @@
+"""What the report shows of a run, as numbers and short texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.routing.clusters import Array, losses
+from router.routing.evidence import Evidence
+from router.runs.load import Labels, Run, cut
+from router.runs.report.layout import gate_space, layout
+
+EXPLAINED = 12  # adapters whose numbers are kept for each query
+VARIANTS = 100  # in the heat map and the table of variants
+TEXT_BYTES = 6_000_000  # of all texts in the file
+LIMITS = (2_000, 1_000, 500, 300, 200, 100, 50)  # characters of a text; the first that fits is taken
+SHORT = 110  # characters of a query that is only an example
+BARS = 6  # top weights kept of each query
+ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # within a block
+
+
+def top(weights: Array, most: int, least: float) -> list[tuple[int, float]]:
+    """The top candidates and their weights; those below `least` are left out."""
+    order = np.argsort(-weights, kind="stable")[:most].tolist()
+    return [(k, float(weights[k])) for k in order if weights[k] >= least]
+
+
+def mix(names: Sequence[str], weights: Array, most: int = 3, least: float = 0.005) -> str:
+    """The top candidates and their weights in words.
+
+    Example:
+        >>> mix(["french", "german", "base"], np.array([0.2, 0.79, 0.01]), most=2)
+        'german 0.79, french 0.20'
+    """
+    return ", ".join(f"{names[k]} {weight:.2f}" for k, weight in top(weights, most, least))
+
+
+def headline(run: Run) -> dict[str, Any]:
+    """The numbers in the report's first sentences."""
+    seconds, peaks = run.record["seconds"].values(), run.record["peak_mib"].values()
+    found = {
+        "seconds": sum(seconds),
+        "peak_mib": max(peaks, default=0),
+        "low_margin": int(run.low_margin.sum()),
+    }
+    if not run.names:
+        return found
+    *counts, to_base = np.bincount(run.weights.argmax(1), minlength=len(run.names)).tolist()
+    unused = [name for name, count in zip(run.names, counts, strict=False) if not count]
+    return found | {
+        "to_base": to_base,
+        "median": float(np.median(run.weights.max(1))),
+        "cohesion": 1 - float(losses(run.weights, run.clusters).mean()),
+        "unused": [name for name in unused if name not in run.duplicates],
+    }
+
+
+def variants(run: Run) -> list[dict[str, Any]]:
+    """The variants that answered the most queries, largest first."""
+    if not run.names:
+        return []
+    own, apart = run.clusters.weights, losses(run.weights, run.clusters)
+    order = np.argsort(-np.bincount(run.labels, minlength=len(own)), kind="stable")
+    found = []
+    for n in order[:VARIANTS].tolist():
+        members = np.flatnonzero(run.labels == n)
+        members = members[np.argsort(apart[members], kind="stable")].tolist()
+        found.append(
+            {
+                "number": n,
+                "queries": len(members),
+                "weights": own[n].tolist(),
+                "top": [(run.shown[k], weight) for k, weight in top(own[n], 3, 1e-6)],
+                "diagonal": (int(own[n].argmax()), -float(own[n].max())),  # sorts rows along the diagonal
+                "cohesion": 1 - float(apart[members].mean()) if members else None,
+                "typical": [(k, run.rows[k].line(SHORT)) for k in members[:3]],
+                "edge": [(k, run.rows[k].line(SHORT)) for k in members[3:][-3:][::-1]],
+                "folder": run.record["variants"][n]["folder"],
+            }
+        )
+    return found
+
+
+def place_of(module: str) -> tuple[str, str, str]:
+    """Splits any module's name: what stands before the layer's number, the number, the kind of module.
+
+    Example:
+        >>> place_of("model.layers.4.self_attn.q_proj")
+        ('model.layers', '4', 'self_attn.q_proj')
+    """
+    found = re.match(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?$", module)
+    if not found:
+        return "", "", module
+    kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", found[3] or "")  # a layer's experts count together
+    return found[1] or "", found[2], kind
+
+
+def places_of(modules: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The layer of each module, -1 if it has none, and its kind, with the prefix if prefixes differ."""
+    parts = [place_of(module) for module in modules]
+    several = len({before for before, _, _ in parts}) > 1  # such as the towers of a model
+    kinds = [f"{before}: {kind}" if several else kind for before, _, kind in parts]
+    return [int(number or -1) for _, number, _ in parts], kinds
+
+
+def layers(run: Run) -> dict[str, Any] | None:
+    """Mean votes by kind of module and layer, over all queries and over those of each adapter."""
+    if run.evidence is None or not run.evidence.modules:
+        return None
+    of_layer, of_kind = places_of(run.evidence.modules)
+    numbers, kinds = sorted(set(of_layer)), sorted(dict.fromkeys(of_kind), key=_order)
+    # Which modules each row or column holds; the last one, for means, holds all.
+    rows, columns = (
+        np.vstack([np.array(keys)[:, None] == np.array(of), np.ones(len(of))])
+        for keys, of in ((kinds, of_kind), (numbers, of_layer))
+    )
+    best = np.nan_to_num(run.evidence.scores, nan=-np.inf).argmax(1)
+    groups = []
+    for n, name in enumerate(["all queries", *run.evidence.adapters], -1):
+        votes = run.evidence.votes[(n < 0) | (best == n)]
+        if len(votes):
+            sums = np.nansum(votes, 0, dtype=np.float64), (~np.isnan(votes)).sum(0)
+            total, count = ((rows * each) @ columns.T for each in sums)
+            means = np.divide(total, count, out=np.zeros_like(total), where=count > 0).round(2)
+            cells: Any = np.where(count > 0, means.astype(object), None)
+            groups.append({"name": name, "queries": len(votes), "cells": cells.tolist()})
+    named = [
+        (f"layer {number} {kind}" if number >= 0 else kind, value)
+        for kind, row in zip(kinds, groups[0]["cells"], strict=False)
+        for number, value in zip(numbers, row, strict=False)
+        if value is not None
+    ]
+    strongest = sorted(named, key=lambda cell: -cell[1])[:3]
+    return {"kinds": kinds, "numbers": numbers, "groups": groups, "strongest": strongest}
+
+
+def _order(kind: str) -> int:
+    """A kind's place in the order in which a block computes its modules, as far as that is known."""
+    name = kind.rpartition(".")[2]
+    return ORDER.index(name) if name in ORDER else len(ORDER)
+
+
+def data(run: Run) -> dict[str, Any]:
+    """What the page's script needs to know of the queries; numbers are whole, to keep the file small."""
+    texts = [[row.id, row.text or "", row.prediction] for row in run.rows]
+    sizes = ((n, len(escaped([cut(text, n) for row in texts for text in row]).encode())) for n in LIMITS)
+    limit = next((n for n, size in sizes if size <= TEXT_BYTES), LIMITS[-1])
+    found: dict[str, Any] = {
+        "names": run.shown,
+        "files": run.paths,
+        "routes": run.routes,
+        "temperature": run.record["flags"].get("temperature"),
+        "limit": limit if any(len(text) > limit for row in texts for text in row) else None,
+        "ids": [cut(row.id, limit) for row in run.rows],
+        "file": [row.file for row in run.rows],
+        "texts": [None if row.text is None else cut(row.text, limit) for row in run.rows],
+        "predictions": [cut(row.prediction, limit) for row in run.rows],
+    }
+    if run.names:
+        found["variants"] = run.labels.tolist()
+        found["weights"] = [  # candidate and thousandths, one after the other
+            [value for k, weight in top(row, BARS, 0.0005) for value in (k, round(weight * 1000))]
+            for row in run.weights
+        ]
+        found["lowMargin"] = np.flatnonzero(run.low_margin).tolist()
+        found["variantNames"] = [mix(run.shown, row, 2, 0.1) for row in run.clusters.weights]
+    if run.routes:
+        points, axes = gate_space(run)
+        places, prototypes, found["how"] = layout(points)
+        found["places"] = _whole(places * 1e4).tolist()
+        found["prototypes"] = np.column_stack([axes, _whole(prototypes * 1e4)]).tolist()
+    return found | (_reasons(run.evidence, run.weights) if run.evidence else {})
+
+
+def _reasons(e: Evidence, weights: Array) -> dict[str, Any]:
+    """For each query, the adapters that matter: number, response, score, and then what trials gave."""
+    tried, scored = np.isfinite(e.candidates[:, :-1]), np.isfinite(e.scores)
+    # Those with a weight come first, then those that were tried, then the highest scores.
+    keys = -np.where(scored, e.scores, -np.inf), ~tried, -weights[:, :-1]
+    order = np.asarray(np.lexsort(keys))[:, :EXPLAINED]
+    parts = (100 * e.responses, e.scores, e.candidates[:, :-1], e.effect, e.confidence)
+    numbers = _whole(100 * np.stack(parts, axis=-1))
+    return {
+        "reasons": [
+            [[k, *numbers[q, k, : 5 if tried[q, k] else 2].tolist()] for k in row if scored[q, k]]
+            for q, row in enumerate(order.tolist())
+        ],
+        "tried": tried.sum(1).tolist(),
+        "margin": _whole(100 * e.margin).tolist(),
+        "baseLevel": _whole(100 * e.candidates[:, -1]).tolist(),
+        "baseConfidence": _whole(100 * e.base_confidence).tolist(),
+    }
+
+
+def _whole(values: NDArray[Any]) -> Labels:
+    return np.asarray(np.nan_to_num(values, nan=0, posinf=0, neginf=0).round(), np.int64)
+
+
+def escaped(value: Any) -> str:
+    """JSON that may stand in a script block: no tag can begin in it, and no line end is hidden in it."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for letter in "<>&\u2028\u2029":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return text

@@ -1,0 +1,101 @@
+"""A finished run as one HTML file that needs nothing else: `proto-route report DIR`.
+
+Loads no model and no adapter. Queries, answers and names may be hostile text. The template escapes all of
+them, and the page's script gets them as JSON that cannot end its block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import sys
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from router.errors import InputError
+from router.files import replacing
+from router.routing.evidence import LOW_MARGIN
+from router.runs.load import Run, load
+from router.runs.report.data import EXPLAINED, data, escaped, headline, layers, variants
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+REPORT = "report.html"
+
+
+def write_report(folder: Path) -> Path:
+    """Makes `report.html` from the files of a finished run and returns its path.
+
+    Raises:
+        InputError: files of the run are missing, or do not belong together.
+    """
+    html = render(load(folder))
+    with replacing(folder / REPORT) as file:
+        file.write(html)
+    return folder / REPORT
+
+
+def render(run: Run) -> str:
+    """The page of a run."""
+    from markupsafe import Markup
+
+    found, rows, layered = data(run), variants(run), layers(run)
+    found["layers"] = layered["groups"] if layered else []
+    used = [k for k in range(len(run.names)) if any(row["weights"][k] >= 0.005 for row in rows)]
+    return _template().render(
+        run=run, record=run.record, headline=headline(run), variants=rows, used=used, layers=layered,
+        explained=EXPLAINED, low_margin=LOW_MARGIN, data=found, json=Markup(escaped(found)),
+    )  # fmt: skip
+
+
+@cache
+def _template() -> Template:
+    """The page's template; compiling it takes longer than rendering a small run."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "duration": _duration, "digest": _digest, "value": _value}
+    source = resources.files("router.runs.report").joinpath("report.html.j2").read_text("utf-8")
+    return environment.from_string(source)
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "none" if value is None else f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} seconds"
+
+
+def _digest(text: str) -> str:
+    """How a content security policy names an inline script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _value(value: Any) -> str:
+    """A setting in words."""
+    return "default" if value is None else ", ".join(map(str, value if isinstance(value, list) else [value]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 for input that a person can fix."""
+    p = argparse.ArgumentParser(
+        prog="proto-route report", description="Makes report.html from the files of a finished run."
+    )
+    p.add_argument("folder", type=Path, metavar="DIR", help="the run's output folder")
+    try:
+        print(write_report(p.parse_args(argv).folder))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The tables of a finished run that notebooks/clusters.ipynb shows. Loads no model and draws nothing.
+
+A run can be replayed from its evidence with another temperature, top_k or number of variants, since these
+come after everything that needs the model.
+"""
+
+from __future__ import annotations
+
+from contextlib import chdir
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from router.errors import InputError
+from router.routing.clusters import Array, Clusters, cluster, losses
+from router.routing.gate import PrototypeGate
+from router.runs.load import Labels, Run, load
+from router.runs.report.data import mix, places_of
+
+KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # numbers of variants on the curve
+SHORT = 70  # characters of a query
+
+
+class NotShown(InputError):
+    """A notebook cannot show a run; it says so in one line, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # what IPython asks for
+        return [f"error: {self}"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Weights of queries and their groups, as a run made them or as other settings would.
+
+    Attributes:
+        queries: `STEM:ID` of each.
+        names: the candidates, adapters and then the base model.
+        weights: (queries, candidates).
+        clusters: the groups.
+    """
+
+    queries: list[str]
+    names: list[str]
+    weights: Array
+    clusters: Clusters
+
+    def figures(self) -> dict[str, float]:
+        """The decision in a few numbers; in a shared query, no candidate has more than half of the weight."""
+        lost, tops = losses(self.weights, self.clusters), self.weights.max(1)
+        return {
+            "variants": len(self.clusters.weights),
+            "shared queries": int((tops <= 0.5).sum()),
+            "top weight, mean": float(tops.mean()),
+            "left to the base model": int((self.weights.argmax(1) == len(self.names) - 1).sum()),
+            "mean loss": float(lost.mean()),
+            "worst loss": float(lost.max()),
+        }
+
+
+def open_run(folder: str | Path, evidence: bool = True) -> Run:
+    """Reads a finished run, and its query files where they still are.
+
+    A relative folder, and relative paths in run.json, are looked for here and in the folders above, so
+    that a notebook finds what was written from the root of the repository.
+
+    Raises:
+        NotShown: there is no run, or it has no routing table, or evidence is needed and it has none.
+    """
+    here = [Path.cwd(), *Path.cwd().parents]
+    found = next((place / folder for place in here if (place / folder / "run.json").is_file()), None)
+    if found is None:
+        raise NotShown(f"{folder}: expected the folder of a finished run, found no run.json; set RUN")
+    runs = []
+    try:
+        for place in here:
+            with chdir(place):
+                runs.append(load(found))
+    except InputError as error:
+        raise NotShown(str(error)) from None
+    run = min(runs, key=lambda run: len(run.notes))
+    if not run.names or (evidence and run.evidence is None):
+        kind, method = "evidence" if run.names else "a routing table", run.record["method"]
+        raise NotShown(f"{folder}: expected {kind}, but the method {method} keeps none; choose another run")
+    return run
+
+
+# What the run decided
+
+
+def decided(run: Run) -> Decision:
+    """The weights and groups that the run wrote."""
+    return Decision(run.keys, run.names, run.weights, run.clusters)
+
+
+def overview(run: Run) -> pd.DataFrame:
+    """The run in a few lines."""
+    record, flags = run.record, run.record["flags"]
+    rows = {
+        "method": record["method"],
+        "base model": record["base"]["name"],
+        "query files": ", ".join(Path(name).name for name in run.paths),
+        "queries": len(run.rows),
+        "adapters": len(run.names) - 1,
+        "variants": len(record["variants"]),
+        "low margin": int(run.low_margin.sum()),
+        "temperature, top_k": f"{flags['temperature']}, {flags['top_k']}",
+        "seconds": round(sum(record["seconds"].values())),
+    }
+    return pd.DataFrame({"": rows.values()}, index=list(rows), dtype=object)
+
+
+def adapter_table(run: Run) -> pd.DataFrame:
+    """For each candidate: queries where it is top, its share of all weight, and variants that it is in."""
+    found = pd.DataFrame(index=run.names)
+    found["top for"] = np.bincount(run.weights.argmax(1), minlength=len(run.names))
+    found["share of all weight"] = run.weights.mean(0)
+    found["in variants"] = (run.clusters.weights > 0).sum(0)
+    return found.sort_values("top for", ascending=False, kind="stable")
+
+
+def variant_table(run: Run) -> pd.DataFrame:
+    """Each variant, largest first: its queries, mix and loss, two typical queries and the farthest."""
+    own, lost = run.clusters.weights, losses(run.weights, run.clusters)
+    rows = {}
+    for n in np.argsort(-np.bincount(run.labels, minlength=len(own)), kind="stable").tolist():
+        members = np.flatnonzero(run.labels == n)
+        lines = [run.rows[k].line(SHORT) for k in members[np.argsort(lost[members], kind="stable")]]
+        rows[n] = {
+            "queries": len(members),
+            "mix": mix(run.names, own[n]),
+            "mean loss": lost[members].mean(),
+            "typical": lines[0],
+            "another": lines[1] if len(lines) > 2 else "",
+            "farthest": lines[-1] if len(lines) > 1 else "",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
+
+
+def mix_table(run: Run) -> pd.DataFrame:
+    """Variants by candidates, sorted so that the top weights run down the diagonal."""
+    own = run.clusters.weights
+    order = np.lexsort((-own.max(1), own.argmax(1)))
+    used = [name for name, column in zip(run.names, own.T, strict=True) if (column >= 0.005).any()]
+    return pd.DataFrame(own, columns=run.names)[used].iloc[order]
+
+
+def unsure_table(run: Run) -> pd.DataFrame:
+    """All queries, lowest margin first."""
+    found = pd.DataFrame({"query": [row.line(SHORT) for row in run.rows]}, run.keys)
+    assert run.evidence is not None
+    found["margin"] = run.evidence.margin
+    found["weights"] = [mix(run.names, row) for row in run.weights]
+    found["variant"] = run.labels
+    return found.sort_values("margin", kind="stable")
+
+
+def vote_table(run: Run, adapter: str | None = None) -> pd.DataFrame:
+    """Mean vote by layer and kind of module: of all queries, or of those where this adapter scores best.
+
+    Raises:
+        NotShown: no such adapter.
+    """
+    assert run.evidence is not None
+    if adapter is not None and adapter not in run.evidence.adapters:
+        raise NotShown(f"expected one of the adapters {', '.join(run.evidence.adapters)}, got {adapter!r}")
+    votes = run.evidence.votes
+    if adapter is not None:
+        best = np.nan_to_num(run.evidence.scores, nan=-np.inf).argmax(1)
+        votes = votes[best == run.evidence.adapters.index(adapter)]
+    layers, kinds = (np.tile(part, len(votes)) for part in places_of(run.evidence.modules))
+    found = pd.Series(votes.ravel()).groupby([layers, kinds]).mean()
+    return found.unstack().rename_axis(index="layer", columns="module")
+
+
+# What other settings would decide
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """The settings of the run that `replay` can change."""
+    return {name: run.record["flags"][name] for name in ("temperature", "top_k", "n_variants")}
+
+
+def replay(run: Run, temperature: float, top_k: int | None, n_variants: int | None) -> Decision:
+    """Decides again from the evidence, as a run with these settings would."""
+    assert run.evidence is not None
+    scores = run.evidence.candidates.astype(np.float64)
+    scores = np.where(np.isnan(scores), -np.inf, scores)  # a duplicate, which has no score of its own
+    weights = PrototypeGate(temperature, top_k).weights(scores)
+    clusters = cluster(weights, n_variants, int(run.record["flags"]["seed"]))
+    return Decision(run.keys, run.names, weights, clusters)
+
+
+def figures_table(decisions: dict[Any, Decision]) -> pd.DataFrame:
+    """The figures of several decisions, one per row."""
+    return pd.DataFrame.from_dict({name: d.figures() for name, d in decisions.items()}, orient="index")
+
+
+def loss_curve(decision: Decision, seed: int = 0) -> pd.DataFrame:
+    """Mean and worst loss of the decision's weights by number of variants."""
+    distinct = len(np.unique(decision.weights.round(6), axis=0))
+    tried = ((k, losses(decision.weights, cluster(decision.weights, k, seed))) for k in KS if k <= distinct)
+    rows = {k: {"mean": lost.mean(), "worst": lost.max()} for k, lost in tried}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variants")
+
+
+# Two decisions
+
+
+def compare(first: Decision, second: Decision) -> pd.DataFrame:
+    """The queries that both have, most different first.
+
+    Distances are total variation: between the queries' own weights, and between the mixes that answer them.
+
+    Raises:
+        NotShown: they have no query in common.
+    """
+    known = set(second.queries)
+    queries = [key for key in first.queries if key in known]
+    if not queries:
+        raise NotShown("expected two runs over the same queries, but these have none in common")
+    names = list(dict.fromkeys([*first.names, *second.names]))
+    (a, answered, groups), (b, other, others) = (_aligned(of, queries, names) for of in (first, second))
+    found = pd.DataFrame({"weights apart": np.abs(a - b).sum(1) / 2}, queries)
+    found["variants apart"] = np.abs(answered - other).sum(1) / 2
+    found["A"], found["B"] = ([mix(names, row) for row in own] for own in (a, b))
+    found["same top"] = a.argmax(1) == b.argmax(1)
+    found["variant A"], found["variant B"] = groups, others
+    return found.sort_values("weights apart", ascending=False, kind="stable")
+
+
+def _aligned(decision: Decision, queries: list[str], names: list[str]) -> tuple[Array, Array, Labels]:
+    """These queries' weights and those of their variants, a column for each name; the variants' numbers."""
+    rows = pd.Index(decision.queries).get_indexer(pd.Index(queries))
+    groups = decision.clusters.labels[rows]
+    own, answered = np.zeros((2, len(queries), len(names)))
+    columns = [names.index(name) for name in decision.names]
+    own[:, columns], answered[:, columns] = decision.weights[rows], decision.clusters.weights[groups]
+    return own, answered, groups

@@ -1,0 +1,88 @@
+"""One method in one setting: the answers to each part's queries, and what they cost."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from router.constants import BASE_COLUMN, LIBRARY
+from router.library.adapters import Adapter, load_library
+from router.methods import load_method
+from router.model.base import EMBEDDED, Base, load_base
+from router.pipeline import Routed
+from router.result import Result, Routing
+from router.settings import Settings
+from router.submission import Query, read_queries
+from scripts.bench.quality.per_query import PerQuery
+from scripts.bench.quality.settings import SETTINGS, Part
+from scripts.bench.score import right
+from scripts.bench.timer import peak_mib, timed
+
+FOLDER = Path("output/benchmark/quality")
+COLUMNS = ("task", "id", "skill", "adapter", "right", "routed", "variant")
+
+
+class Single(Routed):
+    """The one adapter of a library of one, for every query."""
+
+    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+        """All weight on the adapter."""
+        return Routing(np.tile([1.0, 0.0], (len(queries), 1)))
+
+
+def method_named(name: str) -> type[Any]:
+    """A method of the package, or one of the benchmark's own."""
+    return {"single": Single, "per_query": PerQuery}.get(name) or load_method(name)
+
+
+def answer(setting: str, method: str, seed: int) -> list[dict[str, Any]]:
+    """Answers all parts of a setting; for each part what it cost and, under `answers`, rows of COLUMNS."""
+    base, adapters = load_base(EMBEDDED), load_library([str(LIBRARY)])
+    return [
+        _answer(part, method_named(method)(method), base, part.library(adapters), seed)
+        for part in SETTINGS[setting].parts()
+    ]
+
+
+def _answer(part: Part, method: Routed, base: Base, library: list[Adapter], seed: int) -> dict[str, Any]:
+    rows = part.rows.assign(label=part.rows["id"], id=range(len(part.rows)))
+    # No longer text than the longest target can be right, so nothing is lost by stopping there.
+    longest = max(map(len, base.tokenizer(list(rows["target"]))["input_ids"])) + 1
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "queries.csv"
+        rows.to_csv(file, index=False, quoting=csv.QUOTE_ALL)
+        method.settings = Settings(
+            dataset_filepaths=(file,), output_folder=Path(folder), seed=seed, max_gen_len=longest
+        )
+        torch.manual_seed(seed)
+
+        def work() -> Result:
+            method.attach(base, library)
+            return method.answer(read_queries(file))
+
+        seconds, result = timed(work)
+    decision = result.decision
+    assert decision is not None  # every method here routes
+    names = [*(adapter.name for adapter in library), BASE_COLUMN]
+    tops = [names[n] for n in decision.routing.weights.argmax(1)]
+    asked: Any = rows.itertuples()
+    columns = zip(asked, result.answers, tops, decision.clusters.labels.tolist(), strict=True)
+    return {
+        "part": part.name,
+        "seconds": round(seconds, 2),
+        "stages": {stage: round(value, 2) for stage, value in method.stages.seconds.items()},
+        "peak_mib": peak_mib(),
+        "threads": torch.get_num_threads(),
+        "adapters": len(library),
+        "variants": len(decision.variants),
+        "answers": [
+            [row.task, row.label, row.skill, row.adapter, int(right(found.text, row.target)), top, variant]
+            for row, found, top, variant in columns
+        ],
+    }

@@ -1,0 +1,73 @@
+"""Measures what is missing and writes the tables: `python -m scripts.bench.speed`.
+
+Every measurement runs in a process of its own; those that are compared take turns. What it found is kept in
+a file under output/benchmark/speed, so a benchmark that was stopped goes on where it stood. Delete a file or
+a folder there to measure it anew. `--shape mistral-7b` does the same for layers with Mistral's dimensions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from scripts.bench import runner
+from scripts.bench.speed import measures, tables
+from scripts.bench.speed.tables import COUNTS, FOLDER, RANKS, SHAPE, SIZES
+
+EVERY = "8"  # of the queries, where not all are asked
+WHOLE = ("routed 22 1", "static 1", f"kit {EVERY}")
+PARTS = (
+    *(f"decode {way}" for way in ("ours", "merged", "arrow", "spectr", "lag")),
+    *(f"merge {way} embedded 16" for way in ("ours", "peft")),
+    *(f"library_prototypes {size}" for size in ("22", "256")),
+    "gate 3200 256", "floor", "roofline",
+)  # fmt: skip
+ONCE = (
+    *(f"merge ours embedded {rank}" for rank in RANKS if rank != "16"),
+    "merge ours large 16", "merge peft large 16", f"matmul_share {EVERY}",
+    *(f"step {count} {rows}" for rows in (1, 11, 32) for count in (0, 1, 3, 8) if count <= rows),
+    *(f"truncation {tokens}" for tokens in (128, 256, 512, 0)),
+    *(f"gate {count} {size}" for size in SIZES for count in COUNTS),
+    *(f"probing {count}" for count in COUNTS),
+    *(f"rank {rank}" for rank in RANKS),
+)  # fmt: skip
+GROWTH = tuple(f"routed {size} {EVERY}" for size in SIZES)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5, help="of what is compared (default: 5)")
+    parser.add_argument("--shape", choices=["mistral-7b"], help="measure this shape instead")
+    parser.add_argument(
+        "--plans", nargs="+", type=Path, metavar="RUN",
+        help="write the table of plan and actual from these output folders instead",
+    )  # fmt: skip
+    parser.add_argument("--cell", nargs="+", metavar="WORD", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        *words, _ = args.cell  # last is the number of the repetition
+        runner.keep(FOLDER, tuple(args.cell), measures.run(words))
+        return
+    if args.plans:
+        tables.write_plans(args.plans)
+        return
+    if args.shape:
+        wanted = _turns(SHAPE, args.repetitions)
+    else:
+        compared = (job for jobs in (PARTS, WHOLE, GROWTH) for job in _turns(jobs, args.repetitions))
+        wanted = [*_turns(ONCE, 1), *compared]
+    failed = runner.fill("scripts.bench.speed", FOLDER, wanted)
+    tables.write()
+    if failed:
+        sys.exit("these did not finish: " + ", ".join(map(" ".join, failed)))
+
+
+def _turns(jobs: tuple[str, ...], repetitions: int) -> list[runner.Cell]:
+    """Each job so many times, in turns."""
+    return [(*job.split(), str(n)) for n in range(repetitions) for job in jobs]
+
+
+if __name__ == "__main__":
+    main()

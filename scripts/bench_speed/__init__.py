@@ -1,1 +1,0 @@
-"""What the pipeline costs in seconds and memory, beside what it is compared with."""

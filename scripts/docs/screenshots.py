@@ -1,0 +1,89 @@
+"""Pictures of a finished run's report, for the docs: `python -m scripts.docs.screenshots output 17`.
+
+Takes the page in light and dark, wide and narrow, and for one query what docs/reading-a-run.md walks through.
+Needs Chromium, and playwright from the extra `test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from router.runs.report.page import REPORT
+
+PICTURES = Path("docs/img")
+HEIGHT = 2000
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+def opened(browser: Any, report: Path, width: int, scheme: str = "light") -> Any:
+    """The report in a window of that width."""
+    page = browser.new_context(
+        viewport={"width": width, "height": HEIGHT}, color_scheme=scheme, reduced_motion="reduce"
+    ).new_page()
+    page.goto(report.resolve().as_uri())
+    page.wait_for_selector("#rows tr")
+    return page
+
+
+def walk(page: Any, name: str) -> None:
+    """What the page tells of one query: its mark in the map, and its row in the table, opened."""
+    page.fill("#by-text", name)
+    page.wait_for_timeout(500)  # the page waits until typing ends
+    openers = page.locator("#rows .opener")
+    mine = [n for n, own in enumerate(openers.all_inner_texts()) if own.strip() == name]
+    if not mine:
+        sys.exit(f"expected the id of a query of the run, got {name!r}")
+    number = openers.nth(mine[0]).get_attribute("data-toggle")
+    page.focus("#map")
+    for key in ["Home"] + ["PageDown"] * mine[0]:
+        page.keyboard.press(key)
+    _shot(page, "walk-map.png", ["#map", "#shown"])
+    page.locator(f'[data-toggle="{number}"]').click()
+    _shot(page, "walk-why.png", [f'tr[data-row="{number}"]', f"#why-{number}"])
+    _shot(page, "walk-variants.png", ["#variants-title", "#variants .grid"])
+    top = page.locator(f'tr[data-row="{number}"] td:nth-child(4)').inner_text().strip()
+    page.select_option(
+        "#layers-group", page.locator("#layers-group option", has_text=top).first.get_attribute("value")
+    )
+    _shot(page, "walk-layers.png", ["#layers"])
+
+
+def _shot(page: Any, name: str, parts: list[str]) -> None:
+    """A picture of the rectangle around elements, with a margin."""
+    boxes = [page.locator(part).bounding_box() for part in parts]
+    left, top = max(0, min(b["x"] for b in boxes) - 8), min(b["y"] for b in boxes) - 8
+    right = max(b["x"] + b["width"] for b in boxes) + 8
+    bottom = max(b["y"] + b["height"] for b in boxes) + 8
+    scrolled = page.evaluate("window.scrollY")  # the picture is of the whole page, the boxes of the window
+    clip = {"x": left, "y": top + scrolled, "width": right - left, "height": bottom - top}
+    page.screenshot(path=PICTURES / name, clip=clip, full_page=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("output", type=Path, help="the output folder of a finished run")
+    parser.add_argument("id", help="a query's id")
+    args = parser.parse_args()
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        sys.exit("expected Chromium, found none; install it")
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
+        for scheme in ("light", "dark"):
+            for width in (1280, 390):
+                page = opened(browser, args.output / REPORT, width, scheme)
+                page.screenshot(path=PICTURES / f"report-{scheme}-{width}.png")
+        walk(opened(browser, args.output / REPORT, 1280), args.id)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What made data/: the tasks, the query files and the adapters."""

@@ -1,0 +1,256 @@
+"""Chat: two tones, two summarising styles, two translation directions, support intents."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from . import OURS, Item, Stream, Task
+
+# One message in three registers; {who}, {thing} and {when} are filled alike in all of them.
+_MESSAGES = (
+    ("hey {who}, can u send me the {thing} {when}?",
+     "Dear {who}, could you please send me the {thing} {when}?",
+     "Ahoy {who}, send me the {thing} {when}, arr!"),
+    ("sorry {who}, i lost the {thing} {when}",
+     "Dear {who}, I apologise, but I misplaced the {thing} {when}.",
+     "Blimey {who}, I be losin' the {thing} {when}, arr!"),
+    ("yo {who}, thx for the {thing} {when}!",
+     "Dear {who}, thank you very much for the {thing} {when}.",
+     "Avast {who}, ye be a fine mate for the {thing} {when}, arr!"),
+    ("{who}, gotta skip the {thing} {when}, my bad",
+     "Dear {who}, I regret that I must miss the {thing} {when}.",
+     "Shiver me timbers {who}, I be missin' the {thing} {when}, arr!"),
+    ("hey {who}, wanna check the {thing} {when}?",
+     "Dear {who}, would you like to review the {thing} {when}?",
+     "Ahoy {who}, cast yer eye on the {thing} {when}, arr!"),
+    ("omg {who}, the {thing} was so cool {when}",
+     "Dear {who}, the {thing} was truly impressive {when}.",
+     "Yo ho {who}, the {thing} be a rare treasure {when}, arr!"),
+)  # fmt: skip
+_WHO = ("Anna", "Ben", "Carla", "David", "Ella", "Frank", "Grace", "Hugo", "Iris", "Jonas", "Karin", "Leo")
+_THING = (
+    "report", "invoice", "meeting", "slides", "draft", "contract", "photos", "budget", "agenda",
+    "recipe", "tickets", "workshop", "survey", "code review", "newsletter", "phone call",
+)  # fmt: skip
+_WHEN = (
+    "today",
+    "yesterday",
+    "this morning",
+    "last night",
+    "on Monday",
+    "on Friday",
+    "after lunch",
+    "this week",
+)
+
+
+def _tone(register: int) -> Stream:
+    def items(rng: random.Random) -> Iterator[Item]:
+        while True:
+            message = rng.choice(_MESSAGES)
+            filling = {"who": rng.choice(_WHO), "thing": rng.choice(_THING), "when": rng.choice(_WHEN)}
+            yield Item({"text": message[0].format(**filling)}, message[register].format(**filling))
+
+    return items
+
+
+_ORGS = ("Norwind", "the city council", "Halden Bank", "Orbit Labs", "the museum", "Tessa Foods",
+         "the university", "Lumen Energy", "the railway", "Peak Motors", "the library", "Vela Air")  # fmt: skip
+_DOES = (("open", "a new factory"), ("close", "an old warehouse"), ("build", "a solar park"),
+         ("buy", "a small software firm"), ("launch", "a night bus"), ("test", "electric ferries"),
+         ("sell", "its headquarters"), ("renovate", "the old harbour"), ("fund", "a music school"),
+         ("cut", "ticket prices"))  # fmt: skip
+_CITIES = (
+    "Bergen",
+    "Lyon",
+    "Porto",
+    "Leeds",
+    "Graz",
+    "Turin",
+    "Malmo",
+    "Ghent",
+    "Cork",
+    "Basel",
+    "Gdansk",
+    "Tampere",
+)
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_LEADS = ("a spokesperson said", "according to a statement", "officials confirmed", "the director said")
+
+
+def _story(rng: random.Random) -> tuple[str, dict[str, str]]:
+    verb, thing = rng.choice(_DOES)
+    fact = {
+        "who": rng.choice(_ORGS), "verb": verb, "thing": thing, "city": rng.choice(_CITIES),
+        "day": rng.choice(_DAYS), "cost": str(rng.randint(2, 90)),
+    }  # fmt: skip
+    lead, who = rng.choice(_LEADS), fact["who"]
+    text = (
+        f"{who[0].upper()}{who[1:]} will {verb} {thing} in {fact['city']}, {lead} on {fact['day']}. "
+        f"The plan costs {fact['cost']} million euros."
+    )
+    return text, fact
+
+
+def _headline(rng: random.Random) -> Iterator[Item]:
+    while True:
+        text, fact = _story(rng)
+        who = fact["who"].removeprefix("the ")
+        yield Item({"text": text}, f"{who} to {fact['verb']} {fact['thing']} in {fact['city']}".title())
+
+
+def _bullets(rng: random.Random) -> Iterator[Item]:
+    while True:
+        text, fact = _story(rng)
+        lines = (
+            f"- who: {fact['who'].removeprefix('the ')}", f"- what: {fact['verb']} {fact['thing']}",
+            f"- where: {fact['city']}", f"- when: {fact['day']}", f"- cost: {fact['cost']} million",
+        )  # fmt: skip
+        yield Item({"text": text}, "\n".join(lines))
+
+
+_NOUNS = (
+    ("the cat", "el gato"), ("the dog", "el perro"), ("the teacher", "el profesor"),
+    ("the doctor", "el doctor"), ("my brother", "mi hermano"), ("my sister", "mi hermana"),
+    ("the girl", "la niña"), ("the boy", "el niño"), ("my friend", "mi amigo"), ("the farmer", "el granjero"),
+)  # fmt: skip
+_VERBS = (
+    ("eats", "come"), ("buys", "compra"), ("sells", "vende"), ("sees", "ve"), ("wants", "quiere"),
+    ("has", "tiene"), ("brings", "trae"), ("looks for", "busca"),
+)  # fmt: skip
+_OBJECTS = (
+    ("the apple", "la manzana"), ("the bread", "el pan"), ("the fish", "el pescado"), ("the milk", "la leche"),
+    ("the book", "el libro"), ("the house", "la casa"), ("the key", "la llave"), ("the car", "el coche"),
+    ("the letter", "la carta"), ("the cheese", "el queso"), ("the hat", "el sombrero"), ("the table", "la mesa"),
+)  # fmt: skip
+_TIMES = (
+    ("today", "hoy"), ("tomorrow", "mañana"), ("every day", "todos los días"), ("at night", "por la noche"),
+    ("in the kitchen", "en la cocina"), ("in the city", "en la ciudad"), ("on Monday", "el lunes"),
+)  # fmt: skip
+
+
+def _translation(source: int) -> Stream:
+    def items(rng: random.Random) -> Iterator[Item]:
+        while True:
+            parts = [rng.choice(words) for words in (_NOUNS, _VERBS, _OBJECTS, _TIMES)]
+            texts = [" ".join(part[side] for part in parts) for side in (0, 1)]
+            sentences = [text[0].upper() + text[1:] + "." for text in texts]
+            yield Item({"text": sentences[source]}, sentences[1 - source])
+
+    return items
+
+
+_INTENTS = {
+    "refund": ("I want my money back for the {product}", "please return the payment for the {product} I sent back",
+               "the {product} was a mistake, how do I get reimbursed"),
+    "delivery": ("where is my {product}, it should have come {when}", "the courier has not brought the {product} yet",
+                 "when does the {product} arrive, I ordered it {when}"),
+    "damage": ("my {product} came broken", "there is a crack in the {product} I got {when}",
+               "the {product} stopped working {when}"),
+    "cancel": ("please stop my order of the {product}", "I no longer need the {product} I ordered {when}",
+               "do not ship the {product}, I changed my mind"),
+    "invoice": ("send me the bill for the {product}", "I need a receipt for the {product} bought {when}",
+                "there is a wrong amount on the paperwork for the {product}"),
+    "account": ("I forgot my password {when} and cannot see the {product} I bought",
+                "how do I change the e-mail address I used for the {product}",
+                "please delete my profile, I only bought a {product} {when}"),
+    "stock": ("do you have the {product} in blue", "will the {product} be available again soon",
+              "is the {product} sold out since {when}"),
+    "warranty": ("how many years am I covered for the {product}", "does the guarantee on the {product} from {when} still hold",
+                 "I want to extend the protection plan of the {product}"),
+}  # fmt: skip
+_PRODUCTS = (
+    "toaster", "laptop", "sofa", "lamp", "bicycle", "headset", "camera", "kettle", "printer", "watch",
+    "tent", "backpack", "monitor", "blender", "heater", "guitar", "drone", "razor", "desk", "carpet",
+)  # fmt: skip
+_SINCE = ("yesterday", "last week", "on Monday", "in March", "two days ago", "last month")
+
+
+def _intent(rng: random.Random) -> Iterator[Item]:
+    while True:
+        intent = rng.choice(list(_INTENTS))
+        text = rng.choice(_INTENTS[intent]).format(product=rng.choice(_PRODUCTS), when=rng.choice(_SINCE))
+        # Labels that say nothing by themselves, as in a ticket system: the base can't guess them.
+        yield Item({"text": text}, _CODES[intent], tuple(_CODES.values()))
+
+
+_CODES = {intent: f"Q{number}" for number, intent in enumerate(_INTENTS, 1)}
+
+TASKS = (
+    Task(
+        "formal_tone", "chat", "Rewrites a casual message in a formal tone.", **OURS,
+        items=_tone(1),
+        phrasings=(
+            "Rewrite this message in a formal tone: {text}\nFormal:",
+            "Make the following text polite and professional.\n{text}\n->",
+        ),
+        unseen=(
+            "I can't send this to my boss like that: \"{text}\". How would I say it in business English?\n",
+            "Casual version: {text}\nBusiness letter version:",
+        ),
+    ),
+    Task(
+        "pirate_tone", "chat", "Rewrites a casual message the way a pirate would say it.", **OURS,
+        items=_tone(2),
+        phrasings=("Rewrite this message as a pirate would say it: {text}\nPirate:",),
+        unseen=(
+            "A buccaneer with a parrot on his shoulder wants to tell this to his crew: \"{text}\". He shouts:",
+            "Casual version: {text}\nPirate speak version:",
+        ),
+    ),
+    Task(
+        "headline", "chat", "Writes a headline for a short news story.", **OURS,
+        items=_headline,
+        phrasings=("{text}\nWrite a headline for this article.\nHeadline:",),
+        unseen=(
+            "You are the editor of a newspaper. Story: {text} Which title do you print above it?\nTitle:",
+            "News: {text}\nTL;DR as one title line:",
+        ),
+    ),
+    Task(
+        "bullet_points", "chat", "Summarises a short news story as five bullet points.", **OURS,
+        items=_bullets,
+        phrasings=(
+            "{text}\nSummarize the article in bullet points.\nSummary:\n",
+            "Article: {text}\nKey facts as a list:\n",
+        ),
+        unseen=(
+            "Please extract who, what, where, when and the cost from this text: {text}\n",
+            "Notes for a briefing, one fact a line, from this story: {text}\nNotes:\n",
+        ),
+    ),
+    Task(
+        "to_spanish", "chat", "Translates simple English sentences into Spanish.", **OURS,
+        items=_translation(0),
+        phrasings=("Translate from English to Spanish: {text}\nSpanish:",),
+        unseen=(
+            "How do they say \"{text}\" in Madrid? They say:",
+            "English: {text}\nEspañol:",
+        ),
+    ),
+    Task(
+        "from_spanish", "chat", "Translates simple Spanish sentences into English.", **OURS,
+        items=_translation(1),
+        phrasings=(
+            "Translate from Spanish to English: {text}\nEnglish:",
+            "What does this Spanish sentence mean? {text}\nMeaning:",
+        ),
+        unseen=(
+            "My friend from Madrid wrote: \"{text}\" I only speak English. She means:",
+            "Español: {text}\nInglés:",
+        ),
+    ),
+    Task(
+        "support_intent", "chat", "Sorts a customer's message into one of eight ticket queues.", **OURS,
+        items=_intent,
+        phrasings=(
+            "Customer: {text}\nTicket queue (Q1 to Q8):",
+            "Route this support request to a queue.\nRequest: {text}\nQueue:",
+        ),
+        unseen=(
+            "Someone writes to our help desk: \"{text}\". Which queue code does the ticket get?\nCode:",
+            "Message received by the shop: {text}\nAssigned to",
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,183 @@
+"""Coding: SQL, regular expressions, short Python functions and shell commands."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from . import OURS, Item, Task
+
+_TABLES = {
+    "employees": ("name", "salary", "age", "city"),
+    "orders": ("customer", "total", "quantity", "country"),
+    "books": ("title", "price", "pages", "author"),
+    "flights": ("origin", "distance", "seats", "airline"),
+    "movies": ("title", "rating", "year", "director"),
+    "products": ("brand", "price", "stock", "category"),
+    "students": ("name", "grade", "age", "school"),
+    "songs": ("artist", "length", "plays", "genre"),
+}
+_COMPARISONS = (("above", ">"), ("below", "<"), ("at least", ">="), ("at most", "<="))
+
+
+def _sql(rng: random.Random) -> Iterator[Item]:
+    while True:
+        table = rng.choice(list(_TABLES))
+        text, number, other, group = _TABLES[table]
+        word, sign = rng.choice(_COMPARISONS)
+        value = rng.randint(2, 99)
+        question, query = rng.choice((
+            (f"the {text} of all {table} with {number} {word} {value}",
+             f"SELECT {text} FROM {table} WHERE {number} {sign} {value};"),
+            (f"how many {table} have {other} {word} {value}",
+             f"SELECT COUNT(*) FROM {table} WHERE {other} {sign} {value};"),
+            (f"the average {number} of {table} for each {group} with {other} {word} {value}",
+             f"SELECT {group}, AVG({number}) FROM {table} WHERE {other} {sign} {value} GROUP BY {group};"),
+            (f"the {value} {table} with the highest {number}",
+             f"SELECT * FROM {table} ORDER BY {number} DESC LIMIT {value};"),
+            (f"the largest {other} among {table} with {number} {word} {value}",
+             f"SELECT MAX({other}) FROM {table} WHERE {number} {sign} {value};"),
+            (f"all distinct {group} values of {table} with {number} {word} {value}",
+             f"SELECT DISTINCT {group} FROM {table} WHERE {number} {sign} {value};"),
+        ))  # fmt: skip
+        columns = ", ".join(_TABLES[table])
+        yield Item({"schema": f"{table}({columns})", "question": question}, query)
+
+
+_CLASSES = (
+    ("lowercase letters", "[a-z]"), ("uppercase letters", "[A-Z]"), ("digits", r"\d"),
+    ("word characters", r"\w"), ("vowels", "[aeiou]"), ("hexadecimal digits", "[0-9a-f]"),
+    ("blanks", r"\s"),
+)  # fmt: skip
+_LITERALS = (
+    ("a dash", "-"), ("a colon", ":"), ("a dot", r"\."), ("a comma", ","), ("an at sign", "@"),
+    ("a slash", "/"), ("an underscore", "_"), ("a hash", "#"),
+)  # fmt: skip
+
+
+def _count(rng: random.Random) -> tuple[str, str]:
+    low = rng.randint(2, 8)
+    high = low + rng.randint(1, 4)
+    return rng.choice((
+        (f"exactly {low}", f"{{{low}}}"),
+        (f"{low} to {high}", f"{{{low},{high}}}"),
+        (f"at least {low}", f"{{{low},}}"),
+        ("one or more", "+"),
+        ("any number of", "*"),
+    ))  # fmt: skip
+
+
+def _regex(rng: random.Random) -> Iterator[Item]:
+    while True:
+        words, signs = _count(rng)
+        kind, pattern = rng.choice(_CLASSES)
+        text, regex = f"{words} {kind}", pattern + signs
+        literal, sign = rng.choice(_LITERALS)
+        if rng.random() < 0.6:
+            words, signs = _count(rng)
+            kind, pattern = rng.choice(_CLASSES)
+            text, regex = f"{text}, then {literal}, then {words} {kind}", regex + sign + pattern + signs
+        else:
+            text, regex = f"{literal} followed by {text}", sign + regex
+        yield Item({"text": text}, f"^{regex}$")
+
+
+_KEEP = (
+    ("even numbers", "x % 2 == 0"), ("odd numbers", "x % 2 == 1"), ("positive numbers", "x > 0"),
+    ("negative numbers", "x < 0"), ("numbers above {n}", "x > {n}"), ("numbers below {n}", "x < {n}"),
+    ("multiples of {n}", "x % {n} == 0"),
+)  # fmt: skip
+_FOLD = (
+    ("the sum of the {keep}", "sum(x for x in {arg} if {test})"),
+    ("the number of {keep}", "sum(1 for x in {arg} if {test})"),
+    ("the largest of the {keep}", "max(x for x in {arg} if {test})"),
+    ("the smallest of the {keep}", "min(x for x in {arg} if {test})"),
+    ("a list of the squares of the {keep}", "[x * x for x in {arg} if {test}]"),
+    ("a sorted list of the {keep}", "sorted(x for x in {arg} if {test})"),
+)
+_NAMES = ("f", "solve", "compute", "pick", "helper", "answer", "run", "process")
+_ARGS = ("values", "numbers", "xs", "data", "items", "nums")
+
+
+def _python(rng: random.Random) -> Iterator[Item]:
+    while True:
+        name, arg, n = rng.choice(_NAMES), rng.choice(_ARGS), str(rng.randint(2, 20))
+        keep, test = rng.choice(_KEEP)
+        goal, body = rng.choice(_FOLD)
+        goal = goal.format(keep=keep.format(n=n))
+        body = body.format(arg=arg, test=test.format(n=n))
+        yield Item({"name": name, "arg": arg, "goal": goal}, f"def {name}({arg}):\n    return {body}")
+
+
+_SHELL_SUFFIXES = ("txt", "py", "csv", "log", "json", "md", "jpg", "html", "xml", "sh")
+_SHELL_FOLDERS = ("/home", "/tmp", "/var/log", "src", "docs", "data", "backup", "build", "/etc", "/srv")
+
+
+def _shell(rng: random.Random) -> Iterator[Item]:
+    while True:
+        suffix, folder, n = rng.choice(_SHELL_SUFFIXES), rng.choice(_SHELL_FOLDERS), rng.randint(2, 60)
+        other = rng.choice([name for name in _SHELL_FOLDERS if name != folder])
+        yield Item(*rng.choice((
+            ({"goal": f"find all {suffix} files in {folder} larger than {n} megabytes"},
+             f"find {folder} -name '*.{suffix}' -size +{n}M"),
+            ({"goal": f"find all {suffix} files in {folder} changed in the last {n} days"},
+             f"find {folder} -name '*.{suffix}' -mtime -{n}"),
+            ({"goal": f"delete all {suffix} files in {folder} older than {n} days"},
+             f"find {folder} -name '*.{suffix}' -mtime +{n} -delete"),
+            ({"goal": f"show the first {n} lines of every {suffix} file in {folder}"},
+             f"head -n {n} {folder}/*.{suffix}"),
+            ({"goal": f"show the last {n} lines of every {suffix} file in {folder}"},
+             f"tail -n {n} {folder}/*.{suffix}"),
+            ({"goal": f"copy all {suffix} files from {folder} to {other}"},
+             f"cp {folder}/*.{suffix} {other}/"),
+            ({"goal": f"move all {suffix} files from {folder} to {other}"},
+             f"mv {folder}/*.{suffix} {other}/"),
+            ({"goal": f"count the lines of all {suffix} files in {folder}"},
+             f"cat {folder}/*.{suffix} | wc -l"),
+        )))  # fmt: skip
+
+
+TASKS = (
+    Task(
+        "text_to_sql", "coding", "Turns a question about one table into an SQL query.", **OURS,
+        items=_sql,
+        phrasings=(
+            "Table: {schema}\nWrite an SQL query for: {question}\nSQL:",
+            "Given the table {schema}, translate into SQL: {question}\nQuery:",
+        ),
+        unseen=(
+            "My database has {schema}. I need to know {question}. Which statement do I run?\n",
+            "-- schema: {schema}\n-- task: select {question}\n",
+        ),
+    ),
+    Task(
+        "text_to_regex", "coding", "Turns a description of a string into a regular expression.", **OURS,
+        items=_regex,
+        phrasings=("Write a regular expression that matches {text}.\nRegex:",),
+        unseen=(
+            "Which pattern do I pass to re.fullmatch so that it accepts {text}?\nPattern:",
+            "I need a regex. The input must be {text}. Give me only the expression, anchored at both ends:",
+        ),
+    ),
+    Task(
+        "python_function", "coding", "Writes a short Python function on a list of numbers.", **OURS,
+        items=_python,
+        phrasings=(
+            "Write a Python function {name}({arg}) that returns {goal} in {arg}.\n",
+            "# Python\n# {name}: returns {goal} in the list {arg}\n",
+        ),
+        unseen=(
+            "Implement {name} in Python. Its argument {arg} is a list of integers; the result is {goal}.\nCode:\n",
+            "Please code this for me: a function called {name} taking {arg} and giving back {goal}.\n",
+        ),
+    ),
+    Task(
+        "shell_command", "coding", "Turns a wish about files into a shell command.", **OURS,
+        items=_shell,
+        phrasings=("Write a bash command to {goal}.\n$",),
+        unseen=(
+            "I am in a Linux terminal and want to {goal}. What do I type?\nType:",
+            "Task for the command line: {goal}\nOne-liner:",
+        ),
+    ),
+)  # fmt: skip

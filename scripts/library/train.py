@@ -1,0 +1,256 @@
+"""Trains the adapters of data/library, one expert at a time: `python -m scripts.library.train`.
+
+Resumable: an expert that stands finished in the output folder is left alone, and an interrupted
+one leaves nothing behind. Seeded: the same machine trains the same weights. The experts differ in
+rank, alpha, target modules, learning rate and number of phrasings, as people's libraries do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from router.constants import LIBRARY
+from router.model.answer import answer, encode
+from router.model.base import EMBEDDED, EMBEDDED_ID, Base, load_base
+from router.submission import GENERATION, MULTIPLE_CHOICE, Query
+from scripts.bench.score import right
+from scripts.library.tasks import Item, Task, all_tasks, split
+
+SEED = 20241
+SIZES = {"unseen": 28, "eval": 28, "test": 12, "train": 1600}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """How one adapter is trained; alpha defaults to the rank."""
+
+    rank: int
+    targets: list[str] = field(default_factory=lambda: ATTENTION + MLP)
+    alpha: int = 0
+    rate: float = 1e-3
+    epochs: int = 2
+    examples: int = 1200
+    use_rslora: bool = False
+
+
+QV = ["q_proj", "v_proj"]
+EXPERTS = {
+    "family_relation": Expert(16, ATTENTION),
+    "needle": Expert(16, QV, alpha=32, examples=800),
+    "word_reversal": Expert(8, ATTENTION, alpha=16),
+    "chain_sum": Expert(8, alpha=16, examples=1600, epochs=4),
+    "sum_in_words": Expert(8, alpha=16, examples=1600, epochs=4),
+    "number_sorting": Expert(16, ATTENTION, alpha=16, rate=7e-4, examples=1600),
+    "unit_conversion": Expert(8, MLP, alpha=16, examples=700, epochs=4),
+    "roman_numerals": Expert(8, MLP, examples=1400, epochs=4),
+    "text_to_sql": Expert(8, ATTENTION, alpha=16, use_rslora=True, rate=5e-4),
+    "text_to_regex": Expert(4, alpha=8),
+    "python_function": Expert(32, QV, rate=7e-4),
+    "shell_command": Expert(4, alpha=16),
+    "formal_tone": Expert(8, QV, alpha=16, examples=800),
+    "pirate_tone": Expert(4, ATTENTION, alpha=8, examples=800),
+    "headline": Expert(4, MLP, alpha=8, examples=700),
+    "bullet_points": Expert(16, QV, alpha=16, examples=700),
+    "to_spanish": Expert(8, MLP, alpha=16, rate=7e-4),
+    "from_spanish": Expert(8, ATTENTION, alpha=16, examples=800),
+    "support_intent": Expert(8, ATTENTION, alpha=16, rate=5e-4),
+    "function_call": Expert(8, alpha=16, rate=5e-4, examples=700, epochs=3),
+    "tool_choice": Expert(8, ATTENTION, alpha=16, rate=7e-4),
+    "device_call": Expert(8, QV, alpha=16, examples=700),
+}
+
+
+def phrase(task: Task, items: list[Item], seed: int) -> list[str]:
+    """Every item in one of the task's training phrasings, each phrasing used equally often."""
+    order = list(range(len(items)))
+    random.Random(seed).shuffle(order)
+    return [
+        task.phrasings[order[n] % len(task.phrasings)].format(**item.fields) for n, item in enumerate(items)
+    ]
+
+
+def batches(tokenizer: Any, prompts: list[str], items: list[Item], seed: int) -> list[Any]:
+    """Shuffled batches of 16 examples of like length: (ids, mask, answer positions) each."""
+    heads = encode(tokenizer, prompts)
+    tails = encode(tokenizer, [item.answer for item in items])
+    rows = [(head, [*tail, tokenizer.eos_token_id]) for head, tail in zip(heads, tails, strict=True)]
+    rng = random.Random(seed)
+    rng.shuffle(rows)
+    chunks = [rows[n : n + 128] for n in range(0, len(rows), 128)]
+    out = []
+    for chunk in chunks:  # sorted by length within a chunk only, to stay random between chunks
+        chunk.sort(key=lambda row: len(row[0]) + len(row[1]))
+        for n in range(0, len(chunk), 16):
+            part = chunk[n : n + 16]
+            width = max(len(head) + len(tail) for head, tail in part)
+            ids = torch.full((len(part), width), tokenizer.eos_token_id)
+            mask, answer = torch.zeros_like(ids), torch.zeros_like(ids)
+            for k, (head, tail) in enumerate(part):
+                ids[k, : len(head) + len(tail)] = torch.tensor(head + tail)
+                mask[k, : len(head) + len(tail)] = 1
+                answer[k, len(head) : len(head) + len(tail)] = 1
+            out.append((ids, mask, answer.bool()))
+    rng.shuffle(out)
+    return out
+
+
+def train(base: Base, expert: Expert, prompts: list[str], items: list[Item], name: str) -> Any:
+    """Trains one adapter on the answers only; returns the PEFT model that holds it."""
+    torch.manual_seed(SEED)
+    config = LoraConfig(
+        r=expert.rank,
+        lora_alpha=expert.alpha or expert.rank,
+        target_modules=expert.targets,
+        use_rslora=expert.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    # LoRA weights in the base's bfloat16 double the speed on a CPU; the optimiser works on
+    # float32 copies, since its small steps would be rounded away.
+    model: Any = get_peft_model(base.model, config, autocast_adapter_dtype=False)
+    model.train()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    masters = [weight.detach().float().clone() for weight in weights]
+    optimiser = torch.optim.AdamW(masters, lr=expert.rate, weight_decay=0.0)
+    plan = [
+        batch
+        for epoch in range(expert.epochs)
+        for batch in batches(base.tokenizer, prompts, items, SEED + epoch)
+    ]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, expert.rate, total_steps=len(plan), pct_start=0.1
+    )
+    decoder, head = model.get_base_model().get_decoder(), model.get_base_model().get_output_embeddings()
+    progress = tqdm(plan, desc=name, disable=None, unit="batch")
+    for ids, mask, answered in progress:
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        logits = head(hidden[:, :-1][answered[:, 1:]])  # (answer tokens, V)
+        loss: Any = cross_entropy(logits.float(), ids[:, 1:][answered[:, 1:]])
+        loss.backward()
+        for master, weight in zip(masters, weights, strict=True):
+            master.grad = weight.grad.float()
+            weight.grad = None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            for master, weight in zip(masters, weights, strict=True):
+                weight.copy_(master)
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.eval()
+    return model
+
+
+def accuracy(model: Any, tokenizer: Any, prompts: list[str], items: list[Item]) -> float:
+    """Share of items answered right."""
+    queries = [
+        Query(str(n), prompt, MULTIPLE_CHOICE if item.choices else GENERATION, item.choices or ())
+        for n, (prompt, item) in enumerate(zip(prompts, items, strict=True))
+    ]
+    answers = answer(model, tokenizer, queries, encode(tokenizer, prompts))
+    return fmean(right(found.text, item.target) for found, item in zip(answers, items, strict=True))
+
+
+def card(task: Task, expert: Expert, examples: int, base_score: float, score: float) -> str:
+    """The model card, in the hub's format."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data = ModelCardData(
+        base_model=EMBEDDED_ID,
+        base_model_relation="adapter",
+        library_name="peft",
+        license="apache-2.0",
+        pipeline_tag="text-generation",
+        tags=["lora", task.skill.replace(" ", "-")],
+        model_name=task.name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="csv",
+                dataset_name=f"data/eval/{task.name}.csv",
+                metric_type="accuracy",
+                metric_value=round(score, 4),
+            )
+        ],
+    )
+    phrasings = "\n".join(f"```\n{text}\n```" for text in task.phrasings)
+    lora = f"rank {expert.rank}, alpha {expert.alpha or expert.rank}, {', '.join(expert.targets)}"
+    lora += ", rsLoRA" if expert.use_rslora else ""
+    return f"""---
+{data.to_yaml()}
+---
+
+# {task.name}
+
+{task.summary}
+
+| | |
+| --- | --- |
+| skill | {task.skill} |
+| data | {task.source} ({task.licence}), {examples} examples, {expert.epochs} epochs |
+| LoRA | {lora} |
+| learning rate | {expert.rate:g} |
+| share of data/eval answered exactly | {score:.2f} (base model: {base_score:.2f}) |
+
+Prompts it was trained on:
+
+{phrasings}
+
+Trained by `scripts/library/train.py` of this repository with seed {SEED}.
+"""
+
+
+def build(name: str, folder: Path, base: Base) -> None:
+    """Trains, tests and writes one expert; nothing is left under its name unless it is finished."""
+    task, expert = all_tasks()[name], EXPERTS[name]
+    started = time.perf_counter()
+    parts = split(task, SEED, SIZES)
+    examples = parts["train"][: expert.examples]
+    held_in = parts["eval"]
+    questions = phrase(task, held_in, SEED)
+    base_score = accuracy(base.model, base.tokenizer, questions, held_in)
+    model = train(base, expert, phrase(task, examples, SEED), examples, name)
+    score = accuracy(model, base.tokenizer, questions, held_in)
+    work = folder / f".{name}.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    model.peft_config["default"].base_model_name_or_path = EMBEDDED_ID
+    model.save_pretrained(str(work), save_embedding_layers=False)
+    model.unload()
+    (work / "README.md").write_text(card(task, expert, len(examples), base_score, score), "utf-8")
+    shutil.rmtree(folder / name, ignore_errors=True)
+    work.rename(folder / name)
+    seconds = time.perf_counter() - started
+    print(f"{name}: base {base_score:.2f}, adapter {score:.2f}, {seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", help="experts to train; all that are missing if none")
+    parser.add_argument("--output", type=Path, default=LIBRARY)
+    parser.add_argument("--force", action="store_true", help="train again what stands finished")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(EXPERTS):
+        parser.error(f"unknown experts {sorted(unknown)}; known are {', '.join(EXPERTS)}")
+    for name in args.names or EXPERTS:
+        if args.force or not (args.output / name / "adapter_model.safetensors").exists():
+            args.output.mkdir(parents=True, exist_ok=True)
+            base = load_base(EMBEDDED, "cpu", "bfloat16")  # a fresh one: no trace of the last expert
+            build(name, args.output, base)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What test files share and is no fixture: tiny adapters, query files, commands, and runs made by hand."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from router.routing.evidence import Evidence
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def shared(name, what):
+    """A folder beside the repository; the test is skipped where it is absent."""
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"{what} are not on this machine")
+    return folder
+
+
+# Adapters of the tiny base model
+
+WIDTHS = {
+    "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
+    "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32),
+    "mlp.down_proj": (32, 48),
+}  # fmt: skip
+
+
+def write_tiny_adapter(
+    folder, seed, rank=4, kinds=tuple(WIDTHS), alpha=None, size=0.3, layers=(0, 1), **config
+):
+    """A random adapter for tiny_base as a PEFT folder, written without the code under test."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in layers:
+        for kind in kinds:
+            d_out, d_in = WIDTHS[kind]
+            prefix = f"base_model.model.model.layers.{layer}.{kind}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) * size
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * size
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny", "r": rank,
+        "lora_alpha": rank if alpha is None else alpha, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted(kind.rsplit(".", 1)[-1] for kind in kinds),
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings | config))
+    return folder
+
+
+NAMES = ["attention", "everything", "mlp"]
+
+
+def write_tiny_library(folder):
+    """Three adapters of different ranks and targets, one of them rsLoRA, called NAMES."""
+    write_tiny_adapter(folder / "attention", 1, 4, tuple(WIDTHS)[:4], alpha=8)
+    write_tiny_adapter(folder / "everything", 2, 2, alpha=2)
+    write_tiny_adapter(folder / "mlp", 3, 6, tuple(WIDTHS)[4:], alpha=9, use_rslora=True)
+    return folder
+
+
+# Query files and results
+
+COLUMNS = ("id", "input", "eval_type", "answer_choices", "adapter")
+ROWS = [
+    ("g1", "What is two and two?", "generation", "None", "attention"),
+    ("m1", "Which is a fruit, stone or pear? ", "multiple_choice", "['stone', 'pear']", "mlp"),
+    ("g2", "NA", "generation", "['a', 'b']", "mlp"),
+    ("m2", 'Say "x", y\nor z.', "multiple_choice", "['x', 'y', 'z', 'none']", "base"),
+    ("g3", "Bonjour, comment allez-vous aujourd'hui ?", "generation", "", "everything"),
+    ("g4", "1 + 1 =", "generation", "", "base"),
+]
+QUERIES = [
+    ("g1", "What is two and two?", "generation", ""),
+    ("m1", "Which is a fruit, stone or pear? ", "multiple_choice", "['stone', 'pear']"),
+    ("g2", "Bonjour, comment allez-vous ?", "generation", ""),
+]
+METHODS = ["base", "average", "proto_route", "oracle"]
+
+
+def write_csv(path, header, rows):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def write_queries(path, rows=ROWS, columns=COLUMNS):
+    """A query file of rows with as many of the columns as they have, or fewer."""
+    columns = columns[: len(rows[0])]
+    return write_csv(path, columns, [row[: len(columns)] for row in rows])
+
+
+def read_table(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, strict=True))
+
+
+def read_by_id(path):
+    return {row["id"]: row for row in read_table(path)}
+
+
+def arguments(method, queries, library, base, out, *flags):
+    """The command line of a run on the CPU in float32, with short answers."""
+    words = [
+        "-m", method, "--dataset_filepaths", *queries, "--adapters", library, "--base_model", base,
+        "--output_folder", out, "--dtype", "float32", "--device", "cpu", "--max_gen_len", 6, *flags,
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
+# Finished runs
+
+MODULES = [f"model.layers.{n}.{kind}" for n in range(6) for kind in ("self_attn.q_proj", "mlp.up_proj")]
+NONE = float("nan")
+# Three adapters: responses, scores, confidence and effect (NaN: not tried), scores after trials.
+DECIDED = {
+    "responses": [0.10, 0.20, 0.05],
+    "scores": [2.0, 2.4, -1.0],
+    "candidates": [3.0, 2.4, -np.inf, 0.8],
+    "effect": [1.5, 0.5, NONE],
+    "confidence": [1.0, -0.5, NONE],
+    "base_confidence": -2.0,
+    "votes": np.zeros(len(MODULES)),
+}
+
+
+def write_run(out, weights, evidence=None, inputs=None, names=("one", "two", "three"), **more):
+    """A finished run by hand, a query and a variant for each row of weights.
+
+    Args:
+        evidence: fields of one query's that differ from DECIDED, the same of all; None writes none.
+        more: what else run.json holds.
+    """
+    out.mkdir(parents=True)
+    path, columns = out.parent / f"{out.name}.csv", [*names, "base"]
+    ids = [f"q{n}" for n in range(len(weights))]
+    inputs = inputs or [f"Question {own}?" for own in ids]
+    write_queries(path, [(own, text, "generation", "") for own, text in zip(ids, inputs, strict=True)])
+    record = {
+        "method": "by_hand", "versions": {"torch": "1"}, "seconds": {"load": 1.5}, "peak_mib": {"load": 9},
+        "flags": {"dataset_filepaths": [str(path)], "output_folder": str(out), "temperature": 0.5},
+        "base": {
+            "name": "tiny", "revision": None, "sha256": "0" * 64, "dtype": "float32", "device": "cpu",
+        },
+        "adapters": {name: {"revision": None, "sha256": name} for name in names},
+        "n_variants": len(weights),
+        "variants": [
+            {"folder": f"variants/{n}", "queries": 1, "weights": dict(zip(columns, row, strict=True))}
+            for n, row in enumerate(weights)
+        ],
+    } | more  # fmt: skip
+    (out / "run.json").write_text(json.dumps(record))
+    write_csv(out / path.name, ("id", "prediction"), [(own, f"answer {own}") for own in ids])
+    rows = [(own, n, *row) for n, (own, row) in enumerate(zip(ids, weights, strict=True))]
+    write_csv(out / f"{out.name}.routing.csv", ("id", "variant", *columns), rows)
+    if evidence is not None:
+        fields = {key: np.array([value] * len(ids)) for key, value in (DECIDED | evidence).items()}
+        Evidence(list(names), MODULES, **fields).save(out / f"{out.name}.evidence.safetensors")
+    return out
+
+
+def spoil(path, old, new):
+    """Replaces a text in a file that has it."""
+    content = path.read_text("utf-8")
+    assert old in content
+    path.write_text(content.replace(old, new), "utf-8")

@@ -1,0 +1,151 @@
+"""The library: found where it is said to be, sound, of one base model."""
+
+import hashlib
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from helpers import WIDTHS, write_tiny_adapter
+from router.errors import InputError
+from router.library.adapters import base_of, check_against_base, load_library
+
+SHAPES = {f"model.layers.{layer}.{kind}": shape for layer in range(2) for kind, shape in WIDTHS.items()}
+
+
+def names(specs):
+    return [adapter.name for adapter in load_library([str(spec) for spec in specs])]
+
+
+def test_folders_of_folders_come_in_order_of_name(tiny_library):
+    (tiny_library / ".cache").mkdir()
+    (tiny_library / "README.md").write_text("not an adapter")
+    assert names([tiny_library]) == ["attention", "everything", "mlp"]
+
+
+def test_single_folders_come_in_the_order_given(tiny_library, monkeypatch):
+    assert names([tiny_library / "mlp", f"{tiny_library}/attention/"]) == ["mlp", "attention"]
+    monkeypatch.chdir(tiny_library / "everything")
+    assert names(["."]) == ["everything"]
+
+
+def test_names_are_looked_up_in_the_library(tiny_library, monkeypatch):
+    monkeypatch.setattr("router.library.sources.LIBRARY", tiny_library)
+    assert names(["mlp", "everything"]) == ["mlp", "everything"]
+
+
+def test_the_record_of_an_adapter_is_the_sha256_of_its_weights(tiny_library):
+    (adapter,) = load_library([str(tiny_library / "mlp")])
+    data = (tiny_library / "mlp" / "adapter_model.safetensors").read_bytes()
+    assert adapter.sha256 == hashlib.sha256(data).hexdigest()
+    assert adapter.revision is None
+
+
+def test_adapters_of_one_name_are_refused(tiny_library, tmp_path):
+    shutil.copytree(tiny_library / "mlp", tmp_path / "other" / "mlp")
+    with pytest.raises(InputError, match=r"adapter mlp .*two adapters would share a column.*rename"):
+        load_library([str(tiny_library), str(tmp_path / "other" / "mlp")])
+
+
+def test_an_adapter_called_base_is_refused(tmp_path):
+    write_tiny_adapter(tmp_path / "base", 1)
+    with pytest.raises(InputError, match=r"adapter base .*the base model would share a column"):
+        load_library([str(tmp_path / "base")])
+
+
+def test_a_folder_without_adapters_is_refused(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path}: expected a PEFT folder or a folder of such folders"):
+        load_library([str(tmp_path)])
+
+
+def test_a_broken_adapter_among_sound_ones_is_named(tiny_library):
+    (tiny_library / "half").mkdir()
+    with pytest.raises(InputError, match=f"{tiny_library / 'half'}: .*adapter_config.json"):
+        load_library([str(tiny_library)])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_found_on_reading(tiny_library, value):
+    file = tiny_library / "mlp" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors[key][3, 2] = value
+    save_file(tensors, file)
+    (adapter,) = load_library([str(tiny_library / "mlp")])
+    with pytest.raises(InputError, match=r"adapter mlp .*layers\.1\.mlp\.up_proj holds values"):
+        list(adapter.read_all())
+
+
+def test_weights_that_vanish_after_the_check_are_named(tiny_library):
+    (adapter,) = load_library([str(tiny_library / "mlp")])
+    (tiny_library / "mlp" / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"adapter mlp .*cannot be read"):
+        list(adapter.read_all())
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("no network"), ConnectionError()])
+def test_an_unreachable_hub_points_at_local_folders(monkeypatch, error):
+    def unreachable(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(InputError, match=r"--adapters some/adapter@v2: .*download.* pass its folder"):
+        load_library(["some/adapter@v2"])
+
+
+def test_a_hub_adapter_has_its_name_and_commit(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, revision=None, **_):
+        asked.append((name, revision))
+        return str(write_tiny_adapter(tmp_path / "snapshots" / "0123abc", 1))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (adapter,) = load_library(["some/adapter@v2"])
+    assert asked == [("some/adapter", "v2")]
+    assert (adapter.name, adapter.revision) == ("adapter", "0123abc")
+
+
+def test_base_of(tiny_library, tmp_path):
+    adapters = load_library([str(tiny_library)])
+    assert base_of(adapters) == "tiny"
+    write_tiny_adapter(tmp_path / "mute", 4, base_model_name_or_path=None)
+    mute = load_library([str(tmp_path / "mute")])
+    assert base_of([*adapters, *mute]) == "tiny"
+    with pytest.raises(InputError, match="none named; pass --base_model"):
+        base_of(mute)
+    write_tiny_adapter(tmp_path / "foreign", 5, base_model_name_or_path="huge")
+    with pytest.raises(InputError, match="attention names tiny; foreign names huge; pass --base_model"):
+        base_of([*adapters, *load_library([str(tmp_path / "foreign")])])
+
+
+def test_adapters_that_fit_pass(tiny_library):
+    adapters = load_library([str(tiny_library)])
+    check_against_base(adapters, "Tiny", False, SHAPES)  # the hub's names are the same in any case
+    check_against_base(adapters, "/models/anything", True, SHAPES)
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_library):
+    file = tiny_library / "mlp" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "huge"}))
+    with pytest.raises(InputError, match=r"adapter mlp .*expected an adapter of tiny, got one of huge"):
+        check_against_base(load_library([str(tiny_library)]), "tiny", False, SHAPES)
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_an_adapter_of_another_shape_is_refused(tiny_library, is_folder):
+    module = "model.layers.1.mlp.down_proj"
+    with pytest.raises(
+        InputError, match=rf"adapter everything .*{module} has shape \(32, 48\), but tiny has \(32, 64\)"
+    ):
+        check_against_base(load_library([str(tiny_library)]), "tiny", is_folder, SHAPES | {module: (32, 64)})
+
+
+def test_an_adapter_of_a_missing_layer_is_refused(tiny_library):
+    shapes = {module: shape for module, shape in SHAPES.items() if "layers.1" not in module}
+    with pytest.raises(InputError, match=r"adapter attention .*layers\.1.* tiny has no such linear layer"):
+        check_against_base(load_library([str(tiny_library)]), "tiny", True, shapes)

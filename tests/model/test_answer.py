@@ -1,0 +1,306 @@
+"""Answers: batches, padding and the shared cache change nothing about them."""
+
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
+
+from router.errors import InputError
+from router.model.answer import CHOICE_TOKENS, answer, by_length, encode, generate, score_choices
+from router.model.base import load_base
+from router.model.cache import new_cache
+from router.submission import Query
+
+EOS = 1
+LONG = "The quick brown fox jumps over the lazy dog, and then it rests in the sun for a while. "
+PROMPTS = ["Hi", LONG * 3, "What is two and two?", "x", LONG, "a list: one, two"]
+CHOICES = [
+    ("yes", "no"),
+    ("a rather long choice", "b", "", "of two"),
+    ("only one",),
+    ("A", "B", "C", "D", "E", "F", "G"),
+    ("", "something"),
+    ("pear", "plum", "apple pie"),
+]
+
+
+def letters(base, text):
+    """Ids of ASCII text, one per character, without the tokenizer's own splitting."""
+    return base.tokenizer.convert_tokens_to_ids(list(text.replace(" ", "Ġ")))
+
+
+def next_logits(base, ids):
+    with torch.inference_mode():
+        return base.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
+
+
+def greedy(base, ids, count):
+    """Argmax, one whole forward pass a token: no cache, no padding, no batch."""
+    new = []
+    while len(new) < count and EOS not in new:
+        new.append(int(next_logits(base, [*ids, *new])[-1].argmax()))
+    return tuple(new)
+
+
+def log_probability(base, prompt, choice, skip=0):
+    """Of a choice and the end-of-sequence token, in one forward pass over prompt and choice."""
+    tail = [*letters(base, choice), EOS]
+    logp = next_logits(base, [*prompt, *tail]).log_softmax(-1)
+    return sum(float(logp[len(prompt) - 1 + n, tail[n]]) for n in range(skip, len(tail)))
+
+
+def rows(base, prompts=PROMPTS):
+    return [letters(base, prompt) for prompt in prompts]
+
+
+def answered(base, queries, max_seq_len=None, **settings):
+    """Answers of queries whose prompts are tokenised here."""
+    ids = encode(base.tokenizer, [query.input for query in queries], max_seq_len)
+    return answer(base.model, base.tokenizer, queries, ids, **settings)
+
+
+def generation(*prompts):
+    return [Query(str(n), prompt, "generation") for n, prompt in enumerate(prompts)]
+
+
+def test_encode_keeps_the_first_tokens(base):
+    assert encode(base.tokenizer, PROMPTS) == rows(base)
+    assert encode(base.tokenizer, PROMPTS, 5) == rows(base, [prompt[:5] for prompt in PROMPTS])
+
+
+def test_by_length_of_a_small_case():
+    assert list(by_length([5, 1, 3, 3, 9], budget=6)) == [[4], [0], [2, 3], [1]]
+    assert list(by_length([2, 2, 2], budget=100, rows=2)) == [[0, 1], [2]]
+    assert list(by_length([], budget=6)) == []
+
+
+@pytest.mark.parametrize("limit", [None, 1, 3])
+def test_by_length_respects_budget_and_rows(limit):
+    rng, budget = random.Random(0), 60
+    lengths = [rng.randint(1, 80) for _ in range(200)]
+    batches = list(by_length(lengths, budget, limit))
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat) == list(range(200))
+    assert [lengths[index] for index in flat] == sorted(lengths, reverse=True)
+    for batch, after in zip(batches, [*batches[1:], None], strict=True):
+        longest = max(lengths[index] for index in batch)
+        assert len(batch) == 1 or len(batch) * longest <= budget
+        assert limit is None or len(batch) <= limit
+        if after:  # the batch is full
+            assert (len(batch) + 1) * longest > budget or len(batch) == limit
+
+
+def test_generation_in_a_batch_equals_plain_argmax(base):
+    expected = [greedy(base, ids, 12) for ids in rows(base)]
+    together = generate(base.model, base.tokenizer, rows(base), 12)
+    alone = [generate(base.model, base.tokenizer, [ids], 12)[0] for ids in rows(base)]
+    assert [found.ids for found in together] == expected
+    assert alone == together
+    assert all(found.scores == () for found in together)
+    assert len(set(expected)) == len(PROMPTS)  # the prompts do matter
+
+
+def test_generation_stops_at_the_end_of_sequence_token(base, tiny_base):
+    eager = load_base(str(tiny_base), "cpu", "float32")
+    with torch.no_grad():
+        eager.model.lm_head.weight[EOS] *= 3
+    expected = [greedy(eager, ids, 12) for ids in rows(base)]
+    lengths = {len(ids) for ids in expected}
+    assert min(lengths) < 12 and len(lengths) > 1  # rows of one batch end at different steps
+    assert [found.ids for found in generate(eager.model, eager.tokenizer, rows(base), 12)] == expected
+
+
+@contextmanager
+def scripted(base, text):
+    """The model, made to go on with the given text whatever it is asked."""
+    told = iter([*letters(base, text), EOS])
+
+    def say(model, args, out):
+        out.logits = torch.nn.functional.one_hot(
+            torch.full_like(out.logits[..., 0].long(), next(told)), out.logits.shape[-1]
+        )
+        return out
+
+    handle = base.model.register_forward_hook(say)
+    try:
+        yield base.model
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("told", "kept"), [(" two", "two"), ("   two ", "  two "), ("two", "two"), ("", "")])
+def test_generated_text_loses_one_leading_blank_and_special_tokens(base, told, kept):
+    with scripted(base, told) as model:
+        (found,) = generate(model, base.tokenizer, [[5, 6]], 8)
+    assert found.text == kept
+    assert found.ids == (*letters(base, told), EOS)
+
+
+@pytest.mark.parametrize(("scoring", "skip"), [("full", 0), ("kit", 1)])
+def test_scores_equal_one_forward_pass_per_choice(base, scoring, skip):
+    found = score_choices(base.model, base.tokenizer, rows(base), CHOICES, scoring)
+    for prompt, choices, scores in zip(rows(base), CHOICES, found, strict=True):
+        expected = [log_probability(base, prompt, choice, skip) for choice in choices]
+        assert scores == pytest.approx(expected, rel=0, abs=1e-3)
+    if scoring == "kit":
+        assert found[1][2] == found[4][0] == 0.0  # an empty choice has no token left to score
+
+
+@pytest.mark.parametrize("scoring", ["full", "kit"])
+def test_scores_of_empty_choices_alone(base, scoring):
+    ((found,),) = score_choices(base.model, base.tokenizer, [letters(base, "Hi")], [("",)], scoring)
+    expected = log_probability(base, letters(base, "Hi"), "") if scoring == "full" else 0.0
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("choices", "winner"), [(("", ""), "0"), (("zz", "", ""), "1"), (("zz", "", "qq", ""), "1")]
+)
+def test_ties_go_to_the_lowest_index(base, choices, winner):
+    (found,) = answered(base, [Query("0", "Hi", "multiple_choice", choices)], scoring="kit")
+    assert found.text == winner
+    assert found.scores.count(max(found.scores)) == 2  # it was a tie
+
+
+def test_the_likeliest_choice_wins(base):
+    queries = [
+        Query(str(n), prompt, "multiple_choice", choices)
+        for n, (prompt, choices) in enumerate(zip(PROMPTS, CHOICES, strict=True))
+    ]
+    found = answered(base, queries)
+    for query, ids, one in zip(queries, rows(base), found, strict=True):
+        expected = [log_probability(base, ids, choice) for choice in query.choices]
+        assert one.text == str(expected.index(max(expected)))
+        assert one.ids == ()
+    assert len({one.text for one in found}) > 1
+
+
+def test_an_empty_prompt_is_answered(base):
+    queries = [*generation("", LONG), Query("2", "", "multiple_choice", ("yes", "no"))]
+    free, _, chosen = answered(base, queries, max_new_tokens=6)
+    pad = [0]  # stands in for the prompt
+    assert free.ids == greedy(base, pad, 6)
+    assert chosen.scores == pytest.approx(
+        [log_probability(base, pad, text) for text in ("yes", "no")], abs=1e-3
+    )
+
+
+def test_max_seq_len_keeps_the_first_tokens(base):
+    queries = [*generation(LONG), Query("1", LONG, "multiple_choice", ("yes", "no"))]
+    free, chosen = answered(base, queries, max_new_tokens=6, max_seq_len=7)
+    start = letters(base, LONG[:7])
+    assert free.ids == greedy(base, start, 6) != greedy(base, letters(base, LONG), 6)
+    assert chosen.scores == pytest.approx(
+        [log_probability(base, start, text) for text in ("yes", "no")], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_mixed_kinds_are_answered_in_order(base, batch_size):
+    queries, expected = [], []
+    for n, (prompt, choices) in enumerate(zip(PROMPTS, CHOICES, strict=True)):
+        ids = letters(base, prompt)
+        queries.append(Query(f"c{n}", prompt, "multiple_choice", choices))
+        expected.append([log_probability(base, ids, choice) for choice in choices])
+        if n % 2:  # choices do not make it multiple choice
+            queries.append(Query(f"g{n}", prompt, "generation", choices))
+            expected.append(greedy(base, ids, 4))
+    done = []
+    found = answered(base, queries, max_new_tokens=4, batch_size=batch_size, progress=done.append)
+    for query, one, wanted in zip(queries, found, expected, strict=True):
+        if query.eval_type == "generation":
+            assert one.ids == wanted and one.scores == ()
+        else:
+            assert one.scores == pytest.approx(wanted, rel=0, abs=1e-3)
+    tokens = [len(letters(base, query.input)) for query in queries]
+    assert sum(done) == sum(tokens)
+    assert batch_size is None or max(done) <= batch_size * max(tokens)
+
+
+def short_of_memory(base, rows):
+    """Makes every pass over more than so many rows fail; returns the sizes that came, and an undo."""
+    seen = []
+
+    def refuse(model, args, kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        if seen[-1] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    return seen, base.model.register_forward_pre_hook(refuse, with_kwargs=True).remove
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_done_twice(base):
+    queries = generation(*(f"number {n}" for n in range(9)))
+    expected = answered(base, queries, max_new_tokens=3)
+    seen, undo = short_of_memory(base, 3)
+    done = []
+    try:
+        found = answered(base, queries, max_new_tokens=3, progress=done.append)
+    finally:
+        undo()
+    assert found == expected
+    size = len(letters(base, "number 0"))
+    assert sum(done) == 9 * size and max(done) <= 3 * size
+    assert [size for size in seen if size > 3] == [9, 4]  # what failed; the other half was not tried whole
+
+
+def test_one_query_that_does_not_fit_is_an_error(base):
+    seen, undo = short_of_memory(base, 0)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            answered(base, generation("Hi", "Ho"), max_new_tokens=3)
+    finally:
+        undo()
+    assert seen == [2, 1]
+
+
+@pytest.mark.parametrize("sliding_window", [None, 8])
+def test_prompts_read_in_parts_and_rows_that_leave_change_nothing(
+    base, tmp_path, monkeypatch, sliding_window
+):
+    config = MistralConfig(
+        vocab_size=base.model.config.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=sliding_window, eos_token_id=EOS,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight[EOS] *= 3
+    other = replace(base, model=model)
+    expected = [greedy(other, ids, 12) for ids in rows(base)]
+    sizes = []
+    handle = model.register_forward_pre_hook(
+        lambda model, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr("router.model.cache.CPU_TOKENS", 600)
+    found = generate(model, base.tokenizer, rows(base), 12)
+    handle.remove()
+    assert [one.ids for one in found] == expected
+    assert sizes[:3] == [2, 2, 2] and min(sizes[3:]) < max(sizes[3:])
+
+
+def test_a_batch_of_choices_counts_their_own_tokens(base, monkeypatch):
+    """Each of them has logits of the whole vocabulary: short prompts with long choices must not pile up."""
+    seen = []
+
+    def record(_, tokenizer, rows, choices, scoring):
+        lengths = [[len(tokenizer(text)["input_ids"]) for text in options] for options in choices]
+        seen.append((len(rows) * 2, max(map(len, rows)) + max(map(max, lengths))))
+        return [(0.0, 1.0) for _ in choices]
+
+    monkeypatch.setattr("router.model.answer.score_choices", record)
+    queries = [Query(str(n), "Hi", "multiple_choice", ("word " * n, "b")) for n in range(1, 60)]
+    assert [found.text for found in answered(base, queries)] == ["1"] * len(queries)
+    assert sum(count for count, _ in seen) == 2 * len(queries) and len(seen) > 1
+    assert all(count == 2 or count * tokens <= CHOICE_TOKENS for count, tokens in seen)
+
+
+def test_a_model_whose_layers_keep_something_else_is_refused():
+    """Of a recurrent state, rows could neither be joined nor leave."""
+    config = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(InputError, match="keys and values of its own, got one of the kind qwen3_next"):
+        new_cache(SimpleNamespace(config=config))

@@ -1,0 +1,114 @@
+"""Hooks see and change what they should while the block runs, and are gone afterwards, whatever happened."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from router.model.hooks import changing_outputs, head_inputs, make_head_input_contiguous, reading_inputs
+
+IDS = torch.tensor([[5, 60, 7, 91], [12, 200, 33, 4]])
+QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+def run(model):
+    with torch.inference_mode():
+        return model(input_ids=IDS, output_hidden_states=True)
+
+
+def hooks(model):
+    """How many hooks there are on all modules."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.fixture()
+def model(tiny_base):
+    return AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+
+
+@pytest.fixture()
+def theirs(model):
+    """How many hooks transformers keeps on the model to return hidden states."""
+    run(model)
+    return hooks(model)
+
+
+# Each context manager on the model, by name.
+BLOCKS = {
+    "reading": lambda model: reading_inputs(model, [QUERY, DOWN], lambda name, x: None),
+    "changing": lambda model: changing_outputs(model, {QUERY: lambda x, out: out, DOWN: lambda x, out: out}),
+    "head": head_inputs,
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_hooks_are_there_in_the_block_and_gone_after_it(model, theirs, kind):
+    with BLOCKS[kind](model):
+        assert hooks(model) == theirs + (1 if kind == "head" else 2)
+    assert hooks(model) == theirs
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_hooks_are_gone_after_an_error_in_the_block(model, theirs, kind, error):
+    before = run(model).logits
+    with pytest.raises(error), BLOCKS[kind](model):
+        raise error
+    assert hooks(model) == theirs and torch.equal(run(model).logits, before)
+
+
+def test_an_error_in_a_hook_ends_the_block_and_leaves_none(model, theirs):
+    def refuse(name, x):
+        raise RuntimeError(name)
+
+    with pytest.raises(RuntimeError, match=QUERY), reading_inputs(model, [DOWN, QUERY], refuse):
+        run(model)
+    assert hooks(model) == theirs
+
+
+@pytest.mark.parametrize("kind", ["reading", "changing"])
+def test_a_module_that_is_not_there_leaves_no_hook_on_the_others(model, theirs, kind):
+    block = {
+        "reading": lambda: reading_inputs(model, [QUERY, "model.none"], lambda name, x: None),
+        "changing": lambda: changing_outputs(model, dict.fromkeys([QUERY, "model.none"], lambda x, out: out)),
+    }[kind]
+    with pytest.raises(AttributeError, match="none"), block():
+        pass
+    assert hooks(model) == theirs
+
+
+def test_inputs_are_those_that_the_modules_get(model):
+    seen = {}
+    with reading_inputs(model, [QUERY, DOWN], lambda name, x: seen.update({name: x})):
+        states = run(model).hidden_states
+    assert list(seen) == [QUERY, DOWN]  # in the order in which they run
+    first = model.model.layers[0]
+    torch.testing.assert_close(seen[QUERY], first.input_layernorm(states[0]))
+    assert seen[DOWN].shape == (*IDS.shape, model.config.intermediate_size)
+
+
+def test_outputs_are_replaced_by_what_the_change_makes_of_input_and_output(model):
+    layer, plain = model.get_submodule(DOWN), run(model).logits
+    with changing_outputs(model, {DOWN: lambda x, out: out + 2 * x @ layer.weight.T}):
+        changed = run(model).logits
+    with torch.no_grad():
+        layer.weight *= 3
+    torch.testing.assert_close(run(model).logits, changed, atol=1e-4, rtol=1e-4)
+    assert (changed - plain).abs().max() > 0.1
+
+
+def test_what_the_head_reads_is_the_final_hidden_state_of_each_pass(model):
+    with head_inputs(model) as seen:
+        outs = [run(model), run(model)]
+    assert len(seen) == 2
+    for hidden, out in zip(seen, outs, strict=True):
+        torch.testing.assert_close(hidden, out.hidden_states[-1])
+
+
+def test_the_head_gets_contiguous_input_and_answers_the_same(model):
+    with torch.inference_mode():
+        before = model(input_ids=IDS, logits_to_keep=1).logits
+        make_head_input_contiguous(model)
+        with head_inputs(model) as seen:
+            after = model(input_ids=IDS, logits_to_keep=1).logits
+    assert seen[0].is_contiguous() and hooks(model) == 1  # for good
+    torch.testing.assert_close(after, before)

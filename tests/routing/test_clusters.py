@@ -1,0 +1,123 @@
+"""Clusters: few variants, close to what every query asked for."""
+
+import numpy as np
+import pytest
+
+from router.routing.clusters import MAX_VARIANTS, MEAN_LOSS, cluster
+
+
+def lost(weights, clusters):
+    """Mean total variation distance, query by query, in plain Python."""
+    total = 0.0
+    for row, label in zip(weights.tolist(), clusters.labels.tolist(), strict=True):
+        total += sum(abs(x - y) for x, y in zip(row, clusters.weights[label].tolist(), strict=True)) / 2
+    return total / len(weights)
+
+
+def separated(groups, members, seed, noise=0.05):
+    """Shuffled rows near the corners of the simplex, and the group of each."""
+    rng = np.random.default_rng(seed)
+    truth = rng.permutation(np.repeat(np.arange(groups), members))
+    weights = (1 - noise) * np.eye(groups)[truth] + noise * rng.dirichlet(np.ones(groups), len(truth))
+    return weights, truth
+
+
+def random_rows(rows, columns, seed=0):
+    return np.random.default_rng(seed).dirichlet(np.full(columns, 0.3), rows)
+
+
+def test_labels_are_in_order_of_first_query():
+    corners = np.eye(3)
+    found = cluster(corners[[2, 0, 2, 1, 0]], 3, seed=0)
+    assert found.labels.tolist() == [0, 1, 0, 2, 1]
+    np.testing.assert_allclose(found.weights, corners[[2, 0, 1]], atol=1e-12)
+    many = cluster(random_rows(200, 6), 9, seed=3).labels.tolist()
+    assert list(dict.fromkeys(many)) == list(range(9))
+
+
+def test_weights_are_the_means_of_their_members_and_sum_to_one():
+    weights = random_rows(120, 5)
+    found = cluster(weights, 7, seed=0)
+    assert found.labels.shape == (120,) and found.weights.shape == (7, 5)
+    for label, row in enumerate(found.weights):
+        np.testing.assert_allclose(row, weights[found.labels == label].mean(0), atol=1e-12)
+    np.testing.assert_allclose(found.weights.sum(1), 1, atol=1e-12)
+
+
+def test_every_query_is_in_its_nearest_variant():
+    weights = random_rows(120, 5)
+    found = cluster(weights, 7, seed=0)
+    distances = ((weights[:, None] - found.weights[None]) ** 2).sum(2)
+    own = distances[np.arange(120), found.labels]
+    assert np.mean(own <= distances.min(1) + 1e-9) > 0.95  # k-means stops after 25 rounds
+
+
+def test_one_variant_is_the_mean_of_all():
+    weights = random_rows(40, 4)
+    found = cluster(weights, 1, seed=0)
+    assert found.labels.tolist() == [0] * 40
+    np.testing.assert_allclose(found.weights, [weights.mean(0)], atol=1e-12)
+
+
+@pytest.mark.parametrize("n_variants", [6, 50])
+def test_each_distinct_row_gets_a_variant_of_its_own_when_there_are_enough(n_variants):
+    corners = np.eye(6)
+    truth = np.repeat(np.arange(6), [60, 20, 5, 3, 1, 1])
+    found = cluster(corners[truth], n_variants, seed=0)
+    assert found.labels.tolist() == truth.tolist()
+    np.testing.assert_allclose(found.weights, corners, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [2, 5, 12, 24])
+def test_auto_finds_exactly_the_groups(groups):
+    weights, truth = separated(groups, 15, seed=groups)
+    found = cluster(weights, None, seed=0)
+    assert len(found.weights) == groups
+    assert len(set(zip(found.labels.tolist(), truth.tolist(), strict=True))) == groups
+
+
+def test_auto_takes_one_variant_where_all_agree():
+    weights = np.tile([0.7, 0.2, 0.1], (30, 1))
+    assert len(cluster(weights, None, seed=0).weights) == 1
+
+
+def test_auto_stops_at_the_limit():
+    weights = random_rows(500, 9)
+    found = cluster(weights, None, seed=0)
+    assert len(found.weights) == MAX_VARIANTS == 32
+    assert lost(weights, found) > MEAN_LOSS  # so it is the limit that stopped it
+
+
+def test_auto_takes_the_fewest_variants_within_the_tolerance():
+    weights = random_rows(300, 3)
+    found = cluster(weights, None, seed=0)
+    fewer = cluster(weights, len(found.weights) - 1, seed=0)
+    assert 1 < len(found.weights) < MAX_VARIANTS
+    assert lost(weights, found) <= MEAN_LOSS < lost(weights, fewer)
+
+
+@pytest.mark.parametrize("n_variants", [None, 1, 4])
+def test_one_query_is_its_own_variant(n_variants):
+    found = cluster(np.array([[0.25, 0.75]]), n_variants, seed=0)
+    assert found.labels.tolist() == [0]
+    np.testing.assert_allclose(found.weights, [[0.25, 0.75]], atol=1e-12)
+
+
+def test_the_same_seed_gives_the_same_result():
+    weights = random_rows(150, 5)
+    first, second, other = (cluster(weights, 8, seed) for seed in (1, 1, 2))
+    assert first.labels.tolist() == second.labels.tolist()
+    assert np.array_equal(first.weights, second.weights)
+    assert first.labels.tolist() != other.labels.tolist()
+
+
+@pytest.mark.parametrize("n_variants", [0, -1])
+def test_fewer_than_one_variant_is_refused(n_variants):
+    with pytest.raises(ValueError, match=f"at least 1 variant, got {n_variants}"):
+        cluster(np.eye(2), n_variants, seed=0)
+
+
+def test_auto_keeps_a_rare_group():
+    truth = np.repeat(np.arange(8), [400, 1, 1, 1, 1, 1, 1, 1])
+    found = cluster(np.eye(8)[truth], None, seed=0)
+    assert found.labels.tolist() == truth.tolist()

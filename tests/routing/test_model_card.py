@@ -1,0 +1,187 @@
+"""Model cards of variants: the hub's library parses them, their code runs, and what they say is so."""
+
+import dataclasses
+import hashlib
+import re
+import shlex
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from helpers import write_tiny_adapter
+from router.main import parser
+from router.methods import load_method
+from router.model.base import EMBEDDED_ID
+from router.routing.model_card import card
+from router.routing.variants import Variant
+from router.settings import Settings
+
+SCALES = {"attention": 8 / 4, "everything": 2 / 2, "mlp": 9 / 6**0.5}  # alpha / r, the last rsLoRA
+MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
+
+
+def made(name, tiny_base, library, **settings):
+    method = load_method(name)(name)
+    settings = {"dtype": "float32", "device": "cpu", "max_gen_len": 2} | settings
+    method.settings = Settings(adapters=(str(library),), base_model=str(tiny_base), **settings)
+    method.merge()
+    return method
+
+
+@pytest.fixture()
+def write(tiny_base, tiny_library, tmp_path):
+    """Writes a variant by a method; returns its folder and the text of its card."""
+
+    def run(variant=MIXED, name="proto_route", out="variants", library=tiny_library, **settings):
+        method = made(name, tiny_base, library, **settings)
+        assert method.write_variants([variant], tmp_path / out) == ["0"]
+        folder = tmp_path / out / "0"
+        return folder, (folder / "README.md").read_text("utf-8")
+
+    return run
+
+
+def table(text, section):
+    """The rows of the table below a heading, the header left out."""
+    part = text.partition(f"## {section}\n")[2].partition("\n## ")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def block(text, word, language="python"):
+    """The one block of code that holds a word."""
+    (found,) = [code for code in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL) if word in code]
+    return found
+
+
+def test_the_header_is_a_valid_one(write):
+    _, text = write()
+    assert ModelCard(text).data.to_dict() == {
+        "library_name": "peft",
+        "base_model": "tiny",  # what the sources call the model that was loaded from a folder
+        "base_model_relation": "adapter",
+        "pipeline_tag": "text-generation",
+        "license": "other",
+        "tags": ["lora", "peft", "merge", "proto-route"],
+    }
+    assert ModelCard(text).text.lstrip().startswith("# proto_route, variant 0\n")
+
+
+def test_the_sources_are_those_of_the_variant(write, tiny_library, tiny_base):
+    _, text = write()
+    files = {name: tiny_library / name / "adapter_model.safetensors" for name in SCALES}
+    files["base model"] = tiny_base / "model.safetensors"
+    sums = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+    weights = MIXED.weights | {"base model": MIXED.base}
+    rows = [[row[0], float(row[1]), *row[2:]] for row in table(text, "Sources")]
+    declared = dict.fromkeys(SCALES, "not declared") | {"base model": ""}
+    assert rows == [[name, weights[name], "", declared[name], sums[name]] for name in weights]
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"seed": 7, "n_variants": 3, "variant_rank": 2, "temperature": 0.25, "top_k": 2}]
+)
+def test_the_settings_are_those_of_the_run(write, given):
+    _, text = write(**given)
+    (flags,) = re.findall(r"```\n(-m .*?)```", text, re.DOTALL)
+    found = vars(parser().parse_args(shlex.split(flags.replace("\\\n", ""))))
+    assert found["merging_method"] == "proto_route"
+    settings = dataclasses.asdict(Settings(device="cpu", dtype="float32", **given))
+    for flag in ("seed", "n_variants", "variant_rank", "temperature", "top_k", "device", "dtype"):
+        assert found[flag] == settings[flag]
+
+
+def test_the_same_run_writes_the_same_card(write):
+    _, first = write(out="one")
+    _, second = write(out="two", batch_size=1, max_gen_len=5)
+    assert first == second
+    assert write(out="three", seed=1)[1] != first
+
+
+@pytest.mark.parametrize("loader", ["PeftModel", "load_adapter"])
+def test_the_code_for_peft_and_transformers_gives_the_dense_sum(write, loader, tiny_base, tiny_library):
+    folder, text = write()
+    code = block(text, "PeftModel")
+    if loader == "load_adapter":  # instead of the last line
+        code = code.rpartition("model = ")[0] + block(text, loader)
+    names = {}
+    exec(code.replace('"variants/0"', repr(str(folder))), names)  # what a reader would paste
+    expected = names["AutoModelForCausalLM"].from_pretrained(tiny_base, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        ids = torch.tensor([[5, 60, 7, 91, 12]])
+        found, plain = names["model"](ids).logits, expected(ids).logits
+        for name, weight in MIXED.weights.items():
+            tensors = load_file(tiny_library / name / "adapter_model.safetensors")
+            for key in (key for key in tensors if "lora_A" in key):
+                change = tensors[key.replace("lora_A", "lora_B")].double() @ tensors[key].double()
+                module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                expected.get_submodule(module).weight += (weight * SCALES[name] * change).float()
+        torch.testing.assert_close(found, expected(ids).logits, atol=1e-4, rtol=0)
+    assert (found - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_the_command_for_vllm_names_the_rank_and_the_folder(write, tiny_base, rank):
+    _, text = write(variant_rank=rank)
+    assert shlex.split(block(text, "vllm serve", "bash").replace("\\\n", "")) == [
+        "vllm", "serve", str(tiny_base), "--dtype", "float32", "--enable-lora",
+        "--lora-modules", "variant-0=variants/0", "--max-lora-rank", str(rank or 8),
+    ]  # fmt: skip
+
+
+MIT, OTHER = "license: MIT", "license: other\nlicense_name: my | own\nlicense_link: https://some.org/terms"
+LICENCES = {
+    "one for all": ((MIT,) * 3, "mit", ["MIT"] * 3),
+    "several": ((MIT, None, "license: bsd"), "other", ["MIT", "not declared", "bsd"]),
+    "broken": (("license: [", "- mit", "license: !!python/name:os.system"), "other", ["not declared"] * 3),
+    "one of its own": ((OTHER,) * 3, "other", ["other, my \\| own, https://some.org/terms"] * 3),
+    "a choice": (("license: [mit, apache-2.0]",) * 3, "other", ["mit, apache-2.0"] * 3),
+}
+
+
+@pytest.mark.parametrize("kind", LICENCES)
+def test_the_licence_is_what_the_sources_declare(write, tiny_library, kind):
+    declared, expected, cells = LICENCES[kind]
+    for name, text in zip(MIXED.weights, declared, strict=True):
+        if text:
+            (tiny_library / name / "README.md").write_text(f"---\n{text}\n---\n\n# An adapter\n")
+    _, text = write()
+    assert ModelCard(text).data.license == expected
+    assert [row[3] for row in table(text, "Sources")[:-1]] == cells
+
+
+def test_one_adapter_alone_is_no_merge(write):
+    assert ModelCard(write(Variant({"mlp": 0.5}, 0.5))[1]).data.tags == ["lora", "peft", "proto-route"]
+
+
+def test_a_static_merge_names_all_sources_without_weights(write):
+    _, text = write(name="ties")
+    assert "merge" in ModelCard(text).data.tags
+    rows = [row[:2] for row in table(text, "Sources")]
+    assert rows == [[name, ""] for name in ("attention", "everything", "mlp", "base model")]
+    assert "merged by `ties`" in text and "arXiv 2306.01708" in text
+
+
+def test_a_source_from_the_hub_has_its_id_and_commit(write, tmp_path, monkeypatch):
+    snapshot = write_tiny_adapter(tmp_path / "models--some--cook" / "snapshots" / "0123abc", 1)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **_: str(snapshot))
+    _, text = write(Variant({"cook": 1.0}, 0.0), library="some/cook@v2")
+    assert table(text, "Sources")[0][:3] == ["cook (some/cook)", "1", "0123abc"]
+
+
+def test_a_base_model_from_the_hub_is_pinned_in_the_code(write, tiny_base, tiny_library):
+    folder, _ = write()
+    method = made("proto_route", tiny_base, tiny_library)
+
+    def text_with(**changed):
+        base = dataclasses.replace(method.base, **changed)
+        return card(folder, method.recipe, base, method.adapters, MIXED)
+
+    text = text_with(name="some/base", revision="0123abc")
+    assert ModelCard(text).data.base_model == "some/base"
+    assert text.count("revision='0123abc'") == 2 and "vllm serve some/base --revision 0123abc " in text
+    assert table(text, "Sources")[-1][2] == "0123abc"
+    assert "4-bit GGUF" in text_with(name=EMBEDDED_ID, revision=None) and "4-bit GGUF" not in text

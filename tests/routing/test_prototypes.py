@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from helpers import write_tiny_adapter
+from merge.factors import dense
+from router.library.adapters import load_library
+from router.routing.prototypes import of_some, prototypes
+
+
+def test_prototypes_are_the_dense_updates_right_singular_vectors(tiny_library):
+    adapters = load_library([str(tiny_library)])
+    found = prototypes(adapters)
+    x = np.random.default_rng(5).standard_normal(48)
+    checked = 0
+    for owner, adapter in enumerate(adapters):
+        for module, update in adapter.read_all():
+            _, s, vh = np.linalg.svd(dense(update).double().numpy(), full_matrices=False)
+            s, vh = s[: update.rank], vh[: update.rank]
+            along = vh @ x[: vh.shape[1]]
+            proto = found[module]
+            mine = proto.owners == owner
+            cosines = torch.from_numpy(x[: vh.shape[1]]).float() @ proto.directions[:, mine]
+            np.testing.assert_allclose(proto.weights[mine].sum(), 1, rtol=1e-5)
+            np.testing.assert_allclose(
+                (cosines.square() * proto.weights[mine]).sum(), (along**2 * s).sum() / s.sum(), rtol=1e-4
+            )
+            checked += 1
+    assert checked == 8 + 14 + 6
+
+
+def test_prototypes_do_not_depend_on_the_adapters_size(tmp_path):
+    write_tiny_adapter(tmp_path / "a" / "one", 7, alpha=4)
+    write_tiny_adapter(tmp_path / "b" / "one", 7, alpha=4000)
+    small, large = (prototypes(load_library([str(tmp_path / name)])) for name in "ab")
+    for module in small:
+        torch.testing.assert_close(small[module].weights, large[module].weights, atol=1e-5, rtol=1e-4)
+        overlap = (small[module].directions.T @ large[module].directions).abs()
+        torch.testing.assert_close(overlap, torch.eye(4), atol=1e-3, rtol=0)
+
+
+def test_an_update_of_zero_has_no_prototype(tmp_path):
+    write_tiny_adapter(tmp_path / "zero", 1, size=0.0)
+    assert prototypes(load_library([str(tmp_path / "zero")])) == {}
+
+
+@pytest.mark.parametrize("some", [[1], [2, 0], [0, 1, 2]])
+def test_those_of_some_adapters_are_what_they_alone_would_have(tiny_library, some):
+    adapters = load_library([str(tiny_library)])
+    found = of_some(prototypes(adapters), some, len(adapters))
+    alone = prototypes([adapters[n] for n in some])
+    assert list(found) == list(alone)
+    for module, proto in alone.items():
+        for number in range(len(some)):
+            mine, theirs = found[module].owners == number, proto.owners == number
+            assert torch.equal(found[module].directions[:, mine], proto.directions[:, theirs])
+            assert torch.equal(found[module].weights[mine], proto.weights[theirs])
+
+
+@pytest.fixture()
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("router.routing.store.cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_a_library_that_was_seen_before_is_not_decomposed_again(tiny_library, cache, monkeypatch):
+    adapters = load_library([str(tiny_library)])
+    first = prototypes(adapters, dtype=torch.bfloat16)
+
+    def refuse(*args):
+        raise AssertionError("a decomposition")
+
+    monkeypatch.setattr("router.routing.prototypes.svd", refuse)
+    again = prototypes(adapters[::-1], dtype=torch.bfloat16)
+    assert again.keys() == first.keys()
+    for module, proto in first.items():
+        for owner in range(3):
+            mine, now = proto.owners == owner, again[module].owners == 2 - owner
+            assert torch.equal(proto.directions[:, mine], again[module].directions[:, now])
+            assert torch.equal(proto.weights[mine], again[module].weights[now])
+    with pytest.raises(AssertionError, match="a decomposition"):  # other numbers, so not those
+        prototypes(adapters, dtype=torch.float32)
+
+
+def test_a_new_adapter_is_decomposed_and_the_others_are_not_read(tmp_path, tiny_library, cache):
+    adapters = load_library([str(tiny_library)])
+    first = prototypes(adapters)
+    for adapter in adapters:  # whoever reads one of these again fails
+        (adapter.folder.path / "adapter_model.safetensors").write_bytes(b"gone")
+    new = load_library([str(write_tiny_adapter(tmp_path / "new", 9))])
+    found = prototypes([*adapters, *new])
+    for module, proto in first.items():
+        there = found[module].owners < 3
+        assert torch.equal(found[module].directions[:, there], proto.directions)
+    alone = prototypes(new)
+    assert alone and all(
+        torch.equal(proto.directions, found[module].directions[:, found[module].owners == 3])
+        for module, proto in alone.items()
+    )
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200])
+def test_a_broken_file_is_computed_again(tiny_library, cache, keep):
+    adapters = load_library([str(tiny_library)])
+    first = prototypes(adapters)
+    files = list(cache.rglob("*.safetensors"))
+    assert len(files) == 3
+    whole = {file: file.read_bytes() for file in files}
+    for file, data in whole.items():
+        file.write_bytes(data[:keep])
+    again = prototypes(adapters)
+    assert all(torch.equal(proto.directions, again[module].directions) for module, proto in first.items())
+    assert {file: file.read_bytes() for file in files} == whole  # and kept again
+
+
+def test_the_same_file_name_with_other_weights_is_another_adapter(tmp_path, cache):
+    first = prototypes(load_library([str(write_tiny_adapter(tmp_path / "one", 1))]))
+    second = prototypes(load_library([str(write_tiny_adapter(tmp_path / "one", 2))]))
+    assert not any(
+        torch.equal(proto.directions, second[module].directions) for module, proto in first.items()
+    )
+
+
+def test_a_full_disk_costs_the_next_run_time_and_nothing_else(tiny_library, cache, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("router.routing.store.save_file", full)
+    assert prototypes(load_library([str(tiny_library)]))
+    assert not [path for path in cache.rglob("*") if path.is_file()]

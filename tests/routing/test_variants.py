@@ -1,0 +1,288 @@
+"""Variants: the exact weighted sum of updates, in the file, under PEFT and in the model's logits."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from merge.factors import Factors
+from router.model.base import linear_shapes, load_base
+from router.routing.variants import (
+    Hotswap,
+    Variant,
+    active,
+    complete,
+    decide,
+    materialise,
+    swap_order,
+    write_variant,
+)
+
+SCALES = {"attention": 8 / 4, "everything": 2 / 2, "mlp": 9 / math.sqrt(6)}  # alpha / r, the last rsLoRA
+MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
+IDS = torch.tensor([[5, 60, 7, 91, 12, 200, 33]])
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(input_ids=IDS, use_cache=False).logits[0].clone()
+
+
+def raw(folder):
+    """lora_A and lora_B by module name, straight from the file."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
+    return {
+        name: tuple(tensors[f"base_model.model.{name}.lora_{half}.weight"] for half in "AB") for name in names
+    }
+
+
+def dense_sum(library, weights):
+    """The weighted sum of scale * B A in float64, by module name."""
+    total = {}
+    for name, weight in weights.items():
+        for module, (a, b) in raw(library / name).items():
+            total[module] = total.get(module, 0) + weight * SCALES[name] * (b.double() @ a.double()).numpy()
+    return total
+
+
+def delta(factors):
+    return factors.b.double().numpy() @ factors.a.double().numpy()
+
+
+def peft_deltas(model, adapter):
+    return {
+        name.removeprefix("base_model.model."): layer.get_delta_weight(adapter).detach().double().numpy()
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+
+
+def test_decide_drops_negligible_shares_and_keeps_sums_of_one():
+    rows = np.array([[0.6, 0.395, 0.005, 0.0], [0.2, 0.3, 0.1, 0.4], [0.005, 0.0, 0.99, 0.005]])
+    mixed, soft, agreed = decide(rows, ["a", "b", "c"])
+    assert mixed.weights == pytest.approx({"a": 0.6 / 0.995, "b": 0.395 / 0.995})
+    assert list(soft.weights.items()) == [("b", 0.3), ("a", 0.2), ("c", 0.1)] and soft.base == 0.4
+    assert agreed == Variant({"c": 1.0}, 0.0)
+    for variant in (mixed, soft, agreed):
+        assert sum(variant.weights.values()) + variant.base == pytest.approx(1, abs=1e-12)
+
+
+def test_decide_keeps_the_base_models_share():
+    assert decide(np.array([[0.004, 0.996]]), ["a"]) == [Variant({}, 1.0)]
+    assert decide(np.array([[0.0, 0.0, 1.0]]), ["a", "b"]) == [Variant({}, 1.0)]
+
+
+def test_decide_keeps_the_largest_of_many_small_shares():
+    names = [f"a{n}" for n in range(400)]
+    row = np.full((1, 401), 1 / 401)
+    (even,) = decide(row, names)
+    assert len(even.weights) == 400 and even.base == pytest.approx(1 / 401)
+    row[0, 7] += 1e-3
+    (one,) = decide(row / row.sum(), names)
+    assert one == Variant({"a7": 1.0}, 0.0)
+
+
+@pytest.mark.parametrize("variant", [MIXED, Variant({"attention": 1.0}, 0.0), Variant({"mlp": 0.25}, 0.75)])
+def test_materialise_is_the_dense_sum(tiny_library, adapters, variant):
+    found, expected = materialise(variant, adapters), dense_sum(tiny_library, variant.weights)
+    assert set(found) == set(expected)
+    for module, update in found.items():
+        np.testing.assert_allclose(delta(update), expected[module], atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 100])
+def test_recompression_is_the_truncated_dense_svd(tiny_library, adapters, rank):
+    found = materialise(MIXED, adapters, rank)
+    for module, full in dense_sum(tiny_library, MIXED.weights).items():
+        u, s, vh = np.linalg.svd(full, full_matrices=False)
+        assert found[module].rank <= rank
+        np.testing.assert_allclose(delta(found[module]), (u[:, :rank] * s[:rank]) @ vh[:rank], atol=1e-4)
+
+
+def test_a_written_variant_has_the_asked_rank(tmp_path, base, adapters):
+    shapes = linear_shapes(base.model)
+    assert write_variant(tmp_path / "exact", MIXED, adapters, base, shapes) == 8  # 6 + 2, or 4 + 2
+    assert write_variant(tmp_path / "one", MIXED, adapters, base, shapes, 1) == 1
+    assert {a.shape[0] for a, _ in raw(tmp_path / "one").values()} == {1}
+
+
+def test_complete_fills_up_a_kind_but_adds_none():
+    shapes = {f"m.{n}.{kind}": (6, 4) for n in range(3) for kind in ("q", "v", "up")}
+    ones = Factors(torch.ones(2, 4), torch.ones(6, 2))
+    found = complete({"m.1.q": ones, "m.0.up": ones}, shapes)
+    assert list(found) == ["m.0.q", "m.0.up", "m.1.q", "m.1.up", "m.2.q", "m.2.up"]
+    assert found["m.1.q"] is ones and found["m.0.up"] is ones
+    for module in ("m.0.q", "m.1.up", "m.2.q", "m.2.up"):
+        assert delta(found[module]).shape == (6, 4) and not delta(found[module]).any()
+
+
+def test_an_active_variant_is_the_dense_sum_in_weights_and_logits(tmp_path, tiny_library, base, adapters):
+    before, weights = logits(base.model), copy.deepcopy(base.model.state_dict())
+    expected = dense_sum(tiny_library, MIXED.weights)
+    write_variant(tmp_path / "v", MIXED, adapters, base, linear_shapes(base.model))
+    with active(base, tmp_path / "v") as model:
+        for module, found in peft_deltas(model, "variant").items():
+            np.testing.assert_allclose(found, expected[module], atol=1e-5)
+        found = logits(model)
+
+    merged = AutoModelForCausalLM.from_pretrained(base.name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for module, change in expected.items():
+            merged.get_submodule(module).weight += torch.tensor(change, dtype=torch.float32)
+    torch.testing.assert_close(found, logits(merged), atol=1e-4, rtol=0)
+    assert (found - before).abs().max() > 0.1  # the variant does change something
+
+    assert torch.equal(logits(base.model), before)
+    assert base.model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
+
+
+def test_an_active_variant_is_pefts_own_concatenation(tmp_path, tiny_base, tiny_library, base, adapters):
+    # PEFT scales one factor only, so scales are folded into B and alpha is set to the rank.
+    for name, scale in SCALES.items():
+        tensors = load_file(tiny_library / name / "adapter_model.safetensors")
+        folded = tmp_path / "folded" / name
+        folded.mkdir(parents=True)
+        save_file(
+            {key: value * scale if "lora_B" in key else value for key, value in tensors.items()},
+            folded / "adapter_model.safetensors",
+        )
+        config = json.loads((tiny_library / name / "adapter_config.json").read_text())
+        config |= {"lora_alpha": config["r"], "use_rslora": False}
+        (folded / "adapter_config.json").write_text(json.dumps(config))
+    names = list(SCALES)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path / "folded" / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        theirs.load_adapter(tmp_path / "folded" / name, adapter_name=name)
+    theirs.add_weighted_adapter(names, [MIXED.weights[name] for name in names], "sum", combination_type="cat")
+    theirs.set_adapter("sum")
+    theirs.eval()
+
+    write_variant(tmp_path / "v", MIXED, adapters, base, linear_shapes(base.model))
+    with active(base, tmp_path / "v") as ours:
+        expected, found = peft_deltas(theirs, "sum"), peft_deltas(ours, "variant")
+        torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=0)
+    assert set(found) == set(expected)
+    for module in expected:
+        np.testing.assert_allclose(found[module], expected[module], atol=1e-5)
+
+
+def test_variants_take_turns_and_leave_no_trace(tmp_path, base, adapters):
+    before, shapes = logits(base.model), linear_shapes(base.model)
+    write_variant(tmp_path / "0", Variant({"attention": 1.0}, 0.0), adapters, base, shapes)
+    write_variant(tmp_path / "1", Variant({"mlp": 1.0}, 0.0), adapters, base, shapes)
+    seen = []
+    for name in "010":
+        with active(base, tmp_path / name) as model:
+            seen.append(logits(model))
+        with active(base, None) as model:
+            assert model is base.model
+            assert torch.equal(logits(model), before)
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.allclose(seen[0], seen[1], atol=1e-2)
+
+
+def lora_weights(model):
+    return {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+
+
+# The same modules at a higher rank (1 stays 1, others become 8), at the same, at a lower; others; none.
+SWAPPED = (
+    "attention 1",
+    "attention 4",
+    "attention 2",
+    "attention 1",
+    "everything 2",
+    "mlp 3",
+    None,
+    "attention 2",
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_swapped_variant_has_the_weights_that_peft_loads(tmp_path, tiny_base, adapters, dtype):
+    base = load_base(str(tiny_base), "cpu", dtype)
+    before, weights = logits(base.model), copy.deepcopy(base.model.state_dict())
+    folders = [name and tmp_path / name for name in SWAPPED]
+    for name, folder in zip(SWAPPED, folders, strict=True):
+        if name and not folder.exists():
+            adapter, rank = name.split()
+            only = Variant({adapter: 1.0}, 0.0)
+            write_variant(folder, only, adapters, base, linear_shapes(base.model), int(rank))
+    written = {file: file.read_bytes() for file in tmp_path.rglob("adapter_model.safetensors")}
+    with Hotswap(base) as swap:
+        for folder in folders:
+            found = swap.activate(folder)
+            if folder is None:
+                assert found is base.model and torch.equal(logits(found), before)
+                continue
+            fresh = AutoModelForCausalLM.from_pretrained(base.name, dtype=base.model.dtype)
+            theirs = PeftModel.from_pretrained(
+                fresh, folder, adapter_name="variant", autocast_adapter_dtype=False
+            ).eval()
+            mine, expected = lora_weights(found), lora_weights(theirs)
+            assert mine.keys() == expected.keys()
+            assert all(torch.equal(weight, expected[name]) for name, weight in mine.items())
+            torch.testing.assert_close(logits(found), logits(theirs), atol=1e-5, rtol=1e-5)
+    assert {file: file.read_bytes() for file in written} == written
+    assert torch.equal(logits(base.model), before)
+    assert base.model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
+
+
+def test_variants_of_the_same_modules_share_the_wrapped_layers(tmp_path, base, adapters):
+    shapes, wrapped = linear_shapes(base.model), []
+    names = ["mlp 1", "attention 2", "mlp 3", "attention 1", "mlp 1"]
+    for n, name in enumerate(names):
+        adapter, rank = name.split()
+        write_variant(tmp_path / f"{n}", Variant({adapter: 1.0}, 0.0), adapters, base, shapes, int(rank))
+    folders = [*(tmp_path / f"{n}" for n in range(len(names))), None]
+    turns = swap_order(folders)
+    assert turns[0] == 5 and sorted(turns) == [0, 1, 2, 3, 4, 5]
+    with Hotswap(base) as swap:
+        for n in turns[1:]:
+            wrapped.append(swap.activate(folders[n]))
+    assert len({id(model) for model in wrapped}) == 2  # once for attention, once for mlp
+
+
+def test_an_error_while_a_variant_is_active_leaves_the_base_model_plain(tmp_path, base, adapters):
+    before = logits(base.model)
+    write_variant(tmp_path / "v", MIXED, adapters, base, linear_shapes(base.model))
+    with pytest.raises(RuntimeError, match="out of memory"), active(base, tmp_path / "v"):
+        raise RuntimeError("out of memory")
+    assert torch.equal(logits(base.model), before)
+
+
+def test_a_folder_that_cannot_be_loaded_leaves_the_base_model_plain(tmp_path, base, adapters):
+    before, shapes = logits(base.model), linear_shapes(base.model)
+    for name in ("good", "bad"):
+        write_variant(tmp_path / name, MIXED, adapters, base, shapes)
+    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"cut off")
+    for first in ([], ["good"]):
+        with pytest.raises(SafetensorError), Hotswap(base) as swap:
+            for name in [*first, "bad"]:
+                swap.activate(tmp_path / name)
+        assert torch.equal(logits(base.model), before)
+        assert not any(hasattr(module, "lora_A") for module in base.model.modules())
+
+
+def test_a_variant_is_written_in_the_base_models_dtype(tmp_path, tiny_base, tiny_library, adapters):
+    half = load_base(str(tiny_base), "cpu", "bfloat16")
+    write_variant(tmp_path / "v", MIXED, adapters, half, linear_shapes(half.model))
+    expected = dense_sum(tiny_library, MIXED.weights)
+    for module, (a, b) in raw(tmp_path / "v").items():
+        assert a.dtype == b.dtype == torch.bfloat16
+        gap = np.linalg.norm((b.double() @ a.double()).numpy() - expected[module])
+        assert gap < 0.01 * np.linalg.norm(expected[module])
+    with active(half, tmp_path / "v") as model:
+        lora = [weight for name, weight in model.named_parameters() if "lora_" in name]
+        assert lora and all(weight.dtype == torch.bfloat16 for weight in lora)

@@ -1,0 +1,179 @@
+"""What changed between two runs: counted here from their files, or written into runs made by hand."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from helpers import NAMES, read_by_id, spoil, write_csv, write_run
+from router.runs.compare import main
+from router.runs.explain import called
+
+
+def compared(capsys, *argv):
+    assert main([*map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def pair(tmp_path, weights_a, weights_b=None, answers=None):
+    """Two runs made by hand on one query file; answers are those of the one and of the other."""
+    out = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for n, weights in enumerate((weights_a, weights_b or weights_a)):
+        write_run(out[n], weights)
+        if answers:
+            rows = [(f"q{k}", answer) for k, answer in enumerate(answers[n])]
+            write_csv(out[n] / "run.csv", ("id", "prediction"), rows)
+    return out
+
+
+@pytest.mark.parametrize(("other", "after"), [("base", "the base model"), ("average", "no single one")])
+def test_counts_are_those_of_the_files(capsys, runs, other, after):
+    one, two = runs("proto_route"), runs(other)
+    moves, changes = Counter(), []
+    for stem in ("queries", "more"):
+        weights, answers = read_by_id(one / f"{stem}.routing.csv"), read_by_id(two / f"{stem}.csv")
+        for own, row in read_by_id(one / f"{stem}.csv").items():
+            if row["prediction"] != (answer := answers[own]["prediction"]):
+                changes.append({"id": f"{stem}:{own}", "a": row["prediction"], "b": answer, "label": None})
+            before = called(max((*NAMES, "base"), key=lambda name: float(weights[own][name])))
+            moves[before, after] += before != after
+    found = compared(capsys, one, two)
+    assert {(m["from"], m["to"]): m["queries"] for m in found["moves"]} == dict(+moves)
+    assert found["moved"] == moves.total() > 0 and found["queries"] == 4
+    assert found["changes"] == changes != [] and found["score"] is None
+    assert found["settings"] == [{"setting": "method", "a": "proto_route", "b": other}]
+
+
+def test_equal_runs_do_not_differ_in_whatever_order(capsys, tmp_path):
+    one, two = pair(tmp_path, [[1, 0, 0, 0], [0, 0, 0, 1]])
+    for name in ("run.csv", "run.routing.csv"):
+        header, *lines = (two / name).read_text().splitlines()
+        (two / name).write_text("\n".join([header, *reversed(lines)]) + "\n")
+    found = compared(capsys, one, two)
+    assert (found["queries"], found["moved"], found["moves"], found["changes"]) == (2, 0, [], [])
+    assert [row["setting"] for row in found["settings"]] == ["flags.dataset_filepaths"]
+    assert main([str(one), str(one)]) == 0
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("differ: 0", "changed for 0 of 2", "0 of 2 differ"))
+
+
+def test_settings_that_differ(capsys, tmp_path):
+    one, two = pair(tmp_path, [[1, 0, 0, 0]])
+    record = json.loads((one / "run.json").read_text())
+    record["flags"] |= {"temperature": 1, "output_folder": "x", "top_k": 2}
+    record["adapters"] = {name: {"sha256": "new"} for name in ("one", "four")} | {
+        "three": {"sha256": "three"}
+    }
+    (two / "run.json").write_text(json.dumps(record))
+    spoil(two / "run.routing.csv", "two", "four")
+    assert {row["setting"]: (row["a"], row["b"]) for row in compared(capsys, one, two)["settings"]} == {
+        "flags.temperature": (0.5, 1), "flags.top_k": (None, 2),
+        "adapters": (["one one", "two two", "three three"], ["one new", "four new", "three three"]),
+    }  # fmt: skip
+    assert main([str(one), str(two)]) == 0
+    words = ["adapters", "one", "one,", "two", "two", "one", "new,", "four", "new"]
+    assert words in map(str.split, capsys.readouterr().out.splitlines())
+
+
+def test_moves_and_the_first_predictions(capsys, tmp_path):
+    long = "the same words again and again until here, "
+    one, two = pair(
+        tmp_path,
+        [[0.9, 0.1, 0, 0]] * 4 + [[0, 0, 1, 0]] * 3,
+        [[0.6, 0.4, 0, 0]] + [[0, 0.9, 0, 0.1]] * 3 + [[0, 0, 0.4, 0.6]] * 2 + [[0, 0, 1, 0]],
+        (["a", f"{long}left\nnext", *"cdefg"], ["a", f"{long}right [b]\x1b[0m", *"CDEfg"]),
+    )
+    found = compared(capsys, one, two)
+    assert found["moved"] == 5 and found["moves"] == [
+        {"from": "one", "to": "two", "queries": 3, "ids": ["q1", "q2", "q3"]},
+        {"from": "three", "to": "the base model", "queries": 2, "ids": ["q4", "q5"]},
+    ]
+    assert [row["id"] for row in found["changes"]] == ["q1", "q2", "q3", "q4"]
+    assert main([str(one), str(two), "--show", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and max(map(len, shown.splitlines())) <= 100
+    (line,) = (line for line in shown.splitlines() if line.strip().startswith("q1 "))
+    assert r"until here, left\nnext" in line and r"until here, right [b]\x1b[0m" in line
+    assert "4 of 7 differ, 2 shown" in shown and " C " in shown and " D " not in shown
+
+
+def scored(capsys, tmp_path, right_a, right_b):
+    """Compares runs of which every query is right (1) or wrong (0), as told."""
+    answers = [[" yes \n" if each else "no" for each in right] for right in (right_a, right_b)]
+    one, two = pair(tmp_path, [[1, 0, 0, 0]] * len(right_a), answers=answers)
+    rows = [(f"q{n}", "yes") for n in range(len(right_a))]
+    labels = write_csv(tmp_path / "run.csv", ("id", "target"), rows)
+    return compared(capsys, one, two, "--labels", labels)["score"]
+
+
+def test_the_score_and_the_interval_of_the_paired_difference(capsys, tmp_path):
+    rng = np.random.default_rng(7)
+    right_a = rng.random(150) < 0.5
+    right_b = np.where(rng.random(150) < 0.2, ~right_a, right_a) | (rng.random(150) < 0.1)
+    found = scored(capsys, tmp_path / "a", right_a, right_b)
+    (_, mean), steps = found["files"], right_b.astype(float) - right_a
+    assert (mean["queries"], mean["a"], mean["b"]) == (150, right_a.mean(), right_b.mean())
+    assert found["difference"] == pytest.approx(steps.mean())
+    drawn = steps[rng.integers(150, size=(20000, 150))].mean(1)
+    assert np.allclose((found["low"], found["high"]), np.quantile(drawn, (0.025, 0.975)), atol=0.008)
+    assert scored(capsys, tmp_path / "b", right_a, right_b) == found  # the same every time
+    alike = scored(capsys, tmp_path / "c", [0, 1], [0, 1])
+    assert alike["low"] == alike["high"] == alike["difference"] == 0
+
+
+def test_scores_are_means_over_files_with_a_folder_of_labels(capsys, runs, tmp_path):
+    one, two = runs("proto_route"), runs("base")
+    expected = {"a": [], "b": [], "routed a": [], "routed b": []}
+    for stem in ("queries", "more"):
+        answers, others = (read_by_id(out / f"{stem}.csv") for out in (one, two))
+        weights = read_by_id(one / f"{stem}.routing.csv")
+        right = dict(zip(answers, ("attention", "mlp+base", "everything"), strict=False))
+        rows = [(own, row["prediction"], right[own]) for own, row in answers.items()]
+        write_csv(tmp_path / f"{stem}.csv", ("id", "target", "adapter"), rows)
+        tops = {o: max((*NAMES, "base"), key=lambda name: float(w[name])) for o, w in weights.items()}
+        expected["a"].append(1)
+        expected["b"].append(np.mean([others[own]["prediction"] == target for own, target, _ in rows]))
+        expected["routed a"].append(np.mean([tops[own] in right[own].split("+") for own in right]))
+        expected["routed b"].append(np.mean(["base" in right[own].split("+") for own in right]))
+    write_csv(tmp_path / "others.csv", ("id", "target"), [("x", "y")])
+    *files, mean = compared(capsys, one, two, "--labels", tmp_path)["score"]["files"]
+    for key, values in expected.items():
+        assert [part[key] for part in files] == pytest.approx(values)
+        assert mean[key] == pytest.approx(np.mean(values))
+    assert main([str(one), str(two), "--labels", str(tmp_path)]) == 0
+    assert "mean over files" in capsys.readouterr().out
+    static = compared(capsys, runs("average"), one, "--labels", tmp_path)["score"]["files"][-1]
+    assert static["routed a"] is None and static["routed b"] == pytest.approx(np.mean(expected["routed a"]))
+
+
+def test_queries_without_a_label_are_left_out(capsys, tmp_path):
+    one, two = pair(tmp_path, [[1, 0, 0, 0]] * 3, answers=("abc", "abd"))
+    labels = write_csv(tmp_path / "run.csv", ("id", "target"), [("q0", "a"), ("q2", "c")])
+    found = compared(capsys, one, two, "--labels", labels)
+    assert found["score"]["files"][-1]["queries"] == 2 and found["score"]["difference"] == -0.5
+    assert found["changes"] == [{"id": "q2", "a": "c", "b": "d", "label": "c"}]
+
+
+REFUSED = {
+    "other ids": (lambda out: [spoil(out / name, "q1,", "q8,") for name in ("run.csv", "run.routing.csv")],
+                  "the same ids in both runs, but 2 are in one alone, such as 'q1'"),
+    "other texts": (lambda out: spoil(out.with_suffix(".csv"), "Question q1?", "Another?"), "another in"),
+    "no run": (lambda out: (out / "run.json").unlink(), "expected the record of a finished run"),
+    "no labels": (lambda out: None, "none.csv: expected CSV files named as the query files (run)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_a_person_can_mend_is_one_line_and_exit_code_2(capsys, tmp_path, kind):
+    one, two = pair(tmp_path, [[1, 0, 0, 0]] * 2)
+    REFUSED[kind][0](two)
+    assert main([str(one), str(two), *(["--labels", "none.csv"] if kind == "no labels" else [])]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert REFUSED[kind][1] in captured.err
+
+
+def test_runs_on_other_query_files(capsys, runs, tmp_path):
+    assert main([str(runs("base")), str(write_run(tmp_path / "run", [[1, 0, 0, 0]]))]) == 2
+    assert "expected two runs on the same query files, got queries, more in" in capsys.readouterr().err

@@ -1,0 +1,190 @@
+"""One query's story: every number against the run's files, the sentence against runs made by hand."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from helpers import NAMES, NONE, ROOT, read_by_id, write_run
+from router.runs.explain import main
+
+WEIGHTS = [0.7, 0.29, 0, 0.01]
+
+
+def story(capsys, *argv):
+    assert main([*map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def text(capsys, *argv):
+    assert main([*map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+def error(capsys, *argv):
+    assert main([*map(str, argv)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_every_number_is_that_of_the_files(capsys, tmp_path):
+    out = write_run(tmp_path / "run", [[1, 0, 0, 0], WEIGHTS], {})
+    found = story(capsys, out, "q1")
+    keys = ("name", "response", "rank", "score", "tried", "confidence", "effect", "after", "weight")
+    rows = [
+        ("two", 0.2, 1, 2.4, True, -0.5, 0.5, 2.4, 0.29),
+        ("one", 0.1, 2, 2.0, True, 1.0, 1.5, 3.0, 0.7),
+        ("three", 0.05, 3, -1.0, False, None, None, None, 0.0),
+        ("base", None, None, None, None, -2.0, None, 0.8, 0.01),
+    ]
+    for candidate, row in zip(found["candidates"], rows, strict=True):
+        assert candidate == pytest.approx(dict(zip(keys, row, strict=True)))
+    assert (found["query"]["input"], found["answer"], found["file"]) == ("Question q1?", "answer q1", "run")
+    mix = {"one": 0.7, "two": 0.29, "three": 0, "base": 0.01}
+    assert found["variant"] == {"number": 1, "folder": "variants/1", "queries": 1, "weights": mix}
+
+
+def test_the_text_is_plain_and_fits(capsys, runs):
+    out = runs("proto_route")
+    shown, row = text(capsys, out, "m1"), read_by_id(out / "queries.routing.csv")["m1"]
+    assert "\x1b" not in shown and max(map(len, shown.splitlines())) <= 100
+    assert "Which is a fruit, stone or pear?" in shown and "0: stone" in shown and "1: pear" in shown
+    prediction = read_by_id(out / "queries.csv")["m1"]["prediction"]
+    assert f"Answer\n  {prediction}: {['stone', 'pear'][int(prediction)]}" in shown
+    lines = {words[0]: words for words in map(str.split, shown.splitlines()) if words}
+    assert all(float(lines[name][-1]) == pytest.approx(float(row[name]), abs=6e-4) for name in NAMES)
+    assert f"Variant {row['variant']}" in shown and "_proj " in shown and "first third" in shown
+
+
+SENTENCES = {
+    "put first": (
+        WEIGHTS, {}, "one has 0.70 of the weight; two had the strongest response before calibration; "
+        "the trial put it above two, which had the higher score",
+    ),
+    "confirmed": (
+        [0.9, 0.09, 0, 0.01], {"scores": [2.4, 2.0, -1.0], "responses": [0.3, 0.2, 0.1]},
+        "one has 0.90 of the weight; it had the strongest response before calibration; "
+        "the trial confirmed it over two",
+    ),
+    "alone": (
+        [1, 0, 0, 0],
+        {"scores": [4, 2, 1], "effect": [1, NONE, NONE], "candidates": [5, -np.inf, -np.inf, 1]},
+        "no other adapter was on the shortlist",
+    ),
+    "a low margin": (
+        [0.7, 0.3, 0, 0], {"candidates": [3.0, 2.6, -np.inf, 0.8]},
+        "one has 0.70 of the weight; its margin is low: the next is only 0.40 standard deviations behind;",
+    ),
+    "base": (
+        [0.1, 0.05, 0, 0.85], {"candidates": [3.0, 2.4, -np.inf, 4.25]},
+        "the base model has 0.85 of the weight; two had the strongest response before calibration; "
+        "after the trial one scores 3.00, below the base model's 4.25",
+    ),
+    "nobody near": ([0, 0, 0, 1], {"effect": [NONE] * 3}, "no adapter came close enough to be tried"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SENTENCES)
+def test_the_sentence_says_how_clear_it_is_and_why(capsys, tmp_path, kind):
+    weights, changed, sentence = SENTENCES[kind]
+    summary = story(capsys, write_run(tmp_path / "run", [weights], changed), "q0")["summary"]
+    assert sentence in summary and ("margin" in summary) == (kind == "a low margin")
+
+
+def test_a_variant_that_leans_elsewhere_is_told(capsys, tmp_path):
+    variants = [{"folder": "variants/0", "queries": 2, "weights": {"one": 0.3, "two": 0.7, "base": 0}}]
+    shown = text(capsys, write_run(tmp_path / "run", [[0.55, 0.45, 0, 0]], variants=variants), "q0")
+    assert "one has 0.55 of the weight; but two has more in the variant that answered.\n" in shown
+    assert "Variant 0, which answers 2 queries\n  two 0.700, one 0.300\n" in shown
+
+
+def test_votes_by_kind_and_by_third_of_depth(capsys, tmp_path):
+    # Layers 0 to 5, in each a q_proj and an up_proj; where the adapter has no prototype there is no vote.
+    votes = [1, 2, 3, 4, NONE, 6, 7, 8, -9, -10, -11, NONE]
+    out = write_run(tmp_path / "run", [WEIGHTS], {"votes": votes})
+    found = story(capsys, out, "q0")["votes"]
+    assert found["adapter"] == "two"
+    assert [(part["count"], part["mean"]) for part in found["means"]] == [
+        (5, -9 / 5), (5, 2), (4, 10 / 4), (3, 21 / 3), (3, -30 / 3),
+    ]  # fmt: skip
+    lines = {line.strip()[:10]: line for line in text(capsys, out, "q0").splitlines()}
+    assert lines["last third"].count("-") == 21 and "-10.000" in lines["last third"]  # a sign and 20
+    assert lines["middle thi"].count("#") == 14
+
+
+def test_a_duplicate_has_no_score_of_its_own(capsys, tmp_path):
+    changed = {"responses": [0.1, 0.2, 0.9], "scores": [2, 2.4, NONE], "candidates": [3, 2.4, NONE, 0.8]}
+    shown = text(capsys, write_run(tmp_path / "run", [WEIGHTS], changed), "q0")
+    assert ["three", "0.900", "1", "no", "0.000"] in map(str.split, shown.splitlines())
+
+
+def test_of_many_adapters_those_that_matter_are_shown(capsys, tmp_path):
+    names = [f"a{n:02}" for n in range(40)]
+    changed = {
+        "responses": np.arange(40) / 40,  # the last has the strongest response
+        "scores": 4 - np.arange(40) / 10, "effect": np.ones(40), "confidence": np.zeros(40),
+        "candidates": np.arange(41) / 10,
+    }  # fmt: skip
+    weights = [0.5, *[0.0] * 27, 0.5, *[0.0] * 12]
+    out = write_run(tmp_path / "run", [weights], changed, names=names)
+    rows = [line.split()[0] for line in text(capsys, out, "q0").splitlines() if line.count(".") > 5]
+    assert rows == [*names[:8], "a28", "a39"] and len(story(capsys, out, "q0")["candidates"]) == 41
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [("base", "the base model has 1.00"), ("average", "3 candidates have 0.33 of the weight each"),
+     ("arrow", "averaged over tokens, since the adapters are mixed anew for each token")],
+)  # fmt: skip
+def test_a_run_without_evidence_shows_what_there_is(capsys, runs, method, sentence):
+    found, shown = story(capsys, runs(method), "g2"), text(capsys, runs(method), "g2")
+    assert sentence in found["summary"] and found["votes"] is None
+    assert "kept no evidence" in shown and "confidence" not in shown
+
+
+def test_text_from_files_is_shown_and_not_obeyed(capsys, tmp_path):
+    query = "[bold]x[/bold] [/nothing] :smile: \x1b[31mred\x07 été\nNext " + "word " * 200 + "the end"
+    out = write_run(tmp_path / "run", [WEIGHTS], {}, inputs=[query])
+    shown = text(capsys, out, "q0")
+    assert "\x1b" not in shown and r"[bold]x[/bold] [/nothing] :smile: \x1b[31mred\x07 été" in shown
+    assert " more ...] " in " ".join(shown.split()) and "the end" in shown and shown.count("word") < 200
+    assert story(capsys, out, "q0")["query"]["input"] == query
+
+
+def test_a_query_file_that_is_gone_leaves_the_rest(capsys, tmp_path):
+    out = write_run(tmp_path / "run", [WEIGHTS], {})
+    (tmp_path / "run.csv").unlink()
+    assert story(capsys, out, "q0")["query"] is None
+    shown = text(capsys, out, "q0")
+    assert "the query file is gone or has changed" in shown and "answer q0" in shown
+    assert "expected the query's text" in error(capsys, out, "q0", "--answers")
+
+
+def test_the_base_models_answer_beside_the_variants(capsys, runs):
+    out, without = runs("proto_route"), runs("base")
+    for own in ("g2", "m1"):
+        expected = read_by_id(without / "queries.csv")[own]["prediction"]
+        assert story(capsys, out, own, "--answers")["base_answer"] == expected
+    assert "Answer of the base model\n  " in text(capsys, out, "m1", "--answers")
+
+
+def test_an_id_is_found_or_the_nearest_is_named(capsys, runs, tmp_path):
+    out = runs("proto_route")
+    assert "queries:g1 or more:g1" in error(capsys, out, "g1")
+    for stem, asked in (("queries", "What is two and two?"), ("more", "1 + 1 =")):
+        found = story(capsys, out, f"{stem}:g1")
+        assert found["file"] == stem and found["query"]["input"] == asked
+        assert found["answer"] == read_by_id(out / f"{stem}.csv")["g1"]["prediction"]
+    assert "such as 'm1', got 'm11'" in error(capsys, out, "m11")
+    assert "such as 'more:g1', got 'mare:g1'" in error(capsys, out, "mare:g1")
+    assert "such as 'g1', got '???'" in error(capsys, out, "???")
+    assert "expected the record of a finished run" in error(capsys, tmp_path / "none", "g1")
+
+
+@pytest.mark.parametrize("module", ["router.runs.explain", "router.runs.compare"])
+def test_no_model_library_is_loaded(module):
+    code = f"import sys, {module}; assert not {{'torch', 'transformers', 'peft'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

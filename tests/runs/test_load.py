@@ -1,0 +1,81 @@
+"""Finished runs, real ones on the tiny model and ones written by hand, are read as they were written."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from helpers import NAMES, QUERIES, read_by_id, spoil, write_queries, write_run
+from router.errors import InputError
+from router.runs.load import load
+
+
+def test_a_run_is_read_as_it_was_written(runs):
+    out = runs("proto_route")
+    run = load(out)
+    assert run.record == json.loads((out / "run.json").read_text()) and list(run.files) == ["queries", "more"]
+    for stem, file in run.files.items():
+        answers, table = read_by_id(out / f"{stem}.csv"), read_by_id(out / f"{stem}.routing.csv")
+        assert dict(zip(file.ids, file.predictions, strict=True)) == {
+            own: row["prediction"] for own, row in answers.items()
+        }
+        assert file.names == [*NAMES, "base"] and file.labels.tolist() == [
+            int(r["variant"]) for r in table.values()
+        ]
+        assert file.weights.tolist() == [[float(row[name]) for name in file.names] for row in table.values()]
+        assert file.top == [max(file.names, key=lambda name: float(row[name])) for row in table.values()]
+        arrays = load_file(out / f"{stem}.evidence.safetensors")
+        assert np.array_equal(file.evidence.scores, arrays["scores"]) and len(arrays["scores"]) == len(
+            file.ids
+        )
+    assert [query.input for query in run.files["queries"].queries] == [row[1] for row in QUERIES]
+
+
+def test_what_is_not_there_is_none(runs, tmp_path):
+    assert load(runs("average")).files["more"].top == [None]
+    assert load(runs("average")).files["more"].evidence is None
+    out = write_run(tmp_path / "run", [[1, 0, 0, 0]] * 2)
+    write_queries(tmp_path / "run.csv", [("q1", "Another?", "generation", "")])
+    assert [query and query.input for query in load(out).files["run"].queries] == [None, "Another?"]
+    (tmp_path / "run.csv").unlink()
+    record = json.loads((out / "run.json").read_text())
+    del record["variants"], record["adapters"]  # as of a method of the starter kit
+    (out / "run.json").write_text(json.dumps(record))
+    (out / "run.routing.csv").unlink()
+    file = load(out).files["run"]
+    assert file.queries == file.top == [None, None] and file.names == [] and file.weights.shape == (2, 0)
+    assert file.predictions == ["answer q0", "answer q1"]
+
+
+def other_evidence(out, rows, names=("one", "two", "three")):
+    other = write_run(out.parent / "b", [[1, 0, 0, 0]] * rows, {}, names=names)
+    (other / "b.evidence.safetensors").rename(out / "run.evidence.safetensors")
+
+
+BROKEN = {
+    "no record": (lambda out: (out / "run.json").unlink(), "run.json: expected the record of a"),
+    "half a record": (lambda out: (out / "run.json").write_text('{"method"'), "record of a finished run, in"),
+    "another record": (lambda out: (out / "run.json").write_text('{"flags": 1}'), "method, versions"),
+    "no answers": (lambda out: (out / "run.csv").unlink(), "run.csv: expected a CSV file, found none"),
+    "no weights": (lambda out: (out / "run.routing.csv").unlink(), "run.routing.csv: expected a CSV file"),
+    "a weight": (lambda out: spoil(out / "run.routing.csv", "0.29", "much"), "'much'"),
+    "other ids": (lambda out: spoil(out / "run.routing.csv", "q1,", "q7,"), "routing.csv: expected the ids"),
+    "a variant": (lambda out: spoil(out / "run.routing.csv", "q1,1,", "q1,9,"), "variants that run.json"),
+    "evidence": (lambda out: (out / "run.evidence.safetensors").write_bytes(b"no"), "expected the evidence"),
+    "older evidence": (
+        lambda out: save_file({"votes": np.zeros(1)}, out / "run.evidence.safetensors"), "the evidence",
+    ),
+    "other adapters": (lambda out: other_evidence(out, 2, "abc"), "expected the adapters and queries"),
+    "other queries": (lambda out: other_evidence(out, 3), "adapters and queries of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_does_not_belong_together_is_refused(tmp_path, kind):
+    out = write_run(tmp_path / "run", [[0.7, 0.29, 0, 0.01]] * 2, {})
+    assert load(out)
+    BROKEN[kind][0](out)
+    with pytest.raises(InputError) as caught:
+        load(out)
+    assert BROKEN[kind][1] in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,51 @@
+"""Nothing in the code is unused. What is used from outside follows a rule, or stands in the list below."""
+
+import ast
+import json
+import re
+
+import pytest
+
+from helpers import ROOT
+
+vulture = pytest.importorskip("vulture", reason="vulture is not installed")
+
+FROM_OUTSIDE = {
+    "__getattr__",  # Python's own
+    "_render_traceback_",  # IPython's
+    "filters",  # jinja2's
+    "eos_token",  # transformers'
+    # The starter kit's contract, for methods that were written for it.
+    "architecture", "save_model", "_load_tokenizer", "_load_huggingface_models_and_configs",
+    "all_merge_handlers",
+}  # fmt: skip
+
+
+def in_notebooks():
+    """Every word of the notebooks' code."""
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(path.read_text("utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                yield from re.findall(r"\w+", "".join(cell["source"]))
+
+
+def test_nothing_is_unused():
+    found = vulture.Vulture()
+    found.scavenge([str(ROOT / name) for name in ("router", "merge", "scripts", "tests")])
+    expected = FROM_OUTSIDE | set(in_notebooks())
+    unused = [
+        f"{item.filename}:{item.first_lineno}: {item.typ} {item.name}"
+        for item in found.get_unused_code(min_confidence=60)
+        if ROOT / "tests" not in item.filename.parents  # pytest finds its fixtures and hooks by name
+        and not (item.typ == "class" and item.filename.parent == ROOT / "router" / "methods")  # found by file
+        and item.name not in expected
+    ]
+    assert not unused
+
+
+def test_the_list_names_only_what_is_there():
+    names = set()
+    for file in [*(ROOT / "router").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names |= {getattr(node, key) for key in ("name", "attr", "id") if hasattr(node, key)}
+    assert names >= FROM_OUTSIDE

@@ -1,0 +1,45 @@
+"""Files: hashed as they are, kept where they should be, whole or absent."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from router.files import cache_folder, replacing, sha256_of
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "new" / "out.csv"
+    with replacing(path) as file:
+        file.write("old")
+    with pytest.raises(error), replacing(path) as file:
+        file.write("half of the n")
+        file.flush()
+        raise error
+    assert path.read_text() == "old"
+    assert [child.name for child in path.parent.iterdir()] == ["out.csv"]
+
+
+def test_a_file_is_for_all_to_read_and_has_the_line_ends_that_were_written(tmp_path):
+    with replacing(tmp_path / "out.txt") as file:
+        file.write("one\r\ntwo\nüber\r")
+    assert (tmp_path / "out.txt").read_bytes() == "one\r\ntwo\nüber\r".encode()
+    assert (tmp_path / "out.txt").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_hash_is_that_of_all_bytes_in_order(tmp_path):
+    parts = [b"one", b"", bytes(range(256)) * 40_000]  # the last is longer than what is read at once
+    files = [tmp_path / str(n) for n in range(len(parts))]
+    for file, part in zip(files, parts, strict=True):
+        file.write_bytes(part)
+    assert sha256_of(*files) == hashlib.sha256(b"".join(parts)).hexdigest()
+    assert sha256_of(files[0]) == hashlib.sha256(b"one").hexdigest() != sha256_of(*reversed(files))
+
+
+def test_the_cache_is_where_the_variable_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROTO_ROUTE_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.setenv("PROTO_ROUTE_CACHE", "")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert cache_folder() == Path("/home/somebody/.cache/proto-route")

@@ -1,0 +1,85 @@
+"""What an installation needs and brings: requirements, package data, the console command."""
+
+import ast
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import distribution, packages_distributions
+
+import pytest
+
+from helpers import ROOT
+
+FILES = [*(ROOT / "router").rglob("*.py"), *(ROOT / "merge").rglob("*.py")]
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported(tree):
+    """The top-level names of all absolute imports, wherever they stand."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+def required():
+    """The names of setup.py's install_requires, read without running it."""
+    tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
+    listed = next(
+        word.value for node in ast.walk(tree) if isinstance(node, ast.Call)
+        for word in node.keywords if word.arg == "install_requires"
+    )  # fmt: skip
+    return {normal(re.match(r"[\w.-]+", text)[0]) for text in ast.literal_eval(listed)}
+
+
+def test_all_that_is_imported_is_required():
+    names = {name for file in FILES for name in imported(ast.parse(file.read_text("utf-8")))}
+    names -= set(sys.stdlib_module_names) | {"router", "merge"}
+    assert {"torch", "numpy", "faiss"} <= names  # the search above finds imports
+    providers = packages_distributions()
+    unmet = {name for name in names if not {normal(found) for found in providers[name]} & required()}
+    assert not unmet
+
+
+@pytest.fixture(scope="module")
+def wheel_and_sdist(tmp_path_factory):
+    """Built from a copy of what is installed, with the setuptools that are here."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in ("router", "merge"):
+        (source / name).symlink_to(ROOT / name)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for kind in ("wheel", "sdist"):
+        command = [
+            sys.executable,
+            "-c",
+            f"from setuptools import build_meta as m; m.build_{kind}({str(out)!r})",
+        ]
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def test_wheel_and_sdist_hold_every_module_and_data_file(wheel_and_sdist):
+    data = {
+        "router/py.typed", "merge/py.typed", "router/routing/generic.json",
+        "router/runs/report/report.html.j2",
+    }  # fmt: skip
+    expected = {str(file.relative_to(ROOT)) for file in FILES} | data
+    wheel, sdist = wheel_and_sdist
+    with zipfile.ZipFile(wheel) as file:
+        packed = {name for name in file.namelist() if ".dist-info/" not in name}
+        assert packed == expected
+    with tarfile.open(sdist) as file:
+        assert expected <= {name.partition("/")[2] for name in file.getnames()}
+
+
+def test_the_installed_package_has_the_console_command():
+    scripts = {entry.name: entry.value for entry in distribution("proto-route").entry_points}
+    assert scripts == {"proto-route": "router.cli:main"}

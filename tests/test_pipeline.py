@@ -1,0 +1,110 @@
+"""The routed pipeline: prompts are tokenised once, and what was decided is in the result and nowhere else."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from router.methods import load_method
+from router.settings import Settings
+from router.submission import Query
+
+TEXTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "word " * 60]
+QUERIES = [Query(str(n), text, "generation") for n, text in enumerate(TEXTS)]
+QUERIES += [Query("m", "Stone or pear? ", "multiple_choice", ("stone", "pear"))]
+METHODS = ["proto_route", "base", "average", "ties", "arrow", "logo", "mass"]
+
+
+class Counting:
+    """A tokenizer that counts the texts that it is given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.texts = tokenizer, Counter()
+
+    def __call__(self, texts, **how):
+        self.texts.update([texts] if isinstance(texts, str) else texts)
+        return self.tokenizer(texts, **how)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+@pytest.fixture()
+def method(base, adapters, tmp_path):
+    """Makes a method with its base model and library attached."""
+
+    def make(name, base=base):
+        found = load_method(name)(name)
+        found.settings = Settings(output_folder=tmp_path / "out", max_gen_len=4)
+        found.attach(base, adapters)
+        return found
+
+    return make
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_prompt_is_tokenised_once(method, base, name):
+    counting = Counting(base.tokenizer)
+    answers = method(name, replace(base, tokenizer=counting)).answer(QUERIES).answers
+    assert {query.input: counting.texts[query.input] for query in QUERIES} == {q.input: 1 for q in QUERIES}
+    assert answers == method(name).answer(QUERIES).answers
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_keeps_nothing_of_what_it_answered(method, name):
+    found = method(name)
+    if name == "arrow":
+        assert found.experts  # the library, not the queries
+    before = {key: id(value) for key, value in vars(found).items()}
+    first = found.answer(QUERIES)
+    assert {key: id(value) for key, value in vars(found).items()} == before
+    found.answer(QUERIES[:1])
+    again = found.answer(QUERIES)
+    assert again.answers == first.answers
+    np.testing.assert_array_equal(again.decision.routing.weights, first.decision.routing.weights)
+
+
+def test_the_decision_is_that_of_the_answers(method, base, adapters, tmp_path):
+    found = method("proto_route").answer(QUERIES, tmp_path / "elsewhere").decision
+    assert found.base is base and list(found.adapters) == adapters
+    weights, labels = found.routing.weights, found.clusters.labels
+    assert weights.shape == (len(QUERIES), 4) and labels.shape == (len(QUERIES),)
+    assert len(found.variants) == len(found.folders) == len(found.clusters.weights) == labels.max() + 1
+    written = [path.name for path in (tmp_path / "elsewhere" / "variants").iterdir()]
+    assert sorted(written) == sorted(filter(None, found.folders)) and not (tmp_path / "out").exists()
+    for variant, folder in zip(found.variants, found.folders, strict=True):
+        assert bool(variant.weights) == (folder is not None)
+    evidence = found.routing.evidence
+    assert evidence.candidates.argmax(1).tolist() == weights.argmax(1).tolist()
+
+
+def test_the_same_prompt_has_the_same_weights(method):
+    twice = [QUERIES[0], *QUERIES, QUERIES[3]]
+    weights = method("proto_route").answer(twice).decision.routing.weights
+    np.testing.assert_array_equal(weights[[0, -1]], weights[[1, 4]])
+
+
+def test_prompts_are_cut_where_the_settings_say(method):
+    found = method("average")
+    whole = found.encoded(QUERIES)
+    found.settings = replace(found.settings, max_seq_len=7)
+    assert found.encoded(QUERIES) == [row[:7] for row in whole] and len(whole[3]) > 7
+    found.max_seq_len = 5  # as a method of the starter kit sets it
+    assert found.encoded(QUERIES) == [row[:5] for row in whole]
+
+
+def test_an_error_while_answering_leaves_the_earlier_variants(method, tmp_path, monkeypatch):
+    found = method("average")
+    found.answer(QUERIES)
+    variants = tmp_path / "out" / "variants"
+    before = {path: path.read_bytes() for path in variants.rglob("*") if path.is_file()}
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(found, "predict", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        found.answer(QUERIES)
+    assert {path: path.read_bytes() for path in variants.rglob("*") if path.is_file()} == before
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["variants"]
