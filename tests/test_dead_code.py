@@ -15,6 +15,7 @@ FROM_OUTSIDE = {
     "_render_traceback_",  # IPython's
     "filters",  # jinja2's
     "eos_token",  # transformers'
+    "__annotations__",  # pdoc reads it
     # The starter kit's contract, for methods that were written for it.
     "architecture", "save_model", "_load_tokenizer", "_load_huggingface_models_and_configs",
     "all_merge_handlers",

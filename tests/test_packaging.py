@@ -83,3 +83,20 @@ def test_wheel_and_sdist_hold_every_module_and_data_file(wheel_and_sdist):
 def test_the_installed_package_has_the_console_command():
     scripts = {entry.name: entry.value for entry in distribution("proto-route").entry_points}
     assert scripts == {"proto-route": "router.cli:main"}
+
+
+def test_all_files_state_the_same_version_and_date():
+    texts = {name: (ROOT / name).read_text("utf-8") for name in ("setup.py", "CITATION.cff", "CHANGELOG.md")}
+    version = re.search(r'version="([\d.]+)"', texts["setup.py"])[1]
+    newest = re.search(r"^## ([\d.]+), (\d{4}-\d\d-\d\d)$", texts["CHANGELOG.md"], re.M)
+    assert newest[1] == version
+    assert f"\nversion: {version}\ndate-released: {newest[2]}\n" in texts["CITATION.cff"]
+
+
+def test_hooks_and_the_hosted_workflow_run_what_the_test_script_runs():
+    script = (ROOT / "scripts" / "test.sh").read_text("utf-8")
+    linters = set(re.findall(r"^\.venv/bin/(ruff \w+|mypy|vulture)", script, re.M))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
+    assert set(re.findall(r"entry: \.venv/bin/(ruff \w+|mypy|vulture)", hooks)) == linters != set()
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text("utf-8")
+    assert "- run: bash scripts/test.sh" in workflow
