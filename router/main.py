@@ -49,6 +49,16 @@ def _above_zero(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+    return value
+
+
 def _one_of(accepted: Sequence[str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text in accepted:
@@ -118,6 +128,12 @@ def parser() -> argparse.ArgumentParser:
         "temperature",
         "temperature of the gate's softmax, in standard deviations of generic text, above 0",
         type=_above_zero,
+        metavar="FLOAT",
+    )
+    setting(
+        "false_alarm",
+        "share of queries that no adapter fits and that may still be sent to one, between 0 and 1",
+        type=_share,
         metavar="FLOAT",
     )
     setting("top_k", "maximum number of adapters per query, from 1", type=_integer(1), metavar="INT")

@@ -27,7 +27,16 @@ from router.progress import progress
 from router.result import Decision, Result, Routing
 from router.routing.clusters import cluster
 from router.routing.model_card import Recipe, write_card
-from router.routing.variants import Hotswap, Variant, complete, decide, limited, swap_order, write_variant
+from router.routing.variants import (
+    Hotswap,
+    Variant,
+    complete,
+    decide,
+    limited,
+    replace_variants,
+    swap_order,
+    write_variant,
+)
 from router.settings import Settings
 from router.submission import Query
 
@@ -107,10 +116,7 @@ class Routed(Merges):
             decision = Decision(self.base, self.adapters, routing, clusters, variants, folders)
             with self.stages("predict"):
                 answers = self.predict(queries, rows, decision, work)
-            final = output / "variants"
-            shutil.rmtree(final, ignore_errors=True)
-            work.chmod(0o755)
-            work.rename(final)
+            replace_variants(work, output)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return Result(answers, decision)

@@ -61,7 +61,6 @@ def _decided(decision: Decision) -> dict[str, Any]:
         **(
             {
                 "low_margin": int(evidence.low_margin.sum()),
-                "tried": round(float(evidence.tried.mean()), 3),
             }
             if evidence
             else {}

@@ -12,6 +12,7 @@ from router.files import replacing
 from router.methods import load_method
 from router.record import record
 from router.result import Decision
+from router.routing.variants import VARIANTS, variants_are_ours
 from router.runs.report.page import write_report
 from router.settings import Settings
 from router.submission import Query, read_queries, write_submission, write_table
@@ -70,6 +71,11 @@ def check_outputs(settings: Settings) -> None:
     """
     if settings.output_folder.exists() and not settings.output_folder.is_dir():
         raise InputError(f"--output_folder {settings.output_folder}: expected a folder, found a file")
+    if not variants_are_ours(settings.output_folder):
+        raise InputError(
+            f"--output_folder {settings.output_folder}: expected no folder `{VARIANTS}` in it, or one of an "
+            "earlier run, since it would be replaced; move it away or choose another folder"
+        )
     queries = {path.resolve() for path in settings.dataset_filepaths}
     written: set[Path] = set()
     for path in settings.dataset_filepaths:

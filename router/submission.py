@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
+import tokenize
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
@@ -119,6 +122,13 @@ def read_queries(path: Path) -> list[Query]:
     return queries
 
 
+def _run_together(text: str) -> bool:
+    """Whether two texts follow each other without a comma, as NumPy prints a list; Python would join them."""
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+    kinds = [kind for kind in kinds if kind != tokenize.NL]
+    return any(one == other == tokenize.STRING for one, other in pairwise(kinds))
+
+
 def _choices(text: str, where: str) -> tuple[str, ...]:
     if text.strip() in ("", "None", "nan"):
         return ()
@@ -126,7 +136,9 @@ def _choices(text: str, where: str) -> tuple[str, ...]:
         with warnings.catch_warnings():  # a stray backslash in a choice is the author's business
             warnings.simplefilter("ignore", SyntaxWarning)
             value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        if _run_together(text.strip()):
+            value = None
+    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
         value = None
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, int, float)) for v in value):
         raise InputError(

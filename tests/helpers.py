@@ -117,16 +117,21 @@ def arguments(method, queries, library, base, out, *flags):
 
 # Finished runs
 
+
+def variants_in(out):
+    """The names of the variants in an output folder, beside the mark that says whose they are."""
+    names = sorted(path.name for path in (out / "variants").iterdir())
+    assert ".proto-route" in names
+    return [name for name in names if name != ".proto-route"]
+
+
 MODULES = [f"model.layers.{n}.{kind}" for n in range(6) for kind in ("self_attn.q_proj", "mlp.up_proj")]
 NONE = float("nan")
-# Three adapters: responses, scores, confidence and effect (NaN: not tried), scores after trials.
+# Three adapters; two score above the base model's level.
 DECIDED = {
     "responses": [0.10, 0.20, 0.05],
-    "scores": [2.0, 2.4, -1.0],
-    "candidates": [3.0, 2.4, -np.inf, 0.8],
-    "effect": [1.5, 0.5, NONE],
-    "confidence": [1.0, -0.5, NONE],
-    "base_confidence": -2.0,
+    "scores": [3.0, 2.4, -1.0],
+    "base_score": 0.8,
     "votes": np.zeros(len(MODULES)),
 }
 
@@ -145,7 +150,10 @@ def write_run(out, weights, evidence=None, inputs=None, names=("one", "two", "th
     write_queries(path, [(own, text, "generation", "") for own, text in zip(ids, inputs, strict=True)])
     record = {
         "method": "by_hand", "versions": {"torch": "1"}, "seconds": {"load": 1.5}, "peak_mib": {"load": 9},
-        "flags": {"dataset_filepaths": [str(path)], "output_folder": str(out), "temperature": 0.5},
+        "flags": {
+            "dataset_filepaths": [str(path)], "output_folder": str(out),
+            "temperature": 0.5, "false_alarm": 0.1,
+        },
         "base": {
             "name": "tiny", "revision": None, "sha256": "0" * 64, "dtype": "float32", "device": "cpu",
         },

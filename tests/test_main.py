@@ -16,7 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import router.methods
-from helpers import COLUMNS, METHODS, NAMES, ROOT, ROWS, read_table, write_queries, write_tiny_adapter
+from helpers import (
+    COLUMNS,
+    METHODS,
+    NAMES,
+    ROOT,
+    ROWS,
+    read_table,
+    variants_in,
+    write_queries,
+    write_tiny_adapter,
+)
 from router.main import main, parser
 from router.routing.evidence import Evidence
 from router.settings import Settings
@@ -88,7 +98,7 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
         assert variant["queries"] == sum(row["variant"] == str(n) for row in routing) > 0
         assert sum(variant["weights"].values()) == pytest.approx(1)
     folders = [variant["folder"] for variant in record["variants"] if variant["folder"]]
-    assert sorted(folders) == sorted(f"variants/{path.name}" for path in (out / "variants").iterdir())
+    assert sorted(folders) == [f"variants/{name}" for name in variants_in(out)]
     for folder in folders:
         model = PeftModel.from_pretrained(plain_model(tiny_base), out / folder)
         assert model.peft_config["default"].base_model_name_or_path == str(tiny_base)
@@ -151,7 +161,7 @@ def test_batches_and_variants_asked_for(command):
     assert contents(whole) == contents(single)
     code, merged = command("oracle", "--n_variants", 1, "--variant_rank", 2, out="merged")
     assert code == 0
-    assert [path.name for path in (merged / "variants").iterdir()] == ["0"]
+    assert variants_in(merged) == ["0"]
     tensors = load_file(merged / "variants" / "0" / "adapter_model.safetensors")
     assert {min(value.shape) for value in tensors.values()} == {8}  # 2, padded to a rank that engines take
 
@@ -163,19 +173,28 @@ def test_the_evidence_tells_what_was_decided(command):
         read_table(out / "queries.routing.csv"),
     )
     assert evidence.adapters == NAMES and len(evidence.modules) == evidence.votes.shape[1]
-    for row, candidates, scores, effect in zip(
-        routing, evidence.candidates, evidence.scores, evidence.effect, strict=True
-    ):
+    assert len(set(evidence.base_score.tolist())) == 1  # one level for all queries
+    for row, scores, level in zip(routing, evidence.scores, evidence.base_score, strict=True):
         weights = np.array([float(row[name]) for name in (*NAMES, "base")])
-        assert weights.argmax() == candidates.argmax()
-        assert (candidates[:-1][np.isfinite(candidates[:-1])] >= scores[np.isfinite(candidates[:-1])]).all()
-        assert (np.isfinite(candidates[:-1]) == ~np.isnan(effect)).all()
+        expected = np.exp((np.array([*scores, level]) - max(*scores, level)) / Settings().temperature)
+        np.testing.assert_allclose(weights, expected / expected.sum(), atol=1e-4)  # three keep theirs: all
+
+
+def test_the_more_false_alarms_are_allowed_the_fewer_queries_stay_with_the_base_model(command):
+    levels, shares = [], []
+    for false_alarm in (0.01, 0.1, 0.5, 0.99):
+        _, out = command("proto_route", "--false_alarm", false_alarm, out=str(false_alarm))
+        assert json.loads((out / "run.json").read_text())["flags"]["false_alarm"] == false_alarm
+        levels.append(Evidence.load(out / "queries.evidence.safetensors").base_score[0])
+        shares.append([float(row["base"]) for row in read_table(out / "queries.routing.csv")])
+    assert (np.diff(levels) < 0).all()
+    assert (np.diff(shares, axis=0) <= 1e-6).all() and np.mean(shares[0]) > np.mean(shares[-1])
 
 
 def test_a_second_run_replaces_the_first(command):
     command("proto_route")
     _, out = command("base")
-    assert list((out / "variants").iterdir()) == []
+    assert variants_in(out) == []
     assert {path.name for path in out.iterdir()} == {
         "queries.csv", "queries.routing.csv", "report.html", "run.json", "variants",
     }  # fmt: skip
@@ -307,6 +326,10 @@ def test_adapters_of_two_bases_need_a_base_model(capsys, tmp_path, tiny_library)
         (["--max_seq_len", "x"], ["--max_seq_len", "whole number from 1 or none"]),
         (["--temperature", "0"], ["--temperature", "a number above 0", "'0'"]),
         (["--temperature", "nan"], ["--temperature", "a number above 0"]),
+        *(
+            (["--false_alarm", text], ["--false_alarm", "a number between 0 and 1", repr(text)])
+            for text in ("0", "1", "-0.1", "nan", "few")
+        ),
         (["--dtype", "int8"], ["auto", "float32", "bfloat16", "float16"]),
         (["--dtype", "bfloat"], ["did you mean bfloat16?"]),
         (["--device", "tpu"], ["auto", "cpu", "cuda"]),

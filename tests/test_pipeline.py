@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from helpers import variants_in
 from router.methods import load_method
 from router.settings import Settings
 from router.submission import Query
@@ -71,8 +72,8 @@ def test_the_decision_is_that_of_the_answers(method, base, adapters, tmp_path):
     weights, labels = found.routing.weights, found.clusters.labels
     assert weights.shape == (len(QUERIES), 4) and labels.shape == (len(QUERIES),)
     assert len(found.variants) == len(found.folders) == len(found.clusters.weights) == labels.max() + 1
-    written = [path.name for path in (tmp_path / "elsewhere" / "variants").iterdir()]
-    assert sorted(written) == sorted(filter(None, found.folders)) and not (tmp_path / "out").exists()
+    written = variants_in(tmp_path / "elsewhere")
+    assert written == sorted(filter(None, found.folders)) and not (tmp_path / "out").exists()
     for variant, folder in zip(found.variants, found.folders, strict=True):
         assert bool(variant.weights) == (folder is not None)
     evidence = found.routing.evidence

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from router.errors import InputError
 from router.library.duplicates import representatives
@@ -13,25 +12,23 @@ from router.model.passes import truncated
 from router.pipeline import Routed
 from router.result import Routing
 from router.routing.calibration import Calibration
-from router.routing.clusters import Array
 from router.routing.evidence import Evidence
 from router.routing.gate import PrototypeGate
 from router.routing.probe import probe
 from router.routing.prototypes import prototypes
-from router.routing.trial import trial
 from router.submission import Query
 
 
 class ProtoRoute(Routed):
-    """Routes by how strongly the base model's activations set each adapter's update free.
+    """Routes by how strongly the base model's activations align with each adapter's input subspace.
 
-    Adapters that are close are tried on the query: docs/method.md has the equations.
+    A query that stands out no more than generic text goes to the base model; docs/method.md has the
+    equations.
     """
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
-        """Prototypes, probe, gate, and trials of the shortlist; no labels, no training."""
+        """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""
         model, pad = self.base.model, self.tokenizer.pad_token_id
-        limit = self.max_seq_len or self.settings.max_seq_len
         with self.stages("prototypes"):
             protos = prototypes(self.adapters, str(model.device), model.dtype)
             present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
@@ -42,48 +39,37 @@ class ProtoRoute(Routed):
                     "module; was it trained? Leave it out of --adapters"
                 )
         with self.stages("calibrate"):
-            calibration = Calibration(self.base, limit)
+            calibration = Calibration(self.base, self.max_seq_len or self.settings.max_seq_len)
             means = calibration.means(list(protos))
             reference = calibration.responses(self.adapters, protos, means)
-            representative = representatives(self.adapters, reference)
+            representative = representatives(self.adapters, reference[..., 0])
             kept = np.unique(representative).tolist()
-            gate = PrototypeGate(self.settings.temperature, self.settings.top_k).fit(reference[:, kept])
+            gate = PrototypeGate(
+                self.settings.temperature, self.settings.top_k, self.settings.false_alarm
+            ).fit(reference[:, kept])
         with self.stages("probe"):
-            every = truncated(rows)
-            numbers = {row: n for n, row in enumerate(dict.fromkeys(map(tuple, every)))}
-            distinct = list(numbers)  # the same prompt is routed once
-            probed = probe(model, distinct, pad, protos, means, len(self.adapters))
-        responses, adapters = probed.responses[:, kept], [self.adapters[n] for n in kept]
+            every = list(map(tuple, truncated(rows)))
+            distinct = {
+                row: n for n, row in enumerate(dict.fromkeys(every))
+            }  # the same prompt is probed once
+            responses = probe(model, list(distinct), pad, protos, means, len(self.adapters))
+            own = responses if len(kept) == len(self.adapters) else responses[:, kept]
         with self.stages("gate"):
-            scores = gate.decision_function(responses)
-            shortlist = gate.shortlist(scores)
-        with self.stages("calibrate"):
-            gate.fit_trials(calibration.trials(adapters, shortlist))
-        with self.stages("trial"):
-            trials = trial(self.base, adapters, distinct, probed.last, shortlist)
-        with self.stages("gate"):
-            candidates = gate.candidate_scores(scores, trials)
+            scores = gate.decision_function(own)
+            candidates = gate.candidate_scores(scores)
             weights = np.zeros((len(distinct), len(self.adapters) + 1))
             weights[:, [*kept, -1]] = gate.weights(candidates)
-            standard = gate.standard_trials(trials)
             names = [adapter.name for adapter in self.adapters]
+            all_scores = np.full((len(distinct), len(names)), np.nan)
+            all_scores[:, kept] = scores
             evidence = Evidence(
                 names,
                 list(protos),
-                np.nanmean(probed.responses, 2),
-                self._spread(scores, kept),
-                self._spread(candidates, [*kept, -1], 1),
-                self._spread(standard.effect, kept),
-                self._spread(standard.confidence, kept),
-                standard.base_confidence.astype(np.float32),
-                gate.votes(responses, scores).astype(np.float32),
-                {names[n]: names[k] for n, k in enumerate(representative) if n != k},
+                responses=np.nanmean(responses[..., 0], 2),
+                scores=all_scores.astype(np.float32),
+                base_score=candidates[:, -1].astype(np.float32),
+                votes=gate.votes(own, scores).astype(np.float32),
+                duplicates={names[n]: names[k] for n, k in enumerate(representative) if n != k},
             )
-            place = np.array([numbers[tuple(row)] for row in every])
+            place = np.array([distinct[row] for row in every])
         return Routing(weights[place], evidence.rows(place))
-
-    def _spread(self, values: Array, columns: Sequence[int], more: int = 0) -> NDArray[np.float32]:
-        """Columns of the adapters that stand for themselves, among those of all; NaN for the others."""
-        out = np.full((len(values), len(self.adapters) + more), np.nan, dtype=np.float32)
-        out[:, columns] = values
-        return out

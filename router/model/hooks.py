@@ -49,17 +49,6 @@ def changing_outputs(model: Any, changes: Mapping[str, Change]) -> Iterator[None
             handle.remove()
 
 
-@contextmanager
-def head_inputs(model: Any) -> Iterator[list[Tensor]]:
-    """Collects what the output layer reads inside the block, (B, T, d) per pass."""
-    seen: list[Tensor] = []
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 def make_head_input_contiguous(model: Any) -> None:
     """Makes the output layer copy its input first, from now on.
 

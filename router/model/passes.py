@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from router.model.answer import by_length, pad_left
 from router.model.cache import tokens_at_once
-from router.model.hooks import head_inputs
 from router.progress import progress
 
 MAX_TOKENS = 128  # the most that routing reads of a prompt; docs/speed.md tells what more would change
@@ -22,8 +21,7 @@ MAX_TOKENS = 128  # the most that routing reads of a prompt; docs/speed.md tells
 def truncated(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """Truncates prompts for routing: keeps all of a short one, the first and the last tokens of a long one.
 
-    A prompt asks its question at one of its ends. What lies between is context, and reading it would cost
-    time for each adapter on the shortlist.
+    A prompt asks its question at one of its ends. What lies between is context.
 
     Example:
         >>> [ids] = truncated([list(range(1000))])
@@ -48,18 +46,10 @@ def batches(
                 bar.update(sum(lengths[n] for n in batch))
 
 
-class Last(NamedTuple):
-    """The state of a model at the last token of each prompt, before it answers."""
-
-    hidden: Tensor  # (B, d) what the output layer reads there
-    confidence: Tensor  # (B,) float32, log-probability in nats of the likeliest next token
-
-
-def forward(model: Any, ids: Tensor, mask: Tensor) -> Last:
-    """Runs the model on a left-padded batch, so that hooks can read it; returns its state at the end."""
+def forward(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Runs the model on a left-padded batch, so that hooks can read it; returns the next logits, (B, V)."""
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    with head_inputs(model) as seen:
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
-        ).logits  # (B, 1, V)
-    return Last(seen[-1][:, -1], logits[:, -1].float().log_softmax(-1).amax(-1))
+    logits: Tensor = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
+    ).logits  # (B, 1, V)
+    return logits[:, -1]

@@ -44,7 +44,6 @@ PLAN = "plan.json"
 PLANNED = ("proto_route", "base", "average")
 LIBRARIES = 530 * 2**20  # bytes of torch, transformers, peft, faiss and the others, once in use
 KERNELS = 200 * 2**20  # bytes of what torch compiles and keeps, and of activations, as seen on two cores
-TRIED = 2.0  # adapters on a query's shortlist; 1.5 to 2.4 were seen with the committed library
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class _Work:
         written: of each generation query's prompt and the longest answer that is allowed.
         chosen: of all choices together.
         answers: of each answer of an earlier run, or of assumed answers.
-        tried: how many adapters are on a query's shortlist, on average.
         batch_size: as in Settings.
     """
 
@@ -68,7 +66,6 @@ class _Work:
     written: list[int]
     chosen: int
     answers: NDArray[np.float64]
-    tried: float
     batch_size: int | None
 
 
@@ -97,7 +94,7 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     routed = name == "proto_route"
     assumed = min(MAX_VARIANTS, len(adapters) + 2) if routed else 1
     variants = settings.n_variants or earlier.get("n_variants") or assumed
-    work = _work(tokenizer, settings, queries, len(adapters), earlier)
+    work = _work(tokenizer, settings, queries, earlier)
     used = {} if name == "base" else adapters
     speed = measure(config, parameters(model), device, dtype, used, work.prompts)
     ways = {"likely": variants}
@@ -217,7 +214,7 @@ def _answer_lengths(tokenizer: Any, settings: Settings, queries: list[Query]) ->
 
 
 def _work(
-    tokenizer: Any, settings: Settings, queries: list[Query], adapters: int, earlier: dict[str, Any],
+    tokenizer: Any, settings: Settings, queries: list[Query], earlier: dict[str, Any]
 ) -> _Work:  # fmt: skip
     from router.model.passes import truncated
     from router.routing.calibration import generic_prompts
@@ -238,7 +235,6 @@ def _work(
         ],
         chosen=sum(map(len, _encode(tokenizer, choices))) if choices else 0,
         answers=np.array(lengths or np.geomspace(1, longest, 64)),
-        tried=min(adapters, earlier.get("tried") or TRIED),
         batch_size=settings.batch_size,
     )
 
@@ -251,13 +247,9 @@ def _seconds(
 
     found = {"load": 4.0}
     if routed:
-        asked = min(len(adapters), round(work.tried * len(work.truncated)))  # adapters that any query tries
         found["prototypes"] = speed.prototypes * len(adapters)
-        found["calibrate"] = sum(work.generic) * (speed.read + speed.probe) + asked * (
-            sum(work.generic[::4]) * speed.read_active + speed.swap
-        )
+        found["calibrate"] = sum(work.generic) * (speed.read + speed.probe)
         found["probe"] = sum(work.truncated) * speed.probe
-        found["trial"] = work.tried * sum(work.truncated) * speed.read_active + asked * speed.swap
     found["variants"] = variants * speed.swap / 2
     found["predict"] = sum(work.prompts) * speed.read_active + work.chosen * speed.write_row
     found["predict"] += variants * speed.swap / 2
@@ -297,8 +289,8 @@ def _memory(
             rank * folder.shapes[m][1] for folder in adapters.values() for m, rank in folder.ranks.items()
         )
         modules = len({module for folder in adapters.values() for module in folder.ranks})
-        held += 4 * modules * len(adapters) * 2 * len(work.truncated)
-        found["trial"] = found["probe"] = max(found["load"], held + own * size + KERNELS)
+        held += 4 * modules * len(adapters) * 2 * len(work.truncated)  # float32, two responses each
+        found["probe"] = max(found["load"], held + own * size + KERNELS)
     found["predict"] = max(found["load"], held + KERNELS + 2 * cache, held + KERNELS + logits)
     return {stage: value / 2**20 for stage, value in found.items()}
 

@@ -122,7 +122,7 @@ def _measure(
 
     def read(by: Any) -> None:
         for _, ids, mask in batches(by, rows, 0, None):
-            forward(by, ids, mask).confidence.sum().item()
+            forward(by, ids, mask).sum().item()
 
     tokens, short = sum(lengths), truncated(rows)
     with torch.inference_mode():

@@ -29,11 +29,9 @@ class Evidence:
         adapters: names, in the order of the columns.
         modules: names, in the order of the columns of `votes`.
         responses: (queries, adapters) mean response over modules, a cosine in [0, 1].
-        scores: (queries, adapters) calibrated, before trials, in standard deviations of generic text.
-        candidates: (queries, adapters + 1) scores after trials, the base model last; minus infinity for
-            an adapter that was out of the question.
-        effect, confidence: (queries, adapters) of trials, standardised; NaN for an adapter not tried.
-        base_confidence: (queries,) standardised.
+        scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for a duplicate
+            that another adapter represents.
+        base_score: (queries,) score of the base model, the level that a score has to exceed.
         votes: (queries, modules) the standardised response, at each module, of the adapter with the
             highest score; NaN where it has no prototype.
         duplicates: adapters that are another one in another size, with the representative of each.
@@ -43,12 +41,14 @@ class Evidence:
     modules: list[str]
     responses: Array
     scores: Array
-    candidates: Array
-    effect: Array
-    confidence: Array
-    base_confidence: Array
+    base_score: Array
     votes: Array
     duplicates: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def candidates(self) -> Array:
+        """(queries, adapters + 1) the scores of all candidates, the base model last."""
+        return np.column_stack([self.scores, self.base_score])
 
     @property
     def margin(self) -> Array:
@@ -60,11 +60,6 @@ class Evidence:
     def low_margin(self) -> NDArray[np.bool_]:
         """(queries,) where the margin is so low that another choice might be as good."""
         return self.margin < LOW_MARGIN
-
-    @property
-    def tried(self) -> NDArray[np.int64]:
-        """(queries,) how many adapters were tried."""
-        return np.asarray(np.isfinite(self.effect).sum(1))
 
     def rows(self, part: slice | NDArray[np.int64]) -> Evidence:
         """The evidence of some of the queries."""

@@ -70,7 +70,7 @@ vllm serve {quoted}{pinned} --dtype {dtype} --enable-lora \\
 
 ```
 -m {method} --seed {seed} --n_variants {n_variants} --variant_rank {variant_rank} \\
-  --temperature {temperature} --top_k {top_k} --device {device} --dtype {dtype}
+  --temperature {temperature} --false_alarm {false_alarm} --top_k {top_k} --device {device} --dtype {dtype}
 ```
 """
 EMBEDDED_NOTE = (
@@ -130,6 +130,7 @@ def card(
         variant_rank=settings.variant_rank or "exact",
         temperature=settings.temperature,
         top_k=settings.top_k,
+        false_alarm=settings.false_alarm,
         device=base.model.device.type,
     )
 

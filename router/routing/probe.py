@@ -1,15 +1,14 @@
 """One pass of the base model over prompts: how much each adapter responds to each prompt.
 
-Hooks on the target modules turn the input of every token into one number per adapter, and average these over
-the prompt's tokens. The only activation that is kept is the last token's final one. Padding does not count,
-and neither does the first token, an attention sink whose norm is tens of times that of other tokens. Knows no
-labels and no adapter's name.
+Hooks on the target modules turn the input of every token into one number per adapter and pool it over the
+prompt and over its end; no activation is kept. Padding is not counted, and neither is the first token, an
+attention sink whose norm is tens of times that of other tokens. Knows no labels and no adapter's name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.model.hooks import reading_inputs
-from router.model.passes import Last, batches, forward
+from router.model.passes import batches, forward
 from router.routing.prototypes import ModulePrototypes
+
+END = 2  # counted tokens that are the end of a prompt, just before the answer
 
 
 def counted_tokens(mask: Tensor) -> Tensor:
@@ -47,20 +48,6 @@ def input_means(
     return {name: (total / count).float() for name, total in totals.items()}
 
 
-def last_of(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> Last:
-    """The state of the model at the end of each prompt."""
-    ends: dict[int, tuple[Tensor, Tensor]] = {}
-    with torch.inference_mode():
-        for batch, ids, mask in batches(model, rows, pad_id, None):
-            ends.update(zip(batch, zip(*forward(model, ids, mask), strict=True), strict=True))
-    return _in_order(ends)
-
-
-def _in_order(ends: Mapping[int, tuple[Tensor, Tensor]]) -> Last:
-    hidden, confidence = zip(*(ends[n] for n in range(len(ends))), strict=True)
-    return Last(torch.stack(hidden), torch.stack(confidence))
-
-
 class _Inputs:
     """Centres the inputs of a batch's modules; one that several share (queries, keys, values) only once."""
 
@@ -76,13 +63,6 @@ class _Inputs:
         return self.seen[2]
 
 
-class Probed(NamedTuple):
-    """What one pass tells about prompts."""
-
-    responses: NDArray[np.float32]  # (prompts, adapters, modules); NaN where an adapter has no prototype
-    last: Last  # of the base model
-
-
 def probe(
     model: Any,
     rows: Sequence[Sequence[int]],
@@ -91,11 +71,12 @@ def probe(
     means: Mapping[str, Tensor],
     n_adapters: int,
     title: str = "probe",
-) -> Probed:
+) -> NDArray[np.float32]:
     """How strongly a prompt's activations align with an adapter's input subspace, module by module.
 
     The input of every counted token is centred with `means`. Its weighted cosine to a prototype is
-    `sqrt(sum_j w_j (v_j . x)^2) / norm(x)`, in [0, 1]. A prompt's response is the mean over its tokens.
+    `sqrt(sum_j w_j (v_j . x)^2) / norm(x)`, in [0, 1]. A prompt has two responses: the mean over all of its
+    counted tokens, and the mean over its end, the last END of them.
 
     Args:
         model: the base model.
@@ -103,24 +84,28 @@ def probe(
         prototypes: by module; the order of modules is that of the mapping.
         means: what to centre with, by module, (d_in,).
         n_adapters: the number of adapters in the library.
+
+    Returns:
+        Responses, (prompts, adapters, modules, 2): of the whole prompt and of its end. NaN where an adapter
+        has no prototype.
     """
     names = list(prototypes)
     place = {name: m for m, name in enumerate(names)}
     columns = {name: torch.arange(len(p.owners), device=p.owners.device) for name, p in prototypes.items()}
-    out = np.full((len(rows), n_adapters, len(names)), np.nan, dtype=np.float32)
-    ends: dict[int, tuple[Tensor, Tensor]] = {}
+    out = np.full((len(rows), n_adapters, len(names), 2), np.nan, dtype=np.float32)
     with torch.inference_mode():
         for batch, ids, mask in batches(model, rows, pad_id, title):
             counted = counted_tokens(mask)
-            prompt = counted.nonzero()[:, 0]  # (T',) which prompt of the batch a token is in
-            average = (prompt == torch.arange(len(batch), device=ids.device)[:, None]).float()  # (B, T')
-            average /= counted.sum(1, keepdim=True)
+            views = _averages(counted)  # (2, B, T')
             inputs = _Inputs(counted)
 
             def visit(
-                name: str, x: Tensor, average: Tensor = average, inputs: _Inputs = inputs,
+                name: str,
+                x: Tensor,
+                views: Tensor = views,
+                inputs: _Inputs = inputs,
                 batch: list[int] = batch,
-            ) -> None:  # fmt: skip
+            ) -> None:
                 proto = prototypes[name]
                 x, size = inputs.centred(x, means[name])  # (T', d_in), (T', 1)
                 along = (x.to(proto.directions.dtype) @ proto.directions).float()  # (T', K)
@@ -128,12 +113,20 @@ def probe(
                 own = along.new_zeros(along.shape[1], n_adapters)  # (K, adapters)
                 own[columns[name], proto.owners] = proto.weights
                 cosine = (along.square() @ own / size).sqrt()  # (T', adapters)
-                out[batch, :, place[name]] = (average @ cosine).cpu().numpy()
+                out[batch, :, place[name]] = (views @ cosine).permute(1, 2, 0).cpu().numpy()
 
             with reading_inputs(model, names, visit):
-                last = forward(model, ids, mask)
-            ends.update(zip(batch, zip(*last, strict=True), strict=True))
+                forward(model, ids, mask)
     for name, m in place.items():
         absent = np.setdiff1d(np.arange(n_adapters), prototypes[name].owners.cpu().numpy())
         out[:, absent, m] = np.nan
-    return Probed(out, _in_order(ends))
+    return out
+
+
+def _averages(counted: Tensor) -> Tensor:
+    """The weight of each counted token in the two responses of each prompt, (2, B, T')."""
+    prompt = counted.nonzero()[:, 0]  # (T',) which prompt of the batch a token is in
+    mine = prompt == torch.arange(len(counted), device=counted.device)[:, None]  # (B, T')
+    left = counted.flip(1).cumsum(1).flip(1)[counted]  # (T',) 1 for a prompt's last counted token
+    views = torch.stack([mine, mine & (left <= END)]).float()
+    return views / views.sum(2, keepdim=True)

@@ -7,6 +7,8 @@ to answer.
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,10 @@ from merge.folders import CONFIG_FILE, write_adapter
 from router.library.adapters import Adapter
 from router.model.base import Base
 from router.routing.clusters import Array
+
+VARIANTS = "variants"  # the folder of variants in an output folder
+MARKER = ".proto-route"  # a file in it, without which it is somebody else's
+log = logging.getLogger(__name__)
 
 NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
 
@@ -105,6 +111,31 @@ def write_variant(
     """Materialises a variant as a PEFT folder in the base model's dtype; returns its rank."""
     updates = complete(materialise(variant, adapters, rank), shapes)
     return write_adapter(path, updates, base.name, base.revision, base.model.dtype)
+
+
+def variants_are_ours(output: Path) -> bool:
+    """Whether `variants` in an output folder is missing, empty, or was written by an earlier run."""
+    final = output / VARIANTS
+    if final.is_symlink() or not final.is_dir():
+        return not (final.is_symlink() or final.exists())
+    return (final / MARKER).is_file() or not any(final.iterdir())
+
+
+def replace_variants(work: Path, output: Path) -> None:
+    """Moves a folder of variants to `variants` in the output folder, in place of those of an earlier run.
+
+    Answers are worth more than their variants, so one that cannot be moved is a warning.
+    """
+    final = output / VARIANTS
+    try:
+        if not variants_are_ours(output):
+            raise FileExistsError(f"{final} was not written by this program")
+        shutil.rmtree(final, ignore_errors=True)
+        (work / MARKER).touch()
+        work.chmod(0o755)
+        work.rename(final)
+    except OSError as error:
+        log.warning("%s: the variants could not be kept: %s", final, error)
 
 
 class Hotswap:

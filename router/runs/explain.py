@@ -1,7 +1,7 @@
 """Explains one query of a finished run: `proto-route explain output 7`.
 
-Tells from the run's files how strongly each adapter responded, what the trial changed, which variant
-answered, and why. Only `--answers` loads a model.
+Tells from the run's files how strongly each adapter responded, how that compares with generic text, which
+variant answered, and why. Only `--answers` loads a model.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ BAR = 20  # characters of the longest bar
 Rows = list[dict[str, Any]]
 THIRDS = ("first third of the layers", "middle third", "last third")
 LEGEND = """response: mean cosine to the prototype; score: calibrated response, in standard deviations of
-generic text (a duplicate has none); confidence, effect: of the trial; after: score after the trial;
-weight: softmax of these scores"""
+generic text (a duplicate has none), of the base model the level that an adapter has to exceed;
+weight: softmax of the scores"""
 
 
 def explain(folder: Path, name: str, answers: bool = False) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def explain(folder: Path, name: str, answers: bool = False) -> dict[str, Any]:
         "method": run.record["method"],
         "file": stem,
         "id": file.ids[n],
-        "summary": _summary(candidates, variant) if variant else "the method writes no routing table",
+        "summary": _summary(run, candidates, variant) if variant else "the method writes no routing table",
         "query": asdict(query) if query else None,
         "answer": file.predictions[n],
         "base_answer": _base_answer(run, query) if answers else None,
@@ -89,11 +89,7 @@ def _candidates(file: QueryFile, n: int) -> Rows:
         columns |= {
             "response": [*_numbers(e.responses[n]), None],
             "rank": [*(1 + (-e.responses[n]).argsort().argsort()).tolist(), None],
-            "score": [*_numbers(e.scores[n]), None],
-            "tried": [*np.isfinite(e.effect[n]).tolist(), None],
-            "confidence": _numbers([*e.confidence[n], e.base_confidence[n]]),
-            "effect": [*_numbers(e.effect[n]), None],
-            "after": _numbers(e.candidates[n]),
+            "score": _numbers(e.candidates[n]),
         }
     columns["weight"] = file.weights[n].tolist()
     order = [*np.argsort(-level, kind="stable").tolist(), -1]
@@ -105,7 +101,7 @@ def _numbers(values: Iterable[Any]) -> list[float | None]:
 
 
 def _votes(e: Evidence, n: int) -> dict[str, Any]:
-    """Mean votes for the adapter with the highest score before trials; a run keeps no others."""
+    """Mean votes for the adapter with the highest score; a run keeps no others."""
     depths = {name: int(found[1]) for name in e.modules if (found := re.search(r"\.(\d+)\.", name))}
     kinds: dict[str, list[float]] = {}
     thirds: dict[int, list[float]] = {}
@@ -124,7 +120,7 @@ def called(name: str | None) -> str:
     return {BASE_COLUMN: "the base model", None: "no single one"}.get(name, str(name))
 
 
-def _summary(candidates: Rows, variant: dict[str, Any]) -> str:
+def _summary(run: Run, candidates: Rows, variant: dict[str, Any]) -> str:
     """Which candidate is the top one, and why, in one sentence."""
     top, mix = max(candidates, key=lambda c: c["weight"]), variant["weights"]
     share = f"{top['weight']:.2f} of the weight"
@@ -135,30 +131,26 @@ def _summary(candidates: Rows, variant: dict[str, Any]) -> str:
         return f"{told}, averaged over tokens, since the adapters are mixed anew for each token"
     mixed = max(mix, key=lambda name: mix[name])
     other = [f"but {called(mixed)} has more in the variant that answered"] if mixed != top["name"] else []
-    return "; ".join([told, *(_reasons(candidates, top) if "score" in top else ()), *other])
+    reasons = _reasons(candidates, top, run.record["flags"]["false_alarm"]) if "score" in top else ()
+    return "; ".join([told, *reasons, *other])
 
 
-def _reasons(candidates: Rows, top: dict[str, Any]) -> Iterator[str]:
-    """Whether its margin is low, and what calibration and the trial changed."""
+def _reasons(candidates: Rows, top: dict[str, Any], false_alarm: float) -> Iterator[str]:
+    """Its score beside the level, whether its margin is low, and what calibration changed."""
     *adapters, base = candidates
-    tried = sorted((c for c in adapters if c["tried"]), key=lambda c: -c["after"])
-    others = [c["name"] for c in tried if c is not top]
-    after = sorted((c["after"] for c in candidates if c["after"] is not None), reverse=True)
-    if len(after) > 1 and (margin := after[0] - after[1]) < LOW_MARGIN:
-        yield f"its margin is low: the next is only {margin:.2f} standard deviations behind"
+    first, second = sorted((c for c in candidates if c["score"] is not None), key=lambda c: -c["score"])[:2]
+    level = f"{base['score']:.2f}"
+    often = f"the level that generic text exceeds {100 * false_alarm:g} % of the time"
+    if top is base:
+        yield f"no adapter scores above {level}, {often}"
+        yield f"the nearest is {adapters[0]['name']} at {adapters[0]['score']:.2f}"
+    else:
+        yield f"it scores {top['score']:.2f} standard deviations above generic text"
+        yield f"{often} is {level}"
+    if (margin := first["score"] - second["score"]) < LOW_MARGIN:
+        yield f"its margin is low: {called(second['name'])} is only {margin:.2f} behind"
     read = min(adapters, key=lambda c: c["rank"])
     yield f"{'it' if read is top else read['name']} had the strongest response before calibration"
-    if top is base and tried:
-        name, after = tried[0]["name"], tried[0]["after"]
-        yield f"after the trial {name} scores {after:.2f}, below the base model's {base['after']:.2f}"
-    elif top is base:
-        yield "no adapter came close enough to be tried"
-    elif top is not adapters[0]:
-        yield f"the trial put it above {adapters[0]['name']}, which had the higher score"
-    else:
-        yield (
-            f"the trial confirmed it over {others[0]}" if others else "no other adapter was on the shortlist"
-        )
 
 
 def _base_answer(run: Run, query: Query | None) -> str:
@@ -209,8 +201,6 @@ def _table(rows: Rows) -> Table:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
@@ -230,7 +220,7 @@ def show(story: Mapping[str, Any], console: Console) -> None:
         *adapters, base = story["candidates"]
         also = [c for c in adapters[NEAREST:] if c["weight"] >= 0.005 or c.get("rank") == 1]
         rows = [*adapters[:NEAREST], *also, base]
-        why = LEGEND if votes else "The run kept no evidence, so there are no scores, trials or votes."
+        why = LEGEND if votes else "The run kept no evidence, so there are no scores or votes."
         section(console, f"Nearest {len(rows) - 1} of {len(adapters)} adapters", rows, why)
         shares = sorted(variant["weights"].items(), key=lambda share: -share[1])
         mix = ", ".join(f"{called(name)} {weight:.3f}" for name, weight in shares if weight >= 0.005)

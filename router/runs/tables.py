@@ -201,8 +201,8 @@ def figures_table(decisions: dict[Any, Decision]) -> pd.DataFrame:
 def loss_curve(decision: Decision, seed: int = 0) -> pd.DataFrame:
     """Mean and worst loss of the decision's weights by number of variants."""
     distinct = len(np.unique(decision.weights.round(6), axis=0))
-    tried = ((k, losses(decision.weights, cluster(decision.weights, k, seed))) for k in KS if k <= distinct)
-    rows = {k: {"mean": lost.mean(), "worst": lost.max()} for k, lost in tried}
+    lost = {k: losses(decision.weights, cluster(decision.weights, k, seed)) for k in KS if k <= distinct}
+    rows = {k: {"mean": each.mean(), "worst": each.max()} for k, each in lost.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variants")
 
 

@@ -1,8 +1,7 @@
 """What each choice of the gate is worth: `python -m scripts.docs.ablate > docs/ablations.md`.
 
-The labelled queries are measured anew for the rows that change what is measured. The adapters that come near
-the best are tried once, and the other rows are settings of the package's own gate. Reads labels, so nothing
-that routes may import it.
+The labelled queries are measured anew for the rows that change what is measured. The other rows are settings
+of the package's own gate. Reads labels, so nothing that routes may import it.
 """
 
 from __future__ import annotations
@@ -22,22 +21,28 @@ from router.library.adapters import Adapter, load_library
 from router.model.answer import encode
 from router.model.base import EMBEDDED, Base, load_base
 from router.model.passes import truncated
-from router.routing.calibration import EVERY, Calibration
-from router.routing.gate import PrototypeGate, Trials
-from router.routing.probe import last_of, probe
+from router.routing.calibration import Calibration
+from router.routing.gate import PrototypeGate
+from router.routing.probe import probe
 from router.routing.prototypes import ModulePrototypes, prototypes
-from router.routing.trial import trial
 from scripts.bench.markdown import header, row
 from scripts.bench.score import labelled, routed
 
 Array = NDArray[np.float64]
 SETS = ("eval", "eval_unseen")
+END_WEIGHTS = (0.0, 0.5, 1.0)
+FALSE_ALARMS = (0.05, 0.1, 0.2)
+END = "the end of a prompt counts {:g} times its whole"
+SETTINGS: dict[str, dict[str, Any]] = {  # of the gate, by the title of their row
+    "**as it is**": {},
+    **{f"at most {share:.0%} false alarms": {"false_alarm": share} for share in FALSE_ALARMS},
+    **{END.format(weight): {"end_weight": weight} for weight in END_WEIGHTS},
+}
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "first direction": lambda share: (share == share.max()).float(),
     "equal": torch.ones_like,
     "S^2": torch.square,
 }
-FAR = 3.0  # how far behind the best an adapter is tried here, for the rows with another reach
 
 
 def reweighted(proto: ModulePrototypes, rule: Callable[[Tensor], Tensor]) -> ModulePrototypes:
@@ -51,13 +56,13 @@ def reweighted(proto: ModulePrototypes, rule: Callable[[Tensor], Tensor]) -> Mod
 
 
 def measure(base: Base, adapters: list[Adapter], rows: list[list[int]]) -> tuple[dict[str, Any], list[str]]:
-    """Responses, (prompts, adapters, modules), as they are and otherwise; and the modules."""
+    """Responses, (prompts, adapters, modules, 2), as they are and otherwise; and the modules."""
     protos = prototypes(adapters, str(base.model.device), base.model.dtype)
     means = Calibration(base).means(list(protos))
 
     def responses(protos: dict[str, ModulePrototypes], means: dict[str, Tensor], title: str) -> Any:
         pad = base.tokenizer.pad_token_id
-        return probe(base.model, rows, pad, protos, means, len(adapters), title).responses
+        return probe(base.model, rows, pad, protos, means, len(adapters), title)
 
     found = {"**as it is**": responses(protos, means, "as it is")}
     nothing = {module: torch.zeros_like(mean) for module, mean in means.items()}
@@ -68,24 +73,14 @@ def measure(base: Base, adapters: list[Adapter], rows: list[list[int]]) -> tuple
     return found, list(protos)
 
 
-def scores(responses: Any, reference: Any) -> Array:
-    """The gate's scores, (prompts, adapters)."""
-    return PrototypeGate().fit(reference).decision_function(responses)
+def scores(responses: Any, reference: Any, **settings: Any) -> Array:
+    """The scores of a gate with other settings, (prompts, adapters)."""
+    return PrototypeGate(**settings).fit(reference).decision_function(responses)
 
 
-def choices(
-    responses: Any, reference: Any, trials: Trials, known: Trials, **settings: Any
-) -> NDArray[np.int64]:
-    """The candidates that a gate with other settings chooses, (prompts,).
-
-    Args:
-        trials: of more adapters than are on any shortlist.
-        known: on generic text.
-    """
-    gate = PrototypeGate(**settings).fit(reference).fit_trials(known)
-    out = ~gate.shortlist(gate.decision_function(responses))
-    effect, confidence = (np.where(out, np.nan, values) for values in trials[:2])
-    return gate.predict(responses, Trials(effect, confidence, trials.base_confidence))
+def choices(responses: Any, reference: Any, **settings: Any) -> NDArray[np.int64]:
+    """The candidates that a gate with other settings chooses, (prompts,); the last is the base model."""
+    return PrototypeGate(**settings).fit(reference).predict(responses)
 
 
 def main() -> None:
@@ -118,17 +113,19 @@ The first two columns have the routing accuracy on `data/eval` (own phrasing) an
 phrasings), over the queries that have an adapter. The last column has the share of queries without an adapter
 that go to the base model, where it is a candidate. {n} adapters, {generic} generic prompts. Made by
 `python -m scripts.docs.ablate`.""")
-    head("Scores, among the adapters, without trials")
+    head("Scores, among the adapters")
     for title, responses in measured.items():
         told(title, scores(responses[generic:], responses[:generic]).argmax(1))
     reference, responses = np.split(measured["**as it is**"], [generic])
-    plain = scores(responses, reference)
-    told("no calibration: largest mean cosine", np.nanmean(responses, 2).argmax(1))
+    for weight in END_WEIGHTS:
+        told(END.format(weight), scores(responses, reference, end_weight=weight).argmax(1))
+    told("no calibration: largest mean cosine", np.nanmean(responses[..., 0], 2).argmax(1))
     depth = np.array([int(module.split(".")[2]) for module in modules])
     for share, what in ((1 / 3, "first third"), (2 / 3, "first two thirds")):
         some = depth < share * (depth.max() + 1)
-        told(f"only the {what} of the layers", scores(responses[..., some], reference[..., some]).argmax(1))
-    for count in (16, 64, 128):
+        found = scores(responses[:, :, some], reference[:, :, some])
+        told(f"only the {what} of the layers", found.argmax(1))
+    for count in (20, 40, 80):
         fewer = reference[:: generic // count][:count]
         told(f"{count} generic prompts", scores(responses, fewer).argmax(1))
     told("calibrated against the queries themselves", scores(responses, responses).argmax(1))
@@ -136,28 +133,9 @@ that go to the base model, where it is a candidate. {n} adapters, {generic} gene
     skewed = np.concatenate([responses[mine], responses[~mine][::20]])
     told("the same, when most queries are from one task", scores(responses, skewed).argmax(1))
 
-    head("Trials, and the base model as a candidate")
-    near = plain > plain.max(1, keepdims=True) - FAR
-    known = calibration.trials(adapters, near)
-    trials = trial(base, adapters, rows, last_of(base.model, rows, base.tokenizer.pad_token_id), near)
-    untried = PrototypeGate().fit(reference)
-    told("no trials, the base model at the level of chance", untried.predict(responses))
-    settings: dict[str, dict[str, Any]] = {
-        "**as it is**": {},
-        **{f"adapters up to {reach:g} behind are tried": {"reach": reach} for reach in (1.0, 2.0, FAR)},
-        "only the best is tried": {"max_shortlist": 1},
-        "at most two are tried": {"max_shortlist": 2},
-        "all within reach are tried": {"max_shortlist": n},
-        **{f"{c:.0%} chance to reach the base model's score": {"chance": c} for c in (0.05, 0.25, 0.75)},
-    }
-    for title, changed in settings.items():
-        told(title, choices(responses, reference, trials, known, **changed))
-    for every in (2, 4):
-        some_known = Trials(*(part[::every] for part in known))
-        told(
-            f"trials calibrated on {generic // EVERY // every} generic prompts",
-            choices(responses, reference, trials, some_known),
-        )
+    head("The base model as a candidate")
+    for title, changed in SETTINGS.items():
+        told(title, choices(responses, reference, **changed))
 
 
 if __name__ == "__main__":

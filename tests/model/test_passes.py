@@ -1,8 +1,11 @@
-"""What routing reads of a prompt: short ones whole, the two ends of long ones."""
+"""What routing reads of a prompt, short ones whole and the two ends of long ones, and a pass over it."""
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from router.model.passes import MAX_TOKENS, truncated
+from router.model.answer import pad_left
+from router.model.passes import MAX_TOKENS, forward, truncated
 
 
 @pytest.mark.parametrize("length", [1, 2, MAX_TOKENS - 1, MAX_TOKENS])
@@ -14,3 +17,13 @@ def test_a_short_prompt_is_read_whole(length):
 def test_of_a_long_prompt_both_ends_are_read(length):
     half = MAX_TOKENS // 2
     assert truncated([[7], list(range(length))]) == [[7], [*range(half), *range(length - half, length)]]
+
+
+def test_a_pass_over_a_padded_batch_ends_where_a_plain_model_ends_on_each_prompt_alone(tiny_base):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    rows = [[7], [5, 60, 7, 91, 12], [200, 33, 4]]
+    with torch.no_grad():
+        found = forward(model, *pad_left(rows, 0, "cpu"))
+        expected = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows])
+    assert found.shape == (3, model.config.vocab_size)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

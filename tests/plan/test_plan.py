@@ -26,7 +26,7 @@ def test_a_plan_tells_of_adapters_queries_and_stages(capsys, command, tiny_base,
         "attention": (4, 8), "everything": (2, 14), "mlp": (6, 6),
     }  # fmt: skip
     assert list(found["adapters"]) == NAMES and found["download"] == {"adapters": [], "base": []}
-    stages = ["load", "prototypes", "calibrate", "probe", "trial", "variants", "predict"]
+    stages = ["load", "prototypes", "calibrate", "probe", "variants", "predict"]
     assert list(found["seconds"]) == stages and all(value >= 0 for value in found["seconds"].values())
     low, likely, high = found["total_seconds"]
     assert low <= likely <= high and likely == pytest.approx(sum(found["seconds"].values()), abs=0.5)
@@ -48,6 +48,9 @@ def test_a_run_keeps_its_plan_beside_what_it_took(capsys, command):
     assert "plan" not in json.loads((out / "run.json").read_text())
     planned(capsys, command)
     command("proto_route", "--temperature", 2.0)  # another run: the plan was not made for it
+    assert "plan" not in json.loads((out / "run.json").read_text())
+    planned(capsys, command)
+    command("proto_route", "--false_alarm", 0.2)
     assert "plan" not in json.loads((out / "run.json").read_text())
 
 

@@ -8,16 +8,17 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from helpers import write_tiny_adapter
+from helpers import ROOT, read_table, write_tiny_adapter
 from router.library.adapters import load_library
-from router.model.answer import encode
+from router.model.answer import encode, pad_left
 from router.model.base import load_base
-from router.routing.calibration import EVERY, Calibration
-from router.routing.probe import input_means, last_of, probe
+from router.model.passes import forward
+from router.routing.calibration import Calibration, generic_prompts
+from router.routing.probe import input_means, probe
 from router.routing.prototypes import prototypes
-from router.routing.trial import trial
 
 TEXTS = [f"{'word ' * n}{n}: is it so?" for n in range(1, 13)]
+SHIPPED = generic_prompts()
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +35,8 @@ def measured(base, adapters, limit=None):
     protos = prototypes(adapters)
     means = calibration.means(list(protos))
     responses = calibration.responses(adapters, protos, means)
-    trials = calibration.trials(adapters, np.ones((1, len(adapters)), dtype=bool))
     means = {module: mean.numpy() for module, mean in means.items()}
-    return means | {"responses": responses} | trials._asdict()
+    return means | {"responses": responses}
 
 
 def fresh(base, adapters, limit=None):
@@ -44,11 +44,9 @@ def fresh(base, adapters, limit=None):
     rows = encode(base.tokenizer, TEXTS, limit)
     modules = sorted({module for adapter in adapters for module in adapter.folder.shapes})
     means, protos = input_means(base.model, rows, 0, modules), prototypes(adapters)
-    responses = probe(base.model, rows, 0, {m: protos[m] for m in modules}, means, len(adapters)).responses
-    last = last_of(base.model, rows[::EVERY], 0)
-    trials = trial(base, adapters, rows[::EVERY], last, np.ones((len(rows[::EVERY]), len(adapters)), bool))
+    responses = probe(base.model, rows, 0, {m: protos[m] for m in modules}, means, len(adapters))
     means = {module: mean.numpy() for module, mean in means.items()}
-    return means | {"responses": responses} | trials._asdict()
+    return means | {"responses": responses}
 
 
 def assert_close(found, expected):
@@ -65,9 +63,9 @@ def bytes_of(found):
 def test_it_is_what_a_fresh_measurement_is_cold_or_warm(base, adapters, limit):
     expected = fresh(base, adapters, limit)
     assert_close(measured(base, adapters, limit), expected)
-    warm = measured(base, adapters[::-1], limit)
-    for name in ("responses", "effect", "confidence"):  # each adapter's own, wherever it stands
-        np.testing.assert_allclose(warm[name][:, ::-1], expected[name], rtol=1e-4, atol=1e-6)
+    assert expected["responses"].shape == (len(TEXTS), len(adapters), 14, 2)
+    warm = measured(base, adapters[::-1], limit)  # each adapter's own, wherever it stands
+    np.testing.assert_allclose(warm["responses"][:, ::-1], expected["responses"], rtol=1e-4, atol=1e-6)
 
 
 def test_the_second_use_asks_the_model_nothing_and_gives_the_same_bytes(base, adapters, monkeypatch):
@@ -86,32 +84,23 @@ def test_a_new_adapter_costs_nothing_of_the_others(base, adapters, tiny_library,
         (adapter.folder.path / "adapter_model.safetensors").write_bytes(b"gone")
     new = load_library([str(write_tiny_adapter(tmp_path / "new", 9))])
     found = measured(base, [*adapters[:1], *new, *adapters[1:]])
-    for name in ("responses", "effect", "confidence"):
-        np.testing.assert_array_equal(found[name][:, [0, 2, 3]], first[name])
-        np.testing.assert_allclose(found[name][:, [1]], fresh(base, new)[name], rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(found["responses"][:, [0, 2, 3]], first["responses"])
+    expected = fresh(base, new)["responses"]
+    np.testing.assert_allclose(found["responses"][:, [1]], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_on_no_shortlist_is_not_tried(base, adapters):
-    shortlist = np.array([[True, False, False], [False, False, True]])
-    found = Calibration(base).trials(adapters, shortlist)
-    for values in (found.effect, found.confidence):
-        np.testing.assert_array_equal(np.isnan(values).any(0), [False, True, False])
-        np.testing.assert_array_equal(np.isnan(values).all(0), [False, True, False])
-
-
-def test_the_same_weights_at_another_size_are_tried_anew(base, tmp_path):
-    small, large = (
-        load_library([str(write_tiny_adapter(tmp_path / f"{alpha}", 1, 4, alpha=alpha))]) for alpha in (1, 16)
-    )
-    assert small[0].sha256 == large[0].sha256
-    tried = measured(base, small)["effect"]
-    found = measured(base, large)["effect"]
-    np.testing.assert_allclose(found, fresh(base, large)["effect"], rtol=1e-4)
-    assert (found > 1.1 * tried).any()
+def test_an_adapter_without_modules_of_another_is_nan_there(base, adapters):
+    found, modules = measured(base, adapters)["responses"], list(prototypes(adapters))
+    for _ in range(2):  # measured, and as it is kept
+        for n, adapter in enumerate(adapters):
+            absent = np.array([module not in adapter.folder.shapes for module in modules])
+            np.testing.assert_array_equal(np.isnan(found[:, n]).all((0, 2)), absent)
+            np.testing.assert_array_equal(np.isnan(found[:, n]).any((0, 2)), absent)
+        found = measured(base, adapters)["responses"]
 
 
 @pytest.mark.parametrize("keep", [0, 7, 0.5])
-@pytest.mark.parametrize("name", ["means", "base", "*.responses", "*.trials"])
+@pytest.mark.parametrize("name", ["means", "*.responses"])
 def test_a_broken_file_is_measured_again(base, adapters, cache, name, keep):
     first = measured(base, adapters)
     files = list(cache.glob(f"calibration/*/{name}.safetensors"))
@@ -151,6 +140,18 @@ def test_the_same_weights_under_another_config_or_tokenizer_share_nothing(tiny_b
     shutil.copytree(tiny_base, tmp_path / "other")
     change(tmp_path / "other")
     other = load_base(str(tmp_path / "other"), "cpu", "float32")
-    ours, theirs = ((b.model, encode(b.tokenizer, TEXTS)) for b in (base, other))
-    assert not torch.equal(last_of(*ours, 0).confidence, last_of(*theirs, 0).confidence)
+    ours, theirs = (forward(b.model, *pad_left(encode(b.tokenizer, TEXTS), 0, "cpu")) for b in (base, other))
+    assert not torch.equal(ours, theirs)
     assert Calibration(other).folder != Calibration(base).folder
+
+
+def test_the_shipped_texts_are_different_prompts_and_no_query_of_ours():
+    assert len(SHIPPED) == len(set(SHIPPED)) == 160
+    assert all(text.strip() for text in SHIPPED)
+    known = {
+        row["input"]
+        for folder in ("eval", "eval_unseen")
+        for path in (ROOT / "data" / folder).glob("*.csv")
+        for row in read_table(path)
+    } | {row["input"] for row in read_table(ROOT / "data" / "test.csv")}
+    assert known and not known & set(SHIPPED)

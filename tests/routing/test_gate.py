@@ -1,21 +1,288 @@
+"""The gate against a reading of its docstring by plain loops, and what it promises on text of known law."""
+
+import math
+
 import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
 
-from router.routing.gate import PrototypeGate, Trials
+from router.routing.gate import TAIL, PrototypeGate, level
 from router.settings import Settings
 
 RNG = np.random.default_rng(3)
-GENERIC = RNG.lognormal(-2.0, 0.2, (200, 6, 10))  # (queries, adapters, modules)
+GENERIC = RNG.lognormal(-2.0, 0.2, (200, 6, 10, 2))  # (queries, adapters, modules, views)
 
 
 def queries(adapter, rise=1.0, n=20, seed=4):
     """Responses like generic text, but for one adapter whose modules respond more strongly."""
-    X = np.random.default_rng(seed).lognormal(-2.0, 0.2, (n, 6, 10))
+    X = np.random.default_rng(seed).lognormal(-2.0, 0.2, (n, 6, 10, 2))
     X[:, adapter] *= np.exp(rise)
     return X
+
+
+def library(n, seed=0, modules=6, common=(0, 0.6)):
+    """A law of responses to generic text, and its own way to draw from it: (queries, n, modules, 2).
+
+    Every adapter and module has a size and a spread of its own. They correlate by a factor of all adapters,
+    with loadings in the range `common`, one of each adapter, and one of each module that both views share.
+    """
+    rng = np.random.default_rng(seed)
+    mean, spread = rng.normal(-2, 0.5, (n, modules, 1)), rng.uniform(0.05, 0.3, (n, modules, 1))
+    part = rng.uniform(*common, (n, modules, 1))
+
+    def draw(count, seed):
+        rng = np.random.default_rng([n, seed])
+        of_all = rng.normal(size=(count, 1, modules, 1))
+        of_adapter = rng.normal(size=(count, n, 1, 1))
+        of_module = rng.normal(size=(count, n, modules, 1))
+        own = rng.normal(size=(count, n, modules, 2))
+        z = part * of_all + np.sqrt(1 - part**2) * (0.5 * of_adapter + 0.6 * of_module + 0.62 * own)
+        return np.exp(mean + spread * z)
+
+    return draw
+
+
+# The docstring once more: one number after the other, the factor model by eigenvectors and a linear solver.
+
+
+def loadings_of(z):
+    """Principal axes until nothing changes: (queries, adapters) standardised -> (adapters,)."""
+    correlation = np.array([
+        [max(0.0, sum(a * b for a, b in zip(one, other, strict=True)) / (len(z) - 1)) for other in z.T]
+        for one in z.T
+    ])  # fmt: skip
+    found, before = np.full(z.shape[1], math.sqrt(0.5)), np.zeros(z.shape[1])
+    while np.abs(found - before).max() > 1e-13:
+        before = found
+        np.fill_diagonal(correlation, found**2)
+        values, vectors = np.linalg.eigh(correlation)
+        found = np.minimum(0.97, math.sqrt(values[-1]) * np.abs(vectors[:, -1]))
+    return found
+
+
+def votes_by_loops(reference, X, end_weight):
+    """Standardised responses less what is common, of the reference and of X, (queries, adapters, modules)."""
+    both = [np.full(part.shape[:3], np.nan) for part in (reference, X)]
+    for m in range(reference.shape[2]):
+        there = [i for i in range(reference.shape[1]) if not math.isnan(reference[0, i, m, 0])]
+        if not there:
+            continue
+        own = [np.zeros((len(part), len(there), 2)) for part in (reference, X)]
+        for v in range(2):
+            logs = [
+                np.array([[math.log(part[q, i, m, v]) for i in there] for q in range(len(part))])
+                for part in (reference, X)
+            ]
+            mean = logs[0].sum(0) / len(reference)
+            std = np.sqrt(((logs[0] - mean) ** 2).sum(0) / (len(reference) - 1))
+            zs = [(part - mean) / std for part in logs]
+            share = loadings_of(zs[0])
+            model = np.outer(share, share) + np.diag(1 - share**2)  # of generic text
+            for k, z in enumerate(zs):
+                for q, one in enumerate(z):
+                    factor = share @ np.linalg.solve(model, one)  # the regression of f on z
+                    own[k][q, :, v] = one - share * factor
+        for k in range(2):
+            both[k][:, there, m] = (own[k][..., 0] + end_weight * own[k][..., 1]) / (1 + end_weight)
+    return both
+
+
+def scores_by_loops(reference, X, end_weight=0.5):
+    known, found = (
+        np.array([[np.mean(row[~np.isnan(row)]) for row in query] for query in votes])
+        for votes in votes_by_loops(reference, X, end_weight)
+    )
+    return (found - known.mean(0)) / known.std(0, ddof=1)
+
+
+def with_gaps(X):
+    """The first adapter only at two modules, the second not at the first, and nobody else at the last."""
+    X = X.copy()
+    X[:, 0, 2:] = np.nan
+    X[:, 1, 0] = np.nan
+    X[:, 2:, 3] = np.nan  # leaves the second alone
+    return X
+
+
+@pytest.mark.parametrize("end_weight", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_scores_are_those_of_the_formula(end_weight, gaps, monkeypatch):
+    monkeypatch.setattr("router.routing.gate._STEPS", 2000)  # few adapters and little text take many
+    draw = library(8, modules=4, common=(0.5, 0.9))
+    reference, X = draw(60, 0), draw(20, 1)
+    if gaps:
+        reference, X = with_gaps(reference), with_gaps(X)
+    gate = PrototypeGate(end_weight=end_weight).fit(reference)
+    expected = scores_by_loops(reference, X, end_weight)
+    np.testing.assert_allclose(gate.decision_function(X), expected, atol=1e-9)
+    votes = votes_by_loops(reference, X, end_weight)[1]
+    best = gate.decision_function(X).argmax(1)
+    found = gate.votes(X, gate.decision_function(X))
+    np.testing.assert_allclose(found, votes[np.arange(20), best], atol=1e-9)
+
+
+def test_its_own_number_of_steps_is_enough_where_there_is_something_to_find():
+    draw = library(12, modules=3, common=(0.3, 0.9))
+    reference, X = draw(160, 0), draw(20, 1)
+    found = PrototypeGate().fit(reference).decision_function(X)
+    np.testing.assert_allclose(found, scores_by_loops(reference, X), atol=0.01)
+
+
+def test_the_base_models_score_is_the_level_of_scores_by_gates_that_had_not_seen_the_text(monkeypatch):
+    monkeypatch.setattr("router.routing.gate._STEPS", 2000)
+    reference = library(5, modules=3, common=(0.5, 0.9))(50, 0)
+    expected = np.empty(50)
+    for fold in range(5):
+        out = np.arange(50) % 5 == fold
+        expected[out] = scores_by_loops(reference[~out], reference[out]).max(1)
+    for false_alarm in (0.05, 0.1, 0.4):
+        gate = PrototypeGate(false_alarm=false_alarm).fit(reference)
+        np.testing.assert_allclose(gate.reference_scores_, expected, atol=1e-9)
+        assert gate.base_score_ == pytest.approx(level(expected, false_alarm))
+        candidates = gate.candidate_scores(gate.decision_function(reference))
+        assert candidates.shape == (50, 6) and (candidates[:, -1] == gate.base_score_).all()
+
+
+def test_the_mean_of_the_votes_is_the_score():
+    gate, X = PrototypeGate().fit(with_gaps(GENERIC)), with_gaps(queries(4, 0.3))
+    scores = gate.decision_function(X)
+    best = scores.argmax(1)
+    mean = np.nanmean(gate.votes(X, scores), 1)
+    np.testing.assert_allclose((mean - gate.location_[best]) / gate.scale_[best], scores.max(1))
+
+
+def test_scores_of_generic_text_have_mean_0_and_deviation_1():
+    scores = PrototypeGate().fit(GENERIC).decision_function(GENERIC)
+    np.testing.assert_allclose(scores.mean(0), 0, atol=1e-9)
+    np.testing.assert_allclose(scores.std(0, ddof=1), 1)
+
+
+# What all adapters share.
+
+
+def test_what_all_adapters_respond_to_alike_is_taken_out():
+    rng = np.random.default_rng(0)
+    of_all = rng.normal(size=(200, 1, 10, 1))
+    own = rng.normal(size=(200, 20, 10, 2))
+    for share, stands_out in ((0.9, False), (0.0, True)):
+        generic = np.exp(-2 + 0.2 * (share * of_all + np.sqrt(1 - share**2) * own))
+        strange = np.exp(np.log(generic).mean(0, keepdims=True) + 0.2 * 4)  # 4 deviations above, everywhere
+        gate = PrototypeGate().fit(generic)
+        assert (np.abs(gate.decision_function(strange)) > 2).all() == stands_out
+        assert (gate.predict(strange) < 20) == stands_out
+        strange[:, 2] *= np.exp(0.2)  # and one a little more than the others
+        assert gate.predict(strange) == 2
+
+
+def test_adapters_that_do_not_agree_have_no_common_factor():
+    rng = np.random.default_rng(0)
+    one = rng.normal(size=(50, 1, 4, 2))
+    generic = np.exp(np.concatenate([one, -one], 1))  # one rises where the other falls
+    gate = PrototypeGate().fit(generic)
+    assert not gate.loadings_.any()
+    z = (np.log(generic) - np.log(generic).mean(0)) / np.log(generic).std(0, ddof=1)
+    raw = ((z[..., 0] + 0.5 * z[..., 1]) / 1.5).mean(2)
+    np.testing.assert_allclose(gate.decision_function(generic), raw / raw.std(0, ddof=1), atol=1e-9)
+
+
+def test_a_random_adapter_more_changes_the_others_scores_little():
+    draw = library(8, common=(0, 0.9))
+    reference, X = draw(160, 0), draw(50, 1)
+    rng = np.random.default_rng(5)
+
+    def more(X):
+        return np.concatenate([X, rng.lognormal(-2, 0.2, (len(X), 1, 6, 2))], 1)
+
+    plain = PrototypeGate().fit(reference).decision_function(X)
+    found = PrototypeGate().fit(more(reference)).decision_function(more(X))[:, :-1]
+    assert np.abs(found - plain).max() < 0.25 and np.sqrt(np.square(found - plain).mean()) < 0.05
+
+
+# The level of the base model.
+
+
+@pytest.mark.parametrize("false_alarm", [TAIL, 0.3, 0.5, 0.9, 0.999])
+def test_a_frequent_false_alarm_is_read_off_the_scores(false_alarm):
+    scores = np.random.default_rng(0).normal(size=160)
+    assert level(scores, false_alarm) == np.quantile(scores, 1 - false_alarm)
+
+
+@pytest.mark.parametrize("false_alarm", [0.001, 0.05, 0.1, 0.19])
+def test_a_rare_one_is_read_off_the_exponential_tail(false_alarm):
+    scores = np.random.default_rng(0).normal(size=160)
+    start = np.quantile(scores, 0.8)
+    beyond = scores[scores > start]
+    assert len(beyond) == 32
+    # The tail: a share of 0.2 beyond the start, and each mean excess further 1 / e of it.
+    found = level(scores, false_alarm)
+    assert 0.2 * math.exp(-(found - start) / (beyond.mean() - start)) == pytest.approx(false_alarm)
+
+
+def test_the_level_never_rises_with_the_false_alarm():
+    scores = np.random.default_rng(1).normal(size=160)
+    found = [level(scores, false_alarm) for false_alarm in np.linspace(0.001, 0.999, 999)]
+    assert (np.diff(found) <= 0).all() and found[0] > scores.max() > found[-1] > scores.min() - 1e-9
+    assert level(scores, TAIL - 1e-9) == pytest.approx(level(scores, TAIL))
+
+
+@pytest.mark.parametrize("false_alarm", [0.002, 0.01, 0.05, 0.1, 0.3])
+def test_the_promised_rate_is_the_measured_one_where_the_tail_is_exponential(false_alarm):
+    rng = np.random.default_rng(2)
+    fresh = 3 + 2 * rng.exponential(size=200_000)
+    shares = [(fresh > level(3 + 2 * rng.exponential(size=160), false_alarm)).mean() for _ in range(100)]
+    assert np.median(shares) == pytest.approx(false_alarm, rel=0.25)
+    many = (fresh > level(3 + 2 * rng.exponential(size=50_000), false_alarm)).mean()
+    assert many == pytest.approx(false_alarm, rel=0.1)
+
+
+@pytest.mark.parametrize("false_alarm", [0.01, 0.2, 0.5])
+def test_equal_scores_are_their_own_level(false_alarm):
+    assert level(np.full(40, 1.5), false_alarm) == 1.5
+
+
+# What is promised.
+
+
+@pytest.mark.parametrize("n", [3, 20, 200])
+def test_generic_text_passes_the_base_model_as_often_as_promised(n):
+    """Also with more adapters than generic prompts, where scores of text that was fitted to are too low."""
+    promised = (0.05, 0.1, 0.2)
+    held, seen = [], []
+    for seed in range(4):
+        draw = library(n, seed)
+        reference, fresh = draw(160, 0), draw(400, 1)
+        gate = PrototypeGate().fit(reference)
+        scores = gate.decision_function(fresh).max(1)
+        own = gate.decision_function(reference).max(1)
+        held.append([(scores > level(gate.reference_scores_, share)).mean() for share in promised])
+        seen.append([(scores > level(own, share)).mean() for share in promised])
+        assert (gate.predict(fresh) < n).mean() == held[-1][1]  # 0.1 is the default
+    found = np.mean(held, 0) / promised
+    assert (found > 0.5).all() and (found < 2).all(), found
+    if n == 200:
+        assert np.mean(seen, 0)[0] > 1.5 * np.mean(held, 0)[0]
+
+
+@pytest.mark.parametrize("false_alarm", [0.1, 0.5, 0.9])
+def test_generic_text_passes_the_base_model_by_the_share_that_was_asked_for(false_alarm):
+    fresh = np.random.default_rng(9).lognormal(-2.0, 0.2, (300, 6, 10, 2))
+    predicted = PrototypeGate(false_alarm=false_alarm).fit(GENERIC).predict(fresh)
+    assert (predicted < 6).mean() == pytest.approx(false_alarm, abs=0.1)
+
+
+def test_the_default_is_the_commands():
+    gate, settings = PrototypeGate(), Settings()
+    assert gate.false_alarm == settings.false_alarm
+    assert (gate.temperature, gate.top_k) == (settings.temperature, settings.top_k)
+
+
+def test_generic_text_itself_goes_to_the_base_model():
+    gate = PrototypeGate().fit(GENERIC)
+    middle = np.exp(np.log(GENERIC).mean(0, keepdims=True))
+    assert gate.predict(middle) == 6 and gate.predict_proba(middle)[0, 6] > 0.99
+    assert (gate.predict(GENERIC) == 6).mean() >= 0.85
 
 
 def test_weights_sum_to_one_and_the_risen_adapter_wins():
@@ -27,29 +294,43 @@ def test_weights_sum_to_one_and_the_risen_adapter_wins():
         assert (weights.argmax(1) == adapter).all()
 
 
-def test_generic_text_passes_the_base_model_as_often_as_not():
-    fresh = np.random.default_rng(9).lognormal(-2.0, 0.2, (300, 6, 10))
-    predicted = PrototypeGate().fit(GENERIC).predict(fresh)
-    assert 0.4 < (predicted == 6).mean() < 0.6  # the level that the best adapter reaches half the time
+@pytest.mark.parametrize("view", [0, 1])
+def test_an_adapter_that_rises_in_one_view_alone_wins(view):
+    X = queries(3, 0.0)
+    X[:, 3, :, view] *= np.exp(0.8)
+    assert (PrototypeGate().fit(GENERIC).predict(X) == 3).all()
 
 
-@pytest.mark.parametrize("chance", [0.1, 0.5, 0.9])
-def test_generic_text_passes_the_base_model_by_the_chance_that_was_asked_for(chance):
-    fresh = np.random.default_rng(9).lognormal(-2.0, 0.2, (300, 6, 10))
-    predicted = PrototypeGate(chance=chance).fit(GENERIC).predict(fresh)
-    assert (predicted < 6).mean() == pytest.approx(chance, abs=0.1)
+def test_a_stronger_response_of_an_adapter_never_lowers_its_weight():
+    gate = PrototypeGate(top_k=None).fit(GENERIC)
+    weights = np.array([gate.predict_proba(queries(2, rise))[:, 2] for rise in np.linspace(0, 0.6, 7)])
+    assert (np.diff(weights, axis=0) >= -1e-12).all() and (weights[-1] > weights[0]).all()
 
 
 def test_an_adapters_size_does_not_matter():
-    size = np.array([1.0, 50.0, 0.02, 1.0, 3.0, 1.0])[:, None]
+    size = np.array([1.0, 50.0, 0.02, 1.0, 3.0, 1.0])[:, None, None]
     plain = PrototypeGate().fit(GENERIC).predict_proba(queries(2, 0.3))
     scaled = PrototypeGate().fit(GENERIC * size).predict_proba(queries(2, 0.3) * size)
     np.testing.assert_allclose(scaled, plain, atol=1e-9)
 
 
+def test_the_order_of_adapters_and_modules_does_not_matter():
+    X, adapters, modules = queries(2, 0.3), np.array([3, 1, 5, 0, 2, 4]), np.arange(10)[::-1]
+    plain = PrototypeGate().fit(GENERIC).predict_proba(X)
+    moved = PrototypeGate().fit(GENERIC[:, adapters][:, :, modules])
+    found = moved.predict_proba(X[:, adapters][:, :, modules])
+    np.testing.assert_allclose(found, plain[:, [*adapters, 6]], atol=1e-9)
+
+
 def test_a_query_is_judged_alone():
     gate, X = PrototypeGate().fit(GENERIC), queries(1, 0.3)
     np.testing.assert_allclose(gate.predict_proba(X)[:1], gate.predict_proba(X[:1]), atol=1e-12)
+
+
+def test_no_queries_have_no_weights():
+    gate = PrototypeGate().fit(GENERIC)
+    assert gate.predict_proba(GENERIC[:0]).shape == (0, 7) and gate.predict(GENERIC[:0]).shape == (0,)
+    assert gate.votes(GENERIC[:0], np.empty((0, 6))).shape == (0, 10)
 
 
 def test_adapters_with_few_modules_are_comparable():
@@ -73,8 +354,44 @@ def test_top_k_and_temperature():
     assert (cold > warm).all()
 
 
+def test_weights_are_the_softmax_of_the_candidates_that_are_kept():
+    candidates = np.array([[1.0, 3.0, 2.0, 0.5, 1.5], [-np.inf, 0.0, -1.0, -3.0, 9.0]])
+    found = PrototypeGate(temperature=0.7, top_k=2).weights(candidates)
+    for row, kept, weights in zip(candidates, ([1, 2, 4], [1, 2, 4]), found, strict=True):
+        top = {k: math.exp(row[k] / 0.7) for k in kept}
+        expected = [top.get(k, 0.0) / sum(top.values()) for k in range(5)]
+        np.testing.assert_allclose(weights, expected, rtol=1e-9)
+
+
+# The end of a prompt.
+
+
+def test_without_a_weight_the_end_is_ignored():
+    noise = np.random.default_rng(8)
+    generic, X = GENERIC.copy(), queries(2, 0.2)
+    plain = PrototypeGate(end_weight=0).fit(generic).predict_proba(X)
+    generic[..., 1], X[..., 1] = noise.uniform(0, 1, (200, 6, 10)), noise.uniform(0, 1, (20, 6, 10))
+    np.testing.assert_array_equal(PrototypeGate(end_weight=0).fit(generic).predict_proba(X), plain)
+
+
+def test_the_end_counts_by_its_weight():
+    X, swapped = queries(2, 0.2), slice(None, None, -1)
+    whole = PrototypeGate(end_weight=0).fit(GENERIC).decision_function(X)
+    end = PrototypeGate(end_weight=1e12).fit(GENERIC[..., swapped]).decision_function(X[..., swapped])
+    np.testing.assert_allclose(end, whole, atol=1e-6)
+    alike = PrototypeGate(end_weight=1)
+    both = alike.fit(GENERIC).decision_function(X)
+    np.testing.assert_allclose(
+        alike.fit(GENERIC[..., swapped]).decision_function(X[..., swapped]), both, atol=1e-9
+    )
+    assert np.abs(both - whole).max() > 0.1
+
+
+# As an estimator.
+
+
 def test_it_is_a_scikit_learn_estimator():
-    given = {"temperature": 2.0, "top_k": None, "reach": 1.0, "max_shortlist": 2, "chance": 0.1}
+    given = {"temperature": 2.0, "top_k": None, "false_alarm": 0.3, "end_weight": 1.0}
     gate = PrototypeGate(**given)
     assert clone(gate).get_params() == given
     assert gate.fit(GENERIC) is gate
@@ -92,7 +409,7 @@ class MatrixGate(PrototypeGate):
 
 def cube(X):
     X = np.asarray(X)
-    return X[..., None] if X.ndim == 2 else X
+    return np.stack([X, X], -1)[:, :, None] if X.ndim == 2 else X
 
 
 # What scikit-learn expects of every estimator and the gate does not do, even on matrices.
@@ -102,10 +419,10 @@ UNLIKE = {
     "check_complex_data": "refusing it is left to NumPy, which warns",
     "check_estimators_empty_data_messages": "the refusal speaks of adapters, not of features",
     "check_fit2d_1sample": "the refusal speaks of reference queries, not of samples",
-    "check_fit2d_predict1d": "the refusal names the three dimensions instead of advising to reshape",
-    "check_estimator_sparse_tag": "there is no sparse array of three dimensions to refuse by name",
-    "check_estimator_sparse_array": "there is no sparse array of three dimensions to refuse by name",
-    "check_estimator_sparse_matrix": "there is no sparse array of three dimensions to refuse by name",
+    "check_fit2d_predict1d": "the refusal names the four dimensions instead of advising to reshape",
+    "check_estimator_sparse_tag": "there is no sparse array of four dimensions to refuse by name",
+    "check_estimator_sparse_array": "there is no sparse array of four dimensions to refuse by name",
+    "check_estimator_sparse_matrix": "there is no sparse array of four dimensions to refuse by name",
 }
 # What it does on matrices, as MatrixGate shows, and cannot be seen to do where it is given two dimensions.
 UNSEEN = dict.fromkeys(
@@ -118,7 +435,7 @@ UNSEEN = dict.fromkeys(
     check_methods_subset_invariance check_fit2d_1feature check_dict_unchanged check_fit_idempotent
     check_fit_check_is_fitted
     """.split(),
-    "the check's X has two dimensions, the gate's three",
+    "the check's X has two dimensions, the gate's four",
 )
 
 
@@ -133,12 +450,18 @@ def test_it_passes_scikit_learns_checks_but_for_these(gate, expected):
     assert sum(result["status"] == "passed" for result in results) >= 12
 
 
+# What is refused.
+
+
 @pytest.mark.parametrize(
     ("X", "message"),
     [
-        (GENERIC[0], "3|dimensions"),
-        (GENERIC[:1], "at least 2"),
-        (np.full((5, 2, 3), np.nan), "no prototype"),
+        (GENERIC[..., 0], r"\(queries, adapters, modules, 2\), got \(200, 6, 10\)"),
+        (GENERIC[..., :1], r"got \(200, 6, 10, 1\)"),
+        (GENERIC[0], r"got \(6, 10, 2\)"),
+        (GENERIC[:3], "at least 4 reference queries, got 3"),
+        (GENERIC[:, :0], "at least 1 adapter"),
+        (np.full((5, 2, 3, 2), np.nan), r"adapters \[0, 1\] have no prototype"),
     ],
 )
 def test_wrong_references_are_refused(X, message):
@@ -146,216 +469,58 @@ def test_wrong_references_are_refused(X, message):
         PrototypeGate().fit(X)
 
 
-def test_a_refused_fit_leaves_the_gate_as_it_was():
+def test_four_reference_queries_are_enough():
+    assert np.isfinite(PrototypeGate().fit(GENERIC[:4]).predict_proba(queries(1))).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("false_alarm", value) for value in (0, 1, -0.1, 1.5, np.nan)),
+        *(("end_weight", value) for value in (-0.1, np.nan)),
+        *(("temperature", value) for value in (0, -1.0, np.nan)),
+        ("top_k", 0),
+    ],
+)
+def test_parameters_out_of_their_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        PrototypeGate(**{name: value}).fit(GENERIC).predict(GENERIC)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(3, 2, 1), (0, 2, 1), (3, 2, 1, 0), (0, 2, 1, 1)])
+def test_a_refused_fit_leaves_the_gate_as_it_was(value, place):
     found, fresh = PrototypeGate().fit(GENERIC), PrototypeGate().fit(GENERIC)
     broken = GENERIC.copy()
-    broken[3, 2, 1] = np.nan
+    broken[place] = value
     with pytest.raises(ValueError, match="expected finite responses"):
         found.fit(broken)
     np.testing.assert_array_equal(found.predict_proba(GENERIC), fresh.predict_proba(GENERIC))
 
 
+def test_nothing_is_told_before_it_is_fitted():
+    for ask in (PrototypeGate().predict, PrototypeGate().decision_function, PrototypeGate().candidate_scores):
+        with pytest.raises(NotFittedError):
+            ask(GENERIC)
+
+
 def test_responses_of_another_library_are_refused():
-    with pytest.raises(ValueError, match="6 adapters"):
-        PrototypeGate().fit(GENERIC).predict(GENERIC[:, :5])
-
-
-def test_a_library_of_no_adapters_is_refused():
-    with pytest.raises(ValueError, match="adapter"):
-        PrototypeGate().fit(GENERIC[:, :0])
+    gate = PrototypeGate().fit(GENERIC)
+    with pytest.raises(ValueError, match="6 adapters at 10 modules, got 5 and 10"):
+        gate.predict(GENERIC[:, :5])
+    with pytest.raises(ValueError, match="6 adapters at 10 modules, got 6 and 9"):
+        gate.predict(GENERIC[:, :, :9])
+    with pytest.raises(ValueError, match="shape"):
+        gate.predict(GENERIC[..., 0])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_query_without_a_number_is_refused(value):
-    with pytest.raises(ValueError, match=r"NaN|inf|finite"), np.errstate(invalid="ignore"):
-        PrototypeGate().fit(GENERIC).predict_proba(np.full((1, 6, 10), value))
+    with pytest.raises(ValueError, match="expected finite responses"), np.errstate(invalid="ignore"):
+        PrototypeGate().fit(GENERIC).predict_proba(np.full((1, 6, 10, 2), value))
 
 
-# Trials. In the reference, the logarithm of the effect, the confidence and the base model's confidence have
-# mean -1, -2 and -3, and deviation 0.5, 1 and 2.
-PAIR = np.array([-1.0, 1.0]) / np.sqrt(2)  # deviation 1
-REFERENCE = Trials(
-    np.exp(np.tile(-1 + 0.5 * PAIR[:, None], 6)), np.tile(-2 + PAIR[:, None], 6), -3 + 2 * PAIR
-)
-
-
-def trials(n=1, effect=0.0, confidence=0.0, base=0.0):
-    """Trials of n queries from standardised numbers; (n, 6), or whatever is broadcast to it."""
-    return Trials(
-        np.exp(-1 + 0.5 * np.broadcast_to(effect, (n, 6))),
-        -2.0 + np.broadcast_to(confidence, (n, 6)),
-        -3 + 2.0 * np.broadcast_to(base, n),
-    )
-
-
-def adapter_only(adapter, value, other=0.0):
-    return np.where(np.arange(6) == adapter, value, other)
-
-
-@pytest.fixture()
-def gate():
-    return PrototypeGate().fit(GENERIC).fit_trials(REFERENCE)
-
-
-@pytest.fixture()
-def long_gate():
-    """The same with as many adapters on the shortlist as a trial could put first."""
-    return PrototypeGate(max_shortlist=6).fit(GENERIC).fit_trials(REFERENCE)
-
-
-@pytest.fixture()
-def close():
-    """One query: adapter 1 is best, 2 close behind, 3 well above generic text but out of reach."""
-    X = np.exp(np.log(GENERIC).mean(0, keepdims=True))
-    X[:, 1:4] *= np.exp([0.25, 0.2, 0.12])[:, None]
-    return X
-
-
-def various(n=300):
-    rng = np.random.default_rng(6)
-    return rng.lognormal(-2.0, 0.2, (n, 6, 10)) * np.exp(rng.uniform(-0.4, 0.2, (n, 6, 1)))
-
-
-def any_trials(n=300):
-    effect, confidence = np.random.default_rng(7).normal(0, 2, (2, n, 6))
-    return trials(n, effect, confidence, np.random.default_rng(8).normal(0, 2, n))
-
-
-def only(tried, found):
-    return Trials(
-        np.where(tried, found.effect, np.nan), np.where(tried, found.confidence, np.nan),
-        found.base_confidence,
-    )  # fmt: skip
-
-
-def test_the_shortlist_is_what_a_trial_could_put_first(long_gate):
-    gate, X = long_gate, various()
-    shortlist = gate.shortlist(gate.decision_function(X))
-    assert {0, 1, 2} <= set(shortlist.sum(1))
-    for adapter in range(6):  # as confident as can be, unlike all others and the base model
-        first = gate.predict(X, trials(300, 0.0, adapter_only(adapter, 9.0, -9.0), -9.0)) == adapter
-        np.testing.assert_array_equal(shortlist[:, adapter], first)
-    plain = gate.predict(X)
-    named = plain < 6
-    assert named.any() and shortlist[named, plain[named]].all()
-
-
-def test_no_more_than_three_are_on_the_shortlist(gate, long_gate):
-    scores = gate.decision_function(various())
-    few, every = gate.shortlist(scores), long_gate.shortlist(scores)
-    assert every.sum(1).max() > 3 == few.sum(1).max()
-    for row, own, kept in zip(scores, every, few, strict=True):
-        assert sorted(row[kept]) == sorted(row[own])[-3:]
-
-
-def test_what_is_not_on_the_shortlist_would_not_have_won_had_it_been_tried(long_gate):
-    X, found = various(), any_trials()
-    shortlist = long_gate.shortlist(long_gate.decision_function(X))
-    predicted = long_gate.predict(X, found)
-    assert set(predicted) == set(range(7)) and not shortlist.all()
-    np.testing.assert_array_equal(long_gate.predict(X, only(shortlist, found)), predicted)
-
-
-def test_a_sure_adapter_passes_a_close_rival_and_no_other(gate, close):
-    shortlist = gate.shortlist(gate.decision_function(close))
-    assert shortlist.tolist() == [[False, True, True, False, False, False]]
-    assert gate.predict(close, trials()) == gate.predict(close) == 1
-    assert gate.predict(close, trials(confidence=adapter_only(2, gate.reach))) == 2
-    assert gate.predict(close, trials(confidence=adapter_only(3, 9.0))) == 1
-
-
-@pytest.mark.parametrize(
-    ("confidence", "rise"), [(-9, 0), (-1, 0), (0, 0), (0.5, 0.5), (1, 1), (1.5, 1.5), (9, 1.5)]
-)
-def test_a_trial_raises_a_score_by_its_confidence_up_to_reach(gate, close, confidence, rise):
-    plain = gate.decision_function(close)
-    found = gate.candidate_scores(
-        gate.decision_function(close), trials(confidence=adapter_only(2, confidence))
-    )
-    np.testing.assert_allclose(found[:, :-1] - plain, adapter_only(2, rise)[None], atol=1e-9)
-
-
-@pytest.mark.parametrize("reach", [0.25, 3.0])
-def test_reach_limits_both_the_rise_and_the_shortlist(close, reach):
-    gate = PrototypeGate(reach=reach, max_shortlist=6).fit(GENERIC).fit_trials(REFERENCE)
-    (plain,) = gate.decision_function(close)
-    (found,) = gate.candidate_scores(plain[None], trials(confidence=adapter_only(2, 9.0)))
-    assert found[2] - plain[2] == pytest.approx(reach)
-    behind = max(plain.max(), gate.base_score_) - plain
-    assert gate.shortlist(plain[None])[0].tolist() == (behind < reach).tolist()
-
-
-def test_what_was_not_tried_has_no_weight(close):
-    gate = PrototypeGate(top_k=None).fit(GENERIC).fit_trials(REFERENCE)
-    for tried in ([1, 2], [2], []):
-        found = only(np.isin(np.arange(6), tried)[None], trials())
-        (weights,) = gate.predict_proba(close, found)
-        assert np.flatnonzero(weights).tolist() == [*tried, 6]
-        assert weights.sum() == pytest.approx(1)
-
-
-def test_an_adapter_without_reference_trials_has_no_weight(close):
-    gate = PrototypeGate(top_k=None).fit(GENERIC)
-    gate.fit_trials(only(np.arange(6) != 1, REFERENCE))
-    assert np.flatnonzero(gate.predict_proba(close, trials())[0] == 0).tolist() == [1]
-
-
-def test_rows_sum_to_one_also_where_the_shortlist_is_empty(gate):
-    X, found = various(), any_trials()
-    shortlist = gate.shortlist(gate.decision_function(X))
-    weights = gate.predict_proba(X, only(shortlist, found))
-    np.testing.assert_allclose(weights.sum(1), 1.0)
-    nobody = ~shortlist.any(1)
-    assert nobody.any() and (weights[nobody, :-1] == 0).all() and (weights[nobody, -1] == 1).all()
-
-
-def test_the_base_model_wins_where_it_is_unusually_sure_and_the_best_adapter_does_nothing_unusual(
-    gate, close
-):
-    assert gate.predict(close, trials(base=1.0)) == 6
-    assert gate.predict(close, trials(base=-1.0)) == 1
-    assert gate.predict(close, trials(effect=3.0, base=1.0)) == 1
-    assert gate.predict(close, trials(effect=adapter_only(1, 3.0), base=1.0)) == 1
-    assert gate.predict(close, trials(effect=adapter_only(1, 0.0, 3.0), base=1.0)) == 6  # others' count not
-    raised = trials(effect=adapter_only(2, 3.0), confidence=adapter_only(2, 9.0), base=1.0)
-    assert gate.predict(close, raised) == 2  # the best is whoever is after trials
-
-
-def test_the_base_model_is_level_where_both_are_as_unusual_and_never_below_its_own_score(gate, close):
-    level = gate.candidate_scores(gate.decision_function(close), trials(effect=1.3, base=1.3))
-    assert level[0, 6] == pytest.approx(level[0, 1])
-    plain = gate.candidate_scores(gate.decision_function(close))[0, 6]
-    assert gate.candidate_scores(gate.decision_function(close), trials(effect=9.0, base=-9.0))[0, 6] == plain
-
-
-def test_an_adapters_size_of_effect_does_not_matter(close):
-    size, X, found = np.array([1.0, 50.0, 0.02, 1.0, 3.0, 1.0]), various(), any_trials()
-    gate = PrototypeGate().fit(GENERIC)
-    plain = gate.fit_trials(REFERENCE).predict_proba(X, found)
-    gate.fit_trials(REFERENCE._replace(effect=REFERENCE.effect * size))
-    scaled = gate.predict_proba(X, found._replace(effect=found.effect * size))
-    np.testing.assert_allclose(scaled, plain, atol=1e-9)
-
-
-def test_a_query_with_trials_is_judged_alone(gate):
-    X, found = various(), any_trials()
-    one = Trials(*(part[7:8] for part in found))
-    np.testing.assert_allclose(gate.predict_proba(X, found)[7:8], gate.predict_proba(X[7:8], one), atol=1e-12)
-
-
-def test_trials_need_a_reference_of_at_least_two(close):
-    gate = PrototypeGate().fit(GENERIC)
-    with pytest.raises(ValueError, match="at least 2 reference trials, got 1"):
-        gate.fit_trials(trials())
-    with pytest.raises(NotFittedError):
-        gate.predict(close, trials())
-
-
-def test_fitting_again_forgets_the_trials(gate, close):
-    with pytest.raises(NotFittedError):
-        gate.fit(GENERIC).predict(close, trials())
-
-
-def test_its_defaults_are_those_of_a_run():
-    given = PrototypeGate().get_params()
-    assert (given["temperature"], given["top_k"]) == (Settings().temperature, Settings().top_k)
+def test_a_query_with_a_response_where_an_adapter_has_no_prototype_is_refused():
+    gate = PrototypeGate().fit(with_gaps(GENERIC))
+    with pytest.raises(ValueError, match="expected finite responses"):
+        gate.predict(queries(1))

@@ -1,68 +1,150 @@
+"""Both responses of a prompt against dense cosines in float64, token by token, from the files alone."""
+
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from merge.factors import dense
+from helpers import NAMES, write_tiny_adapter
 from router.library.adapters import load_library
 from router.model.answer import encode
-from router.model.base import load_base
-from router.routing.probe import input_means, last_of, probe
+from router.routing.probe import END, counted_tokens, input_means, probe
 from router.routing.prototypes import prototypes
 
-TEXTS = ["a", "two words", "Question: what is 17 + 4?\nAnswer:", "x" * 70, "über 漢字"]
+# Of one, two and three tokens (none, one and two are counted beside the first), and longer ones.
+TEXTS = ["a", "ab", "abc", "two words", "Question: what is 17 + 4?\nAnswer:", "wordy " * 12, "über 漢字"]
 
 
-def inputs_of(base, text, module):
-    """The module's input for one prompt alone, without the first token, (T, d_in) float64."""
-    seen = []
-    handle = base.model.get_submodule(module).register_forward_hook(lambda m, args, out: seen.append(args[0]))
-    ids = base.tokenizer(text, return_tensors="pt")["input_ids"]
+def updates_of(folder):
+    """s B A in float64 by module, as the files of an adapter say."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    rank = config["r"]
+    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for key, a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            b = tensors[key.replace("lora_A", "lora_B")]
+            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            found[module] = scale * b.double().numpy() @ a.double().numpy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_base):
+    return AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64).eval()
+
+
+def inputs_of(model, row, modules):
+    """The modules' inputs for one prompt alone, without the first token if there is another, (T, d_in)."""
+    seen = {}
+    handles = [
+        model.get_submodule(module).register_forward_hook(
+            lambda _, args, out, module=module: seen.update({module: args[0][0].numpy()})
+        )
+        for module in modules
+    ]
     with torch.no_grad():
-        base.model(ids)
-    handle.remove()
-    return seen[0][0, min(1, ids.shape[1] - 1) :].double()
+        model(torch.tensor([row]))
+    for handle in handles:
+        handle.remove()
+    return {module: x[1:] if len(row) > 1 else x for module, x in seen.items()}
 
 
-def test_responses_equal_dense_cosines_prompt_by_prompt(tiny_base, tiny_library):
-    base = load_base(str(tiny_base), "cpu", "float32")
-    adapters = load_library([str(tiny_library)])
-    protos = prototypes(adapters)
-    rows = encode(base.tokenizer, TEXTS)
+def cosine(x, update):
+    """How much of one token's input lies where an update reads."""
+    _, s, vh = np.linalg.svd(update)
+    total = sum(s[j] / s.sum() * (vh[j] @ x) ** 2 for j in range(len(s)))
+    return np.sqrt(total) / np.linalg.norm(x)
+
+
+@pytest.fixture()
+def measured(base, tiny_library):
+    """Prototypes and token ids of the texts."""
+    return prototypes(load_library([str(tiny_library)])), encode(base.tokenizer, TEXTS)
+
+
+def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured, tiny_library):
+    protos, rows = measured
+    assert [len(row) for row in rows][:3] == [1, 2, 3]
     means = input_means(base.model, rows, 0, list(protos))
-    found = probe(base.model, rows, 0, protos, means, len(adapters)).responses
-    assert found.shape == (len(TEXTS), 3, 14)
+    found = probe(base.model, rows, 0, protos, means, 3)
+    assert found.shape == (len(TEXTS), 3, 14, 2) and found.dtype == np.float32
+    inputs = [inputs_of(plain, row, list(protos)) for row in rows]
+    updates = [updates_of(tiny_library / name) for name in NAMES]
     for m, module in enumerate(protos):
-        inputs = [inputs_of(base, text, module) for text in TEXTS]
-        mean = torch.cat(inputs).mean(0)
-        torch.testing.assert_close(means[module].double(), mean, atol=1e-5, rtol=1e-4)
-        for i, adapter in enumerate(adapters):
-            updates = dict(adapter.read_all())
-            if module not in updates:
+        mean = np.concatenate([x[module] for x in inputs]).mean(0)
+        np.testing.assert_allclose(means[module], mean, atol=1e-5, rtol=1e-4)
+        for i, own in enumerate(updates):
+            if module not in own:
                 assert np.isnan(found[:, i, m]).all()
                 continue
-            _, s, vh = torch.linalg.svd(dense(updates[module]).double(), full_matrices=False)
-            s, vh = s[: updates[module].rank], vh[: updates[module].rank]
             for q, x in enumerate(inputs):
-                x = x - mean
-                cosine = ((x @ vh.T).square() @ (s / s.sum())).sqrt() / x.norm(dim=1)
-                np.testing.assert_allclose(found[q, i, m], cosine.mean().item(), rtol=1e-3, atol=1e-5)
+                cosines = [cosine(token - mean, own[module]) for token in x[module]]
+                expected = [np.mean(cosines), np.mean(cosines[-2:])]
+                np.testing.assert_allclose(found[q, i, m], expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("budget", [4096, 40])  # all prompts in one batch; in several
-def test_the_end_of_a_prompt_is_where_a_plain_model_ends_on_it_alone(
-    budget, tiny_base, tiny_library, monkeypatch
-):
-    monkeypatch.setattr("router.model.cache.CPU_TOKENS", budget)
-    base = load_base(str(tiny_base), "cpu", "float32")
-    protos = prototypes(load_library([str(tiny_library)]))
-    rows = encode(base.tokenizer, TEXTS)
+def test_a_prompt_that_is_no_longer_than_its_end_has_one_response_twice(base, measured):
+    protos, rows = measured
+    found = probe(base.model, rows, 0, protos, input_means(base.model, rows, 0, list(protos)), 3)
+    same = [np.allclose(*np.nan_to_num(one.T), atol=1e-6) for one in found]
+    assert same == [len(row) <= END + 1 for row in rows] == [True] * 3 + [False] * 4
+
+
+def test_the_end_does_not_depend_on_how_long_the_rest_is(base, measured):
+    """Both views of a repeated token: with the same inputs at all places, there is nothing to tell apart."""
+    protos, _ = measured
+    means = {module: torch.zeros(len(proto.directions)) for module, proto in protos.items()}
+    (long,) = probe(base.model, [[7] * 9], 0, protos, means, 3)
+    (short,) = probe(base.model, [[7] * 4], 0, protos, means, 3)
+    first = list(protos).index("model.layers.0.self_attn.q_proj")  # it reads the embeddings alone
+    np.testing.assert_allclose(long[0, first], short[0, first], rtol=1e-5)
+    np.testing.assert_allclose(long[0, first, 0], long[0, first, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [4096, 160, 1])  # all prompts in one batch, in several, one at a time
+def test_padding_and_the_order_of_prompts_do_not_matter(budget, base, measured, monkeypatch):
+    protos, rows = measured
     means = input_means(base.model, rows, 0, list(protos))
-    plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
-    for found in (last_of(base.model, rows, 0), probe(base.model, rows, 0, protos, means, 3).last):
-        assert found.hidden.shape == (len(rows), 32) and found.confidence.shape == (len(rows),)
-        for row, hidden, confidence in zip(rows, *found, strict=True):
-            with torch.no_grad():
-                out = plain(input_ids=torch.tensor([row]), output_hidden_states=True)
-            torch.testing.assert_close(hidden, out.hidden_states[-1][0, -1], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(confidence, out.logits[0, -1].log_softmax(0).max(), atol=1e-4, rtol=0)
+    alone = np.concatenate([probe(base.model, [row], 0, protos, means, 3) for row in rows])
+    monkeypatch.setattr("router.model.cache.CPU_TOKENS", budget)
+    order = [4, 0, 6, 2, 5, 1, 3]
+    found = probe(base.model, [rows[n] for n in order], 0, protos, means, 3)
+    np.testing.assert_allclose(found, alone[order], rtol=1e-3, atol=1e-5)
+
+
+def test_adapters_do_not_change_each_others_responses_and_their_size_does_not_either(
+    base, measured, tiny_library, tmp_path
+):
+    protos, rows = measured
+    means = input_means(base.model, rows, 0, list(protos))
+    whole = probe(base.model, rows, 0, protos, means, 3)
+    write_tiny_adapter(tmp_path / "library2" / "everything", 2, 2, alpha=40)  # twenty times as large
+    alone = prototypes(load_library([str(tmp_path / "library2")]))
+    found = probe(base.model, rows, 0, alone, means, 1)
+    assert list(alone) == list(protos)
+    np.testing.assert_allclose(found[:, 0], whole[:, 1], rtol=1e-4, atol=1e-6)
+
+
+def test_responses_are_cosines(base, measured):
+    protos, rows = measured
+    found = probe(base.model, rows, 0, protos, input_means(base.model, rows, 0, list(protos)), 3)
+    there = found[~np.isnan(found)]
+    assert there.min() >= 0 and there.max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mask", "counted"),
+    [
+        ([1, 1, 1, 1], [0, 1, 1, 1]),
+        ([0, 0, 1, 1], [0, 0, 0, 1]),
+        ([0, 0, 0, 1], [0, 0, 0, 1]),
+        ([0, 0, 0, 0], [0, 0, 0, 0]),
+    ],
+)
+def test_neither_padding_nor_the_first_of_several_tokens_counts(mask, counted):
+    assert counted_tokens(torch.tensor([mask])).int().tolist() == [counted]

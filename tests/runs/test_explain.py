@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from helpers import NAMES, NONE, ROOT, read_by_id, write_run
+from helpers import NAMES, NONE, ROOT, read_by_id, spoil, write_run
 from router.runs.explain import main
 
 WEIGHTS = [0.7, 0.29, 0, 0.01]
@@ -33,12 +33,12 @@ def error(capsys, *argv):
 def test_every_number_is_that_of_the_files(capsys, tmp_path):
     out = write_run(tmp_path / "run", [[1, 0, 0, 0], WEIGHTS], {})
     found = story(capsys, out, "q1")
-    keys = ("name", "response", "rank", "score", "tried", "confidence", "effect", "after", "weight")
+    keys = ("name", "response", "rank", "score", "weight")
     rows = [
-        ("two", 0.2, 1, 2.4, True, -0.5, 0.5, 2.4, 0.29),
-        ("one", 0.1, 2, 2.0, True, 1.0, 1.5, 3.0, 0.7),
-        ("three", 0.05, 3, -1.0, False, None, None, None, 0.0),
-        ("base", None, None, None, None, -2.0, None, 0.8, 0.01),
+        ("one", 0.1, 2, 3.0, 0.7),
+        ("two", 0.2, 1, 2.4, 0.29),
+        ("three", 0.05, 3, -1.0, 0.0),
+        ("base", None, None, 0.8, 0.01),
     ]
     for candidate, row in zip(found["candidates"], rows, strict=True):
         assert candidate == pytest.approx(dict(zip(keys, row, strict=True)))
@@ -60,30 +60,31 @@ def test_the_text_is_plain_and_fits(capsys, runs):
 
 
 SENTENCES = {
-    "put first": (
-        WEIGHTS, {}, "one has 0.70 of the weight; two had the strongest response before calibration; "
-        "the trial put it above two, which had the higher score",
+    "clear": (
+        WEIGHTS, {}, "one has 0.70 of the weight; it scores 3.00 standard deviations above generic text; "
+        "the level that generic text exceeds 10 % of the time is 0.80; "
+        "two had the strongest response before calibration",
     ),
-    "confirmed": (
-        [0.9, 0.09, 0, 0.01], {"scores": [2.4, 2.0, -1.0], "responses": [0.3, 0.2, 0.1]},
-        "one has 0.90 of the weight; it had the strongest response before calibration; "
-        "the trial confirmed it over two",
-    ),
-    "alone": (
-        [1, 0, 0, 0],
-        {"scores": [4, 2, 1], "effect": [1, NONE, NONE], "candidates": [5, -np.inf, -np.inf, 1]},
-        "no other adapter was on the shortlist",
+    "strongest from the start": (
+        [0.9, 0.09, 0, 0.01], {"responses": [0.3, 0.2, 0.1]}, "; it had the strongest response before",
     ),
     "a low margin": (
-        [0.7, 0.3, 0, 0], {"candidates": [3.0, 2.6, -np.inf, 0.8]},
-        "one has 0.70 of the weight; its margin is low: the next is only 0.40 standard deviations behind;",
+        [0.7, 0.3, 0, 0], {"scores": [3.0, 2.6, -1.0]},
+        "is 0.80; its margin is low: two is only 0.40 behind; two had the strongest",
+    ),
+    "a low margin over the base model": (
+        [0.7, 0.1, 0, 0.2], {"base_score": 2.8},
+        "is 2.80; its margin is low: the base model is only 0.20 behind;",
     ),
     "base": (
-        [0.1, 0.05, 0, 0.85], {"candidates": [3.0, 2.4, -np.inf, 4.25]},
-        "the base model has 0.85 of the weight; two had the strongest response before calibration; "
-        "after the trial one scores 3.00, below the base model's 4.25",
+        [0.1, 0.05, 0, 0.85], {"base_score": 4.25},
+        "the base model has 0.85 of the weight; no adapter scores above 4.25, the level that generic text "
+        "exceeds 10 % of the time; the nearest is one at 3.00; two had the strongest response before",
     ),
-    "nobody near": ([0, 0, 0, 1], {"effect": [NONE] * 3}, "no adapter came close enough to be tried"),
+    "base, a low margin": (
+        [0.3, 0.1, 0, 0.6], {"scores": [NONE, 2.4, -1.0], "base_score": 2.75},
+        "the nearest is two at 2.40; its margin is low: two is only 0.35 behind;",
+    ),
 }  # fmt: skip
 
 
@@ -91,7 +92,14 @@ SENTENCES = {
 def test_the_sentence_says_how_clear_it_is_and_why(capsys, tmp_path, kind):
     weights, changed, sentence = SENTENCES[kind]
     summary = story(capsys, write_run(tmp_path / "run", [weights], changed), "q0")["summary"]
-    assert sentence in summary and ("margin" in summary) == (kind == "a low margin")
+    assert sentence in summary and ("margin" in summary) == ("low margin" in kind)
+
+
+@pytest.mark.parametrize(("share", "shown"), [(0.1, "10 %"), (0.07, "7 %"), (0.005, "0.5 %")])
+def test_the_sentence_names_the_runs_own_share_of_false_alarms(capsys, tmp_path, share, shown):
+    out = write_run(tmp_path / "run", [WEIGHTS], {})
+    spoil(out / "run.json", '"false_alarm": 0.1', f'"false_alarm": {share}')
+    assert f"generic text exceeds {shown} of the time" in story(capsys, out, "q0")["summary"]
 
 
 def test_a_variant_that_leans_elsewhere_is_told(capsys, tmp_path):
@@ -104,7 +112,7 @@ def test_a_variant_that_leans_elsewhere_is_told(capsys, tmp_path):
 def test_votes_by_kind_and_by_third_of_depth(capsys, tmp_path):
     # Layers 0 to 5, in each a q_proj and an up_proj; where the adapter has no prototype there is no vote.
     votes = [1, 2, 3, 4, NONE, 6, 7, 8, -9, -10, -11, NONE]
-    out = write_run(tmp_path / "run", [WEIGHTS], {"votes": votes})
+    out = write_run(tmp_path / "run", [WEIGHTS], {"votes": votes, "scores": [2.0, 2.4, -1.0]})
     found = story(capsys, out, "q0")["votes"]
     assert found["adapter"] == "two"
     assert [(part["count"], part["mean"]) for part in found["means"]] == [
@@ -116,21 +124,20 @@ def test_votes_by_kind_and_by_third_of_depth(capsys, tmp_path):
 
 
 def test_a_duplicate_has_no_score_of_its_own(capsys, tmp_path):
-    changed = {"responses": [0.1, 0.2, 0.9], "scores": [2, 2.4, NONE], "candidates": [3, 2.4, NONE, 0.8]}
+    changed = {"responses": [0.1, 0.2, 0.9], "scores": [3, 2.4, NONE]}
     shown = text(capsys, write_run(tmp_path / "run", [WEIGHTS], changed), "q0")
-    assert ["three", "0.900", "1", "no", "0.000"] in map(str.split, shown.splitlines())
+    assert ["three", "0.900", "1", "0.000"] in map(str.split, shown.splitlines())
 
 
 def test_of_many_adapters_those_that_matter_are_shown(capsys, tmp_path):
     names = [f"a{n:02}" for n in range(40)]
     changed = {
         "responses": np.arange(40) / 40,  # the last has the strongest response
-        "scores": 4 - np.arange(40) / 10, "effect": np.ones(40), "confidence": np.zeros(40),
-        "candidates": np.arange(41) / 10,
-    }  # fmt: skip
+        "scores": 4 - np.arange(40) / 10,
+    }
     weights = [0.5, *[0.0] * 27, 0.5, *[0.0] * 12]
     out = write_run(tmp_path / "run", [weights], changed, names=names)
-    rows = [line.split()[0] for line in text(capsys, out, "q0").splitlines() if line.count(".") > 5]
+    rows = [line.split()[0] for line in text(capsys, out, "q0").splitlines() if line.count(".") == 3]
     assert rows == [*names[:8], "a28", "a39"] and len(story(capsys, out, "q0")["candidates"]) == 41
 
 
@@ -142,7 +149,8 @@ def test_of_many_adapters_those_that_matter_are_shown(capsys, tmp_path):
 def test_a_run_without_evidence_shows_what_there_is(capsys, runs, method, sentence):
     found, shown = story(capsys, runs(method), "g2"), text(capsys, runs(method), "g2")
     assert sentence in found["summary"] and found["votes"] is None
-    assert "kept no evidence" in shown and "confidence" not in shown
+    assert all(candidate.keys() == {"name", "weight"} for candidate in found["candidates"])
+    assert "kept no evidence" in shown and "response" not in shown
 
 
 def test_text_from_files_is_shown_and_not_obeyed(capsys, tmp_path):

@@ -48,6 +48,12 @@ def test_what_is_not_there_is_none(runs, tmp_path):
     assert file.predictions == ["answer q0", "answer q1"]
 
 
+def spoil_bytes(path, old, new):
+    content = path.read_bytes()
+    assert content.count(old) == 1 and len(old) == len(new)
+    path.write_bytes(content.replace(old, new))
+
+
 def other_evidence(out, rows, names=("one", "two", "three")):
     other = write_run(out.parent / "b", [[1, 0, 0, 0]] * rows, {}, names=names)
     (other / "b.evidence.safetensors").rename(out / "run.evidence.safetensors")
@@ -65,6 +71,10 @@ BROKEN = {
     "evidence": (lambda out: (out / "run.evidence.safetensors").write_bytes(b"no"), "expected the evidence"),
     "older evidence": (
         lambda out: save_file({"votes": np.zeros(1)}, out / "run.evidence.safetensors"), "the evidence",
+    ),
+    "evidence without a level": (
+        lambda out: spoil_bytes(out / "run.evidence.safetensors", b'"base_score"', b'"candidates"'),
+        "expected the evidence of a run",
     ),
     "other adapters": (lambda out: other_evidence(out, 2, "abc"), "expected the adapters and queries"),
     "other queries": (lambda out: other_evidence(out, 3), "adapters and queries of"),

@@ -73,11 +73,11 @@ def test_32_layers_cost_what_one_and_five_say():
         seconds = dict.fromkeys(("prototypes", "variant", "probe", "read", "write"), 1.0 + layers)
         return [{**seconds, "linear": 10 * layers, "head": 7, "gemm_flops": tables.A6000_FLOPS / 2}]
 
-    found = {"shape 1": measured(1), "shape 5": measured(5), "routed 22 1": [{"tried": 2.0}]}
+    found = {"shape 1": measured(1), "shape 5": measured(5)}
     found["roofline"] = [{"bytes": tables.A6000_BYTES / 4}]
     seconds = {
         cells[0]: cells[2:]
-        for cells in (line.strip("| ").split(" | ") for line in tables._mistral(found)[2:8])
+        for cells in (line.strip("| ").split(" | ") for line in tables._mistral(found)[2:7])
     }
     assert seconds["prototypes"] == ["33", "33"]  # on the CPU in both
     assert seconds["probe"] == ["1693725", "846862"]  # 51325 tokens; the card multiplies twice as fast
@@ -144,4 +144,4 @@ def test_of_a_routed_run_calibration_is_not_counted(tiny, monkeypatch):
     monkeypatch.setattr(measures, "timed", lambda work: (100.0, work()))
     found = measures.run(["routed", "5", "6"])  # two of the adapters are copies
     assert found["seconds"] == 100 - found["stages"]["calibrate"] < 100
-    assert found["queries"] == 3 and 1 <= found["variants"] <= 3 and 0 <= found["tried"] <= 3
+    assert found["queries"] == 3 and 1 <= found["variants"] <= 3

@@ -155,6 +155,7 @@ def data(run: Run) -> dict[str, Any]:
         "files": run.paths,
         "routes": run.routes,
         "temperature": run.record["flags"].get("temperature"),
+        "falseAlarm": run.record["flags"].get("false_alarm"),
         "limit": limit if any(len(text) > limit for row in texts for text in row) else None,
         "ids": [cut(row.id, limit) for row in run.rows],
         "file": [row.file for row in run.rows],
@@ -178,22 +179,19 @@ def data(run: Run) -> dict[str, Any]:
 
 
 def _reasons(e: Evidence, weights: Array) -> dict[str, Any]:
-    """For each query, the adapters that matter: number, response, score, and then what trials gave."""
-    tried, scored = np.isfinite(e.candidates[:, :-1]), np.isfinite(e.scores)
-    # Those with a weight come first, then those that were tried, then the highest scores.
-    keys = -np.where(scored, e.scores, -np.inf), ~tried, -weights[:, :-1]
+    """For each query, the adapters that matter: number, response, score; then the level and the margin."""
+    scored = np.isfinite(e.scores)  # all but duplicates
+    # Those with a weight come first, then those with the highest scores.
+    keys = -np.where(scored, e.scores, -np.inf), -weights[:, :-1]
     order = np.asarray(np.lexsort(keys))[:, :EXPLAINED]
-    parts = (100 * e.responses, e.scores, e.candidates[:, :-1], e.effect, e.confidence)
-    numbers = _whole(100 * np.stack(parts, axis=-1))
+    numbers = _whole(100 * np.stack((100 * e.responses, e.scores), axis=-1))
     return {
         "reasons": [
-            [[k, *numbers[q, k, : 5 if tried[q, k] else 2].tolist()] for k in row if scored[q, k]]
+            [[k, *numbers[q, k].tolist()] for k in row if scored[q, k]]
             for q, row in enumerate(order.tolist())
         ],
-        "tried": tried.sum(1).tolist(),
+        "level": _whole(100 * e.base_score).tolist(),
         "margin": _whole(100 * e.margin).tolist(),
-        "baseLevel": _whole(100 * e.candidates[:, -1]).tolist(),
-        "baseConfidence": _whole(100 * e.base_confidence).tolist(),
     }
 
 

@@ -13,13 +13,13 @@ MAPPED = 2_000  # queries that the map is fitted to, at most; the others are pla
 def gate_space(run: Run) -> tuple[Array, list[int]]:
     """Directions of the queries, (queries, d), and which candidate each of the d axes belongs to.
 
-    With evidence, an axis is a candidate's score as far as it is above generic text: an adapter's score
-    before trials, or the base model's level. Without evidence, it is the weight.
+    With evidence, an axis is a candidate's score as far as it is above generic text; the base model's is the
+    level that an adapter has to exceed. Without evidence, it is the weight.
     """
     if run.evidence is None:
         axes = np.flatnonzero(run.weights.any(0)).tolist()
         return run.weights[:, axes], axes
-    points = np.column_stack([run.evidence.scores, run.evidence.candidates[:, -1]]).astype(np.float64)
+    points = run.evidence.candidates.astype(np.float64)
     axes = np.flatnonzero(np.isfinite(points).all(0)).tolist()  # a duplicate has no score
     return points[:, axes].clip(0), axes
 

@@ -87,13 +87,12 @@ def routed(size: str, every: str) -> dict[str, Any]:
         method: Routed = _method("proto_route", base, adapters, folder)
         seconds, result = timed(lambda: method.answer(asked))
     decision = result.decision
-    assert decision and decision.routing.evidence  # proto_route has both
+    assert decision  # proto_route has one
     stages = {stage: round(value, 3) for stage, value in method.stages.seconds.items()}
     # Calibration is once for a library: where this process was the first to see it, it is not counted.
     return {
         "seconds": seconds - stages["calibrate"], "stages": stages, "peak_mib": peak_mib(),
         "variants": len(decision.variants), "queries": len(asked),
-        "tried": float(decision.routing.evidence.tried.mean()),
     }  # fmt: skip
 
 
@@ -331,13 +330,13 @@ def probing(count: str) -> dict[str, Any]:
 
 
 def gate(count: str, size: str) -> dict[str, Any]:
-    """Gate and clusters on drawn responses of the shape that real ones have, without trials."""
+    """Gate and clusters on drawn responses of the shape that real ones have."""
     rng = np.random.default_rng(SEED)
     n, modules = int(size), 210
-    level = rng.uniform(0.05, 0.2, (1, n, modules)).astype(np.float32)
+    level = rng.uniform(0.05, 0.2, (1, n, modules, 2)).astype(np.float32)
 
     def drawn(rows: int) -> Any:
-        noise = rng.standard_normal((rows, n, modules), dtype=np.float32)
+        noise = rng.standard_normal((rows, n, modules, 2), dtype=np.float32)
         return level * np.exp(0.1 * noise)
 
     responses = drawn(int(count))
@@ -346,7 +345,7 @@ def gate(count: str, size: str) -> dict[str, Any]:
 
     def work() -> None:
         scores = estimator.decision_function(responses)
-        estimator.shortlist(scores), estimator.votes(responses, scores)
+        estimator.votes(responses, scores)
         cluster(estimator.weights(estimator.candidate_scores(scores)), None, 0)
 
     return {"seconds": timed(work)[0]}

@@ -177,7 +177,7 @@ def write() -> None:
 
 def write_plans(folders: Sequence[Path]) -> None:
     """What `router.main --plan` said of runs before, what they took, and what it says after them."""
-    stages = ("load", "prototypes", "calibrate", "probe", "trial", "variants", "predict")
+    stages = ("load", "prototypes", "calibrate", "probe", "variants", "predict")
     lines = header(["queries", "", *stages, "sum", "variants", "peak MiB"], texts=2)
     for folder in folders:
         record = json.loads((folder / "run.json").read_text("utf-8"))
@@ -285,14 +285,11 @@ def _mistral(known: Known) -> list[str]:
     head = known[few][0]["head"]
     weights = layer("linear") * shape.LAYERS + head
     routed, variants, answers, steps = 51325, 24, 350, 64  # routed: tokens of the prompts
-    tried = round(known["routed 22 1"][0]["tried"], 1)  # by the embedded library
     cpu, products, reads = 1.0, A6000_FLOPS / flops, A6000_BYTES / memory  # how much faster the card is
     plan = (
         ("prototypes", f"{shape.ADAPTERS} adapters of rank {shape.RANK} on all layers, on the CPU in both",
          whole("prototypes"), cpu),
         ("probe", f"{routed} tokens, at most 128 a query", routed * whole("probe"), products),
-        ("trials", f"{tried} adapters a query, {routed} tokens each",
-         tried * routed * whole("read"), products),
         ("variants", f"{variants}, three adapters each, on the CPU in both",
          variants * whole("variant"), cpu),
         ("reading the prompts", f"{TOKENS} tokens", TOKENS * whole("read"), products),
