@@ -19,7 +19,8 @@ Array = NDArray[np.float64]
 FOLDS = 5  # of the cross-validation that places the base model's score
 TAIL = 0.2  # share of the reference queries that an exponential tail is fitted to
 _HIGHEST = 0.97  # loading: an adapter is never all common factor
-_STEPS = 50  # of the iteration for loadings, enough to change nothing that matters any more
+_STEPS = 50  # of the iteration for loadings; more change no choice on the libraries that were measured
+_ENTRIES = 1 << 22  # numbers in the arrays of several modules that are fitted at once
 _AT_ONCE = 16  # queries
 _FLOOR = 1e-6  # responses are cosines; below this they are noise
 
@@ -93,8 +94,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             raise ValueError("expected at least 1 adapter, got none")
         if not 0 < self.false_alarm < 1:
             raise ValueError(f"expected a false_alarm between 0 and 1, got {self.false_alarm}")
-        if not self.end_weight >= 0:
-            raise ValueError(f"expected an end_weight of at least 0, got {self.end_weight}")
+        if not 0 <= self.end_weight < np.inf:
+            raise ValueError(f"expected a finite end_weight of at least 0, got {self.end_weight}")
         self._check(X, np.isnan(_logs(X[:1])[0]))
         held = np.empty(len(X))
         folds = min(FOLDS, len(X) // 2)
@@ -108,17 +109,20 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     def _learn(self, X: NDArray[Any]) -> Self:
         """Learns means, deviations, loadings and the scale of the scores."""
-        means, stds, loadings = np.empty((3, *X.shape[1:]))
-        for m, v in np.ndindex(*X.shape[2:]):  # one at a time: all of many adapters would fill the memory
-            logs = _logs(X[:, :, m, v])  # (reference queries, adapters)
-            means[:, m, v], stds[:, m, v] = logs.mean(0), logs.std(0, ddof=1).clip(1e-3)
-            loadings[:, m, v] = _loadings((logs - means[:, m, v]) / stds[:, m, v])
+        flat = X.reshape(*X.shape[:2], -1)  # (reference queries, adapters, modules * views)
+        means, stds, loadings = np.empty((3, *flat.shape[1:]))
+        some = max(1, _ENTRIES // (flat.shape[1] * max(flat.shape[:2])))
+        for start in range(0, flat.shape[2], some):  # of many adapters, all at once would fill the memory
+            part = slice(start, start + some)
+            logs = _logs(flat[:, :, part])
+            means[:, part], stds[:, part] = logs.mean(0), logs.std(0, ddof=1).clip(1e-3)
+            loadings[:, part] = _loadings(((logs - means[:, part]) / stds[:, part]).transpose(2, 0, 1)).T
+        means, stds, loadings = (of.reshape(X.shape[1:]) for of in (means, stds, loadings))
         if (empty := np.isnan(means).all((1, 2))).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
         self.n_adapters_, self.n_modules_ = X.shape[1:3]
         self.mean_, self.std_, self.loadings_ = means, stds, loadings
-        raw = np.concatenate([self._votes(x) for x in _parts(X)])
-        raw = _nanmean(raw, 2)
+        raw = np.concatenate([_nanmean(self._votes(x), 2) for x in _parts(X)])
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
         return self
 
@@ -228,22 +232,23 @@ def level(scores: Array, false_alarm: float) -> float:
 
 
 def _loadings(z: Array) -> Array:
-    """Loadings of one common factor at a module, (adapters,), by principal axes.
+    """Loadings of one common factor at each of several modules, (modules, adapters), by principal axes.
 
     Negative correlations count as none, so the factor is something that adapters share and loadings
     are not negative. Two adapters have the root of their correlation, one alone has 0.
 
     Args:
-        z: (queries, adapters) standardised, NaN without a prototype.
+        z: (modules, queries, adapters) standardised, NaN without a prototype.
     """
-    filled, there = np.nan_to_num(z), ~np.isnan(z[0])
-    correlation = (filled.T @ filled).clip(0) / (len(z) - 1)
-    axis = there / np.sqrt(max(1, there.sum()))
+    filled, there = np.nan_to_num(z), ~np.isnan(z[:, 0])
+    correlation = (filled.transpose(0, 2, 1) @ filled).clip(0) / (z.shape[1] - 1)  # (modules, n, n)
+    axis = there / np.sqrt(there.sum(1, keepdims=True).clip(1))
     loadings = np.sqrt(0.5) * there
+    diagonal = np.arange(z.shape[2])
     for _ in range(_STEPS):
-        np.fill_diagonal(correlation, loadings**2)
-        axis = correlation @ axis
-        size = max(float(np.linalg.norm(axis)), 1e-12)
+        correlation[:, diagonal, diagonal] = loadings**2
+        axis = (correlation @ axis[:, :, None])[:, :, 0]
+        size = np.linalg.norm(axis, axis=1, keepdims=True).clip(1e-12)
         axis /= size
         loadings = (np.sqrt(size) * axis).clip(0, _HIGHEST)
     return np.asarray(loadings)
