@@ -444,3 +444,44 @@ def test_a_new_method_is_listed(capsys, kit_method):
     names = capsys.readouterr().out.split()
     assert names == sorted(names) and {"kit_avg", *METHODS} <= set(names)
     assert parser().parse_args(["-m", "kit_avg"]).merging_method == "kit_avg"
+
+
+def strangers_files(folder):
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("mine")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_variants_folder_that_no_run_wrote_is_refused_and_left_alone(command, capsys, tmp_path, kind):
+    out, kept = tmp_path / "out", strangers_files(tmp_path / "kept")
+    out.mkdir()
+    if kind == "folder":
+        kept = strangers_files(out / "variants")
+    elif kind == "file":
+        (out / "variants").write_text("mine")
+    else:
+        (out / "variants").symlink_to(kept)
+    assert command("average")[0] == 2
+    assert "--output_folder" in capsys.readouterr().err
+    assert (kept / "mine.txt").read_text() == "mine" and [path.name for path in out.iterdir()] == ["variants"]
+    assert kind != "file" or (out / "variants").read_text() == "mine"
+
+
+def test_variants_that_cannot_be_moved_cost_a_warning_and_not_the_answers(
+    command, tmp_path, monkeypatch, caplog
+):
+    """Somebody puts a file there while the run predicts."""
+    from router.pipeline import Routed
+
+    predict = Routed.predict
+
+    def slow(self, *args):
+        (tmp_path / "out" / "variants").write_text("in the way")
+        return predict(self, *args)
+
+    monkeypatch.setattr(Routed, "predict", slow)
+    code, out = command("average")
+    assert code == 0 and len(read_table(out / "queries.csv")) == len(ROWS)
+    assert "could not be kept" in caplog.text and (out / "variants").read_text() == "in the way"
+    assert not list(out.glob(".variants.*"))

@@ -199,3 +199,23 @@ def test_the_competitions_queries_are_read_whole(competition):
     assert next(query for query in queries if query.id == "672").input.count("\r") == 3
     assert len(read_queries(competition / "cosmos_qa.csv")) == 500
     assert max(len(query.input) for query in read_queries(competition / "xsum.csv")) == 9513
+
+
+def with_choices(tmp_path, text):
+    path = tmp_path / "queries.csv"
+    write_table(path, ("id", "input", "eval_type", "answer_choices"), [("1", "?", "multiple_choice", text)])
+    return path
+
+
+@pytest.mark.parametrize("text", ["['yes' 'no' 'maybe']", "['yes'\n 'no']", "['a', 'b' 'c']"])
+def test_choices_without_a_comma_are_refused_instead_of_joined(tmp_path, text):
+    with pytest.raises(InputError, match="answer_choices: expected a Python list"):
+        read_queries(with_choices(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "choices"),
+    [("""["he said 'a' 'b'", 'c']""", ("he said 'a' 'b'", "c")), ("['a' , 'b',]", ("a", "b"))],
+)
+def test_quotes_within_choices_are_no_missing_comma(tmp_path, text, choices):
+    assert read_queries(with_choices(tmp_path, text))[0].choices == choices

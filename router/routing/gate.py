@@ -54,7 +54,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         reference_scores_: (reference queries,) cross-validated score of the best adapter.
         base_score_: score of the base model.
 
-    Examples:
+    Example:
         >>> rng = np.random.default_rng(0)
         >>> generic = rng.uniform(0.1, 0.2, (40, 3, 5, 2))  # 40 prompts, 3 adapters, 5 modules
         >>> gate = PrototypeGate(false_alarm=0.1).fit(generic)
@@ -220,7 +220,7 @@ def level(scores: Array, false_alarm: float) -> float:
         scores: (n,) of text that belongs to no adapter.
         false_alarm: in (0, 1).
 
-    Examples:
+    Example:
         >>> level(np.arange(101.0), 0.5)
         50.0
     """

@@ -1,141 +1,181 @@
-"""What each choice of the gate is worth: `python -m scripts.docs.ablate > docs/ablations.md`.
+"""What each choice of the gate is worth, on every library that is at hand: `python -m scripts.docs.ablate`.
 
-The labelled queries are measured anew for the rows that change what is measured. The other rows are settings
-of the package's own gate. Reads labels, so nothing that routes may import it.
+Writes docs/ablations.md. No constant is chosen by one library, so each row has the figures of all of them
+side by side. Every library is measured once; the rows are settings of the package's own gate. Reads labels,
+so nothing that routes may import it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from router.constants import BASE_COLUMN, LIBRARY
-from router.library.adapters import Adapter, load_library
+from router.files import replacing
+from router.library.adapters import load_library
 from router.model.answer import encode
-from router.model.base import EMBEDDED, Base, load_base
+from router.model.base import EMBEDDED, load_base
 from router.model.passes import truncated
 from router.routing.calibration import Calibration
 from router.routing.gate import PrototypeGate
-from router.routing.probe import probe
-from router.routing.prototypes import ModulePrototypes, prototypes
+from router.routing.probe import END, probe
+from router.routing.prototypes import prototypes
 from scripts.bench.markdown import header, row
-from scripts.bench.score import labelled, routed
+from scripts.bench.score import labelled, read_texts, routed
 
+OUT = Path("docs/ablations.md")
+DEVSET = Path("../shared/devset")  # a second library with labelled queries, where it is at hand
+SPLITS = {"own": "own", "unseen": "other", "mc": "choice", "none": "base"}  # and their columns
 Array = NDArray[np.float64]
-SETS = ("eval", "eval_unseen")
-END_WEIGHTS = (0.0, 0.5, 1.0)
-FALSE_ALARMS = (0.05, 0.1, 0.2)
-END = "the end of a prompt counts {:g} times its whole"
-SETTINGS: dict[str, dict[str, Any]] = {  # of the gate, by the title of their row
-    "**as it is**": {},
-    **{f"at most {share:.0%} false alarms": {"false_alarm": share} for share in FALSE_ALARMS},
-    **{END.format(weight): {"end_weight": weight} for weight in END_WEIGHTS},
-}
-WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "first direction": lambda share: (share == share.max()).float(),
-    "equal": torch.ones_like,
-    "S^2": torch.square,
-}
 
 
-def reweighted(proto: ModulePrototypes, rule: Callable[[Tensor], Tensor]) -> ModulePrototypes:
-    """The same directions, weighted otherwise within each adapter."""
-    weights = torch.zeros_like(proto.weights)
-    for owner in set(proto.owners.tolist()):
-        mine = proto.owners == owner
-        changed = rule(proto.weights[mine])
-        weights[mine] = changed / changed.sum()
-    return replace(proto, weights=weights)
+@dataclass(frozen=True)
+class Measured:
+    """The responses of a library to generic text and to labelled queries.
+
+    Attributes:
+        name: of the library.
+        candidates: adapters, and the base model last.
+        modules: names of the modules.
+        reference: (generic prompts, adapters, modules, 2).
+        responses: (queries, adapters, modules, 2).
+        labels: the adapter of each query, `base` where none fits.
+        splits: of each query, one of SPLITS.
+    """
+
+    name: str
+    candidates: list[str]
+    modules: list[str]
+    reference: Any
+    responses: Any
+    labels: list[str]
+    splits: NDArray[np.str_]
+
+    def shares(self, top: NDArray[np.int64]) -> list[str]:
+        """The share of right choices in each split; empty where the library has no such queries."""
+        pairs = zip(top.tolist(), self.labels, strict=True)
+        right = np.array([routed(self.candidates[k], label) for k, label in pairs])
+        found = (right[self.splits == split] for split in SPLITS)
+        return [f"{part.mean():.3f}" if len(part) else "" for part in found]
 
 
-def measure(base: Base, adapters: list[Adapter], rows: list[list[int]]) -> tuple[dict[str, Any], list[str]]:
-    """Responses, (prompts, adapters, modules, 2), as they are and otherwise; and the modules."""
-    protos = prototypes(adapters, str(base.model.device), base.model.dtype)
-    means = Calibration(base).means(list(protos))
-
-    def responses(protos: dict[str, ModulePrototypes], means: dict[str, Tensor], title: str) -> Any:
-        pad = base.tokenizer.pad_token_id
-        return probe(base.model, rows, pad, protos, means, len(adapters), title)
-
-    found = {"**as it is**": responses(protos, means, "as it is")}
-    nothing = {module: torch.zeros_like(mean) for module, mean in means.items()}
-    found["statistic: mean, not centred"] = responses(protos, nothing, "not centred")
-    for name, rule in WEIGHTS.items():
-        changed = {module: reweighted(proto, rule) for module, proto in protos.items()}
-        found[f"directions weighted: {name}"] = responses(changed, means, name)
-    return found, list(protos)
-
-
-def scores(responses: Any, reference: Any, **settings: Any) -> Array:
-    """The scores of a gate with other settings, (prompts, adapters)."""
-    return PrototypeGate(**settings).fit(reference).decision_function(responses)
+def measured(name: str, folder: Path, texts: list[str], labels: list[str], splits: list[str]) -> Measured:
+    """Measures a library of the embedded base model in one pass."""
+    base, adapters = load_base(EMBEDDED, "cpu", "float32"), load_library([str(folder)])
+    protos, calibration = prototypes(adapters, dtype=base.model.dtype), Calibration(base)
+    means = calibration.means(list(protos))
+    rows, pad = truncated(encode(base.tokenizer, texts)), base.tokenizer.pad_token_id
+    return Measured(
+        name,
+        [*(adapter.name for adapter in adapters), BASE_COLUMN],
+        list(protos),
+        calibration.responses(adapters, protos, means),
+        probe(base.model, rows, pad, protos, means, len(adapters), name),
+        labels,
+        np.array(splits),
+    )
 
 
-def choices(responses: Any, reference: Any, **settings: Any) -> NDArray[np.int64]:
-    """The candidates that a gate with other settings chooses, (prompts,); the last is the base model."""
-    return PrototypeGate(**settings).fit(reference).predict(responses)
+def libraries() -> Iterator[Measured]:
+    """The committed library, and the second one where it is at hand."""
+    own, unseen = labelled("eval"), labelled("eval_unseen")
+    labels = [*own["adapter"], *unseen["adapter"]]
+    splits = ["own"] * len(own) + [
+        "none" if label == BASE_COLUMN else "unseen" for label in unseen["adapter"]
+    ]
+    yield measured("data/library", LIBRARY, [*own["input"], *unseen["input"]], labels, splits)
+    if DEVSET.is_dir():
+        rows = read_texts(DEVSET / "queries.csv").merge(read_texts(DEVSET / "labels.csv"), on="id")
+        labels = rows["task"].where(rows["split"] != "none", BASE_COLUMN).tolist()
+        yield measured("second", DEVSET / "library", rows["input"].tolist(), labels, rows["split"].tolist())
+
+
+def scores(of: Measured, keep: Any = slice(None), prompts: Any = slice(None), **settings: Any) -> Array:
+    """The scores of a gate with other settings, on some modules, fitted to some generic prompts."""
+    gate = PrototypeGate(**settings).fit(of.reference[prompts][:, :, keep])
+    return gate.decision_function(of.responses[:, :, keep])
+
+
+def early(of: Measured, share: float) -> NDArray[np.bool_]:
+    """Which modules are in the first layers."""
+    depth = np.array([int(module.split(".")[2]) for module in of.modules])
+    return np.asarray(depth < share * (depth.max() + 1))
+
+
+def page(found: list[Measured]) -> list[str]:
+    """The lines of docs/ablations.md."""
+    columns = [f"{of.name}: {column}" for of in found for column in SPLITS.values()]
+    text = f"""# What each choice of the gate is worth
+
+Shares of queries whose top candidate is the right one: on queries as phrased in training (*own*), in other
+phrasings (*other*), as multiple choice (*choice*), and on queries that no adapter fits, where the right one
+is the base model (*base*). `data/library` has {len(found[0].candidates) - 1} adapters and the queries of
+`data/eval` and `data/eval_unseen`. The second library was trained apart from it, on other tasks and data; it
+is not part of this repository. {len(found[0].reference)} generic prompts, float32. Made by
+`python -m scripts.docs.ablate`.
+"""
+    lines = text.splitlines()
+
+    def table(title: str, rows: dict[str, list[NDArray[np.int64]]]) -> None:
+        lines.extend(["", f"## {title}", "", *header(["gate", *columns])])
+        for name, tops in rows.items():
+            cells = [cell for of, top in zip(found, tops, strict=True) for cell in of.shares(top)]
+            lines.append(row(name, *cells))
+
+    each = found
+    table(
+        "Which adapter: the highest score, whatever the level",
+        {
+            "**as it is**": [scores(of).argmax(1) for of in each],
+            **{
+                f"the end of the prompt counts {weight:g} times its whole (0.5)": [
+                    scores(of, end_weight=weight).argmax(1) for of in each
+                ]
+                for weight in (0.0, 0.25, 1.0, 2.0)
+            },
+            "no calibration: largest mean cosine": [
+                np.nanmean(of.responses[..., 0], 2).argmax(1) for of in each
+            ],
+            "only the first third of the layers": [scores(of, early(of, 1 / 3)).argmax(1) for of in each],
+            "only the first two thirds of the layers": [
+                scores(of, early(of, 2 / 3)).argmax(1) for of in each
+            ],
+            **{
+                f"every {step}nd generic prompt" if step == 2 else f"every {step}th generic prompt": [
+                    scores(of, prompts=slice(None, None, step)).argmax(1) for of in each
+                ]
+                for step in (2, 4)
+            },
+        },
+    )
+    gates = {share: [PrototypeGate(false_alarm=share).fit(of.reference) for of in each] for share in SHARES}
+    table(
+        "Does any adapter fit: the level",
+        {
+            f"false_alarm {share:g}" + (" **(as it is)**" if share == PrototypeGate().false_alarm else ""): [
+                gate.predict(of.responses) for gate, of in zip(gates[share], each, strict=True)
+            ]
+            for share in SHARES
+        },
+    )
+    lines.extend(["", f"The end of a prompt is its last {END} tokens.", ""])
+    return lines
+
+
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 
 def main() -> None:
-    """Measures and prints the page."""
+    """Measures and writes the page."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
-    base, adapters = load_base(EMBEDDED), load_library([str(LIBRARY)])
-    candidates, n = [*(adapter.name for adapter in adapters), BASE_COLUMN], len(adapters)
-    sets = {name: labelled(name) for name in SETS}
-    labels = [label for rows in sets.values() for label in rows["adapter"]]
-    texts = [text for rows in sets.values() for text in rows["input"]]
-    of_set = np.repeat(SETS, [len(rows) for rows in sets.values()])
-    calibration, rows = Calibration(base), truncated(encode(base.tokenizer, texts))
-    generic = len(calibration.rows)
-    measured, modules = measure(base, adapters, [*calibration.rows, *rows])
-    has = np.array([label != BASE_COLUMN for label in labels])
-
-    def told(title: str, top: NDArray[np.int64]) -> None:
-        right = np.array([routed(candidates[k], label) for k, label in zip(top, labels, strict=True)])
-        shares = [f"{right[(of_set == name) & has].mean():.3f}" for name in SETS]
-        left = f"{right[(of_set == SETS[1]) & ~has].mean():.3f}" if (top == n).any() else ""
-        print(row(title, *shares, left))
-
-    def head(title: str) -> None:
-        columns = ["gate", "own phrasing", "other phrasings", "no adapter"]
-        print("", f"## {title}", "", *header(columns), sep="\n")
-
-    print(f"""# What each choice of the gate is worth
-
-The first two columns have the routing accuracy on `data/eval` (own phrasing) and `data/eval_unseen` (other
-phrasings), over the queries that have an adapter. The last column has the share of queries without an adapter
-that go to the base model, where it is a candidate. {n} adapters, {generic} generic prompts. Made by
-`python -m scripts.docs.ablate`.""")
-    head("Scores, among the adapters")
-    for title, responses in measured.items():
-        told(title, scores(responses[generic:], responses[:generic]).argmax(1))
-    reference, responses = np.split(measured["**as it is**"], [generic])
-    for weight in END_WEIGHTS:
-        told(END.format(weight), scores(responses, reference, end_weight=weight).argmax(1))
-    told("no calibration: largest mean cosine", np.nanmean(responses[..., 0], 2).argmax(1))
-    depth = np.array([int(module.split(".")[2]) for module in modules])
-    for share, what in ((1 / 3, "first third"), (2 / 3, "first two thirds")):
-        some = depth < share * (depth.max() + 1)
-        found = scores(responses[:, :, some], reference[:, :, some])
-        told(f"only the {what} of the layers", found.argmax(1))
-    for count in (20, 40, 80):
-        fewer = reference[:: generic // count][:count]
-        told(f"{count} generic prompts", scores(responses, fewer).argmax(1))
-    told("calibrated against the queries themselves", scores(responses, responses).argmax(1))
-    mine = np.array([label == candidates[0] for label in labels])
-    skewed = np.concatenate([responses[mine], responses[~mine][::20]])
-    told("the same, when most queries are from one task", scores(responses, skewed).argmax(1))
-
-    head("The base model as a candidate")
-    for title, changed in SETTINGS.items():
-        told(title, choices(responses, reference, **changed))
+    with replacing(OUT) as file:
+        file.write("\n".join(page(list(libraries()))))
 
 
 if __name__ == "__main__":
