@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     )
     setting(
         "false_alarm",
-        "share of queries that no adapter fits and that may still be sent to one, between 0 and 1",
+        "share of generic text, which no adapter fits, that may be sent to one, between 0 and 1",
         type=_share,
         metavar="FLOAT",
     )

@@ -21,7 +21,7 @@ class Settings:
     variant_rank: int | None = None
     temperature: float = 0.2
     top_k: int = 3
-    false_alarm: float = 0.1
+    false_alarm: float = 0.2
     seed: int = 0
     batch_size: int | None = None
     device: str = "auto"

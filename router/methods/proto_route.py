@@ -46,17 +46,17 @@ class ProtoRoute(Routed):
             kept = np.unique(representative).tolist()
             gate = PrototypeGate(
                 self.settings.temperature, self.settings.top_k, self.settings.false_alarm
-            ).fit(reference[:, kept])
+            ).fit(reference[:, kept], confidence=calibration.confidence())
         with self.stages("probe"):
             every = list(map(tuple, truncated(rows)))
             distinct = {
                 row: n for n, row in enumerate(dict.fromkeys(every))
             }  # the same prompt is probed once
-            responses = probe(model, list(distinct), pad, protos, means, len(self.adapters))
+            responses, confidence = probe(model, list(distinct), pad, protos, means, len(self.adapters))
             own = responses if len(kept) == len(self.adapters) else responses[:, kept]
         with self.stages("gate"):
             scores = gate.decision_function(own)
-            candidates = gate.candidate_scores(scores)
+            candidates = gate.candidate_scores(scores, confidence)
             weights = np.zeros((len(distinct), len(self.adapters) + 1))
             weights[:, [*kept, -1]] = gate.weights(candidates)
             names = [adapter.name for adapter in self.adapters]

@@ -22,7 +22,7 @@ from router.library.adapters import Adapter
 from router.model.answer import encode
 from router.model.base import Base
 from router.model.passes import truncated
-from router.routing.probe import input_means, probe
+from router.routing.probe import base_confidence, input_means, probe
 from router.routing.prototypes import FORMAT as PROTOTYPES
 from router.routing.prototypes import ModulePrototypes, of_some
 from router.routing.store import content, load, save
@@ -72,6 +72,15 @@ class Calibration:
             save(f"{self.folder}/means", known)
         return {module: known[module].to(self.base.model.device) for module in modules}
 
+    def confidence(self) -> NDArray[np.float32]:
+        """The base model's confidence at the end of each generic prompt, (generic prompts,)."""
+        known = load(f"{self.folder}/base")
+        if known is None:
+            known = {"confidence": base_confidence(self.base.model, self.rows, self.pad)}
+            save(f"{self.folder}/base", known)
+        confidence: NDArray[np.float32] = known["confidence"].numpy()
+        return confidence
+
     def responses(
         self,
         adapters: Sequence[Adapter],
@@ -90,7 +99,9 @@ class Calibration:
         new = [n for n, found in enumerate(known) if found is None]
         if new:
             theirs = of_some(protos, new, len(adapters))
-            found = probe(self.base.model, self.rows, self.pad, theirs, means, len(new), "calibrate")
+            found = probe(
+                self.base.model, self.rows, self.pad, theirs, means, len(new), "calibrate"
+            ).responses
             for k, n in enumerate(new):
                 known[n] = {
                     module: torch.from_numpy(found[:, k, m].copy())

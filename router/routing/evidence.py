@@ -31,7 +31,8 @@ class Evidence:
         responses: (queries, adapters) mean response over modules, a cosine in [0, 1].
         scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for a duplicate
             that another adapter represents.
-        base_score: (queries,) score of the base model, the level that a score has to exceed.
+        base_score: (queries,) score of the base model, which an adapter's has to exceed: the level, and more
+            where the base model is surer of the next token than usual.
         votes: (queries, modules) the standardised response, at each module, of the adapter with the
             highest score; NaN where it has no prototype.
         duplicates: adapters that are another one in another size, with the representative of each.

@@ -36,10 +36,11 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     `z_i - l_i f`, is averaged over an adapter's modules, the end of the prompt counting `end_weight` times
     its whole, and standardised again: the score.
 
-    The base model is a candidate too. Its score is the level that the best adapter exceeds on a share
-    `false_alarm` of generic text. The level is found by cross-validation: every reference query is scored
-    by a gate that was fitted without it. Beyond the highest fifth of these scores the tail is taken as
-    exponential (peaks over threshold), so that few reference queries can promise a rare false alarm.
+    The base model is a candidate too. Its score is a level plus its own confidence of the next token,
+    standardised on generic text: where it is surer than usual, an adapter has to stand out more. The level is
+    such that a share `false_alarm` of generic text still goes to an adapter. It is found by cross-validation:
+    every reference query is scored by a gate that was fitted without it. Beyond the highest fifth the tail is
+    taken as exponential (peaks over threshold), so that few reference queries can promise a rare false alarm.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
@@ -51,8 +52,10 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         mean_, std_: (adapters, modules, views) of the log response over the reference queries.
         loadings_: (adapters, modules, views) of the common factor, in [0, 1); 0 without a prototype.
         location_, scale_: (adapters,) of the score averaged over modules.
-        reference_scores_: (reference queries,) cross-validated score of the best adapter.
-        base_score_: score of the base model.
+        confidence_: (2,) mean and deviation of the base model's confidence over the reference queries.
+        reference_leads_: (reference queries,) cross-validated score of the best adapter, less the base
+            model's standardised confidence.
+        level_: score of the base model where its confidence is as usual.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -68,7 +71,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self,
         temperature: float = 0.2,
         top_k: int | None = 3,
-        false_alarm: float = 0.1,
+        false_alarm: float = 0.2,
         end_weight: float = 0.5,
     ) -> None:
         self.temperature = temperature
@@ -76,13 +79,15 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.false_alarm = false_alarm
         self.end_weight = end_weight
 
-    def fit(self, X: ArrayLike, y: Any = None) -> Self:
+    def fit(self, X: ArrayLike, y: Any = None, confidence: ArrayLike | None = None) -> Self:
         """Learns the reference from responses to generic text.
 
         Args:
             X: (reference queries, adapters, modules, 2) responses, NaN where an adapter has no
                 prototype; at least 4 reference queries.
             y: ignored.
+            confidence: (reference queries,) of the base model: log-probability, in nats, of the likeliest
+                next token; None leaves it out.
 
         Raises:
             ValueError: wrong shape, a parameter out of its range, or an adapter without any prototype.
@@ -103,9 +108,18 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             out = np.arange(len(X)) % folds == fold
             held[out] = self._learn(X[~out])._scores(X[out]).max(1)
         self._learn(X)
-        self.reference_scores_ = held
-        self.base_score_ = level(held, self.false_alarm)
+        sure = np.zeros(len(X)) if confidence is None else _confidences(confidence, len(X))
+        self.confidence_ = np.array([sure.mean(), max(sure.std(ddof=1), 1e-3)])
+        self.reference_leads_ = held - self._standard(confidence, len(X))
+        self.level_ = level(self.reference_leads_, self.false_alarm)
         return self
+
+    def _standard(self, confidence: ArrayLike | None, n_queries: int) -> Array:
+        """The base model's confidence in standard deviations of generic text, (queries,)."""
+        if confidence is None:
+            return np.zeros(n_queries)
+        found = (_confidences(confidence, n_queries) - self.confidence_[0]) / self.confidence_[1]
+        return np.asarray(found)
 
     def _learn(self, X: NDArray[Any]) -> Self:
         """Learns means, deviations, loadings and the scale of the scores."""
@@ -170,14 +184,15 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self._check(X, np.isnan(self.mean_))
         return self._scores(X)
 
-    def candidate_scores(self, scores: Array) -> Array:
+    def candidate_scores(self, scores: Array, confidence: ArrayLike | None = None) -> Array:
         """Scores of the adapters and, last, the base model, (queries, adapters + 1).
 
         Args:
             scores: what `decision_function` found, (queries, adapters).
+            confidence: (queries,) of the base model, as in `fit`.
         """
         check_is_fitted(self)
-        return np.column_stack([scores, np.full(len(scores), self.base_score_)])
+        return np.column_stack([scores, self.level_ + self._standard(confidence, len(scores))])
 
     def weights(self, candidates: Array) -> Array:
         """The softmax of the candidates' scores, in which at most `top_k` adapters keep a weight.
@@ -201,13 +216,13 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             weights[:, :-1][ranks >= self.top_k] = 0.0
         return np.asarray(weights / weights.sum(1, keepdims=True))
 
-    def predict_proba(self, X: ArrayLike) -> Array:
+    def predict_proba(self, X: ArrayLike, confidence: ArrayLike | None = None) -> Array:
         """Weights, (queries, adapters + 1); rows sum to 1, the last column is the base model."""
-        return self.weights(self.candidate_scores(self.decision_function(X)))
+        return self.weights(self.candidate_scores(self.decision_function(X), confidence))
 
-    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
+    def predict(self, X: ArrayLike, confidence: ArrayLike | None = None) -> NDArray[np.int64]:
         """The top candidate of each query; the number of adapters means the base model."""
-        return np.asarray(self.predict_proba(X).argmax(1))
+        return np.asarray(self.predict_proba(X, confidence).argmax(1))
 
 
 def level(scores: Array, false_alarm: float) -> float:
@@ -266,6 +281,13 @@ def _parts(X: ArrayLike) -> list[Any]:
     """Some queries at a time: responses to many queries of many adapters are large, and float64 is larger."""
     X = np.asarray(X)
     return [X[start : start + _AT_ONCE] for start in range(0, len(X), _AT_ONCE)]
+
+
+def _confidences(values: ArrayLike, n_queries: int) -> Array:
+    found = np.asarray(values, dtype=np.float64)
+    if found.shape != (n_queries,) or not np.isfinite(found).all():
+        raise ValueError(f"expected {n_queries} finite confidences, got an array of shape {found.shape}")
+    return found
 
 
 def _four_dimensional(X: ArrayLike) -> NDArray[Any]:

@@ -8,7 +8,7 @@ attention sink whose norm is tens of times that of other tokens. Knows no labels
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +63,28 @@ class _Inputs:
         return self.seen[2]
 
 
+class Probed(NamedTuple):
+    """What one pass of the base model tells of prompts."""
+
+    # (prompts, adapters, modules, 2), of the whole prompt and of its end; NaN without a prototype
+    responses: NDArray[np.float32]
+    confidence: NDArray[np.float32]  # (prompts,) of the base model, see `confidence_of`
+
+
+def confidence_of(logits: Tensor) -> Tensor:
+    """The log-probability, in nats, of the likeliest next token, (B,) float32, from logits (B, V)."""
+    return logits.float().log_softmax(-1).amax(-1)
+
+
+def base_confidence(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """The confidence of the base model at the end of each prompt, (prompts,) float32."""
+    found = torch.empty(len(rows))
+    with torch.inference_mode():
+        for batch, ids, mask in batches(model, rows, pad_id, "confidence"):
+            found[batch] = confidence_of(forward(model, ids, mask)).cpu()
+    return found
+
+
 def probe(
     model: Any,
     rows: Sequence[Sequence[int]],
@@ -71,7 +93,7 @@ def probe(
     means: Mapping[str, Tensor],
     n_adapters: int,
     title: str = "probe",
-) -> NDArray[np.float32]:
+) -> Probed:
     """How strongly a prompt's activations align with an adapter's input subspace, module by module.
 
     The input of every counted token is centred with `means`. Its weighted cosine to a prototype is
@@ -86,13 +108,13 @@ def probe(
         n_adapters: the number of adapters in the library.
 
     Returns:
-        Responses, (prompts, adapters, modules, 2): of the whole prompt and of its end. NaN where an adapter
-        has no prototype.
+        The responses, and what the same pass tells of the base model.
     """
     names = list(prototypes)
     place = {name: m for m, name in enumerate(names)}
     columns = {name: torch.arange(len(p.owners), device=p.owners.device) for name, p in prototypes.items()}
     out = np.full((len(rows), n_adapters, len(names), 2), np.nan, dtype=np.float32)
+    confidence = np.empty(len(rows), dtype=np.float32)
     with torch.inference_mode():
         for batch, ids, mask in batches(model, rows, pad_id, title):
             counted = counted_tokens(mask)
@@ -116,11 +138,12 @@ def probe(
                 out[batch, :, place[name]] = (views @ cosine).permute(1, 2, 0).cpu().numpy()
 
             with reading_inputs(model, names, visit):
-                forward(model, ids, mask)
+                logits = forward(model, ids, mask)  # (B, V)
+            confidence[batch] = confidence_of(logits).cpu().numpy()
     for name, m in place.items():
         absent = np.setdiff1d(np.arange(n_adapters), prototypes[name].owners.cpu().numpy())
         out[:, absent, m] = np.nan
-    return out
+    return Probed(out, confidence)
 
 
 def _averages(counted: Tensor) -> Tensor:

@@ -131,22 +131,21 @@ def _summary(run: Run, candidates: Rows, variant: dict[str, Any]) -> str:
         return f"{told}, averaged over tokens, since the adapters are mixed anew for each token"
     mixed = max(mix, key=lambda name: mix[name])
     other = [f"but {called(mixed)} has more in the variant that answered"] if mixed != top["name"] else []
-    reasons = _reasons(candidates, top, run.record["flags"]["false_alarm"]) if "score" in top else ()
+    reasons = _reasons(candidates, top) if "score" in top else ()
     return "; ".join([told, *reasons, *other])
 
 
-def _reasons(candidates: Rows, top: dict[str, Any], false_alarm: float) -> Iterator[str]:
-    """Its score beside the level, whether its margin is low, and what calibration changed."""
+def _reasons(candidates: Rows, top: dict[str, Any]) -> Iterator[str]:
+    """Its score beside the base model's, whether its margin is low, and what calibration changed."""
     *adapters, base = candidates
     first, second = sorted((c for c in candidates if c["score"] is not None), key=lambda c: -c["score"])[:2]
     level = f"{base['score']:.2f}"
-    often = f"the level that generic text exceeds {100 * false_alarm:g} % of the time"
     if top is base:
-        yield f"no adapter scores above {level}, {often}"
+        yield f"no adapter scores above the base model, which stands at {level}"
         yield f"the nearest is {adapters[0]['name']} at {adapters[0]['score']:.2f}"
     else:
         yield f"it scores {top['score']:.2f} standard deviations above generic text"
-        yield f"{often} is {level}"
+        yield f"the base model stands at {level}"
     if (margin := first["score"] - second["score"]) < LOW_MARGIN:
         yield f"its margin is low: {called(second['name'])} is only {margin:.2f} behind"
     read = min(adapters, key=lambda c: c["rank"])

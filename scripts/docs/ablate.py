@@ -43,8 +43,8 @@ class Measured:
         name: of the library.
         candidates: adapters, and the base model last.
         modules: names of the modules.
-        reference: (generic prompts, adapters, modules, 2).
-        responses: (queries, adapters, modules, 2).
+        reference, responses: of generic prompts and of queries, (prompts, adapters, modules, 2).
+        reference_confidence, confidence: of the base model on them, (prompts,).
         labels: the adapter of each query, `base` where none fits.
         splits: of each query, one of SPLITS.
     """
@@ -53,7 +53,9 @@ class Measured:
     candidates: list[str]
     modules: list[str]
     reference: Any
+    reference_confidence: Any
     responses: Any
+    confidence: Any
     labels: list[str]
     splits: NDArray[np.str_]
 
@@ -76,7 +78,8 @@ def measured(name: str, folder: Path, texts: list[str], labels: list[str], split
         [*(adapter.name for adapter in adapters), BASE_COLUMN],
         list(protos),
         calibration.responses(adapters, protos, means),
-        probe(base.model, rows, pad, protos, means, len(adapters), name),
+        calibration.confidence(),
+        *probe(base.model, rows, pad, protos, means, len(adapters), name),
         labels,
         np.array(splits),
     )
@@ -154,14 +157,24 @@ is not part of this repository. {len(found[0].reference)} generic prompts, float
             },
         },
     )
-    gates = {share: [PrototypeGate(false_alarm=share).fit(of.reference) for of in each] for share in SHARES}
+
+    def fitted(of: Measured, share: float) -> PrototypeGate:
+        return PrototypeGate(false_alarm=share).fit(of.reference, confidence=of.reference_confidence)
+
+    gates = {share: [fitted(of, share) for of in each] for share in SHARES}
+    plain = [PrototypeGate().fit(of.reference) for of in each]
     table(
         "Does any adapter fit: the level",
         {
             f"false_alarm {share:g}" + (" **(as it is)**" if share == PrototypeGate().false_alarm else ""): [
-                gate.predict(of.responses) for gate, of in zip(gates[share], each, strict=True)
+                gate.predict(of.responses, of.confidence) for gate, of in zip(gates[share], each, strict=True)
             ]
             for share in SHARES
+        }
+        | {
+            "as it is, without the base model's confidence": [
+                gate.predict(of.responses) for gate, of in zip(plain, each, strict=True)
+            ]
         },
     )
     lines.extend(["", f"The end of a prompt is its last {END} tokens.", ""])

@@ -36,7 +36,7 @@ def measured() -> tuple[list[str], list[str], Array, Array]:
     means = calibration.means(list(protos))
     reference = calibration.responses(adapters, protos, means)
     ids = encode(base.tokenizer, list(rows["input"]))
-    found = probe(base.model, ids, base.tokenizer.pad_token_id, protos, means, len(adapters))
+    found = probe(base.model, ids, base.tokenizer.pad_token_id, protos, means, len(adapters)).responses
     scores = PrototypeGate().fit(reference).decision_function(found)
     return [adapter.name for adapter in adapters], list(rows["adapter"]), np.nanmean(found[..., 0], 2), scores
 

@@ -31,7 +31,7 @@ def adapter(folder, change=lambda key, tensor: tensor, seed=1, kinds=KINDS, **co
 def responses(base, adapters):
     protos, rows = prototypes(adapters), encode(base.tokenizer, TEXTS)
     means = input_means(base.model, rows, 0, list(protos))
-    return probe(base.model, rows, 0, protos, means, len(adapters))[..., 0]
+    return probe(base.model, rows, 0, protos, means, len(adapters)).responses[..., 0]
 
 
 def test_the_middle_of_three_sizes_represents_all_in_any_order(base, tmp_path):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from helpers import NAMES, write_tiny_adapter
 from router.library.adapters import load_library
 from router.model.answer import encode
-from router.routing.probe import END, counted_tokens, input_means, probe
+from router.routing.probe import END, base_confidence, counted_tokens, input_means, probe
 from router.routing.prototypes import prototypes
 
 # Of one, two and three tokens (none, one and two are counted beside the first), and longer ones.
@@ -71,7 +71,7 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
     protos, rows = measured
     assert [len(row) for row in rows][:3] == [1, 2, 3]
     means = input_means(base.model, rows, 0, list(protos))
-    found = probe(base.model, rows, 0, protos, means, 3)
+    found = probe(base.model, rows, 0, protos, means, 3).responses
     assert found.shape == (len(TEXTS), 3, 14, 2) and found.dtype == np.float32
     inputs = [inputs_of(plain, row, list(protos)) for row in rows]
     updates = [updates_of(tiny_library / name) for name in NAMES]
@@ -90,7 +90,7 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
 
 def test_a_prompt_that_is_no_longer_than_its_end_has_one_response_twice(base, measured):
     protos, rows = measured
-    found = probe(base.model, rows, 0, protos, input_means(base.model, rows, 0, list(protos)), 3)
+    found = probe(base.model, rows, 0, protos, input_means(base.model, rows, 0, list(protos)), 3).responses
     same = [np.allclose(*np.nan_to_num(one.T), atol=1e-6) for one in found]
     assert same == [len(row) <= END + 1 for row in rows] == [True] * 3 + [False] * 4
 
@@ -99,8 +99,8 @@ def test_the_end_does_not_depend_on_how_long_the_rest_is(base, measured):
     """Both views of a repeated token: with the same inputs at all places, there is nothing to tell apart."""
     protos, _ = measured
     means = {module: torch.zeros(len(proto.directions)) for module, proto in protos.items()}
-    (long,) = probe(base.model, [[7] * 9], 0, protos, means, 3)
-    (short,) = probe(base.model, [[7] * 4], 0, protos, means, 3)
+    (long,) = probe(base.model, [[7] * 9], 0, protos, means, 3).responses
+    (short,) = probe(base.model, [[7] * 4], 0, protos, means, 3).responses
     first = list(protos).index("model.layers.0.self_attn.q_proj")  # it reads the embeddings alone
     np.testing.assert_allclose(long[0, first], short[0, first], rtol=1e-5)
     np.testing.assert_allclose(long[0, first, 0], long[0, first, 1], rtol=1e-5)
@@ -110,10 +110,10 @@ def test_the_end_does_not_depend_on_how_long_the_rest_is(base, measured):
 def test_padding_and_the_order_of_prompts_do_not_matter(budget, base, measured, monkeypatch):
     protos, rows = measured
     means = input_means(base.model, rows, 0, list(protos))
-    alone = np.concatenate([probe(base.model, [row], 0, protos, means, 3) for row in rows])
+    alone = np.concatenate([probe(base.model, [row], 0, protos, means, 3).responses for row in rows])
     monkeypatch.setattr("router.model.cache.CPU_TOKENS", budget)
     order = [4, 0, 6, 2, 5, 1, 3]
-    found = probe(base.model, [rows[n] for n in order], 0, protos, means, 3)
+    found = probe(base.model, [rows[n] for n in order], 0, protos, means, 3).responses
     np.testing.assert_allclose(found, alone[order], rtol=1e-3, atol=1e-5)
 
 
@@ -122,17 +122,17 @@ def test_adapters_do_not_change_each_others_responses_and_their_size_does_not_ei
 ):
     protos, rows = measured
     means = input_means(base.model, rows, 0, list(protos))
-    whole = probe(base.model, rows, 0, protos, means, 3)
+    whole = probe(base.model, rows, 0, protos, means, 3).responses
     write_tiny_adapter(tmp_path / "library2" / "everything", 2, 2, alpha=40)  # twenty times as large
     alone = prototypes(load_library([str(tmp_path / "library2")]))
-    found = probe(base.model, rows, 0, alone, means, 1)
+    found = probe(base.model, rows, 0, alone, means, 1).responses
     assert list(alone) == list(protos)
     np.testing.assert_allclose(found[:, 0], whole[:, 1], rtol=1e-4, atol=1e-6)
 
 
 def test_responses_are_cosines(base, measured):
     protos, rows = measured
-    found = probe(base.model, rows, 0, protos, input_means(base.model, rows, 0, list(protos)), 3)
+    found = probe(base.model, rows, 0, protos, input_means(base.model, rows, 0, list(protos)), 3).responses
     there = found[~np.isnan(found)]
     assert there.min() >= 0 and there.max() <= 1 + 1e-5
 
@@ -148,3 +148,15 @@ def test_responses_are_cosines(base, measured):
 )
 def test_neither_padding_nor_the_first_of_several_tokens_counts(mask, counted):
     assert counted_tokens(torch.tensor([mask])).int().tolist() == [counted]
+
+
+def test_the_confidence_is_that_of_the_whole_model(base, adapters):
+    """Prompt by prompt, without a batch: the log-probability of the likeliest next token."""
+    protos = prototypes(adapters)
+    rows = [[7, 9, 11], [5] * 9, [200, 3]]
+    found = probe(base.model, rows, 0, protos, input_means(base.model, rows, 0, list(protos)), 3).confidence
+    with torch.inference_mode():
+        for row, confidence in zip(rows, found, strict=True):
+            logits = base.model(input_ids=torch.tensor([row])).logits[0, -1].double()
+            assert confidence == pytest.approx(float(logits.max() - logits.logsumexp(-1)), abs=1e-5)
+    torch.testing.assert_close(base_confidence(base.model, rows, 0), torch.from_numpy(found))

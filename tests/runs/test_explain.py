@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from helpers import NAMES, NONE, ROOT, read_by_id, spoil, write_run
+from helpers import NAMES, NONE, ROOT, read_by_id, write_run
 from router.runs.explain import main
 
 WEIGHTS = [0.7, 0.29, 0, 0.01]
@@ -62,7 +62,7 @@ def test_the_text_is_plain_and_fits(capsys, runs):
 SENTENCES = {
     "clear": (
         WEIGHTS, {}, "one has 0.70 of the weight; it scores 3.00 standard deviations above generic text; "
-        "the level that generic text exceeds 10 % of the time is 0.80; "
+        "the base model stands at 0.80; "
         "two had the strongest response before calibration",
     ),
     "strongest from the start": (
@@ -70,16 +70,16 @@ SENTENCES = {
     ),
     "a low margin": (
         [0.7, 0.3, 0, 0], {"scores": [3.0, 2.6, -1.0]},
-        "is 0.80; its margin is low: two is only 0.40 behind; two had the strongest",
+        "at 0.80; its margin is low: two is only 0.40 behind; two had the strongest",
     ),
     "a low margin over the base model": (
         [0.7, 0.1, 0, 0.2], {"base_score": 2.8},
-        "is 2.80; its margin is low: the base model is only 0.20 behind;",
+        "at 2.80; its margin is low: the base model is only 0.20 behind;",
     ),
     "base": (
         [0.1, 0.05, 0, 0.85], {"base_score": 4.25},
-        "the base model has 0.85 of the weight; no adapter scores above 4.25, the level that generic text "
-        "exceeds 10 % of the time; the nearest is one at 3.00; two had the strongest response before",
+        "the base model has 0.85 of the weight; no adapter scores above the base model, "
+        "which stands at 4.25; the nearest is one at 3.00; two had the strongest response before",
     ),
     "base, a low margin": (
         [0.3, 0.1, 0, 0.6], {"scores": [NONE, 2.4, -1.0], "base_score": 2.75},
@@ -93,13 +93,6 @@ def test_the_sentence_says_how_clear_it_is_and_why(capsys, tmp_path, kind):
     weights, changed, sentence = SENTENCES[kind]
     summary = story(capsys, write_run(tmp_path / "run", [weights], changed), "q0")["summary"]
     assert sentence in summary and ("margin" in summary) == ("low margin" in kind)
-
-
-@pytest.mark.parametrize(("share", "shown"), [(0.1, "10 %"), (0.07, "7 %"), (0.005, "0.5 %")])
-def test_the_sentence_names_the_runs_own_share_of_false_alarms(capsys, tmp_path, share, shown):
-    out = write_run(tmp_path / "run", [WEIGHTS], {})
-    spoil(out / "run.json", '"false_alarm": 0.1', f'"false_alarm": {share}')
-    assert f"generic text exceeds {shown} of the time" in story(capsys, out, "q0")["summary"]
 
 
 def test_a_variant_that_leans_elsewhere_is_told(capsys, tmp_path):

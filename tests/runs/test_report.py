@@ -205,9 +205,9 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
     ("level", "told"),
     [
         (100.0, "120 queries were left to the base model (100.0 %), because no adapter fits: none scores "
-         "above the level that generic text exceeds 10 % of the time."),
+         "above the base model."),
         (2.5, "{} queries were left to the base model ({:.1f} %), because no adapter fits"),
-        (-100.0, "No query was left to the base model: some adapter always scores above the level"),
+        (-100.0, "No query was left to the base model: some adapter always scores above it."),
     ],
 )  # fmt: skip
 def test_the_opening_says_how_many_queries_no_adapter_fits(tmp_path, level, told):
@@ -534,13 +534,13 @@ def test_a_row_says_why(visit, path, to_base, low):
     following = names[second] if second < len(ADAPTERS) else "the base model"
     if to_base:
         told = (
-            "No adapter scores above 2.50, the level that generic text exceeds 10 % of the time, so the base "
+            "No adapter scores above the base model, which stands at 2.50, so the base "
             f"model answers. The nearest is {names[second]} at {scores[q, second]:.2f}"
         )
     else:
         told = (
-            f"{names[best]} scores {scores[q, best]:.2f} standard deviations above generic text; the level "
-            f"that generic text exceeds 10 % of the time is 2.50. The next candidate, {following}, is "
+            f"{names[best]} scores {scores[q, best]:.2f} standard deviations above generic text; the "
+            f"base model stands at 2.50. The next candidate, {following}, is "
             f"{candidates[q, best] - candidates[q, second]:.2f} behind"
         )
     sentence = why.locator("p:not(.whole):not(.note)").inner_text()

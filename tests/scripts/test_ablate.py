@@ -1,5 +1,6 @@
 """The rows of the ablations are settings of the package's gate, and their shares are of the labels."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -20,9 +21,10 @@ def drawn(name, seed, splits):
         if split != "none":
             responses[n, n % 3] *= 2
     labels = ["base" if split == "none" else "abc"[n % 3] for n, split in enumerate(splits)]
-    reference = rng.uniform(0.2, 0.4, (60, 3, 6, 2))
+    reference, sure = rng.uniform(0.2, 0.4, (60, 3, 6, 2)), rng.normal(-2, 0.1, 60)
+    candidates, confidence = ["a", "b", "c", "base"], rng.normal(-2, 0.1, len(splits))
     return ablate.Measured(
-        name, ["a", "b", "c", "base"], MODULES, reference, responses, labels, np.array(splits)
+        name, candidates, MODULES, reference, sure, responses, confidence, labels, np.array(splits)
     )
 
 
@@ -54,8 +56,10 @@ def test_a_row_has_the_shares_of_all_libraries_side_by_side(found, tables):
     ]
     assert which["**as it is**"] == ["1.000", "1.000", "", "0.000", "1.000", "", "1.000", ""]
     now = next(cells for title, cells in fits.items() if "as it is" in title)
-    gate = PrototypeGate().fit(found[0].reference)
-    left = (gate.decision_function(found[0].responses[24:]).max(1) <= gate.base_score_).mean()
+    gate = PrototypeGate().fit(found[0].reference, confidence=found[0].reference_confidence)
+    raised = (found[0].confidence - found[0].reference_confidence.mean())[24:]
+    level = gate.level_ + raised / found[0].reference_confidence.std(ddof=1)
+    left = (gate.decision_function(found[0].responses[24:]).max(1) <= level).mean()
     assert now[:4] == ["1.000", "1.000", "", f"{left:.3f}"]
 
 
@@ -71,7 +75,7 @@ def test_the_end_decides_as_much_as_it_counts(found):
     responses = one.reference[:40].copy()
     responses[:, 1, :, 0] *= 1.2  # the whole of a prompt
     responses[:, 2, :, 1] *= 1.6  # its end, by more
-    of = ablate.Measured("x", one.candidates, MODULES, one.reference, responses, [], np.array([]))
+    of = replace(one, responses=responses)
     assert (ablate.scores(of, end_weight=0).argmax(1) == 1).mean() > 0.9
     assert (ablate.scores(of, end_weight=1).argmax(1) == 2).mean() > 0.9
 
