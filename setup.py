@@ -42,6 +42,7 @@ setup(
         "docs": ["pdoc>=15"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "mypy>=1.13",
             "ruff>=0.9",
             "vulture>=2.14",

@@ -8,4 +8,5 @@ bash scripts/install.sh test,notebook,bench
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/vulture
-.venv/bin/python -m pytest "$@"
+# Two processes share the tests, so each computes with one thread.
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
