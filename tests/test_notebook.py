@@ -129,14 +129,14 @@ def test_tables(finished):
 
 def test_two_decisions_are_compared_by_query_and_by_name():
     groups = Clusters(np.array([0, 1]), np.eye(2))
-    first = tables.Decision(["f:1", "f:2"], ["x", "base"], np.array([[1.0, 0.0], [0.5, 0.5]]), groups)
-    second = tables.Decision(["f:2", "f:3"], ["y", "base"], np.array([[0.3, 0.7], [0.0, 1.0]]), groups)
+    first = tables.Outcome(["f:1", "f:2"], ["x", "base"], np.array([[1.0, 0.0], [0.5, 0.5]]), groups)
+    second = tables.Outcome(["f:2", "f:3"], ["y", "base"], np.array([[0.3, 0.7], [0.0, 1.0]]), groups)
     (row,) = tables.compare(first, second).to_dict("records")
     assert row["weights apart"] == pytest.approx(0.5) and not row["same top"]
     assert row["variants apart"] == 1  # B's variant 0 is y, A's variant 1 the base model
     assert (row["A"], row["B"]) == ("x 0.50, base 0.50", "base 0.70, y 0.30")
     assert (row["variant A"], row["variant B"]) == (1, 0)
-    alien = tables.Decision(["g:1"], ["x"], np.ones((1, 1)), Clusters(np.zeros(1, int), np.ones((1, 1))))
+    alien = tables.Outcome(["g:1"], ["x"], np.ones((1, 1)), Clusters(np.zeros(1, int), np.ones((1, 1))))
     with pytest.raises(tables.NotShown, match="none in common"):
         tables.compare(first, alien)
 

@@ -32,7 +32,7 @@ class NotShown(InputError):
 
 
 @dataclass(frozen=True)
-class Decision:
+class Outcome:
     """Weights of queries and their groups, as a run made them or as other settings would.
 
     Attributes:
@@ -90,9 +90,9 @@ def open_run(folder: str | Path, evidence: bool = True) -> Run:
 # What the run decided
 
 
-def decided(run: Run) -> Decision:
+def decided(run: Run) -> Outcome:
     """The weights and groups that the run wrote."""
-    return Decision(run.keys, run.names, run.weights, run.clusters)
+    return Outcome(run.keys, run.names, run.weights, run.clusters)
 
 
 def overview(run: Run) -> pd.DataFrame:
@@ -183,22 +183,22 @@ def settings_of(run: Run) -> dict[str, Any]:
     return {name: run.record["flags"][name] for name in ("temperature", "top_k", "n_variants")}
 
 
-def replay(run: Run, temperature: float, top_k: int | None, n_variants: int | None) -> Decision:
+def replay(run: Run, temperature: float, top_k: int | None, n_variants: int | None) -> Outcome:
     """Decides again from the evidence, as a run with these settings would."""
     assert run.evidence is not None
     scores = run.evidence.candidates.astype(np.float64)
     scores = np.where(np.isnan(scores), -np.inf, scores)  # a duplicate, which has no score of its own
     weights = PrototypeGate(temperature, top_k).weights(scores)
     clusters = cluster(weights, n_variants, int(run.record["flags"]["seed"]))
-    return Decision(run.keys, run.names, weights, clusters)
+    return Outcome(run.keys, run.names, weights, clusters)
 
 
-def figures_table(decisions: dict[Any, Decision]) -> pd.DataFrame:
+def figures_table(decisions: dict[Any, Outcome]) -> pd.DataFrame:
     """The figures of several decisions, one per row."""
     return pd.DataFrame.from_dict({name: d.figures() for name, d in decisions.items()}, orient="index")
 
 
-def loss_curve(decision: Decision, seed: int = 0) -> pd.DataFrame:
+def loss_curve(decision: Outcome, seed: int = 0) -> pd.DataFrame:
     """Mean and worst loss of the decision's weights by number of variants."""
     distinct = len(np.unique(decision.weights.round(6), axis=0))
     lost = {k: losses(decision.weights, cluster(decision.weights, k, seed)) for k in KS if k <= distinct}
@@ -209,7 +209,7 @@ def loss_curve(decision: Decision, seed: int = 0) -> pd.DataFrame:
 # Two decisions
 
 
-def compare(first: Decision, second: Decision) -> pd.DataFrame:
+def compare(first: Outcome, second: Outcome) -> pd.DataFrame:
     """The queries that both have, most different first.
 
     Distances are total variation: between the queries' own weights, and between the mixes that answer them.
@@ -231,7 +231,7 @@ def compare(first: Decision, second: Decision) -> pd.DataFrame:
     return found.sort_values("weights apart", ascending=False, kind="stable")
 
 
-def _aligned(decision: Decision, queries: list[str], names: list[str]) -> tuple[Array, Array, Labels]:
+def _aligned(decision: Outcome, queries: list[str], names: list[str]) -> tuple[Array, Array, Labels]:
     """These queries' weights and those of their variants, a column for each name; the variants' numbers."""
     rows = pd.Index(decision.queries).get_indexer(pd.Index(queries))
     groups = decision.clusters.labels[rows]

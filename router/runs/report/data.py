@@ -16,7 +16,7 @@ from router.runs.load import Labels, Run, cut
 from router.runs.report.layout import gate_space, layout
 
 EXPLAINED = 12  # adapters whose numbers are kept for each query
-VARIANTS = 100  # in the heat map and the table of variants
+SHOWN_VARIANTS = 100  # in the heat map and the table of variants
 TEXT_BYTES = 6_000_000  # of all texts in the file
 LIMITS = (2_000, 1_000, 500, 300, 200, 100, 50)  # characters of a text; the first that fits is taken
 SHORT = 110  # characters of a query that is only an example
@@ -67,7 +67,7 @@ def variants(run: Run) -> list[dict[str, Any]]:
     own, apart = run.clusters.weights, losses(run.weights, run.clusters)
     order = np.argsort(-np.bincount(run.labels, minlength=len(own)), kind="stable")
     found = []
-    for n in order[:VARIANTS].tolist():
+    for n in order[:SHOWN_VARIANTS].tolist():
         members = np.flatnonzero(run.labels == n)
         members = members[np.argsort(apart[members], kind="stable")].tolist()
         found.append(
