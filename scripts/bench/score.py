@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -22,6 +24,40 @@ COPY = "~"  # in the name of a copy, between that of its adapter and what was do
 def right(prediction: str, target: str) -> bool:
     """Whether an answer is right: the target exactly, but for blanks around it."""
     return prediction.strip() == target
+
+
+def score(metric: str, prediction: str, target: str) -> float:
+    """How good an answer is, in [0, 1].
+
+    Args:
+        metric: `exact` and `mc`: the target, but for blanks around it. `em`: its first line, in any case of
+            letters. `contains`: it has one of the alternatives `a|b`; one of up to three letters as a whole
+            word. `rougeL`: the F-measure of the package rouge-score. `none`: nobody knows, NaN.
+    """
+    match metric:
+        case "exact" | "mc":
+            return float(right(prediction, target))
+        case "em":
+            return float(_first_line(prediction) == _first_line(target))
+        case "contains":
+            return float(any(_holds(prediction.lower(), part.lower()) for part in target.split("|")))
+        case "rougeL":
+            from rouge_score.rouge_scorer import RougeScorer
+
+            return float(RougeScorer(["rougeL"]).score(target, prediction)["rougeL"].fmeasure)
+        case "none":
+            return math.nan
+    raise ValueError(f"expected exact, mc, em, contains, rougeL or none, got {metric!r}")
+
+
+def _first_line(text: str) -> str:
+    return text.strip().lower().split("\n")[0].strip()
+
+
+def _holds(text: str, part: str) -> bool:
+    if len(part) > 3:
+        return part in text
+    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
 
 
 def routed(top: str, adapter: str) -> bool:

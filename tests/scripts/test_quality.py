@@ -3,14 +3,18 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from router.library.adapters import load_library
+from router.methods import load_method
 from router.methods.proto_route import ProtoRoute
+from router.model.answer import encode
 from router.model.base import load_base
 from router.settings import Settings
-from router.submission import read_queries
-from scripts.bench import markdown, runner, score
+from router.submission import GENERATION, Query, read_queries
+from scripts.bench import development, markdown, runner, score
 from scripts.bench.quality import cells, settings, tables
+from scripts.bench.quality.likelihood import log_likelihoods, of_references
 from scripts.bench.quality.per_query import PerQuery
 
 NAMES = ["attention", "everything", "mlp"]
@@ -21,62 +25,105 @@ def test_left_out_tasks_miss_their_adapter_and_skewed_mixes_are_skewed():
         def __init__(self, name):
             self.name = name
 
+    (committed,) = (one for one in development.libraries() if one.name == development.COMMITTED)
     tasks = sorted(set(score.labelled("eval")["task"]))
     library = [Named(task) for task in tasks]
-    for part in settings.SETTINGS["left_out"].parts():
+    for part in settings.SETTINGS["left_out"].parts(committed.rows):
         assert part.name in tasks and set(part.rows["task"]) == {part.name}
+        assert len(part.rows) == settings.FEWER and set(part.rows["split"]) == {"own"}
         assert [a.name for a in part.library(library)] == [task for task in tasks if task != part.name]
-    for part in settings.SETTINGS["skewed"].parts():
+    for part in settings.SETTINGS["skewed"].parts(committed.rows):
         assert (part.rows["task"] == part.name).mean() == pytest.approx(0.9, abs=0.02)
-    singles = settings.SETTINGS["composite_singles"].parts()
+    singles = settings.SETTINGS["composite_singles"].parts(committed.rows)
     assert all(part.name in row.split("+") for part in singles for row in part.rows["adapter"])
 
 
 ROWS = pd.DataFrame(
-    [("a", "0", "one plus one", "2", "", "generation", "mlp", "maths"),
-     ("a", "1", "another question, longer", "x", "", "generation", "mlp", "maths"),
-     ("b", "0", "pick", "1", "['no', 'yes']", "multiple_choice", "attention", "chat")],
-    columns=["task", "id", "input", "target", "answer_choices", "eval_type", "adapter", "skill"],
+    [("own", "a", "0", "one plus one", "2", "", "generation", "mlp", "exact"),
+     ("own", "a", "1", "another question, longer", "a | b|c", "", "generation", "mlp", "contains"),
+     ("unseen", "b", "0", "pick", "1", "['no', 'yes']", "multiple_choice", "attention", "mc"),
+     ("foreign", "chat", "0", "hello", "", "", "generation", "base", "none")],
+    columns=["split", "task", "id", "input", "target", "answer_choices", "eval_type", "adapter", "metric"],
 )  # fmt: skip
 
 
 @pytest.fixture()
 def tiny_setting(monkeypatch, tiny_base, tiny_library):
-    base, adapters = load_base(str(tiny_base), "cpu", "float32"), load_library([str(tiny_library)])
-    halves = [settings.Part("first", ROWS[:1]), settings.Part("rest", ROWS[1:])]
-    monkeypatch.setattr(cells, "SETTINGS", {"held_in": settings.Setting("held_in", (), lambda: halves)})
-    monkeypatch.setattr(cells, "load_base", lambda spec: base)
-    monkeypatch.setattr(cells, "load_library", lambda specs: adapters)
+    labelled = development.Labelled("tiny", tiny_library, str(tiny_base), ROWS)
+    halves = settings.Setting(
+        "queries", (), lambda rows: [settings.Part("first", rows[:1]), settings.Part("rest", rows[1:])]
+    )
+    monkeypatch.setattr(cells, "SETTINGS", {"queries": halves})
+    monkeypatch.setattr(cells, "libraries", lambda: iter([labelled]))
 
 
 @pytest.mark.parametrize("method", ["average", "per_query", "oracle"])
 def test_a_cell_has_an_answer_for_each_query_and_what_each_part_cost(tiny_setting, method):
-    parts = cells.answer("held_in", method, 0)
+    parts = cells.answer("tiny", "queries", method, 0)
     assert [part["part"] for part in parts] == ["first", "rest"]
     assert all(part["variants"] >= 1 and part["seconds"] > 0 and part["peak_mib"] > 0 for part in parts)
     found = pd.DataFrame([row for part in parts for row in part["answers"]], columns=cells.COLUMNS)
-    assert list(zip(found.task, found.id, found.adapter, strict=True)) == [
-        (row.task, row.id, row.adapter) for row in ROWS.itertuples()
+    assert list(zip(found.split, found.task, found.id, found.adapter, strict=True)) == [
+        (row.split, row.task, row.id, row.adapter) for row in ROWS.itertuples()
     ]
-    assert set(found.right) <= {0, 1} and set(found.routed) <= {*NAMES, "base"}
+    assert set(found.routed) <= {*NAMES, "base"} and found.weight.between(0, 1).all()
+    assert list(found.score.isna()) == list(found.nats.isna()) == [False, False, False, True]
+    assert (found.nats[:3] < 0).all()
     if method == "oracle":
         assert list(found.routed) == list(ROWS.adapter)
 
 
-def test_what_cells_kept_comes_back_with_seeds_costs_and_the_queries_without_an_adapter(
-    tmp_path, monkeypatch
-):
+def test_a_likelihood_is_that_of_the_tokens_after_the_prompt_with_or_without_a_blank(tiny_base):
+    base = load_base(str(tiny_base), "cpu", "float32")
+    prompts, texts = ["one two three", "a"], ["four five", "b"]
+    rows = encode(base.tokenizer, prompts)
+    found = log_likelihoods(base.model, base.tokenizer, rows, [*texts, ""][:2])
+    for row, text, value in zip(rows, texts, found, strict=True):
+        forms = []
+        for form in (text, f" {text}"):
+            tokens = base.tokenizer(form, add_special_tokens=False)["input_ids"]
+            logits = base.model(torch.tensor([[*row, *tokens]])).logits[0].detach().double().log_softmax(-1)
+            forms.append(np.mean([float(logits[len(row) - 1 + n, token]) for n, token in enumerate(tokens)]))
+        assert value == pytest.approx(max(forms), abs=1e-5)
+    assert np.isnan(log_likelihoods(base.model, base.tokenizer, rows[:1], [""])[0])
+
+
+def test_the_reference_is_graded_under_the_variant_that_answers(tiny_base, tiny_library, tmp_path):
+    base, adapters = load_base(str(tiny_base), "cpu", "float32"), load_library([str(tiny_library)])
+    queries = [Query("0", "one two", GENERATION), Query("1", "three", GENERATION)]
+    told = {}
+    for name in ("base", "average"):
+        method = load_method(name)(name)
+        method.settings = Settings(output_folder=tmp_path, max_gen_len=2)
+        method.attach(base, adapters)
+        result, rows = method.answer(queries), method.encoded(queries)
+        told[name] = of_references(
+            method, queries, rows, ["four", "five six"], result.decision, tmp_path / "variants"
+        )
+        assert method.answer(queries).answers == result.answers  # grading leaves no trace
+    plain = log_likelihoods(base.model, base.tokenizer, rows, ["four", "five six"])
+    assert told["base"] == pytest.approx(plain) and told["average"] != pytest.approx(plain, abs=1e-4)
+
+
+def test_what_cells_kept_comes_back_with_seeds_costs_and_a_setting_for_each_split(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
-    answers = [["a", "0", "maths", "mlp", 1, "mlp~twin", 0], ["b", "1", "chat", "base", 0, "mlp", 1]]
+    answers = [
+        ["own", "a", "0", "mlp", 1.0, -0.5, "mlp~twin", 0.9, 0],
+        ["none", "b", "1", "base", 0.0, -2.0, "mlp", 0.6, 1],
+    ]
     part = {"part": "all", "seconds": 2.0, "peak_mib": 7, "variants": 2, "answers": answers}
     for seed in "01":
-        runner.keep(tmp_path, ("unseen", "average", seed), [part])
-    runner.keep(tmp_path, ("forgotten", "average", "0"), [part])
+        runner.keep(tmp_path, ("tiny", "queries", "average", seed), [part])
+    runner.keep(tmp_path, ("tiny", "forgotten", "average", "0"), [part])
     found = tables.read()
-    assert found.answers.keys() == {"unseen", tables.NO_EXPERT} == found.scores.keys()
-    assert list(found.answers["unseen"].found) == [1, 1] and list(found.answers["unseen"].seed) == [0, 1]
-    assert list(found.answers[tables.NO_EXPERT].found) == [0, 0]
-    assert found.costs_of(tables.NO_EXPERT, "average").seconds.sum() == 4
+    assert found.answers.keys() == {("tiny", "own"), ("tiny", "none")} and found.libraries == ["tiny"]
+    assert list(found.answers["tiny", "own"].found) == [1, 1]
+    assert list(found.answers["tiny", "own"].seed) == [0, 1]
+    assert list(found.answers["tiny", "none"].found) == [0, 0]
+    assert found.scores("tiny", "own", "nats").tasks["average"].tolist() == [-0.5]
+    assert found.costs_of("tiny", "queries", "average").seconds.sum() == 4
+    table = tables.quality(found)
+    assert set(table.setting) == {"own", "none"} and table.queries.tolist() == [1, 1]
 
 
 def test_without_a_cell_there_is_no_table(tmp_path, monkeypatch):
@@ -115,9 +162,9 @@ def answered(rights):
     """Answers of methods to one query after the other; `rights` is {(task, method): [0 or 1, ...]}."""
     return pd.DataFrame(
         [
-            {"task": task, "method": method, "id": n, "right": right}
+            {"task": task, "method": method, "id": n, "score": score}
             for (task, method), column in rights.items()
-            for n, right in enumerate(column)
+            for n, score in enumerate(column)
         ]
     )
 
@@ -145,26 +192,40 @@ def test_seeds_count_as_one_query_each():
     assert tables.Scores(both).tasks.loc["a", "x"] == 0.75
 
 
+def results(**settings):
+    """Results of one library by setting."""
+    return tables.Results({("tiny", name): found for name, found in settings.items()}, pd.DataFrame())
+
+
 def test_ours_is_compared_with_the_better_single_expert_of_each_task():
     rights = {("a", "x"): [1, 1, 0, 0], ("a", "y"): [1, 0, 0, 0], ("b", "x"): [0, 0], ("b", "y"): [1, 0]}
     singles = answered(rights).rename(columns={"method": "part"})  # the best: 0.5 and 0.5
     for ours, met, points in (([1, 1, 1, 0], True, 12.5), ([1, 1, 0, 0], False, 0.0)):
-        scores = tables.Scores(answered({("a", "proto_route"): ours, ("b", "proto_route"): [1, 0]}))
-        results = tables.Results({"composite_singles": singles}, {"composite": scores}, pd.DataFrame())
-        ((setting, _, measured, found),) = tables._composite(results)
-        assert (setting, found) == ("composite", met) and measured.startswith(f"{points:+.1f} (")
+        asked = answered({("a", "proto_route"): ours, ("b", "proto_route"): [1, 0]})
+        both = [part.assign(nats=part.score) for part in (asked, singles)]
+        found = results(composite=both[0], composite_singles=both[1].assign(method="single"))
+        (_, _, measured, score_met), (_, _, graded, nats_met) = tables._composite(found, "tiny")
+        assert score_met == nats_met == met and measured.startswith(f"{points:+.1f} (")
+        assert graded.startswith(f"{points / 100:+.2f} (")
 
 
 def test_a_skewed_mix_is_compared_task_by_task():
-    held_in = tables.Scores(answered({("a", "proto_route"): [1, 0, 1, 0], ("b", "proto_route"): [1, 1]}))
+    own = answered({("a", "proto_route"): [1, 0, 1, 0], ("b", "proto_route"): [1, 1]})
     skewed = answered({("a", "proto_route"): [1, 0, 0, 0], ("b", "proto_route"): [1, 1]})
     # Of a part only the queries of its own task count.
-    others = skewed.assign(part="elsewhere", right=0)
+    others = skewed.assign(part="elsewhere", score=0)
     skewed = pd.concat([skewed.assign(part=skewed.task), others])
-    ((_, _, measured, met),) = tables._skewed(
-        tables.Results({"skewed": skewed}, {"held_in": held_in}, others)
-    )
+    ((_, _, measured, met),) = tables._skewed(results(own=own, skewed=skewed), "tiny")
     assert (measured, met) == ("-25.0 to +0.0 points; 1 of 2 tasks outside", False)
+
+
+def test_a_loss_in_one_kind_of_foreign_query_is_not_hidden_by_a_gain_in_another():
+    ours, base = {"chat": [1, 0], "prose": [1, 1]}, {"chat": [1, 1], "prose": [0, 1]}
+    found = answered({(kind, "proto_route"): column for kind, column in ours.items()}
+                     | {(kind, "base"): column for kind, column in base.items()})  # fmt: skip
+    told = list(tables._without_adapter(results(foreign=found.assign(found=1.0)), "tiny"))
+    assert [met for *_, met in told] == [True, False, True]
+    assert told[1][2] == "-50.0 points (chat)"
 
 
 def test_tables_are_put_between_their_marks(tmp_path):

@@ -1,10 +1,11 @@
 """Shares of right answers and of right adapters, counted by hand."""
 
 import json
+import math
 
 import pytest
 
-from scripts.bench.score import main, right, routed
+from scripts.bench.score import main, right, routed, score
 
 
 @pytest.fixture()
@@ -36,6 +37,31 @@ def run(tmp_path):
 def test_an_answer_is_right_where_nothing_but_blanks_around_it_differs():
     assert right(" 7\n", "7") and right("", "")
     assert not right("7.", "7") and not right("seven", "Seven")
+
+
+@pytest.mark.parametrize(
+    ("metric", "prediction", "target", "expected"),
+    [
+        ("exact", " Rome ", "Rome", 1), ("exact", "rome", "Rome", 0), ("mc", "1", "1", 1),
+        ("em", "ROME\nand more", "Rome", 1), ("em", "in Rome", "Rome", 0),
+        ("contains", "It is rome.", "Rome", 1), ("contains", "woof", "roar|woof", 1),
+        ("contains", "They are 14", "4|four", 0), ("contains", "There are four.", "4|four", 1),
+    ],
+)  # fmt: skip
+def test_an_answer_is_scored_by_its_metric(metric, prediction, target, expected):
+    assert score(metric, prediction, target) == expected
+
+
+def test_an_answer_that_nobody_can_judge_has_no_score_and_an_unknown_metric_is_refused():
+    assert math.isnan(score("none", "anything", ""))
+    with pytest.raises(ValueError, match="expected exact"):
+        score("bleu", "a", "a")
+
+
+def test_rouge_is_that_of_the_longest_common_subsequence():
+    pytest.importorskip("rouge_score", reason="needs the extra bench")
+    # Four words each, three of them in common and in order.
+    assert score("rougeL", "the cat sat down", "the cat fell down") == pytest.approx(0.75)
 
 
 def test_a_query_is_routed_well_to_one_of_its_adapters_or_a_copy():

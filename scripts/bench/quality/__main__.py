@@ -1,8 +1,8 @@
 """Runs what is missing of the benchmark, then makes its tables: `python -m scripts.bench.quality --all`.
 
 Every method runs in every setting in a process of its own. Its answers are kept in a file under
-output/benchmark/quality, by setting, method and seed, so a benchmark that was stopped goes on where it stood.
-Delete a file or a folder there to run that part again.
+output/benchmark/quality, by library, setting, method and seed, so a benchmark that was stopped goes on
+where it stood. Delete a file or a folder there to run that part again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from scripts.bench import runner
+from scripts.bench.development import COMMITTED, libraries
 from scripts.bench.quality import cells, tables
 from scripts.bench.quality.settings import SETTINGS
 
@@ -18,23 +19,27 @@ from scripts.bench.quality.settings import SETTINGS
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--all", action="store_true", help="all settings and methods; about 4 hours on two cores"
-    )
+    parser.add_argument("--all", action="store_true", help="all settings and methods; a day on two cores")
+    here = [library.name for library in libraries()]
+    parser.add_argument("--libraries", nargs="+", choices=here, default=here, help="only these libraries")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[], help="only these settings")
     parser.add_argument("--methods", nargs="+", help="only these methods")
     parser.add_argument(
         "--jobs", type=int, default=1, help="processes at a time, which share the cores (default 1)"
     )
-    parser.add_argument("--cell", nargs=3, metavar=("SETTING", "METHOD", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--cell", nargs=4, metavar=("LIBRARY", "SETTING", "METHOD", "SEED"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.cell:
-        setting, method, seed = args.cell
-        runner.keep(cells.FOLDER, (setting, method, seed), cells.answer(setting, method, int(seed)))
+        library, setting, method, seed = args.cell
+        runner.keep(cells.FOLDER, tuple(args.cell), cells.answer(library, setting, method, int(seed)))
         return
     wanted = [
-        (name, method, str(seed))
+        (library, name, method, str(seed))
+        for library in args.libraries
         for name in (SETTINGS if args.all else args.settings)
+        if SETTINGS[name].everywhere or library == COMMITTED
         for method in SETTINGS[name].methods
         if not args.methods or method in args.methods
         for seed in SETTINGS[name].seeds(method)

@@ -11,21 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from router.constants import BASE_COLUMN, LIBRARY
+from router.constants import BASE_COLUMN
 from router.library.adapters import Adapter, load_library
 from router.methods import load_method
-from router.model.base import EMBEDDED, Base, load_base
+from router.model.base import Base, load_base
 from router.pipeline import Routed
 from router.result import Result, Routing
+from router.routing.variants import VARIANTS
 from router.settings import Settings
 from router.submission import Query, read_queries
+from scripts.bench.development import libraries
+from scripts.bench.quality.likelihood import of_references
 from scripts.bench.quality.per_query import PerQuery
 from scripts.bench.quality.settings import SETTINGS, Part
-from scripts.bench.score import right
+from scripts.bench.score import score
 from scripts.bench.timer import peak_mib, timed
 
 FOLDER = Path("output/benchmark/quality")
-COLUMNS = ("task", "id", "skill", "adapter", "right", "routed", "variant")
+# `score` in [0, 1]; `nats` of the reference, a token; `weight` of the candidate that the query is `routed` to
+COLUMNS = ("split", "task", "id", "adapter", "score", "nats", "routed", "weight", "variant")
 
 
 class Single(Routed):
@@ -41,12 +45,13 @@ def method_named(name: str) -> type[Any]:
     return {"single": Single, "per_query": PerQuery}.get(name) or load_method(name)
 
 
-def answer(setting: str, method: str, seed: int) -> list[dict[str, Any]]:
+def answer(library: str, setting: str, method: str, seed: int) -> list[dict[str, Any]]:
     """Answers all parts of a setting; for each part what it cost and, under `answers`, rows of COLUMNS."""
-    base, adapters = load_base(EMBEDDED), load_library([str(LIBRARY)])
+    (labelled,) = (one for one in libraries() if one.name == library)
+    base, adapters = load_base(labelled.base), load_library([str(labelled.adapters)])
     return [
         _answer(part, method_named(method)(method), base, part.library(adapters), seed)
-        for part in SETTINGS[setting].parts()
+        for part in SETTINGS[setting].parts(labelled.rows)
     ]
 
 
@@ -61,18 +66,29 @@ def _answer(part: Part, method: Routed, base: Base, library: list[Adapter], seed
             dataset_filepaths=(file,), output_folder=Path(folder), seed=seed, max_gen_len=longest
         )
         torch.manual_seed(seed)
+        queries = read_queries(file)
 
         def work() -> Result:
             method.attach(base, library)
-            return method.answer(read_queries(file))
+            return method.answer(queries)
 
         seconds, result = timed(work)
-    decision = result.decision
-    assert decision is not None  # every method here routes
+        decision = result.decision
+        assert decision is not None  # every method here routes
+        references = [
+            "" if metric == "none" else query.choices[int(target)] if query.choices else target.split("|")[0]
+            for query, target, metric in zip(queries, rows["target"], rows["metric"], strict=True)
+        ]
+        nats = of_references(
+            method, queries, method.encoded(queries), references, decision, Path(folder) / VARIANTS
+        )
     names = [*(adapter.name for adapter in library), BASE_COLUMN]
-    tops = [names[n] for n in decision.routing.weights.argmax(1)]
+    weights = decision.routing.weights
+    tops = [names[n] for n in weights.argmax(1)]
     asked: Any = rows.itertuples()
-    columns = zip(asked, result.answers, tops, decision.clusters.labels.tolist(), strict=True)
+    columns = zip(
+        asked, result.answers, nats, tops, weights.max(1), decision.clusters.labels.tolist(), strict=True
+    )
     return {
         "part": part.name,
         "seconds": round(seconds, 2),
@@ -82,7 +98,17 @@ def _answer(part: Part, method: Routed, base: Base, library: list[Adapter], seed
         "adapters": len(library),
         "variants": len(decision.variants),
         "answers": [
-            [row.task, row.label, row.skill, row.adapter, int(right(found.text, row.target)), top, variant]
-            for row, found, top, variant in columns
+            [
+                row.split,
+                row.task,
+                row.label,
+                row.adapter,
+                round(score(row.metric, found.text, row.target), 4),
+                round(graded, 4),
+                top,
+                round(float(weight), 4),
+                variant,
+            ]
+            for row, found, graded, top, weight, variant in columns
         ],
     }

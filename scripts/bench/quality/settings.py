@@ -1,4 +1,8 @@
-"""What is asked of whom: the settings of the benchmark."""
+"""What is asked of whom: the settings of the benchmark.
+
+Every library answers its labelled queries in one run; a split of them (own phrasing, other phrasings, ...) is
+a setting of its own in the tables.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ EVERYONE = ("base", *PEERS, OURS, "per_query", "oracle")
 SEEDS = {OURS: (0, 1, 2), "dare_ties": (0, 1, 2)}  # where something is drawn: k-means, DARE's masks
 FEWER = 14  # rows of each task, where the number of runs or of adapters is large
 SKEW = 0.9
+QUERIES = "queries"  # all labelled queries of a library, in one run
 SLOW = ("ties", "dare_ties")  # their dense merge, once a task, would take as long as all else together
 
 
@@ -29,8 +34,8 @@ class Part:
 
     Attributes:
         name: tells it from the others of its setting.
-        rows: the labelled rows, with a column `task`.
-        library: what the method may choose from, made from the committed adapters.
+        rows: labelled rows, with the columns of `development.Labelled`.
+        library: what the method may choose from, made from the library's adapters.
     """
 
     name: str
@@ -44,30 +49,41 @@ class Setting:
 
     Attributes:
         methods: who is asked.
-        parts: makes the runs of one method.
+        parts: makes the runs of one method from a library's labelled queries.
+        everywhere: whether it is asked of every library, or of the committed one alone.
     """
 
     name: str
     methods: tuple[str, ...]
-    parts: Callable[[], list[Part]]
+    parts: Callable[[pd.DataFrame], list[Part]]
+    everywhere: bool = False
 
     def seeds(self, method: str) -> tuple[int, ...]:
         """Which seeds a method runs with here; several only in the first setting, for their spread."""
-        return SEEDS.get(method, (0,)) if self.name == "held_in" else (0,)
+        return SEEDS.get(method, (0,)) if self.name == QUERIES else (0,)
 
 
-def _whole(folder: str, library: Choice = list, rows_per_task: int | None = None) -> list[Part]:
-    return [Part("all", labelled(folder, rows_per_task), library)]
+def _own(rows: pd.DataFrame, rows_per_task: int | None = None) -> pd.DataFrame:
+    """The queries as phrased in training."""
+    own = rows[rows["split"] == "own"]
+    return own if rows_per_task is None else own.groupby("task").head(rows_per_task)
 
 
-def _left_out() -> list[Part]:
-    rows = labelled("eval", FEWER)
-    return [Part(str(task), part, libraries.without(str(task))) for task, part in rows.groupby("task")]
+def _few(library: Choice) -> Callable[[pd.DataFrame], list[Part]]:
+    return lambda rows: [Part("all", _own(rows, FEWER), library)]
 
 
-def _singles(folder: str, rows_per_task: int | None = None) -> list[Part]:
+def _composite() -> pd.DataFrame:
+    return labelled("eval_composite").assign(split="composite", metric="exact")
+
+
+def _left_out(rows: pd.DataFrame) -> list[Part]:
+    own = _own(rows, FEWER)
+    return [Part(str(task), part, libraries.without(str(task))) for task, part in own.groupby("task")]
+
+
+def _singles(rows: pd.DataFrame) -> list[Part]:
     """Every adapter alone; where the labels name several adapters, those alone."""
-    rows = labelled(folder, rows_per_task)
     wanted = [label.split("+") for label in rows["adapter"]]
     composite = max(map(len, wanted)) > 1
     return [
@@ -76,12 +92,12 @@ def _singles(folder: str, rows_per_task: int | None = None) -> list[Part]:
     ]
 
 
-def _skewed() -> list[Part]:
+def _skewed(rows: pd.DataFrame) -> list[Part]:
     """For each task: its rows, and of all other rows so few that its own are 90 %."""
-    rows = labelled("eval")
+    every = _own(rows)
     parts = []
-    for task, own in rows.groupby("task"):
-        others = rows[rows["task"] != task]
+    for task, own in every.groupby("task"):
+        others = every[every["task"] != task]
         count = round(len(own) * (1 - SKEW) / SKEW)
         picked = random.Random(f"skewed {task}").sample(range(len(others)), count)
         parts.append(Part(str(task), pd.concat([own, others.iloc[picked]], ignore_index=True)))
@@ -91,16 +107,19 @@ def _skewed() -> list[Part]:
 SETTINGS = {
     setting.name: setting
     for setting in (
-        Setting("held_in", EVERYONE, lambda: _whole("eval")),
-        Setting("unseen", EVERYONE, lambda: _whole("eval_unseen")),
-        Setting("composite", tuple(m for m in EVERYONE if m != "oracle"), lambda: _whole("eval_composite")),
-        Setting("composite_singles", ("single",), lambda: _singles("eval_composite")),
-        Setting("left_out", ("base", *(m for m in PEERS if m not in SLOW), OURS), _left_out),
-        Setting("left_out_singles", ("single",), lambda: _singles("eval", FEWER)),
+        Setting(QUERIES, EVERYONE, lambda rows: [Part("all", rows)], everywhere=True),
+        Setting("left_out", ("base", *(m for m in PEERS if m not in SLOW), OURS), _left_out, everywhere=True),
+        Setting("left_out_singles", ("single",), lambda rows: _singles(_own(rows, FEWER)), everywhere=True),
+        Setting(
+            "composite",
+            tuple(m for m in EVERYONE if m != "oracle"),
+            lambda rows: [Part("all", _composite())],
+        ),
+        Setting("composite_singles", ("single",), lambda rows: _singles(_composite())),
         Setting("skewed", (OURS,), _skewed),
-        Setting("decoys_random", (OURS, *ROUTERS), lambda: _whole("eval", libraries.with_random, FEWER)),
-        Setting("decoys_rescaled", (OURS,), lambda: _whole("eval", libraries.with_rescaled, FEWER)),
-        Setting("decoys_duplicates", (OURS,), lambda: _whole("eval", libraries.with_duplicates, FEWER)),
-        Setting("scale", (OURS,), lambda: _whole("eval", libraries.grown, FEWER)),
+        Setting("decoys_random", (OURS, *ROUTERS), _few(libraries.with_random)),
+        Setting("decoys_rescaled", (OURS,), _few(libraries.with_rescaled)),
+        Setting("decoys_duplicates", (OURS,), _few(libraries.with_duplicates)),
+        Setting("scale", (OURS,), _few(libraries.grown)),
     )
 }

@@ -1,8 +1,9 @@
 """From answers to scores, intervals and tables.
 
-A score is the mean over tasks of the share of right answers. Intervals are the middle 95 % of 2,000
-bootstrap draws of queries within each task; methods are compared on the same draws. Where a method ran
-with several seeds, a query counts with its mean over them.
+A score is the mean over tasks of the mean score of an answer; the graded metric is the mean over tasks of the
+reference's log-probability per token. Intervals are the middle 95 % of 2,000 bootstrap draws of queries
+within each task; methods are compared on the same draws. Where a method ran with several seeds, a query
+counts with its mean over them.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from router.constants import BASE_COLUMN
 from scripts.bench import runner
+from scripts.bench.development import COMMITTED
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.quality.cells import COLUMNS, FOLDER
-from scripts.bench.quality.settings import EVERYONE, OURS, PEERS, SETTINGS, STATIC
+from scripts.bench.quality.settings import EVERYONE, OURS, PEERS, QUERIES, SETTINGS, STATIC
 from scripts.bench.score import routed
 
 DRAWS = 2000
 QUALITY = Path("output/benchmark/quality.csv")
 PAGE = Path("docs/benchmark.md")
-# Of the queries in other phrasings those without an adapter are a setting of their own.
-NO_EXPERT = "no_expert"
 SHOWN = {
-    "held_in": "held-in",
-    "unseen": "unseen phrasing",
+    "own": "own phrasing",
+    "unseen": "other phrasings",
+    "mc": "multiple choice",
+    "none": "no adapter fits",
+    "foreign": "foreign queries",
     "left_out": "left out",
-    NO_EXPERT: "no expert",
     "composite": "composite",
 }
 DECOYS = {
@@ -43,18 +44,20 @@ DECOYS = {
 COSTS = ["seconds", "peak_mib", "variants"]
 
 Value = tuple[float, float, float]  # a statistic, and its interval
+Key = tuple[str, str]  # a library and a setting; of the setting `queries`, a split
 
 
 class Scores:
     """The scores of all methods in one setting, with bootstrap draws that they share.
 
     Attributes:
-        tasks: (tasks, methods) share of right answers.
+        tasks: (tasks, methods) mean of the column.
         drawn: (draws, methods) mean over tasks in each draw.
     """
 
-    def __init__(self, found: pd.DataFrame, column: str = "right") -> None:
+    def __init__(self, found: pd.DataFrame, column: str = "score") -> None:
         table = found.pivot_table(index=["task", "id"], columns="method", values=column, aggfunc="mean")
+        table = table.dropna(how="all")  # where nobody knows the right answer
         self.tasks = table.groupby(level="task").mean()
         rng = np.random.default_rng(0)
         drawn = []
@@ -75,19 +78,27 @@ class Results:
     """What is on disk.
 
     Attributes:
-        answers: by setting one row an answer, with method, seed, part, and whether it was routed well.
-        scores: by setting.
-        costs: one row a run, with setting, method, seed and part.
+        answers: by library and setting one row an answer, with method, seed, part, and whether it was routed
+            well.
+        costs: one row a run, with library, setting, method, seed and part.
     """
 
-    answers: dict[str, pd.DataFrame]
-    scores: dict[str, Scores]
+    answers: dict[Key, pd.DataFrame]
     costs: pd.DataFrame
 
-    def costs_of(self, setting: str, method: str) -> pd.DataFrame:
+    def scores(self, library: str, setting: str, column: str = "score") -> Scores:
+        """The scores of all methods there."""
+        return Scores(self.answers[library, setting], column)
+
+    def costs_of(self, library: str, setting: str, method: str) -> pd.DataFrame:
         """The runs of a method in a setting."""
-        setting = "unseen" if setting == NO_EXPERT else setting
-        return self.costs[(self.costs.setting == setting) & (self.costs.method == method)]
+        costs = self.costs
+        return costs[(costs.library == library) & (costs.setting == setting) & (costs.method == method)]
+
+    @property
+    def libraries(self) -> list[str]:
+        """Their names, the committed one last."""
+        return sorted({library for library, _ in self.answers}, key=lambda name: (name == COMMITTED, name))
 
 
 def read() -> Results:
@@ -97,54 +108,45 @@ def read() -> Results:
         SystemExit: there are none.
     """
     answers, costs = [], []
-    for (setting, method, seed), parts in runner.kept(FOLDER):
+    for (library, setting, method, seed), parts in runner.kept(FOLDER):
         for part in parts if setting in SETTINGS else ():
-            where: dict[str, Any] = {"setting": setting, "method": method, "seed": int(seed)}
-            where["part"] = part["part"]
+            where: dict[str, Any] = {"library": library, "setting": setting, "method": method}
+            where |= {"seed": int(seed), "part": part["part"]}
             answers.append(pd.DataFrame(part["answers"], columns=list(COLUMNS)).assign(**where))
             costs.append(where | {key: part[key] for key in COSTS})
     if not answers:
         raise SystemExit(f"nothing in {FOLDER} yet; name --settings, or --all")
     found = pd.concat(answers, ignore_index=True)
-    found.loc[(found.setting == "unseen") & (found.adapter == BASE_COLUMN), "setting"] = NO_EXPERT
+    found["setting"] = found["split"].where(found["setting"] == QUERIES, found["setting"])
     found["found"] = [
         float(routed(top, adapter)) for top, adapter in zip(found.routed, found.adapter, strict=True)
     ]
-    by_setting = {str(name): part for name, part in found.groupby("setting")}
-    return Results(by_setting, {name: Scores(part) for name, part in by_setting.items()}, pd.DataFrame(costs))
+    by_setting = {
+        (str(library), str(setting)): part
+        for (library, setting), part in found.groupby(["library", "setting"])
+    }
+    return Results(by_setting, pd.DataFrame(costs))
 
 
 def write() -> None:
-    """Makes quality.csv from what is on disk and, if that is whole, the tables of docs/benchmark.md."""
+    """Makes quality.csv and the tables of docs/benchmark.md from what is on disk."""
     results = read()
-    _write_quality(results)
-    if waiting := [name for name in SETTINGS if name not in results.scores]:
-        print(f"no tables yet: nothing on disk for {', '.join(waiting)}", flush=True)
-        return
-    insert(PAGE, "methods", methods_table(results))
+    QUALITY.parent.mkdir(parents=True, exist_ok=True)
+    quality(results).round(4).to_csv(QUALITY, index=False)
+    insert(PAGE, "methods", methods_tables(results))
     insert(PAGE, "targets", targets_table(results))
     insert(PAGE, "tasks", tasks_tables(results))
 
 
-def _write_quality(results: Results) -> None:
-    rows: list[dict[str, Any]] = []
-    for setting, found in results.answers.items():
-        for method, part in found.groupby("method"):
-            mine = {"setting": setting, "method": method}
-            low, high = results.scores[setting].drawn[method].quantile([0.025, 0.975])
-            tasks = part.groupby("task")
-            rows.append(
-                {**mine, "task": "mean", "skill": "", "queries": part.groupby(["task", "id"]).ngroups,
-                 "score": tasks.right.mean().mean(), "routed": tasks.found.mean().mean(), "low": low,
-                 "high": high, **results.costs_of(setting, str(method))[COSTS].mean()}
-            )  # fmt: skip
-            rows += [
-                {**mine, "task": task, "skill": own.skill.iloc[0], "queries": own.id.nunique(),
-                 "score": own.right.mean(), "routed": own.found.mean()}
-                for task, own in tasks
-            ]  # fmt: skip
-    QUALITY.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).round(4).to_csv(QUALITY, index=False)
+def quality(results: Results) -> pd.DataFrame:
+    """One row for each library, setting, method and task."""
+    parts = []
+    for (library, setting), found in results.answers.items():
+        groups = found.groupby(["method", "task"])
+        table = groups[["score", "nats", "found"]].mean().assign(queries=groups.id.nunique()).reset_index()
+        parts.append(table.assign(library=library, setting=setting))
+    columns = ["library", "setting", "method", "task", "queries", "score", "nats", "found"]
+    return pd.concat(parts, ignore_index=True)[columns]
 
 
 def _order(methods: Iterable[str]) -> list[str]:
@@ -152,48 +154,42 @@ def _order(methods: Iterable[str]) -> list[str]:
     return [method for method in EVERYONE if method in there]
 
 
-def methods_table(results: Results) -> list[str]:
-    """Every method's score in every setting."""
-    scores = {name: results.scores[name] for name in SHOWN if name in results.scores}
-    titles = [SHOWN[name] for name in scores]
-    lines = header(["method", *titles, "routed", "routed, unseen", "seconds", "peak MiB"])
-    best = {name: of.tasks.mean().drop("oracle", errors="ignore").max() for name, of in scores.items()}
-
-    def score(name: str, method: str) -> str:
-        if method not in scores[name].tasks:
-            return ""
-        value = scores[name].tasks[method].mean()
-        low, high = scores[name].drawn[method].quantile([0.025, 0.975])
-        text = f"{value:.3f}" if value < best[name] or method == "oracle" else f"**{value:.3f}**"
-        return f"{text} ±{(high - low) / 2:.3f}"
-
-    def accuracy(name: str, method: str) -> str:
-        own = results.answers[name][lambda d: d.method == method]
-        routes = method not in (*STATIC, "base") and len(own)
-        return f"{own.groupby('task').found.mean().mean():.3f}" if routes else ""
-
-    for method in _order(scores["held_in"].tasks.columns):
-        costs = results.costs_of("held_in", method)[COSTS].mean()
-        lines.append(
-            row(
-                f"`{method}`", *(score(name, method) for name in scores),
-                accuracy("held_in", method), accuracy("unseen", method),
-                f"{costs.seconds:.0f}", f"{costs.peak_mib:.0f}",
-            )
-        )  # fmt: skip
-    return lines
+def methods_tables(results: Results) -> list[str]:
+    """Every method's score and graded metric in every setting, a table for each library."""
+    lines: list[str] = []
+    for library in results.libraries:
+        names = [name for name in SHOWN if (library, name) in results.answers]
+        scores = {name: results.scores(library, name) for name in names}
+        nats = {name: results.scores(library, name, "nats") for name in names}
+        best = {name: of.tasks.mean().drop("oracle", errors="ignore").max() for name, of in scores.items()}
+        lines += ["", f"### {library}", ""]
+        lines += header(["method", *(SHOWN[name] for name in names), "seconds", "peak MiB"])
+        for method in _order({str(m) for of in scores.values() for m in of.tasks}):
+            cells = []
+            for name in names:
+                if method not in scores[name].tasks:
+                    cells.append("")
+                    continue
+                value = scores[name].tasks[method].mean()
+                low, high = scores[name].drawn[method].quantile([0.025, 0.975])
+                text = f"{value:.3f}" if value < best[name] or method == "oracle" else f"**{value:.3f}**"
+                cells.append(f"{text} ±{(high - low) / 2:.3f}, {nats[name].tasks[method].mean():.2f}")
+            costs = results.costs_of(library, QUERIES, method)[COSTS].mean()
+            lines.append(row(f"`{method}`", *cells, f"{costs.seconds:.0f}", f"{costs.peak_mib:.0f}"))
+    return lines[1:]
 
 
 def targets_table(results: Results) -> list[str]:
-    """What was aimed at, what came, and whether that meets it."""
-    parts = (_against_oracle, _without_expert, _composite, _skewed, _decoys, _variants, _against_peers)
+    """What was aimed at, what came in each library, and whether that meets it."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for library in results.libraries:
+        for part in TARGETS:
+            for setting, target, measured, met in part(results, library):
+                cell = f"{measured}{'' if met else ' **missed**'}"
+                found.setdefault((setting, target), {})[library] = cell
     return [
-        *header(["setting", "target", "measured (95 % interval)", ""], texts=4),
-        *(
-            row(setting, target, measured, "met" if met else "missed")
-            for part in parts
-            for setting, target, measured, met in part(results)
-        ),
+        *header(["setting", "target", *results.libraries], texts=2),
+        *(row(*key, *(cells.get(name, "") for name in results.libraries)) for key, cells in found.items()),
     ]
 
 
@@ -209,95 +205,140 @@ def _share(value: Value) -> str:
     return "{:.3f} ({:.3f} to {:.3f})".format(*value)
 
 
-def _against_oracle(results: Results) -> Targets:
-    for name, share, accuracy in (("held_in", 0.99, 0.98), ("unseen", 0.97, 0.95)):
-        value = results.scores[name].value(lambda s: s[OURS] / s["oracle"])
-        yield SHOWN[name], f"at least {share} of the oracle", _share(value), value[0] >= share
-        value = Scores(results.answers[name], "found").value(lambda s: s[OURS])
-        yield SHOWN[name], f"routing accuracy at least {accuracy}", _share(value), value[0] >= accuracy
+def _nats(value: Value) -> str:
+    return "{:+.2f} ({:+.2f} to {:+.2f}) nats".format(*value)
 
 
-def _without_expert(results: Results) -> Targets:
-    scores, singles = results.scores["left_out"], results.answers["left_out_singles"]
-    others = singles[singles.part != singles.adapter]
-    best = others.groupby(["task", "part"]).right.mean().groupby(level="task").max().mean()
-    value = scores.value(lambda s: s[OURS] / best)
-    yield "left out", "at least 0.90 of the best remaining adapter", _share(value), value[0] >= 0.90
+def _there(results: Results, library: str, setting: str, *methods: str) -> bool:
+    """Whether these methods were asked there."""
+    found = results.answers.get((library, setting))
+    return found is not None and set(methods) <= set(found.method)
+
+
+def _lead(scores: Scores, over: Any) -> Value:
+    """Ours less a method's, named, or less a number."""
+    return scores.value(lambda s: s[OURS] - s.get(over, over))
+
+
+def _against_oracle(results: Results, library: str) -> Targets:
+    for name, share in (("own", 0.99), ("unseen", 0.90), ("mc", 0.97)):
+        if _there(results, library, name, OURS, "oracle"):
+            value = results.scores(library, name).value(lambda s: s[OURS] / s["oracle"])
+            yield SHOWN[name], f"at least {share:.2f} of the oracle", _share(value), value[0] >= share
+    if _there(results, library, "own", OURS):
+        value = results.scores(library, "own", "found").value(lambda s: s[OURS])
+        yield SHOWN["own"], "routing accuracy at least 0.98", _share(value), value[0] >= 0.98
+
+
+def _without_adapter(results: Results, library: str) -> Targets:
+    for name in ("none", "foreign"):
+        if _there(results, library, name, OURS, "base"):
+            scores = results.scores(library, name)
+            value = scores.value(lambda s: s[OURS] - s["base"])
+            yield SHOWN[name], "at most 1 point below the base model", _points(value), value[0] >= -0.01
+            lost = (scores.tasks[OURS] - scores.tasks["base"]).sort_values()
+            text = f"{100 * lost.iloc[0]:+.1f} points ({lost.index[0]})"
+            yield SHOWN[name], "the same in every kind", text, lost.iloc[0] >= -0.01
+            value = results.scores(library, name, "found").value(lambda s: s[OURS])
+            yield SHOWN[name], "at least 0.85 left to the base model", _share(value), value[0] >= 0.85
+
+
+def _left_out(results: Results, library: str) -> Targets:
+    if not _there(results, library, "left_out", OURS, "base"):
+        return
+    scores = results.scores(library, "left_out", "nats")
     value = scores.value(lambda s: s[OURS] - s["base"])
-    yield "left out", "above the base model", _points(value), value[0] > 0
-    value = scores.value(lambda s: s[OURS] - max(s[m] for m in STATIC if m in s))
-    yield "left out", "above every static merge", _points(value), value[0] > 0
-    value = results.scores[NO_EXPERT].value(lambda s: s[OURS] - s["base"])
-    yield "no expert", "at most 1 point below the base model", _points(value), value[0] >= -0.01
+    yield "left out", "likelihood above the base model's", _nats(value), value[0] > 0
+    merges = [m for m in STATIC if m in scores.tasks]
+    if merges:
+        value = scores.value(lambda s: s[OURS] - max(s[m] for m in merges))
+        yield "left out", "likelihood above every static merge's", _nats(value), value[0] > 0
+    if _there(results, library, "left_out_singles"):
+        singles = results.answers[library, "left_out_singles"]
+        others = singles[singles.part != singles.adapter]
+        best = others.groupby(["task", "part"]).nats.mean().groupby(level="task").max().mean()
+        value = _lead(scores, best)
+        yield "left out", "likelihood of the best remaining adapter's", _nats(value), value[0] >= 0
 
 
-def _composite(results: Results) -> Targets:
-    singles = results.answers["composite_singles"].groupby(["task", "part"]).right.mean()
-    best = singles.groupby(level="task").max().mean()
-    value = results.scores["composite"].value(lambda s: s[OURS] - best)
-    yield "composite", "above the better of the two experts", _points(value), value[0] > 0
+def _composite(results: Results, library: str) -> Targets:
+    if _there(results, library, "composite", OURS) and _there(results, library, "composite_singles"):
+        for column, text in (("score", _points), ("nats", _nats)):
+            singles = results.answers[library, "composite_singles"].groupby(["task", "part"])[column].mean()
+            best = singles.groupby(level="task").max().mean()
+            value = _lead(results.scores(library, "composite", column), best)
+            what = "score" if column == "score" else "likelihood"
+            yield "composite", f"{what} above the better of the two experts'", text(value), value[0] > 0
 
 
-def _skewed(results: Results) -> Targets:
-    own = results.answers["skewed"][lambda d: d.part == d.task].groupby("task").right.mean()
-    change = 100 * (own - results.scores["held_in"].tasks[OURS].reindex(own.index))
+def _skewed(results: Results, library: str) -> Targets:
+    if not _there(results, library, "skewed", OURS) or not _there(results, library, "own", OURS):
+        return
+    skewed = results.answers[library, "skewed"]
+    own = skewed[skewed.part == skewed.task].groupby("task").score.mean()
+    change = 100 * (own - results.scores(library, "own").tasks[OURS].reindex(own.index))
     off = int((change.abs() > 2).sum())
     text = f"{change.min():+.1f} to {change.max():+.1f} points; {off} of {len(change)} tasks outside"
     yield "skewed mixes", "within 2 points of the balanced mix, task by task", text, off == 0
 
 
-def _decoys(results: Results) -> Targets:
-    plain = results.answers["held_in"][lambda d: (d.method == OURS) & (d.seed == 0)]
+def _decoys(results: Results, library: str) -> Targets:
     for name, title in DECOYS.items():
+        if not _there(results, library, name, OURS) or not _there(results, library, "own", OURS):
+            continue
+        plain = results.answers[library, "own"][lambda d: (d.method == OURS) & (d.seed == 0)]
         limit = 1 if name == "decoys_random" else 2
-        decoyed = results.answers[name][lambda d: d.method == OURS].assign(method="with decoys")
+        decoyed = results.answers[library, name][lambda d: d.method == OURS].assign(method="with decoys")
         both = pd.concat([plain.merge(decoyed[["task", "id"]]), decoyed])  # the same queries
         value = Scores(both).value(lambda s: s["with decoys"] - s[OURS])
         target = f"costs at most {limit} point{'s' * (limit > 1)}"
         yield title, target, _points(value), value[0] >= -limit / 100
 
 
-def _variants(results: Results) -> Targets:
-    n_tasks = len(results.scores["held_in"].tasks)
-    count = results.costs_of("held_in", OURS).variants.max()
-    met = bool(count <= 1.5 * n_tasks)
-    yield "variants", "at most 1.5 for each task present", f"{count} for {n_tasks} tasks", met
-    for name in ("held_in", "unseen"):
-        value = results.scores[name].value(lambda s: s[OURS] - s["per_query"])
-        target = "at most 0.5 points below per-query mixing"
-        yield f"variants, {SHOWN[name]}", target, _points(value), value[0] >= -0.005
+def _variants(results: Results, library: str) -> Targets:
+    if not _there(results, library, "own", OURS):
+        return
+    tasks = results.answers[library, "own"].task.nunique()
+    count = results.costs_of(library, QUERIES, OURS).variants.max()
+    yield "variants", "at most 1.5 for each task", f"{count} for {tasks} tasks", bool(count <= 1.5 * tasks)
+    for name in ("own", "unseen"):
+        if _there(results, library, name, OURS, "per_query"):
+            value = results.scores(library, name).value(lambda s: s[OURS] - s["per_query"])
+            target = "at most 0.5 points below per-query mixing"
+            yield f"variants, {SHOWN[name]}", target, _points(value), value[0] >= -0.005
 
 
-def _against_peers(results: Results) -> Targets:
+def _against_peers(results: Results, library: str) -> Targets:
     for name, title in SHOWN.items():
-        yield _against_best(name, title, results.scores[name])
+        if not _there(results, library, name, OURS):
+            continue
+        scores = results.scores(library, name, "nats")
+        if peers := [method for method in PEERS if method in scores.tasks]:
+            best = scores.tasks[peers].mean().idxmax()
+            value = _lead(scores, best)
+            yield f"peers, {title}", "likelihood above each", f"{_nats(value)} (`{best}`)", value[0] > 0
 
 
-def _against_best(name: str, title: str, scores: Scores) -> Target:
-    best = scores.tasks[[method for method in PEERS if method in scores.tasks]].mean().idxmax()
-    what = f"best peer, {title}: `{best}`"
-    if name == "held_in":
-        value = scores.value(lambda s: (s[OURS] - s[best]) / s["oracle"])
-        return what, "at least 5 points of the oracle's share above it", _points(value), value[0] >= 0.05
-    value = scores.value(lambda s: s[OURS] - s[best])
-    return what, "above it", _points(value), value[0] > 0
+TARGETS: tuple[Callable[[Results, str], Targets], ...] = (
+    _against_oracle, _without_adapter, _left_out, _composite, _skewed, _decoys, _variants, _against_peers,
+)  # fmt: skip
 
 
 def tasks_tables(results: Results) -> list[str]:
-    """Every method's score on every task, setting by setting."""
+    """Every method's score on every task, library by library and setting by setting."""
     lines = []
-    for name, title in (SHOWN | DECOYS).items():
-        tasks = results.scores[name].tasks
-        skills: Any = results.answers[name].groupby("task").skill.first()
-        methods, mean = _order(tasks.columns), tasks.mean()
-        lines += [f"## {title[0].upper()}{title[1:]}", "", *header(["task", "skill", *methods], texts=2)]
-        for task, shares in tasks.iterrows():
-            lines.append(row(task, skills[task], *(f"{shares[m]:.2f}" for m in methods)))
-        for skill, part in tasks.groupby(skills):
-            lines.append(row("**mean**", skill, *(f"{part[m].mean():.3f}" for m in methods)))
-        lines.append(row("**mean**", "all", *(f"{mean[m]:.3f}" for m in methods)))
-        if mean.get("oracle"):
-            share = mean / mean["oracle"]
-            lines.append(row("share of the oracle", "", *(f"{share[m]:.3f}" for m in methods)))
-        lines.append("")
+    for library in results.libraries:
+        for name, title in (SHOWN | DECOYS).items():
+            if (library, name) not in results.answers:
+                continue
+            tasks = results.scores(library, name).tasks
+            methods, mean = _order(tasks.columns), tasks.mean()
+            lines += [f"## {library}: {title}", "", *header(["task", *methods])]
+            for task, values in tasks.iterrows():
+                lines.append(row(task, *(f"{values[m]:.2f}" for m in methods)))
+            lines.append(row("**mean**", *(f"{mean[m]:.3f}" for m in methods)))
+            if mean.get("oracle"):
+                share = mean / mean["oracle"]
+                lines.append(row("share of the oracle", *(f"{share[m]:.3f}" for m in methods)))
+            lines.append("")
     return lines[:-1]
