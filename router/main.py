@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     )
     setting(
         "n_variants",
-        "number of merged variants, from 1; auto makes as few as the weights allow, at most 32",
+        "number of merged variants, from 1; auto makes as few as the weights allow",
         "auto",
         type=_integer(1, "auto"),
         metavar="INT|auto",

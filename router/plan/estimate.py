@@ -36,7 +36,7 @@ from router.model.base import (
 )  # fmt: skip
 from router.pipeline import default_base
 from router.plan.speed import Speed, measure, parameters, skeleton
-from router.routing.clusters import MAX_VARIANTS
+from router.routing.clusters import most_variants
 from router.settings import Settings
 from router.submission import GENERATION, Query, read_queries, read_rows
 
@@ -92,14 +92,15 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     dtype = pick_dtype(settings.dtype, device)
     earlier = _earlier(name, settings, list(adapters))
     routed = name == "proto_route"
-    assumed = min(MAX_VARIANTS, len(adapters) + 2) if routed else 1
+    most = most_variants(len(adapters) + 1)
+    assumed = min(most, len(adapters) + 2) if routed else 1
     variants = settings.n_variants or earlier.get("n_variants") or assumed
     work = _work(tokenizer, settings, queries, earlier)
     used = {} if name == "base" else adapters
     speed = measure(config, parameters(model), device, dtype, used, work.prompts)
     ways = {"likely": variants}
     if routed and not earlier and not settings.n_variants:
-        ways |= {"low": max(1, variants // 2), "high": MAX_VARIANTS}
+        ways |= {"low": max(1, variants // 2), "high": most}
     seconds = {way: _seconds(speed, work, adapters, count, routed) for way, count in ways.items()}
     if earlier and routed:
         for found in seconds.values():

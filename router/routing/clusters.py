@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +10,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-MAX_VARIANTS = 32
-# Limits of the total variation distance between a query's own weights and its variant's: on average, and at
-# worst. The second keeps the few queries of a rare task from drowning in a large group.
-MEAN_LOSS, WORST_LOSS = 0.05, 0.25
+PURE = 0.75  # a candidate with this weight answers alone; docs/method.md has what a mix is worth
+PER_BEST = 1.5  # at most so many variants for each candidate that is a query's best
+# Limits of the total variation distance between a query's own mix and its variant's: on average, and at
+# worst. The second keeps the few queries of a rare task from drowning in a large group; two pure groups that
+# were one would lose 0.5.
+MEAN_LOSS, WORST_LOSS = 0.05, 0.45
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,28 @@ class Clusters:
 
     Attributes:
         labels: (queries,) variant of each query, 0-based; variants are numbered by their first query.
-        weights: (variants, candidates) mean weights of each variant's queries; rows sum to 1.
+        weights: (variants, candidates) mean mix of each variant's queries; rows sum to 1.
     """
 
     labels: NDArray[np.int64]
     weights: Array
+
+
+def mixes(weights: Array) -> Array:
+    """What each query is to be answered with: its weights or, where one of them is at least PURE, that alone.
+
+    Example:
+        >>> mixes(np.array([[0.9, 0.1], [0.7, 0.3]]))
+        array([[1. , 0. ],
+               [0.7, 0.3]])
+    """
+    sure = weights.max(1, keepdims=True) >= PURE
+    return np.where(sure, np.eye(weights.shape[1])[weights.argmax(1)], weights)
+
+
+def most_variants(best: int) -> int:
+    """The most variants that are made, where so many candidates are a query's best."""
+    return math.ceil(PER_BEST * best)
 
 
 def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
@@ -33,39 +53,40 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
 
     Args:
         weights: (queries, candidates), rows sum to 1.
-        n_variants: how many groups; None takes the fewest, at most MAX_VARIANTS, for which the
-            losses are on average at most MEAN_LOSS and none is above WORST_LOSS.
+        n_variants: how many groups; None takes the fewest, at most `most_variants`, for which the losses of
+            their `mixes` are on average at most MEAN_LOSS and none is above WORST_LOSS.
         seed: of k-means.
 
     Raises:
         ValueError: n_variants below 1.
 
     Example:
-        >>> weights = np.array([[0.9, 0.1], [0.0, 1.0], [0.88, 0.12]])
+        >>> weights = np.array([[0.6, 0.4], [0.1, 0.9], [0.58, 0.42]])
         >>> found = cluster(weights, None, seed=0)
         >>> found.labels
         array([0, 1, 0])
         >>> found.weights
-        array([[0.89, 0.11],
+        array([[0.59, 0.41],
                [0.  , 1.  ]])
     """
     if n_variants is not None and n_variants < 1:
         raise ValueError(f"expected at least 1 variant, got {n_variants}")
+    best, weights = len(np.unique(weights.argmax(1))), mixes(weights)
     distinct = len(np.unique(weights.round(6), axis=0))
     if n_variants is not None:
         return _kmeans(weights, min(n_variants, distinct), seed)
     # The loss falls almost monotonically with K, so bisection finds the smallest K.
-    low, high = 1, min(MAX_VARIANTS, distinct)
-    best = _kmeans(weights, high, seed)
+    low, high = 1, min(most_variants(best), distinct)
+    found = _kmeans(weights, high, seed)
     while low < high:
         middle = (low + high) // 2
         tried = _kmeans(weights, middle, seed)
         lost = losses(weights, tried)
         if lost.mean() <= MEAN_LOSS and lost.max() <= WORST_LOSS:
-            high, best = middle, tried
+            high, found = middle, tried
         else:
             low = middle + 1
-    return best
+    return found
 
 
 def losses(weights: Array, clusters: Clusters) -> Array:

@@ -69,9 +69,9 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        temperature: float = 0.2,
+        temperature: float = 0.5,
         top_k: int | None = 3,
-        false_alarm: float = 0.2,
+        false_alarm: float = 0.3,
         end_weight: float = 0.5,
     ) -> None:
         self.temperature = temperature

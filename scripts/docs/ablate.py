@@ -1,37 +1,46 @@
 """What each choice of the gate is worth, on every library that is at hand: `python -m scripts.docs.ablate`.
 
-Writes docs/ablations.md. No constant is chosen by one library, so each row has the figures of all of them
-side by side. Every library is measured once; the rows are settings of the package's own gate. Reads labels,
-so nothing that routes may import it.
+Writes docs/ablations.md, the curve docs/trade.svg, and the table of docs/method.md that tells how often a
+weight is right. No constant is chosen by one library, so each row has the figures of all of them side by
+side, and the worst. Every library is measured once; the rows are settings of the package's own gate. Reads
+labels, so nothing that routes may import it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router.constants import BASE_COLUMN, LIBRARY
+from router.constants import BASE_COLUMN
 from router.files import replacing
 from router.library.adapters import load_library
 from router.model.answer import encode
-from router.model.base import EMBEDDED, load_base
+from router.model.base import load_base
 from router.model.passes import truncated
 from router.routing.calibration import Calibration
 from router.routing.gate import PrototypeGate
 from router.routing.probe import END, probe
 from router.routing.prototypes import prototypes
-from scripts.bench.markdown import header, row
-from scripts.bench.score import labelled, read_texts, routed
+from scripts.bench.development import SPLITS, Labelled, libraries
+from scripts.bench.markdown import header, insert, row
+from scripts.bench.score import routed
 
-OUT = Path("docs/ablations.md")
-DEVSET = Path("../shared/devset")  # a second library with labelled queries, where it is at hand
-SPLITS = {"own": "own", "unseen": "other", "mc": "choice", "none": "base"}  # and their columns
+OUT, CURVE, METHOD = Path("docs/ablations.md"), Path("docs/trade.svg"), Path("docs/method.md")
+FITS, NOBODY = SPLITS[:3], SPLITS[3:]  # an adapter is right, or the base model
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+WEIGHTS = (0.0, 0.5, 0.7, 0.85, 0.95, 1.0)  # bounds of the reliability table
+# Three kinds of foreign text, by the start of their names in data/eval_foreign.
+KINDS = {
+    "chat": ("chat_question", "small_talk"), "few-shot": ("few_shot",), "multiple choice": ("mc_",)
+}  # fmt: skip
 Array = NDArray[np.float64]
 
 
@@ -47,6 +56,7 @@ class Measured:
         reference_confidence, confidence: of the base model on them, (prompts,).
         labels: the adapter of each query, `base` where none fits.
         splits: of each query, one of SPLITS.
+        tasks: of each query.
     """
 
     name: str
@@ -58,45 +68,41 @@ class Measured:
     confidence: Any
     labels: list[str]
     splits: NDArray[np.str_]
+    tasks: NDArray[np.str_]
 
-    def shares(self, top: NDArray[np.int64]) -> list[str]:
-        """The share of right choices in each split; empty where the library has no such queries."""
+    def right(self, top: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which choices are the right ones."""
         pairs = zip(top.tolist(), self.labels, strict=True)
-        right = np.array([routed(self.candidates[k], label) for k, label in pairs])
+        return np.array([routed(self.candidates[k], label) for k, label in pairs])
+
+    def shares(self, top: NDArray[np.int64]) -> list[float]:
+        """The share of right choices in each split; NaN where the library has no such queries."""
+        right = self.right(top)
         found = (right[self.splits == split] for split in SPLITS)
-        return [f"{part.mean():.3f}" if len(part) else "" for part in found]
+        return [float(part.mean()) if len(part) else np.nan for part in found]
+
+    def fitted(self, **settings: Any) -> PrototypeGate:
+        """A gate with some settings."""
+        return PrototypeGate(**settings).fit(self.reference, confidence=self.reference_confidence)
 
 
-def measured(name: str, folder: Path, texts: list[str], labels: list[str], splits: list[str]) -> Measured:
-    """Measures a library of the embedded base model in one pass."""
-    base, adapters = load_base(EMBEDDED, "cpu", "float32"), load_library([str(folder)])
+def measured(of: Labelled) -> Measured:
+    """Measures a library in one pass of its base model."""
+    base, adapters = load_base(of.base, "cpu", "float32"), load_library([str(of.adapters)])
     protos, calibration = prototypes(adapters, dtype=base.model.dtype), Calibration(base)
     means = calibration.means(list(protos))
-    rows, pad = truncated(encode(base.tokenizer, texts)), base.tokenizer.pad_token_id
+    rows, pad = truncated(encode(base.tokenizer, of.rows["input"].tolist())), base.tokenizer.pad_token_id
     return Measured(
-        name,
+        of.name,
         [*(adapter.name for adapter in adapters), BASE_COLUMN],
         list(protos),
         calibration.responses(adapters, protos, means),
         calibration.confidence(),
-        *probe(base.model, rows, pad, protos, means, len(adapters), name),
-        labels,
-        np.array(splits),
+        *probe(base.model, rows, pad, protos, means, len(adapters), of.name),
+        of.rows["adapter"].tolist(),
+        of.rows["split"].to_numpy(str),
+        of.rows["task"].to_numpy(str),
     )
-
-
-def libraries() -> Iterator[Measured]:
-    """The committed library, and the second one where it is at hand."""
-    own, unseen = labelled("eval"), labelled("eval_unseen")
-    labels = [*own["adapter"], *unseen["adapter"]]
-    splits = ["own"] * len(own) + [
-        "none" if label == BASE_COLUMN else "unseen" for label in unseen["adapter"]
-    ]
-    yield measured("data/library", LIBRARY, [*own["input"], *unseen["input"]], labels, splits)
-    if DEVSET.is_dir():
-        rows = read_texts(DEVSET / "queries.csv").merge(read_texts(DEVSET / "labels.csv"), on="id")
-        labels = rows["task"].where(rows["split"] != "none", BASE_COLUMN).tolist()
-        yield measured("second", DEVSET / "library", rows["input"].tolist(), labels, rows["split"].tolist())
 
 
 def scores(of: Measured, keep: Any = slice(None), prompts: Any = slice(None), **settings: Any) -> Array:
@@ -111,84 +117,222 @@ def early(of: Measured, share: float) -> NDArray[np.bool_]:
     return np.asarray(depth < share * (depth.max() + 1))
 
 
-def page(found: list[Measured]) -> list[str]:
-    """The lines of docs/ablations.md."""
-    columns = [f"{of.name}: {column}" for of in found for column in SPLITS.values()]
-    text = f"""# What each choice of the gate is worth
+Choose = Callable[[Measured], NDArray[np.int64]]
 
-Shares of queries whose top candidate is the right one: on queries as phrased in training (*own*), in other
-phrasings (*other*), as multiple choice (*choice*), and on queries that no adapter fits, where the right one
-is the base model (*base*). `data/library` has {len(found[0].candidates) - 1} adapters and the queries of
-`data/eval` and `data/eval_unseen`. The second library was trained apart from it, on other tasks and data; it
-is not part of this repository. {len(found[0].reference)} generic prompts, float32. Made by
-`python -m scripts.docs.ablate`.
-"""
-    lines = text.splitlines()
 
-    def table(title: str, rows: dict[str, list[NDArray[np.int64]]]) -> None:
-        lines.extend(["", f"## {title}", "", *header(["gate", *columns])])
-        for name, tops in rows.items():
-            cells = [cell for of, top in zip(found, tops, strict=True) for cell in of.shares(top)]
-            lines.append(row(name, *cells))
+def side_by_side(found: Sequence[Measured], rows: dict[str, Choose], splits: Sequence[str]) -> list[str]:
+    """A table with a cell for each library and split, and the worst library of each split.
 
-    each = found
-    table(
-        "Which adapter: the highest score, whatever the level",
-        {
-            "**as it is**": [scores(of).argmax(1) for of in each],
-            **{
-                f"the end of the prompt counts {weight:g} times its whole (0.5)": [
-                    scores(of, end_weight=weight).argmax(1) for of in each
-                ]
-                for weight in (0.0, 0.25, 1.0, 2.0)
-            },
-            "no calibration: largest mean cosine": [
-                np.nanmean(of.responses[..., 0], 2).argmax(1) for of in each
-            ],
-            "only the first third of the layers": [scores(of, early(of, 1 / 3)).argmax(1) for of in each],
-            "only the first two thirds of the layers": [
-                scores(of, early(of, 2 / 3)).argmax(1) for of in each
-            ],
-            **{
-                f"every {step}nd generic prompt" if step == 2 else f"every {step}th generic prompt": [
-                    scores(of, prompts=slice(None, None, step)).argmax(1) for of in each
-                ]
-                for step in (2, 4)
-            },
-        },
-    )
-
-    def fitted(of: Measured, share: float) -> PrototypeGate:
-        return PrototypeGate(false_alarm=share).fit(of.reference, confidence=of.reference_confidence)
-
-    gates = {share: [fitted(of, share) for of in each] for share in SHARES}
-    plain = [PrototypeGate().fit(of.reference) for of in each]
-    table(
-        "Does any adapter fit: the level",
-        {
-            f"false_alarm {share:g}" + (" **(as it is)**" if share == PrototypeGate().false_alarm else ""): [
-                gate.predict(of.responses, of.confidence) for gate, of in zip(gates[share], each, strict=True)
-            ]
-            for share in SHARES
-        }
-        | {
-            "as it is, without the base model's confidence": [
-                gate.predict(of.responses) for gate, of in zip(plain, each, strict=True)
-            ]
-        },
-    )
-    lines.extend(["", f"The end of a prompt is its last {END} tokens.", ""])
+    Splits that no library has are left out.
+    """
+    chosen = {title: np.array([of.shares(choose(of)) for of in found]) for title, choose in rows.items()}
+    first = next(iter(chosen.values()))  # (libraries, SPLITS)
+    places = [k for k, split in enumerate(SPLITS) if split in splits and not np.isnan(first[:, k]).all()]
+    cells = [(n, k) for k in places for n in range(len(found)) if not np.isnan(first[n, k])]
+    names = [f"{SPLITS[k]}: {found[n].name}" for n, k in cells] + [f"{SPLITS[k]}: worst" for k in places]
+    lines = header(["gate", *names])
+    for title, shares in chosen.items():
+        worst = (np.nanmin(shares[:, k]) for k in places)
+        lines.append(row(title, *(f"{v:.3f}" for v in (*(shares[cell] for cell in cells), *worst))))
     return lines
 
 
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+def which(found: Sequence[Measured]) -> list[str]:
+    """Which adapter: the highest score, whatever the level."""
+    rows: dict[str, Choose] = {
+        "**as it is**": _highest,
+        **{
+            f"the end of the prompt counts {weight:g} times its whole (0.5)": partial(
+                _highest, end_weight=weight
+            )
+            for weight in (0.0, 0.25, 1.0, 2.0)
+        },
+        "no calibration: largest mean cosine": lambda of: np.nanmean(of.responses[..., 0], 2).argmax(1),
+        "only the first third of the layers": lambda of: scores(of, early(of, 1 / 3)).argmax(1),
+        "only the first two thirds of the layers": lambda of: scores(of, early(of, 2 / 3)).argmax(1),
+        "every 2nd generic prompt": partial(_highest, prompts=slice(None, None, 2)),
+        "every 4th generic prompt": partial(_highest, prompts=slice(None, None, 4)),
+    }
+    return side_by_side(found, rows, FITS)
+
+
+def fits(found: Sequence[Measured]) -> list[str]:
+    """Whether any adapter fits: the level."""
+    now = PrototypeGate().false_alarm
+    rows: dict[str, Choose] = {
+        **{
+            f"false_alarm {share:g}" + (" **(as it is)**" if share == now else ""): partial(
+                _decided, false_alarm=share
+            )
+            for share in SHARES
+        },
+        "as it is, without the base model's confidence": lambda of: (
+            PrototypeGate().fit(of.reference).predict(of.responses)
+        ),
+    }
+    return side_by_side(found, rows, SPLITS)
+
+
+def _highest(of: Measured, **settings: Any) -> NDArray[np.int64]:
+    return np.asarray(scores(of, **settings).argmax(1))
+
+
+def _decided(of: Measured, **settings: Any) -> NDArray[np.int64]:
+    return of.fitted(**settings).predict(of.responses, of.confidence)
+
+
+def promised(found: Sequence[Measured]) -> list[str]:
+    """The rate of false alarms that the level promises on generic text against what other text gets."""
+    kinds: dict[str, Callable[[Measured], NDArray[np.bool_]]] = {
+        **{kind: partial(_of_kinds, names=names) for kind, names in KINDS.items()},
+        "all foreign queries": lambda of: of.splits == "foreign",
+        "tasks without an adapter": lambda of: of.splits == "none",
+    }
+    cells = [(of, kind) for kind in kinds for of in found if kinds[kind](of).any()]
+    lines = header(["promised", *(f"{kind}: {of.name}" for of, kind in cells)])
+    sent = {
+        (of.name, share): _decided(of, false_alarm=share) < len(of.candidates) - 1
+        for of in found
+        for share in SHARES
+    }
+    for share in SHARES:
+        rates = (sent[of.name, share][kinds[kind](of)].mean() for of, kind in cells)
+        lines.append(row(f"{share:g}", *(f"{rate:.3f}" for rate in rates)))
+    return lines
+
+
+def _of_kinds(of: Measured, names: Iterable[str]) -> NDArray[np.bool_]:
+    """Which queries are of a kind of foreign text."""
+    return np.array(
+        [
+            split == "foreign" and task.startswith(tuple(names))
+            for split, task in zip(of.splits, of.tasks, strict=True)
+        ]
+    )
+
+
+def reliability(found: Sequence[Measured], **settings: Any) -> list[str]:
+    """How often the top candidate is right, by its weight; each split of a library counts the same."""
+    spans = [f"{low:g} to {high:g}" for low, high in pairwise(WEIGHTS)]
+    lines = header(["library", *spans, "mean gap"])
+    for of in found:
+        gate = of.fitted(**settings)
+        weights = gate.predict_proba(of.responses, of.confidence)
+        top, right = weights.max(1), of.right(weights.argmax(1))
+        _, split, sizes = np.unique(of.splits, return_inverse=True, return_counts=True)
+        counts = 1 / sizes[split] / len(sizes)  # (queries,) sum to 1
+        place = np.digitize(top, WEIGHTS[1:-1])
+        cells, gap = [], 0.0
+        for n in range(len(spans)):
+            own = place == n
+            if not own.any():
+                cells.append("")
+                continue
+            said, came = (float((counts * x)[own].sum() / counts[own].sum()) for x in (top, right))
+            gap += float(counts[own].sum()) * abs(said - came)
+            cells.append(f"{said:.2f}: {came:.2f}")
+        lines.append(row(of.name, *cells, f"{gap:.3f}"))
+    return lines
+
+
+def temperatures(found: Sequence[Measured]) -> list[str]:
+    """How well a softmax of each temperature tells the probability of being right."""
+    lines = header(["temperature", *(f"{of.name}: {what}" for of in found for what in ("mean gap", "nats"))])
+    now = PrototypeGate().temperature
+    for temperature in (0.1, 0.2, 0.35, 0.5, 0.7, 1.0):
+        cells = []
+        for of, line in zip(found, reliability(found, temperature=temperature)[2:], strict=True):
+            gate = of.fitted(temperature=temperature, top_k=None)
+            weights = gate.predict_proba(of.responses, of.confidence)
+            names = np.array([name.split("~")[0] for name in of.candidates])
+            own = np.array([names == label for label in of.labels])  # (queries, candidates)
+            _, split, sizes = np.unique(of.splits, return_inverse=True, return_counts=True)
+            logs = -np.log((weights * own).sum(1).clip(1e-6))
+            nats = (logs / sizes[split] / len(sizes)).sum()
+            cells += [line.rsplit("|", 2)[1].strip(), f"{nats:.3f}"]
+        lines.append(row(f"{temperature:g}" + (" **(as it is)**" if temperature == now else ""), *cells))
+    return lines
+
+
+def page(found: Sequence[Measured]) -> list[str]:
+    """The lines of docs/ablations.md."""
+    names = ", ".join(f"{of.name} ({len(of.candidates) - 1})" for of in found)
+    text = f"""# What each choice of the gate is worth
+
+Shares of queries whose top candidate is the right one: as phrased in training (*own*), in other phrasings
+(*unseen*), as multiple choice (*mc*), and where the base model is the right one: tasks that no adapter of the
+library was made for (*none*), and queries of eleven kinds that no library was made for (*foreign*,
+data/eval_foreign). The libraries, with their adapters: {names}.
+`committed` is data/library. `second` was trained apart from it, on other tasks and data, and is not part of
+this repository; CONTRIBUTING.md tells how to build the others. {len(found[0].reference)} generic prompts,
+float32. Made by `python -m scripts.docs.ablate`.
+"""
+    lines = text.splitlines()
+    sections = {
+        "Which adapter: the highest score, whatever the level": which,
+        "Does any adapter fit: the level": fits,
+        "False alarms, promised and measured": promised,
+        "The temperature: weights as probabilities": temperatures,
+    }
+    notes = {
+        "False alarms, promised and measured": (
+            "The level is set on generic text, by cross-validation. Here is what it lets through of text "
+            "that it has not seen."
+        ),
+        "The temperature: weights as probabilities": (
+            "The mean gap is that between the weight of the top candidate and how often it is right; nats "
+            "are the mean negative log of the right candidate's weight. Each split of a library counts alike."
+        ),
+    }
+    for title, section in sections.items():
+        above = [notes[title], ""] if title in notes else []
+        lines += ["", f"## {title}", "", *above, *section(found)]
+    return [*lines, "", f"The end of a prompt is its last {END} tokens.", ""]
+
+
+def curve(found: Sequence[Measured]) -> None:
+    """Draws queries rightly sent to an adapter against foreign ones sent to one, as the level moves."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "trade", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(6, 4.2))
+        axes = figure.subplots()
+        for of in found:
+            gate = of.fitted()
+            points = []
+            for share in np.linspace(0.01, 0.9, 90):
+                level = float(np.quantile(gate.reference_leads_, 1 - share))
+                points.append(_sent(of, gate, level))
+            x, y = np.array(points).T
+            (line,) = axes.plot(x, y, label=of.name)
+            axes.plot(*_sent(of, gate, gate.level_), "o", color=line.get_color())
+        axes.set_xlabel("foreign queries sent to an adapter")
+        axes.set_ylabel("queries sent to their own adapter")
+        axes.set_xlim(0, 0.6)
+        axes.set_ylim(0, 1)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+        figure.savefig(CURVE, format="svg", metadata={"Date": None}, bbox_inches="tight")
+
+
+def _sent(of: Measured, gate: PrototypeGate, level: float) -> tuple[float, float]:
+    """Shares of foreign queries and tasks sent to an adapter, and of other phrasings sent to their own."""
+    candidates = gate.candidate_scores(gate.decision_function(of.responses), of.confidence)
+    candidates[:, -1] += level - gate.level_
+    top = candidates.argmax(1)
+    foreign, unseen = np.isin(of.splits, NOBODY), np.isin(of.splits, ("unseen", "mc"))
+    return float((top[foreign] < len(of.candidates) - 1).mean()), float(of.right(top)[unseen].mean())
 
 
 def main() -> None:
-    """Measures and writes the page."""
+    """Measures and writes."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    found = [measured(of) for of in libraries()]
     with replacing(OUT) as file:
-        file.write("\n".join(page(list(libraries()))))
+        file.write("\n".join(page(found)))
+    insert(METHOD, "reliability", reliability(found))
+    curve(found)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from router.routing.clusters import MAX_VARIANTS, MEAN_LOSS, cluster
+from router.routing.clusters import MEAN_LOSS, WORST_LOSS, cluster, mixes, most_variants
 
 
 def lost(weights, clusters):
@@ -40,7 +40,7 @@ def test_weights_are_the_means_of_their_members_and_sum_to_one():
     found = cluster(weights, 7, seed=0)
     assert found.labels.shape == (120,) and found.weights.shape == (7, 5)
     for label, row in enumerate(found.weights):
-        np.testing.assert_allclose(row, weights[found.labels == label].mean(0), atol=1e-12)
+        np.testing.assert_allclose(row, mixes(weights)[found.labels == label].mean(0), atol=1e-12)
     np.testing.assert_allclose(found.weights.sum(1), 1, atol=1e-12)
 
 
@@ -56,7 +56,7 @@ def test_one_variant_is_the_mean_of_all():
     weights = random_rows(40, 4)
     found = cluster(weights, 1, seed=0)
     assert found.labels.tolist() == [0] * 40
-    np.testing.assert_allclose(found.weights, [weights.mean(0)], atol=1e-12)
+    np.testing.assert_allclose(found.weights, [mixes(weights).mean(0)], atol=1e-12)
 
 
 @pytest.mark.parametrize("n_variants", [6, 50])
@@ -81,26 +81,39 @@ def test_auto_takes_one_variant_where_all_agree():
     assert len(cluster(weights, None, seed=0).weights) == 1
 
 
-def test_auto_stops_at_the_limit():
+def test_a_query_that_is_sure_is_answered_by_its_candidate_alone():
+    weights = np.array([[0.8, 0.2, 0.0], [0.74, 0.26, 0.0], [0.05, 0.05, 0.9]])
+    np.testing.assert_array_equal(mixes(weights), [[1, 0, 0], [0.74, 0.26, 0], [0, 0, 1]])
+    found = cluster(weights, None, seed=0)
+    assert found.labels.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(found.weights, mixes(weights), atol=1e-12)
+
+
+def test_auto_stops_at_one_and_a_half_for_each_candidate_that_is_a_best():
     weights = random_rows(500, 9)
     found = cluster(weights, None, seed=0)
-    assert len(found.weights) == MAX_VARIANTS == 32
-    assert lost(weights, found) > MEAN_LOSS  # so it is the limit that stopped it
+    assert len(found.weights) == most_variants(9) == 14
+    assert lost(mixes(weights), found) > MEAN_LOSS  # so it is the limit that stopped it
 
 
 def test_auto_takes_the_fewest_variants_within_the_tolerance():
-    weights = random_rows(300, 3)
+    # Mixes of two candidates out of many that are bests by themselves, so the limit is far away.
+    weights = np.vstack([np.eye(20).repeat(3, 0), 0.3 + 0.4 * random_rows(300, 2, seed=1) @ np.eye(20)[:2]])
+    weights[60:, 2:] = 0
+    weights[60:] /= weights[60:].sum(1, keepdims=True)
     found = cluster(weights, None, seed=0)
     fewer = cluster(weights, len(found.weights) - 1, seed=0)
-    assert 1 < len(found.weights) < MAX_VARIANTS
-    assert lost(weights, found) <= MEAN_LOSS < lost(weights, fewer)
+    assert 20 <= len(found.weights) < most_variants(20)
+    assert lost(mixes(weights), found) <= MEAN_LOSS
+    worst = np.abs(mixes(weights) - fewer.weights[fewer.labels]).sum(1).max() / 2
+    assert lost(mixes(weights), fewer) > MEAN_LOSS or worst > WORST_LOSS
 
 
 @pytest.mark.parametrize("n_variants", [None, 1, 4])
 def test_one_query_is_its_own_variant(n_variants):
-    found = cluster(np.array([[0.25, 0.75]]), n_variants, seed=0)
+    found = cluster(np.array([[0.3, 0.7]]), n_variants, seed=0)
     assert found.labels.tolist() == [0]
-    np.testing.assert_allclose(found.weights, [[0.25, 0.75]], atol=1e-12)
+    np.testing.assert_allclose(found.weights, [[0.3, 0.7]], atol=1e-12)
 
 
 def test_the_same_seed_gives_the_same_result():

@@ -248,7 +248,7 @@ def test_equal_scores_are_their_own_level(false_alarm):
 @pytest.mark.parametrize("n", [3, 20, 200])
 def test_generic_text_passes_the_base_model_as_often_as_promised(n):
     """Also with more adapters than generic prompts, where scores of text that was fitted to are too low."""
-    promised = (0.05, 0.1, 0.2)
+    promised = (0.05, 0.1, 0.3)
     held, seen = [], []
     for seed in range(4):
         draw = library(n, seed)
@@ -258,7 +258,7 @@ def test_generic_text_passes_the_base_model_as_often_as_promised(n):
         own = gate.decision_function(reference).max(1)
         held.append([(scores > level(gate.reference_leads_, share)).mean() for share in promised])
         seen.append([(scores > level(own, share)).mean() for share in promised])
-        assert (gate.predict(fresh) < n).mean() == held[-1][2]  # 0.2 is the default
+        assert (gate.predict(fresh) < n).mean() == held[-1][2]  # 0.3 is the default
     found = np.mean(held, 0) / promised
     assert (found > 0.5).all() and (found < 2).all(), found
     if n == 200:
@@ -281,8 +281,8 @@ def test_the_default_is_the_commands():
 def test_generic_text_itself_goes_to_the_base_model():
     gate = PrototypeGate().fit(GENERIC)
     middle = np.exp(np.log(GENERIC).mean(0, keepdims=True))
-    assert gate.predict(middle) == 6 and gate.predict_proba(middle)[0, 6] > 0.99
-    assert (gate.predict(GENERIC) == 6).mean() >= 1 - 1.5 * gate.false_alarm  # 0.2, which it was fitted to
+    assert gate.predict(middle) == 6 and gate.predict_proba(middle)[0, 6] > 0.75
+    assert (gate.predict(GENERIC) == 6).mean() >= 1 - 1.5 * gate.false_alarm  # of what it was fitted to
 
 
 def test_weights_sum_to_one_and_the_risen_adapter_wins():

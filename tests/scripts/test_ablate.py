@@ -4,10 +4,11 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from router.model.base import load_base
 from router.routing.gate import PrototypeGate
+from scripts.bench.development import Labelled
 from scripts.docs import ablate
 
 MODULES = [f"model.layers.{layer}.mlp.up_proj" for layer in range(6)]
@@ -18,20 +19,21 @@ def drawn(name, seed, splits):
     rng = np.random.default_rng(seed)
     responses = rng.uniform(0.2, 0.4, (len(splits), 3, 6, 2))
     for n, split in enumerate(splits):
-        if split != "none":
+        if split not in ablate.NOBODY:
             responses[n, n % 3] *= 2
-    labels = ["base" if split == "none" else "abc"[n % 3] for n, split in enumerate(splits)]
+    labels = ["base" if split in ablate.NOBODY else "abc"[n % 3] for n, split in enumerate(splits)]
     reference, sure = rng.uniform(0.2, 0.4, (60, 3, 6, 2)), rng.normal(-2, 0.1, 60)
     candidates, confidence = ["a", "b", "c", "base"], rng.normal(-2, 0.1, len(splits))
+    tasks = np.array(["few_shot" if split == "foreign" else "task" for split in splits])
     return ablate.Measured(
-        name, candidates, MODULES, reference, sure, responses, confidence, labels, np.array(splits)
+        name, candidates, MODULES, reference, sure, responses, confidence, labels, np.array(splits), tasks
     )
 
 
 @pytest.fixture(scope="module")
 def found():
     return [
-        drawn("one", 0, ["own"] * 12 + ["unseen"] * 12 + ["none"] * 10),
+        drawn("one", 0, ["own"] * 12 + ["unseen"] * 12 + ["none"] * 10 + ["foreign"] * 10),
         drawn("two", 1, ["own"] * 6 + ["mc"] * 6),
     ]
 
@@ -49,25 +51,47 @@ def tables(found):
     ]
 
 
-def test_a_row_has_the_shares_of_all_libraries_side_by_side(found, tables):
-    which, fits = tables
-    assert which["gate"] == [
-        f"{name}: {column}" for name in ("one", "two") for column in ablate.SPLITS.values()
-    ]
-    assert which["**as it is**"] == ["1.000", "1.000", "", "0.000", "1.000", "", "1.000", ""]
+def test_a_row_has_the_shares_of_all_libraries_side_by_side_and_the_worst(found, tables):
+    which, fits, *_ = tables
+    columns = ["own: one", "own: two", "unseen: one", "mc: two", "own: worst", "unseen: worst", "mc: worst"]
+    assert which["gate"] == columns
+    assert which["**as it is**"] == ["1.000"] * 7
     now = next(cells for title, cells in fits.items() if "as it is" in title)
     gate = PrototypeGate().fit(found[0].reference, confidence=found[0].reference_confidence)
-    raised = (found[0].confidence - found[0].reference_confidence.mean())[24:]
+    raised = (found[0].confidence - found[0].reference_confidence.mean())[24:34]
     level = gate.level_ + raised / found[0].reference_confidence.std(ddof=1)
-    left = (gate.decision_function(found[0].responses[24:]).max(1) <= level).mean()
-    assert now[:4] == ["1.000", "1.000", "", f"{left:.3f}"]
+    left = (gate.decision_function(found[0].responses[24:34]).max(1) <= level).mean()
+    assert now[fits["gate"].index("none: one")] == f"{left:.3f}"
 
 
-def test_a_rarer_false_alarm_leaves_more_to_the_base_model(tables):
+def test_a_rarer_false_alarm_leaves_more_to_the_base_model(found, tables):
     rows = [cells for title, cells in tables[1].items() if title.startswith("false_alarm")]
     assert len(rows) == len(ablate.SHARES)
-    left = [float(cells[3]) for cells in rows]
+    left = [float(cells[tables[1]["gate"].index("none: one")]) for cells in rows]
     assert all(rare >= common for rare, common in pairwise(left)) and left[0] > left[-1]
+    measured = [float(tables[2][f"{share:g}"][0]) for share in ablate.SHARES]  # of few-shot prompts
+    assert tables[2]["promised"][0] == "few-shot: one" and sorted(measured) == measured
+    assert measured[0] < measured[-1]
+
+
+def test_a_weight_is_compared_with_how_often_it_is_right(found):
+    one = found[0]
+    *_, line = ablate.reliability([one], temperature=1e-6)  # every weight is 1
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    top = one.fitted().predict(one.responses, one.confidence)
+    share = np.nanmean(one.shares(top))
+    assert cells == ["one", "", "", "", "", f"1.00: {share:.2f}", f"{1 - share:.3f}"]
+
+
+def test_the_curve_has_a_line_and_a_point_for_each_library(found, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra notebook")
+    monkeypatch.setattr(ablate, "CURVE", tmp_path / "trade.svg")
+    for _ in range(2):
+        ablate.curve(found[:1])
+        text = (tmp_path / "trade.svg").read_text("utf-8")
+        assert ">one</text>" in text
+    sent = [ablate._sent(found[0], gate := found[0].fitted(), level) for level in (-50.0, 50.0)]
+    assert sent == [(1.0, 1.0), (0.0, 0.0)] and gate.level_ > 0
 
 
 def test_the_end_decides_as_much_as_it_counts(found):
@@ -85,11 +109,13 @@ def test_the_first_layers_are_those_with_the_lowest_numbers(found):
 
 
 def test_a_library_is_measured_with_its_labels(tiny_base, tiny_library, monkeypatch):
-    monkeypatch.setattr(ablate, "load_base", lambda *_: load_base(str(tiny_base), "cpu", "float32"))
     monkeypatch.setattr(
         "router.routing.calibration.generic_prompts", lambda: ["one", "two: x", "three", "four"]
     )
-    of = ablate.measured("tiny", tiny_library, ["What is it?", "Where?"], ["mlp", "base"], ["own", "none"])
+    rows = [("What is it?", "mlp", "own", "a"), ("Where?", "base", "none", "b")]
+    rows = pd.DataFrame(rows, columns=["input", "adapter", "split", "task"])
+    of = ablate.measured(Labelled("tiny", tiny_library, str(tiny_base), rows))
     assert of.candidates == ["attention", "everything", "mlp", "base"]
     assert of.responses.shape == (2, 3, len(of.modules), 2) and len(of.reference) == 4
-    assert of.shares(np.array([2, 0])) == ["1.000", "", "", "0.000"]
+    own, unseen, mc, none, foreign = of.shares(np.array([2, 0]))
+    assert (own, none) == (1, 0) and np.isnan([unseen, mc, foreign]).all()

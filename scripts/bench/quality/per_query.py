@@ -12,6 +12,7 @@ from router.methods.proto_route import ProtoRoute
 from router.model.answer import BATCH_TOKENS, Answer, by_length, pad_left
 from router.per_token import Experts, attached, load_experts
 from router.result import Decision
+from router.routing.clusters import mixes
 from router.routing.variants import Variant
 from router.submission import MULTIPLE_CHOICE, Query
 
@@ -39,8 +40,9 @@ class PerQuery(ProtoRoute):
         model = self.base.model
         experts = load_experts(self.adapters, str(model.device), model.dtype)
         answers: dict[int, Answer] = {}
+        own = mixes(decision.routing.weights)  # (queries, adapters + 1)
         for batch in self._batches(queries, rows):
-            mine = torch.tensor(decision.routing.weights[batch, :-1], device=model.device)  # (B, adapters)
+            mine = torch.tensor(own[batch, :-1], device=model.device)  # (B, adapters)
 
             def mix(expert: Experts, x: Tensor, along: Tensor, mine: Tensor = mine) -> Tensor:
                 weights = mine[:, expert.members]  # (B, n)
