@@ -30,6 +30,8 @@ setup(
         "huggingface-hub>=0.30",
         "markupsafe>=2.1",
         "numpy>=1.26",
+        "regex>=2024.4",  # patterns of strangers, with a time limit
+        "psutil>=5.9; sys_platform == 'win32'",
         "scipy>=1.11",
         "threadpoolctl>=3.1",
         "tqdm>=4.66",

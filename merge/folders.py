@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,6 +26,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Ranks that vLLM accepts as max_lora_rank; a rank between two of them is padded up.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
 LARGEST = torch.finfo(torch.float32).max  # a larger scale would be infinite
 
 # Initialisations that take a part out of the base model's weights, so that the adapter needs a changed base.
@@ -92,9 +94,33 @@ class AdapterFolder:
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
         # A key is a regular expression, as in PEFT.
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _matches(rf"(.*\.)?({pattern})$", module):
             return value
     return default
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a stranger's regular expression matches the start of a module's name.
+
+    Raises:
+        AdapterError: it takes more than 0.3 s, as one does that was made to hang its reader.
+    """
+    try:
+        return regex.match(pattern, module, timeout=0.3) is not None
+    except TimeoutError as error:
+        raise AdapterError(
+            f"the pattern {pattern!r:.80} of {CONFIG_FILE} takes too long on {module!r:.80}; simplify it"
+        ) from error
+
+
+def _targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT would apply weights of a module: whether target_modules names it."""
+    targets = config.get("target_modules")
+    if targets is None or targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return _matches(rf"(?:{targets})\Z", module)
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def open_adapter(path: Path) -> AdapterFolder:
@@ -115,13 +141,25 @@ def open_adapter(path: Path) -> AdapterFolder:
         raise AdapterError(f"{path}: expected {WEIGHTS_FILE}, found {found}; {advice}")
     try:
         with safe_open(weights, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            dtypes = {key: part.get_dtype() for key, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{weights}: expected a complete safetensors file, got an unreadable one ({error}); "
             "download or copy it again"
         ) from error
+    for key, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            raise AdapterError(
+                f"{weights}: expected weights in {', '.join(FLOATS)}, got {dtype} in {key}; convert them"
+            )
     keys = _pairs(weights, shapes)
+    if left_out := [module for module in keys if not _targeted(config, module)]:
+        raise AdapterError(
+            f"{path}: {WEIGHTS_FILE} holds weights of {left_out[0]}, which target_modules in {CONFIG_FILE} "
+            "leaves out, so PEFT would not apply them; the two files do not belong together"
+        )
     ranks = {module: shapes[a][0] for module, (a, _) in keys.items()}
     for module, rank in ranks.items():
         stated = _by_pattern(config.get("rank_pattern"), module, config["r"])
@@ -170,11 +208,21 @@ def _read_config(path: Path) -> dict[str, Any]:
         numbers |= {f"{key} of {pattern}": value for pattern, value in patterns.items()}
         for pattern in patterns:
             try:
-                re.compile(pattern)
-            except re.error as error:
+                regex.compile(pattern)
+            except regex.error as error:
                 raise AdapterError(
                     f"{file}: {key}: {pattern!r} is no regular expression ({error})"
                 ) from error
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        try:
+            regex.compile(targets)
+        except regex.error as error:
+            raise AdapterError(f"{file}: target_modules is no regular expression ({error})") from error
+    elif targets is not None and not (
+        isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    ):
+        raise AdapterError(f"{file}: expected target_modules to be names or a pattern, got {targets!r:.80}")
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
             raise AdapterError(f"{file}: expected {key} to be a positive number, got {value!r:.40}")
@@ -243,6 +291,9 @@ def write_adapter(
 
     Returns:
         The uniform rank.
+
+    Raises:
+        OverflowError: a value is not finite in `dtype`.
     """
     rank = served_rank(max(update.rank for update in updates.values()))
     config: dict[str, Any] = {
@@ -268,6 +319,9 @@ def write_adapter(
         padded = pad(update, rank)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = padded.a.to(dtype).contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = padded.b.to(dtype).contiguous()
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise OverflowError(f"{name.removeprefix(PREFIX)} is too large for {dtype}")
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
     (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")

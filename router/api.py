@@ -70,12 +70,18 @@ class Router:
 
         Args:
             choices: the choices of each text, at least one each.
+
+        Returns:
+            The answers; `unknown` where the model's output was not finite or a text did not fit into memory.
         """
         with tempfile.TemporaryDirectory() as folder:
             answers = self._method.answer(_queries(texts, choices), Path(folder)).answers
         if choices is None:
             return [answer.text for answer in answers]
-        return [options[int(answer.text)] for options, answer in zip(choices, answers, strict=True)]
+        return [
+            answer.text if answer.failed else options[int(answer.text)]
+            for options, answer in zip(choices, answers, strict=True)
+        ]
 
 
 def _queries(texts: Sequence[str], choices: Sequence[Sequence[str]] | None) -> list[Query]:

@@ -10,10 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from router.errors import InputError
+
 
 def cache_folder() -> Path:
-    """The folder for converted models and computed prototypes; PROTO_ROUTE_CACHE overrides it."""
-    return Path(os.environ.get("PROTO_ROUTE_CACHE") or Path.home() / ".cache" / "proto-route")
+    """The folder for converted models and computed prototypes; PROTO_ROUTE_CACHE overrides it.
+
+    Raises:
+        InputError: there is no home folder and PROTO_ROUTE_CACHE is not set.
+    """
+    if given := os.environ.get("PROTO_ROUTE_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "proto-route"
+    except RuntimeError as error:
+        raise InputError(
+            "expected a home folder to keep converted models in, found none; set PROTO_ROUTE_CACHE"
+        ) from error
 
 
 def sha256_of(*files: Path) -> str:

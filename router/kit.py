@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router.model.answer import Answer, answer, encode
+from router.model.answer import FAILED, Answer, answer, encode
 from router.model.base import EMBEDDED, load_base
 from router.result import Result
 from router.settings import Settings
@@ -80,19 +80,22 @@ class Merges:
                     batch["answer_choices"] = [list(queries[n].choices) for n in part]
                     indices, scores = self.predict_multiple_choice(batch)
                     for n, index, row in zip(part, indices, scores, strict=True):
-                        answers[n] = Answer(str(int(index)), scores=tuple(map(float, row)))
+                        answers[n] = (
+                            Answer(str(int(index)), scores=tuple(map(float, row))) if index >= 0 else FAILED
+                        )
                 else:
                     for n, ids, text in zip(part, *self.generate(batch), strict=True):
                         answers[n] = Answer(text, tuple(ids))
         return Result([answers[n] for n in range(len(queries))])
 
     def predict_multiple_choice(self, batch: Mapping[str, Sequence[Any]]) -> tuple[list[int], list[Any]]:
-        """The 0-based index of the likeliest choice, and the choices' scores, for each input."""
+        """The 0-based index of the likeliest choice, -1 for none, and the choices' scores, for each input."""
         pairs = zip(batch["input"], batch["answer_choices"], strict=True)
         found = self._answer(
             [Query(str(n), text, MULTIPLE_CHOICE, tuple(choices)) for n, (text, choices) in enumerate(pairs)]
         )
-        return [int(answer.text) for answer in found], [answer.scores for answer in found]
+        indices = [-1 if answer.failed else int(answer.text) for answer in found]
+        return indices, [answer.scores for answer in found]
 
     def generate(self, batch: Mapping[str, Sequence[Any]]) -> tuple[list[Sequence[int]], list[str]]:
         """The generated token ids and text for each input."""

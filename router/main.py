@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -185,7 +186,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0, 1 for a plan over a limit, 2 for wrong input."""
+    """Runs the command line.
+
+    Returns:
+        The exit code: 0, 1 for a plan over a limit, 2 for wrong input, 130 if it was stopped.
+    """
     p = parser()
     args = p.parse_args(argv)
     if args.list_methods:
@@ -205,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.quiet:
         os.environ["TQDM_DISABLE"] = "1"
+    signal.signal(signal.SIGTERM, _stop)
     try:
         if args.plan:
             return _plan(args, Settings(**given))
@@ -216,11 +222,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # temporary folders are gone by now
+        print(
+            "stopped before the results were written; run it again",
+            file=sys.stderr,
+        )
+        return 130
     if args.json:
         print(json.dumps(record, ensure_ascii=False))
     elif not args.quiet:
         print(summary(record), flush=True)
     return 0
+
+
+def _stop(*_: object) -> None:
+    """Ends a run on SIGTERM as on Ctrl-C, so that it takes its temporary folders with it."""
+    raise KeyboardInterrupt
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 from merge.factors import Factors
 from merge.folders import write_adapter
 from router.constants import COMPETITION, COMPETITION_BASE
+from router.errors import InputError
 from router.kit import Merges
 from router.library.adapters import Adapter, base_of, check_against_base, load_library
 from router.model.answer import Answer
@@ -112,7 +113,10 @@ class Routed(Merges):
         work = Path(tempfile.mkdtemp(prefix=".variants.", dir=output))
         try:
             with self.stages("variants"):
-                folders = self.write_variants(variants, work)
+                try:
+                    folders = self.write_variants(variants, work)
+                except OverflowError as error:
+                    raise InputError(f"a variant's {error}; pass --dtype float32") from error
             decision = Decision(self.base, self.adapters, routing, clusters, variants, folders)
             with self.stages("predict"):
                 answers = self.predict(queries, rows, decision, work)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from router.constants import BASE_COLUMN
 from router.errors import InputError
-from router.files import replacing
+from router.files import replacing, sha256_of
 from router.methods import load_method
 from router.record import record
 from router.result import Decision
-from router.routing.variants import VARIANTS, variants_are_ours
+from router.routing.variants import VARIANTS, remove_variants, variants_are_ours
 from router.runs.report.page import write_report
 from router.settings import Settings
 from router.submission import Query, read_queries, write_submission, write_table
@@ -33,20 +34,33 @@ def run(name: str, settings: Settings) -> dict[str, Any]:
     method.settings = settings
     method.merge()
     result = method.answer([query for part in files.values() for query in part])
-    start = 0
+    if all(answer.failed for answer in result.answers):
+        raise InputError(
+            "no query could be answered: the model's output is not finite, or memory ran out (see "
+            "the warnings above); try --dtype float32, or a smaller --max_seq_len"
+        )
+    final = settings.output_folder / "run.json"
+    final.unlink(missing_ok=True)  # from here on the folder holds no finished run, until it holds this one
+    start, written = 0, []
     for path, part in files.items():
         rows = slice(start, start + len(part))
         submission, routing, evidence = _outputs(settings, path)
         write_submission(submission, part, [answer.text for answer in result.answers[rows]])
+        written.append(submission)
         for stale in (routing, evidence):  # a file of an earlier run would pass for this one's
             stale.unlink(missing_ok=True)
         if result.decision:
             _write_routing(routing, part, result.decision, rows)
+            written.append(routing)
             if why := result.decision.routing.evidence:
                 why.rows(rows).save(evidence)
+                written.append(evidence)
         start = rows.stop
+    if not result.decision:  # a starter-kit method makes no variants, and those of an earlier run are not its
+        remove_variants(settings.output_folder)
     found = record(method.get_name(), settings, method.stages, result)
-    with replacing(settings.output_folder / "run.json") as file:
+    found["files"] = {path.name: sha256_of(path) for path in written}
+    with replacing(final) as file:
         json.dump(found, file, indent=2, ensure_ascii=False)
         file.write("\n")
     write_report(settings.output_folder)
@@ -64,13 +78,23 @@ def _outputs(settings: Settings, path: Path) -> tuple[Path, Path, Path]:
 
 
 def check_outputs(settings: Settings) -> None:
-    """Refuses a run that would overwrite its queries, or write one file twice.
+    """Refuses a run that would overwrite its queries, write one file twice, or could not write at all.
 
     Raises:
-        InputError: it would, or the output folder is a file.
+        InputError: it would, or the output folder is a file or cannot be written.
     """
     if settings.output_folder.exists() and not settings.output_folder.is_dir():
         raise InputError(f"--output_folder {settings.output_folder}: expected a folder, found a file")
+    folder = settings.output_folder.absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--output_folder {settings.output_folder}: expected a folder to write to, but in {place}: "
+            f"{error.strerror}"
+        ) from error
     if not variants_are_ours(settings.output_folder):
         raise InputError(
             f"--output_folder {settings.output_folder}: expected no folder `{VARIANTS}` in it, or one of an "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,18 @@ from contextlib import contextmanager
 
 TOLD = 1.0  # seconds; a stage that takes at least this long is logged
 log = logging.getLogger(__name__)
+
+
+def peak_mib() -> int:
+    """The process's highest resident memory so far, MiB."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset) >> 20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 class Stages:
@@ -34,7 +45,6 @@ class Stages:
         finally:
             taken = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + taken
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            self.peak_mib[name] = peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
+            self.peak_mib[name] = peak_mib()
         if taken >= TOLD:
             log.info("%s: %.1f s, peak memory %d MiB", name, taken, self.peak_mib[name])

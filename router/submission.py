@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from router.errors import InputError
 from router.files import replacing
@@ -113,9 +113,10 @@ def read_queries(path: Path) -> list[Query]:
             raise InputError(
                 f"{where}, column eval_type: expected {' or '.join(EVAL_TYPES)}, got {row['eval_type']!r}"
             )
-        choices = _choices(row["answer_choices"], where)
-        if row["eval_type"] == MULTIPLE_CHOICE and not choices:
-            choices = (row["input"],)  # as the starter kit does: the only choice, answered with 0
+        choices: tuple[str, ...] = ()  # of generation nobody reads the column, so anything may stand in it
+        if row["eval_type"] == MULTIPLE_CHOICE:
+            # Without any, the input is the only choice, answered with 0, as the starter kit does.
+            choices = _choices(row["answer_choices"], where) or (row["input"],)
         queries.append(Query(row["id"], row["input"], row["eval_type"], choices))
     if not queries:
         raise InputError(f"{path}: expected at least one query below the header, found none")
@@ -145,7 +146,14 @@ def _choices(text: str, where: str) -> tuple[str, ...]:
             f"{where}, column answer_choices: expected a Python list of texts such as "
             f"\"['yes', 'no']\", got {text[:60]!r}"
         )
-    return tuple(str(choice) for choice in value)
+    return tuple(map(_written, value))
+
+
+def _written(choice: Any) -> str:
+    try:
+        return str(choice)
+    except ValueError:  # a whole number of thousands of digits
+        return hex(choice)
 
 
 class _UnixLines:

@@ -66,6 +66,40 @@ def write_tiny_library(folder):
     return folder
 
 
+# Base models of many families
+
+
+def family(name, vocabulary):
+    """A tiny random model of a family, with two tokens that end a text in its generation config."""
+    common = {
+        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+        "bos_token_id": None, "eos_token_id": [1, 7], "initializer_range": 0.3,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    special = {
+        "mistral": {"sliding_window": 6}, "gemma2": {"sliding_window": 6},
+        "gemma3_text": {"sliding_window": 6},
+        "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "mixtral": {"num_local_experts": 4},
+        "qwen2_moe": {
+            "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+            "decoder_sparse_step": 1,
+        },
+    }  # fmt: skip
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **common | special.get(name, {}))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "opt", "mixtral",
+    "qwen2_moe",
+)  # fmt: skip
+
+
 # Query files and results
 
 COLUMNS = ("id", "input", "eval_type", "answer_choices", "adapter")

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -27,8 +30,11 @@ from helpers import (
     write_queries,
     write_tiny_adapter,
 )
+from router.errors import InputError
 from router.main import main, parser
+from router.model.answer import FAILED
 from router.routing.evidence import Evidence
+from router.runs.load import load
 from router.settings import Settings
 
 
@@ -445,6 +451,69 @@ def test_a_new_method_is_listed(capsys, kit_method):
     names = capsys.readouterr().out.split()
     assert names == sorted(names) and {"kit_avg", *METHODS} <= set(names)
     assert parser().parse_args(["-m", "kit_avg"]).merging_method == "kit_avg"
+
+
+def test_a_run_that_was_killed_between_its_files_is_no_finished_run(command, monkeypatch):
+    _, out = command("proto_route")
+    monkeypatch.setattr("router.run._write_routing", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        command("oracle")
+    with pytest.raises(InputError, match="expected the record of a finished run, found none"):
+        load(out)
+
+
+def test_files_of_two_runs_do_not_pass_for_one(command):
+    _, out = command("proto_route")
+    load(out)
+    _, other = command("oracle", out="other")
+    for name in ("queries.csv", "queries.routing.csv"):
+        before = (out / name).read_bytes()
+        shutil.copy(other / name, out / name)
+        with pytest.raises(InputError, match=f"{name}: expected the file that the run in run.json wrote"):
+            load(out)
+        (out / name).write_bytes(before)
+
+
+def test_a_starter_kits_method_leaves_no_variants_of_an_earlier_run(command, kit_method, capsys):
+    _, out = command("average")
+    assert (out / "variants" / "0").is_dir()
+    command("kit_avg")
+    assert not (out / "variants").exists()
+
+
+def test_an_output_folder_below_a_file_system_that_cannot_be_written_is_refused(command, capsys, monkeypatch):
+    monkeypatch.setattr("router.run.load_method", lambda name: pytest.fail("loaded"))
+    assert command("proto_route", out="/proc/nothing/here")[0] == 2
+    assert "expected a folder to write to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_takes_its_temporary_folders_with_it(command, capsys, monkeypatch, sent):
+    from router.pipeline import Routed
+
+    predict = Routed.predict
+
+    def stopped(self, *args):
+        os.kill(os.getpid(), sent)
+        return predict(self, *args)
+
+    monkeypatch.setattr(Routed, "predict", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, out = command("average")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130 and list(out.iterdir()) == []
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped before the results were written; run it again"
+
+
+def test_where_nothing_finite_comes_out_the_run_ends_and_says_so(command, capsys, monkeypatch):
+    """As activations that overflow with a variant, when the base model's alone do not."""
+    monkeypatch.setattr("router.model.answer.generate", lambda _, __, rows, ___: [FAILED] * len(rows))
+    monkeypatch.setattr("router.model.answer.score_choices", lambda *a: [(math.nan,)] * len(a[2]))
+    code, out = command("average")
+    assert code == 2 and "no query could be answered" in capsys.readouterr().err
+    assert not (out / "run.json").exists() and not (out / "queries.csv").exists()
 
 
 def strangers_files(folder):

@@ -63,8 +63,15 @@ def test_choices(tmp_path, field, choices):
 
 
 def test_eval_type_alone_decides(tmp_path):
-    (query,) = read(tmp_path, "1,Which?,generation,\"['a', 'b']\"\n")
-    assert query == Query("1", "Which?", "generation", ("a", "b"))
+    rows = "1,Which?,generation,\"['a', 'b']\"\n2,Why?,generation,whatever stands here\n"
+    assert read(tmp_path, rows) == [
+        Query("1", "Which?", "generation"), Query("2", "Why?", "generation")
+    ]  # fmt: skip
+
+
+def test_a_choice_of_thousands_of_digits_is_a_choice(tmp_path):
+    (query,) = read(tmp_path, f'1,Which?,multiple_choice,"[0x{"f" * 6000}, 1]"\n')
+    assert query.choices == ("0x" + "f" * 6000, "1")
 
 
 WRONG = {

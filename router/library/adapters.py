@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,13 @@ from router.constants import BASE_COLUMN
 from router.errors import InputError
 from router.files import sha256_of
 from router.library.sources import Source, expand, find
+
+# Columns of the routing table that are no adapter's.
+TAKEN = {
+    BASE_COLUMN: "it and the base model",
+    "id": "it and the queries' ids",
+    "variant": "it and the variants",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,20 @@ class Adapter:
             return self._finite(module, self.folder.read(module))
         except OSError as error:
             raise InputError(f"adapter {self.name} ({self.folder.path}): cannot be read: {error}") from error
+
+    def check_unchanged(self) -> None:
+        """Refuses an adapter whose weights were replaced since it was opened.
+
+        What is kept on disk under their hash would be another's, for good.
+
+        Raises:
+            InputError: they were.
+        """
+        if sha256_of(self.folder.path / WEIGHTS_FILE) != self.sha256:
+            raise InputError(
+                f"adapter {self.name} ({self.folder.path}): {WEIGHTS_FILE} was changed while it was read; "
+                "run again"
+            )
 
     def read_all(self) -> Iterator[tuple[str, Factors]]:
         """Every module's update in float32, one after the other.
@@ -92,14 +114,13 @@ def load_library(specs: Sequence[str], local_only: bool = False) -> list[Adapter
         InputError: an adapter is missing, broken, of an unsupported kind, or named like another.
     """
     adapters = [opened(source) for spec in expand(specs) for source in find(spec, local_only)]
-    names = [adapter.name for adapter in adapters]
+    names = Counter(adapter.name for adapter in adapters)
     for adapter in adapters:
-        if names.count(adapter.name) > 1 or adapter.name == BASE_COLUMN:
-            taken = "the base model" if adapter.name == BASE_COLUMN else "two adapters"
-            raise InputError(
-                f"adapter {adapter.name} ({adapter.folder.path}): {taken} would share a column of that "
-                "name; rename the folder"
-            )
+        where = f"adapter {adapter.name!r} ({str(adapter.folder.path)!r})"
+        if taken := TAKEN.get(adapter.name) or ("two adapters" if names[adapter.name] > 1 else None):
+            raise InputError(f"{where}: {taken} would share a column of that name; rename the folder")
+        if not adapter.name.isprintable():
+            raise InputError(f"{where}: expected a name that can be printed; rename the folder")
     return adapters
 
 

@@ -37,11 +37,16 @@ def find(spec: str, local_only: bool = False) -> Iterator[Source]:
         InputError: there are none.
     """
     path = _folder(spec)
+    if path is None and Path(spec) == LIBRARY:
+        raise InputError(
+            f"--adapters {spec}: expected the default library there, found none; run from a clone of the "
+            "repository, or name your own adapters"
+        )
     if path is None:
         yield from_hub(spec, local_only)
         return
     if (path / CONFIG_FILE).exists():
-        yield Source(path.resolve().name, path, None)
+        yield Source(path.absolute().name or path.resolve().name, path, None)
         return
     found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not found:
@@ -49,7 +54,7 @@ def find(spec: str, local_only: bool = False) -> Iterator[Source]:
             f"--adapters {spec}: expected a PEFT folder or a folder of such folders, found neither"
         )
     for child in found:
-        yield Source(child.resolve().name, child, None)
+        yield Source(child.name, child, None)
 
 
 def _folder(spec: str) -> Path | None:

@@ -14,7 +14,7 @@ from router.result import Routing
 from router.routing.calibration import Calibration
 from router.routing.evidence import Evidence
 from router.routing.gate import PrototypeGate
-from router.routing.probe import probe
+from router.routing.probe import probe, unreadable
 from router.routing.prototypes import prototypes
 from router.submission import Query
 
@@ -52,13 +52,17 @@ class ProtoRoute(Routed):
             distinct = {
                 row: n for n, row in enumerate(dict.fromkeys(every))
             }  # the same prompt is probed once
-            responses, confidence = probe(model, list(distinct), pad, protos, means, len(self.adapters))
+            probed = probe(model, list(distinct), pad, protos, means, len(self.adapters))
+            unread = unreadable(probed, np.isnan(reference[0]))  # such a query goes to the base model
+            responses, confidence = probed
+            responses[unread], confidence[unread] = reference.mean(0), calibration.confidence().mean()
             own = responses if len(kept) == len(self.adapters) else responses[:, kept]
         with self.stages("gate"):
             scores = gate.decision_function(own)
             candidates = gate.candidate_scores(scores, confidence)
             weights = np.zeros((len(distinct), len(self.adapters) + 1))
             weights[:, [*kept, -1]] = gate.weights(candidates)
+            weights[unread] = np.eye(len(self.adapters) + 1)[-1]
             names = [adapter.name for adapter in self.adapters]
             all_scores = np.full((len(distinct), len(names)), np.nan)
             all_scores[:, kept] = scores

@@ -6,14 +6,18 @@ exactly as it is in the CSV, as in the competition's starter kit.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from router.submission import GENERATION, MULTIPLE_CHOICE, Query
+from router.submission import GENERATION, MULTIPLE_CHOICE, UNKNOWN, Query
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 Scoring = Literal["full", "kit"]
 BATCH_TOKENS = 4096  # per batch that generates, including padding and new tokens
@@ -25,9 +29,14 @@ def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = Non
 
     A prompt of more than `max_seq_len` tokens keeps its first ones, as the starter kit does.
     """
-    ids: list[list[int]] = tokenizer(list(prompts), verbose=False)["input_ids"]
-    empty = [_pad_id(tokenizer)]  # a model needs one token to start from
+    ids: list[list[int]] = tokenizer([_whole(text) for text in prompts], verbose=False)["input_ids"]
+    empty = [pad_id(tokenizer)]  # a model needs one token to start from
     return [(row[:max_seq_len] if max_seq_len else row) or empty for row in ids]
+
+
+def _whole(text: str) -> str:
+    """The text without halves of characters (lone surrogates), which no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def by_length(lengths: Sequence[int], budget: int, rows: int | None = None) -> Iterator[list[int]]:
@@ -73,11 +82,29 @@ class Answer:
         text: the generated text, special tokens removed; for multiple choice the 0-based index.
         ids: generated token ids up to the end-of-sequence token; empty for multiple choice.
         scores: log-probability of each choice in nats; empty for generation.
+        failed: whether there is no answer, since the model's output was not finite or the query did not fit
+            into memory; the text is then `unknown`.
     """
 
     text: str
     ids: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
+    failed: bool = False
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation config.
+
+    There may be several (Gemma and Llama 3 end a turn with another token than a text), or none.
+    """
+    ids = [tokenizer.eos_token_id]
+    for config in (getattr(model, "generation_config", None), model.config):
+        stated = getattr(config, "eos_token_id", None)
+        ids += stated if isinstance(stated, (list, tuple)) else [stated]
+    return sorted({int(one) for one in ids if one is not None})
+
+
+FAILED = Answer(UNKNOWN, failed=True)
 
 
 def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[Answer]:
@@ -88,24 +115,30 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
     Args:
         model: a causal language model, plain or PEFT.
         rows: token ids of each prompt.
-        max_new_tokens: generation stops here or at the end-of-sequence token.
+        max_new_tokens: generation stops here or at one of the `end_tokens`.
+
+    Returns:
+        One answer per row, a failed one where the logits were not finite.
     """
     import torch
 
     from router.model.cache import cache_argument, read_prompts
 
-    eos, argument = tokenizer.eos_token_id, cache_argument(model)
-    ids, mask = pad_left(rows, _pad_id(tokenizer), model.device)
-    new = torch.full((len(rows), max_new_tokens), eos, device=model.device)
+    argument, ends = cache_argument(model), end_tokens(model, tokenizer)
+    stops = torch.tensor(ends, dtype=torch.long, device=model.device)
+    ids, mask = pad_left(rows, pad_id(tokenizer), model.device)
+    new = torch.full((len(rows), max_new_tokens), -1, device=model.device)  # -1: nothing written
+    sound = torch.ones(len(rows), dtype=torch.bool, device=model.device)  # (N,) all logits finite so far
     writing = torch.arange(len(rows), device=model.device)  # (B,) which rows the batch still holds
     ended = torch.zeros_like(writing, dtype=torch.bool)  # (B,) which of these have ended
     with torch.inference_mode():
         logits, cache = read_prompts(model, ids, mask, max_new_tokens)
         position = mask.sum(1)  # (B,)
         for step in range(max_new_tokens):
-            token = logits.argmax(-1)  # (B,)
+            best, token = logits.max(-1)  # (B,); a NaN is the largest of its row
             new[writing, step] = token
-            ended |= token == eos
+            sound[writing] &= best.isfinite()
+            ended |= torch.isin(token, stops) | ~sound[writing]
             if step + 1 == max_new_tokens or ended.all():
                 break
             if 4 * ended.sum() >= len(ended):  # removing rows copies the cache, so they leave together
@@ -123,9 +156,10 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
             ).logits[:, -1]  # (B, V)
             position = position + 1
     answers = []
-    for row in new.tolist():
-        written = row[: row.index(eos) + 1] if eos in row else row
-        answers.append(Answer(_continuation(tokenizer, written), tuple(written)))
+    for row, whole in zip(new.tolist(), sound.tolist(), strict=True):
+        end = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
+        written = [token for token in row[:end] if token >= 0]
+        answers.append(Answer(_continuation(tokenizer, written), tuple(written)) if whole else FAILED)
     return answers
 
 
@@ -157,7 +191,7 @@ def score_choices(
     Args:
         rows: token ids of each prompt.
         choices: the choices of each prompt, at least one each.
-        scoring: `full` sums over all of the choice's tokens and the end-of-sequence token;
+        scoring: `full` sums over all of the choice's tokens and the end-of-sequence token, if there is one;
             `kit` leaves the first token out, as the competition's starter kit does.
 
     Returns:
@@ -167,17 +201,16 @@ def score_choices(
 
     from router.model.cache import cache_argument, read_prompts
 
-    ids, mask = pad_left(rows, _pad_id(tokenizer), model.device)
+    ids, mask = pad_left(rows, pad_id(tokenizer), model.device)
     owner = torch.tensor(
         [n for n, options in enumerate(choices) for _ in options], device=model.device
     )  # (N,) which prompt a choice belongs to
-    texts = [text for options in choices for text in options]
-    tails = [
-        [*tokens, tokenizer.eos_token_id]
-        for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]
-    ]
+    texts = [_whole(text) for options in choices for text in options]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tails = [[*tokens, *end] for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    tails = [tail or [pad_id(tokenizer)] for tail in tails]  # an empty choice where no token ends a text
     width = max(map(len, tails))
-    tail = torch.full((len(tails), width), _pad_id(tokenizer), dtype=torch.long)
+    tail = torch.full((len(tails), width), pad_id(tokenizer), dtype=torch.long)
     valid = torch.zeros_like(tail)
     for n, tokens in enumerate(tails):
         tail[n, : len(tokens)] = torch.tensor(tokens)
@@ -212,9 +245,10 @@ def score_choices(
     return [tuple(next(flat) for _ in options) for options in choices]
 
 
-def _pad_id(tokenizer: Any) -> int:
-    pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else tokenizer.eos_token_id)
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills a batch up; nobody reads it, so any will do where the tokenizer names none."""
+    named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in named if token is not None), 0)
 
 
 def answer(
@@ -231,7 +265,8 @@ def answer(
     """Answers queries in order.
 
     Batches hold queries of similar length. If one does not fit into memory, it and all batches after it are
-    split into halves. Among equal scores the first choice wins.
+    split into halves. A query that does not fit alone, or for which the model's output is not finite, has no
+    answer (`Answer.failed`), and a warning names it. Among equal scores the first choice wins.
 
     Args:
         rows: token ids of each query's prompt.
@@ -246,7 +281,12 @@ def answer(
     def chosen(part: list[int]) -> list[Answer]:
         choices = [queries[n].choices for n in part]
         scored = score_choices(model, tokenizer, [rows[n] for n in part], choices, scoring)
-        return [Answer(str(scores.index(max(scores))), scores=scores) for scores in scored]
+        return [
+            Answer(str(scores.index(max(scores))), scores=scores)
+            if all(map(math.isfinite, scores))
+            else FAILED
+            for scores in scored
+        ]
 
     written = [n for n, query in enumerate(queries) if query.eval_type == GENERATION]
     lengths = [len(rows[n]) + max_new_tokens for n in written]
@@ -266,8 +306,16 @@ def answer(
             batch, *rest = batches
             if found := _if_it_fits(way, batch):
                 answers.update(zip(batch, found, strict=True))
+                for n in batch:
+                    if answers[n].failed:
+                        log.warning(
+                            "query %s: the model's output is not finite, so it has no answer", queries[n].id
+                        )
                 progress(sum(len(rows[n]) for n in batch))
                 batches = rest
+            elif len(batch) == 1:
+                log.warning("query %s: does not fit into memory, so it has no answer", queries[batch[0]].id)
+                answers[batch[0]], batches = FAILED, rest
             else:
                 batches = [half for whole in batches for half in _halves(whole)]
     return [answers[n] for n in range(len(queries))]
@@ -275,18 +323,18 @@ def answer(
 
 def _widest(tokenizer: Any, choices: Sequence[str]) -> int:
     """Tokens of the longest choice."""
-    return max(map(len, tokenizer(list(choices), add_special_tokens=False)["input_ids"]))
+    texts = [_whole(text) for text in choices]
+    return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
 
 def _if_it_fits(way: Callable[[list[int]], list[Answer]], batch: list[int]) -> list[Answer] | None:
-    """A batch's answers; None if memory ran out and the batch can be split."""
+    """A batch's answers; None if memory ran out."""
     import torch
 
     try:
         return way(batch)
     except RuntimeError as error:  # a CPU raises nothing more specific
-        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not full or len(batch) == 1:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from router.errors import InputError
 from router.files import cache_folder, sha256_of
 from router.hub import HubError, fetch
+from router.model.answer import pad_id
 
 if TYPE_CHECKING:
     import torch
@@ -125,14 +126,15 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     capabilities = torch.cpu.get_capabilities()
     native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
 
 
 def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
-    """Loads a base model for inference.
+    """Loads a base model for inference. Its own code, if it brings any, is never run.
 
     Args:
         spec: `embedded`, a folder, or `HUB_ID[@REVISION]`.
@@ -140,9 +142,10 @@ def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
 
     Raises:
-        InputError: the model is not here and cannot be fetched, cannot be loaded, or its device is missing.
+        InputError: the model is not here and cannot be fetched, cannot be loaded, its output is not finite,
+            or its device is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     # On a CPU, torch keeps what it compiled for the last 1024 shapes of products. Since each batch has its
@@ -159,16 +162,14 @@ def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):  # transformers does not check these
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=pick_dtype(dtype, place), use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
+        tokenizer, model = _read(folder, pick_dtype(dtype, place), again=spec == EMBEDDED)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
+        tokenizer.pad_token_id = pad_id(tokenizer)
     ready(model, place)
+    _check_finite(model, spec)
     sha256 = sha256_of(embedded_gguf()) if spec == EMBEDDED else sha256_of(*weight_files(folder))
     return Base(model, tokenizer, name, revision, sha256)
 
@@ -185,6 +186,44 @@ def ready(model: Any, device: str) -> Any:
     new_cache(model)  # raises if a layer is of an unsupported kind
     make_head_input_contiguous(model)
     return model.to(device).eval()
+
+
+def _read(folder: Path, dtype: torch.dtype, again: bool = False) -> tuple[Any, Any]:
+    """The tokenizer and the model of a folder.
+
+    Args:
+        again: the folder was converted from the embedded model; if it is damaged, it is converted once more.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        return (
+            AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False),
+            AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            ),
+        )
+    except Exception:
+        if not again:
+            raise
+    shutil.rmtree(folder, ignore_errors=True)
+    return _read(embedded_folder(), dtype)
+
+
+def _check_finite(model: Any, spec: str) -> None:
+    """Refuses a model whose output is not finite: weights that are damaged, or too large for the dtype."""
+    import torch
+
+    with torch.inference_mode():
+        some = torch.arange(min(8, model.config.vocab_size), device=model.device)
+        logits = model(some[None]).logits  # (1, 8, V)
+    if not logits.isfinite().all():
+        damaged = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+        what = f"{damaged[0]} holds values that are not finite" if damaged else "its activations overflow"
+        raise InputError(
+            f"--base_model {spec}: expected finite output in {str(model.dtype).removeprefix('torch.')}, got "
+            f"none: {what}; download it again, or pass --dtype float32"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -164,7 +164,8 @@ def _base(spec: str) -> _BaseModel:
         folder = Path(spec) if Path(spec).is_dir() else _cached(spec)
     if folder:
         try:
-            config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from router.errors import InputError
 from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
 from router.routing.prototypes import ModulePrototypes
@@ -39,13 +40,31 @@ def input_means(
             counted = counted_tokens(mask)
 
             def visit(name: str, x: Tensor, counted: Tensor = counted) -> None:
-                part = x[counted].double().sum(0)  # (d_in,)
+                part = _tokens(name, x, counted).double().sum(0)  # (d_in,)
                 totals[name] = totals[name] + part if name in totals else part
 
             with reading_inputs(model, modules, visit):
                 forward(model, ids, mask)
             count += int(counted.sum())
     return {name: (total / count).float() for name, total in totals.items()}
+
+
+def _tokens(name: str, x: Tensor, counted: Tensor) -> Tensor:
+    """The inputs of the counted tokens, (T', d_in).
+
+    Args:
+        x: a module's input, (B, T, d_in), or (B * T, d_in) as shared experts get it.
+
+    Raises:
+        InputError: it has other rows, as an expert that gets some of the tokens.
+    """
+    flat = x.flatten(0, -2)  # (B * T, d_in)
+    if len(flat) != counted.numel():
+        raise InputError(
+            f"--adapters: expected adapters of modules that get every token, but {name} gets {len(flat)} of "
+            f"{counted.numel()}, as one of several experts"
+        )
+    return flat[counted.flatten()]
 
 
 class _Inputs:
@@ -55,10 +74,10 @@ class _Inputs:
         self.counted = counted
         self.seen: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
 
-    def centred(self, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    def centred(self, name: str, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """The counted tokens minus the mean, (T', d_in) float32, and their squared norms, (T', 1)."""
         if self.seen is None or self.seen[0] is not x or not torch.equal(self.seen[1], mean):
-            less = x[self.counted].float() - mean
+            less = _tokens(name, x, self.counted).float() - mean
             self.seen = x, mean, (less, less.square().sum(1, keepdim=True).clamp_min(1e-12))
         return self.seen[2]
 
@@ -69,6 +88,16 @@ class Probed(NamedTuple):
     # (prompts, adapters, modules, 2), of the whole prompt and of its end; NaN without a prototype
     responses: NDArray[np.float32]
     confidence: NDArray[np.float32]  # (prompts,) of the base model, see `confidence_of`
+
+
+def unreadable(probed: Probed, absent: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which prompts the model has no finite activations for, (prompts,).
+
+    Args:
+        absent: (adapters, modules, 2), where there is no prototype, so that no response is expected.
+    """
+    finite = np.isfinite(probed.responses) | absent
+    return np.asarray(~finite.all((1, 2, 3)) | ~np.isfinite(probed.confidence))
 
 
 def confidence_of(logits: Tensor) -> Tensor:
@@ -129,7 +158,7 @@ def probe(
                 batch: list[int] = batch,
             ) -> None:
                 proto = prototypes[name]
-                x, size = inputs.centred(x, means[name])  # (T', d_in), (T', 1)
+                x, size = inputs.centred(name, x, means[name])  # (T', d_in), (T', 1)
                 along = (x.to(proto.directions.dtype) @ proto.directions).float()  # (T', K)
                 # Sums each adapter's own columns; many times faster than index_add_.
                 own = along.new_zeros(along.shape[1], n_adapters)  # (K, adapters)

@@ -103,5 +103,6 @@ def _own(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
             if keep.any():
                 known[f"{module}.directions"] = v[:, keep].to(dtype)
                 known[f"{module}.weights"] = share[keep]
+    adapter.check_unchanged()
     save(name, known)
     return known

@@ -121,6 +121,12 @@ def variants_are_ours(output: Path) -> bool:
     return (final / MARKER).is_file() or not any(final.iterdir())
 
 
+def remove_variants(output: Path) -> None:
+    """Removes the variants of an earlier run from an output folder."""
+    if variants_are_ours(output):
+        shutil.rmtree(output / VARIANTS, ignore_errors=True)
+
+
 def replace_variants(work: Path, output: Path) -> None:
     """Moves a folder of variants to `variants` in the output folder, in place of those of an earlier run.
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from router.constants import BASE_COLUMN
 from router.errors import InputError
+from router.files import sha256_of
 from router.routing.clusters import Clusters
 from router.routing.evidence import Evidence, joined
 from router.submission import MULTIPLE_CHOICE, Query, read_queries, read_rows
@@ -177,6 +178,12 @@ def load(folder: Path) -> Run:
         InputError: files of the run are missing, or do not belong together.
     """
     record = _record(folder / "run.json")
+    for name, digest in record.get("files", {}).items():
+        if (folder / name).is_file() and sha256_of(folder / name) != digest:
+            raise InputError(
+                f"{folder / name}: expected the file that the run in run.json wrote, got another; was it "
+                "changed, or a run killed? Run it again"
+            )
     paths = [Path(name) for name in record["flags"]["dataset_filepaths"]]
     return Run(folder, record, {path.stem: _file(folder, path, record) for path in paths})
 

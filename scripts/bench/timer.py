@@ -6,7 +6,6 @@ nothing cached, so calls are made here.
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,8 +27,3 @@ def repeated(work: Callable[[], Any], times: int) -> Measurement:
     work()
     task = TaskSpec("work()", "", num_threads=torch.get_num_threads())
     return Measurement(1, [timed(work)[0] for _ in range(times)], task)
-
-
-def peak_mib() -> int:
-    """The process's highest resident memory, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from helpers import WIDTHS, write_tiny_adapter
 from router.errors import InputError
 from router.library.adapters import base_of, check_against_base, load_library
+from router.routing.prototypes import prototypes
 
 SHAPES = {f"model.layers.{layer}.{kind}": shape for layer in range(2) for kind, shape in WIDTHS.items()}
 
@@ -47,14 +48,57 @@ def test_the_record_of_an_adapter_is_the_sha256_of_its_weights(tiny_library):
 
 def test_adapters_of_one_name_are_refused(tiny_library, tmp_path):
     shutil.copytree(tiny_library / "mlp", tmp_path / "other" / "mlp")
-    with pytest.raises(InputError, match=r"adapter mlp .*two adapters would share a column.*rename"):
+    with pytest.raises(InputError, match=r"adapter 'mlp' .*two adapters would share a column.*rename"):
         load_library([str(tiny_library), str(tmp_path / "other" / "mlp")])
 
 
-def test_an_adapter_called_base_is_refused(tmp_path):
-    write_tiny_adapter(tmp_path / "base", 1)
-    with pytest.raises(InputError, match=r"adapter base .*the base model would share a column"):
-        load_library([str(tmp_path / "base")])
+@pytest.mark.parametrize("name", ["base", "id", "variant"])
+def test_an_adapter_called_like_another_column_is_refused(tmp_path, name):
+    write_tiny_adapter(tmp_path / name, 1)
+    with pytest.raises(InputError, match=rf"adapter '{name}' .*would share a column of that name; rename"):
+        load_library([str(tmp_path / name)])
+
+
+def test_a_name_that_would_move_the_cursor_is_refused_and_not_printed(tmp_path):
+    write_tiny_adapter(tmp_path / "evil\x1b[2J", 1)
+    with pytest.raises(InputError, match="can be printed") as told:
+        load_library([str(tmp_path)])
+    assert "\x1b" not in str(told.value)
+
+
+def test_links_are_named_as_they_are_called(tmp_path):
+    write_tiny_adapter(tmp_path / "store" / "weights", 1)
+    for name in ("one", "two"):
+        (tmp_path / "library" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "library" / name).symlink_to(tmp_path / "store" / "weights")
+    assert names([tmp_path / "library"]) == ["one", "two"] and names([tmp_path / "library" / "two"]) == [
+        "two"
+    ]
+
+
+def test_the_default_library_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("router.library.sources.fetch", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match="expected the default library there, found none"):
+        load_library(["data/library"])
+
+
+def test_weights_that_are_replaced_after_they_were_opened_do_not_reach_the_cache(tmp_path, own_cache):
+    folder = write_tiny_adapter(tmp_path / "one", 1)
+    (adapter,) = load_library([str(folder)])
+    write_tiny_adapter(folder, 2)
+    with pytest.raises(InputError, match="was changed while it was read"):
+        prototypes([adapter])
+    (again,) = load_library([str(folder)])
+    assert not torch.equal(
+        prototypes([again])["model.layers.0.mlp.up_proj"].directions,
+        _prototype_of(tmp_path / "other", 1),
+    )
+
+
+def _prototype_of(folder, seed):
+    (adapter,) = load_library([str(write_tiny_adapter(folder, seed))])
+    return prototypes([adapter])["model.layers.0.mlp.up_proj"].directions
 
 
 def test_a_folder_without_adapters_is_refused(tmp_path):

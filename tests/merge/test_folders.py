@@ -205,7 +205,28 @@ def changed(**config):
     return lambda folder: change(folder, **config)
 
 
+def with_whole_numbers(folder):
+    tensors = load_file(weights_of(folder))
+    change(folder, {key: tensor.to(torch.int8) for key, tensor in tensors.items()})
+
+
 REFUSED = {
+    "int8": (
+        with_whole_numbers,
+        "adapter_model.safetensors",
+        "expected weights in F64, F32, F16, BF16, got I8",
+    ),
+    "untargeted": (
+        changed(target_modules=["q_proj"]),
+        "",
+        "which target_modules in adapter_config.json leaves",
+    ),
+    "targets": (
+        changed(target_modules=[1]),
+        "adapter_config.json",
+        "target_modules to be names or a pattern",
+    ),
+    "targets_pattern": (changed(target_modules="("), "adapter_config.json", "is no regular expression"),
     "pickle": (with_a_pickle_only, "", "only the pickle adapter_model.bin"),
     "no_weights": (lambda folder: weights_of(folder).unlink(), "", "found no weights"),
     "truncated": (truncated, "adapter_model.safetensors", "expected a complete safetensors file"),
@@ -261,6 +282,25 @@ def test_harmless_settings_pass(tmp_path):
     )
     assert len(open_adapter(folder).ranks) == 14
     assert open_adapter(folder).base_model == "tiny"
+
+
+def test_a_pattern_that_hangs_its_reader_is_given_up(tmp_path):
+    folder = write_tiny_adapter(tmp_path / "slow", 1, rank_pattern={r"(([a-z]|\w|\.)+)+\d": 4})
+    with pytest.raises(AdapterError, match="takes too long"):
+        open_adapter(folder)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.(q|k|v|o|gate|up|down)_proj", None])
+def test_targets_may_be_all_or_a_pattern(tmp_path, targets):
+    assert len(open_adapter(write_tiny_adapter(tmp_path / "a", 1, target_modules=targets)).ranks) == 14
+
+
+def test_what_is_too_large_for_its_dtype_is_not_written(tmp_path):
+    update = Factors(torch.ones(1, 3), torch.full((2, 1), 1e6))
+    write_adapter(tmp_path / "fits", {Q0: update}, "tiny", dtype=torch.bfloat16)
+    with pytest.raises(OverflowError, match="is too large for torch"):
+        write_adapter(tmp_path / "not", {Q0: update}, "tiny", dtype=torch.float16)
+    assert not (tmp_path / "not").exists()
 
 
 @pytest.mark.parametrize(

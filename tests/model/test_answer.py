@@ -1,14 +1,17 @@
 """Answers: batches, padding and the shared cache change nothing about them."""
 
+import copy
 import random
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 
+from helpers import FAMILIES, family
 from router.errors import InputError
 from router.model.answer import CHOICE_TOKENS, answer, by_length, encode, generate, score_choices
 from router.model.base import load_base
@@ -248,14 +251,75 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_done_twice(base):
     assert [size for size in seen if size > 3] == [9, 4]  # what failed; the other half was not tried whole
 
 
-def test_one_query_that_does_not_fit_is_an_error(base):
-    seen, undo = short_of_memory(base, 0)
+def test_one_query_that_does_not_fit_has_no_answer_and_the_others_have(base, caplog):
+    queries = generation("Hi", "a longer one", "Ho")
+    expected = answered(base, queries, max_new_tokens=3)
+
+    def refuse(model, args, kwargs):
+        if kwargs["input_ids"].shape[1] == len(letters(base, "a longer one")):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    undo = base.model.register_forward_pre_hook(refuse, with_kwargs=True).remove
     try:
-        with pytest.raises(torch.OutOfMemoryError):
-            answered(base, generation("Hi", "Ho"), max_new_tokens=3)
+        found = answered(base, queries, max_new_tokens=3)
     finally:
         undo()
-    assert seen == [2, 1]
+    assert [answer.failed for answer in found] == [False, True, False]
+    assert (found[0], found[1].text, found[2]) == (expected[0], "unknown", expected[2])
+    assert "query 1: does not fit into memory" in caplog.text
+
+
+def test_a_query_whose_output_is_not_finite_has_no_answer_and_the_others_have(base, caplog):
+    queries = [*generation("Hi", "Ho, you!"), Query("2", "Ho?", "multiple_choice", ("a", "b"))]
+    expected = answered(base, queries, max_new_tokens=3)
+    letter, table = letters(base, ",")[0], base.model.get_input_embeddings().weight
+    before = table[letter].clone()
+    with torch.no_grad():
+        table[letter] = torch.inf
+    try:
+        found = answered(base, [*queries, Query("3", "Hm,", "multiple_choice", ("a",))], max_new_tokens=3)
+    finally:
+        with torch.no_grad():
+            table[letter] = before
+    assert [answer.failed for answer in found] == [False, True, False, True]
+    assert found[0] == expected[0] and found[1].text == "unknown"
+    assert found[2].scores == pytest.approx(expected[2].scores, abs=1e-5)
+    assert "query 1: the model's output is not finite" in caplog.text
+
+
+def test_half_a_character_is_no_reason_to_stop(base):
+    queries = [Query("0", "a\ud800b", "generation"), Query("1", "Which?", "multiple_choice", ("\udc00", "b"))]
+    assert [answer.failed for answer in answered(base, queries, max_new_tokens=2)] == [False, False]
+    both = encode(base.tokenizer, ["\ud83d\ude00", "\U0001f600"])
+    assert both[0] == both[1]  # two halves are a whole
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generation_stops_where_transformers_does_in_every_family(base, name):
+    model = family(name, base.model.config.vocab_size)
+    prompts = rows(base)
+    other = replace(base, model=model)
+    plain = [found.ids for found in generate(other.model, base.tokenizer, prompts, 10)]
+    # Whatever it writes third ends a text from now on, beside the tokenizer's own.
+    model.generation_config.eos_token_id = [EOS, *sorted({ids[2] for ids in plain if len(ids) > 2})]
+    found = generate(other.model, base.tokenizer, prompts, 10)
+    for ids, own in zip(prompts, found, strict=True):
+        out = model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=10,
+            do_sample=False, pad_token_id=0,
+        )[0, len(ids) :]  # fmt: skip
+        assert list(own.ids) == out.tolist()
+    assert min(len(own.ids) for own in found) < 10
+
+
+def test_without_a_token_that_ends_a_text_an_answer_has_all_its_tokens(base):
+    model = family("llama", base.model.config.vocab_size)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    found = generate(model, tokenizer, rows(base), 5)
+    assert [len(answer.ids) for answer in found] == [5] * len(found)
+    assert all(np.isfinite(score_choices(model, tokenizer, rows(base)[:1], [("a", "bc", "")])[0]))
 
 
 @pytest.mark.parametrize("sliding_window", [None, 8])

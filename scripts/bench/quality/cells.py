@@ -19,13 +19,14 @@ from router.pipeline import Routed
 from router.result import Result, Routing
 from router.routing.variants import VARIANTS
 from router.settings import Settings
+from router.stages import peak_mib
 from router.submission import Query, read_queries
 from scripts.bench.development import libraries
 from scripts.bench.quality.likelihood import of_references
 from scripts.bench.quality.per_query import PerQuery
 from scripts.bench.quality.settings import SETTINGS, Part
 from scripts.bench.score import score
-from scripts.bench.timer import peak_mib, timed
+from scripts.bench.timer import timed
 
 FOLDER = Path("output/benchmark/quality")
 # `score` in [0, 1]; `nats` of the reference, a token; `weight` of the candidate that the query is `routed` to

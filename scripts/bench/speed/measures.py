@@ -35,12 +35,13 @@ from router.routing.probe import probe
 from router.routing.prototypes import prototypes
 from router.routing.variants import Hotswap, active
 from router.settings import Settings
+from router.stages import peak_mib
 from router.submission import MULTIPLE_CHOICE, Query, read_queries
 from scripts.bench import libraries
 from scripts.bench.libraries import empty_cache
 from scripts.bench.score import COPY
 from scripts.bench.speed.shape import shape
-from scripts.bench.timer import peak_mib, repeated, timed
+from scripts.bench.timer import repeated, timed
 
 COMPETITION_CSV = Path("../shared/competition/test.csv")
 SEED = 4

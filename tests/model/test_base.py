@@ -1,0 +1,87 @@
+"""The base model: refused where it is damaged or brings code, whole otherwise."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from router.errors import InputError
+from router.model import base as module
+from router.model.base import load_base, pick_dtype
+
+
+@pytest.fixture()
+def copied(tiny_base, tmp_path):
+    return shutil.copytree(tiny_base, tmp_path / "base")
+
+
+def spoilt(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_weight_that_is_not_finite_is_named(copied):
+    name = "model.layers.1.mlp.up_proj.weight"
+    spoilt(copied, lambda tensors: tensors[name][0, 0].fill_(torch.nan))
+    with pytest.raises(InputError, match=f"expected finite output in float32, got none: {name} holds"):
+        load_base(str(copied), "cpu", "float32")
+
+
+def test_activations_that_overflow_are_told_from_damaged_weights(copied):
+    def grow(tensors):
+        for kind in ("up_proj", "down_proj"):
+            tensors[f"model.layers.0.mlp.{kind}.weight"].mul_(1e4)
+
+    spoilt(copied, grow)
+    load_base(str(copied), "cpu", "float32")
+    with pytest.raises(
+        InputError, match=r"in float16, got none: its activations overflow; .* --dtype float32"
+    ):
+        load_base(str(copied), "cpu", "float16")
+
+
+def test_truncated_weights_are_refused_in_a_sentence(copied):
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be loaded from"):
+        load_base(str(copied), "cpu", "float32")
+
+
+def test_a_models_own_code_is_refused_without_a_question(copied, tmp_path, monkeypatch):
+    (copied / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = json.loads((copied / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {
+        "AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}}  # fmt: skip
+    (copied / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_base(str(copied), "cpu", "float32")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_embedded_model_that_was_damaged_is_converted_again(tiny_base, tmp_path, monkeypatch):
+    folder = tmp_path / "converted"
+
+    def convert():
+        if not folder.is_dir():
+            shutil.copytree(tiny_base, folder)
+        return folder
+
+    monkeypatch.setattr(module, "embedded_folder", convert)
+    (convert() / "model.safetensors").write_bytes(b"")
+    tokenizer, model = module._read(folder, torch.float32, again=True)
+    assert model.num_parameters() > 0 and tokenizer("a")["input_ids"]
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(Exception, match=r"."):
+        module._read(folder, torch.float32)
+
+
+def test_bfloat16_that_a_gpu_emulates_is_not_taken(monkeypatch):
+    """As torch answers on a T4 or V100."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert pick_dtype("auto", "cuda") is torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert pick_dtype("auto", "cuda") is torch.bfloat16
