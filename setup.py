@@ -24,6 +24,7 @@ setup(
         "scikit-learn>=1.6",
         "faiss-cpu>=1.14.2",  # k-means++
         "pandas>=2.2",
+        "filelock>=3.13",
         "gguf>=0.10",  # reads the embedded base model
         "jinja2>=3.1",
         "rich>=13",

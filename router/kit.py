@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from router.model.answer import FAILED, Answer, answer, encode
 from router.model.base import EMBEDDED, load_base
@@ -15,6 +15,9 @@ from router.result import Result
 from router.settings import Settings
 from router.stages import Stages
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
+
+if TYPE_CHECKING:
+    from router.journal import Journal
 
 KIT_BATCH = 8  # queries handed to a kit method at once, unless --batch_size is given
 
@@ -31,6 +34,7 @@ class Merges:
         self.name = name
         self.settings = Settings()
         self.stages = Stages()
+        self.journal: Journal | None = None  # of a run that may be killed and go on
         self.list_models: list[tuple[str, str | None]] = []
         self.loaded_models: dict[str, Any] = {}
         self.loaded_configs: dict[str, Any] = {}
@@ -135,6 +139,7 @@ class Merges:
             max_new_tokens=self.max_gen_len or self.settings.max_gen_len,
             batch_size=self.settings.batch_size,
             progress=progress,
+            journal=self.journal,
         )
 
     def _load_base_model(self) -> None:

@@ -168,6 +168,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="|".join(SCORINGS),
     )
     p.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start anew where an unfinished run left its answers; else the same command goes on there",
+    )
+    p.add_argument(
         "--plan",
         action="store_true",
         help="instead of running, print what the run would take: adapters, seconds and memory by stage, "
@@ -218,13 +223,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from router.run import run
 
         with _logging("WARNING" if args.quiet else "INFO"):
-            record = run(args.merging_method, Settings(**given))
+            record = run(args.merging_method, Settings(**given), args.fresh)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # temporary folders are gone by now
         print(
-            "stopped before the results were written; run it again",
+            "stopped; the same command goes on where it was",
             file=sys.stderr,
         )
         return 130

@@ -41,6 +41,8 @@ from router.routing.variants import (
 from router.settings import Settings
 from router.submission import Query
 
+WORK = ".variants."  # how the name of the folder begins in which variants are written
+
 
 def default_base(settings: Settings, adapters: Sequence[Adapter]) -> str:
     """The base model to load if --base_model is not given: the one that the adapters name.
@@ -105,12 +107,14 @@ class Routed(Merges):
     def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
         """Routes, clusters, writes variants and answers, in this order."""
         output, rows = folder or self.settings.output_folder, self.encoded(queries)
-        routing = self.route(queries, rows)
+        routing = self._routing(queries, rows)
         with self.stages("clusters"):
             clusters = cluster(routing.weights, self.n_variants, self.settings.seed)
             variants = decide(clusters.weights, [adapter.name for adapter in self.adapters])
         output.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".variants.", dir=output))
+        for left in output.glob(f"{WORK}*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=WORK, dir=output))
         try:
             with self.stages("variants"):
                 try:
@@ -124,6 +128,15 @@ class Routed(Merges):
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return Result(answers, decision)
+
+    def _routing(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+        """The routing that the journal kept, or else a new one, which it keeps."""
+        if self.journal is not None and (kept := self.journal.routing):
+            return kept
+        routing = self.route(queries, rows)
+        if self.journal is not None:
+            self.journal.keep(routing)
+        return routing
 
     def _answer(self, queries: Sequence[Query]) -> list[Answer]:
         """The kit's two calls route the batch that they are given."""

@@ -28,10 +28,9 @@ def record(name: str, settings: Settings, stages: Stages, result: Result) -> dic
         name: the method.
     """
     flags = settings.plain()
-    versions = {package: version(package) for package in PACKAGES}
     found: dict[str, Any] = {
         "method": name,
-        "versions": {"proto-route": __version__, "python": platform.python_version(), **versions},
+        "versions": versions(),
         "flags": flags,
         "seconds": {stage: round(value, 3) for stage, value in stages.seconds.items()},
         "peak_mib": stages.peak_mib,
@@ -39,6 +38,12 @@ def record(name: str, settings: Settings, stages: Stages, result: Result) -> dic
     if planned := kept(settings.output_folder, name, flags):
         found["plan"] = {key: planned[key] for key in ("seconds", "total_seconds", "peak_mib", "n_variants")}
     return found | (_decided(result.decision) if result.decision else {})
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package, of Python, and of the packages that compute."""
+    own = {"proto-route": __version__, "python": platform.python_version()}
+    return own | {package: version(package) for package in PACKAGES}
 
 
 def _decided(decision: Decision) -> dict[str, Any]:

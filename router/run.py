@@ -2,38 +2,60 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from router.constants import BASE_COLUMN
 from router.errors import InputError
 from router.files import replacing, sha256_of
+from router.journal import Journal, alone_in
+from router.kit import Merges
 from router.methods import load_method
-from router.record import record
+from router.pipeline import Routed
+from router.record import record, versions
 from router.result import Decision
+from router.routing.store import content
 from router.routing.variants import VARIANTS, remove_variants, variants_are_ours
 from router.runs.report.page import write_report
 from router.settings import Settings
 from router.submission import Query, read_queries, write_submission, write_table
 
 
-def run(name: str, settings: Settings) -> dict[str, Any]:
+def run(name: str, settings: Settings, fresh: bool = False) -> dict[str, Any]:
     """Answers the query files with one method, writes all results, and returns the record in run.json.
 
+    A run that was killed goes on where it stood.
+
+    Args:
+        fresh: forgets what an unfinished run in the output folder has answered.
+
     Raises:
-        InputError: something a person can fix is wrong with the queries, adapters or base model.
+        InputError: something a person can fix is wrong with the queries, adapters or base model, another run
+            writes to the output folder, or an unfinished one with other settings is there.
     """
     check_outputs(settings)
     files = {path: read_queries(path) for path in settings.dataset_filepaths}
+    with alone_in(settings.output_folder):
+        return _run(name, settings, files, fresh)
+
+
+def _run(name: str, settings: Settings, files: dict[Path, list[Query]], fresh: bool) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(settings.seed)
     method = load_method(name)(name)
     method.settings = settings
     method.merge()
-    result = method.answer([query for part in files.values() for query in part])
+    queries = [query for part in files.values() for query in part]
+    method.journal = journal = Journal(settings.output_folder, _identity(method, settings, queries), fresh)
+    try:
+        result = method.answer(queries)
+    finally:
+        journal.close()
     if all(answer.failed for answer in result.answers):
         raise InputError(
             "no query could be answered: the model's output is not finite, or memory ran out (see "
@@ -64,6 +86,20 @@ def run(name: str, settings: Settings) -> dict[str, Any]:
         json.dump(found, file, indent=2, ensure_ascii=False)
         file.write("\n")
     write_report(settings.output_folder)
+    journal.discard()
+    return found
+
+
+def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> dict[str, Any]:
+    """What the answers depend on, as JSON values."""
+    flags = settings.plain()
+    for path in ("dataset_filepaths", "output_folder", "adapters", "base_model"):
+        del flags[path]  # what they stand for counts
+    asked = hashlib.sha256(repr(queries).encode("utf-8", "surrogatepass")).hexdigest()
+    found = {"method": method.get_name(), "queries": asked, "versions": versions(), **flags}
+    if isinstance(method, Routed):
+        found["base model"] = method.base.sha256
+        found["adapters"] = {adapter.name: content(adapter) for adapter in method.adapters}
     return found
 
 

@@ -503,8 +503,8 @@ def test_a_run_that_is_stopped_takes_its_temporary_folders_with_it(command, caps
         code, out = command("average")
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert code == 130 and list(out.iterdir()) == []
-    assert capsys.readouterr().err.splitlines()[-1] == "stopped before the results were written; run it again"
+    assert code == 130 and [path.name for path in out.iterdir()] == [".journal"]
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same command goes on where it was"
 
 
 def test_where_nothing_finite_comes_out_the_run_ends_and_says_so(command, capsys, monkeypatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -261,6 +261,7 @@ def answer(
     max_new_tokens: int = 64,
     batch_size: int | None = None,
     progress: Callable[[int], object] = lambda done: None,
+    journal: MutableMapping[Query, Answer] | None = None,
 ) -> list[Answer]:
     """Answers queries in order.
 
@@ -272,8 +273,11 @@ def answer(
         rows: token ids of each query's prompt.
         batch_size: queries per batch; None fills batches by tokens.
         progress: called after each batch with the tokens of its prompts.
+        journal: a batch that is in it is not answered again; any other is added to it. Batches do not depend
+            on it, so answers do not either.
     """
     answers: dict[int, Answer] = {}
+    known: MutableMapping[Query, Answer] = {} if journal is None else journal
 
     def generated(part: list[int]) -> list[Answer]:
         return generate(model, tokenizer, [rows[n] for n in part], max_new_tokens)
@@ -304,8 +308,14 @@ def answer(
         batches = [[part[k] for k in batch] for batch in by_length(lengths, budget, batch_size)]
         while batches:
             batch, *rest = batches
-            if found := _if_it_fits(way, batch):
+            asked = [queries[n] for n in batch]
+            if all(query in known for query in asked):
+                answers.update((n, known[queries[n]]) for n in batch)
+                progress(sum(len(rows[n]) for n in batch))
+                batches = rest
+            elif found := _if_it_fits(way, batch):
                 answers.update(zip(batch, found, strict=True))
+                known.update(zip(asked, found, strict=True))
                 for n in batch:
                     if answers[n].failed:
                         log.warning(
@@ -315,7 +325,8 @@ def answer(
                 batches = rest
             elif len(batch) == 1:
                 log.warning("query %s: does not fit into memory, so it has no answer", queries[batch[0]].id)
-                answers[batch[0]], batches = FAILED, rest
+                answers[batch[0]] = known[asked[0]] = FAILED
+                batches = rest
             else:
                 batches = [half for whole in batches for half in _halves(whole)]
     return [answers[n] for n in range(len(queries))]

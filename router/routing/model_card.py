@@ -5,6 +5,7 @@ The same run writes the same card. The sources' own cards are read as data.
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shlex
@@ -184,5 +185,5 @@ def _origin(adapter: Adapter) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that cannot end a cell of a Markdown table, or its line."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text that cannot end a cell of a Markdown table, or its line, and is no markup."""
+    return re.sub(r"([\\|`\[\]*])", r"\\\1", html.escape(" ".join(text.split()), quote=False))

@@ -15,9 +15,10 @@ from router.routing.evidence import Evidence
 from router.runs.load import Labels, Run, cut
 from router.runs.report.layout import gate_space, layout
 
-EXPLAINED = 12  # adapters whose numbers are kept for each query
+EXPLAINED = 12  # adapters whose numbers are kept for each query, if there are few
+NUMBERS = 120_000  # such adapters in the file, over all queries
 SHOWN_VARIANTS = 100  # in the heat map and the table of variants
-TEXT_BYTES = 6_000_000  # of all texts in the file
+TEXT_BYTES = 4_000_000  # of all texts in the file
 LIMITS = (2_000, 1_000, 500, 300, 200, 100, 50)  # characters of a text; the first that fits is taken
 SHORT = 110  # characters of a query that is only an example
 BARS = 6  # top weights kept of each query
@@ -178,12 +179,17 @@ def data(run: Run) -> dict[str, Any]:
     return found | (_reasons(run.evidence, run.weights) if run.evidence else {})
 
 
+def explained(n_queries: int) -> int:
+    """For how many adapters a query's numbers are kept, so that the file stays small."""
+    return min(EXPLAINED, max(2, NUMBERS // max(1, n_queries)))
+
+
 def _reasons(e: Evidence, weights: Array) -> dict[str, Any]:
     """For each query, the adapters that matter: number, response, score; then the level and the margin."""
     scored = np.isfinite(e.scores)  # all but duplicates
     # Those with a weight come first, then those with the highest scores.
     keys = -np.where(scored, e.scores, -np.inf), -weights[:, :-1]
-    order = np.asarray(np.lexsort(keys))[:, :EXPLAINED]
+    order = np.asarray(np.lexsort(keys))[:, : explained(len(weights))]
     numbers = _whole(100 * np.stack((100 * e.responses, e.scores), axis=-1))
     return {
         "reasons": [

@@ -20,7 +20,7 @@ from router.errors import InputError
 from router.files import replacing
 from router.routing.evidence import LOW_MARGIN
 from router.runs.load import Run, load
-from router.runs.report.data import EXPLAINED, data, escaped, headline, layers, variants
+from router.runs.report.data import data, escaped, explained, headline, layers, variants
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -49,7 +49,7 @@ def render(run: Run) -> str:
     used = [k for k in range(len(run.names)) if any(row["weights"][k] >= 0.005 for row in rows)]
     return _template().render(
         run=run, record=run.record, headline=headline(run), variants=rows, used=used, layers=layered,
-        explained=EXPLAINED, low_margin=LOW_MARGIN, data=found, json=Markup(escaped(found)),
+        explained=explained(len(run.weights)), low_margin=LOW_MARGIN, data=found, json=Markup(escaped(found)),
     )  # fmt: skip
 
 

@@ -1,0 +1,173 @@
+"""What an unfinished run has already answered, so that the same command goes on where it stood.
+
+A folder `.journal` in the output folder holds the routing and, batch by batch, the answers. It goes when the
+run is finished. Only one run at a time may write to an output folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from router.errors import InputError
+from router.files import replacing
+from router.model.answer import Answer
+from router.result import Routing
+from router.routing.evidence import Evidence
+from router.submission import Query
+
+FOLDER, LOCK = ".journal", ".lock"
+SYNCED = 5.0  # seconds; what is older than this is on the disk, whatever happens to the machine
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Makes the output folder and keeps other runs out of it while the block runs.
+
+    The operating system releases the lock of a process that was killed.
+
+    Raises:
+        InputError: another run is writing there.
+    """
+    new = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"--output_folder {output}: another run is writing there; wait for it or choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        (output / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if new and not any(output.iterdir()):  # a run that was refused leaves nothing
+            output.rmdir()
+
+
+class Journal(MutableMapping[Query, Answer]):
+    """The answers so far, by query; what is added is kept at once.
+
+    The same query has the same answer wherever it stands: its prompt alone decides how it is routed.
+
+    Args:
+        output: the output folder.
+        identity: everything that the answers depend on, as JSON values.
+        fresh: forgets what is there.
+
+    Raises:
+        InputError: what is there belongs to a run with another identity.
+    """
+
+    def __init__(self, output: Path, identity: Mapping[str, Any], fresh: bool = False) -> None:
+        self.folder = output / FOLDER
+        if fresh:
+            self.discard()
+        self._answers: dict[Query, Answer] = {}
+        self._synced = time.monotonic()
+        self._check(json.loads(json.dumps(identity)))
+        self._file: IO[bytes] = self._read(self.folder / "answers.jsonl")
+
+    def _check(self, identity: dict[str, Any]) -> None:
+        file = self.folder / "identity.json"
+        try:
+            known = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError):  # none yet, or killed at its very start
+            self.discard()
+            with replacing(file) as new:
+                json.dump(identity, new)
+            return
+        if other := [key for key in {**known, **identity} if known.get(key) != identity.get(key)]:
+            raise InputError(
+                f"--output_folder {self.folder.parent}: holds an unfinished run that differs in "
+                f"{', '.join(other)}; choose another folder, or pass --fresh to start anew there"
+            )
+
+    def _read(self, path: Path) -> IO[bytes]:
+        """Reads whole lines and opens the file behind the last of them; a killed run may leave half a one."""
+        path.touch()
+        end = 0
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    if not line.endswith(b"\n"):
+                        break
+                    for query, answer in json.loads(line):
+                        query["choices"] = tuple(query["choices"])
+                        answer |= {key: tuple(answer[key]) for key in ("ids", "scores")}
+                        self._answers[Query(**query)] = Answer(**answer)
+                except (ValueError, TypeError, KeyError):
+                    break
+                end += len(line)
+        found = path.open("r+b")
+        found.truncate(end)
+        found.seek(end)
+        return found
+
+    def update(self, *others: Any, **more: Any) -> None:
+        """Adds the answers of a batch."""
+        added = dict(*others, **more)
+        self._answers.update(added)
+        pairs = [(asdict(query), asdict(answer)) for query, answer in added.items()]
+        self._file.write(json.dumps(pairs).encode() + b"\n")
+        self._file.flush()
+        if time.monotonic() - self._synced >= SYNCED:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def __setitem__(self, query: Query, answer: Answer) -> None:
+        self.update({query: answer})
+
+    def __getitem__(self, query: Query) -> Answer:
+        return self._answers[query]
+
+    def __delitem__(self, query: Query) -> None:
+        raise TypeError("expected answers to be added only")
+
+    def __iter__(self) -> Iterator[Query]:
+        return iter(self._answers)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    @property
+    def routing(self) -> Routing | None:
+        """The routing that was kept, None if there is none."""
+        try:
+            weights = load_file(self.folder / "weights.safetensors")["weights"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        evidence = self.folder / "evidence.safetensors"
+        return Routing(weights, Evidence.load(evidence) if evidence.exists() else None)
+
+    def keep(self, routing: Routing) -> None:
+        """Keeps the routing."""
+        if routing.evidence:
+            routing.evidence.save(self.folder / "evidence.safetensors")
+        part = self.folder / "weights.part"
+        save_file({"weights": np.ascontiguousarray(routing.weights)}, part)
+        part.replace(self.folder / "weights.safetensors")  # last, so that what is there is whole
+
+    def close(self) -> None:
+        """Closes the file; a journal without an entry goes."""
+        self._file.close()
+        if not self._answers and self.routing is None:
+            self.discard()
+
+    def discard(self) -> None:
+        """Forgets everything, on disk too."""
+        shutil.rmtree(self.folder, ignore_errors=True)

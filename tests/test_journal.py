@@ -1,0 +1,181 @@
+"""A run that was killed goes on where it stood, and two do not write to one folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from helpers import ROOT, ROWS, arguments, write_queries
+from router.errors import InputError
+from router.journal import Journal, alone_in
+from router.main import main
+from router.model import answer as module
+from router.model.answer import Answer
+from router.result import Routing
+from router.submission import Query
+
+ONE, TWO = Query("1", "a", "generation"), Query("2", "b\u2028\n", "multiple_choice", ("x", "y"))
+FOUND = {ONE: Answer("text", (3, 1)), TWO: Answer("1", scores=(-0.1, -1 / 3))}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture()
+def opened(tmp_path):
+    """Opens journals in one folder, as runs do one after the other; a killed run closes none."""
+    found = []
+
+    def journal(fresh=False, **identity):
+        found.append(Journal(tmp_path, identity or {"method": "a", "seed": 0}, fresh))
+        return found[-1]
+
+    yield journal
+    for one in found:
+        one._file.close()
+
+
+@pytest.fixture()
+def journal(opened):
+    return opened()
+
+
+def files_of(out):
+    """All files of a finished run but its times; those are in run.json, and the report shows them."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name not in ("run.json", "report.html")
+    }
+
+
+def test_what_was_added_is_there_again(journal, opened):
+    journal.update(FOUND)
+    assert journal.routing is None
+    journal.keep(Routing(np.array([[0.1, 0.9], [1 / 3, 2 / 3]])))
+    again = opened(seed=0, method="a")
+    assert dict(again) == FOUND and len(again) == 2
+    np.testing.assert_array_equal(again.routing.weights, [[0.1, 0.9], [1 / 3, 2 / 3]])
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_half_a_line_is_forgotten_and_overwritten(journal, opened, tmp_path, cut):
+    journal[ONE] = FOUND[ONE]
+    journal[TWO] = FOUND[TWO]
+    file = tmp_path / ".journal" / "answers.jsonl"
+    file.write_bytes(file.read_bytes()[:-cut])
+    again = opened()
+    assert dict(again) == {ONE: FOUND[ONE]}
+    again[TWO] = FOUND[TWO]
+    assert dict(opened()) == FOUND
+
+
+def test_another_run_is_refused_by_what_differs_until_it_is_to_start_anew(journal, opened):
+    journal.update(FOUND)
+    with pytest.raises(InputError, match=r"an unfinished run that differs in seed, dtype; .*--fresh"):
+        opened(method="a", seed=1, dtype="float32")
+    assert dict(opened(fresh=True, method="a", seed=1)) == {}
+    assert dict(opened(method="a", seed=1)) == {}
+
+
+def test_a_journal_without_an_entry_goes(journal, tmp_path):
+    journal.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_run_at_a_time(tmp_path):
+    with alone_in(tmp_path / "out"):
+        with pytest.raises(InputError, match="another run is writing there"), alone_in(tmp_path / "out"):
+            pass
+        (tmp_path / "out" / "file").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+    with alone_in(tmp_path / "out"), alone_in(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()  # nothing was written
+
+
+@pytest.mark.parametrize("method", ["proto_route", "average", "arrow"])
+def test_a_run_that_is_killed_after_any_batch_ends_with_the_same_bytes(command, monkeypatch, method):
+    _, whole = command(method, "--batch_size", 1, out="whole")
+    plain, left, done = module._if_it_fits, [0], []
+
+    def limited(way, batch):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        done.append(batch)
+        return plain(way, batch)
+
+    monkeypatch.setattr(module, "_if_it_fits", limited)
+    for _ in range(len(ROWS)):  # each time one batch more
+        left[0] = 1
+        try:
+            command(method, "--batch_size", 1, out="killed")
+        except Killed:
+            continue
+        break
+    left[0] = len(ROWS)
+    code, out = command(method, "--batch_size", 1, out="killed")
+    assert code == 0 and files_of(out) == files_of(whole)
+    assert not (out / ".journal").exists()
+
+
+def test_what_was_answered_is_not_answered_again(command, monkeypatch):
+    plain, done = module._if_it_fits, []
+
+    def counted(way, batch):
+        if len(done) == 3:
+            raise Killed
+        done.append(batch)
+        return plain(way, batch)
+
+    monkeypatch.setattr(module, "_if_it_fits", counted)
+    with pytest.raises(Killed):
+        command("proto_route", "--batch_size", 1)
+    done.clear()
+    monkeypatch.setattr("router.methods.proto_route.probe", lambda *_: pytest.fail("routed again"))
+    monkeypatch.setattr(module, "_if_it_fits", lambda way, batch: done.append(batch) or plain(way, batch))
+    assert command("proto_route", "--batch_size", 1)[0] == 0
+    assert len(done) == len(ROWS) - 3
+
+
+def test_an_unfinished_run_of_another_setting_is_refused_in_a_line(command, capsys, monkeypatch):
+    plain = module._if_it_fits
+    monkeypatch.setattr(module, "_if_it_fits", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        command("proto_route")
+    monkeypatch.setattr(module, "_if_it_fits", plain)
+    capsys.readouterr()
+    assert command("proto_route", "--seed", 3)[0] == 2
+    assert "differs in seed" in capsys.readouterr().err
+    assert command("proto_route", "--seed", 3, "--fresh")[0] == 0
+
+
+def test_sigkill_at_any_moment(tmp_path, tiny_base, tiny_library):
+    """The real signal, at moments spread over the whole run."""
+    queries = write_queries(tmp_path / "queries.csv")
+    words = arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "out", "--quiet")
+    environment = os.environ | {"PROTO_ROUTE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "router.main", *words]
+    started = time.monotonic()
+    subprocess.run(
+        [*command, "--output_folder", str(tmp_path / "whole")], env=environment, cwd=ROOT, check=True
+    )
+    took = time.monotonic() - started
+    for share in (0.5, 0.8, 0.95):
+        process = subprocess.Popen(command, env=environment, cwd=ROOT)
+        try:
+            process.wait(took * share)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    subprocess.run(command, env=environment, cwd=ROOT, check=True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["method"] == "proto_route"
+    assert main(words) == 0
