@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import pandas as pd
 
 from router.constants import BASE_COLUMN
+from router.errors import InputError
+from router.files import replacing
 from router.methods import load_method
+from router.methods.proto_route import ProtoRoute
+from router.model.answer import Answer
+from router.model.base import load_base
 from router.pipeline import Routed
+from router.routing.clusters import Array, Clusters, cluster, nearest
+from router.routing.evidence import LOW_MARGIN
+from router.routing.fitted import FORMAT, Fitted
+from router.routing.variants import MARKER, VARIANTS, Hotswap, Variant, decide, variants_are_ours
+from router.runs.load import load as load_run
 from router.settings import Settings
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
+from router.version import own_version
+
+ABOUT = "router.json"  # beside FILE in a saved router's folder
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one text was decided.
+
+    Attributes:
+        variant: the number of the variant that answers it; None before variants are made.
+        weights: of its candidates, largest first, those above 0.005; `base` is the base model.
+        margin: score of the best candidate less that of the next one, in standard deviations.
+        low_margin: whether another candidate might be as good.
+        fits: whether an adapter has more weight than the base model.
+    """
+
+    variant: int | None
+    weights: dict[str, float]
+    margin: float
+    low_margin: bool
+    fits: bool
 
 
 class Router:
-    """A loaded library of adapters and its base model, ready to route queries."""
+    """A loaded library of adapters and its base model, ready to route queries.
+
+    Attributes:
+        variants: what queries are answered with, once `fit` or `load` has decided that; else empty.
+    """
 
     def __init__(self, method: Routed) -> None:
         self._method = method
+        self.variants: list[Variant] = []
+        self._clusters: Clusters | None = None
+        self._folder: Path | None = None  # of a router that was loaded
 
     @classmethod
     def from_library(
@@ -52,9 +95,87 @@ class Router:
         found.merge()
         return cls(found)
 
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        base_model: str | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
+    ) -> Router:
+        """Loads what `save` wrote, or a finished run of proto_route with its variants.
+
+        A saved router needs no adapters and no queries; a finished run needs the adapters that it names.
+
+        Args:
+            folder: of a saved router, or the output folder of a run.
+            base_model: `embedded`, a folder or a hub id; None takes the one that was used.
+            device: `auto`, `cpu` or `cuda`.
+            dtype: None takes the one that was used.
+
+        Raises:
+            InputError: there is neither, it is damaged or of another format, or the base model has other
+                weights.
+        """
+        folder = Path(folder)
+        if not (folder / ABOUT).is_file():
+            return cls._of_run(folder, base_model, device, dtype)
+        about = _about(folder / ABOUT)
+        method = ProtoRoute("proto_route")
+        method.settings = Settings(**about["settings"] | {"base_model": base_model or about["base_model"]})
+        base = load_base(str(method.settings.base_model), device, dtype or about["dtype"])
+        if base.sha256 != about["base_sha256"]:
+            raise InputError(
+                f"--base_model {base.name}: expected the weights that {folder} was made for "
+                f"(sha256 {about['base_sha256'][:12]}), got others ({base.sha256[:12]}); pass the base model "
+                "of the router, or make the router anew from the adapters"
+            )
+        method.attach(base, [])
+        vars(method)["fitted"] = Fitted.load(folder, base.model.device, base.model.dtype)
+        router = cls(method)
+        router.variants = [Variant(**variant) for variant in about["variants"]]
+        router._clusters = Clusters(np.zeros(0, np.int64), np.array(about["centres"], np.float64))
+        router._folder = folder
+        return router
+
+    @classmethod
+    def _of_run(cls, folder: Path, base_model: str | None, device: str, dtype: str | None) -> Router:
+        run = load_run(folder)
+        if run.record["method"] != "proto_route":
+            raise InputError(f"{folder}: expected a run of proto_route, got one of {run.record['method']}")
+        flags = {
+            key: value for key, value in run.record["flags"].items() if key in Settings.__dataclass_fields__
+        }
+        for key in ("dataset_filepaths", "output_folder"):
+            del flags[key]
+        flags |= {"device": device, "dtype": dtype or flags["dtype"]}
+        flags["base_model"] = base_model or flags["base_model"]
+        router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)
+        if router._base.sha256 != run.record["base"]["sha256"]:
+            raise InputError(f"{folder}: expected the base model of the run, got one with other weights")
+        if router.candidates != run.names:
+            raise InputError(
+                f"{folder}: expected the adapters of the run, got {', '.join(router.candidates)}"
+            )
+        router._clusters = run.clusters
+        router.variants = decide(run.clusters.weights, run.names[:-1])
+        return router
+
+    @property
+    def _base(self) -> Any:
+        return self._method.base
+
+    @property
+    def _proto(self) -> ProtoRoute:
+        if not isinstance(self._method, ProtoRoute):
+            raise ValueError(f"method {self._method.get_name()}: expected proto_route, which can be saved")
+        return self._method
+
     @property
     def candidates(self) -> list[str]:
         """The adapters' names and, last, `base`."""
+        if self._folder is not None:
+            return [*self._proto.fitted.names, BASE_COLUMN]
         return [*(adapter.name for adapter in self._method.adapters), BASE_COLUMN]
 
     def route(self, texts: Sequence[str]) -> pd.DataFrame:
@@ -63,10 +184,79 @@ class Router:
         routing = self._method.route(queries, self._method.encoded(queries))
         return pd.DataFrame(routing.weights, columns=self.candidates)
 
+    def choose(self, texts: Sequence[str]) -> list[Choice]:
+        """How each text is decided, and which of the variants answers it."""
+        queries = _queries(texts, None)
+        routing = self._proto.route(queries, self._proto.encoded(queries))
+        evidence, names = routing.evidence, self.candidates
+        assert evidence is not None  # proto_route keeps it
+        groups = [None] * len(queries) if self._clusters is None else self._nearest(routing.weights).tolist()
+        found = []
+        for row, margin, group in zip(routing.weights, evidence.margin.tolist(), groups, strict=True):
+            shares = {names[n]: float(row[n]) for n in np.argsort(-row, kind="stable") if row[n] > 0.005}
+            found.append(Choice(group, shares, margin, margin < LOW_MARGIN, row.argmax() < len(names) - 1))
+        return found
+
+    def _nearest(self, weights: Array) -> Any:
+        assert self._clusters is not None
+        return nearest(weights, self._clusters)
+
+    def fit(self, texts: Sequence[str], n_variants: int | None = None) -> Self:
+        """Decides the variants from a sample of the queries to come, such as yesterday's; no labels.
+
+        Args:
+            n_variants: how many; None makes as few as the sample's weights allow.
+        """
+        weights = self.route(texts).to_numpy()
+        self._clusters = cluster(weights, n_variants, self._method.settings.seed)
+        self.variants = decide(self._clusters.weights, self.candidates[:-1])
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the router and its variants into a folder, which `load` needs beside the base model alone.
+
+        Raises:
+            ValueError: `fit` was not called, or the method is not proto_route.
+            InputError: something else is in the folder.
+        """
+        folder, proto = Path(folder), self._proto
+        if self._clusters is None:
+            raise ValueError("expected variants to save; call fit with a sample of the queries to come")
+        if not variants_are_ours(folder):
+            raise InputError(
+                f"{folder}: expected no folder `{VARIANTS}` in it, or one of ours; choose another"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ABOUT).unlink(missing_ok=True)  # from here on the folder is no router, until it is this one
+        if self._folder is None or folder.resolve() != self._folder.resolve():
+            shutil.rmtree(folder / VARIANTS, ignore_errors=True)
+            if self._folder is not None:
+                shutil.copytree(self._folder / VARIANTS, folder / VARIANTS)
+            else:
+                proto.write_variants(self.variants, folder / VARIANTS)
+                (folder / VARIANTS).mkdir(exist_ok=True)  # all queries may be the base model's
+            (folder / VARIANTS / MARKER).touch()
+        proto.fitted.save(folder)
+        settings = {
+            key: getattr(proto.settings, key) for key in ("max_seq_len", "max_gen_len", "scoring", "seed")
+        }
+        base = self._base
+        about = {
+            "format": FORMAT, "proto-route": own_version(), "base_model": base.name,
+            "revision": base.revision, "base_sha256": base.sha256, "dtype": str(base.model.dtype).removeprefix("torch."),
+            "candidates": self.candidates, "settings": settings,
+            "variants": [asdict(variant) for variant in self.variants],
+            "centres": self._clusters.weights.tolist(),
+        }  # fmt: skip
+        with replacing(folder / ABOUT) as file:
+            json.dump(about, file, indent=2, ensure_ascii=False)
+        return folder
+
     def answer(self, texts: Sequence[str], choices: Sequence[Sequence[str]] | None = None) -> list[str]:
         """Answers texts, in order: with generated text or, given choices, with the likeliest of them.
 
-        Variants are written to a temporary folder; `python -m router.main` keeps them.
+        Once `fit` or `load` has decided the variants, these answer; before, they are made for the texts at
+        hand. They are written to a temporary folder; `save` and `python -m router.main` keep them.
 
         Args:
             choices: the choices of each text, at least one each.
@@ -74,14 +264,56 @@ class Router:
         Returns:
             The answers; `unknown` where the model's output was not finite or a text did not fit into memory.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            answers = self._method.answer(_queries(texts, choices), Path(folder)).answers
+        queries = _queries(texts, choices)
+        with tempfile.TemporaryDirectory() as work:
+            if self._clusters is None:
+                answers = self._method.answer(queries, Path(work)).answers
+            elif self._folder is None:
+                self._method.write_variants(self.variants, Path(work))
+                answers = self._answered(queries, Path(work))
+            else:
+                answers = self._answered(queries, self._folder / VARIANTS)
         if choices is None:
             return [answer.text for answer in answers]
         return [
             answer.text if answer.failed else options[int(answer.text)]
             for options, answer in zip(choices, answers, strict=True)
         ]
+
+    def _answered(self, queries: Sequence[Query], folder: Path) -> list[Answer]:
+        """Answers with the variants in a folder, by their numbers."""
+        groups = [choice.variant for choice in self.choose([query.input for query in queries])]
+        rows = self._method.encoded(queries)
+        answers: dict[int, Answer] = {}
+        with Hotswap(self._base) as swap:
+            for group in sorted({group for group in groups if group is not None}):
+                members = [n for n, own in enumerate(groups) if own == group]
+                path = folder / str(group)
+                model = swap.activate(path if path.is_dir() else None)
+                part = [queries[n] for n in members], [rows[n] for n in members]
+                answers |= dict(zip(members, self._method.answer_with(model, *part), strict=True))
+        return [answers[n] for n in range(len(queries))]
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What router.json holds.
+
+    Raises:
+        InputError: it is damaged, or of another format.
+    """
+    try:
+        about: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if about["format"] != FORMAT:
+            raise InputError(
+                f"{path}: expected format {FORMAT}, got {about['format']}, as version {about['proto-route']} "
+                "writes it; save the router again with this version"
+            )
+        needed = ("base_model", "base_sha256", "dtype", "settings", "variants", "centres")
+        if missing := [key for key in needed if key not in about]:
+            raise ValueError(f"{', '.join(missing)} is missing")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: expected what Router.save wrote ({error}); save it again") from error
+    return about
 
 
 def _queries(texts: Sequence[str], choices: Sequence[Sequence[str]] | None) -> list[Query]:

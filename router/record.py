@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from router import __version__
 from router.constants import BASE_COLUMN
 from router.plan.estimate import kept
 from router.result import Decision, Result
@@ -16,6 +15,7 @@ from router.routing.evidence import LOW_MARGIN
 from router.runs.report.page import REPORT
 from router.settings import Settings
 from router.stages import Stages
+from router.version import own_version
 
 SHOWN = 12  # variants in the summary
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "scikit-learn", "faiss-cpu", "numpy")
@@ -42,7 +42,7 @@ def record(name: str, settings: Settings, stages: Stages, result: Result) -> dic
 
 def versions() -> dict[str, str]:
     """The versions of this package, of Python, and of the packages that compute."""
-    own = {"proto-route": __version__, "python": platform.python_version()}
+    own = {"proto-route": own_version(), "python": platform.python_version()}
     return own | {package: version(package) for package in PACKAGES}
 
 

@@ -1,10 +1,15 @@
 """The Python interface: it does what the command does, and refuses questions that are none."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from helpers import NAMES, arguments, read_table, write_queries, write_tiny_adapter
 from router import Router
+from router.errors import InputError
 from router.kit import Merges
 from router.main import main
 
@@ -49,6 +54,105 @@ def test_a_method_that_only_merges_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("router.api.load_method", lambda name: Merges)
     with pytest.raises(ValueError, match="routes"):
         Router.from_library(write_tiny_adapter(tmp_path / "one", 1))
+
+
+MORE = [*TEXTS, "Bonjour !", "x" * 40, "Say x again, and then y."]
+
+
+@pytest.fixture()
+def saved(router, tmp_path):
+    return router.fit(MORE).save(tmp_path / "saved")
+
+
+def test_a_saved_router_needs_the_base_model_alone(router, saved, tiny_base, tiny_library, tmp_path):
+    expected, answers = router.choose(MORE), router.answer(MORE)
+    assert {choice.variant for choice in expected} == set(range(len(router.variants)))
+    choices = [["a", "b"]] * 3
+    chosen = router.answer(TEXTS, choices)
+    shutil.move(tiny_library, tmp_path / "gone")
+    moved = shutil.move(saved, tmp_path / "moved")
+    loaded = Router.load(moved, device="cpu")
+    assert loaded.candidates == router.candidates and loaded.variants == router.variants
+    assert loaded.choose(MORE) == expected and loaded.choose(MORE[::-1]) == expected[::-1]
+    assert loaded.answer(MORE) == answers
+    assert loaded.answer(TEXTS, choices) == chosen
+
+
+def test_a_loaded_router_can_be_saved_again(saved, tmp_path):
+    loaded = Router.load(saved, device="cpu")
+    again = Router.load(loaded.save(tmp_path / "again"), device="cpu")
+    assert again.choose(MORE) == loaded.choose(MORE) and again.answer(MORE) == loaded.answer(MORE)
+    assert Router.load(loaded.save(saved), device="cpu").answer(MORE) == loaded.answer(MORE)
+
+
+def test_a_choice_says_how_it_was_decided(saved):
+    for choice, (_, row) in zip(
+        (loaded := Router.load(saved, device="cpu")).choose(MORE), loaded.route(MORE).iterrows(), strict=True
+    ):
+        assert list(choice.weights.values()) == sorted(choice.weights.values(), reverse=True)
+        assert choice.weights == pytest.approx({name: row[name] for name in choice.weights})
+        assert choice.fits == (row.idxmax() != "base") and choice.low_margin == (choice.margin < 0.5)
+        made = loaded.variants[choice.variant]
+        assert max({**made.weights, "base": made.base}.items(), key=lambda pair: pair[1])[0] in choice.weights
+
+
+def test_a_finished_run_is_a_router_that_decides_as_it_did(router, tiny_base, tiny_library, tmp_path):
+    rows, out = [(str(n), text, "generation", "") for n, text in enumerate(MORE)], tmp_path / "out"
+    queries = write_queries(tmp_path / "queries.csv", rows)
+    assert main(arguments("proto_route", [queries], tiny_library, tiny_base, out)) == 0
+    found = Router.load(out, device="cpu").choose(MORE)
+    told = read_table(out / "queries.routing.csv")
+    assert [choice.variant for choice in found] == [int(row["variant"]) for row in told]
+    for choice, row in zip(found, told, strict=True):
+        assert choice.weights == pytest.approx({name: float(row[name]) for name in choice.weights}, abs=1e-6)
+    assert [answer.strip() or "unknown" for answer in Router.load(out, device="cpu").answer(MORE)] == [
+        row["prediction"].strip() for row in read_table(out / "queries.csv")
+    ]
+
+
+def test_before_fit_there_is_no_variant_and_nothing_to_save(router, tmp_path):
+    assert {choice.variant for choice in router.choose(TEXTS)} == {None} and router.variants == []
+    with pytest.raises(ValueError, match="call fit"):
+        router.save(tmp_path / "saved")
+
+
+def spoil_base(saved, tmp_path):
+    about = json.loads((saved / "router.json").read_text())
+    other = shutil.copytree(about["base_model"], tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    (saved / "router.json").write_text(json.dumps(about | {"base_model": str(other)}))
+
+
+def spoil_format(saved, _):
+    about = json.loads((saved / "router.json").read_text())
+    (saved / "router.json").write_text(json.dumps(about | {"format": 99}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [
+        (spoil_base, "expected the weights that .* was made for"),
+        (spoil_format, "expected format 1, got 99"),
+        (lambda saved, _: (saved / "router.json").write_text("{"), "expected what Router.save wrote"),
+        (lambda saved, _: (saved / "router.safetensors").write_bytes(b"x"), "save it again"),
+        (lambda saved, _: (saved / "router.safetensors").unlink(), "save it again"),
+        (lambda saved, _: (saved / "router.json").unlink(), "the record of a finished run, found none"),
+    ],
+)
+def test_what_is_no_router_is_refused_with_what_to_do(saved, tmp_path, spoil, cause):
+    spoil(saved, tmp_path)
+    with pytest.raises(InputError, match=cause):
+        Router.load(saved, device="cpu")
+
+
+def test_a_strangers_folder_of_variants_is_left_alone(router, tmp_path):
+    (tmp_path / "theirs" / "variants").mkdir(parents=True)
+    (tmp_path / "theirs" / "variants" / "mine.txt").touch()
+    with pytest.raises(InputError, match="choose another"):
+        router.fit(TEXTS).save(tmp_path / "theirs")
+    assert [path.name for path in (tmp_path / "theirs").rglob("*")] == ["variants", "mine.txt"]
 
 
 @pytest.mark.parametrize(

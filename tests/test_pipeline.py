@@ -55,8 +55,8 @@ def test_every_prompt_is_tokenised_once(method, base, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_keeps_nothing_of_what_it_answered(method, name):
     found = method(name)
-    if name == "arrow":
-        assert found.experts  # the library, not the queries
+    for own in ("experts", "fitted"):  # of the library, not of the queries
+        assert getattr(found, own, True)
     before = {key: id(value) for key, value in vars(found).items()}
     first = found.answer(QUERIES)
     assert {key: id(value) for key, value in vars(found).items()} == before

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
 from router.errors import InputError
+from router.library.adapters import Adapter
 from router.library.duplicates import representatives
-from router.model.passes import truncated
+from router.model.base import Base
 from router.pipeline import Routed
 from router.result import Routing
 from router.routing.calibration import Calibration
-from router.routing.evidence import Evidence
+from router.routing.fitted import Fitted
 from router.routing.gate import PrototypeGate
-from router.routing.probe import probe, unreadable
 from router.routing.prototypes import prototypes
 from router.submission import Query
 
@@ -26,9 +27,15 @@ class ProtoRoute(Routed):
     equations.
     """
 
-    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
-        """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""
-        model, pad = self.base.model, self.tokenizer.pad_token_id
+    def attach(self, base: Base, adapters: Sequence[Adapter]) -> None:
+        """As in `Routed`; also forgets what an earlier library was fitted to."""
+        super().attach(base, adapters)
+        vars(self).pop("fitted", None)
+
+    @cached_property
+    def fitted(self) -> Fitted:
+        """Prototypes, and a gate that is calibrated on generic text; made on first use."""
+        model = self.base.model
         with self.stages("prototypes"):
             protos = prototypes(self.adapters, str(model.device), model.dtype)
             present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
@@ -47,33 +54,18 @@ class ProtoRoute(Routed):
             gate = PrototypeGate(
                 self.settings.temperature, self.settings.top_k, self.settings.false_alarm
             ).fit(reference[:, kept], confidence=calibration.confidence())
+        names = [adapter.name for adapter in self.adapters]
+        return Fitted(names, protos, means, gate, list(map(int, representative)), reference.mean(0))
+
+    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+        """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""
+        fitted, pad = self.fitted, self.tokenizer.pad_token_id
+        every = list(map(tuple, rows))
+        # The same prompt is probed once.
+        distinct = {row: n for n, row in enumerate(dict.fromkeys(every))}
         with self.stages("probe"):
-            every = list(map(tuple, truncated(rows)))
-            distinct = {
-                row: n for n, row in enumerate(dict.fromkeys(every))
-            }  # the same prompt is probed once
-            probed = probe(model, list(distinct), pad, protos, means, len(self.adapters))
-            unread = unreadable(probed, np.isnan(reference[0]))  # such a query goes to the base model
-            responses, confidence = probed
-            responses[unread], confidence[unread] = reference.mean(0), calibration.confidence().mean()
-            own = responses if len(kept) == len(self.adapters) else responses[:, kept]
+            probed = fitted.probe(self.base.model, list(distinct), pad, "probe")
         with self.stages("gate"):
-            scores = gate.decision_function(own)
-            candidates = gate.candidate_scores(scores, confidence)
-            weights = np.zeros((len(distinct), len(self.adapters) + 1))
-            weights[:, [*kept, -1]] = gate.weights(candidates)
-            weights[unread] = np.eye(len(self.adapters) + 1)[-1]
-            names = [adapter.name for adapter in self.adapters]
-            all_scores = np.full((len(distinct), len(names)), np.nan)
-            all_scores[:, kept] = scores
-            evidence = Evidence(
-                names,
-                list(protos),
-                responses=np.nanmean(responses[..., 0], 2),
-                scores=all_scores.astype(np.float32),
-                base_score=candidates[:, -1].astype(np.float32),
-                votes=gate.votes(own, scores).astype(np.float32),
-                duplicates={names[n]: names[k] for n, k in enumerate(representative) if n != k},
-            )
+            weights, evidence = fitted.decide(probed)
             place = np.array([distinct[row] for row in every])
         return Routing(weights[place], evidence.rows(place))

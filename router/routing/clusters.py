@@ -89,6 +89,21 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
     return found
 
 
+def nearest(weights: Array, clusters: Clusters) -> NDArray[np.int64]:
+    """The variant that is nearest to each query's mix, (queries,): the one that answers a new query.
+
+    Args:
+        weights: (queries, candidates), rows sum to 1.
+
+    Example:
+        >>> made = Clusters(np.array([0, 1]), np.array([[1.0, 0.0], [0.5, 0.5]]))
+        >>> nearest(np.array([[0.9, 0.1], [0.6, 0.4]]), made)
+        array([0, 1])
+    """
+    apart = ((mixes(weights)[:, None] - clusters.weights[None]) ** 2).sum(2)  # (queries, variants)
+    return np.asarray(apart.argmin(1), dtype=np.int64)
+
+
 def losses(weights: Array, clusters: Clusters) -> Array:
     """Total variation distance of each query's weights to its variant's, (queries,) in [0, 1].
 
@@ -117,6 +132,14 @@ def _kmeans(weights: Array, k: int, seed: int) -> Clusters:
         )  # fmt: skip
         kmeans.train(points)
         labels = kmeans.index.search(points, 1)[1][:, 0]
+    # faiss stops after 25 rounds; on from there until each query is in its nearest group.
+    for _ in range(100):
+        groups = np.unique(labels)
+        centres = np.stack([weights[labels == n].mean(0) for n in groups])
+        moved = groups[((weights[:, None] - centres[None]) ** 2).sum(2).argmin(1)]
+        if (moved == labels).all():
+            break
+        labels = moved
     _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
     order = np.argsort(np.argsort(first))  # number the groups by their first query
     labels = order[labels].astype(np.int64)

@@ -121,7 +121,7 @@ def probe(
     prototypes: Mapping[str, ModulePrototypes],
     means: Mapping[str, Tensor],
     n_adapters: int,
-    title: str = "probe",
+    title: str | None = "probe",
 ) -> Probed:
     """How strongly a prompt's activations align with an adapter's input subspace, module by module.
 

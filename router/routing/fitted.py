@@ -1,0 +1,155 @@
+"""A library as routing sees it, whatever the queries: prototypes, means and a fitted gate. It can travel.
+
+What `save` writes is all that a query needs to be routed, beside the base model: no adapter and no generic
+text. Safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from router.errors import InputError
+from router.model.passes import truncated
+from router.routing.clusters import Array
+from router.routing.evidence import Evidence
+from router.routing.gate import PrototypeGate
+from router.routing.probe import Probed, probe, unreadable
+from router.routing.prototypes import ModulePrototypes
+
+FILE = "router.safetensors"
+FORMAT = 1  # raise it when a reader of the old one could not use the new one
+_LEARNED = (
+    "mean_", "std_", "loadings_", "location_", "scale_", "confidence_", "reference_leads_"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What routing needs of a library.
+
+    Attributes:
+        names: of the adapters.
+        prototypes: by module, on the base model's device and in its dtype.
+        means: what inputs are centred with, (d_in,) by module.
+        gate: fitted to the adapters that stand for others, see `representative`.
+        representative: for each adapter, the number of the one that stands for it and its duplicates.
+        reference: (adapters, modules, 2) mean response to generic text; NaN without a prototype.
+    """
+
+    names: list[str]
+    prototypes: Mapping[str, ModulePrototypes]
+    means: Mapping[str, Tensor]
+    gate: PrototypeGate
+    representative: list[int]
+    reference: NDArray[np.float32]
+
+    @property
+    def kept(self) -> list[int]:
+        """The adapters that stand for others or for themselves."""
+        return sorted(set(self.representative))
+
+    def probe(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None) -> Probed:
+        """One pass of the base model over the prompts; a title shows a bar."""
+        return probe(
+            model, truncated(rows), pad_id, self.prototypes, self.means, len(self.names), title
+        )  # fmt: skip
+
+    def decide(self, probed: Probed) -> tuple[Array, Evidence]:
+        """Weights (queries, adapters + 1), the base model last, and why.
+
+        A prompt without finite activations goes to the base model.
+        """
+        unread = unreadable(probed, np.isnan(self.reference))
+        responses, confidence = (x.copy() for x in probed)
+        responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]
+        own = responses[:, self.kept]
+        scores = self.gate.decision_function(own)
+        candidates = self.gate.candidate_scores(scores, confidence)
+        weights = np.zeros((len(responses), len(self.names) + 1))
+        weights[:, [*self.kept, -1]] = self.gate.weights(candidates)
+        weights[unread] = np.eye(len(self.names) + 1)[-1]
+        all_scores = np.full((len(responses), len(self.names)), np.nan)
+        all_scores[:, self.kept] = scores
+        names = self.names
+        return weights, Evidence(
+            names,
+            list(self.prototypes),
+            responses=np.nanmean(responses[..., 0], 2),
+            scores=all_scores.astype(np.float32),
+            base_score=candidates[:, -1].astype(np.float32),
+            votes=self.gate.votes(own, scores).astype(np.float32),
+            duplicates={names[n]: names[k] for n, k in enumerate(self.representative) if n != k},
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes `router.safetensors` into a folder."""
+        tensors = {f"mean {module}": mean for module, mean in self.means.items()}
+        for module, proto in self.prototypes.items():
+            for part in ("directions", "weights", "owners"):
+                tensors[f"{part} {module}"] = getattr(proto, part)
+        arrays = {f"gate {name}": getattr(self.gate, name) for name in _LEARNED}
+        arrays |= {"gate level_": np.array([self.gate.level_]), "reference": self.reference}
+        tensors |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        about = {
+            "names": self.names,
+            "modules": list(self.prototypes),
+            "representative": self.representative,
+            "gate": self.gate.get_params(),
+        }
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            folder / FILE,
+            metadata={"format": "pt", "router": json.dumps(about)},
+        )
+
+    @staticmethod
+    def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Fitted:
+        """Reads what `save` wrote.
+
+        Args:
+            device, dtype: of the base model.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        try:
+            with safe_open(folder / FILE, framework="pt") as file:
+                about = json.loads(file.metadata()["router"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            gate = PrototypeGate(**about["gate"])
+            for name in _LEARNED:
+                setattr(gate, name, tensors[f"gate {name}"].numpy())
+            gate.level_ = float(tensors["gate level_"])
+            gate.n_adapters_, gate.n_modules_ = gate.mean_.shape[:2]
+            modules = about["modules"]
+            return Fitted(
+                about["names"],
+                {
+                    m: ModulePrototypes(
+                        tensors[f"directions {m}"].to(device, dtype),
+                        tensors[f"weights {m}"].to(device),
+                        tensors[f"owners {m}"].to(device),
+                    )
+                    for m in modules
+                },
+                {m: tensors[f"mean {m}"].to(device) for m in modules},
+                gate,
+                about["representative"],
+                tensors["reference"].numpy(),
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{folder / FILE}: expected what Router.save wrote, got something else ({error}); "
+                "save it again"
+            ) from error
