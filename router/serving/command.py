@@ -1,0 +1,111 @@
+"""`proto-route serve --router FOLDER --upstream URL`: the front, until it is stopped."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from router.errors import InputError
+
+NEEDED = ("starlette", "httpx", "uvicorn", "prometheus_client")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    p = argparse.ArgumentParser(
+        prog="proto-route serve",
+        description="An OpenAI-compatible front: requests for the model `auto` go to the variant that fits.",
+    )
+    p.add_argument(
+        "--router", type=Path, required=True, metavar="DIR", help="a saved router, or a finished run"
+    )
+    p.add_argument("--upstream", required=True, metavar="URL", help="the server that serves the variants")
+    p.add_argument("--base_model", metavar="embedded|FOLDER|HUB_ID", help="in place of the router's own")
+    p.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="of the base model's copy"
+    )
+    p.add_argument("--dtype", help="of the base model's copy (default: as the router was made)")
+    p.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    p.add_argument("--port", type=int, default=8080, help="default: 8080")
+    p.add_argument("--reroute", action="store_true", help="route each message of a conversation anew")
+    p.add_argument(
+        "--max_body", type=int, default=4 << 20, metavar="BYTES", help="of a request (default: 4 MiB)"
+    )
+    p.add_argument(
+        "--queue", type=int, default=1024, help="requests that may wait to be routed (default: 1024)"
+    )
+    p.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="without a byte from upstream"
+    )
+    p.add_argument("--log_prompts", action="store_true", help="write prompts to the log")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves; returns the exit code: 0, or 2 for input that a person can fix.
+
+    The environment variable PROTO_ROUTE_API_KEY holds the key that clients have to bring, if there is one.
+    """
+    args = parser().parse_args(argv)
+    try:
+        if missing := [name for name in NEEDED if find_spec(name) is None]:
+            raise InputError(
+                f"proto-route serve: expected the packages of the extra `serve`, {', '.join(missing)} is "
+                "missing; install them with: pip install 'proto-route[serve]'"
+            )
+        if not args.upstream.startswith(("http://", "https://")):
+            raise InputError(
+                f"--upstream: expected an address such as http://127.0.0.1:8000, got {args.upstream!r}"
+            )
+        _serve(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> None:
+    import uvicorn
+
+    from router.api import Router
+    from router.serving.front import Front
+
+    def load() -> Router:
+        found = Router.load(args.router, args.base_model, args.device, args.dtype)
+        if not found.variants:
+            raise InputError(f"--router {args.router}: expected a router with variants, found none")
+        return found
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    front = Front(
+        load(), args.upstream, load=load, api_key=os.environ.get("PROTO_ROUTE_API_KEY") or None,
+        reroute=args.reroute, max_body=args.max_body, queue=args.queue, timeout=args.timeout,
+        log_prompts=args.log_prompts,
+    )  # fmt: skip
+
+    async def run() -> None:
+        loop, renewals = asyncio.get_running_loop(), set()
+
+        def renew() -> None:
+            task = loop.create_task(front.renew())
+            renewals.add(task)  # a task that nobody holds may vanish
+            task.add_done_callback(renewals.discard)
+
+        if hasattr(signal, "SIGHUP"):
+            loop.add_signal_handler(signal.SIGHUP, renew)
+        config = uvicorn.Config(front.app, args.host, args.port, log_level="warning")
+        print(f"http://{args.host}:{args.port}: {len(front.router.variants)} variants", flush=True)
+        await uvicorn.Server(config).serve()  # drains on SIGTERM and Ctrl-C
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

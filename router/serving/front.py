@@ -1,0 +1,393 @@
+"""A thin OpenAI-compatible front: routes requests for the model `auto`, and passes all others on untouched.
+
+It names a variant; the server behind it (vLLM, SGLang) has that variant as a LoRA adapter of this name. A
+conversation is routed by its last user message, as plain text, and stays with its variant from then on, since
+the server's prefix cache depends on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any, NamedTuple
+
+import httpx
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from router.api import Choice, Router
+from router.serving.names import AUTO, served
+from router.serving.prober import Full, Prober
+
+log = logging.getLogger(__name__)
+REMEMBERED = 10_000  # conversations
+RECENT = 100  # decisions on the page
+# Headers that belong to one connection, or that the body's new length changes.
+_OWN = {"host", "content-length", "connection", "transfer-encoding", "content-encoding", "keep-alive"}
+
+
+class Refused(Exception):
+    """A request that is not passed on.
+
+    Args:
+        status: of HTTP.
+        message: what was expected and what came.
+    """
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+
+
+def text_of(path: str, body: Mapping[str, Any]) -> str:
+    """What a request is routed by: its prompt, or the last user message of its conversation.
+
+    Raises:
+        Refused: there is no text, or more than one prompt.
+    """
+    if path.endswith("/chat/completions"):
+        messages = body.get("messages")
+        users = [
+            one
+            for one in (messages if isinstance(messages, list) else [])
+            if isinstance(one, dict) and one.get("role") == "user"
+        ]
+        if not users:
+            raise Refused(400, "messages: expected a list with a message of the role user, found none")
+        content = users[-1].get("content")
+        if isinstance(content, list):  # parts; images and the like are passed on, but not read
+            parts = [part.get("text") for part in content if isinstance(part, dict)]
+            content = "\n".join(part for part in parts if isinstance(part, str))
+    else:
+        content = body.get("prompt")
+        if isinstance(content, list) and len(content) == 1:
+            content = content[0]
+    if not isinstance(content, str) or not content:
+        what = "one text; send several prompts in several requests" if isinstance(content, list) else "text"
+        raise Refused(400, f"model {AUTO}: expected {what}, since it is routed by what it says")
+    return content
+
+
+def conversation_of(body: Mapping[str, Any]) -> str | None:
+    """What names a conversation: all up to its first user message; None for a prompt."""
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return None
+    first = next(
+        (n for n, one in enumerate(messages) if isinstance(one, dict) and one.get("role") == "user"), None
+    )
+    if first is None:
+        return None
+    return hashlib.sha256(json.dumps(messages[: first + 1], sort_keys=True).encode()).hexdigest()
+
+
+class Decided(NamedTuple):
+    """A choice, and what answers it in the router that made it, which may have been replaced since."""
+
+    choice: Choice
+    variant: str | None  # None for the plain base model
+
+
+class Front:
+    """The front of one upstream.
+
+    Args:
+        router: decides; its variants are served by the upstream as `variant-N`.
+        upstream: its address.
+        load: makes a new router when a reload is asked for; None refuses it.
+        api_key: that clients have to bring; None asks for none.
+        reroute: whether each message of a conversation is routed anew.
+        max_body: bytes of a request.
+        queue: requests that may wait for their decision.
+        timeout: seconds without a byte from the upstream.
+        log_prompts: whether texts may stand in the log.
+        transport: in place of the network, for tests.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        upstream: str,
+        *,
+        load: Callable[[], Router] | None = None,
+        api_key: str | None = None,
+        reroute: bool = False,
+        max_body: int = 4 << 20,
+        queue: int = 1024,
+        timeout: float = 600.0,
+        log_prompts: bool = False,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.router, self.load, self.api_key, self.reroute = router, load, api_key, reroute
+        self.max_body, self.log_prompts = max_body, log_prompts
+        self.client = httpx.AsyncClient(
+            base_url=upstream, timeout=httpx.Timeout(timeout, connect=10.0), transport=transport,
+            limits=httpx.Limits(max_connections=None),
+        )  # fmt: skip
+        self.prober = Prober(self._choose, queue)
+        self.kept: OrderedDict[str, Decided] = OrderedDict()
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self.base: str | None = None  # what the upstream calls the base model
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "router_requests", "Routed requests by variant.", ["variant"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "router_seconds", "Seconds by stage.", ["stage"], registry=self.registry,
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+        )  # fmt: skip
+        waiting = Gauge("router_queue", "Requests that wait for their decision.", registry=self.registry)
+        waiting.set_function(lambda: self.prober.waiting)
+        self.app = Starlette(
+            routes=[
+                Route("/", self.page),
+                Route("/health", self.health),
+                Route("/ready", self.ready),
+                Route("/metrics", self.metrics),
+                Route("/recent", self.decisions),
+                Route("/v1/models", self.models),
+                Route("/v1/route", self.route, methods=["POST"]),
+                Route("/admin/reload", self.reload, methods=["POST"]),
+                Route("/v1/{path:path}", self.forward, methods=["GET", "POST", "DELETE"]),
+            ],
+            lifespan=self._lifespan,
+            exception_handlers={Refused: self._refusal},
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        async with self.client, self.prober:
+            yield
+
+    @staticmethod
+    def _refusal(_: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        kind = "invalid_request_error" if error.status < 500 else "server_error"
+        body = {"error": {"message": str(error), "type": kind, "code": error.status}}
+        return JSONResponse(body, error.status, dict(error.headers or {}))
+
+    def _admit(self, request: Request) -> None:
+        if self.api_key is None:
+            return
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+            raise Refused(401, "authorization: expected the API key of this server as a bearer token")
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, refused as soon as it is too long."""
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > self.max_body:
+                raise Refused(413, f"expected a body of at most {self.max_body} bytes, got a longer one")
+            parts.append(part)
+        return b"".join(parts)
+
+    @staticmethod
+    def _parsed(body: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(body)
+        except ValueError as error:
+            raise Refused(400, f"expected JSON, got something else ({error})") from error
+        if not isinstance(found, dict):
+            raise Refused(400, f"expected a JSON object, got a {type(found).__name__}")
+        return found
+
+    def _choose(self, texts: Sequence[str]) -> list[Decided]:
+        router = self.router
+        found = []
+        for choice in router.choose(texts):
+            assert choice.variant is not None  # a router without variants is refused at the start
+            has_folder = bool(router.variants[choice.variant].weights)
+            found.append(Decided(choice, served(choice.variant) if has_folder else None))
+        return found
+
+    async def _decided(self, text: str) -> Decided:
+        start = time.perf_counter()
+        try:
+            found: Decided = await self.prober(text)
+        except Full as error:
+            raise Refused(429, "too many requests wait; try again", {"retry-after": "1"}) from error
+        self.seconds.labels("probe").observe(time.perf_counter() - start)
+        return found
+
+    async def _name(self, decided: Decided) -> str:
+        """What the upstream calls what answers."""
+        if decided.variant:
+            return decided.variant
+        if self.base is None:
+            ours = {served(n) for n in range(len(self.router.variants))}
+            listed = (await self._upstream_models())["data"]
+            # An adapter has a parent; the base model has none.
+            names = [one["id"] for one in listed if one["id"] not in ours and not one.get("parent")]
+            if not names:
+                raise Refused(502, "the upstream lists no base model at /v1/models")
+            self.base = names[0]
+        return self.base
+
+    async def _upstream_models(self) -> dict[str, Any]:
+        try:
+            response = await self.client.get("/v1/models")
+            response.raise_for_status()
+            found: dict[str, Any] = response.json()
+            return found
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            raise Refused(502, f"the upstream does not list its models: {error!r}") from error
+
+    @staticmethod
+    def _shown(choice: Choice, name: str) -> dict[str, Any]:
+        """A decision for a person or a program."""
+        return {
+            "model": name, "weights": {key: round(w, 4) for key, w in choice.weights.items()},
+            "margin": round(choice.margin, 3), "low_margin": choice.low_margin, "fits": choice.fits,
+        }  # fmt: skip
+
+    async def route(self, request: Request) -> Response:
+        """POST /v1/route: the decision alone."""
+        self._admit(request)
+        body = self._parsed(await self._body(request))
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        decided = await self._decided(text_of(path, body))
+        return JSONResponse(self._shown(decided.choice, await self._name(decided)))
+
+    async def forward(self, request: Request) -> Response:
+        """Everything else under /v1: passed on; with the model `auto`, under a variant's name."""
+        self._admit(request)
+        raw, decision = await self._body(request), None
+        if request.url.path in ("/v1/completions", "/v1/chat/completions") and request.method == "POST":
+            body = self._parsed(raw)
+            if body.get("model") == AUTO:
+                decision = await self._decision(request.url.path, body)
+                raw = json.dumps(body | {"model": decision["model"]}).encode()
+        return await self._passed_on(request, raw, decision)
+
+    async def _decision(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        text, key = text_of(path, body), None if self.reroute else conversation_of(body)
+        decided = self.kept.get(key) if key else None
+        if decided is None:
+            decided = await self._decided(text)
+        if key:
+            self.kept[key] = decided
+            self.kept.move_to_end(key)
+            while len(self.kept) > REMEMBERED:
+                self.kept.popitem(last=False)
+        name, choice = await self._name(decided), decided.choice
+        self.requests.labels(name).inc()
+        found = self._shown(choice, name)
+        self.recent.appendleft(found | {"at": time.time()})
+        log.info("%s margin %.2f%s", name, choice.margin, f" {text!r}" if self.log_prompts else "")
+        return found
+
+    async def _passed_on(self, request: Request, raw: bytes, decision: dict[str, Any] | None) -> Response:
+        headers = {key: value for key, value in request.headers.items() if key not in _OWN}
+        if self.api_key is not None:
+            headers.pop("authorization", None)  # ours, not the upstream's
+        url = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        start = time.perf_counter()
+        outgoing = self.client.build_request(request.method, url, content=raw, headers=headers)
+        try:
+            answer = await self.client.send(outgoing, stream=True)
+        except httpx.TimeoutException as error:
+            raise Refused(504, f"the upstream did not answer in time ({type(error).__name__})") from error
+        except httpx.HTTPError as error:
+            raise Refused(502, f"the upstream cannot be reached ({type(error).__name__})") from error
+        back = {key: value for key, value in answer.headers.items() if key not in _OWN}
+        if decision is None:
+            return self._streamed(answer, back, start)
+        back |= {
+            "x-router-model": decision["model"], "x-router-weights": json.dumps(decision["weights"]),
+            "x-router-margin": str(decision["margin"]), "x-router-fits": str(decision["fits"]).lower(),
+        }  # fmt: skip
+        if "event-stream" in answer.headers.get("content-type", "") or answer.status_code >= 400:
+            return self._streamed(answer, back, start)
+        whole = await self._whole(answer)
+        self.seconds.labels("upstream").observe(time.perf_counter() - start)
+        try:
+            found = json.loads(whole)
+            whole = json.dumps(found | {"router": decision}).encode()
+        except (ValueError, TypeError):
+            pass  # not JSON, so it goes back as it came
+        return Response(whole, answer.status_code, back)
+
+    @staticmethod
+    async def _whole(answer: httpx.Response) -> bytes:
+        try:
+            return await answer.aread()
+        except httpx.HTTPError as error:
+            raise Refused(502, f"the upstream broke off ({type(error).__name__})") from error
+        finally:
+            await answer.aclose()
+
+    def _streamed(self, answer: httpx.Response, headers: dict[str, str], start: float) -> Response:
+        async def chunks() -> AsyncIterator[bytes]:
+            try:
+                async for chunk in answer.aiter_bytes():
+                    yield chunk
+            finally:  # also when the client has gone: the upstream hears of it
+                await asyncio.shield(answer.aclose())
+                self.seconds.labels("upstream").observe(time.perf_counter() - start)
+
+        return StreamingResponse(
+            chunks(), answer.status_code, headers, background=BackgroundTask(answer.aclose)
+        )  # fmt: skip
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models: the upstream's, and `auto`."""
+        self._admit(request)
+        found = await self._upstream_models()
+        mine = {"id": AUTO, "object": "model", "created": 0, "owned_by": "proto-route"}
+        return JSONResponse(found | {"data": [mine, *found["data"]]})
+
+    async def health(self, _: Request) -> Response:
+        """GET /health: this process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """GET /ready: the upstream is there and serves every variant."""
+        names = {one["id"] for one in (await self._upstream_models())["data"]}
+        ours = {served(n) for n, variant in enumerate(self.router.variants) if variant.weights}
+        if missing := sorted(ours - names):
+            raise Refused(503, f"the upstream does not serve {', '.join(missing)}")
+        return JSONResponse({"status": "ready", "variants": len(ours)})
+
+    async def metrics(self, _: Request) -> Response:
+        """GET /metrics, for Prometheus."""
+        return Response(generate_latest(self.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def decisions(self, request: Request) -> Response:
+        """GET /recent: the last decisions, newest first; no prompts."""
+        self._admit(request)
+        return JSONResponse(list(self.recent))
+
+    async def page(self, _: Request) -> Response:
+        """GET /: a small page that shows the last decisions."""
+        text = resources.files("router.serving").joinpath("page.html").read_text("utf-8")
+        return HTMLResponse(text, headers={"content-security-policy": "default-src 'self' 'unsafe-inline'"})
+
+    async def reload(self, request: Request) -> Response:
+        """POST /admin/reload: loads the router anew; requests go on with the old one meanwhile."""
+        self._admit(request)
+        if self.load is None:
+            raise Refused(409, "this server was started without a folder to reload")
+        await self.renew()
+        return JSONResponse({"status": "reloaded", "variants": len(self.router.variants)})
+
+    async def renew(self) -> None:
+        """Puts a newly loaded router in place of the old one."""
+        assert self.load is not None
+        self.router = await asyncio.to_thread(self.load)
+        self.base = None
+        self.kept.clear()

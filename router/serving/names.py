@@ -1,0 +1,81 @@
+"""What variants are called on a server, and which of a router's folders they are in. Knows no models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge.folders import CONFIG_FILE
+from router.errors import InputError
+from router.routing.variants import VARIANTS
+
+AUTO = "auto"  # the model that a client names to have its request routed
+
+
+def served(number: int) -> str:
+    """The name of a variant on the server.
+
+    Example:
+        >>> served(3)
+        'variant-3'
+    """
+    return f"variant-{number}"
+
+
+@dataclass(frozen=True)
+class Served:
+    """The variants of a saved router or a finished run, as a server needs them.
+
+    Attributes:
+        base: name of the base model.
+        revision: its commit on the hub, None elsewhere.
+        dtype: as transformers calls it.
+        folders: of the variants that have one, by their names on the server.
+        rank: the highest rank among them.
+        modules: kinds of modules that any of them changes.
+    """
+
+    base: str
+    revision: str | None
+    dtype: str
+    folders: dict[str, Path]
+    rank: int
+    modules: list[str]
+
+
+def read_served(folder: Path) -> Served:
+    """Reads the variants in the folder of a saved router, or in the output folder of a run.
+
+    Raises:
+        InputError: there are none.
+    """
+    about = _json(folder / "router.json") or _json(folder / "run.json")
+    if not isinstance(about, dict) or "variants" not in about:
+        raise InputError(f"{folder}: expected a saved router or a finished run with variants, found neither")
+    base = about.get("base") or {
+        "name": about["base_model"], "revision": about["revision"], "dtype": about["dtype"]
+    }  # fmt: skip
+    folders, ranks, modules = {}, [1], set()
+    for number in range(len(about["variants"])):
+        path = folder / VARIANTS / str(number)
+        if (config := _json(path / CONFIG_FILE)) is not None:
+            folders[served(number)] = path
+            ranks.append(int(config["r"]))
+            modules |= set(config["target_modules"])
+    return Served(base["name"], base["revision"], base["dtype"], folders, max(ranks), sorted(modules))
+
+
+def _json(path: Path) -> Any:
+    """What a JSON file holds; None if it is not there.
+
+    Raises:
+        InputError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected JSON, got something else ({error}); write it again") from error

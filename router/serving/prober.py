@@ -1,0 +1,77 @@
+"""Decides texts that arrive one by one: those of a few milliseconds together, in one pass of the model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+WINDOW = 0.005  # seconds that a text waits for others
+MOST = 64  # texts in one pass
+
+
+class Full(Exception):
+    """More texts wait than may."""
+
+
+class Prober:
+    """A queue in front of one thread that decides.
+
+    Args:
+        decide: one decision per text.
+        limit: texts that may wait.
+    """
+
+    def __init__(self, decide: Callable[[Sequence[str]], Sequence[Any]], limit: int) -> None:
+        self.decide = decide
+        self._queue: asyncio.Queue[tuple[str, asyncio.Future[Any]]] = asyncio.Queue(limit)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="probe")
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many texts wait."""
+        return self._queue.qsize()
+
+    async def __aenter__(self) -> Prober:
+        self._task = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task:
+            self._task.cancel()
+        self._thread.shutdown(wait=True)
+
+    async def __call__(self, text: str) -> Any:
+        """The decision on a text.
+
+        Raises:
+            Full: too many wait.
+        """
+        found = asyncio.get_running_loop().create_future()
+        try:
+            self._queue.put_nowait((text, found))
+        except asyncio.QueueFull as error:
+            raise Full from error
+        return await found
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self._queue.get()]
+            await asyncio.sleep(WINDOW)
+            while len(batch) < MOST and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            batch = [(text, found) for text, found in batch if not found.cancelled()]  # clients that left
+            if not batch:
+                continue
+            try:
+                decided = await loop.run_in_executor(self._thread, self.decide, [text for text, _ in batch])
+                for (_, found), one in zip(batch, decided, strict=True):
+                    if not found.done():
+                        found.set_result(one)
+            except Exception as error:
+                for _, found in batch:
+                    if not found.done():
+                        found.set_exception(error)

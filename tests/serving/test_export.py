@@ -1,0 +1,99 @@
+"""The command that serves variants: exact, runnable, and of the rank that was asked for."""
+
+import json
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from merge.folders import open_adapter
+from router.cli import main as cli
+from router.serving.export import main
+from router.serving.names import read_served
+
+
+@pytest.fixture()
+def out(command):
+    return command("proto_route", "--false_alarm", 0.9, "--temperature", 3.0)[1]
+
+
+def words_of(folder):
+    text = (folder / "serve.sh").read_text()
+    assert text.startswith("#!/bin/sh\n")
+    return shlex.split(text.splitlines()[-1])
+
+
+def folders_in(out):
+    return sorted(path for path in (out / "variants").iterdir() if path.is_dir())
+
+
+def test_vllm_gets_every_variant_by_name_and_a_slot_more(out, capsys, tiny_base):
+    assert cli(["export", str(out)]) == 0
+    words, folders = words_of(out), folders_in(out)
+    assert words[:4] == ["exec", "vllm", "serve", str(tiny_base)] and words[-1] == "$@"
+    assert words[words.index("--max-loras") + 1] == str(len(folders) + 1)
+    ranks = [json.loads((path / "adapter_config.json").read_text())["r"] for path in folders]
+    assert words[words.index("--max-lora-rank") + 1] == str(max(ranks))
+    named = dict(word.split("=", 1) for word in words if word.startswith("variant-"))
+    assert named == {f"variant-{path.name}": str(path.resolve()) for path in folders} and folders
+    assert f"{len(folders)} variants" in capsys.readouterr().out
+
+
+def test_sglang_gets_ranks_and_modules(out):
+    assert main([str(out), "--engine", "sglang"]) == 0
+    words = words_of(out)
+    assert words[words.index("--max-loras-per-batch") + 1] == str(len(folders_in(out)))
+    start = words.index("--lora-target-modules") + 1
+    modules = {
+        m
+        for path in folders_in(out)
+        for m in json.loads((path / "adapter_config.json").read_text())["target_modules"]
+    }
+    assert set(words[start : start + len(modules)]) == modules
+
+
+def test_the_script_runs_what_it_says(out, tmp_path, monkeypatch):
+    main([str(out)])
+    fake = tmp_path / "bin" / "vllm"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake.parent), prepend=":")
+    told = subprocess.run(
+        [out / "serve.sh", "--port", "9 9"], capture_output=True, text=True, check=True
+    ).stdout
+    assert told.splitlines()[0] == "serve" and told.splitlines()[-2:] == ["--port", "9 9"]
+
+
+def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(out, capsys):
+    before = read_served(out)
+    assert main([str(out), "--max_rank", "1"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    for name, path in before.folders.items():
+        small = out / "variants-rank-1" / path.name
+        lost = total = 0.0
+        for (module, update), (_, kept) in zip(
+            open_adapter(path).read_all(), open_adapter(small).read_all(), strict=True
+        ):
+            dense = update.b.double() @ update.a.double()
+            values = torch.linalg.svdvals(dense)
+            assert torch.linalg.matrix_rank(kept.b @ kept.a) <= 1, module
+            difference = (dense - kept.b.double() @ kept.a.double()).square().sum()
+            assert float(difference) == pytest.approx(float(values[1:].square().sum()), rel=1e-3, abs=1e-6)
+            lost, total = lost + float(values[1:].square().sum()), total + float(values.square().sum())
+        assert f"{name}: rank 1, {100 * lost / total:.2f} % of its squared norm lost" in said
+    assert f"variants-rank-1/{path.name}" in " ".join(words_of(out))
+
+
+def test_what_has_no_variants_is_refused_in_a_line(out, capsys, tmp_path):
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "expected a saved router or a finished run" in capsys.readouterr().err
+    shutil.rmtree(out / "variants")
+    assert main([str(out)]) == 2
+    assert "the base model answers all" in capsys.readouterr().err
+    (out / "run.json").write_text("{")
+    assert main([str(out)]) == 2
+    with pytest.raises(SystemExit):
+        main([str(out), "--max_rank", "0"])

@@ -1,0 +1,372 @@
+"""The front: what it passes on, to whom, and what it says in bad weather. The upstream is a small stub."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+
+httpx = pytest.importorskip("httpx", reason="needs the extra serve")
+pytest.importorskip("starlette", reason="needs the extra serve")
+
+from starlette.applications import Starlette  # noqa: E402
+from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
+from starlette.routing import Route  # noqa: E402
+
+from router.api import Choice, Router  # noqa: E402
+from router.serving import prober as prober_module  # noqa: E402
+from router.serving.front import Front, Refused, conversation_of, text_of  # noqa: E402
+
+
+class Two:
+    """A router of two variants: texts with an x go to the first, all others to the base model."""
+
+    def __init__(self):
+        self.variants = [SimpleNamespace(weights={"one": 1.0}), SimpleNamespace(weights={})]
+        self.batches = []
+
+    def choose(self, texts):
+        self.batches.append(list(texts))
+        return [
+            Choice(0, {"one": 0.9, "base": 0.1}, 2.0, False, True)
+            if "x" in text
+            else Choice(1, {"base": 0.6, "one": 0.4}, 0.1, True, False)
+            for text in texts
+        ]
+
+
+class Upstream:
+    """What a server does, with a list of what reached it."""
+
+    def __init__(self):
+        self.seen, self.closed, self.broken = [], 0, False
+        self.app = Starlette(
+            routes=[
+                Route("/v1/models", self.models),
+                Route("/v1/{path:path}", self.answer, methods=["GET", "POST"]),
+            ]
+        )
+
+    async def models(self, _):
+        listed = [{"id": "the-base"}, {"id": "variant-0", "parent": "the-base"}]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def answer(self, request):
+        body = json.loads(await request.body() or b"{}")
+        self.seen.append((request.url.path, body, dict(request.headers)))
+        if self.broken:
+            return JSONResponse({"error": "broken"}, 503)
+        if body.get("stream"):
+            return StreamingResponse(self.chunks(), media_type="text/event-stream")
+        return JSONResponse({"model": body.get("model"), "choices": [{"text": body.get("prompt")}]})
+
+    async def chunks(self):
+        try:
+            for n in range(3):
+                yield f"data: {n}\n\n".encode()
+                await asyncio.sleep(0)
+        finally:
+            self.closed += 1
+
+
+def talk(work, router=None, upstream=None, **how):
+    """Runs `work(client, upstream, front)` against a front of a stub."""
+    upstream = upstream or Upstream()
+    transport = how.pop("transport", None) or httpx.ASGITransport(upstream.app)
+
+    async def run():
+        front = Front(router or Two(), "http://upstream", transport=transport, **how)
+        async with (
+            front._lifespan(front.app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(front.app), base_url="http://front") as client,
+        ):
+            return await work(client, upstream, front)
+
+    return asyncio.run(run())
+
+
+def completion(prompt, **more):
+    return {"model": "auto", "prompt": prompt, **more}
+
+
+def test_auto_is_answered_by_the_variant_and_another_model_passes_untouched():
+    async def work(client, upstream, _):
+        first = await client.post("/v1/completions", json=completion("x", temperature=0.5, logprobs=2))
+        base = await client.post("/v1/completions", json=completion("y"))
+        other = await client.post("/v1/completions", content=b'{"model": "theirs",  "prompt": "x"}')
+        assert [body for _, body, _ in upstream.seen] == [
+            {"model": "variant-0", "prompt": "x", "temperature": 0.5, "logprobs": 2},
+            {"model": "the-base", "prompt": "y"},
+            {"model": "theirs", "prompt": "x"},
+        ]
+        assert first.json()["router"] == {
+            "model": "variant-0", "weights": {"one": 0.9, "base": 0.1}, "margin": 2.0, "low_margin": False,
+            "fits": True,
+        }  # fmt: skip
+        assert first.headers["x-router-model"] == "variant-0" and first.headers["x-router-fits"] == "true"
+        assert json.loads(base.headers["x-router-weights"]) == {"base": 0.6, "one": 0.4}
+        assert base.headers["x-router-fits"] == "false" and base.headers["x-router-margin"] == "0.1"
+        assert "router" not in other.json() and "x-router-model" not in other.headers
+
+    talk(work)
+
+
+def test_models_are_the_upstreams_and_auto():
+    async def work(client, *_):
+        found = (await client.get("/v1/models")).json()
+        assert [one["id"] for one in found["data"]] == ["auto", "the-base", "variant-0"]
+
+    talk(work)
+
+
+def test_a_stream_passes_chunk_by_chunk_with_the_decision_in_its_headers():
+    async def work(client, upstream, _):
+        async with client.stream("POST", "/v1/completions", json=completion("x", stream=True)) as answer:
+            assert answer.headers["x-router-model"] == "variant-0"
+            assert (
+                b"".join([chunk async for chunk in answer.aiter_raw()])
+                == b"data: 0\n\ndata: 1\n\ndata: 2\n\n"
+            )
+        assert upstream.closed == 1
+
+    talk(work)
+
+
+def chat(*messages, **more):
+    roles = ["user", "assistant"] * len(messages)
+    listed = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
+    return {"model": "auto", "messages": listed, **more}
+
+
+@pytest.mark.parametrize("reroute", [False, True])
+def test_a_conversation_stays_with_its_variant_unless_it_is_rerouted(reroute):
+    async def work(client, upstream, front):
+        await client.post("/v1/chat/completions", json=chat("x"))
+        await client.post("/v1/chat/completions", json=chat("x", "answer", "now y"))
+        await client.post("/v1/chat/completions", json=chat("y", "answer", "now x"))
+        models = [body["model"] for _, body, _ in upstream.seen]
+        assert models == (["variant-0", "the-base", "variant-0"] if reroute else ["variant-0"] * 3)
+        assert front.router.batches[0] == ["x"] and len(front.router.batches) == (3 if reroute else 2)
+
+    talk(work, reroute=reroute)
+
+
+def test_a_conversation_is_routed_by_its_last_user_message():
+    body = chat("first", "answer", "last", "prefix")
+    assert text_of("/v1/chat/completions", body) == "last"
+    parts = [
+        {"type": "text", "text": "look"},
+        {"type": "image_url", "image_url": {}},
+        {"type": "text", "text": "x"},
+    ]
+    assert text_of("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}) == "look\nx"
+    assert conversation_of(body) == conversation_of(chat("first")) != conversation_of(chat("other"))
+    assert conversation_of(completion("x")) is None
+
+
+WRONG = {
+    "no JSON": (b"{", 400, "expected JSON"),
+    "a list": (b"[]", 400, "expected a JSON object, got a list"),
+    "no prompt": (b'{"model": "auto"}', 400, "expected text"),
+    "several": (b'{"model": "auto", "prompt": ["a", "b"]}', 400, "several requests"),
+    "token ids": (b'{"model": "auto", "prompt": [[1, 2]]}', 400, "expected"),
+    "too long": (b'{"model": "auto", "prompt": "' + b"x" * 5000 + b'"}', 413, "at most 4096 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_cannot_be_routed_is_refused_and_does_not_reach_the_upstream(kind):
+    content, status, cause = WRONG[kind]
+
+    async def work(client, upstream, _):
+        answer = await client.post("/v1/completions", content=content)
+        assert answer.status_code == status and cause in answer.json()["error"]["message"]
+        assert upstream.seen == []
+
+    talk(work, max_body=4096)
+
+
+def test_messages_without_a_user_are_refused():
+    for messages in ([], [{"role": "system", "content": "x"}], "x", None, [{"role": "user"}]):
+        with pytest.raises(Refused):
+            text_of("/v1/chat/completions", {"messages": messages})
+
+
+def test_a_key_is_asked_for_and_not_passed_on():
+    async def work(client, upstream, _):
+        for path in ("/v1/models", "/recent"):
+            assert (await client.get(path)).status_code == 401
+        for key in ("", "Bearer wrong", "Bearer secre"):
+            answer = await client.post(
+                "/v1/completions", json=completion("x"), headers={"authorization": key}
+            )
+            assert answer.status_code == 401
+        right = {"authorization": "Bearer secret"}
+        assert (await client.post("/v1/completions", json=completion("x"), headers=right)).status_code == 200
+        assert len(upstream.seen) == 1 and "authorization" not in upstream.seen[0][2]
+        assert (await client.get("/health")).status_code == 200
+
+    talk(work, api_key="secret")
+
+
+def test_the_upstreams_errors_come_back_with_their_status():
+    async def work(client, upstream, _):
+        upstream.broken = True
+        answer = await client.post("/v1/completions", json=completion("x"))
+        assert answer.status_code == 503 and answer.json() == {"error": "broken"}
+        assert answer.headers["x-router-model"] == "variant-0"
+
+    talk(work)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(httpx.ConnectError("no"), 502), (httpx.ReadTimeout("slow"), 504)]
+)
+def test_an_upstream_that_is_not_there_or_too_slow(error, status):
+    def fail(request):
+        raise error
+
+    async def work(client, *_):
+        answer = await client.post("/v1/completions", json=completion("x"))
+        assert answer.status_code == status and "upstream" in answer.json()["error"]["message"]
+        assert (await client.get("/ready")).status_code == 502
+        assert (await client.get("/health")).status_code == 200
+
+    talk(work, transport=httpx.MockTransport(fail))
+
+
+def test_ready_says_which_variants_the_upstream_lacks():
+    async def work(client, *_):
+        assert (await client.get("/ready")).json() == {"status": "ready", "variants": 1}
+
+    talk(work)
+    router = Two()
+    router.variants[1].weights = {"two": 1.0}
+
+    async def missing(client, *_):
+        answer = await client.get("/ready")
+        assert answer.status_code == 503 and "does not serve variant-1" in answer.json()["error"]["message"]
+
+    talk(missing, router)
+
+
+def test_the_decision_alone():
+    async def work(client, upstream, _):
+        answer = (await client.post("/v1/route", json={"prompt": "x"})).json()
+        assert answer["model"] == "variant-0" and answer["fits"]
+        assert (await client.post("/v1/route", json=chat("y"))).json()["model"] == "the-base"
+        assert upstream.seen == []
+
+    talk(work)
+
+
+def test_two_hundred_requests_at_once_are_probed_together_and_none_gets_anothers_answer():
+    async def work(client, upstream, front):
+        async def ask(n):
+            prompt = f"{'x' if n % 3 else 'y'} {n}"
+            request = asyncio.create_task(client.post("/v1/completions", json=completion(prompt)))
+            if n % 5 == 0:  # one in five leaves
+                await asyncio.sleep(0.001)
+                request.cancel()
+                return None
+            answer = (await request).json()
+            assert answer["choices"][0]["text"] == prompt
+            assert answer["model"] == ("variant-0" if n % 3 else "the-base")
+            return answer
+
+        answers = await asyncio.gather(*(ask(n) for n in range(200)))
+        assert sum(answer is not None for answer in answers) == 160
+        assert len(front.router.batches) < 40  # far fewer passes than requests
+
+    talk(work)
+
+
+def test_a_queue_that_is_full_says_when_to_try_again(monkeypatch):
+    monkeypatch.setattr(prober_module, "MOST", 1)
+
+    async def work(client, *_):
+        asked = [client.post("/v1/completions", json=completion(f"x{n}")) for n in range(20)]
+        answers = await asyncio.gather(*asked)
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused and all(answer.headers["retry-after"] == "1" for answer in refused)
+        assert {answer.status_code for answer in answers} == {200, 429}
+
+    talk(work, queue=4)
+
+
+def test_a_failing_probe_is_an_error_of_its_requests_alone():
+    class Failing(Two):
+        def choose(self, texts):
+            if "bad x" in texts:
+                raise RuntimeError("out of memory")
+            return super().choose(texts)
+
+    async def work(client, *_):
+        with pytest.raises(RuntimeError, match="out of memory"):  # a server answers with 500
+            await client.post("/v1/completions", json=completion("bad x"))
+        assert (await client.post("/v1/completions", json=completion("x"))).status_code == 200
+
+    talk(work, Failing())
+
+
+def test_a_reload_takes_the_new_router_and_forgets_conversations():
+    new = Two()
+    new.choose = lambda texts: [Choice(1, {"base": 1.0}, 1.0, False, False) for _ in texts]
+
+    async def work(client, upstream, front):
+        await client.post("/v1/chat/completions", json=chat("x"))
+        assert (await client.post("/admin/reload")).json() == {"status": "reloaded", "variants": 2}
+        assert front.router is new
+        await client.post("/v1/chat/completions", json=chat("x"))
+        assert [body["model"] for _, body, _ in upstream.seen] == ["variant-0", "the-base"]
+
+    talk(work, load=lambda: new)
+
+    async def without(client, *_):
+        assert (await client.post("/admin/reload")).status_code == 409
+
+    talk(without)
+
+
+def test_metrics_and_the_last_decisions_hold_no_prompt():
+    async def work(client, *_):
+        for prompt in ("secret x", "secret x too", "y"):
+            await client.post("/v1/completions", json=completion(prompt))
+        text = (await client.get("/metrics")).text
+        assert 'router_requests_total{variant="variant-0"} 2.0' in text
+        assert 'router_requests_total{variant="the-base"} 1.0' in text
+        assert 'router_seconds_count{stage="probe"} 3.0' in text and "router_queue 0.0" in text
+        recent = (await client.get("/recent")).json()
+        assert [one["model"] for one in recent] == ["the-base", "variant-0", "variant-0"]
+        assert "secret" not in text + json.dumps(recent)
+        assert "What was routed where" in (await client.get("/")).text
+
+    talk(work)
+
+
+def test_the_log_holds_prompts_only_if_it_is_asked_to(caplog):
+    async def work(client, *_):
+        await client.post("/v1/completions", json=completion("secret x"))
+
+    with caplog.at_level("INFO", "router.serving.front"):
+        talk(work)
+        assert "variant-0 margin 2.00" in caplog.text and "secret" not in caplog.text
+        talk(work, log_prompts=True)
+        assert "secret x" in caplog.text
+
+
+def test_a_real_router_decides_as_it_does_in_python(tiny_base, tiny_library, tmp_path):
+    how = {"device": "cpu", "dtype": "float32", "max_gen_len": 6}
+    router = Router.from_library(tiny_library, base_model=str(tiny_base), **how)
+    texts = [f"{word} number {n}" for n in range(12) for word in ("What is", "Say", "Bonjour")]
+    loaded = Router.load(router.fit(texts).save(tmp_path / "saved"), device="cpu")
+
+    async def work(client, *_):
+        asked = [client.post("/v1/route", json={"prompt": text}) for text in texts]
+        found = [answer.json() for answer in await asyncio.gather(*asked)]
+        for answer, choice in zip(found, router.choose(texts), strict=True):
+            made = router.variants[choice.variant]
+            assert answer["model"] == (f"variant-{choice.variant}" if made.weights else "the-base")
+            assert answer["weights"] == pytest.approx(choice.weights, abs=1e-4)
+
+    talk(work, loaded)
