@@ -139,7 +139,7 @@ def test_what_was_answered_is_not_answered_again(command, monkeypatch):
     with pytest.raises(Killed):
         command("proto_route", "--batch_size", 1)
     done.clear()
-    monkeypatch.setattr("router.methods.proto_route.probe", lambda *_: pytest.fail("routed again"))
+    monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
     monkeypatch.setattr(module, "_if_it_fits", lambda way, batch: done.append(batch) or plain(way, batch))
     assert command("proto_route", "--batch_size", 1)[0] == 0
     assert len(done) == len(ROWS) - 3

@@ -34,13 +34,18 @@ class Clusters:
 def mixes(weights: Array) -> Array:
     """What each query is to be answered with: its weights or, where one of them is at least PURE, that alone.
 
+    Where the base model, the last candidate, has the largest weight, it answers alone too: a share of an
+    adapter that probably does not fit does more harm than good.
+
     Example:
-        >>> mixes(np.array([[0.9, 0.1], [0.7, 0.3]]))
-        array([[1. , 0. ],
-               [0.7, 0.3]])
+        >>> mixes(np.array([[0.9, 0.1, 0.0], [0.5, 0.3, 0.2], [0.4, 0.0, 0.6]]))
+        array([[1. , 0. , 0. ],
+               [0.5, 0.3, 0.2],
+               [0. , 0. , 1. ]])
     """
-    sure = weights.max(1, keepdims=True) >= PURE
-    return np.where(sure, np.eye(weights.shape[1])[weights.argmax(1)], weights)
+    best = weights.argmax(1)
+    alone = (weights.max(1) >= PURE) | (best == weights.shape[1] - 1)
+    return np.where(alone[:, None], np.eye(weights.shape[1])[best], weights)
 
 
 def most_variants(best: int) -> int:
@@ -61,13 +66,13 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
         ValueError: n_variants below 1.
 
     Example:
-        >>> weights = np.array([[0.6, 0.4], [0.1, 0.9], [0.58, 0.42]])
+        >>> weights = np.array([[0.6, 0.4, 0.0], [0.1, 0.9, 0.0], [0.58, 0.42, 0.0]])
         >>> found = cluster(weights, None, seed=0)
         >>> found.labels
         array([0, 1, 0])
         >>> found.weights
-        array([[0.59, 0.41],
-               [0.  , 1.  ]])
+        array([[0.59, 0.41, 0.  ],
+               [0.  , 1.  , 0.  ]])
     """
     if n_variants is not None and n_variants < 1:
         raise ValueError(f"expected at least 1 variant, got {n_variants}")
@@ -96,8 +101,8 @@ def nearest(weights: Array, clusters: Clusters) -> NDArray[np.int64]:
         weights: (queries, candidates), rows sum to 1.
 
     Example:
-        >>> made = Clusters(np.array([0, 1]), np.array([[1.0, 0.0], [0.5, 0.5]]))
-        >>> nearest(np.array([[0.9, 0.1], [0.6, 0.4]]), made)
+        >>> made = Clusters(np.array([0, 1]), np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]))
+        >>> nearest(np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0]]), made)
         array([0, 1])
     """
     apart = ((mixes(weights)[:, None] - clusters.weights[None]) ** 2).sum(2)  # (queries, variants)
