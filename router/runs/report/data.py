@@ -18,7 +18,7 @@ from router.runs.report.layout import gate_space, layout
 EXPLAINED = 12  # adapters whose numbers are kept for each query, if there are few
 NUMBERS = 120_000  # such adapters in the file, over all queries
 SHOWN_VARIANTS = 100  # in the heat map and the table of variants
-TEXT_BYTES = 5_000_000  # of all texts in the file
+TEXT_BYTES = 6_000_000  # of all texts in the file
 LIMITS = (2_000, 1_000, 500, 300, 200, 100, 50)  # characters of a text; the first that fits is taken
 SHORT = 110  # characters of a query that is only an example
 BARS = 6  # top weights kept of each query
