@@ -84,6 +84,7 @@ def _serve(args: argparse.Namespace) -> None:
         return found
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request of ours
     front = Front(
         load(), args.upstream, load=load, api_key=os.environ.get("PROTO_ROUTE_API_KEY") or None,
         reroute=args.reroute, max_body=args.max_body, queue=args.queue, timeout=args.timeout,
