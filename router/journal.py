@@ -1,7 +1,7 @@
 """What an unfinished run has already answered, so that the same command goes on where it stood.
 
-A folder `.journal` in the output folder holds the routing and, batch by batch, the answers. It goes when the
-run is finished. Only one run at a time may write to an output folder.
+A folder `.journal` in the output folder holds the routing, part by part, and the answers, batch by batch. It
+goes when the run is finished. Only one run at a time may write to an output folder.
 """
 
 from __future__ import annotations
@@ -144,28 +144,27 @@ class Journal(MutableMapping[Query, Answer]):
     def __len__(self) -> int:
         return len(self._answers)
 
-    @property
-    def routing(self) -> Routing | None:
-        """The routing that was kept, None if there is none."""
+    def kept(self, name: str) -> Routing | None:
+        """The routing of all queries or of some, as `keep` was given it; None if there is none."""
         try:
-            weights = load_file(self.folder / "weights.safetensors")["weights"]
+            weights = load_file(self.folder / f"{name}.safetensors")["weights"]
         except (OSError, SafetensorError, KeyError):
             return None
-        evidence = self.folder / "evidence.safetensors"
+        evidence = self.folder / f"{name}.evidence.safetensors"
         return Routing(weights, Evidence.load(evidence) if evidence.exists() else None)
 
-    def keep(self, routing: Routing) -> None:
-        """Keeps the routing."""
+    def keep(self, name: str, routing: Routing) -> None:
+        """Keeps the routing of all queries or of some under a name."""
         if routing.evidence:
-            routing.evidence.save(self.folder / "evidence.safetensors")
-        part = self.folder / "weights.part"
+            routing.evidence.save(self.folder / f"{name}.evidence.safetensors")
+        part = self.folder / f"{name}.part"
         save_file({"weights": np.ascontiguousarray(routing.weights)}, part)
-        part.replace(self.folder / "weights.safetensors")  # last, so that what is there is whole
+        part.replace(self.folder / f"{name}.safetensors")  # last, so that what is there is whole
 
     def close(self) -> None:
         """Closes the file; a journal without an entry goes."""
         self._file.close()
-        if not self._answers and self.routing is None:
+        if not self._answers and not any(self.folder.glob("*.safetensors")):
             self.discard()
 
     def discard(self) -> None:

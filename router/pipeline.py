@@ -131,11 +131,11 @@ class Routed(Merges):
 
     def _routing(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """The routing that the journal kept, or else a new one, which it keeps."""
-        if self.journal is not None and (kept := self.journal.routing):
+        if self.journal is not None and (kept := self.journal.kept("routing")):
             return kept
         routing = self.route(queries, rows)
         if self.journal is not None:
-            self.journal.keep(routing)
+            self.journal.keep("routing", routing)
         return routing
 
     def _answer(self, queries: Sequence[Query]) -> list[Answer]:

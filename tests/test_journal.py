@@ -10,13 +10,14 @@ import time
 import numpy as np
 import pytest
 
-from helpers import ROOT, ROWS, arguments, write_queries
+from helpers import ROOT, ROWS, arguments, read_table, write_queries
 from router.errors import InputError
 from router.journal import Journal, alone_in
 from router.main import main
 from router.model import answer as module
 from router.model.answer import Answer
 from router.result import Routing
+from router.routing.fitted import Fitted
 from router.submission import Query
 
 ONE, TWO = Query("1", "a", "generation"), Query("2", "b\u2028\n", "multiple_choice", ("x", "y"))
@@ -57,11 +58,11 @@ def files_of(out):
 
 def test_what_was_added_is_there_again(journal, opened):
     journal.update(FOUND)
-    assert journal.routing is None
-    journal.keep(Routing(np.array([[0.1, 0.9], [1 / 3, 2 / 3]])))
+    assert journal.kept("routing") is None
+    journal.keep("routing", Routing(np.array([[0.1, 0.9], [1 / 3, 2 / 3]])))
     again = opened(seed=0, method="a")
     assert dict(again) == FOUND and len(again) == 2
-    np.testing.assert_array_equal(again.routing.weights, [[0.1, 0.9], [1 / 3, 2 / 3]])
+    np.testing.assert_array_equal(again.kept("routing").weights, [[0.1, 0.9], [1 / 3, 2 / 3]])
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
@@ -143,6 +144,36 @@ def test_what_was_answered_is_not_answered_again(command, monkeypatch):
     monkeypatch.setattr(module, "_if_it_fits", lambda way, batch: done.append(batch) or plain(way, batch))
     assert command("proto_route", "--batch_size", 1)[0] == 0
     assert len(done) == len(ROWS) - 3
+
+
+def test_a_run_that_is_killed_while_it_probes_goes_on_with_the_next_part(command, monkeypatch):
+    monkeypatch.setattr("router.methods.proto_route.AT_ONCE", 2)
+    _, whole = command("proto_route", out="whole")
+    plain, done = Fitted.probe, []
+
+    def stopping(self, model, rows, *more):
+        if len(done) == 2:
+            raise Killed
+        done.append(rows)
+        return plain(self, model, rows, *more)
+
+    monkeypatch.setattr(Fitted, "probe", stopping)
+    with pytest.raises(Killed):
+        command("proto_route")
+    done.clear()
+    code, out = command("proto_route")
+    assert code == 0 and len(done) == 1  # of three parts
+    assert files_of(out) == files_of(whole)
+
+
+def test_parts_decide_as_the_whole_does(command, monkeypatch):
+    _, whole = command("proto_route", out="whole")
+    monkeypatch.setattr("router.methods.proto_route.AT_ONCE", 4)
+    _, parts = command("proto_route", out="parts")
+    for one, other in zip(*(read_table(out / "queries.routing.csv") for out in (whole, parts)), strict=True):
+        assert one["variant"] == other["variant"]
+        for name in list(one)[2:]:
+            assert float(one[name]) == pytest.approx(float(other[name]), abs=1e-4)
 
 
 def test_an_unfinished_run_of_another_setting_is_refused_in_a_line(command, capsys, monkeypatch):

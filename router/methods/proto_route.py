@@ -14,10 +14,13 @@ from router.model.base import Base
 from router.pipeline import Routed
 from router.result import Routing
 from router.routing.calibration import Calibration
+from router.routing.evidence import joined
 from router.routing.fitted import Fitted
 from router.routing.gate import PrototypeGate
 from router.routing.prototypes import prototypes
 from router.submission import Query
+
+AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
 
 
 class ProtoRoute(Routed):
@@ -59,13 +62,27 @@ class ProtoRoute(Routed):
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""
-        fitted, pad = self.fitted, self.tokenizer.pad_token_id
         every = list(map(tuple, rows))
-        # The same prompt is probed once.
-        distinct = {row: n for n, row in enumerate(dict.fromkeys(every))}
-        with self.stages("probe"):
-            probed = fitted.probe(self.base.model, list(distinct), pad, "probe")
-        with self.stages("gate"):
-            weights, evidence = fitted.decide(probed)
-            place = np.array([distinct[row] for row in every])
+        distinct = {row: n for n, row in enumerate(dict.fromkeys(every))}  # the same prompt is probed once
+        prompts = list(distinct)
+        starts = range(0, len(prompts), AT_ONCE)
+        parts = [
+            self._part(prompts[start : start + AT_ONCE], n, len(starts)) for n, start in enumerate(starts)
+        ]
+        place = np.array([distinct[row] for row in every])
+        weights = np.concatenate([part.weights for part in parts])
+        evidence = joined([part.evidence for part in parts if part.evidence])
         return Routing(weights[place], evidence.rows(place))
+
+    def _part(self, prompts: Sequence[Sequence[int]], number: int, of: int) -> Routing:
+        """The routing of some prompts; their responses, which are large, go with it."""
+        if self.journal is not None and (kept := self.journal.kept(f"part-{number}")):
+            return kept
+        fitted, title = self.fitted, f"probe {number + 1}/{of}" if of > 1 else "probe"
+        with self.stages("probe"):
+            probed = fitted.probe(self.base.model, prompts, self.tokenizer.pad_token_id, title)
+        with self.stages("gate"):
+            routing = Routing(*fitted.decide(probed))
+        if self.journal is not None and of > 1:
+            self.journal.keep(f"part-{number}", routing)
+        return routing
