@@ -15,12 +15,10 @@ from router.pipeline import Routed
 from router.result import Routing
 from router.routing.calibration import Calibration
 from router.routing.evidence import joined
-from router.routing.fitted import Fitted
+from router.routing.fitted import AT_ONCE, Fitted
 from router.routing.gate import PrototypeGate
 from router.routing.prototypes import prototypes
 from router.submission import Query
-
-AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
 
 
 class ProtoRoute(Routed):

@@ -36,7 +36,9 @@ from router.model.base import (
 )  # fmt: skip
 from router.pipeline import default_base
 from router.plan.speed import Speed, measure, parameters, skeleton
+from router.routing.calibration import generic_prompts
 from router.routing.clusters import most_variants
+from router.routing.fitted import AT_ONCE
 from router.settings import Settings
 from router.submission import GENERATION, Query, read_queries, read_rows
 
@@ -291,8 +293,10 @@ def _memory(
             rank * folder.shapes[m][1] for folder in adapters.values() for m, rank in folder.ranks.items()
         )
         modules = len({module for folder in adapters.values() for module in folder.ranks})
-        held += 4 * modules * len(adapters) * 2 * len(work.truncated)  # float32, two responses each
-        found["probe"] = max(found["load"], held + own * size + KERNELS)
+        each = 4 * modules * len(adapters) * 2  # of a prompt, float32, in two views
+        some = len(generic_prompts()) + min(AT_ONCE, len(work.truncated))
+        found["probe"] = max(found["load"], held + each * some + own * size + KERNELS)
+        held += 4 * (modules + 2 * len(adapters)) * len(work.truncated)  # the evidence
     found["predict"] = max(found["load"], held + KERNELS + 2 * cache, held + KERNELS + logits)
     return {stage: value / 2**20 for stage, value in found.items()}
 
