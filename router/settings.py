@@ -19,7 +19,7 @@ class Settings:
     base_model: str | None = None
     n_variants: int | None = None
     variant_rank: int | None = None
-    temperature: float = 0.7
+    temperature: float = 0.5
     top_k: int = 3
     false_alarm: float = 0.3
     seed: int = 0

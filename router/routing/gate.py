@@ -69,7 +69,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        temperature: float = 0.7,
+        temperature: float = 0.5,
         top_k: int | None = 3,
         false_alarm: float = 0.3,
         end_weight: float = 0.5,
