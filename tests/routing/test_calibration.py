@@ -150,7 +150,7 @@ def test_the_shipped_texts_are_different_prompts_and_no_query_of_ours():
     assert all(text.strip() for text in SHIPPED)
     known = {
         row["input"]
-        for folder in ("eval", "eval_unseen")
+        for folder in ("eval", "eval_unseen", "eval_foreign")
         for path in (ROOT / "data" / folder).glob("*.csv")
         for row in read_table(path)
     } | {row["input"] for row in read_table(ROOT / "data" / "test.csv")}
