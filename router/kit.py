@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from router.deadline import Deadline
 from router.model.answer import FAILED, Answer, answer, encode
 from router.model.base import EMBEDDED, load_base
 from router.result import Result
@@ -35,6 +36,7 @@ class Merges:
         self.settings = Settings()
         self.stages = Stages()
         self.journal: Journal | None = None  # of a run that may be killed and go on
+        self.deadline: Deadline | None = None  # of a run that must end in time
         self.list_models: list[tuple[str, str | None]] = []
         self.loaded_models: dict[str, Any] = {}
         self.loaded_configs: dict[str, Any] = {}
@@ -140,6 +142,7 @@ class Merges:
             batch_size=self.settings.batch_size,
             progress=progress,
             journal=self.journal,
+            deadline=self.deadline,
         )
 
     def _load_base_model(self) -> None:

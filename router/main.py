@@ -179,7 +179,11 @@ def parser() -> argparse.ArgumentParser:
         "downloads; exit with code 1 if that exceeds a limit",
     )
     p.add_argument(
-        "--time_limit", type=_above_zero, metavar="MINUTES", help="checked by --plan, above 0 (default: none)"
+        "--time_limit",
+        type=_above_zero,
+        metavar="MINUTES",
+        help="the results are written by then, with shorter answers if need be and without the last ones if "
+        "that is too slow; checked by --plan; above 0 (default: none)",
     )
     p.add_argument(
         "--memory_limit", type=_above_zero, metavar="GIB", help="checked by --plan, above 0 (default: none)"
@@ -209,10 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for key, value in vars(args).items()
         if value is not None and key in names
     }
-    if not args.plan and (args.time_limit or args.memory_limit):
-        p.error(
-            "--time_limit and --memory_limit: expected --plan with them, which compares; a run has no limits"
-        )
+    if not args.plan and args.memory_limit:
+        p.error("--memory_limit: expected --plan with it, which compares; a run has no such limit")
     if args.quiet:
         os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, _stop)
@@ -223,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from router.run import run
 
         with _logging("WARNING" if args.quiet else "INFO"):
-            record = run(args.merging_method, Settings(**given), args.fresh)
+            record = run(args.merging_method, Settings(**given), args.fresh, args.time_limit)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -122,6 +122,8 @@ class Routed(Merges):
                 except OverflowError as error:
                     raise InputError(f"a variant's {error}; pass --dtype float32") from error
             decision = Decision(self.base, self.adapters, routing, clusters, variants, folders)
+            if self.deadline:
+                self.deadline.begin(sum(map(len, rows)))
             with self.stages("predict"):
                 answers = self.predict(queries, rows, decision, work)
             replace_variants(work, output)

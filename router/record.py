@@ -104,6 +104,11 @@ def summary(found: dict[str, Any]) -> str:
             f"{_count(found['low_margin'], 'query')} with a low margin: the two best candidates are "
             f"less than {LOW_MARGIN} standard deviations apart"
         )
+    if cut := found.get("time_limit"):
+        shorter, none = (_count(cut[key], "query") for key in ("shortened", "unanswered"))
+        lines.append(
+            f"to end within {cut['minutes']:g} minutes, {shorter} got a shorter answer and {none} none"
+        )
     seconds = found["seconds"]
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     lines.append(f"{sum(seconds.values()):.0f} seconds: {stages}")

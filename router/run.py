@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from router.constants import BASE_COLUMN
+from router.deadline import Deadline
 from router.errors import InputError
 from router.files import replacing, sha256_of
 from router.journal import Journal, alone_in
@@ -25,38 +26,47 @@ from router.settings import Settings
 from router.submission import Query, read_queries, write_submission, write_table
 
 
-def run(name: str, settings: Settings, fresh: bool = False) -> dict[str, Any]:
+def run(
+    name: str, settings: Settings, fresh: bool = False, time_limit: float | None = None
+) -> dict[str, Any]:
     """Answers the query files with one method, writes all results, and returns the record in run.json.
 
     A run that was killed goes on where it stood.
 
     Args:
         fresh: forgets what an unfinished run in the output folder has answered.
+        time_limit: minutes, in which the results are written even if answers have to be cut; None sets none.
 
     Raises:
         InputError: something a person can fix is wrong with the queries, adapters or base model, another run
             writes to the output folder, or an unfinished one with other settings is there.
     """
+    deadline = None if time_limit is None else Deadline(time_limit)
     check_outputs(settings)
     files = {path: read_queries(path) for path in settings.dataset_filepaths}
     with alone_in(settings.output_folder):
-        return _run(name, settings, files, fresh)
+        return _run(name, settings, files, fresh, deadline)
 
 
-def _run(name: str, settings: Settings, files: dict[Path, list[Query]], fresh: bool) -> dict[str, Any]:
+def _run(
+    name: str, settings: Settings, files: dict[Path, list[Query]], fresh: bool, deadline: Deadline | None
+) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(settings.seed)
     method = load_method(name)(name)
     method.settings = settings
+    method.deadline = deadline
     method.merge()
     queries = [query for part in files.values() for query in part]
-    method.journal = journal = Journal(settings.output_folder, _identity(method, settings, queries), fresh)
+    identity = _identity(method, settings, queries) | {"time_limit": deadline and deadline.minutes}
+    method.journal = journal = Journal(settings.output_folder, identity, fresh)
     try:
         result = method.answer(queries)
     finally:
         journal.close()
-    if all(answer.failed for answer in result.answers):
+    late = deadline.unanswered if deadline else 0
+    if not late and all(answer.failed for answer in result.answers):
         raise InputError(
             "no query could be answered: the model's output is not finite, or memory ran out (see "
             "the warnings above); try --dtype float32, or a smaller --max_seq_len"
@@ -81,6 +91,10 @@ def _run(name: str, settings: Settings, files: dict[Path, list[Query]], fresh: b
     if not result.decision:  # a starter-kit method makes no variants, and those of an earlier run are not its
         remove_variants(settings.output_folder)
     found = record(method.get_name(), settings, method.stages, result)
+    if deadline:
+        found["time_limit"] = {
+            "minutes": deadline.minutes, "shortened": deadline.shortened, "unanswered": deadline.unanswered
+        }  # fmt: skip
     found["files"] = {path.name: sha256_of(path) for path in written}
     with replacing(final) as file:
         json.dump(found, file, indent=2, ensure_ascii=False)

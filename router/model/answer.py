@@ -10,8 +10,10 @@ import logging
 import math
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from router.deadline import Deadline
 from router.submission import GENERATION, MULTIPLE_CHOICE, UNKNOWN, Query
 
 if TYPE_CHECKING:
@@ -262,6 +264,7 @@ def answer(
     batch_size: int | None = None,
     progress: Callable[[int], object] = lambda done: None,
     journal: MutableMapping[Query, Answer] | None = None,
+    deadline: Deadline | None = None,
 ) -> list[Answer]:
     """Answers queries in order.
 
@@ -275,14 +278,15 @@ def answer(
         progress: called after each batch with the tokens of its prompts.
         journal: a batch that is in it is not answered again; any other is added to it. Batches do not depend
             on it, so answers do not either.
+        deadline: shortens answers, and leaves queries out, so that the run ends in time.
     """
     answers: dict[int, Answer] = {}
     known: MutableMapping[Query, Answer] = {} if journal is None else journal
 
-    def generated(part: list[int]) -> list[Answer]:
-        return generate(model, tokenizer, [rows[n] for n in part], max_new_tokens)
+    def generated(part: list[int], limit: int) -> list[Answer]:
+        return generate(model, tokenizer, [rows[n] for n in part], limit)
 
-    def chosen(part: list[int]) -> list[Answer]:
+    def chosen(part: list[int], limit: int) -> list[Answer]:
         choices = [queries[n].choices for n in part]
         scored = score_choices(model, tokenizer, [rows[n] for n in part], choices, scoring)
         return [
@@ -309,11 +313,16 @@ def answer(
         while batches:
             batch, *rest = batches
             asked = [queries[n] for n in batch]
+            limit = deadline.new_tokens(max_new_tokens) if deadline else max_new_tokens
             if all(query in known for query in asked):
                 answers.update((n, known[queries[n]]) for n in batch)
                 progress(sum(len(rows[n]) for n in batch))
                 batches = rest
-            elif found := _if_it_fits(way, batch):
+            elif deadline and not limit:
+                answers.update(dict.fromkeys(batch, FAILED))
+                deadline.unanswered += len(batch)
+                batches = rest
+            elif found := _if_it_fits(partial(way, limit=limit), batch):
                 answers.update(zip(batch, found, strict=True))
                 known.update(zip(asked, found, strict=True))
                 for n in batch:
@@ -322,6 +331,9 @@ def answer(
                             "query %s: the model's output is not finite, so it has no answer", queries[n].id
                         )
                 progress(sum(len(rows[n]) for n in batch))
+                if deadline:
+                    deadline.note(sum(len(rows[n]) for n in batch))
+                    deadline.shortened += len(batch) if way is generated and limit < max_new_tokens else 0
                 batches = rest
             elif len(batch) == 1:
                 log.warning("query %s: does not fit into memory, so it has no answer", queries[batch[0]].id)

@@ -71,7 +71,7 @@ def test_limits_decide_the_exit_code(capsys, command, flags, code, verdict):
 
 def test_limits_without_a_plan_are_refused(capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["-m", "base", "--time_limit", "5"])
+        main(["-m", "base", "--memory_limit", "5"])
     assert caught.value.code == 2 and "--plan" in capsys.readouterr().err
 
 

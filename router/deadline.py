@@ -1,0 +1,65 @@
+"""A run that must end in time: answers get shorter, and where even that is too slow, the rest is left out.
+
+The order is: shorter answers first, down to FEWEST new tokens; past the deadline no further query is
+answered, so that a full submission is always written. Multiple choice is not cut; it writes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+RESERVE = 0.05  # share of the time that is kept for writing the results
+FEWEST = 8  # new tokens; below that an answer is hardly one
+
+
+class Deadline:
+    """How much may still be written, by the pace so far.
+
+    Args:
+        minutes: from now on.
+        clock: seconds.
+
+    Attributes:
+        shortened: queries that were given fewer new tokens than were asked for.
+        unanswered: queries that were left out.
+    """
+
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.minutes = minutes
+        self._end = clock() + 60 * minutes * (1 - RESERVE)
+        self._begun, self._total, self._done = clock(), 0, 0
+        self.shortened = self.unanswered = 0
+
+    def begin(self, tokens: int) -> None:
+        """Answering begins: prompts of so many tokens."""
+        self._begun, self._total, self._done = self._clock(), tokens, 0
+
+    def note(self, tokens: int) -> None:
+        """Prompts of so many tokens have been answered."""
+        self._done += tokens
+
+    def new_tokens(self, most: int) -> int:
+        """How many new tokens an answer may have: `most`, fewer if the pace is too slow, 0 past the deadline.
+
+        Time goes mostly into writing, so half the tokens are taken to need half the time.
+
+        Example:
+            >>> now = [0.0]
+            >>> deadline = Deadline(10, lambda: now[0])  # 570 seconds, less what is kept for writing
+            >>> deadline.begin(1000)
+            >>> now[0] = 300.0
+            >>> deadline.note(200)  # at this pace, 800 tokens more take 1200 seconds
+            >>> deadline.new_tokens(64)
+            14
+        """
+        now = self._clock()
+        if now >= self._end:
+            return 0
+        left = self._total - self._done
+        if not self._done or left <= 0:
+            return most
+        needed = (now - self._begun) / self._done * left
+        share = (self._end - now) / needed if needed > 0 else 1.0
+        return most if share >= 1 else max(min(FEWEST, most), int(most * share))

@@ -1,0 +1,110 @@
+"""A run that must end in time ends in time, with a full submission; the clock is simulated."""
+
+import json
+
+import pytest
+
+from helpers import ROWS, read_table
+from router.deadline import FEWEST, RESERVE, Deadline
+from router.model import answer as module
+from router.pipeline import Routed
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture()
+def clock(monkeypatch):
+    """The clock of the next run; what a batch takes is set by `seconds`."""
+    clock = Clock()
+    monkeypatch.setattr("router.run.Deadline", lambda minutes: Deadline(minutes, clock))
+    return clock
+
+
+@pytest.fixture()
+def paced(monkeypatch, clock):
+    """Lets a batch take so many seconds, and one more for each new token that it may have."""
+    plain, limits = module._if_it_fits, []
+
+    def pace(seconds):
+        def slow(way, batch):
+            limits.append(way.keywords["limit"])
+            clock.now += seconds + way.keywords["limit"]
+            return plain(way, batch)
+
+        monkeypatch.setattr(module, "_if_it_fits", slow)
+        return limits
+
+    return pace
+
+
+def told(out):
+    return json.loads((out / "run.json").read_text())["time_limit"]
+
+
+def test_a_run_with_time_enough_is_not_cut(command, paced):
+    limits = paced(1)
+    code, out = command("base", "--batch_size", 1, "--time_limit", 60)
+    assert code == 0 and limits == [6] * len(ROWS)
+    assert told(out) == {"minutes": 60, "shortened": 0, "unanswered": 0}
+    _, plain = command("base", "--batch_size", 1, out="plain")
+    assert (out / "queries.csv").read_bytes() == (plain / "queries.csv").read_bytes()
+
+
+def test_answers_get_shorter_before_any_is_left_out(command, paced, clock, capsys):
+    limits = paced(0)
+    code, out = command("base", "--batch_size", 1, "--max_gen_len", 100, "--time_limit", 6)
+    assert code == 0 and limits[0] == 100 and FEWEST <= min(limits) < 100
+    assert clock.now <= 6 * 60
+    cut = told(out)
+    assert cut["shortened"] > 0 and cut["unanswered"] == 0
+    assert (
+        f"to end within 6 minutes, {cut['shortened']} queries got a shorter answer" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("method", ["base", "proto_route", "average"])
+def test_past_the_deadline_the_rest_is_unknown_and_the_submission_whole(command, paced, clock, method):
+    limits = paced(50)
+    code, out = command(method, "--batch_size", 1, "--time_limit", 2)
+    rows = read_table(out / "queries.csv")
+    assert code == 0 and [row["id"] for row in rows] == [row[0] for row in ROWS]
+    cut = told(out)
+    assert cut["unanswered"] == len(ROWS) - len(limits) > 0
+    assert sum(row["prediction"] == "unknown" for row in rows) >= cut["unanswered"]
+    assert clock.now <= 120 * (1 - RESERVE) + 56  # one batch may run over
+
+
+def test_a_run_that_had_no_time_at_all_still_has_a_submission(command, paced, clock, monkeypatch):
+    limits, merge = paced(1), Routed.merge
+
+    def slow(self):
+        clock.now += 61  # loading alone takes longer
+        return merge(self)
+
+    monkeypatch.setattr(Routed, "merge", slow)
+    code, out = command("base", "--time_limit", 1)
+    assert code == 0 and limits == []
+    assert {row["prediction"] for row in read_table(out / "queries.csv")} == {"unknown"}
+
+
+def test_the_pace_decides():
+    clock = Clock()
+    deadline = Deadline(1, clock)  # 57 seconds to answer in
+    deadline.begin(100)
+    assert deadline.new_tokens(64) == 64  # nothing is known yet
+    clock.now = 10
+    deadline.note(25)  # 75 more would take 30 seconds
+    assert deadline.new_tokens(64) == 64
+    clock.now = 37
+    deadline.note(5)  # 70 more would take 86 seconds, and 20 are left
+    assert deadline.new_tokens(64) == int(64 * 20 / (37 / 30 * 70))
+    clock.now = 56.9
+    assert deadline.new_tokens(64) == FEWEST and deadline.new_tokens(4) == 4
+    clock.now = 57
+    assert deadline.new_tokens(64) == 0
