@@ -40,6 +40,10 @@ class Deadline:
         """Prompts of so many tokens have been answered."""
         self._done += tokens
 
+    def skip(self, tokens: int) -> None:
+        """Prompts of so many tokens had been answered before, which took no time now."""
+        self._total -= tokens
+
     def new_tokens(self, most: int) -> int:
         """How many new tokens an answer may have: `most`, fewer if the pace is too slow, 0 past the deadline.
 

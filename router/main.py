@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     setting("device", "auto uses a GPU if there is one", type=_one_of(DEVICES), metavar="|".join(DEVICES))
     setting(
         "dtype",
-        "auto uses bfloat16 if the device multiplies it natively, else float32",
+        "auto uses bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on a CPU",
         type=_one_of(DTYPES),
         metavar="|".join(DTYPES),
     )
@@ -182,8 +182,8 @@ def parser() -> argparse.ArgumentParser:
         "--time_limit",
         type=_above_zero,
         metavar="MINUTES",
-        help="the results are written by then, with shorter answers if need be and without the last ones if "
-        "that is too slow; checked by --plan; above 0 (default: none)",
+        help="answers get shorter, and the last ones are left out, so that the results are written by then; "
+        "checked by --plan; above 0 (default: none)",
     )
     p.add_argument(
         "--memory_limit", type=_above_zero, metavar="GIB", help="checked by --plan, above 0 (default: none)"

@@ -55,7 +55,8 @@ def check(work: Path, front: str) -> int:
         elsewhere = different = 0
         for query, found in zip(queries, told, strict=True):
             model = found["router"]["model"]
-            elsewhere += model.startswith("variant-") and model != f"variant-{variants[query.id]}"
+            alone = not (work / "output" / "variants" / variants[query.id]).is_dir()  # the base model
+            elsewhere += model.startswith("variant-") if alone else model != f"variant-{variants[query.id]}"
             text = found["choices"][0]["text"].removeprefix(" ").strip() or UNKNOWN
             different += text != answers[query.id].strip()
         print(f"{len(queries)} queries: {elsewhere} routed elsewhere, {different} answers differ")

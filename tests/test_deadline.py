@@ -108,3 +108,13 @@ def test_the_pace_decides():
     assert deadline.new_tokens(64) == FEWEST and deadline.new_tokens(4) == 4
     clock.now = 57
     assert deadline.new_tokens(64) == 0
+
+
+def test_what_was_answered_before_a_kill_says_nothing_of_the_pace():
+    clock = Clock()
+    deadline = Deadline(1, clock)
+    deadline.begin(1000)
+    deadline.skip(900)
+    clock.now = 10
+    deadline.note(25)
+    assert deadline.new_tokens(64) == 64  # 75 more take 30 seconds

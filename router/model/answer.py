@@ -316,6 +316,8 @@ def answer(
             limit = deadline.new_tokens(max_new_tokens) if deadline else max_new_tokens
             if all(query in known for query in asked):
                 answers.update((n, known[queries[n]]) for n in batch)
+                if deadline:
+                    deadline.skip(sum(len(rows[n]) for n in batch))
                 progress(sum(len(rows[n]) for n in batch))
                 batches = rest
             elif deadline and not limit:

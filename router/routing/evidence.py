@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 Array = NDArray[np.float32]
 
-LOW_MARGIN = 0.5  # standard deviations of generic text; docs/method.md tells how often such a choice is right
+LOW_MARGIN = 0.5  # standard deviations of generic text
 
 
 @dataclass(frozen=True)

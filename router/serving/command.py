@@ -42,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
         "--queue", type=int, default=1024, help="requests that may wait to be routed (default: 1024)"
     )
     p.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="without a byte from upstream"
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="without a byte from upstream (default: 600)",
     )
     p.add_argument("--log_prompts", action="store_true", help="write prompts to the log")
     return p
