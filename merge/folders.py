@@ -169,7 +169,10 @@ def open_adapter(path: Path) -> AdapterFolder:
                 "the two files do not belong together"
             )
     widths = {module: (shapes[b][0], shapes[a][1]) for module, (a, b) in keys.items()}
-    return AdapterFolder(path, config, ranks, widths, keys)
+    folder = AdapterFolder(path, config, ranks, widths, keys)
+    for module in ranks:
+        folder.scale(module)  # so that a pattern that hangs is met here, not when weights are read
+    return folder
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from router.files import replacing
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute
 from router.model.answer import Answer
-from router.model.base import load_base
+from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.pipeline import Routed
 from router.routing.clusters import Array, Clusters, cluster, nearest
 from router.routing.evidence import LOW_MARGIN
@@ -122,7 +122,9 @@ class Router:
             return cls._of_run(folder, base_model, device, dtype)
         about = _about(folder / ABOUT)
         method = ProtoRoute("proto_route")
-        method.settings = Settings(**about["settings"] | {"base_model": base_model or about["base_model"]})
+        pinned = f"@{about['revision']}" if about["revision"] else ""
+        own = EMBEDDED if about["embedded"] else f"{about['base_model']}{pinned}"
+        method.settings = Settings(**about["settings"] | {"base_model": base_model or own})
         base = load_base(str(method.settings.base_model), device, dtype or about["dtype"])
         if base.sha256 != about["base_sha256"]:
             raise InputError(
@@ -148,7 +150,7 @@ class Router:
         }
         for key in ("dataset_filepaths", "output_folder"):
             del flags[key]
-        flags |= {"device": device, "dtype": dtype or flags["dtype"]}
+        flags |= {"device": device, "dtype": dtype or run.record["base"]["dtype"]}
         flags["base_model"] = base_model or flags["base_model"]
         router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)
         if router._base.sha256 != run.record["base"]["sha256"]:
@@ -208,7 +210,12 @@ class Router:
 
         Args:
             n_variants: how many; None makes as few as the sample's weights allow.
+
+        Raises:
+            ValueError: the router was loaded from a saved one, which has no adapters to make variants of.
         """
+        if self._folder is not None:
+            raise ValueError("a saved router has no adapters to make variants of; use from_library")
         weights = self.route(texts).to_numpy()
         self._clusters = cluster(weights, n_variants, self._method.settings.seed)
         self.variants = decide(self._clusters.weights, self.candidates[:-1])
@@ -246,6 +253,7 @@ class Router:
         about = {
             "format": FORMAT, "proto-route": own_version(), "base_model": base.name,
             "revision": base.revision, "base_sha256": base.sha256,
+            "embedded": base.name == EMBEDDED_ID and base.revision is None,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "candidates": self.candidates, "settings": settings,
             "variants": [asdict(variant) for variant in self.variants],
@@ -311,7 +319,16 @@ def _about(path: Path) -> dict[str, Any]:
                 f"{path}: expected format {FORMAT}, got {about['format']}, as version {about['proto-route']} "
                 "writes it; save the router again with this version"
             )
-        needed = ("base_model", "base_sha256", "dtype", "settings", "variants", "centres")
+        needed = (
+            "base_model",
+            "revision",
+            "embedded",
+            "base_sha256",
+            "dtype",
+            "settings",
+            "variants",
+            "centres",
+        )
         if missing := [key for key in needed if key not in about]:
             raise ValueError(f"{', '.join(missing)} is missing")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -29,16 +29,17 @@ class Deadline:
         self._clock = clock
         self.minutes = minutes
         self._end = clock() + 60 * minutes * (1 - RESERVE)
-        self._begun, self._total, self._done = clock(), 0, 0
+        self._begun, self._total, self._done, self._work = clock(), 0, 0, 0.0
         self.shortened = self.unanswered = 0
 
     def begin(self, tokens: int) -> None:
         """Answering begins: prompts of so many tokens."""
-        self._begun, self._total, self._done = self._clock(), tokens, 0
+        self._begun, self._total, self._done, self._work = self._clock(), tokens, 0, 0.0
 
-    def note(self, tokens: int) -> None:
-        """Prompts of so many tokens have been answered."""
+    def note(self, tokens: int, share: float = 1.0) -> None:
+        """Prompts of so many tokens have been answered, with this share of the new tokens asked for."""
         self._done += tokens
+        self._work += share * tokens
 
     def skip(self, tokens: int) -> None:
         """Prompts of so many tokens had been answered before, which took no time now."""
@@ -62,8 +63,8 @@ class Deadline:
         if now >= self._end:
             return 0
         left = self._total - self._done
-        if not self._done or left <= 0:
+        if not self._work or left <= 0:
             return most
-        needed = (now - self._begun) / self._done * left
+        needed = (now - self._begun) / self._work * left  # at full length
         share = (self._end - now) / needed if needed > 0 else 1.0
         return most if share >= 1 else max(min(FEWEST, most), int(most * share))

@@ -29,7 +29,7 @@ from router.routing.evidence import Evidence
 from router.submission import Query
 
 FOLDER, LOCK = ".journal", ".lock"
-SYNCED = 5.0  # seconds; what is older than this is on the disk, whatever happens to the machine
+SYNCED = 5.0  # seconds between two calls of fsync at least; the machine may lose what came after the last
 
 
 @contextmanager
@@ -86,7 +86,7 @@ class Journal(MutableMapping[Query, Answer]):
         file = self.folder / "identity.json"
         try:
             known = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError):  # none yet, or killed at its very start
+        except (FileNotFoundError, ValueError):  # none yet, or killed at its very start
             self.discard()
             with replacing(file) as new:
                 json.dump(identity, new)
@@ -146,12 +146,12 @@ class Journal(MutableMapping[Query, Answer]):
 
     def kept(self, name: str) -> Routing | None:
         """The routing of all queries or of some, as `keep` was given it; None if there is none."""
+        evidence = self.folder / f"{name}.evidence.safetensors"
         try:
             weights = load_file(self.folder / f"{name}.safetensors")["weights"]
-        except (OSError, SafetensorError, KeyError):
+            return Routing(weights, Evidence.load(evidence) if evidence.exists() else None)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
-        evidence = self.folder / f"{name}.evidence.safetensors"
-        return Routing(weights, Evidence.load(evidence) if evidence.exists() else None)
 
     def keep(self, name: str, routing: Routing) -> None:
         """Keeps the routing of all queries or of some under a name."""

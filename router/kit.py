@@ -72,6 +72,8 @@ class Merges:
         Args:
             folder: where a method that routes writes its variants; None takes `settings.output_folder`.
         """
+        if self.deadline:
+            self.deadline.begin(sum(map(len, self.encoded(queries))) if self.tokenizer else 0)
         answers: dict[int, Answer] = {}
         size = self.settings.batch_size or KIT_BATCH
         kinds: dict[int, list[int]] = {}  # all queries of a kit batch have equally many choices

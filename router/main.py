@@ -230,10 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # temporary folders are gone by now
-        print(
-            "stopped; the same command goes on where it was",
-            file=sys.stderr,
-        )
+        again = "the command without --fresh" if args.fresh else "the same command"
+        print(f"stopped; {again} goes on where it was", file=sys.stderr)
         return 130
     if args.json:
         print(json.dumps(record, ensure_ascii=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import tempfile
 from collections.abc import Sequence
@@ -63,10 +64,14 @@ def _run(
     method.journal = journal = Journal(settings.output_folder, identity, fresh)
     try:
         result = method.answer(queries)
+    except InputError:  # what it says to do would be another run
+        journal.discard()
+        raise
     finally:
         journal.close()
     late = deadline.unanswered if deadline else 0
     if not late and all(answer.failed for answer in result.answers):
+        journal.discard()
         raise InputError(
             "no query could be answered: the model's output is not finite, or memory ran out (see "
             "the warnings above); try --dtype float32, or a smaller --max_seq_len"
@@ -112,8 +117,13 @@ def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> d
     asked = hashlib.sha256(repr(queries).encode("utf-8", "surrogatepass")).hexdigest()
     found = {"method": method.get_name(), "queries": asked, "versions": versions(), **flags}
     if isinstance(method, Routed):
-        found["base model"] = method.base.sha256
-        found["adapters"] = {adapter.name: content(adapter) for adapter in method.adapters}
+        model = method.base.model
+        found |= {"dtype": str(model.dtype), "device": model.device.type, "base model": method.base.sha256}
+        # In order, as the columns of the routing are.
+        found["adapters"] = [[adapter.name, content(adapter)] for adapter in method.adapters]
+    else:
+        found["base model"] = [settings.base_model, method.base_model_name, method.base_model_revision_id]
+        found |= {"models": method.list_models, "code": sha256_of(Path(inspect.getfile(type(method))))}
     return found
 
 

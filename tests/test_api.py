@@ -110,6 +110,23 @@ def test_a_finished_run_is_a_router_that_decides_as_it_did(router, tiny_base, ti
     ]
 
 
+def test_a_saved_router_cannot_be_fitted_anew(saved):
+    with pytest.raises(ValueError, match="no adapters to make variants of"):
+        Router.load(saved, device="cpu").fit(TEXTS)
+
+
+def test_the_embedded_base_model_is_found_again_by_what_it_is(saved, monkeypatch):
+    about = json.loads((saved / "router.json").read_text())
+    told = []
+    monkeypatch.setattr("router.api.load_base", lambda spec, *_: told.append(spec) or pytest.skip("asked"))
+    for embedded, revision, expected in ((True, None, "embedded"), (False, "abc", "some/base@abc")):
+        changed = about | {"embedded": embedded, "revision": revision, "base_model": "some/base"}
+        (saved / "router.json").write_text(json.dumps(changed))
+        with pytest.raises(pytest.skip.Exception):
+            Router.load(saved, device="cpu")
+        assert told[-1] == expected
+
+
 def test_before_fit_there_is_no_variant_and_nothing_to_save(router, tmp_path):
     assert {choice.variant for choice in router.choose(TEXTS)} == {None} and router.variants == []
     with pytest.raises(ValueError, match="call fit"):

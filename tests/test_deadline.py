@@ -104,10 +104,26 @@ def test_the_pace_decides():
     clock.now = 37
     deadline.note(5)  # 70 more would take 86 seconds, and 20 are left
     assert deadline.new_tokens(64) == int(64 * 20 / (37 / 30 * 70))
+    deadline.note(0)
     clock.now = 56.9
     assert deadline.new_tokens(64) == FEWEST and deadline.new_tokens(4) == 4
     clock.now = 57
     assert deadline.new_tokens(64) == 0
+
+
+@pytest.mark.parametrize("slow", [2, 4])
+def test_a_steady_pace_needs_one_length_and_leaves_nobody_out(slow):
+    """100 equal batches that at full length would take so many times what there is."""
+    clock = Clock()
+    deadline = Deadline(10, clock)
+    deadline.begin(100)
+    lengths = []
+    for _ in range(100):
+        lengths.append(deadline.new_tokens(64))
+        clock.now += slow * 5.7 * lengths[-1] / 64
+        deadline.note(1, lengths[-1] / 64)
+    assert min(lengths) > 0 and clock.now <= 10 * 60
+    assert max(lengths[1:]) - min(lengths[1:]) <= 3 and lengths[50] == pytest.approx(64 / slow, abs=2)
 
 
 def test_what_was_answered_before_a_kill_says_nothing_of_the_pace():

@@ -176,6 +176,27 @@ def test_parts_decide_as_the_whole_does(command, monkeypatch):
             assert float(one[name]) == pytest.approx(float(other[name]), abs=1e-4)
 
 
+def test_adapters_in_another_order_are_another_run(tmp_path, tiny_base, tiny_library, monkeypatch, capsys):
+    queries = write_queries(tmp_path / "queries.csv")
+    plain = module._if_it_fits
+    monkeypatch.setattr(module, "_if_it_fits", lambda *_: (_ for _ in ()).throw(Killed))
+    words = arguments("proto_route", [queries], tiny_library / "mlp", tiny_base, tmp_path / "out")
+    place = words.index(str(tiny_library / "mlp"))
+    both = [str(tiny_library / name) for name in ("mlp", "attention")]
+    with pytest.raises(Killed):
+        main(words[:place] + both + words[place + 1 :])
+    monkeypatch.setattr(module, "_if_it_fits", plain)
+    assert main(words[:place] + both[::-1] + words[place + 1 :]) == 2
+    assert "differs in adapters" in capsys.readouterr().err
+
+
+def test_a_run_that_was_refused_may_be_run_as_it_was_told_to(command, monkeypatch):
+    monkeypatch.setattr(module, "_if_it_fits", lambda way, batch: [module.FAILED] * len(batch))
+    assert command("proto_route")[0] == 2
+    monkeypatch.undo()
+    assert command("proto_route", "--max_seq_len", 5)[0] == 0
+
+
 def test_an_unfinished_run_of_another_setting_is_refused_in_a_line(command, capsys, monkeypatch):
     plain = module._if_it_fits
     monkeypatch.setattr(module, "_if_it_fits", lambda *_: (_ for _ in ()).throw(Killed))

@@ -139,7 +139,7 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
         for step in range(max_new_tokens):
             best, token = logits.max(-1)  # (B,); a NaN is the largest of its row
             new[writing, step] = token
-            sound[writing] &= best.isfinite()
+            sound[writing] &= best.isfinite() | ended
             ended |= torch.isin(token, stops) | ~sound[writing]
             if step + 1 == max_new_tokens or ended.all():
                 break
@@ -325,8 +325,8 @@ def answer(
                 deadline.unanswered += len(batch)
                 batches = rest
             elif found := _if_it_fits(partial(way, limit=limit), batch):
-                answers.update(zip(batch, found, strict=True))
-                known.update(zip(asked, found, strict=True))
+                known.update({q: a for q, a in zip(asked, found, strict=True) if q not in known})
+                answers.update((n, known[queries[n]]) for n in batch)  # the same query, the same answer
                 for n in batch:
                     if answers[n].failed:
                         log.warning(
@@ -334,13 +334,13 @@ def answer(
                         )
                 progress(sum(len(rows[n]) for n in batch))
                 if deadline:
-                    deadline.note(sum(len(rows[n]) for n in batch))
+                    share = limit / max_new_tokens if way is generated else 1.0
+                    deadline.note(sum(len(rows[n]) for n in batch), share)
                     deadline.shortened += len(batch) if way is generated and limit < max_new_tokens else 0
                 batches = rest
             elif len(batch) == 1:
                 log.warning("query %s: does not fit into memory, so it has no answer", queries[batch[0]].id)
-                answers[batch[0]] = known[asked[0]] = FAILED
-                batches = rest
+                answers[batch[0]], batches = FAILED, rest  # not kept: there may be more memory next time
             else:
                 batches = [half for whole in batches for half in _halves(whole)]
     return [answers[n] for n in range(len(queries))]

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from router.errors import InputError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 NEEDED = ("starlette", "httpx", "uvicorn", "prometheus_client")
 
 
@@ -31,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="of the base model's copy"
     )
-    p.add_argument("--dtype", help="of the base model's copy (default: as the router was made)")
+    p.add_argument(
+        "--dtype", choices=DTYPES, help="of the base model's copy (default: as the router was made)"
+    )
     p.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     p.add_argument("--port", type=int, default=8080, help="default: 8080")
     p.add_argument("--reroute", action="store_true", help="route each message of a conversation anew")
@@ -55,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves; returns the exit code: 0, or 2 for input that a person can fix.
 
-    The environment variable PROTO_ROUTE_API_KEY holds the key that clients have to bring, if there is one.
+    The environment variable PROTO_ROUTE_API_KEY holds the key that clients have to bring, if there is one,
+    and PROTO_ROUTE_UPSTREAM_KEY the one that the upstream asks for.
     """
     args = parser().parse_args(argv)
     try:
@@ -64,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"proto-route serve: expected the packages of the extra `serve`, {', '.join(missing)} is "
                 "missing; install them with: pip install 'proto-route[serve]'"
             )
-        if not args.upstream.startswith(("http://", "https://")):
+        _check(args)
+        if not re.fullmatch(r"https?://[^\s/:]+(:\d+)?(/\S*)?", args.upstream):
             raise InputError(
                 f"--upstream: expected an address such as http://127.0.0.1:8000, got {args.upstream!r}"
             )
@@ -73,6 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses numbers out of their range."""
+    for name, what, fine in (
+        ("port", "from 0 to 65535", 0 <= args.port < 1 << 16),
+        ("queue", "from 1", args.queue >= 1),
+        ("max_body", "from 1", args.max_body >= 1),
+        ("timeout", "above 0", args.timeout > 0),
+    ):
+        if not fine:
+            raise InputError(f"--{name}: expected a number {what}, got {getattr(args, name)}")
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -92,14 +110,20 @@ def _serve(args: argparse.Namespace) -> None:
     front = Front(
         load(), args.upstream, load=load, api_key=os.environ.get("PROTO_ROUTE_API_KEY") or None,
         reroute=args.reroute, max_body=args.max_body, queue=args.queue, timeout=args.timeout,
-        log_prompts=args.log_prompts,
+        log_prompts=args.log_prompts, upstream_key=os.environ.get("PROTO_ROUTE_UPSTREAM_KEY") or None,
     )  # fmt: skip
 
     async def run() -> None:
         loop, renewals = asyncio.get_running_loop(), set()
 
+        async def renewed() -> None:
+            try:
+                await front.renew()
+            except InputError as error:
+                logging.getLogger("router").error("the router was not reloaded: %s", error)
+
         def renew() -> None:
-            task = loop.create_task(front.renew())
+            task = loop.create_task(renewed())
             renewals.add(task)  # a task that nobody holds may vanish
             task.add_done_callback(renewals.discard)
 

@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(f"--max_rank: expected a whole number from 1, got {args.max_rank}")
     try:
         print("\n".join(export(args.folder, args.engine, args.max_rank)))
-    except (InputError, AdapterError) as error:
+    except (InputError, AdapterError, OverflowError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

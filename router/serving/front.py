@@ -1,23 +1,24 @@
 """A thin OpenAI-compatible front: routes requests for the model `auto`, and passes all others on untouched.
 
 It names a variant; the server behind it (vLLM, SGLang) has that variant as a LoRA adapter of this name. A
-conversation is routed by its last user message, as plain text, and stays with its variant from then on, since
-the server's prefix cache depends on it.
+conversation is routed by its first user message, as plain text, so it stays with its variant: the server's
+prefix cache depends on it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import json
 import logging
+import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -29,6 +30,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from router.api import Choice, Router
+from router.errors import InputError
 from router.serving.names import AUTO, served
 from router.serving.prober import Full, Prober
 
@@ -36,7 +38,10 @@ log = logging.getLogger(__name__)
 REMEMBERED = 10_000  # conversations
 RECENT = 100  # decisions on the page
 # Headers that belong to one connection, or that the body's new length changes.
-_OWN = {"host", "content-length", "connection", "transfer-encoding", "content-encoding", "keep-alive"}
+_OWN = {
+    "host", "content-length", "connection", "transfer-encoding", "content-encoding", "keep-alive",
+    "accept-encoding",
+}  # fmt: skip
 
 
 class Refused(Exception):
@@ -52,8 +57,11 @@ class Refused(Exception):
         self.status, self.headers = status, headers
 
 
-def text_of(path: str, body: Mapping[str, Any]) -> str:
-    """What a request is routed by: its prompt, or the last user message of its conversation.
+def text_of(path: str, body: Mapping[str, Any], message: int = 0) -> str:
+    """What a request is routed by: its prompt, or a user message of its conversation.
+
+    Args:
+        message: which of the user messages, 0 for the first, -1 for the last.
 
     Raises:
         Refused: there is no text, or more than one prompt.
@@ -67,7 +75,7 @@ def text_of(path: str, body: Mapping[str, Any]) -> str:
         ]
         if not users:
             raise Refused(400, "messages: expected a list with a message of the role user, found none")
-        content = users[-1].get("content")
+        content = users[message].get("content")
         if isinstance(content, list):  # parts; images and the like are passed on, but not read
             parts = [part.get("text") for part in content if isinstance(part, dict)]
             content = "\n".join(part for part in parts if isinstance(part, str))
@@ -79,19 +87,6 @@ def text_of(path: str, body: Mapping[str, Any]) -> str:
         what = "one text; send several prompts in several requests" if isinstance(content, list) else "text"
         raise Refused(400, f"model {AUTO}: expected {what}, since it is routed by what it says")
     return content
-
-
-def conversation_of(body: Mapping[str, Any]) -> str | None:
-    """What names a conversation: all up to its first user message; None for a prompt."""
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return None
-    first = next(
-        (n for n, one in enumerate(messages) if isinstance(one, dict) and one.get("role") == "user"), None
-    )
-    if first is None:
-        return None
-    return hashlib.sha256(json.dumps(messages[: first + 1], sort_keys=True).encode()).hexdigest()
 
 
 class Decided(NamedTuple):
@@ -109,7 +104,8 @@ class Front:
         upstream: its address.
         load: makes a new router when a reload is asked for; None refuses it.
         api_key: that clients have to bring; None asks for none.
-        reroute: whether each message of a conversation is routed anew.
+        upstream_key: that the upstream asks for; None passes on what the client sent.
+        reroute: whether a conversation is routed by its last message instead of its first.
         max_body: bytes of a request.
         queue: requests that may wait for their decision.
         timeout: seconds without a byte from the upstream.
@@ -124,6 +120,7 @@ class Front:
         *,
         load: Callable[[], Router] | None = None,
         api_key: str | None = None,
+        upstream_key: str | None = None,
         reroute: bool = False,
         max_body: int = 4 << 20,
         queue: int = 1024,
@@ -133,12 +130,14 @@ class Front:
     ) -> None:
         self.router, self.load, self.api_key, self.reroute = router, load, api_key, reroute
         self.max_body, self.log_prompts = max_body, log_prompts
+        self.ours = {} if upstream_key is None else {"authorization": f"Bearer {upstream_key}"}
+        self.renewing = asyncio.Lock()
         self.client = httpx.AsyncClient(
             base_url=upstream, timeout=httpx.Timeout(timeout, connect=10.0), transport=transport,
             limits=httpx.Limits(max_connections=None),
         )  # fmt: skip
         self.prober = Prober(self._choose, queue)
-        self.kept: OrderedDict[str, Decided] = OrderedDict()
+        self.kept: OrderedDict[str, Decided] = OrderedDict()  # by the first message of a conversation
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.base: str | None = None  # what the upstream calls the base model
         self.registry = CollectorRegistry()
@@ -200,7 +199,7 @@ class Front:
     def _parsed(body: bytes) -> dict[str, Any]:
         try:
             found = json.loads(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(400, f"expected JSON, got something else ({error})") from error
         if not isinstance(found, dict):
             raise Refused(400, f"expected a JSON object, got a {type(found).__name__}")
@@ -240,11 +239,13 @@ class Front:
 
     async def _upstream_models(self) -> dict[str, Any]:
         try:
-            response = await self.client.get("/v1/models")
+            response = await self.client.get("/v1/models", headers=self.ours)
             response.raise_for_status()
             found: dict[str, Any] = response.json()
+            if not all(isinstance(one["id"], str) for one in found["data"]):
+                raise ValueError("a model without a name")
             return found
-        except (httpx.HTTPError, ValueError, KeyError) as error:
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise Refused(502, f"the upstream does not list its models: {error!r}") from error
 
     @staticmethod
@@ -266,6 +267,9 @@ class Front:
     async def forward(self, request: Request) -> Response:
         """Everything else under /v1: passed on; with the model `auto`, under a variant's name."""
         self._admit(request)
+        steps = re.split("/|%2f", request.scope["raw_path"].decode("ascii").lower())
+        if {".", "..", "%2e", "%2e%2e", ".%2e", "%2e."} & set(steps):
+            raise Refused(404, "expected a path without steps upwards")
         raw, decision = await self._body(request), None
         if request.url.path in ("/v1/completions", "/v1/chat/completions") and request.method == "POST":
             body = self._parsed(raw)
@@ -275,13 +279,14 @@ class Front:
         return await self._passed_on(request, raw, decision)
 
     async def _decision(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        text, key = text_of(path, body), None if self.reroute else conversation_of(body)
-        decided = self.kept.get(key) if key else None
+        text, router = text_of(path, body, -1 if self.reroute else 0), self.router
+        chat = "messages" in body and not self.reroute
+        decided = self.kept.get(text) if chat else None
         if decided is None:
             decided = await self._decided(text)
-        if key:
-            self.kept[key] = decided
-            self.kept.move_to_end(key)
+        if chat and self.router is router:  # else it was decided by one that has been replaced
+            self.kept[text] = decided
+            self.kept.move_to_end(text)
             while len(self.kept) > REMEMBERED:
                 self.kept.popitem(last=False)
         name, choice = await self._name(decided), decided.choice
@@ -292,10 +297,12 @@ class Front:
         return found
 
     async def _passed_on(self, request: Request, raw: bytes, decision: dict[str, Any] | None) -> Response:
-        headers = {key: value for key, value in request.headers.items() if key not in _OWN}
-        if self.api_key is not None:
-            headers.pop("authorization", None)  # ours, not the upstream's
-        url = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        # The client's key is for us, if we ask for one, and the upstream may ask for another.
+        left = _OWN | ({"authorization"} if self.api_key or self.ours else set())
+        headers = [(key, value) for key, value in request.headers.raw if key.decode("latin-1") not in left]
+        headers += [(key.encode(), value.encode()) for key, value in self.ours.items()]
+        url = request.scope["raw_path"].decode("ascii")
+        url += f"?{request.url.query}" if request.url.query else ""
         start = time.perf_counter()
         outgoing = self.client.build_request(request.method, url, content=raw, headers=headers)
         try:
@@ -304,11 +311,16 @@ class Front:
             raise Refused(504, f"the upstream did not answer in time ({type(error).__name__})") from error
         except httpx.HTTPError as error:
             raise Refused(502, f"the upstream cannot be reached ({type(error).__name__})") from error
-        back = {key: value for key, value in answer.headers.items() if key not in _OWN}
+        back = {
+            key: value
+            for key, value in answer.headers.items()
+            if key not in _OWN and value.isascii()  # a response's headers are
+        }
         if decision is None:
             return self._streamed(answer, back, start)
         back |= {
-            "x-router-model": decision["model"], "x-router-weights": json.dumps(decision["weights"]),
+            "x-router-model": quote(decision["model"], safe="/:@ "),
+            "x-router-weights": json.dumps(decision["weights"]),
             "x-router-margin": str(decision["margin"]), "x-router-fits": str(decision["fits"]).lower(),
         }  # fmt: skip
         if "event-stream" in answer.headers.get("content-type", "") or answer.status_code >= 400:
@@ -382,12 +394,16 @@ class Front:
         self._admit(request)
         if self.load is None:
             raise Refused(409, "this server was started without a folder to reload")
-        await self.renew()
+        try:
+            await self.renew()
+        except InputError as error:
+            raise Refused(409, f"not reloaded: {error}") from error
         return JSONResponse({"status": "reloaded", "variants": len(self.router.variants)})
 
     async def renew(self) -> None:
         """Puts a newly loaded router in place of the old one."""
         assert self.load is not None
-        self.router = await asyncio.to_thread(self.load)
-        self.base = None
-        self.kept.clear()
+        async with self.renewing:  # one at a time, since each loads a model
+            self.router = await asyncio.to_thread(self.load)
+            self.base = None
+            self.kept.clear()

@@ -64,7 +64,8 @@ def read_served(folder: Path) -> Served:
             folders[served(number)] = path
             ranks.append(int(config["r"]))
             modules |= set(config["target_modules"])
-    return Served(base["name"], base["revision"], base["dtype"], folders, max(ranks), sorted(modules))
+    name = str(Path(base["name"]).resolve()) if Path(base["name"]).is_dir() else base["name"]
+    return Served(name, base["revision"], base["dtype"], folders, max(ranks), sorted(modules))
 
 
 def _json(path: Path) -> Any:

@@ -15,7 +15,7 @@ from starlette.routing import Route  # noqa: E402
 
 from router.api import Choice, Router  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
-from router.serving.front import Front, Refused, conversation_of, text_of  # noqa: E402
+from router.serving.front import Front, Refused, text_of  # noqa: E402
 
 
 class Two:
@@ -145,32 +145,81 @@ def test_a_conversation_stays_with_its_variant_unless_it_is_rerouted(reroute):
         await client.post("/v1/chat/completions", json=chat("x", "answer", "now y"))
         await client.post("/v1/chat/completions", json=chat("y", "answer", "now x"))
         models = [body["model"] for _, body, _ in upstream.seen]
-        assert models == (["variant-0", "the-base", "variant-0"] if reroute else ["variant-0"] * 3)
+        other = "variant-0" if reroute else "the-base"
+        assert models == ["variant-0", "the-base" if reroute else "variant-0", other]
         assert front.router.batches[0] == ["x"] and len(front.router.batches) == (3 if reroute else 2)
 
     talk(work, reroute=reroute)
 
 
-def test_a_conversation_is_routed_by_its_last_user_message():
+def test_a_conversation_is_routed_by_its_first_user_message_or_by_its_last():
     body = chat("first", "answer", "last", "prefix")
-    assert text_of("/v1/chat/completions", body) == "last"
+    assert text_of("/v1/chat/completions", body) == "first"
+    assert text_of("/v1/chat/completions", body, -1) == "last"
     parts = [
         {"type": "text", "text": "look"},
         {"type": "image_url", "image_url": {}},
         {"type": "text", "text": "x"},
     ]
     assert text_of("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}) == "look\nx"
-    assert conversation_of(body) == conversation_of(chat("first")) != conversation_of(chat("other"))
-    assert conversation_of(completion("x")) is None
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/../flush_cache", "/v1/%2e%2e/flush_cache", "/v1/a/%2E./b", "/v1/..%2fflush_cache"]
+)
+def test_no_path_leads_out_of_v1(path):
+    async def work(client, upstream, front):
+        told = []
+
+        async def send(message):
+            told.append(message)
+
+        scope = {
+            "type": "http", "method": "GET", "headers": [], "query_string": b"", "http_version": "1.1",
+            "scheme": "http", "server": ("front", 80), "client": ("c", 1), "root_path": "",
+            "path": "/v1/" + path.removeprefix("/v1/"), "raw_path": path.encode(),
+        }  # fmt: skip
+        await front.app(scope, lambda: asyncio.sleep(0, {"type": "http.request", "body": b""}), send)
+        assert told[0]["status"] == 404 and upstream.seen == []
+
+    talk(work)
+
+
+def test_odd_headers_and_names_pass_or_are_quoted():
+    upstream = Upstream()
+
+    async def models(_):
+        return JSONResponse({"data": [{"id": "模型"}, {"id": "variant-0", "parent": "模型"}]})
+
+    upstream.app.router.routes[0] = Route("/v1/models", models)
+
+    async def work(client, upstream, _):
+        headers = [(b"user-agent", "é".encode("latin-1")), (b"accept-encoding", b"br")]
+        answer = await client.post("/v1/completions", json=completion("y"), headers=headers)
+        assert answer.status_code == 200 and answer.json()["router"]["model"] == "模型"
+        assert answer.headers["x-router-model"] == "%E6%A8%A1%E5%9E%8B"
+        _, _, sent = upstream.seen[0]
+        assert sent["user-agent"] == "é" and "br" not in sent["accept-encoding"]
+
+    talk(work, upstream=upstream)
+
+
+def test_the_upstreams_own_key_is_brought():
+    async def work(client, upstream, _):
+        await client.post("/v1/completions", json=completion("x"), headers={"authorization": "Bearer mine"})
+        assert upstream.seen[0][2]["authorization"] == "Bearer theirs"
+
+    talk(work, upstream_key="theirs")
 
 
 WRONG = {
+    "nested": (b"[" * 100_000, 400, "expected JSON"),
     "no JSON": (b"{", 400, "expected JSON"),
     "a list": (b"[]", 400, "expected a JSON object, got a list"),
     "no prompt": (b'{"model": "auto"}', 400, "expected text"),
     "several": (b'{"model": "auto", "prompt": ["a", "b"]}', 400, "several requests"),
     "token ids": (b'{"model": "auto", "prompt": [[1, 2]]}', 400, "expected"),
-    "too long": (b'{"model": "auto", "prompt": "' + b"x" * 5000 + b'"}', 413, "at most 4096 bytes"),
+    "too long": (b'{"model": "auto", "prompt": "' + b"x" * 500_000 + b'"}', 413, "at most 200000 bytes"),
 }
 
 
@@ -183,7 +232,7 @@ def test_what_cannot_be_routed_is_refused_and_does_not_reach_the_upstream(kind):
         assert answer.status_code == status and cause in answer.json()["error"]["message"]
         assert upstream.seen == []
 
-    talk(work, max_body=4096)
+    talk(work, max_body=200_000)
 
 
 def test_messages_without_a_user_are_refused():
