@@ -1,5 +1,7 @@
 """Fixtures: a tiny random model with its tokenizer, a tiny library, the command, the kit's golden files."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -94,3 +96,16 @@ def command(tmp_path, tiny_base, tiny_library):
         ), tmp_path / out
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as p:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = p.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()

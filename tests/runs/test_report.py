@@ -380,19 +380,6 @@ def test_queries_that_are_alike_do_not_hide_each_other():
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    with playwright.sync_playwright() as p:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = p.chromium.launch(executable_path=path, args=flags)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture()
 def visit(browser):
     """Opens a report; afterwards nothing must have gone wrong in it, and nothing been asked of elsewhere."""

@@ -2,71 +2,19 @@
 
 import asyncio
 import json
-from types import SimpleNamespace
 
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 pytest.importorskip("starlette", reason="needs the extra serve")
 
-from starlette.applications import Starlette  # noqa: E402
-from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
+from serving_stubs import Two, Upstream  # noqa: E402
+from starlette.responses import JSONResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from router.api import Choice, Router  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
 from router.serving.front import Front, Refused, text_of  # noqa: E402
-
-
-class Two:
-    """A router of two variants: texts with an x go to the first, all others to the base model."""
-
-    def __init__(self):
-        self.variants = [SimpleNamespace(weights={"one": 1.0}), SimpleNamespace(weights={})]
-        self.batches = []
-
-    def choose(self, texts):
-        self.batches.append(list(texts))
-        return [
-            Choice(0, {"one": 0.9, "base": 0.1}, 2.0, False, True)
-            if "x" in text
-            else Choice(1, {"base": 0.6, "one": 0.4}, 0.1, True, False)
-            for text in texts
-        ]
-
-
-class Upstream:
-    """What a server does, with a list of what reached it."""
-
-    def __init__(self):
-        self.seen, self.closed, self.broken = [], 0, False
-        self.app = Starlette(
-            routes=[
-                Route("/v1/models", self.models),
-                Route("/v1/{path:path}", self.answer, methods=["GET", "POST"]),
-            ]
-        )
-
-    async def models(self, _):
-        listed = [{"id": "the-base"}, {"id": "variant-0", "parent": "the-base"}]
-        return JSONResponse({"object": "list", "data": listed})
-
-    async def answer(self, request):
-        body = json.loads(await request.body() or b"{}")
-        self.seen.append((request.url.path, body, dict(request.headers)))
-        if self.broken:
-            return JSONResponse({"error": "broken"}, 503)
-        if body.get("stream"):
-            return StreamingResponse(self.chunks(), media_type="text/event-stream")
-        return JSONResponse({"model": body.get("model"), "choices": [{"text": body.get("prompt")}]})
-
-    async def chunks(self):
-        try:
-            for n in range(3):
-                yield f"data: {n}\n\n".encode()
-                await asyncio.sleep(0)
-        finally:
-            self.closed += 1
 
 
 def talk(work, router=None, upstream=None, **how):

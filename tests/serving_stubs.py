@@ -1,0 +1,69 @@
+"""A router and a server that are none, for the tests of the front."""
+
+import asyncio
+import json
+import socket
+from types import SimpleNamespace
+
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from router.api import Choice
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class Two:
+    """A router of two variants: texts with an x go to the first, all others to the base model."""
+
+    def __init__(self):
+        self.variants = [SimpleNamespace(weights={"one": 1.0}), SimpleNamespace(weights={})]
+        self.batches = []
+
+    def choose(self, texts):
+        self.batches.append(list(texts))
+        return [
+            Choice(0, {"one": 0.9, "base": 0.1}, 2.0, False, True)
+            if "x" in text
+            else Choice(1, {"base": 0.6, "one": 0.4}, 0.1, True, False)
+            for text in texts
+        ]
+
+
+class Upstream:
+    """What a server does, with a list of what reached it."""
+
+    def __init__(self):
+        self.seen, self.closed, self.broken = [], 0, False
+        self.app = Starlette(
+            routes=[
+                Route("/v1/models", self.models),
+                Route("/v1/{path:path}", self.answer, methods=["GET", "POST"]),
+            ]
+        )
+
+    async def models(self, _):
+        listed = [{"id": "the-base"}, {"id": "variant-0", "parent": "the-base"}]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def answer(self, request):
+        body = json.loads(await request.body() or b"{}")
+        self.seen.append((request.url.path, body, dict(request.headers)))
+        if self.broken:
+            return JSONResponse({"error": "broken"}, 503)
+        if body.get("stream"):
+            return StreamingResponse(self.chunks(), media_type="text/event-stream")
+        return JSONResponse({"model": body.get("model"), "choices": [{"text": body.get("prompt")}]})
+
+    async def chunks(self):
+        try:
+            for n in range(3):
+                yield f"data: {n}\n\n".encode()
+                await asyncio.sleep(0)
+        finally:
+            self.closed += 1
