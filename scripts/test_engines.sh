@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 work=${1:-build/engines}
 python=$PWD/.venv/bin/python
 mkdir -p "$work/bin"
+work=$(cd "$work" && pwd)
 
 if [ ! -x "$work/vllm/bin/python" ]; then
   "$python" -m venv "$work/vllm"
@@ -33,7 +34,7 @@ base=$("$python" -c 'from router.model.base import embedded_folder; print(embedd
 stop() { kill "${front:-}" "${server:-}" 2> /dev/null || true; }
 trap stop EXIT
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind TORCHDYNAMO_DISABLE=1
-PATH=$PWD/$work/bin:$PATH "$work/output/serve.sh" --host 127.0.0.1 --port 8000 --enforce-eager \
+PATH=$work/bin:$PATH "$work/output/serve.sh" --host 127.0.0.1 --port 8000 --enforce-eager \
   --max-model-len 1024 > "$work/vllm.log" 2>&1 &
 server=$!
 "$python" -m router serve --router "$work/output" --upstream http://127.0.0.1:8000 --port 8090 \
