@@ -78,7 +78,7 @@ def embedded_folder() -> Path:
         try:
             # transformers draws its progress bars even without a terminal.
             with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
-                _convert(gguf, work)
+                convert(gguf, work)
             work.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster and made the same bytes
@@ -88,8 +88,9 @@ def embedded_folder() -> Path:
     return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def convert(gguf: Path, folder: Path) -> None:
+    """Converts a GGUF file into a folder of config, safetensors and tokenizer, in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model that came from GGUF refuses save_pretrained, and engines refuse its
@@ -97,7 +98,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "model_type", "transformers_version", "_name_or_path"):
         settings.pop(key, None)
-    model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    model: Any = type(loaded)(type(loaded.config)(**settings))
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -387,7 +387,9 @@ class Front:
     async def page(self, _: Request) -> Response:
         """GET /: a small page that shows the last decisions."""
         text = resources.files("router.serving").joinpath("page.html").read_text("utf-8")
-        return HTMLResponse(text, headers={"content-security-policy": "default-src 'self' 'unsafe-inline'; img-src data:"})
+        return HTMLResponse(
+            text, headers={"content-security-policy": "default-src 'self' 'unsafe-inline'; img-src data:"}
+        )
 
     async def reload(self, request: Request) -> Response:
         """POST /admin/reload: loads the router anew; requests go on with the old one meanwhile."""

