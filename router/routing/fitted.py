@@ -108,11 +108,14 @@ class Fitted:
             "representative": self.representative,
             "gate": self.gate.get_params(),
         }
+        part = folder / f".{FILE}"
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            folder / FILE,
+            part,
             metadata={"format": "pt", "router": json.dumps(about)},
         )
+        part.chmod(0o644)  # it is written for its owner alone
+        part.replace(folder / FILE)
 
     @staticmethod
     def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Fitted:
