@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-PURE = 0.75  # a candidate with this weight answers alone; docs/method.md has what a mix is worth
+PURE = 0.5  # a candidate with this weight answers alone; docs/method.md has what a mix is worth
 PER_BEST = 1.5  # at most so many variants for each candidate that is a query's best
 # Limits of the total variation distance between a query's own mix and its variant's: on average, and at
 # worst. The second keeps the few queries of a rare task from drowning in a large group; two pure groups that
