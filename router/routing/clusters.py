@@ -38,9 +38,9 @@ def mixes(weights: Array) -> Array:
     adapter that probably does not fit does more harm than good.
 
     Example:
-        >>> mixes(np.array([[0.9, 0.1, 0.0], [0.5, 0.3, 0.2], [0.4, 0.0, 0.6]]))
+        >>> mixes(np.array([[0.6, 0.4, 0.0], [0.4, 0.3, 0.3], [0.3, 0.3, 0.4]]))
         array([[1. , 0. , 0. ],
-               [0.5, 0.3, 0.2],
+               [0.4, 0.3, 0.3],
                [0. , 0. , 1. ]])
     """
     best = weights.argmax(1)
@@ -66,12 +66,12 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
         ValueError: n_variants below 1.
 
     Example:
-        >>> weights = np.array([[0.6, 0.4, 0.0], [0.1, 0.9, 0.0], [0.58, 0.42, 0.0]])
+        >>> weights = np.array([[0.46, 0.4, 0.14], [0.1, 0.9, 0.0], [0.44, 0.42, 0.14]])
         >>> found = cluster(weights, None, seed=0)
         >>> found.labels
         array([0, 1, 0])
         >>> found.weights
-        array([[0.59, 0.41, 0.  ],
+        array([[0.45, 0.41, 0.14],
                [0.  , 1.  , 0.  ]])
     """
     if n_variants is not None and n_variants < 1:
@@ -101,8 +101,8 @@ def nearest(weights: Array, clusters: Clusters) -> NDArray[np.int64]:
         weights: (queries, candidates), rows sum to 1.
 
     Example:
-        >>> made = Clusters(np.array([0, 1]), np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]))
-        >>> nearest(np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0]]), made)
+        >>> made = Clusters(np.array([0, 1]), np.array([[1.0, 0.0, 0.0], [0.4, 0.4, 0.2]]))
+        >>> nearest(np.array([[0.9, 0.1, 0.0], [0.45, 0.4, 0.15]]), made)
         array([0, 1])
     """
     apart = ((mixes(weights)[:, None] - clusters.weights[None]) ** 2).sum(2)  # (queries, variants)
