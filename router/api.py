@@ -21,10 +21,11 @@ from router.methods.proto_route import ProtoRoute
 from router.model.answer import Answer
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.pipeline import Routed
+from router.result import Decision
 from router.routing.clusters import Array, Clusters, cluster, nearest
 from router.routing.evidence import LOW_MARGIN
 from router.routing.fitted import FORMAT, Fitted
-from router.routing.variants import MARKER, VARIANTS, Hotswap, Variant, decide, variants_are_ours
+from router.routing.variants import MARKER, VARIANTS, Variant, decide, variants_are_ours
 from router.runs.load import load as load_run
 from router.settings import Settings
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
@@ -293,17 +294,13 @@ class Router:
 
     def _answered(self, queries: Sequence[Query], folder: Path) -> list[Answer]:
         """Answers with the variants in a folder, by their numbers."""
-        groups = [choice.variant for choice in self.choose([query.input for query in queries])]
-        rows = self._method.encoded(queries)
-        answers: dict[int, Answer] = {}
-        with Hotswap(self._base) as swap:
-            for group in sorted({group for group in groups if group is not None}):
-                members = [n for n, own in enumerate(groups) if own == group]
-                path = folder / str(group)
-                model = swap.activate(path if path.is_dir() else None)
-                part = [queries[n] for n in members], [rows[n] for n in members]
-                answers |= dict(zip(members, self._method.answer_with(model, *part), strict=True))
-        return [answers[n] for n in range(len(queries))]
+        assert self._clusters is not None
+        method, rows = self._method, self._method.encoded(queries)
+        routing = method.route(queries, rows)
+        clusters = Clusters(nearest(routing.weights, self._clusters), self._clusters.weights)
+        folders = [str(n) if variant.weights else None for n, variant in enumerate(self.variants)]
+        decision = Decision(self._base, method.adapters, routing, clusters, self.variants, folders)
+        return method.predict(queries, rows, decision, folder)
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What an unfinished run has already answered, so that the same command goes on where it stood.
 
-A folder `.journal` in the output folder holds the routing, part by part, and the answers, batch by batch. It
-goes when the run is finished. Only one run at a time may write to an output folder.
+A folder `.journal` in the output folder holds the routing, part by part, and the answers, one a line. It goes
+when the run is finished. Only one run at a time may write to an output folder.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ class Journal(MutableMapping[Query, Answer]):
                 try:
                     if not line.endswith(b"\n"):
                         break
-                    for query, answer in json.loads(line):
-                        query["choices"] = tuple(query["choices"])
-                        answer |= {key: tuple(answer[key]) for key in ("ids", "scores")}
-                        self._answers[Query(**query)] = Answer(**answer)
+                    query, answer = json.loads(line)
+                    query["choices"] = tuple(query["choices"])
+                    answer |= {key: tuple(answer[key]) for key in ("ids", "scores")}
+                    self._answers[Query(**query)] = Answer(**answer)
                 except (ValueError, TypeError, KeyError):
                     break
                 end += len(line)
@@ -118,19 +118,13 @@ class Journal(MutableMapping[Query, Answer]):
         found.seek(end)
         return found
 
-    def update(self, *others: Any, **more: Any) -> None:
-        """Adds the answers of a batch."""
-        added = dict(*others, **more)
-        self._answers.update(added)
-        pairs = [(asdict(query), asdict(answer)) for query, answer in added.items()]
-        self._file.write(json.dumps(pairs).encode() + b"\n")
+    def __setitem__(self, query: Query, answer: Answer) -> None:
+        self._answers[query] = answer
+        self._file.write(json.dumps([asdict(query), asdict(answer)]).encode() + b"\n")
         self._file.flush()
         if time.monotonic() - self._synced >= SYNCED:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
-
-    def __setitem__(self, query: Query, answer: Answer) -> None:
-        self.update({query: answer})
 
     def __getitem__(self, query: Query) -> Answer:
         return self._answers[query]

@@ -179,6 +179,8 @@ class Routed(Merges):
         ):
             for n in swap_order(paths):
                 members = np.flatnonzero(decision.clusters.labels == n).tolist()
+                if not members:  # a variant that was made for other queries
+                    continue
                 part = self.answer_with(
                     swap.activate(paths[n]),
                     [queries[m] for m in members],

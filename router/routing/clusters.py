@@ -105,7 +105,12 @@ def nearest(weights: Array, clusters: Clusters) -> NDArray[np.int64]:
         >>> nearest(np.array([[0.9, 0.1, 0.0], [0.45, 0.4, 0.15]]), made)
         array([0, 1])
     """
-    apart = ((mixes(weights)[:, None] - clusters.weights[None]) ** 2).sum(2)  # (queries, variants)
+    return _closest(mixes(weights), clusters.weights)
+
+
+def _closest(points: Array, centres: Array) -> NDArray[np.int64]:
+    """The centre that is nearest to each point, (points,), by squared distance less the point's own square."""
+    apart = (centres**2).sum(1) - 2 * points @ centres.T  # (points, centres)
     return np.asarray(apart.argmin(1), dtype=np.int64)
 
 
@@ -141,7 +146,7 @@ def _kmeans(weights: Array, k: int, seed: int) -> Clusters:
     for _ in range(100):
         groups = np.unique(labels)
         centres = np.stack([weights[labels == n].mean(0) for n in groups])
-        moved = groups[((weights[:, None] - centres[None]) ** 2).sum(2).argmin(1)]
+        moved = groups[_closest(weights, centres)]
         if (moved == labels).all():
             break
         labels = moved

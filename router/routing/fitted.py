@@ -108,14 +108,14 @@ class Fitted:
             "representative": self.representative,
             "gate": self.gate.get_params(),
         }
-        part = folder / f".{FILE}"
+        work = folder / f".{FILE}"
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            part,
+            work,
             metadata={"format": "pt", "router": json.dumps(about)},
         )
-        part.chmod(0o644)  # it is written for its owner alone
-        part.replace(folder / FILE)
+        work.chmod(0o644)  # it is written for its owner alone
+        work.replace(folder / FILE)
 
     @staticmethod
     def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Fitted:

@@ -267,7 +267,7 @@ class Front:
     async def forward(self, request: Request) -> Response:
         """Everything else under /v1: passed on; with the model `auto`, under a variant's name."""
         self._admit(request)
-        steps = re.split("/|%2f", request.scope["raw_path"].decode("ascii").lower())
+        steps = re.split("/|%2f", request.scope["raw_path"].decode("latin-1").lower())
         if {".", "..", "%2e", "%2e%2e", ".%2e", "%2e."} & set(steps):
             raise Refused(404, "expected a path without steps upwards")
         raw, decision = await self._body(request), None
@@ -301,7 +301,7 @@ class Front:
         left = _OWN | ({"authorization"} if self.api_key or self.ours else set())
         headers = [(key, value) for key, value in request.headers.raw if key.decode("latin-1") not in left]
         headers += [(key.encode(), value.encode()) for key, value in self.ours.items()]
-        url = request.scope["raw_path"].decode("ascii")
+        url = request.scope["raw_path"].decode("latin-1")
         url += f"?{request.url.query}" if request.url.query else ""
         start = time.perf_counter()
         outgoing = self.client.build_request(request.method, url, content=raw, headers=headers)
@@ -352,6 +352,7 @@ class Front:
                 await asyncio.shield(answer.aclose())
                 self.seconds.labels("upstream").observe(time.perf_counter() - start)
 
+        # The task closes it where the body was never asked for.
         return StreamingResponse(
             chunks(), answer.status_code, headers, background=BackgroundTask(answer.aclose)
         )  # fmt: skip
