@@ -109,7 +109,7 @@ def nearest(weights: Array, clusters: Clusters) -> NDArray[np.int64]:
 
 
 def _closest(points: Array, centres: Array) -> NDArray[np.int64]:
-    """The centre that is nearest to each point, (points,), by squared distance less the point's own square."""
+    """The centre nearest to each point, (points,), by squared distance less the point's own square."""
     apart = (centres**2).sum(1) - 2 * points @ centres.T  # (points, centres)
     return np.asarray(apart.argmin(1), dtype=np.int64)
 
