@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-PURE = 0.5  # a candidate with this weight answers alone; docs/method.md has what a mix is worth
+PURE = 0.5  # a candidate with more than this weight answers alone; docs/method.md has what a mix is worth
 PER_BEST = 1.5  # at most so many variants for each candidate that is a query's best
 # Limits of the total variation distance between a query's own mix and its variant's: on average, and at
 # worst. The second keeps the few queries of a rare task from drowning in a large group; two pure groups that
@@ -32,19 +32,20 @@ class Clusters:
 
 
 def mixes(weights: Array) -> Array:
-    """What each query is to be answered with: its weights or, where one of them is at least PURE, that alone.
+    """What each query is to be answered with: its weights or, where one of them is above PURE, that alone.
 
     Where the base model, the last candidate, has the largest weight, it answers alone too: a share of an
-    adapter that probably does not fit does more harm than good.
+    adapter that probably does not fit does more harm than good. Two equal halves, the average of two adapters,
+    stay a mix.
 
     Example:
-        >>> mixes(np.array([[0.6, 0.4, 0.0], [0.4, 0.3, 0.3], [0.3, 0.3, 0.4]]))
+        >>> mixes(np.array([[0.6, 0.4, 0.0], [0.5, 0.5, 0.0], [0.3, 0.3, 0.4]]))
         array([[1. , 0. , 0. ],
-               [0.4, 0.3, 0.3],
+               [0.5, 0.5, 0. ],
                [0. , 0. , 1. ]])
     """
     best = weights.argmax(1)
-    alone = (weights.max(1) >= PURE) | (best == weights.shape[1] - 1)
+    alone = (weights.max(1) > PURE) | (best == weights.shape[1] - 1)
     return np.where(alone[:, None], np.eye(weights.shape[1])[best], weights)
 
 
