@@ -33,7 +33,7 @@ setup(
         "markupsafe>=2.1",
         "numpy>=1.26",
         "regex>=2024.4",  # patterns of strangers, with a time limit
-        "psutil>=5.9; sys_platform == 'win32'",
+        "psutil>=5.9",
         "scipy>=1.11",
         "threadpoolctl>=3.1",
         "tqdm>=4.66",

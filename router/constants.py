@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 LIBRARY = Path("data/library")
+Apply = Literal["auto", "merged", "beside"]  # how a variant is applied: router/model/apply.py
 BASE_COLUMN = "base"  # the null candidate in routing tables: the base model without any adapter
 
 COMPETITION = "competition"

@@ -21,6 +21,7 @@ from router.settings import Settings
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCORINGS = ("full", "kit")
+APPLIES = ("auto", "merged", "beside")
 
 
 def _integer(least: int, word: str | None = None) -> Callable[[str], int | None]:
@@ -152,6 +153,13 @@ def parser() -> argparse.ArgumentParser:
         "auto uses bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on a CPU",
         type=_one_of(DTYPES),
         metavar="|".join(DTYPES),
+    )
+    setting(
+        "apply",
+        "add a variant to the weights, of which a copy is kept (merged), or compute it beside them; "
+        "auto adds it where the device's memory has room for the copy",
+        type=_one_of(APPLIES),
+        metavar="|".join(APPLIES),
     )
     setting("max_gen_len", "maximum number of new tokens per answer, from 1", type=_integer(1), metavar="INT")
     setting(

@@ -23,19 +23,18 @@ from router.errors import InputError
 from router.kit import Merges
 from router.library.adapters import Adapter, base_of, check_against_base, load_library
 from router.model.answer import Answer
+from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
 from router.progress import progress
 from router.result import Decision, Result, Routing
 from router.routing.clusters import cluster
 from router.routing.model_card import Recipe, write_card
 from router.routing.variants import (
-    Hotswap,
     Variant,
     complete,
     decide,
     limited,
     replace_variants,
-    swap_order,
     write_variant,
 )
 from router.settings import Settings
@@ -175,14 +174,14 @@ class Routed(Merges):
         paths = [folder / name if name else None for name in decision.folders]
         with (
             progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar,
-            Hotswap(self.base) as swap,
+            applied(self.base, self.settings.apply) as models,
         ):
             for n in swap_order(paths):
                 members = np.flatnonzero(decision.clusters.labels == n).tolist()
                 if not members:  # a variant that was made for other queries
                     continue
                 part = self.answer_with(
-                    swap.activate(paths[n]),
+                    models.activate(paths[n]),
                     [queries[m] for m in members],
                     [rows[m] for m in members],
                     bar.update,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from router.constants import Apply
 from router.model.answer import Scoring
 
 
@@ -26,6 +27,7 @@ class Settings:
     batch_size: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    apply: Apply = "auto"
     max_gen_len: int = 64
     max_seq_len: int | None = None
     scoring: Scoring = field(default="full")

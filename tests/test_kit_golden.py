@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from router.main import main
 from router.methods import load_method
 from router.model.answer import encode
-from router.routing.variants import active
+from router.model.apply import active
 from router.settings import Settings
 from router.submission import read_queries
 

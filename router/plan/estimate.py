@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from merge.folders import WEIGHTS_FILE, AdapterFolder
@@ -25,6 +26,7 @@ from router.files import replacing
 from router.hub import HubError, fetch
 from router.library.adapters import check_against_base, load_library
 from router.library.sources import expand, is_here
+from router.model.apply import copy_bytes, picked
 from router.model.base import (
     EMBEDDED,
     EMBEDDED_ID,
@@ -99,7 +101,8 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     variants = settings.n_variants or earlier.get("n_variants") or assumed
     work = _work(tokenizer, settings, queries, earlier)
     used = {} if name == "base" else adapters
-    speed = measure(config, parameters(model), device, dtype, used, work.prompts)
+    apply = picked(model, torch.device(device), dtype, settings.apply)
+    speed = measure(config, parameters(model), device, dtype, apply, used, work.prompts)
     ways = {"likely": variants}
     if routed and not earlier and not settings.n_variants:
         ways |= {"low": max(1, variants // 2), "high": most}
@@ -107,7 +110,8 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     if earlier and routed:
         for found in seconds.values():
             found["prototypes"] = found["calibrate"] = 0.0  # kept on disk since then
-    memory = _memory(base, dtype.itemsize, parameters(model), work, adapters, routed)
+    copied = copy_bytes(model, dtype) if apply == "merged" and adapters else 0
+    memory = _memory(base, dtype.itemsize, parameters(model), copied, work, adapters, routed)
     size = sum((folder.path / WEIGHTS_FILE).stat().st_size for folder in adapters.values())
     return {
         "method": name,
@@ -272,11 +276,17 @@ def _memory(
     base: _BaseModel,
     size: int,
     n_parameters: int,
+    copied: int,
     work: _Work,
     adapters: dict[str, AdapterFolder],
     routed: bool,
 ) -> dict[str, float]:
-    """Peak resident memory by stage, MiB, on a CPU; `size` is the bytes of one number."""
+    """Peak resident memory by stage, MiB, on a CPU.
+
+    Args:
+        size: bytes of one number.
+        copied: bytes of the copy of the weights that variants are added to.
+    """
     from router.model.answer import BATCH_TOKENS, CHOICE_TOKENS
 
     config = base.config
@@ -297,6 +307,7 @@ def _memory(
         some = len(generic_prompts()) + min(AT_ONCE, len(work.truncated))
         found["probe"] = max(found["load"], held + each * some + own * size + KERNELS)
         held += 4 * (modules + 2 * len(adapters)) * len(work.truncated)  # the evidence
+    held += copied
     found["predict"] = max(found["load"], held + KERNELS + 2 * cache, held + KERNELS + logits)
     return {stage: value / 2**20 for stage, value in found.items()}
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from merge.folders import AdapterFolder
 
@@ -76,6 +76,7 @@ def measure(
     n_parameters: int,
     device: str,
     dtype: Any,
+    apply: Literal["merged", "beside"],
     adapters: dict[str, AdapterFolder],
     lengths: Sequence[int],
 ) -> Speed:
@@ -91,7 +92,7 @@ def measure(
     most = min(layers, max(2, LARGEST * layers // n_parameters))
     sample = [int(n) for n in np.quantile(lengths or [1], (np.arange(PROMPTS) + 0.5) / PROMPTS)]
     least = max(1, most // 2)
-    few, more = (_measure(config, n, device, dtype, adapters, sample) for n in (least, most))
+    few, more = (_measure(config, n, device, dtype, apply, adapters, sample) for n in (least, most))
     step = (layers - least) / max(1, most - least)
     scaled = {key: few[key] + max(0.0, more[key] - few[key]) * step for key in few}
     return Speed(**scaled, prototypes=_decomposed(middle(adapters)) if adapters else 0.0)
@@ -103,7 +104,13 @@ def middle(adapters: dict[str, AdapterFolder]) -> AdapterFolder:
 
 
 def _measure(
-    config: Any, layers: int, device: str, dtype: Any, adapters: dict[str, AdapterFolder], lengths: list[int]
+    config: Any,
+    layers: int,
+    device: str,
+    dtype: Any,
+    apply: Literal["merged", "beside"],
+    adapters: dict[str, AdapterFolder],
+    lengths: list[int],
 ) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
@@ -129,7 +136,7 @@ def _measure(
         found = {"read": _timed(lambda: read(model)) / tokens}
         seen = _timed(lambda: probe(model, short, 0, protos, means, len(adapters), "measure"))
         found["probe"] = seen / sum(map(len, short))
-        with _one_active(model, adapters) as (by, found["swap"]):
+        with _one_active(model, apply, adapters) as (by, found["swap"]):
             found["read_active"] = _timed(lambda: read(by)) / tokens
             one, many = (_timed(step(by, tokens // len(rows), count)) for count in (1, ROWS))
     found["write_row"] = max(0.0, many - one) / (ROWS - 1)
@@ -158,7 +165,9 @@ def _drawn(model: Any, adapters: dict[str, AdapterFolder], generator: Any) -> tu
 
 
 @contextmanager
-def _one_active(model: Any, adapters: dict[str, AdapterFolder]) -> Iterator[tuple[Any, float]]:
+def _one_active(
+    model: Any, apply: Literal["merged", "beside"], adapters: dict[str, AdapterFolder]
+) -> Iterator[tuple[Any, float]]:
     """The model with an adapter of middle size active, and the seconds that took; plain without adapters.
 
     Each kind of module that this adapter changes ("q_proj") is changed in every layer of the model, which may
@@ -171,12 +180,12 @@ def _one_active(model: Any, adapters: dict[str, AdapterFolder]) -> Iterator[tupl
 
     from merge.factors import Factors
     from merge.folders import write_adapter
+    from router.model.apply import applied
     from router.model.base import Base, linear_shapes
-    from router.routing.variants import active
 
     ranks = {module.rsplit(".", 1)[-1]: rank for module, rank in middle(adapters).ranks.items()}
     updates = {
-        module: Factors(torch.zeros(ranks[kind], d_in), torch.zeros(d_out, ranks[kind]))
+        module: Factors(torch.zeros(ranks[kind], d_in), torch.full((d_out, ranks[kind]), 1e-9))
         for module, (d_out, d_in) in linear_shapes(model).items()
         if (kind := module.rsplit(".", 1)[-1]) in ranks
     }
@@ -185,11 +194,12 @@ def _one_active(model: Any, adapters: dict[str, AdapterFolder]) -> Iterator[tupl
     with tempfile.TemporaryDirectory() as folder:
         one = Path(folder) / "one"
         write_adapter(one, updates, "", None, model.dtype)
-        with active(base, one):
-            pass  # the first time includes imports
-        start = time.perf_counter()
-        write_adapter(one, updates, "", None, model.dtype)
-        with active(base, one) as by:
+        with applied(base, apply) as models:
+            models.activate(one)  # the first time includes imports, or a copy of the weights
+            models.activate(None)
+            start = time.perf_counter()
+            write_adapter(one, updates, "", None, model.dtype)
+            by = models.activate(one)
             yield by, time.perf_counter() - start
 
 

@@ -35,8 +35,8 @@ def mixes(weights: Array) -> Array:
     """What each query is to be answered with: its weights or, where one of them is above PURE, that alone.
 
     Where the base model, the last candidate, has the largest weight, it answers alone too: a share of an
-    adapter that probably does not fit does more harm than good. Two equal halves, the average of two adapters,
-    stay a mix.
+    adapter that probably does not fit does more harm than good. Two equal halves, the average of two
+    adapters, stay a mix.
 
     Example:
         >>> mixes(np.array([[0.6, 0.4, 0.0], [0.5, 0.5, 0.0], [0.3, 0.3, 0.4]]))

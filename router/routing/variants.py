@@ -1,26 +1,22 @@
-"""A few merged adapters instead of one per query: decided, materialised, written, activated.
+"""A few merged adapters instead of one per query: decided, materialised, written.
 
-A variant is an exact weighted sum of the library's updates, written as a PEFT folder. PEFT loads that folder
-to answer.
+A variant is an exact weighted sum of the library's updates, written as a PEFT folder; router/model/apply.py
+answers with it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from merge.factors import Factors, recompress, weighted_sum
-from merge.folders import CONFIG_FILE, write_adapter
+from merge.folders import write_adapter
 from router.library.adapters import Adapter
 from router.model.base import Base
 from router.routing.clusters import Array
@@ -142,87 +138,3 @@ def replace_variants(work: Path, output: Path) -> None:
         work.rename(final)
     except OSError as error:
         log.warning("%s: the variants could not be kept: %s", final, error)
-
-
-class Hotswap:
-    """Activates variants one after the other, through PEFT; never writes to the base model's weights.
-
-    A variant that changes the same modules as the one before it, at no lower rank, is put into the layers
-    that are there (PEFT's hot swap). For any other, layers are wrapped anew, which takes longer; `swap_order`
-    gives an order in which that is rare. Folders are as `write_adapter` leaves them, in the base model's
-    dtype. As a context manager, it leaves the base model as it was.
-    """
-
-    def __init__(self, base: Base) -> None:
-        self.base = base
-        self._model: Any = base.model
-        self._targets: list[str] = []
-        self._rank = 0
-
-    def __enter__(self) -> Hotswap:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.deactivate()
-
-    def activate(self, folder: Path | None) -> Any:
-        """The model with a folder's variant active, until the next call; None is the base model alone."""
-        targets, rank = _changed(folder)
-        if targets != self._targets or rank < self._rank:  # PEFT pads a lower rank, which costs at every step
-            self.deactivate()
-        if folder is None:
-            return self.base.model
-        if self._targets:
-            from peft.utils.hotswap import hotswap_adapter
-
-            hotswap_adapter(self._model, str(folder), "variant", "cpu")  # it moves tensor by tensor
-        else:
-            self._model = _wrapped(self.base.model, folder)
-        self._targets, self._rank = targets, rank
-        return self._model
-
-    def deactivate(self) -> None:
-        """Removes the active variant."""
-        if self._targets:
-            self._model.unload()
-        self._model, self._targets, self._rank = self.base.model, [], 0
-
-
-def _changed(folder: Path | None) -> tuple[list[str], int]:
-    """Which modules a folder's variant changes, as its configuration names them, and its rank."""
-    if folder is None:
-        return [], 0
-    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    return config["target_modules"], config["r"]
-
-
-def _wrapped(model: Any, folder: Path) -> Any:
-    """Adds a folder's variant to a model, by PEFT; if that fails, the model is as it was."""
-    from peft import PeftConfig, PeftModelForCausalLM
-
-    how: dict[str, Any] = {
-        "adapter_name": "variant",
-        "autocast_adapter_dtype": False,  # in the base model's dtype, not float32
-        "low_cpu_mem_usage": True,  # no random initialisation first
-    }
-    with warnings.catch_warnings():  # between PEFT and transformers; a user cannot act on it
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        found = PeftModelForCausalLM(model, PeftConfig.from_pretrained(str(folder)), **how)
-        try:
-            found.load_adapter(str(folder), torch_device=str(model.device), **how)
-        except BaseException:
-            found.unload()
-            raise
-    return found.eval()
-
-
-def swap_order(folders: Sequence[Path | None]) -> list[int]:
-    """The numbers of variants in the order in which to activate them: by modules, then by rank."""
-    return sorted(range(len(folders)), key=lambda n: _changed(folders[n]))
-
-
-@contextmanager
-def active(base: Base, folder: Path | None) -> Iterator[Any]:
-    """The base model with one variant active; None leaves it plain. Afterwards it is as it was."""
-    with Hotswap(base) as swap:
-        yield swap.activate(folder)

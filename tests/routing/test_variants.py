@@ -8,31 +8,17 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from helpers import logits
 from merge.factors import Factors
+from router.model.apply import active
 from router.model.base import linear_shapes, load_base
-from router.routing.variants import (
-    Hotswap,
-    Variant,
-    active,
-    complete,
-    decide,
-    materialise,
-    swap_order,
-    write_variant,
-)
+from router.routing.variants import Variant, complete, decide, materialise, write_variant
 
 SCALES = {"attention": 8 / 4, "everything": 2 / 2, "mlp": 9 / math.sqrt(6)}  # alpha / r, the last rsLoRA
 MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
-IDS = torch.tensor([[5, 60, 7, 91, 12, 200, 33]])
-
-
-def logits(model):
-    with torch.inference_mode():
-        return model(input_ids=IDS, use_cache=False).logits[0].clone()
 
 
 def raw(folder):
@@ -174,105 +160,6 @@ def test_an_active_variant_is_pefts_own_concatenation(tmp_path, tiny_base, tiny_
     assert set(found) == set(expected)
     for module in expected:
         np.testing.assert_allclose(found[module], expected[module], atol=1e-5)
-
-
-def test_variants_take_turns_and_leave_no_trace(tmp_path, base, adapters):
-    before, shapes = logits(base.model), linear_shapes(base.model)
-    write_variant(tmp_path / "0", Variant({"attention": 1.0}, 0.0), adapters, base, shapes)
-    write_variant(tmp_path / "1", Variant({"mlp": 1.0}, 0.0), adapters, base, shapes)
-    seen = []
-    for name in "010":
-        with active(base, tmp_path / name) as model:
-            seen.append(logits(model))
-        with active(base, None) as model:
-            assert model is base.model
-            assert torch.equal(logits(model), before)
-    assert torch.equal(seen[0], seen[2])
-    assert not torch.allclose(seen[0], seen[1], atol=1e-2)
-
-
-def lora_weights(model):
-    return {name: weight for name, weight in model.named_parameters() if "lora_" in name}
-
-
-# The same modules at a higher rank (1 stays 1, others become 8), at the same, at a lower; others; none.
-SWAPPED = (
-    "attention 1",
-    "attention 4",
-    "attention 2",
-    "attention 1",
-    "everything 2",
-    "mlp 3",
-    None,
-    "attention 2",
-)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_swapped_variant_has_the_weights_that_peft_loads(tmp_path, tiny_base, adapters, dtype):
-    base = load_base(str(tiny_base), "cpu", dtype)
-    before, weights = logits(base.model), copy.deepcopy(base.model.state_dict())
-    folders = [name and tmp_path / name for name in SWAPPED]
-    for name, folder in zip(SWAPPED, folders, strict=True):
-        if name and not folder.exists():
-            adapter, rank = name.split()
-            only = Variant({adapter: 1.0}, 0.0)
-            write_variant(folder, only, adapters, base, linear_shapes(base.model), int(rank))
-    written = {file: file.read_bytes() for file in tmp_path.rglob("adapter_model.safetensors")}
-    with Hotswap(base) as swap:
-        for folder in folders:
-            found = swap.activate(folder)
-            if folder is None:
-                assert found is base.model and torch.equal(logits(found), before)
-                continue
-            fresh = AutoModelForCausalLM.from_pretrained(base.name, dtype=base.model.dtype)
-            theirs = PeftModel.from_pretrained(
-                fresh, folder, adapter_name="variant", autocast_adapter_dtype=False
-            ).eval()
-            mine, expected = lora_weights(found), lora_weights(theirs)
-            assert mine.keys() == expected.keys()
-            assert all(torch.equal(weight, expected[name]) for name, weight in mine.items())
-            torch.testing.assert_close(logits(found), logits(theirs), atol=1e-5, rtol=1e-5)
-    assert {file: file.read_bytes() for file in written} == written
-    assert torch.equal(logits(base.model), before)
-    assert base.model.state_dict().keys() == weights.keys()
-    assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
-
-
-def test_variants_of_the_same_modules_share_the_wrapped_layers(tmp_path, base, adapters):
-    shapes, wrapped = linear_shapes(base.model), []
-    names = ["mlp 1", "attention 2", "mlp 3", "attention 1", "mlp 1"]
-    for n, name in enumerate(names):
-        adapter, rank = name.split()
-        write_variant(tmp_path / f"{n}", Variant({adapter: 1.0}, 0.0), adapters, base, shapes, int(rank))
-    folders = [*(tmp_path / f"{n}" for n in range(len(names))), None]
-    turns = swap_order(folders)
-    assert turns[0] == 5 and sorted(turns) == [0, 1, 2, 3, 4, 5]
-    with Hotswap(base) as swap:
-        for n in turns[1:]:
-            wrapped.append(swap.activate(folders[n]))
-    assert len({id(model) for model in wrapped}) == 2  # once for attention, once for mlp
-
-
-def test_an_error_while_a_variant_is_active_leaves_the_base_model_plain(tmp_path, base, adapters):
-    before = logits(base.model)
-    write_variant(tmp_path / "v", MIXED, adapters, base, linear_shapes(base.model))
-    with pytest.raises(RuntimeError, match="out of memory"), active(base, tmp_path / "v"):
-        raise RuntimeError("out of memory")
-    assert torch.equal(logits(base.model), before)
-
-
-def test_a_folder_that_cannot_be_loaded_leaves_the_base_model_plain(tmp_path, base, adapters):
-    before, shapes = logits(base.model), linear_shapes(base.model)
-    for name in ("good", "bad"):
-        write_variant(tmp_path / name, MIXED, adapters, base, shapes)
-    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"cut off")
-    for first in ([], ["good"]):
-        with pytest.raises(SafetensorError), Hotswap(base) as swap:
-            for name in [*first, "bad"]:
-                swap.activate(tmp_path / name)
-        assert torch.equal(logits(base.model), before)
-        assert not any(hasattr(module, "lora_A") for module in base.model.modules())
 
 
 def test_a_variant_is_written_in_the_base_models_dtype(tmp_path, tiny_base, tiny_library, adapters):

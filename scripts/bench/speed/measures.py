@@ -24,6 +24,7 @@ from router.library.adapters import Adapter, load_library
 from router.methods import load_method
 from router.model import passes
 from router.model.answer import answer, encode, generate
+from router.model.apply import Beside, active
 from router.model.base import EMBEDDED, Base, linear_shapes, load_base
 from router.model.passes import batches, forward
 from router.per_token import attached, load_experts
@@ -33,7 +34,6 @@ from router.routing.clusters import cluster
 from router.routing.gate import PrototypeGate
 from router.routing.probe import probe
 from router.routing.prototypes import prototypes
-from router.routing.variants import Hotswap, active
 from router.settings import Settings
 from router.stages import peak_mib
 from router.submission import MULTIPLE_CHOICE, Query, read_queries
@@ -113,7 +113,7 @@ def _average(base: Base, folder: str) -> Any:
     """The base model with the mean of the library merged into its weights by PEFT."""
     method = _method("average", base, library(22), folder)
     method.answer(queries()[:1])
-    model = Hotswap(base).activate(Path(folder) / "variants" / "0")
+    model = Beside(base).activate(Path(folder) / "variants" / "0")
     model.merge_adapter()
     return model
 
@@ -301,7 +301,7 @@ def rank(width: str) -> dict[str, Any]:
     with empty_cache():
         made, _ = timed(lambda: prototypes(adapters, dtype=dtype))
     paths = [adapter.folder.path for adapter in adapters]
-    with Hotswap(base) as swap:
+    with Beside(base) as swap:
 
         def swapped(path: Path) -> float:
             return timed(lambda: swap.activate(path))[0]

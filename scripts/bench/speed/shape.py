@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from router.model.apply import active
 from router.model.base import linear_shapes, ready
 from router.model.cache import read_prompts
 from router.plan.speed import step
 from router.routing.probe import input_means, probe
 from router.routing.prototypes import prototypes
-from router.routing.variants import Variant, active, write_variant
+from router.routing.variants import Variant, write_variant
 from scripts.bench.libraries import empty_cache, uniform
 from scripts.bench.timer import repeated
 

@@ -1,0 +1,193 @@
+"""Answers with one adapter folder after the other on one base model, which is left as it was.
+
+Either the update is added to the weights (`merged`), or PEFT computes it beside them (`beside`). Merged, the
+model reads and writes as fast as the plain base model, but the weights that are changed are in memory twice.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from merge.folders import CONFIG_FILE, open_adapter
+from router.constants import Apply
+from router.model.base import Base, linear_shapes
+
+ROOM = 0.7  # share of the device's memory that the base model and a copy of its linear layers may take
+
+
+class Applied(Protocol):
+    """Activates folders one after the other. As a context manager, it leaves the base model as it was."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def activate(self, folder: Path | None) -> Any:
+        """The model with a folder's update active, until the next call; None is the base model alone."""
+
+
+def applied(base: Base, how: Apply = "auto") -> Applied:
+    """A way to activate folders on a base model; `picked` says what `auto` is."""
+    model = base.model
+    return Merged(base) if picked(model, model.device, model.dtype, how) == "merged" else Beside(base)
+
+
+def picked(
+    model: Any, device: torch.device, dtype: torch.dtype, how: Apply
+) -> Literal["merged", "beside"]:  # fmt: skip
+    """What `auto` is for a model on a device: `merged` if there is room for a copy of its linear layers.
+
+    The model and the copy may take ROOM of the device's memory. What else is in memory does not count, so the
+    same machine always takes the same way.
+    """
+    if how != "auto":
+        return how
+    own = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    return "merged" if own + copy_bytes(model, dtype) <= ROOM * memory_bytes(device) else "beside"
+
+
+def copy_bytes(model: Any, dtype: torch.dtype) -> int:
+    """What a copy of the model's linear layers takes, below the head."""
+    return sum(d_out * d_in for d_out, d_in in linear_shapes(model).values()) * dtype.itemsize
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of a device; of a GPU its own, of any other device the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+class Merged:
+    """Adds a folder's update to the base model's weights: `W + s B A`, computed in float32, rounded once.
+
+    The weights are restored from copies. Subtracting the update would leave its rounding behind.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self._plain: dict[str, Tensor] = {}  # copies of what was ever changed, (d_out, d_in) by module
+        self._changed: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.activate(None)
+        self._plain.clear()
+
+    def activate(self, folder: Path | None) -> Any:
+        """As in `Applied`."""
+        updates = dict(open_adapter(folder).read_all()) if folder else {}
+        updates = {module: update for module, update in updates.items() if update.b.any()}
+        with torch.no_grad():
+            for module in self._changed - updates.keys():
+                self._weight(module).copy_(self._plain[module])
+            self._changed &= updates.keys()
+            for module, update in updates.items():
+                weight = self._weight(module)
+                if module not in self._plain:
+                    self._plain[module] = weight.clone()
+                plain = self._plain[module].float()
+                self._changed.add(module)
+                weight.copy_(torch.addmm(plain, update.b.to(plain.device), update.a.to(plain.device)))
+        return self.base.model
+
+    def _weight(self, module: str) -> Tensor:
+        linear: Any = self.base.model.get_submodule(module)
+        weight: Tensor = linear.weight
+        return weight
+
+
+class Beside:
+    """Has PEFT compute a folder's update beside the base model's weights, which are never written to.
+
+    A folder that changes the same modules as the one before it, at no lower rank, is put into the layers
+    that are there (PEFT's hot swap). For any other, layers are wrapped anew, which takes longer;
+    `swap_order` gives an order in which that is rare. Folders are as `write_adapter` leaves them, in the base
+    model's dtype.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self._model: Any = base.model
+        self._targets: list[str] = []
+        self._rank = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.deactivate()
+
+    def activate(self, folder: Path | None) -> Any:
+        """As in `Applied`."""
+        targets, rank = _changed(folder)
+        if targets != self._targets or rank < self._rank:  # PEFT pads a lower rank, which costs at every step
+            self.deactivate()
+        if folder is None:
+            return self.base.model
+        if self._targets:
+            from peft.utils.hotswap import hotswap_adapter
+
+            hotswap_adapter(self._model, str(folder), "variant", "cpu")  # it moves tensor by tensor
+        else:
+            self._model = _wrapped(self.base.model, folder)
+        self._targets, self._rank = targets, rank
+        return self._model
+
+    def deactivate(self) -> None:
+        """Removes the active variant."""
+        if self._targets:
+            self._model.unload()
+        self._model, self._targets, self._rank = self.base.model, [], 0
+
+
+def _changed(folder: Path | None) -> tuple[list[str], int]:
+    """Which modules a folder's variant changes, as its configuration names them, and its rank."""
+    if folder is None:
+        return [], 0
+    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    return config["target_modules"], config["r"]
+
+
+def _wrapped(model: Any, folder: Path) -> Any:
+    """Adds a folder's variant to a model, by PEFT; if that fails, the model is as it was."""
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    how: dict[str, Any] = {
+        "adapter_name": "variant",
+        "autocast_adapter_dtype": False,  # in the base model's dtype, not float32
+        "low_cpu_mem_usage": True,  # no random initialisation first
+    }
+    with warnings.catch_warnings():  # between PEFT and transformers; a user cannot act on it
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        found = PeftModelForCausalLM(model, PeftConfig.from_pretrained(str(folder)), **how)
+        try:
+            found.load_adapter(str(folder), torch_device=str(model.device), **how)
+        except BaseException:
+            found.unload()
+            raise
+    return found.eval()
+
+
+def swap_order(folders: Sequence[Path | None]) -> list[int]:
+    """The numbers of folders in the order in which to activate them: by modules, then by rank."""
+    return sorted(range(len(folders)), key=lambda n: _changed(folders[n]))
+
+
+@contextmanager
+def active(base: Base, folder: Path | None, how: Apply = "beside") -> Iterator[Any]:
+    """The base model with one folder active; None leaves it plain. Afterwards it is as it was."""
+    with applied(base, how) as models:
+        yield models.activate(folder)

@@ -1,0 +1,191 @@
+"""One variant after the other on one base model: PEFT's own weights and logits, and no trace afterwards."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from helpers import logits
+from merge.folders import AdapterError
+from router.model.apply import Beside, Merged, active, applied, swap_order
+from router.model.base import linear_shapes, load_base
+from router.routing.variants import Variant, write_variant
+
+MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
+WAYS = ("merged", "beside")
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_variants_take_turns_and_leave_no_trace(tmp_path, base, adapters, how):
+    before, shapes = logits(base.model), linear_shapes(base.model)
+    write_variant(tmp_path / "0", Variant({"attention": 1.0}, 0.0), adapters, base, shapes)
+    write_variant(tmp_path / "1", Variant({"mlp": 1.0}, 0.0), adapters, base, shapes)
+    seen = []
+    for name in "010":
+        with active(base, tmp_path / name, how) as model:
+            seen.append(logits(model))
+        with active(base, None, how) as model:
+            assert model is base.model
+            assert torch.equal(logits(model), before)
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.allclose(seen[0], seen[1], atol=1e-2)
+
+
+def lora_weights(model):
+    return {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+
+
+# The same modules at a higher rank (1 stays 1, others become 8), at the same, at a lower; others; none.
+SWAPPED = (
+    "attention 1",
+    "attention 4",
+    "attention 2",
+    "attention 1",
+    "everything 2",
+    "mlp 3",
+    None,
+    "attention 2",
+)
+
+
+def swapped(tmp_path, base, adapters):
+    """The folders of SWAPPED."""
+    folders = [name and tmp_path / name for name in SWAPPED]
+    for name, folder in zip(SWAPPED, folders, strict=True):
+        if name and not folder.exists():
+            adapter, rank = name.split()
+            only = Variant({adapter: 1.0}, 0.0)
+            write_variant(folder, only, adapters, base, linear_shapes(base.model), int(rank))
+    return folders
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_swapped_variant_has_the_weights_that_peft_loads(tmp_path, tiny_base, adapters, dtype):
+    base = load_base(str(tiny_base), "cpu", dtype)
+    before, weights = logits(base.model), copy.deepcopy(base.model.state_dict())
+    folders = swapped(tmp_path, base, adapters)
+    written = {file: file.read_bytes() for file in tmp_path.rglob("adapter_model.safetensors")}
+    with Beside(base) as swap:
+        for folder in folders:
+            found = swap.activate(folder)
+            if folder is None:
+                assert found is base.model and torch.equal(logits(found), before)
+                continue
+            fresh = AutoModelForCausalLM.from_pretrained(base.name, dtype=base.model.dtype)
+            theirs = PeftModel.from_pretrained(
+                fresh, folder, adapter_name="variant", autocast_adapter_dtype=False
+            ).eval()
+            mine, expected = lora_weights(found), lora_weights(theirs)
+            assert mine.keys() == expected.keys()
+            assert all(torch.equal(weight, expected[name]) for name, weight in mine.items())
+            torch.testing.assert_close(logits(found), logits(theirs), atol=1e-5, rtol=1e-5)
+    assert {file: file.read_bytes() for file in written} == written
+    assert torch.equal(logits(base.model), before)
+    assert base.model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_weights_are_the_exact_sum_and_come_back_bit_for_bit(tmp_path, tiny_base, adapters, dtype):
+    base = load_base(str(tiny_base), "cpu", dtype)
+    weights = {name: value.clone() for name, value in base.model.state_dict().items()}
+    with applied(base, "merged") as models:
+        for folder in swapped(tmp_path, base, adapters):
+            assert models.activate(folder) is base.model
+            updates = {}
+            if folder:
+                tensors = load_file(folder / "adapter_model.safetensors")
+                for key in tensors:
+                    module = key.removeprefix("base_model.model.").partition(".lora_")[0]
+                    a, b = (tensors[f"base_model.model.{module}.lora_{x}.weight"].double() for x in "AB")
+                    updates[f"{module}.weight"] = b @ a  # alpha is the rank
+            for name, value in base.model.state_dict().items():
+                if name in updates:
+                    expected = (weights[name].double() + updates[name]).to(value.dtype)
+                    # One unit in the last place, where float64 and float32 round to different sides.
+                    torch.testing.assert_close(value, expected, rtol=torch.finfo(value.dtype).eps, atol=1e-6)
+                else:
+                    assert torch.equal(value, weights[name])
+    assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
+
+
+def test_merged_and_beside_write_the_same(tmp_path, base, adapters):
+    write_variant(tmp_path / "v", MIXED, adapters, base, linear_shapes(base.model))
+    found = []
+    for how in WAYS:
+        with active(base, tmp_path / "v", how) as model:
+            found.append(logits(model))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+
+
+def test_an_error_halfway_through_a_merge_leaves_the_base_model_plain(tmp_path, base, adapters, monkeypatch):
+    before, calls, real = logits(base.model), [], torch.addmm
+    write_variant(tmp_path / "v", MIXED, adapters, base, linear_shapes(base.model))
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(*args)
+
+    with (
+        pytest.raises(torch.OutOfMemoryError),
+        monkeypatch.context() as patch,
+        applied(base, "merged") as models,
+    ):
+        patch.setattr(torch, "addmm", full)
+        models.activate(tmp_path / "v")
+    assert len(calls) == 5 and torch.equal(logits(base.model), before)
+
+
+def test_a_model_with_no_room_for_a_copy_gets_variants_beside_it(base, monkeypatch):
+    size = 4 * sum(weight.numel() for weight in base.model.parameters())
+    copied = 4 * sum(d_out * d_in for d_out, d_in in linear_shapes(base.model).values())
+    ways = {}
+    for memory in (size + copied, 1.5 * (size + copied)):  # 0.7 of the first is too little
+        monkeypatch.setattr("router.model.apply.memory_bytes", lambda device, memory=memory: memory)
+        ways[memory] = type(applied(base))
+        assert isinstance(applied(base, "merged"), Merged) and isinstance(applied(base, "beside"), Beside)
+    assert list(ways.values()) == [Beside, Merged]
+
+
+def test_variants_of_the_same_modules_share_the_wrapped_layers(tmp_path, base, adapters):
+    shapes, wrapped = linear_shapes(base.model), []
+    names = ["mlp 1", "attention 2", "mlp 3", "attention 1", "mlp 1"]
+    for n, name in enumerate(names):
+        adapter, rank = name.split()
+        write_variant(tmp_path / f"{n}", Variant({adapter: 1.0}, 0.0), adapters, base, shapes, int(rank))
+    folders = [*(tmp_path / f"{n}" for n in range(len(names))), None]
+    turns = swap_order(folders)
+    assert turns[0] == 5 and sorted(turns) == [0, 1, 2, 3, 4, 5]
+    with Beside(base) as swap:
+        for n in turns[1:]:
+            wrapped.append(swap.activate(folders[n]))
+    assert len({id(model) for model in wrapped}) == 2  # once for attention, once for mlp
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_an_error_while_a_variant_is_active_leaves_the_base_model_plain(tmp_path, base, adapters, how):
+    before = logits(base.model)
+    write_variant(tmp_path / "v", MIXED, adapters, base, linear_shapes(base.model))
+    with pytest.raises(RuntimeError, match="out of memory"), active(base, tmp_path / "v", how):
+        raise RuntimeError("out of memory")
+    assert torch.equal(logits(base.model), before)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_folder_that_cannot_be_loaded_leaves_the_base_model_plain(tmp_path, base, adapters, how):
+    before, shapes = logits(base.model), linear_shapes(base.model)
+    for name in ("good", "bad"):
+        write_variant(tmp_path / name, MIXED, adapters, base, shapes)
+    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"cut off")
+    for first in ([], ["good"]):
+        with pytest.raises((SafetensorError, AdapterError)), applied(base, how) as models:
+            for name in [*first, "bad"]:
+                models.activate(tmp_path / name)
+        assert torch.equal(logits(base.model), before)
+        assert not any(hasattr(module, "lora_A") for module in base.model.modules())
