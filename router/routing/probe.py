@@ -75,10 +75,10 @@ class _Inputs:
         self.seen: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
 
     def centred(self, name: str, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """The counted tokens minus the mean, (T', d_in) float32, and their squared norms, (T', 1)."""
+        """The counted tokens minus the mean, (T', d_in) float32, and their squared norms, (T',)."""
         if self.seen is None or self.seen[0] is not x or not torch.equal(self.seen[1], mean):
             less = _tokens(name, x, self.counted).float() - mean
-            self.seen = x, mean, (less, less.square().sum(1, keepdim=True).clamp_min(1e-12))
+            self.seen = x, mean, (less, less.square().sum(1).clamp_min(1e-12))
         return self.seen[2]
 
 
@@ -141,7 +141,6 @@ def probe(
     """
     names = list(prototypes)
     place = {name: m for m, name in enumerate(names)}
-    columns = {name: torch.arange(len(p.owners), device=p.owners.device) for name, p in prototypes.items()}
     out = np.full((len(rows), n_adapters, len(names), 2), np.nan, dtype=np.float32)
     confidence = np.empty(len(rows), dtype=np.float32)
     with torch.inference_mode():
@@ -158,13 +157,10 @@ def probe(
                 batch: list[int] = batch,
             ) -> None:
                 proto = prototypes[name]
-                x, size = inputs.centred(name, x, means[name])  # (T', d_in), (T', 1)
-                along = (x.to(proto.directions.dtype) @ proto.directions).float()  # (T', K)
-                # Sums each adapter's own columns; many times faster than index_add_.
-                own = along.new_zeros(along.shape[1], n_adapters)  # (K, adapters)
-                own[columns[name], proto.owners] = proto.weights
-                cosine = (along.square() @ own / size).sqrt()  # (T', adapters)
-                out[batch, :, place[name]] = (views @ cosine).permute(1, 2, 0).cpu().numpy()
+                x, size = inputs.centred(name, x, means[name])  # (T', d_in), (T',)
+                along = (proto.directions.T @ x.to(proto.directions.dtype).T).float()  # (K, T')
+                cosine = (proto.sums(along.square(), n_adapters) / size).sqrt()  # (adapters, T')
+                out[batch, :, place[name]] = (views @ cosine.T).permute(1, 2, 0).cpu().numpy()
 
             with reading_inputs(model, names, visit):
                 logits = forward(model, ids, mask)  # (B, V)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from merge.factors import stacks, svd
 from router.library.adapters import Adapter
@@ -31,12 +32,28 @@ class ModulePrototypes:
     Attributes:
         directions: (d_in, K) orthonormal columns within each adapter.
         weights: (K,) share of the adapter's singular values; sums to 1 within each adapter.
-        owners: (K,) int64, which adapter a column belongs to.
+        owners: (K,) int64, which adapter a column belongs to; in ascending order.
     """
 
     directions: Tensor
     weights: Tensor
     owners: Tensor
+
+    def sums(self, columns: Tensor, n_adapters: int) -> Tensor:
+        """Each adapter's weighted sum over its own columns, (adapters, T); 0 where it has none.
+
+        Args:
+            columns: (K, T), a row for each column of `directions`.
+        """
+        numbers = torch.arange(n_adapters, device=self.owners.device)
+        total: Tensor = embedding_bag(  # a bag of rows for each adapter: linear in K
+            torch.arange(len(self.owners), device=self.owners.device),
+            columns,
+            torch.searchsorted(self.owners, numbers),
+            mode="sum",
+            per_sample_weights=self.weights,
+        )
+        return total
 
 
 def prototypes(
@@ -75,7 +92,11 @@ def prototypes(
 def of_some(
     protos: Mapping[str, ModulePrototypes], owners: Sequence[int], n_adapters: int
 ) -> Mapping[str, ModulePrototypes]:
-    """The prototypes of some of a library's adapters, numbered as given; no copy if that is all of them."""
+    """The prototypes of some of a library's adapters, numbered as given; no copy if that is all of them.
+
+    Args:
+        owners: numbers of the adapters, in ascending order.
+    """
     if list(owners) == list(range(n_adapters)):
         return protos
     found = {}
