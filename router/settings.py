@@ -20,9 +20,9 @@ class Settings:
     base_model: str | None = None
     n_variants: int | None = None
     variant_rank: int | None = None
-    temperature: float = 0.5
+    temperature: float = 0.7
     top_k: int = 3
-    false_alarm: float = 0.3
+    false_alarm: float = 0.2
     seed: int = 0
     batch_size: int | None = None
     device: str = "auto"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-PURE = 0.5  # a candidate with more than this weight answers alone; docs/method.md has what a mix is worth
+PURE = 0.5  # an adapter with more than this share of the adapters' weight answers alone; see docs/method.md
 PER_BEST = 1.5  # at most so many variants for each candidate that is a query's best
 # Limits of the total variation distance between a query's own mix and its variant's: on average, and at
 # worst. The second keeps the few queries of a rare task from drowning in a large group; two pure groups that
@@ -32,21 +32,24 @@ class Clusters:
 
 
 def mixes(weights: Array) -> Array:
-    """What each query is to be answered with: its weights or, where one of them is above PURE, that alone.
+    """What each query is to be answered with, (queries, candidates); rows sum to 1.
 
-    Where the base model, the last candidate, has the largest weight, it answers alone too: a share of an
-    adapter that probably does not fit does more harm than good. Two equal halves, the average of two
-    adapters, stay a mix.
+    The base model, the last candidate, answers alone or not at all: it answers where it has the largest
+    weight, and has no share elsewhere, since a share of an adapter does less well than all of it or none. Of
+    the adapters one answers alone if it has more than PURE of their weight. Two equal halves, the average of
+    two adapters, stay a mix.
 
     Example:
-        >>> mixes(np.array([[0.6, 0.4, 0.0], [0.5, 0.5, 0.0], [0.3, 0.3, 0.4]]))
+        >>> mixes(np.array([[0.4, 0.3, 0.3], [0.35, 0.35, 0.3], [0.3, 0.3, 0.4]]))
         array([[1. , 0. , 0. ],
                [0.5, 0.5, 0. ],
                [0. , 0. , 1. ]])
     """
-    best = weights.argmax(1)
-    alone = (weights.max(1) > PURE) | (best == weights.shape[1] - 1)
-    return np.where(alone[:, None], np.eye(weights.shape[1])[best], weights)
+    best, last = weights.argmax(1), weights.shape[1] - 1
+    adapters = weights / np.where(best == last, 1.0, 1.0 - weights[:, -1])[:, None]
+    adapters[:, -1] = 0.0
+    alone = (best == last) | (adapters.max(1) > PURE)
+    return np.where(alone[:, None], np.eye(last + 1)[best], adapters)
 
 
 def most_variants(best: int) -> int:
@@ -67,13 +70,13 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
         ValueError: n_variants below 1.
 
     Example:
-        >>> weights = np.array([[0.46, 0.4, 0.14], [0.1, 0.9, 0.0], [0.44, 0.42, 0.14]])
+        >>> weights = np.array([[0.5, 0.5, 0.0], [0.1, 0.9, 0.0], [0.4, 0.4, 0.2]])
         >>> found = cluster(weights, None, seed=0)
         >>> found.labels
         array([0, 1, 0])
         >>> found.weights
-        array([[0.45, 0.41, 0.14],
-               [0.  , 1.  , 0.  ]])
+        array([[0.5, 0.5, 0. ],
+               [0. , 1. , 0. ]])
     """
     if n_variants is not None and n_variants < 1:
         raise ValueError(f"expected at least 1 variant, got {n_variants}")
@@ -102,8 +105,8 @@ def nearest(weights: Array, clusters: Clusters) -> NDArray[np.int64]:
         weights: (queries, candidates), rows sum to 1.
 
     Example:
-        >>> made = Clusters(np.array([0, 1]), np.array([[1.0, 0.0, 0.0], [0.4, 0.4, 0.2]]))
-        >>> nearest(np.array([[0.9, 0.1, 0.0], [0.45, 0.4, 0.15]]), made)
+        >>> made = Clusters(np.array([0, 1]), np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]))
+        >>> nearest(np.array([[0.9, 0.1, 0.0], [0.45, 0.45, 0.1]]), made)
         array([0, 1])
     """
     return _closest(mixes(weights), clusters.weights)

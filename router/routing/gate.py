@@ -33,8 +33,10 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     respond to alike, because the query is unlike generic text as such, is taken out. It is the factor f of a
     one-factor model of generic text, `z_i = l_i f + e_i`, estimated from all adapters (Thomson's regression
     scores); an adapter that has no part in it, such as a random one, changes nothing. The rest,
-    `z_i - l_i f`, is averaged over an adapter's modules, the end of the prompt counting `end_weight` times
-    its whole, and standardised again: the score.
+    `z_i - l_i f`, is averaged over an adapter's modules and views with the weights of a matched filter, and
+    standardised again: the score. A query of the adapter is taken to add the same to every `R^2`, which
+    raises `log R` by a share of `1 / R^2`, so the weights are `1 / (exp(2 mean) std)`: what is small and
+    steady on generic text says most.
 
     The base model is a candidate too. Its score is a level plus its own confidence of the next token,
     standardised on generic text: where it is surer than usual, an adapter has to stand out more. The level is
@@ -46,11 +48,12 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
         top_k: at most this many adapters keep a weight, at least 1; None keeps all.
         false_alarm: share of text that belongs to no adapter and may still be sent to one, in (0, 1).
-        end_weight: weight of the end of the prompt against all of it, at least 0.
 
     Attributes:
         mean_, std_: (adapters, modules, views) of the log response over the reference queries.
         loadings_: (adapters, modules, views) of the common factor, in [0, 1); 0 without a prototype.
+        filter_: (adapters, modules, views) weights in the score; their sum over views is 1 on average over an
+            adapter's modules.
         location_, scale_: (adapters,) of the score averaged over modules.
         confidence_: (2,) mean and deviation of the base model's confidence over the reference queries.
         reference_leads_: (reference queries,) cross-validated score of the best adapter, less the base
@@ -69,15 +72,13 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        temperature: float = 0.5,
+        temperature: float = 0.7,
         top_k: int | None = 3,
-        false_alarm: float = 0.3,
-        end_weight: float = 0.5,
+        false_alarm: float = 0.2,
     ) -> None:
         self.temperature = temperature
         self.top_k = top_k
         self.false_alarm = false_alarm
-        self.end_weight = end_weight
 
     def fit(self, X: ArrayLike, y: Any = None, confidence: ArrayLike | None = None) -> Self:
         """Learns the reference from responses to generic text.
@@ -99,8 +100,6 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             raise ValueError("expected at least 1 adapter, got none")
         if not 0 < self.false_alarm < 1:
             raise ValueError(f"expected a false_alarm between 0 and 1, got {self.false_alarm}")
-        if not 0 <= self.end_weight < np.inf:
-            raise ValueError(f"expected a finite end_weight of at least 0, got {self.end_weight}")
         self._check(X, np.isnan(_logs(X[:1])[0]))
         held = np.empty(len(X))
         folds = min(FOLDS, len(X) // 2)
@@ -136,6 +135,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
         self.n_adapters_, self.n_modules_ = X.shape[1:3]
         self.mean_, self.std_, self.loadings_ = means, stds, loadings
+        self.filter_ = np.exp(-2 * means) / stds
+        self.filter_ /= _nanmean(self.filter_.sum(2), 1)[:, None, None]
         raw = np.concatenate([_nanmean(self._votes(x), 2) for x in _parts(X)])
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
         return self
@@ -152,12 +153,11 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
                 )
 
     def _votes(self, X: ArrayLike) -> Array:
-        """Standardised responses less what is common, averaged over views, (queries, adapters, modules)."""
+        """Standardised responses less what is common, filtered over views, (queries, adapters, modules)."""
         z: Array = (_logs(X) - self.mean_) / self.std_
         weights = self.loadings_ / (1 - self.loadings_**2)
         factor = (np.nan_to_num(z) * weights).sum(1) / (1 + (self.loadings_ * weights).sum(0))
-        own = z - self.loadings_ * factor[:, None]
-        return np.asarray((own[..., 0] + self.end_weight * own[..., 1]) / (1 + self.end_weight))
+        return np.asarray(((z - self.loadings_ * factor[:, None]) * self.filter_).sum(-1))
 
     def _scores(self, X: NDArray[Any]) -> Array:
         found = [_nanmean(self._votes(x), 2) for x in _parts(X)]

@@ -111,6 +111,25 @@ def scores(of: Measured, keep: Any = slice(None), prompts: Any = slice(None), **
     return gate.decision_function(of.responses[:, :, keep])
 
 
+def filtered(of: Measured, weigh: Callable[[PrototypeGate], Array]) -> Array:
+    """The scores of a gate with another filter."""
+    gate = PrototypeGate().fit(of.reference)
+    gate.filter_ = np.where(np.isnan(gate.filter_), np.nan, weigh(gate))
+    known, found = gate.decision_function(of.reference), gate.decision_function(of.responses)
+    return np.asarray((found - known.mean(0)) / known.std(0, ddof=1))
+
+
+# Weights of modules and views, (adapters, modules, views).
+FILTERS: dict[str, Callable[[PrototypeGate], Array]] = {
+    "equal weights": lambda gate: np.ones(2),
+    "equal weights, half for the end of the prompt": lambda gate: np.array([1, 0.5]),
+    "1 / std": lambda gate: 1 / gate.std_,
+    "1 / R^2": lambda gate: np.exp(-2 * gate.mean_),
+    "as it is, without the end of the prompt": lambda gate: gate.filter_ * [1, 0],
+    "as it is, the end of the prompt alone": lambda gate: gate.filter_ * [0, 1],
+}
+
+
 def early(of: Measured, share: float) -> NDArray[np.bool_]:
     """Which modules are in the first layers."""
     depth = np.array([int(module.split(".")[2]) for module in of.modules])
@@ -141,12 +160,7 @@ def which(found: Sequence[Measured]) -> list[str]:
     """Which adapter: the highest score, whatever the level."""
     rows: dict[str, Choose] = {
         "**as it is**": _highest,
-        **{
-            f"the end of the prompt counts {weight:g} times its whole (0.5)": partial(
-                _highest, end_weight=weight
-            )
-            for weight in (0.0, 0.25, 1.0, 2.0)
-        },
+        **{f"filter: {name}": partial(_highest_filtered, weigh=weigh) for name, weigh in FILTERS.items()},
         "no calibration: largest mean cosine": lambda of: np.nanmean(of.responses[..., 0], 2).argmax(1),
         "only the first third of the layers": lambda of: scores(of, early(of, 1 / 3)).argmax(1),
         "only the first two thirds of the layers": lambda of: scores(of, early(of, 2 / 3)).argmax(1),
@@ -175,6 +189,10 @@ def fits(found: Sequence[Measured]) -> list[str]:
 
 def _highest(of: Measured, **settings: Any) -> NDArray[np.int64]:
     return np.asarray(scores(of, **settings).argmax(1))
+
+
+def _highest_filtered(of: Measured, weigh: Callable[[PrototypeGate], Array]) -> NDArray[np.int64]:
+    return np.asarray(filtered(of, weigh).argmax(1))
 
 
 def _decided(of: Measured, **settings: Any) -> NDArray[np.int64]:

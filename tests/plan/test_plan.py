@@ -50,7 +50,7 @@ def test_a_run_keeps_its_plan_beside_what_it_took(capsys, command):
     command("proto_route", "--temperature", 2.0)  # another run: the plan was not made for it
     assert "plan" not in json.loads((out / "run.json").read_text())
     planned(capsys, command)
-    command("proto_route", "--false_alarm", 0.2)
+    command("proto_route", "--false_alarm", 0.3)
     assert "plan" not in json.loads((out / "run.json").read_text())
 
 

@@ -81,12 +81,28 @@ def test_auto_takes_one_variant_where_all_agree():
     assert len(cluster(weights, None, seed=0).weights) == 1
 
 
+def test_the_base_model_answers_alone_or_not_at_all():
+    weights = random_rows(300, 5)
+    found, base_leads = mixes(weights), weights.argmax(1) == 4
+    assert base_leads.any() and (found[base_leads] == np.eye(5)[4]).all() and not found[~base_leads, 4].any()
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-12)
+    assert (found.argmax(1) == weights.argmax(1)).all()
+
+
+@pytest.mark.parametrize("adapters", [2, 3, 20])
+def test_a_static_average_stays_one(adapters):
+    average = np.append(np.full(adapters, 1 / adapters), 0.0)
+    np.testing.assert_allclose(mixes(average[None])[0], average, atol=1e-15)
+
+
 def test_a_query_that_is_sure_is_answered_by_its_candidate_alone():
-    weights = np.array([[0.6, 0.4, 0.0], [0.44, 0.36, 0.2], [0.3, 0.3, 0.4]])
-    np.testing.assert_array_equal(mixes(weights), [[1, 0, 0], [0.44, 0.36, 0.2], [0, 0, 1]])
+    weights = np.array([[0.6, 0.4, 0.0, 0.0], [0.44, 0.36, 0.0, 0.2], [0.3, 0.3, 0.0, 0.4]])
+    weights = np.concatenate([weights, [[0.32, 0.24, 0.24, 0.2]]])
+    expected = [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0.4, 0.3, 0.3, 0]]
+    np.testing.assert_allclose(mixes(weights), expected, atol=1e-12)
     found = cluster(weights, None, seed=0)
-    assert found.labels.tolist() == [0, 1, 2]
-    np.testing.assert_allclose(found.weights, mixes(weights), atol=1e-12)
+    assert found.labels.tolist() == [0, 0, 1, 2]
+    np.testing.assert_allclose(found.weights, mixes(weights)[1:], atol=1e-12)
 
 
 def test_auto_stops_at_one_and_a_half_for_each_candidate_that_is_a_best():
@@ -111,9 +127,9 @@ def test_auto_takes_the_fewest_variants_within_the_tolerance():
 
 @pytest.mark.parametrize("n_variants", [None, 1, 4])
 def test_one_query_is_its_own_variant(n_variants):
-    found = cluster(np.array([[0.45, 0.35, 0.2]]), n_variants, seed=0)
+    found = cluster(np.array([[0.4, 0.4, 0.2]]), n_variants, seed=0)
     assert found.labels.tolist() == [0]
-    np.testing.assert_allclose(found.weights, [[0.45, 0.35, 0.2]], atol=1e-12)
+    np.testing.assert_allclose(found.weights, [[0.5, 0.5, 0.0]], atol=1e-12)
 
 
 def test_the_same_seed_gives_the_same_result():

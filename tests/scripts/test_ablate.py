@@ -94,14 +94,18 @@ def test_the_curve_has_a_line_and_a_point_for_each_library(found, tmp_path, monk
     assert sent == [(1.0, 1.0), (0.0, 0.0)] and gate.level_ > 0
 
 
-def test_the_end_decides_as_much_as_it_counts(found):
+def test_another_filter_makes_other_scores_and_the_gates_own_the_same(found):
     one = found[0]
     responses = one.reference[:40].copy()
     responses[:, 1, :, 0] *= 1.2  # the whole of a prompt
     responses[:, 2, :, 1] *= 1.6  # its end, by more
     of = replace(one, responses=responses)
-    assert (ablate.scores(of, end_weight=0).argmax(1) == 1).mean() > 0.9
-    assert (ablate.scores(of, end_weight=1).argmax(1) == 2).mean() > 0.9
+    rows = ablate.FILTERS
+    assert (ablate.filtered(of, rows["as it is, without the end of the prompt"]).argmax(1) == 1).mean() > 0.9
+    assert (ablate.filtered(of, rows["as it is, the end of the prompt alone"]).argmax(1) == 2).mean() > 0.9
+    assert (ablate.filtered(of, rows["equal weights"]).argmax(1) == 2).mean() > 0.9
+    own = ablate.filtered(of, lambda gate: gate.filter_)
+    np.testing.assert_allclose(own, ablate.scores(of), atol=1e-9)
 
 
 def test_the_first_layers_are_those_with_the_lowest_numbers(found):
