@@ -59,7 +59,7 @@ def tiny_setting(monkeypatch, tiny_base, tiny_library):
 
 @pytest.mark.parametrize("method", ["average", "per_query", "oracle"])
 def test_a_cell_has_an_answer_for_each_query_and_what_each_part_cost(tiny_setting, method):
-    parts = cells.answer("tiny", "queries", method, 0)
+    parts = cells.answer("tiny", "queries", method, "0")
     assert [part["part"] for part in parts] == ["first", "rest"]
     assert all(part["variants"] >= 1 and part["seconds"] > 0 and part["peak_mib"] > 0 for part in parts)
     found = pd.DataFrame([row for part in parts for row in part["answers"]], columns=cells.COLUMNS)
@@ -71,6 +71,38 @@ def test_a_cell_has_an_answer_for_each_query_and_what_each_part_cost(tiny_settin
     assert (found.nats[:3] < 0).all()
     if method == "oracle":
         assert list(found.routed) == list(ROWS.adapter)
+
+
+@pytest.mark.parametrize("method", ["average", "proto_route", "arrow"])
+def test_a_graded_cell_has_the_same_likelihoods_and_no_scores(tiny_setting, method):
+    whole, graded = (
+        pd.DataFrame(
+            [row for part in cells.answer("tiny", "queries", method, seed) for row in part["answers"]],
+            columns=cells.COLUMNS,
+        )
+        for seed in ("0", cells.GRADED)
+    )
+    assert graded.score.isna().all() and not whole.score[:3].isna().any()
+    np.testing.assert_allclose(graded.nats, whole.nats, atol=1e-5)
+    pd.testing.assert_frame_equal(
+        graded.drop(columns=["score", "nats"]), whole.drop(columns=["score", "nats"])
+    )
+
+
+def test_a_graded_cell_counts_where_there_is_no_whole_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+
+    def cell(score, nats):
+        answer = ["own", "a", "0", "mlp", score, nats, "mlp", 0.9, 0]
+        return [{"part": "all", "seconds": 2.0, "peak_mib": 7, "variants": 2, "answers": [answer]}]
+
+    runner.keep(tmp_path, ("tiny", "queries", "base", "0"), cell(1.0, -0.5))
+    runner.keep(tmp_path, ("tiny", "queries", "base", cells.GRADED), cell(np.nan, -9.0))
+    runner.keep(tmp_path, ("tiny", "queries", "average", cells.GRADED), cell(np.nan, -3.0))
+    lines = tables.methods_tables(tables.read())
+    lines = {line.split("|")[1].strip(): line for line in lines if line.startswith("| `")}
+    assert lines["`base`"] == "| `base` | **1.000** ±0.000, -0.50 | 2 | 7 |"
+    assert lines["`average`"] == "| `average` | -3.00 | | |"
 
 
 def test_a_likelihood_is_that_of_the_tokens_after_the_prompt_with_or_without_a_blank(tiny_base):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from router.settings import Settings
 from router.stages import peak_mib
 from router.submission import Query, read_queries
 from scripts.bench.development import libraries
-from scripts.bench.quality.likelihood import of_references
+from scripts.bench.quality.likelihood import grading, of_references, with_references
 from scripts.bench.quality.per_query import PerQuery
 from scripts.bench.quality.settings import SETTINGS, Part
 from scripts.bench.score import score
 from scripts.bench.timer import timed
 
 FOLDER = Path("output/benchmark/quality")
+GRADED = "graded"  # in place of a seed: seed 0, and no answer is written, so there is no score
 # `score` in [0, 1]; `nats` of the reference, a token; `weight` of the candidate that the query is `routed` to
 COLUMNS = ("split", "task", "id", "adapter", "score", "nats", "routed", "weight", "variant")
 
@@ -46,8 +49,12 @@ def method_named(name: str) -> type[Any]:
     return {"single": Single, "per_query": PerQuery}.get(name) or load_method(name)
 
 
-def answer(library: str, setting: str, method: str, seed: int) -> list[dict[str, Any]]:
-    """Answers all parts of a setting; for each part what it cost and, under `answers`, rows of COLUMNS."""
+def answer(library: str, setting: str, method: str, seed: str) -> list[dict[str, Any]]:
+    """Answers all parts of a setting; for each part what it cost and, under `answers`, rows of COLUMNS.
+
+    Args:
+        seed: a number, or GRADED.
+    """
     (labelled,) = (one for one in libraries() if one.name == library)
     base, adapters = load_base(labelled.base), load_library([str(labelled.adapters)])
     return [
@@ -56,7 +63,8 @@ def answer(library: str, setting: str, method: str, seed: int) -> list[dict[str,
     ]
 
 
-def _answer(part: Part, method: Routed, base: Base, library: list[Adapter], seed: int) -> dict[str, Any]:
+def _answer(part: Part, method: Routed, base: Base, library: list[Adapter], seed: str) -> dict[str, Any]:
+    graded, number = seed == GRADED, 0 if seed == GRADED else int(seed)
     rows = part.rows.assign(label=part.rows["id"], id=range(len(part.rows)))
     # No longer text than the longest target can be right, so nothing is lost by stopping there.
     longest = max(map(len, base.tokenizer(list(rows["target"]))["input_ids"])) + 1
@@ -64,25 +72,29 @@ def _answer(part: Part, method: Routed, base: Base, library: list[Adapter], seed
         file = Path(folder) / "queries.csv"
         rows.to_csv(file, index=False, quoting=csv.QUOTE_ALL)
         method.settings = Settings(
-            dataset_filepaths=(file,), output_folder=Path(folder), seed=seed, max_gen_len=longest
+            dataset_filepaths=(file,), output_folder=Path(folder), seed=number, max_gen_len=longest
         )
-        torch.manual_seed(seed)
+        torch.manual_seed(number)
         queries = read_queries(file)
-
-        def work() -> Result:
-            method.attach(base, library)
-            return method.answer(queries)
-
-        seconds, result = timed(work)
-        decision = result.decision
-        assert decision is not None  # every method here routes
         references = [
             "" if metric == "none" else query.choices[int(target)] if query.choices else target.split("|")[0]
             for query, target, metric in zip(queries, rows["target"], rows["metric"], strict=True)
         ]
-        nats = of_references(
-            method, queries, method.encoded(queries), references, decision, Path(folder) / VARIANTS
-        )
+        put = with_references(queries, references) if graded else queries
+
+        def work() -> Result:
+            method.attach(base, library)
+            with grading(method) if graded else nullcontext():
+                return method.answer(put)
+
+        seconds, result = timed(work)
+        decision = result.decision
+        assert decision is not None  # every method here routes
+        if graded:
+            nats = [answer.scores[0] for answer in result.answers]
+        else:
+            prompts, variants = method.encoded(queries), Path(folder) / VARIANTS
+            nats = of_references(method, queries, prompts, references, decision, variants)
     names = [*(adapter.name for adapter in library), BASE_COLUMN]
     weights = decision.routing.weights
     tops = [names[n] for n in weights.argmax(1)]
@@ -104,12 +116,12 @@ def _answer(part: Part, method: Routed, base: Base, library: list[Adapter], seed
                 row.task,
                 row.label,
                 row.adapter,
-                round(score(row.metric, found.text, row.target), 4),
-                round(graded, 4),
+                math.nan if graded else round(score(row.metric, found.text, row.target), 4),
+                round(likelihood, 4),
                 top,
                 round(float(weight), 4),
                 variant,
             ]
-            for row, found, graded, top, weight, variant in columns
+            for row, found, likelihood, top, weight, variant in columns
         ],
     }

@@ -8,7 +8,8 @@ hooks as in its answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,32 @@ def log_likelihoods(
     return [value if text else math.nan for value, text in zip(best, texts, strict=True)]
 
 
+@contextmanager
+def grading(method: Routed) -> Iterator[None]:
+    """Inside the block the method answers nothing: it grades the one choice of each query."""
+
+    def graded(
+        model: Any, part: Sequence[Query], ids: Sequence[Sequence[int]], progress: object = None
+    ) -> list[Answer]:
+        texts = [query.choices[0] for query in part]
+        found = log_likelihoods(model, method.tokenizer, ids, texts)
+        return [Answer("", scores=(value,)) for value in found]
+
+    vars(method)["answer_with"] = graded  # in place of the class's
+    try:
+        yield
+    finally:
+        del vars(method)["answer_with"]
+
+
+def with_references(queries: Sequence[Query], references: Sequence[str]) -> list[Query]:
+    """The queries, each with its reference as its one choice."""
+    return [
+        replace(query, eval_type=MULTIPLE_CHOICE, choices=(reference,))
+        for query, reference in zip(queries, references, strict=True)
+    ]
+
+
 def of_references(
     method: Routed,
     queries: Sequence[Query],
@@ -69,20 +96,6 @@ def of_references(
         decision: how the method routed the queries.
         folder: holds the variants' folders.
     """
-
-    def graded(
-        model: Any, part: Sequence[Query], ids: Sequence[Sequence[int]], progress: object = None
-    ) -> list[Answer]:
-        texts = [query.choices[0] for query in part]
-        found = log_likelihoods(model, method.tokenizer, ids, texts)
-        return [Answer("", scores=(value,)) for value in found]
-
-    asked = [
-        replace(query, eval_type=MULTIPLE_CHOICE, choices=(reference,))
-        for query, reference in zip(queries, references, strict=True)
-    ]
-    vars(method)["answer_with"] = graded  # in place of the class's, for this one call
-    try:
-        return [answer.scores[0] for answer in method.predict(asked, rows, decision, folder)]
-    finally:
-        del vars(method)["answer_with"]
+    with grading(method):
+        found = method.predict(with_references(queries, references), rows, decision, folder)
+    return [answer.scores[0] for answer in found]

@@ -19,7 +19,7 @@ import pandas as pd
 from scripts.bench import runner
 from scripts.bench.development import COMMITTED, SPLITS
 from scripts.bench.markdown import header, insert, row
-from scripts.bench.quality.cells import COLUMNS, FOLDER
+from scripts.bench.quality.cells import COLUMNS, FOLDER, GRADED
 from scripts.bench.quality.settings import EVERYONE, OURS, PEERS, QUERIES, SETTINGS, STATIC
 from scripts.bench.score import routed
 
@@ -108,12 +108,17 @@ def read() -> Results:
         SystemExit: there are none.
     """
     answers, costs = [], []
-    for (library, setting, method, seed), parts in runner.kept(FOLDER):
-        for part in parts if setting in SETTINGS else ():
+    kept = dict(runner.kept(FOLDER))
+    whole = {cell[:-1] for cell in kept if cell[-1] != GRADED}
+    for (library, setting, method, seed), parts in kept.items():
+        if setting not in SETTINGS or (seed == GRADED and (library, setting, method) in whole):
+            continue
+        for part in parts:
             where: dict[str, Any] = {"library": library, "setting": setting, "method": method}
-            where |= {"seed": int(seed), "part": part["part"]}
+            where |= {"seed": 0 if seed == GRADED else int(seed), "part": part["part"]}
             answers.append(pd.DataFrame(part["answers"], columns=list(COLUMNS)).assign(**where))
-            costs.append(where | {key: part[key] for key in COSTS})
+            cost = {key: part[key] for key in COSTS} | ({"seconds": np.nan} if seed == GRADED else {})
+            costs.append(where | cost)
     if not answers:
         raise SystemExit(f"nothing in {FOLDER} yet; name --settings, or --all")
     found = pd.concat(answers, ignore_index=True)
@@ -164,18 +169,20 @@ def methods_tables(results: Results) -> list[str]:
         best = {name: of.tasks.mean().drop("oracle", errors="ignore").max() for name, of in scores.items()}
         lines += ["", f"### {library}", ""]
         lines += header(["method", *(SHOWN[name] for name in names), "seconds", "peak MiB"])
-        for method in _order({str(m) for of in scores.values() for m in of.tasks}):
+        for method in _order({str(m) for of in nats.values() for m in of.tasks}):
             cells = []
             for name in names:
                 if method not in scores[name].tasks:
-                    cells.append("")
+                    graded = nats[name].tasks.get(method)
+                    cells.append("" if graded is None else f"{graded.mean():.2f}")
                     continue
                 value = scores[name].tasks[method].mean()
                 low, high = scores[name].drawn[method].quantile([0.025, 0.975])
                 text = f"{value:.3f}" if value < best[name] or method == "oracle" else f"**{value:.3f}**"
                 cells.append(f"{text} ±{(high - low) / 2:.3f}, {nats[name].tasks[method].mean():.2f}")
             costs = results.costs_of(library, QUERIES, method)[COSTS].mean()
-            lines.append(row(f"`{method}`", *cells, f"{costs.seconds:.0f}", f"{costs.peak_mib:.0f}"))
+            taken = "" if np.isnan(costs.seconds) else f"{costs.seconds:.0f}"
+            lines.append(row(f"`{method}`", *cells, taken, f"{costs.peak_mib:.0f}" if taken else ""))
     return lines[1:]
 
 
