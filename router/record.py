@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from router.constants import BASE_COLUMN
+from router.constants import BASE_COLUMN, Apply
+from router.model.apply import picked
+from router.model.device import tokens_at_once
 from router.plan.estimate import kept
 from router.result import Decision, Result
 from router.routing.evidence import LOW_MARGIN
@@ -37,7 +39,7 @@ def record(name: str, settings: Settings, stages: Stages, result: Result) -> dic
     }
     if planned := kept(settings.output_folder, name, flags):
         found["plan"] = {key: planned[key] for key in ("seconds", "total_seconds", "peak_mib", "n_variants")}
-    return found | (_decided(result.decision) if result.decision else {})
+    return found | (_decided(result.decision, settings.apply) if result.decision else {})
 
 
 def versions() -> dict[str, str]:
@@ -46,8 +48,9 @@ def versions() -> dict[str, str]:
     return own | {package: version(package) for package in PACKAGES}
 
 
-def _decided(decision: Decision) -> dict[str, Any]:
+def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
     base, evidence = decision.base, decision.routing.evidence
+    device, dtype = base.model.device, base.model.dtype
     counts = np.bincount(decision.clusters.labels, minlength=len(decision.variants))
     rows = zip(decision.variants, decision.folders, counts, strict=True)
     return {
@@ -55,8 +58,10 @@ def _decided(decision: Decision) -> dict[str, Any]:
             "name": base.name,
             "revision": base.revision,
             "sha256": base.sha256,
-            "dtype": str(base.model.dtype).removeprefix("torch."),
-            "device": str(base.model.device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+            "tokens_at_once": tokens_at_once(device, dtype),
+            "apply": picked(base.model, device, dtype, apply),
         },
         "adapters": {
             adapter.name: {"revision": adapter.revision, "sha256": adapter.sha256}

@@ -92,6 +92,7 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
         record["seconds"].keys() == record["peak_mib"].keys() >= {"load", "clusters", "variants", "predict"}
     )
     base = {"name": str(tiny_base), "revision": None, "dtype": "float32", "device": "cpu"}
+    base |= {"tokens_at_once": 512, "apply": "merged"}
     weight_file = (tiny_base / "model.safetensors").read_bytes()
     assert record["base"] == base | {"sha256": hashlib.sha256(weight_file).hexdigest()}
     assert list(record["adapters"]) == NAMES

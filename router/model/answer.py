@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from router.deadline import Deadline
+from router.model.device import batch_tokens
 from router.submission import GENERATION, MULTIPLE_CHOICE, UNKNOWN, Query
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Scoring = Literal["full", "kit"]
-BATCH_TOKENS = 4096  # per batch that generates, including padding and new tokens
-CHOICE_TOKENS = 2048  # per batch of multiple choice; each choice counts with its prompt
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = None) -> list[list[int]]:
@@ -41,7 +40,7 @@ def _whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def by_length(lengths: Sequence[int], budget: int, rows: int | None = None) -> Iterator[list[int]]:
+def by_length(lengths: Sequence[int], budget: float, rows: int | None = None) -> Iterator[list[int]]:
     """Yields batches of indices, longest first, so that padding is small and memory peaks at the start.
 
     Args:
@@ -274,7 +273,7 @@ def answer(
 
     Args:
         rows: token ids of each query's prompt.
-        batch_size: queries per batch; None fills batches by tokens.
+        batch_size: queries per batch, however long; None fills batches by tokens.
         progress: called after each batch with the tokens of its prompts.
         journal: a batch that is in it is not answered again; any other is added to it. Batches do not depend
             on it, so answers do not either.
@@ -298,7 +297,8 @@ def answer(
 
     written = [n for n, query in enumerate(queries) if query.eval_type == GENERATION]
     lengths = [len(rows[n]) + max_new_tokens for n in written]
-    ways = [(generated, written, lengths, BATCH_TOKENS)]
+    write_tokens, choice_tokens = batch_tokens(model)
+    ways = [(generated, written, lengths, write_tokens)]
     # Each choice needs a copy of its prompt's key-value cache and the logits of its own tokens.
     for count in sorted({len(query.choices) for query in queries if query.eval_type == MULTIPLE_CHOICE}):
         part = [
@@ -307,9 +307,10 @@ def answer(
             if query.eval_type == MULTIPLE_CHOICE and len(query.choices) == count
         ]
         lengths = [len(rows[n]) + _widest(tokenizer, queries[n].choices) for n in part]
-        ways.append((chosen, part, lengths, CHOICE_TOKENS // count))
+        ways.append((chosen, part, lengths, choice_tokens // count))
     for way, part, lengths, budget in ways:
-        batches = [[part[k] for k in batch] for batch in by_length(lengths, budget, batch_size)]
+        tokens = math.inf if batch_size else budget
+        batches = [[part[k] for k in batch] for batch in by_length(lengths, tokens, batch_size)]
         while batches:
             batch, *rest = batches
             asked = [queries[n] for n in batch]

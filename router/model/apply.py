@@ -19,6 +19,7 @@ from torch import Tensor
 from merge.folders import CONFIG_FILE, open_adapter
 from router.constants import Apply
 from router.model.base import Base, linear_shapes
+from router.model.device import memory_bytes
 
 ROOM = 0.7  # share of the device's memory that the base model and a copy of its linear layers may take
 
@@ -57,15 +58,6 @@ def picked(
 def copy_bytes(model: Any, dtype: torch.dtype) -> int:
     """What a copy of the model's linear layers takes, below the head."""
     return sum(d_out * d_in for d_out, d_in in linear_shapes(model).values()) * dtype.itemsize
-
-
-def memory_bytes(device: torch.device) -> int:
-    """All memory of a device; of a GPU its own, of any other device the machine's."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    import psutil
-
-    return int(psutil.virtual_memory().total)
 
 
 class Merged:

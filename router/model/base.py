@@ -21,6 +21,7 @@ from router.errors import InputError
 from router.files import cache_folder, sha256_of
 from router.hub import HubError, fetch
 from router.model.answer import pad_id
+from router.model.device import pick_device, pick_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -102,36 +103,6 @@ def convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-def pick_device(name: str) -> str:
-    """`auto` becomes `cuda` if there is a CUDA device, else `cpu`.
-
-    Raises:
-        InputError: `cuda` was asked for and there is none.
-    """
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device is available here; use --device cpu or auto")
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
-
-
-def pick_dtype(name: str, device: str) -> torch.dtype:
-    """`auto` becomes bfloat16 if the device multiplies it natively, else float32 (float16 on a GPU)."""
-    import torch
-
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if native else torch.float32
 
 
 def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:

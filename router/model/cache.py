@@ -16,16 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from router.errors import InputError
-
-# Tokens that a CPU takes in one pass. The activations of so many stay in its caches; more tokens are slower,
-# not faster (docs/speed.md).
-CPU_TOKENS = 512
-GPU_TOKENS = 16384
-
-
-def tokens_at_once(device: torch.device) -> int:
-    """How many tokens, including padding, a forward pass over prompts should take."""
-    return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+from router.model.device import tokens_at_once
 
 
 def cache_argument(model: Any) -> str:
@@ -90,7 +81,7 @@ def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tens
         Logits of the next token, (B, V), and the cache, which `cache_argument` says how to pass on.
     """
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    rows = max(1, tokens_at_once(ids.device) // ids.shape[1])
+    rows = max(1, tokens_at_once(ids.device, model.dtype) // ids.shape[1])
     logits, caches = [], []
     for part in torch.split(torch.arange(len(ids)), rows):
         cache = new_cache(model)

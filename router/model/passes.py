@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from router.model.answer import by_length, pad_left
-from router.model.cache import tokens_at_once
+from router.model.device import tokens_at_once
 from router.progress import progress
 
 MAX_TOKENS = 128  # the most that routing reads of a prompt; docs/speed.md tells what more would change
@@ -40,7 +40,7 @@ def batches(
     """Yields (row numbers, ids, mask) of left-padded batches, ids and mask (B, T); a title shows a bar."""
     lengths = [len(row) for row in rows]
     with progress(total=sum(lengths), desc=title, unit="tok") if title else nullcontext() as bar:
-        for batch in by_length(lengths, tokens_at_once(model.device)):
+        for batch in by_length(lengths, tokens_at_once(model.device, model.dtype)):
             yield batch, *pad_left([rows[n] for n in batch], pad_id, model.device)
             if bar is not None:
                 bar.update(sum(lengths[n] for n in batch))

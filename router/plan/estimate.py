@@ -10,7 +10,6 @@ variants more than adapters, and as many answers between 1 and 2 tokens as betwe
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +31,9 @@ from router.model.base import (
     EMBEDDED_ID,
     embedded_folder,
     linear_shapes,
-    pick_device,
-    pick_dtype,
     weight_files,
 )  # fmt: skip
+from router.model.device import BATCH_TOKENS, CHOICE_TOKENS, cache_bytes, pick_device, pick_dtype
 from router.pipeline import default_base
 from router.plan.speed import Speed, measure, parameters, skeleton
 from router.routing.calibration import generic_prompts
@@ -111,7 +109,7 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
         for found in seconds.values():
             found["prototypes"] = found["calibrate"] = 0.0  # kept on disk since then
     copied = copy_bytes(model, dtype) if apply == "merged" and adapters else 0
-    memory = _memory(base, dtype.itemsize, parameters(model), copied, work, adapters, routed)
+    memory = _memory(base, dtype, parameters(model), copied, work, adapters, routed)
     size = sum((folder.path / WEIGHTS_FILE).stat().st_size for folder in adapters.values())
     return {
         "method": name,
@@ -251,8 +249,6 @@ def _seconds(
     speed: Speed, work: _Work, adapters: dict[str, AdapterFolder], variants: int, routed: bool
 ) -> dict[str, float]:
     """Seconds by stage, with nothing calibrated yet."""
-    from router.model.answer import BATCH_TOKENS
-
     found = {"load": 4.0}
     if routed:
         found["prototypes"] = speed.prototypes * len(adapters)
@@ -263,7 +259,8 @@ def _seconds(
     found["predict"] += variants * speed.swap / 2
     if work.written:
         # Assume that a variant's last batch is half full, or its only one is as large as the variant.
-        full = max(sum(work.written) / BATCH_TOKENS, len(work.written) / (work.batch_size or math.inf))
+        size = work.batch_size
+        full = len(work.written) / size if size else sum(work.written) / BATCH_TOKENS
         batches = max(variants, variants / 2 + full)
         rows = len(work.written) / batches
         steps = float(np.quantile(work.answers, rows / (rows + 1)))  # a batch writes until its longest ends
@@ -274,7 +271,7 @@ def _seconds(
 
 def _memory(
     base: _BaseModel,
-    size: int,
+    dtype: torch.dtype,
     n_parameters: int,
     copied: int,
     work: _Work,
@@ -284,16 +281,13 @@ def _memory(
     """Peak resident memory by stage, MiB, on a CPU.
 
     Args:
-        size: bytes of one number.
+        dtype: of the base model.
         copied: bytes of the copy of the weights that variants are added to.
     """
-    from router.model.answer import BATCH_TOKENS, CHOICE_TOKENS
-
-    config = base.config
+    config, size = base.config, dtype.itemsize
     weights = n_parameters * size
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * width * size * BATCH_TOKENS if work.written else 0
+    tokens = work.batch_size * max(work.written, default=0) if work.batch_size else BATCH_TOKENS
+    cache = cache_bytes(config, dtype) * tokens if work.written else 0
     logits = CHOICE_TOKENS * config.vocab_size * size if work.chosen else 0
     # The file stays mapped while the weights are made from it.
     found = {"load": LIBRARIES + (base.file_bytes or weights) + weights}

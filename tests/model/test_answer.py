@@ -13,9 +13,10 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 
 from helpers import FAMILIES, family
 from router.errors import InputError
-from router.model.answer import CHOICE_TOKENS, answer, by_length, encode, generate, score_choices
+from router.model.answer import answer, by_length, encode, generate, score_choices
 from router.model.base import load_base
 from router.model.cache import new_cache
+from router.model.device import CHOICE_TOKENS
 from router.submission import Query
 
 EOS = 1
@@ -202,6 +203,17 @@ def test_max_seq_len_keeps_the_first_tokens(base):
     )
 
 
+def test_a_batch_size_enlarges_batches_too(base, monkeypatch):
+    monkeypatch.setattr("router.model.answer.batch_tokens", lambda model: (60, 60))
+    queries = [Query(str(n), "one two three " * 2, "generation") for n in range(9)]
+    sizes = {}
+    for batch_size in (None, 3, 9):
+        done = []
+        answered(base, queries, max_new_tokens=4, batch_size=batch_size, progress=done.append)
+        sizes[batch_size] = len(done)
+    assert sizes[3] == 3 and sizes[9] == 1 < sizes[None]
+
+
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
 def test_mixed_kinds_are_answered_in_order(base, batch_size):
     queries, expected = [], []
@@ -340,7 +352,7 @@ def test_prompts_read_in_parts_and_rows_that_leave_change_nothing(
     handle = model.register_forward_pre_hook(
         lambda model, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    monkeypatch.setattr("router.model.cache.CPU_TOKENS", 600)
+    monkeypatch.setattr("router.model.device.CPU_TOKENS", 600)
     found = generate(model, base.tokenizer, rows(base), 12)
     handle.remove()
     assert [one.ids for one in found] == expected

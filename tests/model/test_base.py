@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from router.errors import InputError
 from router.model import base as module
-from router.model.base import load_base, pick_dtype
+from router.model.base import load_base
 
 
 @pytest.fixture()
@@ -78,11 +78,3 @@ def test_an_embedded_model_that_was_damaged_is_converted_again(tiny_base, tmp_pa
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(SafetensorError):
         module._read(folder, torch.float32)
-
-
-def test_bfloat16_that_a_gpu_emulates_is_not_taken(monkeypatch):
-    """As torch answers on a T4 or V100."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert pick_dtype("auto", "cuda") is torch.float16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert pick_dtype("auto", "cuda") is torch.bfloat16

@@ -111,7 +111,7 @@ def test_padding_and_the_order_of_prompts_do_not_matter(budget, base, measured, 
     protos, rows = measured
     means = input_means(base.model, rows, 0, list(protos))
     alone = np.concatenate([probe(base.model, [row], 0, protos, means, 3).responses for row in rows])
-    monkeypatch.setattr("router.model.cache.CPU_TOKENS", budget)
+    monkeypatch.setattr("router.model.device.CPU_TOKENS", budget)
     order = [4, 0, 6, 2, 5, 1, 3]
     found = probe(base.model, [rows[n] for n in order], 0, protos, means, 3).responses
     np.testing.assert_allclose(found, alone[order], rtol=1e-3, atol=1e-5)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from router.model.answer import CHOICE_TOKENS, Answer, by_length, pad_left
+from router.model.answer import Answer, by_length, pad_left
+from router.model.device import CHOICE_TOKENS
 from router.pipeline import Routed
 from router.result import Decision
 from router.submission import MULTIPLE_CHOICE, Query

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from router.methods.proto_route import ProtoRoute
-from router.model.answer import BATCH_TOKENS, Answer, by_length, pad_left
+from router.model.answer import Answer, by_length, pad_left
+from router.model.device import BATCH_TOKENS
 from router.per_token import Experts, attached, load_experts
 from router.result import Decision
 from router.routing.clusters import mixes

@@ -1,0 +1,98 @@
+"""What a device can do: its dtype, its memory, and how many tokens it gets at once.
+
+All of it is asked of the device, and nothing is timed. So the same machine always makes the same batches,
+whose rounding decides between answers that are nearly as likely.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from router.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens in one pass over prompts. On most processors the activations of 512 stay in the caches, and more
+# tokens are slower, not faster. One that multiplies tiles (AMX) is fastest at 2,048 (docs/speed.md).
+CPU_TOKENS, TILE_TOKENS, GPU_TOKENS = 512, 2048, 16384
+BATCH_TOKENS = 4096  # in a batch that generates, including padding and new tokens
+CHOICE_TOKENS = 2048  # in a batch of multiple choice; each choice counts with its prompt
+MOST = 16  # times as many on a GPU, if its memory allows
+
+
+def pick_device(name: str) -> str:
+    """`auto` becomes `cuda` if there is a CUDA device, else `cpu`.
+
+    Raises:
+        InputError: `cuda` was asked for and there is none.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available here; use --device cpu or auto")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """`auto` becomes bfloat16 if the device multiplies it natively, else float32 (float16 on a GPU)."""
+    import torch
+
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of a device; of a GPU its own, of any other device the machine's."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def tokens_at_once(device: torch.device, dtype: torch.dtype) -> int:
+    """How many tokens, including padding, a forward pass over prompts should take."""
+    import torch
+
+    if device.type != "cpu":
+        return GPU_TOKENS
+    tiles = dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16")
+    return TILE_TOKENS if tiles else CPU_TOKENS
+
+
+def cache_bytes(config: Any, dtype: torch.dtype) -> int:
+    """What the keys and values of one token take in a model of this configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
+
+
+def batch_tokens(model: Any) -> tuple[int, int]:
+    """How many tokens a batch may hold that generates, and one of multiple choice, including padding.
+
+    On a GPU they are as many as fit into half of what the weights and a copy of them leave of its memory:
+    keys and values, for multiple choice also the logits, in the model's dtype and once in float32.
+    """
+    if model.device.type == "cpu":
+        return BATCH_TOKENS, CHOICE_TOKENS
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    room = (memory_bytes(model.device) - 2 * weights) // 2
+    each = cache_bytes(model.config, model.dtype)
+    chosen = each + model.config.vocab_size * (model.dtype.itemsize + 4)
+    return _between(BATCH_TOKENS, room // each), _between(CHOICE_TOKENS, room // chosen)
+
+
+def _between(least: int, wanted: int) -> int:
+    return max(least, min(MOST * least, wanted))

@@ -1,0 +1,53 @@
+"""What is asked of a device: its dtype, and batches that grow with its memory alone."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import MistralConfig
+
+from router.model import device
+from router.model.device import batch_tokens, pick_dtype, tokens_at_once
+
+GIB = 2**30
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def test_bfloat16_that_a_gpu_emulates_is_not_taken(monkeypatch):
+    """As torch answers on a T4 or V100."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert pick_dtype("auto", "cuda") is torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert pick_dtype("auto", "cuda") is torch.bfloat16
+
+
+@pytest.mark.parametrize(("tiles", "dtype", "expected"), [
+    (True, torch.bfloat16, 2048), (True, torch.float32, 512), (False, torch.bfloat16, 512),
+])  # fmt: skip
+def test_a_processor_that_multiplies_tiles_reads_more_at_once(monkeypatch, tiles, dtype, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": tiles})
+    assert tokens_at_once(CPU, dtype) == expected and tokens_at_once(CUDA, dtype) == 16384
+
+
+def mistral(place):
+    """Mistral-7B's configuration, dtype and size, without its weights."""
+    weights = SimpleNamespace(numel=lambda: 7_241_732_096, element_size=lambda: 2)
+    return SimpleNamespace(
+        device=place, config=MistralConfig(), dtype=torch.bfloat16, parameters=lambda: [weights]
+    )
+
+
+def test_batches_grow_with_the_memory_of_a_gpu_and_of_nothing_else(monkeypatch):
+    found = []
+    for size in (16, 40, 48, 80, 1000):
+        monkeypatch.setattr(device, "memory_bytes", lambda place, size=size: size * GIB)
+        found.append(batch_tokens(mistral(CUDA)))
+    assert found[0] == (4096, 2048) and found[-1] == (65536, 32768)  # the least, and 16 times that
+    assert found == sorted(found)
+    written, chosen = found[2]
+    left = 48 * GIB - 4 * 7_241_732_096
+    each = 2 * 32 * 8 * 128 * 2  # keys and values of one token: layers, heads, width, bytes
+    assert 0.4 * left < written * each < 0.5 * left or written == 65536
+    assert chosen * (each + 32000 * 6) <= 0.5 * left
+    monkeypatch.setattr(device, "memory_bytes", lambda place: 1000 * GIB)
+    assert batch_tokens(mistral(CPU)) == (4096, 2048)
