@@ -36,6 +36,8 @@ class Evidence:
         votes: (queries, modules) the standardised response, at each module, of the adapter with the
             highest score; NaN where it has no prototype.
         duplicates: adapters that are another one in another size, with the representative of each.
+        levels: what each of several rates of false alarms, written as a number, would add to the base model's
+            scores.
     """
 
     adapters: list[str]
@@ -45,6 +47,7 @@ class Evidence:
     base_score: Array
     votes: Array
     duplicates: dict[str, str] = field(default_factory=dict)
+    levels: dict[str, float] = field(default_factory=dict)
 
     @property
     def candidates(self) -> Array:
@@ -56,6 +59,14 @@ class Evidence:
         """(queries,) the best candidate's score less the next one's, in standard deviations."""
         best = np.sort(np.nan_to_num(self.candidates, nan=-np.inf, posinf=np.inf, neginf=-np.inf), 1)
         return np.asarray(best[:, -1] - best[:, -2])
+
+    @property
+    def sent(self) -> dict[str, int]:
+        """How many queries would go to an adapter, by the rate of false alarms."""
+        leads = (
+            np.nan_to_num(self.scores, nan=-np.inf).max(1, initial=-np.inf) - self.base_score
+        )  # (queries,)
+        return {share: int((leads > level).sum()) for share, level in self.levels.items()}
 
     @property
     def low_margin(self) -> NDArray[np.bool_]:
@@ -83,10 +94,10 @@ class Evidence:
         with safe_open(path, framework="numpy") as file:
             names = json.loads(file.metadata()["names"])
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        return Evidence(**arrays, **{name: names[name] for name in _NAMES})
+        return Evidence(**arrays, **{name: names[name] for name in _NAMES if name in names})
 
 
-_NAMES = ("adapters", "modules", "duplicates")
+_NAMES = ("adapters", "modules", "duplicates", "levels")
 _ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]
 
 

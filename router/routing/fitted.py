@@ -91,6 +91,7 @@ class Fitted:
             base_score=candidates[:, -1].astype(np.float32),
             votes=self.gate.votes(own, scores).astype(np.float32),
             duplicates={names[n]: names[k] for n, k in enumerate(self.representative) if n != k},
+            levels=self.gate.levels(),
         )
 
     def save(self, folder: Path) -> None:

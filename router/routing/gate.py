@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 
 Array = NDArray[np.float64]
 FOLDS = 5  # of the cross-validation that places the base model's score
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)  # false alarms that are shown side by side
 TAIL = 0.2  # share of the reference queries that an exponential tail is fitted to
 _HIGHEST = 0.97  # loading: an adapter is never all common factor
 _STEPS = 50  # of the iteration for loadings; more change no choice on the libraries that were measured
@@ -193,6 +194,11 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self)
         return np.column_stack([scores, self.level_ + self._standard(confidence, len(scores))])
+
+    def levels(self) -> dict[str, float]:
+        """What each of SHARES, as `false_alarm`, would add to the base model's score."""
+        check_is_fitted(self)
+        return {f"{share:g}": level(self.reference_leads_, share) - self.level_ for share in SHARES}
 
     def weights(self, candidates: Array) -> Array:
         """The softmax of the candidates' scores, in which at most `top_k` adapters keep a weight.

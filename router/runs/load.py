@@ -146,6 +146,11 @@ class Run:
         return np.zeros(len(self.weights), bool) if self.evidence is None else self.evidence.low_margin
 
     @property
+    def sent(self) -> dict[str, int]:
+        """How many queries would go to an adapter, by the rate of false alarms; empty without evidence."""
+        return {} if self.evidence is None else self.evidence.sent
+
+    @property
     def duplicates(self) -> dict[str, str]:
         """The duplicates, each with its representative: the same adapter in another size."""
         return {} if self.evidence is None else self.evidence.duplicates

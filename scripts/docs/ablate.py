@@ -26,7 +26,7 @@ from router.model.answer import encode
 from router.model.base import load_base
 from router.model.passes import truncated
 from router.routing.calibration import Calibration
-from router.routing.gate import PrototypeGate
+from router.routing.gate import SHARES, PrototypeGate
 from router.routing.probe import END, probe
 from router.routing.prototypes import prototypes
 from scripts.bench.development import SPLITS, Labelled, libraries
@@ -35,7 +35,6 @@ from scripts.bench.score import routed
 
 OUT, CURVE, METHOD = Path("docs/ablations.md"), Path("docs/trade.svg"), Path("docs/method.md")
 FITS, NOBODY = SPLITS[:3], SPLITS[3:]  # an adapter is right, or the base model
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 WEIGHTS = (0.0, 0.5, 0.7, 0.85, 0.95, 1.0)  # bounds of the reliability table
 # Three kinds of foreign text, by the start of their names in data/eval_foreign.
 KINDS = {

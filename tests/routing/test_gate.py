@@ -243,6 +243,14 @@ def test_the_promised_rate_is_the_measured_one_where_the_tail_is_exponential(fal
     assert many == pytest.approx(false_alarm, rel=0.1)
 
 
+def test_levels_of_other_rates_are_those_of_gates_with_these_rates():
+    found = PrototypeGate(false_alarm=0.3).fit(GENERIC)
+    for share, more in found.levels().items():
+        other = PrototypeGate(false_alarm=float(share)).fit(GENERIC)
+        assert found.level_ + more == pytest.approx(other.level_, abs=1e-12)
+    assert list(found.levels().values()) == sorted(found.levels().values(), reverse=True)
+
+
 @pytest.mark.parametrize("false_alarm", [0.01, 0.2, 0.5])
 def test_equal_scores_are_their_own_level(false_alarm):
     assert level(np.full(40, 1.5), false_alarm) == 1.5

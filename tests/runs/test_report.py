@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -28,7 +28,7 @@ HOSTILE = [
     "مرحبا \u202eabc 🙂👩‍👩‍👧 \x00\x1b NUL",
 ]
 ADAPTERS = ["one", "two", "<img src=x onerror=alert(1)>", "four", "five/six"]
-ARRAYS = [field.name for field in fields(Evidence)][2:-1]
+ARRAYS = [field.name for field in fields(Evidence)][2:-2]
 MODULES = [f"model.layers.{n}.{kind}" for n in range(3) for kind in ("self_attn.q_proj", "mlp.down_proj")]
 
 
@@ -162,7 +162,7 @@ def test_a_real_run_has_its_report(command, capsys, method):
     assert page.data["predictions"][1] == f"{choice}: {['stone', 'pear'][choice]}"
     sections = {attrs["id"] for tag, attrs in page.tags if tag == "section"}
     assert sections == {"queries", "variants", "cost", "settings"} | (
-        {"layers"} if method == "proto_route" else set()
+        {"fit", "layers"} if method == "proto_route" else set()
     )
     assert ("places" in page.data) == (method in ("proto_route", "oracle"))
     assert ("reasons" in page.data) == (method == "proto_route")
@@ -215,6 +215,23 @@ def test_the_opening_says_how_many_queries_no_adapter_fits(tmp_path, level, told
     beaten = (Evidence.load(out / "queries.evidence.safetensors").scores < level).all(1).sum()
     assert told.format(beaten, 100 * beaten / 120) in Page(write_report(out)).words
     assert (level == 2.5) == (0 < beaten < 120)
+
+
+def test_the_table_counts_who_would_be_sent_at_other_rates(tmp_path):
+    out = synthetic(tmp_path, sentences(30))
+    file = out / "queries.evidence.safetensors"
+    plain = Evidence.load(file)
+    assert "Does any adapter fit" not in Page(write_report(out)).words  # a run that kept no levels
+    levels = {"0.01": 1.5, "0.1": 0.0, "0.5": -9.0}
+    replace(plain, levels=levels).save(file)
+    record = json.loads((out / "run.json").read_text())
+    record["flags"]["false_alarm"] = 0.1
+    (out / "run.json").write_text(json.dumps(record))
+    words = Page(write_report(out)).words
+    table = words[words.index("queries sent to an adapter") :]
+    rare, now, common = ((plain.scores.max(1) > plain.base_score + add).sum() for add in levels.values())
+    assert rare < now < common == 30
+    assert f"0.01 {rare} 0.1 this run {now} 0.5 {common}" in " ".join(table.split())
 
 
 def test_layers_are_means_of_the_votes(tmp_path):
