@@ -49,7 +49,8 @@ def render(run: Run) -> str:
     used = [k for k in range(len(run.names)) if any(row["weights"][k] >= 0.005 for row in rows)]
     return _template().render(
         run=run, record=run.record, headline=headline(run), variants=rows, used=used, layers=layered,
-        sent=run.sent, explained=explained(len(run.weights)), low_margin=LOW_MARGIN, data=found, json=Markup(escaped(found)),
+        sent=run.sent, explained=explained(len(run.weights)), low_margin=LOW_MARGIN, data=found,
+        json=Markup(escaped(found)),
     )  # fmt: skip
 
 
