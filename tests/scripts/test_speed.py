@@ -1,5 +1,7 @@
 """The tables of the speed benchmark say what was measured, and whether it is what was aimed at."""
 
+from dataclasses import replace
+
 import pytest
 
 from helpers import write_tiny_library
@@ -55,17 +57,20 @@ def test_of_calibration_only_what_a_second_run_takes_is_counted():
     assert tables._with_lookup(runs) == [12.0, 14.0]
 
 
-def test_the_grid_has_a_line_for_each_count_and_rank():
+def test_the_grid_has_a_line_for_each_count():
     found = {
         f"gate {n} {size}": [{"seconds": 0.5}] for n in (50, 200, 800, 3200) for size in (4, 16, 64, 256)
     }
-    found |= {f"probing {n}": [{"seconds": 2.0, "tokens": 60 * n}] for n in (50, 200, 800, 3200)}
-    found |= {f"merge ours embedded {rank}": [{"seconds": 0.25}] for rank in (4, 8, 16, 32, 64)}
-    one = {"prototypes": 1.0, "hot": 0.03, "new": 0.2, "step": 0.05}
-    found |= {f"rank {rank}": [one] for rank in (4, 8, 16, 32, 64)}
-    lines = tables._grid(found)
-    assert "| 3200 queries | 192000 | 2.0 | 96000 |" in lines
-    assert lines[-1] == "| 64 | 1.00 | 0.25 | 30 | 200 | 50 |"
+    assert tables._grid(found)[-1] == "| 3200 queries | 0.50 | 0.50 | 0.50 | 0.50 |"
+
+
+def test_a_target_that_is_not_measured_has_no_line():
+    one = [{"seconds": 2.0, "queries": 400}, {"seconds": 3.0, "queries": 400}]
+    other = [{"seconds": 1.0, "queries": 400}, {"seconds": 2.0, "queries": 400}]
+    lines = list(tables.targets({"decode arrow": one, "decode merged": other}))
+    assert lines == []  # the lines of a group stand together
+    probed = list(tables.targets({"probing 100": [{"ratios": [1.1, 1.3, 1.15]}]}))
+    assert [(line.what, line.value, line.met) for line in probed] == [("probe", 1.15, True)]
 
 
 def test_32_layers_cost_what_one_and_five_say():
@@ -94,7 +99,7 @@ def test_repetitions_are_read_back_by_measurement(tmp_path, monkeypatch):
 
 def test_tables_are_written_as_far_as_they_are_measured(tmp_path, monkeypatch, capsys):
     page = tmp_path / "speed.md"
-    page.write_text("<!-- truncation -->\n<!-- /truncation -->\n<!-- steps -->\nold\n<!-- /steps -->\n")
+    page.write_text("<!-- truncation -->\n<!-- /truncation -->\n<!-- grid -->\nold\n<!-- /grid -->\n")
     monkeypatch.setattr(tables, "FOLDER", tmp_path / "cells")
     monkeypatch.setattr(tables, "PAGE", page)
     for tokens in ("128", "256", "512", "0"):
@@ -129,8 +134,8 @@ def tiny(tiny_base, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "job",
     [
-        "static 4", "kit 8", "decode merged", "decode spectr", "step 0 2", "step 3 4", "gate 50 4",
-        "probing 20", "merge ours embedded 8", "merge peft embedded 8", "library_prototypes 5", "rank 4",
+        "static 4", "kit 8", "decode merged", "decode beside", "decode spectr", "gate 50 4",
+        "merge ours embedded 8", "merge peft embedded 8", "library_prototypes 5",
     ],
 )  # fmt: skip
 def test_measurements_are_numbers_above_zero(tiny, job):
@@ -138,6 +143,19 @@ def test_measurements_are_numbers_above_zero(tiny, job):
     assert found and all(value > 0 for value in found.values())
     if job.startswith("decode"):
         assert found["tokens"] == 16 * 4  # nothing ends early
+
+
+def test_the_probe_is_measured_against_a_pass_of_the_same_prompts(tiny):
+    found = measures.run(["probing", "9"])
+    assert found["tokens"] > 9 and len(found["ratios"]) == 3
+    assert min(found["ratios"]) > 0 and found["seconds"] > 0 and found["read"] > 0
+
+
+def test_answers_that_differ_between_the_ways_to_apply_are_counted(tiny, monkeypatch):
+    adapters = measures.library(3)
+    monkeypatch.setattr(measures, "library", lambda size: [replace(adapters[0], name="chain_sum")])
+    found = measures.run(["same", "6"])
+    assert found["differ"] == 0 and found["queries"] == 3 and found["merged"] > 0 and found["beside"] > 0
 
 
 def test_of_a_routed_run_calibration_is_not_counted(tiny, monkeypatch):

@@ -13,32 +13,30 @@ from pathlib import Path
 
 from scripts.bench import runner
 from scripts.bench.speed import measures, tables
-from scripts.bench.speed.tables import COUNTS, FOLDER, RANKS, SHAPE, SIZES
+from scripts.bench.speed.tables import COUNTS, EIGHTH, FOLDER, HALF, SHAPE, SIZES
 
-EVERY = "8"  # of the queries, where not all are asked
-WHOLE = ("routed 22 1", "static 1", f"kit {EVERY}")
+WHOLE = (f"routed 22 {HALF}", f"static {HALF}", f"kit {EIGHTH}")
 PARTS = (
-    *(f"decode {way}" for way in ("ours", "merged", "arrow", "spectr", "lag")),
+    *(f"decode {way}" for way in ("merged", "beside", "arrow", "spectr", "lag")),
     *(f"merge {way} embedded 16" for way in ("ours", "peft")),
     *(f"library_prototypes {size}" for size in ("22", "256")),
     "gate 3200 256", "floor", "roofline",
 )  # fmt: skip
 ONCE = (
-    *(f"merge ours embedded {rank}" for rank in RANKS if rank != "16"),
-    "merge ours large 16", "merge peft large 16", f"matmul_share {EVERY}",
-    *(f"step {count} {rows}" for rows in (1, 11, 32) for count in (0, 1, 3, 8) if count <= rows),
+    "probing 100", f"same {HALF}", f"matmul_share {EIGHTH}", "merge ours large 16", "merge peft large 16",
     *(f"truncation {tokens}" for tokens in (128, 256, 512, 0)),
     *(f"gate {count} {size}" for size in SIZES for count in COUNTS),
-    *(f"probing {count}" for count in COUNTS),
-    *(f"rank {rank}" for rank in RANKS),
 )  # fmt: skip
-GROWTH = tuple(f"routed {size} {EVERY}" for size in SIZES)
+GROWTH = tuple(f"routed {size} {EIGHTH}" for size in SIZES)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5, help="of what is compared (default: 5)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="only measurements that begin with these words"
+    )
     parser.add_argument("--shape", choices=["mistral-7b"], help="measure this shape instead")
     parser.add_argument(
         "--plans", nargs="+", type=Path, metavar="RUN",
@@ -58,6 +56,8 @@ def main() -> None:
     else:
         compared = (job for jobs in (PARTS, WHOLE, GROWTH) for job in _turns(jobs, args.repetitions))
         wanted = [*_turns(ONCE, 1), *compared]
+    if args.only:
+        wanted = [cell for cell in wanted if cell[0] in args.only]
     failed = runner.fill("scripts.bench.speed", FOLDER, wanted)
     tables.write()
     if failed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from merge.factors import Factors, recompress, weighted_sum
 from merge.folders import WEIGHTS_FILE, write_adapter
-from router.constants import LIBRARY
+from router.constants import LIBRARY, Apply
 from router.library.adapters import Adapter, load_library
 from router.methods import load_method
 from router.model import passes
@@ -171,7 +172,11 @@ def floor() -> dict[str, Any]:
 
 
 def decode(way: str) -> dict[str, Any]:
-    """Tokens/s of 16 prompts of 32 tokens that write 64 each, with 8 adapters of one rank on all layers."""
+    """16 prompts of 32 tokens that write 64 each, with 8 adapters of one rank on all layers.
+
+    Args:
+        way: a variant `merged` or `beside`, or `arrow`, `spectr`, `lag`.
+    """
     base = load_base(EMBEDDED)
     base.tokenizer.eos_token = "<file_sep>"  # of no use to the model: nothing ends early
     adapters, dtype = uniform(base), base.model.dtype
@@ -199,36 +204,9 @@ def decode(way: str) -> dict[str, Any]:
             for module in linear_shapes(base.model)
         }
         write_adapter(Path(folder), updates, base.name, None, dtype)
-        with active(base, Path(folder)) as model:
-            if way == "merged":
-                model.merge_adapter()
+        how: Apply = "merged" if way == "merged" else "beside"
+        with active(base, Path(folder), how) as model:
             return measured(model)
-
-
-def step(adapters: str, rows: str) -> dict[str, Any]:
-    """A step in which each row writes a token, with so many adapters in the batch; 0: the base model alone.
-
-    Several are PEFT's mixed batch. The base model alone is what a variant merged into the weights is.
-    """
-    from peft import PeftModel
-
-    base, count, n_rows = load_base(EMBEDDED), int(adapters), int(rows)
-    model: Any = base.model
-    for n, adapter in enumerate(uniform(base)[:count]):
-        path = str(adapter.folder.path)
-        how: dict[str, Any] = {"adapter_name": str(n), "autocast_adapter_dtype": False}
-        if n:
-            model.load_adapter(path, **how)
-        else:
-            model = PeftModel.from_pretrained(model, path, **how)
-    mixed = {"adapter_names": sorted(str(n % count) for n in range(n_rows))} if count > 1 else {}
-    return {"seconds": repeated(_step(model.eval(), n_rows, **mixed), 9).median}
-
-
-def _step(model: Any, rows: int, **how: Any) -> Callable[[], Any]:
-    """A pass over one token in each row, without a prompt before it."""
-    ids = torch.full((rows, 1), 5)
-    return torch.inference_mode()(lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids), **how))
 
 
 def merge(way: str, where: str, rank: str) -> dict[str, Any]:
@@ -292,42 +270,45 @@ def library_prototypes(size: str) -> dict[str, Any]:
     return {"read": min(read.times), "seconds": min(new), "cached": min(known), "mib": mib}
 
 
-def rank(width: str) -> dict[str, Any]:
-    """What grows with the rank, by 8 adapters on all layers: prototypes, a swap, a step of 11 rows."""
-    base = load_base(EMBEDDED)
-    adapters, dtype = uniform(base, int(width)), base.model.dtype
-    with empty_cache():
-        prototypes(adapters[:1], dtype=dtype)  # warm
-    with empty_cache():
-        made, _ = timed(lambda: prototypes(adapters, dtype=dtype))
-    paths = [adapter.folder.path for adapter in adapters]
-    with Beside(base) as swap:
-
-        def swapped(path: Path) -> float:
-            return timed(lambda: swap.activate(path))[0]
-
-        hot = [swapped(path) for path in paths]
-        seconds = repeated(_step(swap.activate(paths[0]), 11), 9).median
-        new = []
-        for path in paths:
-            swap.deactivate()
-            new.append(swapped(path))
-    return {"prototypes": made, "step": seconds, "hot": median(hot[1:]), "new": median(new[1:])}
-
-
 def probing(count: str) -> dict[str, Any]:
-    """The probe of so many queries, repeated where there are fewer, with the committed library."""
+    """The probe of so many queries with the committed library, and a pass that only reads them, in turns."""
     base, adapters = load_base(EMBEDDED), library(22)
-    rows = passes.truncated(prompts(base, queries()))
-    rows = [rows[n % len(rows)] for n in range(int(count))]
+    rows = passes.truncated(prompts(base, queries()))[:: max(1, len(queries()) // int(count))]
+    pad = base.tokenizer.pad_token_id
     protos = prototypes(adapters, dtype=base.model.dtype)
     means = Calibration(base).means(list(protos))
 
-    def work(part: list[list[int]]) -> None:
-        probe(base.model, part, base.tokenizer.pad_token_id, protos, means, len(adapters))
+    def read(part: list[list[int]]) -> None:
+        with torch.inference_mode():
+            for _, ids, mask in batches(base.model, part, pad, None):
+                forward(base.model, ids, mask)
 
-    work(rows[:8])  # warm
-    return {"seconds": timed(lambda: work(rows))[0], "tokens": sum(map(len, rows))}
+    def work(part: list[list[int]]) -> None:
+        probe(base.model, part, pad, protos, means, len(adapters), None)
+
+    for warm in (read, work):
+        warm(rows[:8])
+    turns = [[timed(partial(one, rows))[0] for one in (work, read)] for _ in range(3)]
+    ratios = [probed / plain for probed, plain in turns]
+    seconds, plain = (median(column) for column in zip(*turns, strict=True))
+    return {"seconds": seconds, "read": plain, "ratios": ratios, "tokens": sum(map(len, rows))}
+
+
+def same(every: str) -> dict[str, Any]:
+    """How many answers of one adapter differ where it is merged into the weights from beside them."""
+    base, asked = load_base(EMBEDDED), queries(int(every))
+    adapter = next(a for a in library(22) if a.name == "chain_sum")
+    told, taken = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = _one(base, adapter, folder)
+        ways: tuple[Apply, ...] = ("merged", "beside")
+        for how in ways:
+            with active(base, path, how) as model:
+                seconds, found = timed(lambda: answer(model, base.tokenizer, asked, prompts(base, asked)))
+            taken.append(seconds)
+            told.append([one.text for one in found])
+    differ = sum(one != two for one, two in zip(*told, strict=True))
+    return {"differ": differ, "queries": len(asked), "merged": taken[0], "beside": taken[1]}
 
 
 def gate(count: str, size: str) -> dict[str, Any]:
@@ -386,6 +367,8 @@ def roofline() -> dict[str, Any]:
         "bytes": block.numel() * 4 / _fastest(block.sum),
         "linear": sum(d_out * d_in for d_out, d_in in shapes.values()),
         "head": model.get_output_embeddings().weight.numel(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "itemsize": dtype.itemsize,
         "read_tokens": sum(map(len, rows)) / repeated(read, 1).median,
     }
 
@@ -398,8 +381,8 @@ def _fastest(work: Callable[[], Any]) -> float:
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     f.__name__: f
     for f in (
-        routed, static, kit, floor, decode, step, merge, library_prototypes, gate, matmul_share, roofline,
-        truncation, rank, probing, shape,
+        routed, static, kit, floor, decode, merge, library_prototypes, gate, matmul_share, roofline,
+        truncation, probing, same, shape,
     )
 }  # fmt: skip
 
