@@ -82,8 +82,9 @@ def _default(name: str, none: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The flags. One that is not given is None; its default is in `Settings`."""
+    module = Path(sys.argv[0]).name == "main.py"  # as `python -m` says it
     p = argparse.ArgumentParser(
-        prog="python -m router.main",
+        prog="python -m router.main" if module else "proto-route run",
         description="Answers unlabelled queries with a routed mixture of LoRA adapters.",
     )
 

@@ -33,6 +33,7 @@ from router.api import Choice, Router
 from router.errors import InputError
 from router.serving.names import AUTO, served
 from router.serving.prober import Full, Prober
+from router.serving.text import NoText, text_of
 
 log = logging.getLogger(__name__)
 REMEMBERED = 10_000  # conversations
@@ -55,38 +56,6 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
-
-
-def text_of(path: str, body: Mapping[str, Any], message: int = 0) -> str:
-    """What a request is routed by: its prompt, or a user message of its conversation.
-
-    Args:
-        message: which of the user messages, 0 for the first, -1 for the last.
-
-    Raises:
-        Refused: there is no text, or more than one prompt.
-    """
-    if path.endswith("/chat/completions"):
-        messages = body.get("messages")
-        users = [
-            one
-            for one in (messages if isinstance(messages, list) else [])
-            if isinstance(one, dict) and one.get("role") == "user"
-        ]
-        if not users:
-            raise Refused(400, "messages: expected a list with a message of the role user, found none")
-        content = users[message].get("content")
-        if isinstance(content, list):  # parts; images and the like are passed on, but not read
-            parts = [part.get("text") for part in content if isinstance(part, dict)]
-            content = "\n".join(part for part in parts if isinstance(part, str))
-    else:
-        content = body.get("prompt")
-        if isinstance(content, list) and len(content) == 1:
-            content = content[0]
-    if not isinstance(content, str) or not content:
-        what = "one text; send several prompts in several requests" if isinstance(content, list) else "text"
-        raise Refused(400, f"model {AUTO}: expected {what}, since it is routed by what it says")
-    return content
 
 
 class Decided(NamedTuple):
@@ -205,6 +174,13 @@ class Front:
             raise Refused(400, f"expected a JSON object, got a {type(found).__name__}")
         return found
 
+    @staticmethod
+    def _text(body: Mapping[str, Any], chat: bool, message: int = 0) -> str:
+        try:
+            return text_of(body, chat, message)
+        except NoText as error:
+            raise Refused(400, str(error)) from error
+
     def _choose(self, texts: Sequence[str]) -> list[Decided]:
         router = self.router
         found = []
@@ -260,8 +236,7 @@ class Front:
         """POST /v1/route: the decision alone."""
         self._admit(request)
         body = self._parsed(await self._body(request))
-        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        decided = await self._decided(text_of(path, body))
+        decided = await self._decided(self._text(body, "messages" in body))
         return JSONResponse(self._shown(decided.choice, await self._name(decided)))
 
     async def forward(self, request: Request) -> Response:
@@ -279,8 +254,9 @@ class Front:
         return await self._passed_on(request, raw, decision)
 
     async def _decision(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        text, router = text_of(path, body, -1 if self.reroute else 0), self.router
-        chat = "messages" in body and not self.reroute
+        chats = path.endswith("/chat/completions")
+        text, router = self._text(body, chats, -1 if self.reroute else 0), self.router
+        chat = chats and not self.reroute
         decided = self.kept.get(text) if chat else None
         if decided is None:
             decided = await self._decided(text)

@@ -14,7 +14,8 @@ from starlette.routing import Route  # noqa: E402
 
 from router.api import Choice, Router  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
-from router.serving.front import Front, Refused, text_of  # noqa: E402
+from router.serving.front import Front  # noqa: E402
+from router.serving.text import NoText, text_of  # noqa: E402
 
 
 def talk(work, router=None, upstream=None, **how):
@@ -102,14 +103,14 @@ def test_a_conversation_stays_with_its_variant_unless_it_is_rerouted(reroute):
 
 def test_a_conversation_is_routed_by_its_first_user_message_or_by_its_last():
     body = chat("first", "answer", "last", "prefix")
-    assert text_of("/v1/chat/completions", body) == "first"
-    assert text_of("/v1/chat/completions", body, -1) == "last"
+    assert text_of(body, True) == "first"
+    assert text_of(body, True, -1) == "last"
     parts = [
         {"type": "text", "text": "look"},
         {"type": "image_url", "image_url": {}},
         {"type": "text", "text": "x"},
     ]
-    assert text_of("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}) == "look\nx"
+    assert text_of({"messages": [{"role": "user", "content": parts}]}, True) == "look\nx"
 
 
 @pytest.mark.parametrize(
@@ -185,8 +186,8 @@ def test_what_cannot_be_routed_is_refused_and_does_not_reach_the_upstream(kind):
 
 def test_messages_without_a_user_are_refused():
     for messages in ([], [{"role": "system", "content": "x"}], "x", None, [{"role": "user"}]):
-        with pytest.raises(Refused):
-            text_of("/v1/chat/completions", {"messages": messages})
+        with pytest.raises(NoText):
+            text_of({"messages": messages}, True)
 
 
 def test_a_key_is_asked_for_and_not_passed_on():

@@ -1,0 +1,77 @@
+"""A pre-call hook for the LiteLLM proxy: requests for the model `auto` go on under a variant's name.
+
+The proxy's configuration names it as a callback, `router.integrations.litellm.hook`, and lists the variants
+under their own names (`variant-0`, ...) and the base model as `base`. The environment variable
+PROTO_ROUTE_ROUTER names the folder of a saved router or of a finished run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import HTTPException
+from litellm.integrations.custom_logger import CustomLogger
+
+from router.api import Choice, Router
+from router.constants import BASE_COLUMN
+from router.serving.names import AUTO, served
+from router.serving.prober import Full, Prober
+from router.serving.text import NoText, text_of
+
+FOLDER = "PROTO_ROUTE_ROUTER"
+WAITING = 1024  # requests that may wait for their decision
+
+
+class AutoModel(CustomLogger):  # type: ignore[misc]
+    """Names the variant that answers a request for the model `auto`; other requests pass untouched.
+
+    Args:
+        router: decides; None loads the one that PROTO_ROUTE_ROUTER names, with the first request.
+    """
+
+    def __init__(self, router: Router | None = None) -> None:
+        super().__init__()
+        self.router = router
+        self._prober: Prober | None = None
+        self._starting = asyncio.Lock()
+
+    async def async_pre_call_hook(
+        self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: str
+    ) -> dict[str, Any]:
+        """LiteLLM calls it before each request; the model's name in `data` is replaced.
+
+        Raises:
+            HTTPException: 400 for a request without one text, 429 where too many wait.
+        """
+        if data.get("model") != AUTO:
+            return data
+        try:
+            prober = await self._started()
+            choice: Choice = await prober(text_of(data, "messages" in data))
+        except NoText as error:
+            raise HTTPException(400, str(error)) from error
+        except Full as error:
+            raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error
+        return data | {"model": self._name(choice)}
+
+    async def _started(self) -> Prober:
+        async with self._starting:
+            if self._prober is None:
+                if self.router is None:
+                    self.router = await asyncio.to_thread(Router.load, os.environ[FOLDER])
+                self._prober = await Prober(self._choose, WAITING).__aenter__()
+        return self._prober
+
+    def _choose(self, texts: Sequence[str]) -> list[Choice]:
+        assert self.router is not None
+        return self.router.choose(texts)
+
+    def _name(self, choice: Choice) -> str:
+        assert self.router is not None and choice.variant is not None
+        return served(choice.variant) if self.router.variants[choice.variant].weights else BASE_COLUMN
+
+
+hook = AutoModel()

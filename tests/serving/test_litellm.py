@@ -1,0 +1,74 @@
+"""The hook of the LiteLLM proxy. scripts/test_engines.sh runs it inside the real proxy."""
+
+import asyncio
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("starlette", reason="needs the extra serve")
+
+from serving_stubs import Two
+
+
+@pytest.fixture()
+def plug(monkeypatch):
+    """The module, with stand-ins for what it imports of LiteLLM and FastAPI."""
+
+    class CustomLogger:
+        pass
+
+    class HTTPException(Exception):
+        def __init__(self, status_code, detail=None, headers=None):
+            super().__init__(detail)
+            self.status_code = status_code
+
+    for content in (
+        {"name": "litellm"}, {"name": "litellm.integrations"},
+        {"name": "litellm.integrations.custom_logger", "CustomLogger": CustomLogger},
+        {"name": "fastapi", "HTTPException": HTTPException},
+    ):  # fmt: skip
+        name = content.pop("name")
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "router.integrations.litellm", raising=False)
+    yield importlib.import_module("router.integrations.litellm")
+    sys.modules.pop("router.integrations.litellm", None)
+
+
+def ask(hook, *bodies):
+    async def together():
+        return await asyncio.gather(
+            *(hook.async_pre_call_hook(None, None, body, "completion") for body in bodies),
+            return_exceptions=True,
+        )
+
+    return asyncio.run(together())
+
+
+def test_auto_becomes_the_variant_or_the_base_model_and_other_names_pass(plug):
+    router = Two()
+    chat = {"model": "auto", "messages": [{"role": "user", "content": "an x"}], "stream": True}
+    found = ask(
+        plug.AutoModel(router), chat, {"model": "auto", "prompt": "none"}, {"model": "gpt", "prompt": "an x"}
+    )
+    assert found[0] == chat | {"model": "variant-0"}
+    assert found[1]["model"] == "base" and found[2] == {"model": "gpt", "prompt": "an x"}
+    assert router.batches == [["an x", "none"]]  # in one pass
+
+
+def test_what_has_no_text_is_refused(plug):
+    (error,) = ask(plug.AutoModel(Two()), {"model": "auto", "prompt": [1, 2]})
+    assert error.status_code == 400 and "prompts" in str(error)
+
+
+def test_the_router_is_the_one_that_the_environment_names(plug, monkeypatch):
+    monkeypatch.setenv("PROTO_ROUTE_ROUTER", "some/folder")
+    loaded = []
+    monkeypatch.setattr(plug.Router, "load", lambda folder: loaded.append(folder) or Two())
+    hook = plug.AutoModel()
+    assert not loaded  # importing a module loads no model
+    found = ask(hook, *({"model": "auto", "prompt": "x"} for _ in range(5)))
+    assert [one["model"] for one in found] == ["variant-0"] * 5 and loaded == ["some/folder"]
