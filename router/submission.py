@@ -10,7 +10,7 @@ import csv
 import io
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ GENERATION, MULTIPLE_CHOICE = "generation", "multiple_choice"
 EVAL_TYPES = (GENERATION, MULTIPLE_CHOICE)
 COLUMNS = ("id", "input", "eval_type", "answer_choices")
 UNKNOWN = "unknown"
+SHOWN = 20  # problems of a file that are told at once
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def read_queries(path: Path) -> list[Query]:
 
     Raises:
         InputError: something is wrong; the message names file, line and column, what was expected and what
-            came.
+            came, for every row up to SHOWN.
 
     Example:
         >>> import tempfile
@@ -102,25 +103,45 @@ def read_queries(path: Path) -> list[Query]:
     """
     queries: list[Query] = []
     lines: dict[str, int] = {}
-    for line, row in read_rows(path, COLUMNS):
-        where = f"{path}, line {line}"
-        if row["id"] in lines:
-            raise InputError(
-                f"{where}, column id: {row['id']!r} stands on line {lines[row['id']]} too; ids must be unique"
-            )
-        lines[row["id"]] = line
-        if row["eval_type"] not in EVAL_TYPES:
-            raise InputError(
-                f"{where}, column eval_type: expected {' or '.join(EVAL_TYPES)}, got {row['eval_type']!r}"
-            )
-        choices: tuple[str, ...] = ()  # of generation nobody reads the column, so anything may stand in it
-        if row["eval_type"] == MULTIPLE_CHOICE:
-            # Without any, the input is the only choice, answered with 0, as the starter kit does.
-            choices = _choices(row["answer_choices"], where) or (row["input"],)
-        queries.append(Query(row["id"], row["input"], row["eval_type"], choices))
+    problems: list[str] = []
+    rows = read_rows(path, COLUMNS)
+    while True:
+        try:
+            line, row = next(rows)
+            where = f"{path}, line {line}"
+            first = lines.setdefault(row["id"], line)
+            if first != line:
+                raise InputError(
+                    f"{where}, column id: {row['id']!r} stands on line {first} too; ids must be unique"
+                )
+            queries.append(_query(row, where))
+        except StopIteration:
+            break
+        except InputError as error:  # of a row; after one of the file itself, `rows` has ended
+            problems.append(str(error))
+    if problems:
+        more = len(problems) - SHOWN
+        raise InputError("\n".join(problems[:SHOWN]) + (f"\nand {more} more like these" if more > 0 else ""))
     if not queries:
         raise InputError(f"{path}: expected at least one query below the header, found none")
     return queries
+
+
+def _query(row: Mapping[str, str], where: str) -> Query:
+    """The query of one row.
+
+    Raises:
+        InputError: the row is none.
+    """
+    if row["eval_type"] not in EVAL_TYPES:
+        raise InputError(
+            f"{where}, column eval_type: expected {' or '.join(EVAL_TYPES)}, got {row['eval_type']!r}"
+        )
+    choices: tuple[str, ...] = ()  # of generation nobody reads the column, so anything may stand in it
+    if row["eval_type"] == MULTIPLE_CHOICE:
+        # Without any, the input is the only choice, answered with 0, as the starter kit does.
+        choices = _choices(row["answer_choices"], where) or (row["input"],)
+    return Query(row["id"], row["input"], row["eval_type"], choices)
 
 
 def _run_together(text: str) -> bool:

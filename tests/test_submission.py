@@ -226,3 +226,19 @@ def test_choices_without_a_comma_are_refused_instead_of_joined(tmp_path, text):
 )
 def test_quotes_within_choices_are_no_missing_comma(tmp_path, text, choices):
     assert read_queries(with_choices(tmp_path, text))[0].choices == choices
+
+
+def test_all_problems_of_a_file_are_told_at_once(tmp_path):
+    rows = ["1,a,generation,", "1,b,generation,", "2,c,guess,", "3,d,multiple_choice,none", "4,e,generation,"]
+    path = tmp_path / "q.csv"
+    path.write_text("\n".join(["id,input,eval_type,answer_choices", *rows, "5,too,many,of,them"]))
+    with pytest.raises(InputError) as caught:
+        read_queries(path)
+    told = str(caught.value).splitlines()
+    places = ["line 3, column id", "line 4, column eval_type", "line 5, column answer_choices", "line 7"]
+    assert len(told) == 4 and all(place in line for place, line in zip(places, told, strict=True))
+    path.write_text("\n".join(["id,input,eval_type,answer_choices", *(f"{n},a,guess," for n in range(50))]))
+    with pytest.raises(InputError) as caught:
+        read_queries(path)
+    told = str(caught.value).splitlines()
+    assert len(told) == 21 and told[-1] == "and 30 more like these" and "line 2," in told[0]
