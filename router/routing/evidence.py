@@ -34,7 +34,7 @@ class Evidence:
         base_score: (queries,) score of the base model, which an adapter's has to exceed: the level, and more
             where the base model is surer of the next token than usual.
         votes: (queries, modules) the standardised response, at each module, of the adapter with the
-            highest score; NaN where it has no prototype.
+            highest score, times the module's weight; NaN where it has no prototype.
         duplicates: adapters that are another one in another size, with the representative of each.
         levels: what each of several rates of false alarms, written as a number, would add to the base model's
             scores.

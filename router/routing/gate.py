@@ -166,7 +166,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return np.asarray((raw - self.location_) / self.scale_)
 
     def votes(self, X: ArrayLike, scores: Array) -> Array:
-        """The best adapter's standardised responses, whose mean makes its score, (queries, modules)."""
+        """The best adapter's filtered responses, whose mean makes its score, (queries, modules)."""
         best = scores.argmax(1)
         found = [
             self._votes(x)[np.arange(len(who)), who] for x, who in zip(_parts(X), _parts(best), strict=True)
