@@ -158,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     setting(
         "apply",
         "add a variant to the weights, of which a copy is kept (merged), or compute it beside them; "
-        "auto adds it where the device's memory has room for the copy",
+        "auto adds it in float32 where the memory has room for the copy, since other dtypes round the sum",
         type=_one_of(APPLIES),
         metavar="|".join(APPLIES),
     )

@@ -17,6 +17,8 @@ from router.files import replacing, sha256_of
 from router.journal import Journal, alone_in
 from router.kit import Merges
 from router.methods import load_method
+from router.model.apply import picked
+from router.model.device import batch_tokens, tokens_at_once
 from router.pipeline import Routed
 from router.record import record, versions
 from router.result import Decision
@@ -118,7 +120,13 @@ def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> d
     found = {"method": method.get_name(), "queries": asked, "versions": versions(), **flags}
     if isinstance(method, Routed):
         model = method.base.model
-        found |= {"dtype": str(model.dtype), "device": model.device.type, "base model": method.base.sha256}
+        device, dtype = model.device, model.dtype
+        found |= {"dtype": str(dtype), "device": device.type, "base model": method.base.sha256}
+        # Other batches round otherwise, which decides between answers that are nearly as likely.
+        found |= {
+            "apply": picked(model, device, dtype, settings.apply),
+            "tokens at once": [tokens_at_once(device, dtype), *batch_tokens(model, device, dtype)],
+        }
         # In order, as the columns of the routing are.
         found["adapters"] = [[adapter.name, content(adapter)] for adapter in method.adapters]
     else:

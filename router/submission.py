@@ -43,12 +43,17 @@ class Query:
     choices: tuple[str, ...] = ()
 
 
-def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def read_rows(
+    path: Path, needed: Sequence[str], problems: list[str] | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV file as dictionaries, with the line on which each ends.
 
+    Args:
+        problems: takes what is wrong with a row that is too long or too short, which is left out.
+
     Raises:
-        InputError: there is no such file, it is not CSV in UTF-8, a needed column is missing, or a row is too
-            long or too short.
+        InputError: there is no such file, it is not CSV in UTF-8, a needed column is missing, or, without
+            `problems`, a row is too long or too short.
     """
     csv.field_size_limit(1 << 30)
     line = 0
@@ -69,10 +74,14 @@ def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str
             for row in reader:
                 line = reader.line_num
                 if None in row or None in row.values():
-                    raise InputError(
+                    problem = (
                         f"{path}, line {line}: expected {len(header)} fields, "
                         f"got {'more' if None in row else 'fewer'}; is a quote missing?"
                     )
+                    if problems is None:
+                        raise InputError(problem)
+                    problems.append(problem)
+                    continue
                 yield line, row
     except FileNotFoundError as error:
         raise InputError(f"{path}: expected a CSV file, found none; check --dataset_filepaths") from error
@@ -104,20 +113,16 @@ def read_queries(path: Path) -> list[Query]:
     queries: list[Query] = []
     lines: dict[str, int] = {}
     problems: list[str] = []
-    rows = read_rows(path, COLUMNS)
-    while True:
+    for line, row in read_rows(path, COLUMNS, problems):
+        where = f"{path}, line {line}"
+        first = lines.setdefault(row["id"], line)
+        if first != line:
+            problems.append(
+                f"{where}, column id: {row['id']!r} stands on line {first} too; ids must be unique"
+            )
         try:
-            line, row = next(rows)
-            where = f"{path}, line {line}"
-            first = lines.setdefault(row["id"], line)
-            if first != line:
-                raise InputError(
-                    f"{where}, column id: {row['id']!r} stands on line {first} too; ids must be unique"
-                )
             queries.append(_query(row, where))
-        except StopIteration:
-            break
-        except InputError as error:  # of a row; after one of the file itself, `rows` has ended
+        except InputError as error:
             problems.append(str(error))
     if problems:
         more = len(problems) - SHOWN

@@ -118,7 +118,7 @@ def test_scores_and_generated_ids_are_the_kits(kit_golden, tmp_path, name, lengt
 def assert_active_update(base, variant, kit_golden):
     """What PEFT adds to every weight, in all layers, is the exact mean of both updates."""
     golden = load_file(kit_golden / "average_delta.safetensors")
-    with active(base, variant) as model:
+    with active(base, variant, "beside") as model:
         added = {
             f"{layer}.weight".removeprefix("base_model.model."): module.get_delta_weight("variant")
             for layer, module in model.named_modules()

@@ -229,14 +229,16 @@ def test_quotes_within_choices_are_no_missing_comma(tmp_path, text, choices):
 
 
 def test_all_problems_of_a_file_are_told_at_once(tmp_path):
-    rows = ["1,a,generation,", "1,b,generation,", "2,c,guess,", "3,d,multiple_choice,none", "4,e,generation,"]
+    rows = ["1,a,generation,", "5,too,many,of,them", "1,b,generation,", "2,c,guess,"]
+    rows += ["3,d,multiple_choice,none", "4,e,generation,", "6"]
     path = tmp_path / "q.csv"
-    path.write_text("\n".join(["id,input,eval_type,answer_choices", *rows, "5,too,many,of,them"]))
+    path.write_text("\n".join(["id,input,eval_type,answer_choices", *rows]))
     with pytest.raises(InputError) as caught:
         read_queries(path)
     told = str(caught.value).splitlines()
-    places = ["line 3, column id", "line 4, column eval_type", "line 5, column answer_choices", "line 7"]
-    assert len(told) == 4 and all(place in line for place, line in zip(places, told, strict=True))
+    places = ["line 3: expected 4 fields, got more", "line 4, column id", "line 5, column eval_type"]
+    places += ["line 6, column answer_choices", "line 8: expected 4 fields, got fewer"]
+    assert len(told) == 5 and all(place in line for place, line in zip(places, told, strict=True))
     path.write_text("\n".join(["id,input,eval_type,answer_choices", *(f"{n},a,guess," for n in range(50))]))
     with pytest.raises(InputError) as caught:
         read_queries(path)

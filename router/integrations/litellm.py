@@ -17,6 +17,7 @@ from litellm.integrations.custom_logger import CustomLogger
 
 from router.api import Choice, Router
 from router.constants import BASE_COLUMN
+from router.errors import InputError
 from router.serving.names import AUTO, served
 from router.serving.prober import Full, Prober
 from router.serving.text import NoText, text_of
@@ -44,7 +45,7 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
         """LiteLLM calls it before each request; the model's name in `data` is replaced.
 
         Raises:
-            HTTPException: 400 for a request without one text, 429 where too many wait.
+            HTTPException: 400 for a request without one text, 429 where too many wait, 500 without a router.
         """
         if data.get("model") != AUTO:
             return data
@@ -53,6 +54,8 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
             choice: Choice = await prober(text_of(data, "messages" in data))
         except NoText as error:
             raise HTTPException(400, str(error)) from error
+        except InputError as error:
+            raise HTTPException(500, f"{FOLDER}: {error}") from error
         except Full as error:
             raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error
         return data | {"model": self._name(choice)}
@@ -61,7 +64,12 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
         async with self._starting:
             if self._prober is None:
                 if self.router is None:
-                    self.router = await asyncio.to_thread(Router.load, os.environ[FOLDER])
+                    folder = os.environ.get(FOLDER)
+                    if not folder:
+                        raise InputError("expected the folder of a router in the environment, found none")
+                    self.router = await asyncio.to_thread(Router.load, folder)
+                if not self.router.variants:
+                    raise InputError("expected a router with variants; decide them with Router.fit")
                 self._prober = await Prober(self._choose, WAITING).__aenter__()
         return self._prober
 

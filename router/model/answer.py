@@ -297,7 +297,7 @@ def answer(
 
     written = [n for n, query in enumerate(queries) if query.eval_type == GENERATION]
     lengths = [len(rows[n]) + max_new_tokens for n in written]
-    write_tokens, choice_tokens = batch_tokens(model)
+    write_tokens, choice_tokens = batch_tokens(model, model.device, model.dtype)
     ways = [(generated, written, lengths, write_tokens)]
     # Each choice needs a copy of its prompt's key-value cache and the logits of its own tokens.
     for count in sorted({len(query.choices) for query in queries if query.eval_type == MULTIPLE_CHOICE}):

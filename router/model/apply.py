@@ -1,7 +1,9 @@
 """Answers with one adapter folder after the other on one base model, which is left as it was.
 
 Either the update is added to the weights (`merged`), or PEFT computes it beside them (`beside`). Merged, the
-model reads and writes as fast as the plain base model, but the weights that are changed are in memory twice.
+model reads and writes as fast as the plain base model, but the weights that are changed are in memory twice,
+and in half precision the sum is rounded: by 0.16 to 0.34 of the update's own norm for adapters of
+data/library in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from merge.folders import CONFIG_FILE, open_adapter
 from router.constants import Apply
+from router.errors import InputError
 from router.model.base import Base, linear_shapes
 from router.model.device import memory_bytes
 
@@ -44,20 +47,18 @@ def applied(base: Base, how: Apply = "auto") -> Applied:
 def picked(
     model: Any, device: torch.device, dtype: torch.dtype, how: Apply
 ) -> Literal["merged", "beside"]:  # fmt: skip
-    """What `auto` is for a model on a device: `merged` if there is room for a copy of its linear layers.
+    """What `auto` is for a model on a device: `merged` in float32, if there is room for a copy of its linear
+    layers.
 
     The model and the copy may take ROOM of the device's memory. What else is in memory does not count, so the
     same machine always takes the same way.
     """
     if how != "auto":
         return how
-    own = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
-    return "merged" if own + copy_bytes(model, dtype) <= ROOM * memory_bytes(device) else "beside"
-
-
-def copy_bytes(model: Any, dtype: torch.dtype) -> int:
-    """What a copy of the model's linear layers takes, below the head."""
-    return sum(d_out * d_in for d_out, d_in in linear_shapes(model).values()) * dtype.itemsize
+    own = sum(weight.numel() for weight in model.parameters())
+    copied = sum(d_out * d_in for d_out, d_in in linear_shapes(model).values())
+    fits = (own + copied) * dtype.itemsize <= ROOM * memory_bytes(device)
+    return "merged" if fits and dtype == torch.float32 else "beside"
 
 
 class Merged:
@@ -89,7 +90,7 @@ class Merged:
             for module, update in updates.items():
                 weight = self._weight(module)
                 if module not in self._plain:
-                    self._plain[module] = weight.clone()
+                    self._plain[module] = _copied(weight, module)
                 plain = self._plain[module].float()
                 self._changed.add(module)
                 weight.copy_(torch.addmm(plain, update.b.to(plain.device), update.a.to(plain.device)))
@@ -99,6 +100,26 @@ class Merged:
         linear: Any = self.base.model.get_submodule(module)
         weight: Tensor = linear.weight
         return weight
+
+
+def _copied(weight: Tensor, module: str) -> Tensor:
+    """A copy of a weight that an update can be added to.
+
+    Raises:
+        InputError: its values are not those that the layer multiplies with (they are quantised), or there is
+            no memory for it.
+    """
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.ndim != 2:
+        raise InputError(
+            f"--apply merged: expected weights of 16 or 32 bits, got {weight.dtype} in {module}; pass "
+            "--apply beside"
+        )
+    try:
+        return weight.clone()
+    except RuntimeError as error:  # out of memory; a CPU raises nothing more specific
+        raise InputError(
+            "--apply merged: no memory for a copy of the base model's weights; pass --apply beside"
+        ) from error
 
 
 class Beside:
@@ -179,7 +200,7 @@ def swap_order(folders: Sequence[Path | None]) -> list[int]:
 
 
 @contextmanager
-def active(base: Base, folder: Path | None, how: Apply = "beside") -> Iterator[Any]:
+def active(base: Base, folder: Path | None, how: Apply = "auto") -> Iterator[Any]:
     """The base model with one folder active; None leaves it plain. Afterwards it is as it was."""
     with applied(base, how) as models:
         yield models.activate(folder)

@@ -6,6 +6,7 @@ whose rounding decides between answers that are nearly as likely.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from router.errors import InputError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 CPU_TOKENS, TILE_TOKENS, GPU_TOKENS = 512, 2048, 16384
 BATCH_TOKENS = 4096  # in a batch that generates, including padding and new tokens
 CHOICE_TOKENS = 2048  # in a batch of multiple choice; each choice counts with its prompt
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # where Linux has the memory limit of a container, in bytes
 MOST = 16  # times as many on a GPU, if its memory allows
 
 
@@ -52,14 +54,18 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All memory of a device; of a GPU its own, of any other device the machine's."""
+    """All memory of a device: of a GPU its own, else what this process may have of the machine's."""
     if device.type == "cuda":
         import torch
 
         return int(torch.cuda.get_device_properties(device).total_memory)
     import psutil
 
-    return int(psutil.virtual_memory().total)
+    machine = int(psutil.virtual_memory().total)
+    try:
+        return min(machine, int(LIMIT.read_text("utf-8")))  # of a container
+    except (OSError, ValueError):  # there is none, or it says `max`
+        return machine
 
 
 def tokens_at_once(device: torch.device, dtype: torch.dtype) -> int:
@@ -79,18 +85,18 @@ def cache_bytes(config: Any, dtype: torch.dtype) -> int:
     return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 
 
-def batch_tokens(model: Any) -> tuple[int, int]:
+def batch_tokens(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
     """How many tokens a batch may hold that generates, and one of multiple choice, including padding.
 
     On a GPU they are as many as fit into half of what the weights and a copy of them leave of its memory:
     keys and values, for multiple choice also the logits, in the model's dtype and once in float32.
     """
-    if model.device.type == "cpu":
+    if device.type == "cpu":
         return BATCH_TOKENS, CHOICE_TOKENS
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    room = (memory_bytes(model.device) - 2 * weights) // 2
-    each = cache_bytes(model.config, model.dtype)
-    chosen = each + model.config.vocab_size * (model.dtype.itemsize + 4)
+    weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    room = (memory_bytes(device) - 2 * weights) // 2
+    each = cache_bytes(model.config, dtype)
+    chosen = each + model.config.vocab_size * (dtype.itemsize + 4)
     return _between(BATCH_TOKENS, room // each), _between(CHOICE_TOKENS, room // chosen)
 
 

@@ -10,6 +10,7 @@ variants more than adapters, and as many answers between 1 and 2 tokens as betwe
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from router.files import replacing
 from router.hub import HubError, fetch
 from router.library.adapters import check_against_base, load_library
 from router.library.sources import expand, is_here
-from router.model.apply import copy_bytes, picked
+from router.model.apply import picked
 from router.model.base import (
     EMBEDDED,
     EMBEDDED_ID,
@@ -108,7 +109,8 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     if earlier and routed:
         for found in seconds.values():
             found["prototypes"] = found["calibrate"] = 0.0  # kept on disk since then
-    copied = copy_bytes(model, dtype) if apply == "merged" and adapters else 0
+    changed = {module: shape for folder in used.values() for module, shape in folder.shapes.items()}
+    copied = sum(map(math.prod, changed.values())) * dtype.itemsize if apply == "merged" else 0
     memory = _memory(base, dtype, parameters(model), copied, work, adapters, routed)
     size = sum((folder.path / WEIGHTS_FILE).stat().st_size for folder in adapters.values())
     return {

@@ -185,7 +185,7 @@ def _one_active(
 
     ranks = {module.rsplit(".", 1)[-1]: rank for module, rank in middle(adapters).ranks.items()}
     updates = {
-        module: Factors(torch.zeros(ranks[kind], d_in), torch.full((d_out, ranks[kind]), 1e-9))
+        module: Factors(torch.zeros(ranks[kind], d_in), torch.ones(d_out, ranks[kind]))
         for module, (d_out, d_in) in linear_shapes(model).items()
         if (kind := module.rsplit(".", 1)[-1]) in ranks
     }

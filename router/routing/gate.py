@@ -136,8 +136,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
         self.n_adapters_, self.n_modules_ = X.shape[1:3]
         self.mean_, self.std_, self.loadings_ = means, stds, loadings
-        self.filter_ = np.exp(-2 * means) / stds
-        self.filter_ /= _nanmean(self.filter_.sum(2), 1)[:, None, None]
+        self.filter_ = _filter(means, stds)
         raw = np.concatenate([_nanmean(self._votes(x), 2) for x in _parts(X)])
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
         return self
@@ -196,9 +195,10 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return np.column_stack([scores, self.level_ + self._standard(confidence, len(scores))])
 
     def levels(self) -> dict[str, float]:
-        """What each of SHARES, as `false_alarm`, would add to the base model's score."""
+        """What each of SHARES, and the gate's own `false_alarm`, would add to the base model's score."""
         check_is_fitted(self)
-        return {f"{share:g}": level(self.reference_leads_, share) - self.level_ for share in SHARES}
+        shares = sorted({*SHARES, self.false_alarm})
+        return {f"{share:g}": level(self.reference_leads_, share) - self.level_ for share in shares}
 
     def weights(self, candidates: Array) -> Array:
         """The softmax of the candidates' scores, in which at most `top_k` adapters keep a weight.
@@ -250,6 +250,21 @@ def level(scores: Array, false_alarm: float) -> float:
         return start
     excess = float((scores[scores > start] - start).mean())
     return start + excess * float(np.log(TAIL / false_alarm))
+
+
+def _filter(means: Array, stds: Array) -> Array:
+    """The matched filter, (adapters, modules, views), NaN without a prototype; see `PrototypeGate`.
+
+    A module that is silent on generic text has no weight: its responses are rounding. Neither energy nor
+    deviation counts as less than a tenth of the adapter's median.
+    """
+    energy = np.exp(2 * means)
+    low = [np.nanmedian(of.reshape(len(of), -1), 1)[:, None, None] / 10 for of in (energy, stds)]
+    weights = 1 / (np.maximum(energy, low[0]) * np.maximum(stds, low[1]))
+    heard = means > np.log(10 * _FLOOR)
+    heard |= ~heard.any((1, 2), keepdims=True)  # an adapter that is silent everywhere
+    weights = np.where(np.isnan(means), np.nan, weights * heard)
+    return np.asarray(weights / _nanmean(weights.sum(2), 1)[:, None, None])
 
 
 def _loadings(z: Array) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from router.errors import InputError
-from router.routing.clusters import Array, Clusters, cluster, losses
+from router.routing.clusters import Array, Clusters, cluster, losses, mixes
 from router.routing.gate import PrototypeGate
 from router.runs.load import Labels, Run, load
 from router.runs.report.data import mix, places_of
@@ -48,11 +48,11 @@ class Outcome:
     clusters: Clusters
 
     def figures(self) -> dict[str, float]:
-        """The decision in a few numbers; in a shared query, no candidate has more than half of the weight."""
+        """The decision in a few numbers; a shared query is answered with a mix."""
         lost, tops = losses(self.weights, self.clusters), self.weights.max(1)
         return {
             "variants": len(self.clusters.weights),
-            "shared queries": int((tops <= 0.5).sum()),
+            "shared queries": int((mixes(self.weights).max(1) < 1).sum()),
             "top weight, mean": float(tops.mean()),
             "left to the base model": int((self.weights.argmax(1) == len(self.names) - 1).sum()),
             "mean loss": float(lost.mean()),

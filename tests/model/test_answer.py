@@ -204,7 +204,7 @@ def test_max_seq_len_keeps_the_first_tokens(base):
 
 
 def test_a_batch_size_enlarges_batches_too(base, monkeypatch):
-    monkeypatch.setattr("router.model.answer.batch_tokens", lambda model: (60, 60))
+    monkeypatch.setattr("router.model.answer.batch_tokens", lambda *_: (60, 60))
     queries = [Query(str(n), "one two three " * 2, "generation") for n in range(9)]
     sizes = {}
     for batch_size in (None, 3, 9):

@@ -1,6 +1,7 @@
 """One variant after the other on one base model: PEFT's own weights and logits, and no trace afterwards."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import logits
 from merge.folders import AdapterError
+from router.errors import InputError
 from router.model.apply import Beside, Merged, active, applied, swap_order
 from router.model.base import linear_shapes, load_base
 from router.routing.variants import Variant, write_variant
@@ -151,6 +153,26 @@ def test_a_model_with_no_room_for_a_copy_gets_variants_beside_it(base, monkeypat
         ways[memory] = type(applied(base))
         assert isinstance(applied(base, "merged"), Merged) and isinstance(applied(base, "beside"), Beside)
     assert list(ways.values()) == [Beside, Merged]
+
+
+def test_what_rounds_the_sum_gets_variants_beside_it(tiny_base):
+    for dtype, way in (("float32", Merged), ("bfloat16", Beside), ("float16", Beside)):
+        assert type(applied(load_base(str(tiny_base), "cpu", dtype))) is way
+
+
+def test_weights_that_are_quantised_are_not_merged_into(tmp_path, base, adapters):
+    write_variant(tmp_path / "v", MIXED, adapters, base, linear_shapes(base.model))
+    fresh = copy.deepcopy(base.model)
+    small = fresh.get_submodule("model.layers.1.mlp.down_proj")
+    small.weight = torch.nn.Parameter(small.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    with (
+        pytest.raises(InputError, match=r"float8_e4m3fn in .*down_proj; pass --apply beside"),
+        applied(replace(base, model=fresh), "merged") as models,
+    ):
+        models.activate(tmp_path / "v")
+    after = fresh.state_dict()
+    assert all(torch.equal(value.float(), after[name].float()) for name, value in before.items())
 
 
 def test_variants_of_the_same_modules_share_the_wrapped_layers(tmp_path, base, adapters):

@@ -29,25 +29,33 @@ def test_a_processor_that_multiplies_tiles_reads_more_at_once(monkeypatch, tiles
     assert tokens_at_once(CPU, dtype) == expected and tokens_at_once(CUDA, dtype) == 16384
 
 
-def mistral(place):
-    """Mistral-7B's configuration, dtype and size, without its weights."""
-    weights = SimpleNamespace(numel=lambda: 7_241_732_096, element_size=lambda: 2)
-    return SimpleNamespace(
-        device=place, config=MistralConfig(), dtype=torch.bfloat16, parameters=lambda: [weights]
-    )
+def mistral():
+    """Mistral-7B's configuration and size, without its weights."""
+    weights = SimpleNamespace(numel=lambda: 7_241_732_096)
+    return SimpleNamespace(config=MistralConfig(), parameters=lambda: [weights])
 
 
 def test_batches_grow_with_the_memory_of_a_gpu_and_of_nothing_else(monkeypatch):
     found = []
     for size in (16, 40, 48, 80, 1000):
         monkeypatch.setattr(device, "memory_bytes", lambda place, size=size: size * GIB)
-        found.append(batch_tokens(mistral(CUDA)))
+        found.append(batch_tokens(mistral(), CUDA, torch.bfloat16))
     assert found[0] == (4096, 2048) and found[-1] == (65536, 32768)  # the least, and 16 times that
     assert found == sorted(found)
-    written, chosen = found[2]
-    left = 48 * GIB - 4 * 7_241_732_096
+    written, chosen = found[1]
+    left = 40 * GIB - 4 * 7_241_732_096  # two copies of the weights
     each = 2 * 32 * 8 * 128 * 2  # keys and values of one token: layers, heads, width, bytes
-    assert 0.4 * left < written * each < 0.5 * left or written == 65536
-    assert chosen * (each + 32000 * 6) <= 0.5 * left
+    assert written == left // 2 // each < 65536
+    assert chosen == left // 2 // (each + 32000 * 6)
     monkeypatch.setattr(device, "memory_bytes", lambda place: 1000 * GIB)
-    assert batch_tokens(mistral(CPU)) == (4096, 2048)
+    assert batch_tokens(mistral(), CPU, torch.bfloat16) == (4096, 2048)
+
+
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
+    whole = device.memory_bytes(CPU)
+    monkeypatch.setattr(device, "LIMIT", tmp_path / "memory.max")
+    for text, expected in ((str(GIB), GIB), ("max", None), (str(1 << 60), None)):
+        device.LIMIT.write_text(text)
+        assert device.memory_bytes(CPU) == expected or (
+            expected is None and device.memory_bytes(CPU) >= whole
+        )

@@ -398,6 +398,16 @@ def test_a_module_where_generic_text_responds_weakly_says_more():
     np.testing.assert_allclose(share, 4 * before)
 
 
+@pytest.mark.parametrize("noise", [0.0, 2e-6])
+def test_a_module_that_is_silent_on_generic_text_says_nothing(noise):
+    generic, X = GENERIC.copy(), queries(2, 0.5)
+    generic[:, 2, 0], X[:, 2, 0] = 0.0, noise
+    generic[:, 3, 0], X[:, 3, 0] = 0.0, noise
+    gate = PrototypeGate().fit(generic)
+    assert (gate.predict(X) == 2).all() and not gate.filter_[2:4, 0].any()
+    assert gate.decision_function(X)[:, 2].max() < 100
+
+
 def test_the_filter_finds_a_rise_that_is_the_same_in_energy_better_than_equal_weights():
     rng = np.random.default_rng(0)
     level = rng.uniform(0.03, 0.3, (1, 6, 10, 2))  # of R, one for each adapter, module and view

@@ -114,7 +114,7 @@ def test_an_active_variant_is_the_dense_sum_in_weights_and_logits(tmp_path, tiny
     before, weights = logits(base.model), copy.deepcopy(base.model.state_dict())
     expected = dense_sum(tiny_library, MIXED.weights)
     write_variant(tmp_path / "v", MIXED, adapters, base, linear_shapes(base.model))
-    with active(base, tmp_path / "v") as model:
+    with active(base, tmp_path / "v", "beside") as model:
         for module, found in peft_deltas(model, "variant").items():
             np.testing.assert_allclose(found, expected[module], atol=1e-5)
         found = logits(model)
@@ -154,7 +154,7 @@ def test_an_active_variant_is_pefts_own_concatenation(tmp_path, tiny_base, tiny_
     theirs.eval()
 
     write_variant(tmp_path / "v", MIXED, adapters, base, linear_shapes(base.model))
-    with active(base, tmp_path / "v") as ours:
+    with active(base, tmp_path / "v", "beside") as ours:
         expected, found = peft_deltas(theirs, "sum"), peft_deltas(ours, "variant")
         torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=0)
     assert set(found) == set(expected)

@@ -105,6 +105,22 @@ def test_a_graded_cell_counts_where_there_is_no_whole_one(tmp_path, monkeypatch)
     assert lines["`average`"] == "| `average` | -3.00 | | |"
 
 
+@pytest.mark.parametrize("scored", [(), ("base",), ("base", "proto_route")])
+def test_all_tables_are_made_of_what_is_there(tmp_path, monkeypatch, scored):
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    for method in ("base", "proto_route", "oracle", "average", "single"):
+        for setting in ("queries", "left_out", "left_out_singles"):
+            answer = ["own", "a", "0", "mlp", 0.5 if method in scored else np.nan, -0.5, "mlp", 0.9, 0]
+            part = {"part": "all", "seconds": 2.0, "peak_mib": 7, "variants": 2, "answers": [answer]}
+            seed = "0" if method in scored else cells.GRADED
+            runner.keep(tmp_path, ("tiny", setting, method, seed), [part])
+    found = tables.read()
+    assert tables.methods_tables(found) and tables.quality(found).nats.notna().all()
+    text = "\n".join(tables.targets_table(found))
+    assert "likelihood above every static merge" in text and ("of the oracle" in text) is False
+    assert bool(tables.tasks_tables(found)) == bool(scored)
+
+
 def test_a_likelihood_is_that_of_the_tokens_after_the_prompt_with_or_without_a_blank(tiny_base):
     base = load_base(str(tiny_base), "cpu", "float32")
     prompts, texts = ["one two three", "a"], ["four five", "b"]

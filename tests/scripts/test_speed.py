@@ -57,13 +57,6 @@ def test_of_calibration_only_what_a_second_run_takes_is_counted():
     assert tables._with_lookup(runs) == [12.0, 14.0]
 
 
-def test_the_grid_has_a_line_for_each_count():
-    found = {
-        f"gate {n} {size}": [{"seconds": 0.5}] for n in (50, 200, 800, 3200) for size in (4, 16, 64, 256)
-    }
-    assert tables._grid(found)[-1] == "| 3200 queries | 0.50 | 0.50 | 0.50 | 0.50 |"
-
-
 def test_a_target_that_is_not_measured_has_no_line():
     one = [{"seconds": 2.0, "queries": 400}, {"seconds": 3.0, "queries": 400}]
     other = [{"seconds": 1.0, "queries": 400}, {"seconds": 2.0, "queries": 400}]
@@ -99,7 +92,7 @@ def test_repetitions_are_read_back_by_measurement(tmp_path, monkeypatch):
 
 def test_tables_are_written_as_far_as_they_are_measured(tmp_path, monkeypatch, capsys):
     page = tmp_path / "speed.md"
-    page.write_text("<!-- truncation -->\n<!-- /truncation -->\n<!-- grid -->\nold\n<!-- /grid -->\n")
+    page.write_text("<!-- speed -->\n<!-- /speed -->\n<!-- truncation -->\n<!-- /truncation -->\n")
     monkeypatch.setattr(tables, "FOLDER", tmp_path / "cells")
     monkeypatch.setattr(tables, "PAGE", page)
     for tokens in ("128", "256", "512", "0"):
@@ -108,6 +101,19 @@ def test_tables_are_written_as_far_as_they_are_measured(tmp_path, monkeypatch, c
     tables.write()
     assert "| all | 1 of 1 | 1 |\n<!-- /truncation -->" in page.read_text()
     assert "no table mistral yet" in capsys.readouterr().out
+
+
+def test_every_table_has_its_place_on_the_page(monkeypatch):
+    """With whatever is measured there, `write` finds the lines to write between."""
+    names = []
+    monkeypatch.setattr(tables, "known", lambda: {})
+    for name in ("_stages", "_truncation", "_mistral"):
+        monkeypatch.setattr(tables, name, lambda _: ["|"])
+    monkeypatch.setattr(tables, "insert", lambda page, name, lines: names.append(name))
+    tables.write()
+    text = tables.PAGE.read_text("utf-8")
+    assert names == ["speed", "stages", "truncation", "mistral"]
+    assert all(f"<!-- {name} -->\n" in text and f"<!-- /{name} -->" in text for name in names)
 
 
 @pytest.fixture()

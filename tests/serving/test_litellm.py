@@ -1,4 +1,4 @@
-"""The hook of the LiteLLM proxy. scripts/test_engines.sh runs it inside the real proxy."""
+"""The hook of the LiteLLM proxy, with stand-ins for what it imports of the proxy."""
 
 import asyncio
 import importlib
@@ -72,3 +72,12 @@ def test_the_router_is_the_one_that_the_environment_names(plug, monkeypatch):
     assert not loaded  # importing a module loads no model
     found = ask(hook, *({"model": "auto", "prompt": "x"} for _ in range(5)))
     assert [one["model"] for one in found] == ["variant-0"] * 5 and loaded == ["some/folder"]
+
+
+def test_without_a_router_the_proxy_says_so(plug, monkeypatch):
+    monkeypatch.delenv("PROTO_ROUTE_ROUTER", raising=False)
+    empty = Two()
+    empty.variants = []
+    for hook, words in ((plug.AutoModel(), "found none"), (plug.AutoModel(empty), "Router.fit")):
+        (error,) = ask(hook, {"model": "auto", "prompt": "x"})
+        assert error.status_code == 500 and "PROTO_ROUTE_ROUTER" in str(error) and words in str(error)

@@ -56,8 +56,11 @@ class Scores:
     """
 
     def __init__(self, found: pd.DataFrame, column: str = "score") -> None:
-        table = found.pivot_table(index=["task", "id"], columns="method", values=column, aggfunc="mean")
-        table = table.dropna(how="all")  # where nobody knows the right answer
+        known = found.dropna(subset=[column])  # not where nobody knows the right answer
+        if known.empty:
+            self.tasks = self.drawn = pd.DataFrame()
+            return
+        table = known.pivot_table(index=["task", "id"], columns="method", values=column, aggfunc="mean")
         self.tasks = table.groupby(level="task").mean()
         rng = np.random.default_rng(0)
         drawn = []
@@ -216,10 +219,10 @@ def _nats(value: Value) -> str:
     return "{:+.2f} ({:+.2f} to {:+.2f}) nats".format(*value)
 
 
-def _there(results: Results, library: str, setting: str, *methods: str) -> bool:
-    """Whether these methods were asked there."""
+def _there(results: Results, library: str, setting: str, *methods: str, column: str = "score") -> bool:
+    """Whether these methods were asked there, and what a column has of them."""
     found = results.answers.get((library, setting))
-    return found is not None and set(methods) <= set(found.method)
+    return found is not None and set(methods) <= set(found.method[found[column].notna()])
 
 
 def _lead(scores: Scores, over: Any) -> Value:
@@ -232,7 +235,7 @@ def _against_oracle(results: Results, library: str) -> Targets:
         if _there(results, library, name, OURS, "oracle"):
             value = results.scores(library, name).value(lambda s: s[OURS] / s["oracle"])
             yield SHOWN[name], f"at least {share:.2f} of the oracle", _share(value), value[0] >= share
-    if _there(results, library, "own", OURS):
+    if _there(results, library, "own", OURS, column="found"):
         value = results.scores(library, "own", "found").value(lambda s: s[OURS])
         yield SHOWN["own"], "routing accuracy at least 0.98", _share(value), value[0] >= 0.98
 
@@ -251,7 +254,7 @@ def _without_adapter(results: Results, library: str) -> Targets:
 
 
 def _left_out(results: Results, library: str) -> Targets:
-    if not _there(results, library, "left_out", OURS, "base"):
+    if not _there(results, library, "left_out", OURS, "base", column="nats"):
         return
     scores = results.scores(library, "left_out", "nats")
     value = scores.value(lambda s: s[OURS] - s["base"])
@@ -269,8 +272,9 @@ def _left_out(results: Results, library: str) -> Targets:
 
 
 def _composite(results: Results, library: str) -> Targets:
-    if _there(results, library, "composite", OURS) and _there(results, library, "composite_singles"):
-        for column, text in (("score", _points), ("nats", _nats)):
+    for column, text in (("score", _points), ("nats", _nats)):
+        ours = _there(results, library, "composite", OURS, column=column)
+        if ours and _there(results, library, "composite_singles", "single", column=column):
             singles = results.answers[library, "composite_singles"].groupby(["task", "part"])[column].mean()
             best = singles.groupby(level="task").max().mean()
             value = _lead(results.scores(library, "composite", column), best)
@@ -318,7 +322,7 @@ def _variants(results: Results, library: str) -> Targets:
 
 def _against_peers(results: Results, library: str) -> Targets:
     for name, title in SHOWN.items():
-        if not _there(results, library, name, OURS):
+        if not _there(results, library, name, OURS, column="nats"):
             continue
         scores = results.scores(library, name, "nats")
         if peers := [method for method in PEERS if method in scores.tasks]:
@@ -340,6 +344,8 @@ def tasks_tables(results: Results) -> list[str]:
             if (library, name) not in results.answers:
                 continue
             tasks = results.scores(library, name).tasks
+            if tasks.empty:
+                continue
             methods, mean = _order(tasks.columns), tasks.mean()
             lines += [f"## {library}: {title}", "", *header(["task", *methods])]
             for task, values in tasks.iterrows():

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from scripts.bench import runner
 from scripts.bench.speed import measures, tables
-from scripts.bench.speed.tables import COUNTS, EIGHTH, FOLDER, HALF, SHAPE, SIZES
+from scripts.bench.speed.tables import EIGHTH, FOLDER, HALF, SHAPE, SIZES
 
 WHOLE = (f"routed 22 {HALF}", f"static {HALF}", f"kit {EIGHTH}")
 PARTS = (
@@ -25,7 +24,6 @@ PARTS = (
 ONCE = (
     "probing 100", f"same {HALF}", f"matmul_share {EIGHTH}", "merge ours large 16", "merge peft large 16",
     *(f"truncation {tokens}" for tokens in (128, 256, 512, 0)),
-    *(f"gate {count} {size}" for size in SIZES for count in COUNTS),
 )  # fmt: skip
 GROWTH = tuple(f"routed {size} {EIGHTH}" for size in SIZES)
 
@@ -38,18 +36,11 @@ def main() -> None:
         "--only", nargs="+", metavar="WORD", help="only measurements that begin with these words"
     )
     parser.add_argument("--shape", choices=["mistral-7b"], help="measure this shape instead")
-    parser.add_argument(
-        "--plans", nargs="+", type=Path, metavar="RUN",
-        help="write the table of plan and actual from these output folders instead",
-    )  # fmt: skip
     parser.add_argument("--cell", nargs="+", metavar="WORD", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
         *words, _ = args.cell  # last is the number of the repetition
         runner.keep(FOLDER, tuple(args.cell), measures.run(words))
-        return
-    if args.plans:
-        tables.write_plans(args.plans)
         return
     if args.shape:
         wanted = _turns(SHAPE, args.repetitions)

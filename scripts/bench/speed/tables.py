@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ Known = dict[str, list[dict[str, Any]]]  # by measurement, one entry a repetitio
 FOLDER = Path("output/benchmark/speed")
 PAGE = Path("docs/speed.md")
 SIZES = ("4", "16", "64", "256")  # of libraries
-COUNTS = ("50", "200", "800", "3200")  # of queries
 HALF, EIGHTH = "2", "8"  # every so many queries, where not all are asked
 SHAPE = (f"shape {shape.FEW}", f"shape {shape.MANY}")
 TOKENS = 86905  # of its prompts, by the embedded base model's tokenizer
@@ -200,11 +198,10 @@ def matmuls(known: Known) -> dict[str, float]:
 
 
 def write() -> None:
-    """Writes every table whose measurements are all there."""
+    """Writes every table whose measurements are all there, and of the targets those that are measured."""
     found = known()
     tables: dict[str, Callable[[], list[str]]] = {
-        "speed": lambda: [*_targets_table(found), "", _roofline(found)], "stages": lambda: _stages(found),
-        "operators": lambda: _operators(found), "grid": lambda: _grid(found),
+        "speed": lambda: [*_targets_table(found), *_roofline(found)], "stages": lambda: _stages(found),
         "truncation": lambda: _truncation(found), "mistral": lambda: _mistral(found),
     }  # fmt: skip
     for name, make in tables.items():
@@ -214,27 +211,15 @@ def write() -> None:
             print(f"no table {name} yet: {error} is not measured")
 
 
-def write_plans(folders: Sequence[Path]) -> None:
-    """What `router.main --plan` said of runs before, what they took, and what it says after them."""
-    stages = ("load", "prototypes", "calibrate", "probe", "variants", "predict")
-    lines = header(["queries", "", *stages, "sum", "variants", "peak MiB"], texts=2)
-    for folder in folders:
-        record = json.loads((folder / "run.json").read_text("utf-8"))
-        count = sum(variant["queries"] for variant in record["variants"])
-        again = json.loads((folder / "plan.json").read_text("utf-8"))
-        for name, found in (("planned", record["plan"]), ("took", record), ("planned again", again)):
-            seconds, peak = found["seconds"], max(found["peak_mib"].values())
-            cells = [f"{seconds[stage]:.1f}" for stage in stages]
-            lines.append(row(count, name, *cells, f"{sum(seconds.values()):.0f}", found["n_variants"], peak))
-    insert(PAGE, "plans", lines)
-
-
 def _targets_table(known: Known) -> list[str]:
     names = ["measured", "against", "target", "median (range)", ""]
     return [*header(names, texts=5), *(found.row() for found in targets(known))]
 
 
-def _roofline(known: Known) -> str:
+def _roofline(known: Known) -> list[str]:
+    """What the machine could do, below the targets; nothing where it is not measured."""
+    if not {"roofline", "decode merged"} <= known.keys():
+        return []
     roof = known["roofline"][0]
     flops, memory = middle(known, "roofline", "gemm_flops"), middle(known, "roofline", "bytes")
     read = middle(known, "roofline", "read_tokens")
@@ -243,12 +228,13 @@ def _roofline(known: Known) -> str:
     # A step reads all weights once and multiplies them with 16 rows; whichever takes longer.
     weights = roof["linear"] + roof["head"]
     step = max(roof["itemsize"] * weights / memory, 2 * 16 * weights / flops)
-    return (
+    text = (
         f"Roofline: this machine multiplies {flops / 1e9:.0f} GFLOP/s in {roof['dtype']} and reads "
         f"{memory / 1e9:.0f} GB/s. That allows {at_most:.0f} prompt tokens/s, and {read:.0f} were reached "
         f"({100 * read / at_most:.0f} %); and {16 / step:.0f} written tokens/s in a batch of 16, of which "
         f"{written:.0f} were reached ({100 * written * step / 16:.0f} %)."
     )
+    return ["", text]
 
 
 def _stages(known: Known) -> list[str]:
@@ -264,19 +250,6 @@ def _stages(known: Known) -> list[str]:
     blanks = [""] * (len(names) - 1)  # all that it does is predict
     queries = known[static][0]["queries"]
     return [*lines, row("one average", queries, *blanks, seconds, seconds, 1, peak)]
-
-
-def _operators(known: Known) -> list[str]:
-    shares = [(kind.replace("aten::", ""), f"{100 * share:.1f} %") for kind, share in matmuls(known).items()]
-    return [*header(["in prediction", "share"]), *(row(*cells) for cells in shares[:10])]
-
-
-def _grid(known: Known) -> list[str]:
-    lines = header(["gate and clusters, seconds", *(f"{size} adapters" for size in SIZES)])
-    for count in COUNTS:
-        cells = [f"{middle(known, f'gate {count} {size}'):.2f}" for size in SIZES]
-        lines.append(row(f"{count} queries", *cells))
-    return lines
 
 
 def _truncation(known: Known) -> list[str]:
