@@ -22,7 +22,7 @@ PARTS = (
     "gate 3200 256", "floor", "roofline",
 )  # fmt: skip
 ONCE = (
-    "probing 100", f"same {HALF}", f"matmul_share {EIGHTH}", "merge ours large 16", "merge peft large 16",
+    "probing 100", f"same {EIGHTH}", f"matmul_share {EIGHTH}", "merge ours large 16", "merge peft large 16",
     *(f"truncation {tokens}" for tokens in (128, 256, 512, 0)),
 )  # fmt: skip
 GROWTH = tuple(f"routed {size} {EIGHTH}" for size in SIZES)
