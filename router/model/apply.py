@@ -47,8 +47,7 @@ def applied(base: Base, how: Apply = "auto") -> Applied:
 def picked(
     model: Any, device: torch.device, dtype: torch.dtype, how: Apply
 ) -> Literal["merged", "beside"]:  # fmt: skip
-    """What `auto` is for a model on a device: `merged` in float32, if there is room for a copy of its linear
-    layers.
+    """What `auto` is for a model: `merged` in float32 where a copy of its linear layers fits, else `beside`.
 
     The model and the copy may take ROOM of the device's memory. What else is in memory does not count, so the
     same machine always takes the same way.
