@@ -126,6 +126,8 @@ def _merges(known: Known) -> Iterator[Measured]:
 
 def _prototypes(known: Known) -> Iterator[Measured]:
     for size in ("22", "256"):
+        if f"library_prototypes {size}" not in known:
+            continue
         for key, where, limit in (("seconds", "nothing cached", 5.0), ("cached", "from disk", 1.2)):
             job = f"library_prototypes {size}"
             found = [a / b for a, b in zip(values(known, job, key), values(known, job, "read"), strict=True)]
