@@ -114,3 +114,26 @@ def test_adapters_of_upper_layers_alone_can_be_planned(tmp_path, capsys, tiny_ba
     write_tiny_adapter(tmp_path / "upper" / "one", 0, layers=(1,), layers_to_transform=[1])
     code, _, _ = planned(capsys, command, "--adapters", tmp_path / "upper")
     assert code == 0
+
+
+def test_the_copy_of_the_weights_counts_where_variants_are_merged(capsys, command, monkeypatch):
+    from router.plan import estimate
+
+    seen = {}
+    real = estimate._memory
+
+    def watched(base, dtype, n_parameters, copied, *rest):
+        # As if every weight were a MiB, so that the tiny model shows in whole MiB.
+        found = real(base, dtype, n_parameters, copied * 2**18, *rest)
+        return {
+            stage: value - real(base, dtype, n_parameters, 0, *rest)[stage] for stage, value in found.items()
+        }
+
+    monkeypatch.setattr(estimate, "_memory", watched)
+    for how in ("merged", "beside"):
+        _, _, told = planned(capsys, command, "--json", "--apply", how)
+        seen[how] = json.loads(told.out)["peak_mib"]
+    # q, k, v, o, gate, up and down of both layers: all of them are changed by some adapter.
+    weights = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 48 * 32)
+    assert seen["beside"]["predict"] == 0 and seen["merged"]["load"] == 0
+    assert 0 < seen["merged"]["predict"] <= weights and seen["merged"]["predict"] > 0.9 * weights
