@@ -34,7 +34,7 @@ from router.model.base import (
     linear_shapes,
     weight_files,
 )  # fmt: skip
-from router.model.device import BATCH_TOKENS, CHOICE_TOKENS, cache_bytes, pick_device, pick_dtype
+from router.model.device import batch_tokens, cache_bytes, pick_device, pick_dtype
 from router.pipeline import default_base
 from router.plan.speed import Speed, measure, parameters, skeleton
 from router.routing.calibration import generic_prompts
@@ -61,6 +61,7 @@ class _Work:
         chosen: of all choices together.
         answers: of each answer of an earlier run, or of assumed answers.
         batch_size: as in Settings.
+        batch: tokens in a batch that generates, and in one of multiple choice, where batch_size is None.
     """
 
     prompts: list[int]
@@ -70,6 +71,7 @@ class _Work:
     chosen: int
     answers: NDArray[np.float64]
     batch_size: int | None
+    batch: tuple[int, int]
 
 
 def plan(name: str, settings: Settings) -> dict[str, Any]:
@@ -98,7 +100,8 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     most = most_variants(len(adapters) + 1)
     assumed = min(most, len(adapters) + 2) if routed else 1
     variants = settings.n_variants or earlier.get("n_variants") or assumed
-    work = _work(tokenizer, settings, queries, earlier)
+    batch = batch_tokens(model, torch.device(device), dtype)
+    work = _work(tokenizer, settings, queries, earlier, batch)
     used = {} if name == "base" else adapters
     apply = picked(model, torch.device(device), dtype, settings.apply)
     speed = measure(config, parameters(model), device, dtype, apply, used, work.prompts)
@@ -222,7 +225,7 @@ def _answer_lengths(tokenizer: Any, settings: Settings, queries: list[Query]) ->
 
 
 def _work(
-    tokenizer: Any, settings: Settings, queries: list[Query], earlier: dict[str, Any]
+    tokenizer: Any, settings: Settings, queries: list[Query], earlier: dict[str, Any], batch: tuple[int, int]
 ) -> _Work:  # fmt: skip
     from router.model.passes import truncated
     from router.routing.calibration import generic_prompts
@@ -244,6 +247,7 @@ def _work(
         chosen=sum(map(len, _encode(tokenizer, choices))) if choices else 0,
         answers=np.array(lengths or np.geomspace(1, longest, 64)),
         batch_size=settings.batch_size,
+        batch=batch,
     )
 
 
@@ -262,7 +266,7 @@ def _seconds(
     if work.written:
         # Assume that a variant's last batch is half full, or its only one is as large as the variant.
         size = work.batch_size
-        full = len(work.written) / size if size else sum(work.written) / BATCH_TOKENS
+        full = len(work.written) / size if size else sum(work.written) / work.batch[0]
         batches = max(variants, variants / 2 + full)
         rows = len(work.written) / batches
         steps = float(np.quantile(work.answers, rows / (rows + 1)))  # a batch writes until its longest ends
@@ -288,9 +292,9 @@ def _memory(
     """
     config, size = base.config, dtype.itemsize
     weights = n_parameters * size
-    tokens = work.batch_size * max(work.written, default=0) if work.batch_size else BATCH_TOKENS
+    tokens = work.batch_size * max(work.written, default=0) if work.batch_size else work.batch[0]
     cache = cache_bytes(config, dtype) * tokens if work.written else 0
-    logits = CHOICE_TOKENS * config.vocab_size * size if work.chosen else 0
+    logits = work.batch[1] * config.vocab_size * size if work.chosen else 0
     # The file stays mapped while the weights are made from it.
     found = {"load": LIBRARIES + (base.file_bytes or weights) + weights}
     held = LIBRARIES + weights
