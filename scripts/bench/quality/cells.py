@@ -80,12 +80,12 @@ def _answer(part: Part, method: Routed, base: Base, library: list[Adapter], seed
             "" if metric == "none" else query.choices[int(target)] if query.choices else target.split("|")[0]
             for query, target, metric in zip(queries, rows["target"], rows["metric"], strict=True)
         ]
-        put = with_references(queries, references) if graded else queries
+        put_to_it = with_references(queries, references) if graded else queries
 
         def work() -> Result:
             method.attach(base, library)
             with grading(method) if graded else nullcontext():
-                return method.answer(put)
+                return method.answer(put_to_it)
 
         seconds, result = timed(work)
         decision = result.decision
