@@ -500,10 +500,13 @@ def test_a_run_that_is_stopped_takes_its_temporary_folders_with_it(command, caps
 
     monkeypatch.setattr(Routed, "predict", stopped)
     before = signal.getsignal(signal.SIGTERM)
+    # A shell starts what it puts in the background with SIGINT ignored, the tests too.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code, out = command("average")
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
     assert code == 130 and [path.name for path in out.iterdir()] == [".journal"]
     assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same command goes on where it was"
 
