@@ -71,6 +71,8 @@ def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
         **(
             {
                 "low_margin": int(evidence.low_margin.sum()),
+                "lookalikes": evidence.lookalikes,
+                "silent": evidence.silent,
             }
             if evidence
             else {}
@@ -108,6 +110,16 @@ def summary(found: dict[str, Any]) -> str:
         lines.append(
             f"{_count(found['low_margin'], 'query')} with a low margin: the two best candidates are "
             f"less than {LOW_MARGIN} standard deviations apart"
+        )
+    for name, other in found.get("lookalikes", {}).items():
+        lines.append(
+            f"warning: {name} reads what {other} reads and writes something else; {other}, which is listed "
+            "first, answers for both. One may be a copy that was made to do harm"
+        )
+    for name in found.get("silent", []):
+        lines.append(
+            f"warning: {name} reads directions that text hardly has, as an adapter does that is made to "
+            "attract all queries; those of its modules do not count"
         )
     if cut := found.get("time_limit"):
         shorter, none = (_count(cut[key], "query") for key in ("shortened", "unanswered"))

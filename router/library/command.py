@@ -22,7 +22,7 @@ from merge.folders import CONFIG_FILE, WEIGHTS_FILE
 from router.constants import BASE_COLUMN, LIBRARY
 from router.errors import InputError
 from router.library.adapters import Adapter, opened
-from router.library.duplicates import SAME, norms_and_cosines
+from router.library.duplicates import OVERLAP, SAME, norms_and_cosines, overlaps
 from router.library.sources import CARD_FILE, Source, expand, find, from_hub
 
 OUTLIER = 10.0  # a norm may be this many times larger or smaller than the median
@@ -86,12 +86,13 @@ def check(specs: Sequence[str]) -> dict[str, Any]:
     Returns:
         What `check --json` prints: the facts of all adapters, then comparisons of the sound ones, with all
         modules taken as one vector. These are the norms of the updates, their cosines, the pairs of
-        duplicates, whatever their sizes, and the outliers: norms far above or below the median, in medians.
+        duplicates, whatever their sizes, the pairs of look-alikes with the overlap of what they read, and the
+        outliers: norms far above or below the median, in medians.
     """
     reports = misfits([read_whole(report) for report in found(specs)])
     sound = [report.adapter for report in reports if report.adapter and not report.reason]
     names, (norms, cosines) = [adapter.name for adapter in sound], norms_and_cosines(sound)
-    sizes = (norms / np.median(norms)).tolist() if sound else []
+    sizes, shared = (norms / np.median(norms)).tolist() if sound else [], overlaps(sound)
     return {
         "adapters": [report.facts() for report in reports],
         "compared": names,
@@ -99,6 +100,10 @@ def check(specs: Sequence[str]) -> dict[str, Any]:
         "cosines": cosines.tolist(),
         "near_duplicates": [
             [names[i], names[j], cosines[i, j]] for i, j in np.argwhere(np.triu(cosines > SAME, 1))
+        ],
+        "look_alikes": [
+            [names[i], names[j], shared[i, j], cosines[i, j]]
+            for i, j in np.argwhere(np.triu((shared > OVERLAP) & (cosines <= SAME), 1))
         ],
         "outliers": {
             name: size for name, size in zip(names, sizes, strict=True) if not 1 / OUTLIER <= size <= OUTLIER
@@ -206,6 +211,11 @@ def as_text(findings: Mapping[str, Any]) -> list[str]:
     lines += [f"broken: {facts['name']}: {facts['reason']}" for facts in adapters if not facts["sound"]]
     for one, other, cosine in findings["near_duplicates"]:
         lines.append(f"duplicates: {one} and {other}: cosine {cosine:.4f}")
+    for one, other, overlap, cosine in findings["look_alikes"]:
+        lines.append(
+            f"look-alikes: {one} and {other}: they read the same (overlap {overlap:.2f}) and write something "
+            f"else (cosine {cosine:.2f}); one may be a copy that was made to do harm, so a run asks the first"
+        )
     for name, size in findings["outliers"].items():
         lines.append(f"outlier: {name}: its update has {size:.3g} times the median norm")
     return lines + (heat_map(names, findings["cosines"]) if 1 < len(names) <= DRAWN else [])

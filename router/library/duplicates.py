@@ -1,7 +1,9 @@
-"""Duplicates: one adapter in several sizes. The gate cannot tell them apart, so one represents all.
+"""Adapters that read alike, duplicates and look-alikes: one represents all, as no gate can tell them apart.
 
-Nobody can say which size is right without labelled data. The middle one is taken, since one that somebody
-scaled up or down is more likely at either end. Knows no queries.
+Duplicates are one adapter in several sizes. Nobody can say which size is right without labelled data. The
+middle one is taken, since one that somebody scaled up or down is more likely at either end. Look-alikes
+read the same inputs and write something else, as a copy does that was made to do harm. The one listed first
+is taken, since the order is all that a user has said of whom to trust. Knows no queries.
 """
 
 from __future__ import annotations
@@ -12,26 +14,35 @@ from itertools import groupby
 from operator import itemgetter
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from merge.factors import Factors, gram
+from merge.factors import Factors, gram, svd
 from router.library.adapters import Adapter
 from router.progress import progress
 
-# Two adapters are compared in full if the root mean square difference of their log responses to generic text
-# is below ALIKE. They are duplicates if the cosine of their updates is above SAME.
-ALIKE = 0.05
+# Two adapters read alike if the root mean square difference of their log responses to generic text is below
+# ALIKE: copies with noise have 0.003 to 0.08, adapters trained apart at least 0.19 (docs/method.md).
+# They are duplicates if the cosine of their updates is above SAME.
+ALIKE = 0.1
 SAME = 0.99
+OVERLAP = 0.7  # of what two adapters read; trained apart they have 0.53 at most, copies with noise 0.75 to 1
 
 
-def representatives(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The representative of each adapter, which is itself if it has no duplicates; (adapters,).
+def representatives(
+    adapters: Sequence[Adapter], responses: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The representative of each adapter, which is itself if none reads alike, (adapters,).
 
-    Among duplicates it is the one of median size (the lower of two medians), and the first of equal ones.
+    It is the first that reads so, or of the first one's duplicates the one of median size (the lower of two
+    medians, and the first of equal ones).
 
     Args:
         adapters: the library.
         responses: (generic prompts, adapters, modules) to generic text, NaN without a prototype.
+
+    Returns:
+        The number of each one's representative, and whether it is a look-alike of it, (adapters,) each.
     """
     there = ~np.isnan(responses[0])  # (adapters, modules)
     flat = _flat_logs(responses)
@@ -42,18 +53,23 @@ def representatives(adapters: Sequence[Adapter], responses: NDArray[np.float32])
             first = group[0]
             if (there[n] == there[first]).all():
                 apart = np.sqrt(np.square(flat[n] - flat[first]).sum() / count)
-                if apart < ALIKE and norms_and_cosines([adapters[n], adapters[first]])[1][0, 1] > SAME:
+                if apart < ALIKE:
                     group.append(n)
                     break
         else:
             groups.append([n])
-    out = np.arange(len(adapters))
+    out, lookalike = np.arange(len(adapters)), np.zeros(len(adapters), bool)
     for group in groups:
         if len(group) > 1:
-            sizes = np.array([norms_and_cosines([adapters[n]])[0][0] for n in group])
-            middle = np.sort(sizes)[(len(group) - 1) // 2]
-            out[group] = group[int(np.isclose(sizes, middle, rtol=1e-3).argmax())]
-    return out
+            pairs = [norms_and_cosines([adapters[group[0]], adapters[n]]) for n in group]
+            same = np.array(
+                [n == group[0] or cosines[0, 1] > SAME for n, (_, cosines) in zip(group, pairs, strict=True)]
+            )
+            sizes = np.array([norms[1] for norms, _ in pairs])
+            middle = np.sort(sizes[same])[(same.sum() - 1) // 2]
+            out[group] = group[int((same & np.isclose(sizes, middle, rtol=1e-3)).argmax())]
+            lookalike[group] = ~same
+    return out, lookalike
 
 
 def _flat_logs(responses: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -81,6 +97,30 @@ def norms_and_cosines(adapters: Sequence[Adapter]) -> tuple[NDArray[np.float64],
     norms = np.sqrt(inner.diagonal().clip(0))  # rounding may leave a zero just below
     sizes = np.outer(norms, norms)
     return norms, np.divide(inner, sizes, out=np.zeros_like(inner), where=sizes > 0)
+
+
+def overlaps(adapters: Sequence[Adapter]) -> NDArray[np.float64]:
+    """How much of what they read all pairs have in common, (adapters, adapters) in [0, 1].
+
+    An adapter reads a module's inputs with `P = V diag(w) V^T` of its prototype, as in
+    router/routing/prototypes.py. The overlap is the cosine of two such matrices, all modules as one vector.
+    What is written plays no part.
+    """
+    inner = np.zeros((len(adapters), len(adapters)))
+    streams = (_numbered(n, adapter) for n, adapter in enumerate(adapters))
+    for _, found in groupby(merge(*streams, key=itemgetter(0, 1)), key=itemgetter(0)):
+        _, owners, updates = zip(*found, strict=True)
+        read = []
+        for update in updates:
+            _, s, vh = svd(update)  # (k,), (k, d_in)
+            read.append(vh * (s / s.sum().clamp_min(1e-30)).sqrt()[:, None])
+        every = torch.cat(read)  # (K, d_in)
+        number = torch.repeat_interleave(torch.arange(len(read)), torch.tensor([len(rows) for rows in read]))
+        for owner, rows in zip(owners, read, strict=True):
+            shared = (every @ rows.T).square().sum(1).double()  # (K,)
+            inner[owner, list(owners)] += torch.bincount(number, shared, len(read)).numpy()
+    sizes = np.sqrt(np.outer(inner.diagonal(), inner.diagonal()))
+    return np.divide(inner, sizes, out=np.zeros_like(inner), where=sizes > 0)
 
 
 def _numbered(number: int, adapter: Adapter) -> Iterator[tuple[str, int, Factors]]:

@@ -9,7 +9,6 @@ import numpy as np
 
 from router.errors import InputError
 from router.library.adapters import Adapter
-from router.library.duplicates import representatives
 from router.model.base import Base
 from router.pipeline import Routed
 from router.result import Routing
@@ -50,13 +49,9 @@ class ProtoRoute(Routed):
             calibration = Calibration(self.base, self.max_seq_len or self.settings.max_seq_len)
             means = calibration.means(list(protos))
             reference = calibration.responses(self.adapters, protos, means)
-            representative = representatives(self.adapters, reference[..., 0])
-            kept = np.unique(representative).tolist()
-            gate = PrototypeGate(
-                self.settings.temperature, self.settings.top_k, self.settings.false_alarm
-            ).fit(reference[:, kept], confidence=calibration.confidence())
-        names = [adapter.name for adapter in self.adapters]
-        return Fitted(names, protos, means, gate, list(map(int, representative)), reference.mean(0))
+            gate = PrototypeGate(self.settings.temperature, self.settings.top_k, self.settings.false_alarm)
+            confidence = calibration.confidence()
+            return Fitted.learn(self.adapters, protos, means, gate, reference, confidence)
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""

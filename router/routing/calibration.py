@@ -28,12 +28,30 @@ from router.routing.prototypes import ModulePrototypes, of_some
 from router.routing.store import content, load, save
 
 FORMAT = 3  # raise it when what is measured changes
+# A module is silent if generic text has less than this share of chance along what the adapter reads. Trained
+# adapters have 0.6 and more, random ones 1; see docs/method.md.
+SILENT = 0.4
 
 
 def generic_prompts() -> list[str]:
     """The texts against which responses are calibrated."""
     prompts: list[str] = json.loads(files("router.routing").joinpath("generic.json").read_text("utf-8"))
     return prompts
+
+
+def silent(responses: NDArray[np.float32], widths: Sequence[int]) -> NDArray[np.bool_]:
+    """Where an adapter reads directions that generic text hardly has, (adapters, modules).
+
+    Whatever is unlike generic text stands out there, by a multiple that no honest adapter reaches. So it says
+    nothing of the adapter's skill.
+
+    Args:
+        responses: (generic prompts, adapters, modules, 2), NaN without a prototype.
+        widths: (modules,) of the inputs. Chance is a squared cosine of 1 / width.
+    """
+    logs = np.log(responses.clip(1e-6))
+    energy = np.exp(2 * logs.mean(0, dtype=np.float64)).mean(-1) * np.array(widths)  # (adapters, modules)
+    return np.asarray(energy < SILENT)
 
 
 class Calibration:

@@ -29,13 +29,15 @@ class Evidence:
         adapters: names, in the order of the columns.
         modules: names, in the order of the columns of `votes`.
         responses: (queries, adapters) mean response over modules, a cosine in [0, 1].
-        scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for a duplicate
-            that another adapter represents.
+        scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for one that
+            another adapter represents, or that is silent everywhere.
         base_score: (queries,) score of the base model, which an adapter's has to exceed: the level, and more
             where the base model is surer of the next token than usual.
         votes: (queries, modules) the standardised response, at each module, of the adapter with the
             highest score, times the module's weight; NaN where it has no prototype.
         duplicates: adapters that are another one in another size, with the representative of each.
+        lookalikes: adapters that read what another one reads and write something else, with that one.
+        silent: adapters that read directions which text hardly has, at most of their modules.
         levels: what each of several rates of false alarms, written as a number, would add to the base model's
             scores.
     """
@@ -47,6 +49,8 @@ class Evidence:
     base_score: Array
     votes: Array
     duplicates: dict[str, str] = field(default_factory=dict)
+    lookalikes: dict[str, str] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
     levels: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -97,7 +101,7 @@ class Evidence:
         return Evidence(**arrays, **{name: names[name] for name in _NAMES if name in names})
 
 
-_NAMES = ("adapters", "modules", "duplicates", "levels")
+_NAMES = ("adapters", "modules", "duplicates", "lookalikes", "silent", "levels")
 _ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]
 
 

@@ -20,7 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from router.errors import InputError
+from router.library.adapters import Adapter
+from router.library.duplicates import representatives
 from router.model.passes import truncated
+from router.routing.calibration import silent
 from router.routing.clusters import Array
 from router.routing.evidence import Evidence
 from router.routing.gate import PrototypeGate
@@ -29,7 +32,7 @@ from router.routing.prototypes import ModulePrototypes
 
 FILE = "router.safetensors"
 AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
-FORMAT = 2  # raise it when a reader of the old one could not use the new one
+FORMAT = 3  # raise it when a reader of the old one could not use the new one
 _LEARNED = (
     "mean_", "std_", "loadings_", "filter_", "location_", "scale_", "confidence_", "reference_leads_"
 )  # fmt: skip
@@ -44,8 +47,11 @@ class Fitted:
         prototypes: by module, on the base model's device and in its dtype.
         means: what inputs are centred with, (d_in,) by module.
         gate: fitted to the adapters that stand for others, see `representative`.
-        representative: for each adapter, the number of the one that stands for it and its duplicates.
-        reference: (adapters, modules, 2) mean response to generic text; NaN without a prototype.
+        representative: for each adapter, the number of the one that stands for all that read alike.
+        lookalikes: numbers of those that are no duplicates of their representative.
+        silent: numbers of those that are silent at most of their modules.
+        reference: (adapters, modules, 2) mean response to generic text; NaN without a prototype and where an
+            adapter is silent.
     """
 
     names: list[str]
@@ -53,12 +59,60 @@ class Fitted:
     means: Mapping[str, Tensor]
     gate: PrototypeGate
     representative: list[int]
+    lookalikes: list[int]
+    silent: list[int]
     reference: NDArray[np.float32]
+
+    @classmethod
+    def learn(
+        cls,
+        adapters: Sequence[Adapter],
+        prototypes: Mapping[str, ModulePrototypes],
+        means: Mapping[str, Tensor],
+        gate: PrototypeGate,
+        reference: NDArray[np.float32],
+        confidence: NDArray[np.float32],
+    ) -> Fitted:
+        """Fits a gate to a library: to one adapter of each group that reads alike, at modules that are heard.
+
+        Args:
+            gate: not fitted yet.
+            reference: (generic prompts, adapters, modules, 2) responses, NaN without a prototype.
+            confidence: (generic prompts,) of the base model.
+
+        Raises:
+            InputError: no adapter is heard anywhere.
+        """
+        representative, lookalike = representatives(adapters, reference[..., 0])
+        widths = [len(proto.directions) for proto in prototypes.values()]
+        quiet: NDArray[np.bool_] = silent(reference, widths)  # (adapters, modules)
+        there = np.isfinite(reference[0, ..., 0]).sum(1)  # (adapters,)
+        most = np.flatnonzero(2 * quiet.sum(1) > there)
+        reference = reference.copy()
+        reference[:, quiet] = np.nan
+        found = cls(
+            [adapter.name for adapter in adapters],
+            prototypes,
+            means,
+            gate,
+            representative.tolist(),
+            np.flatnonzero(lookalike).tolist(),
+            most.tolist(),
+            reference.mean(0),
+        )
+        if not found.kept:
+            raise InputError(
+                "--adapters: expected adapters that read what text has, got none; were they trained for this "
+                "base model?"
+            )
+        gate.fit(reference[:, found.kept], confidence=confidence)
+        return found
 
     @property
     def kept(self) -> list[int]:
-        """The adapters that stand for others or for themselves."""
-        return sorted(set(self.representative))
+        """The adapters that stand for others or for themselves, and are heard somewhere."""
+        heard = ~np.isnan(self.reference).all((1, 2))  # (adapters,)
+        return [n for n in sorted(set(self.representative)) if heard[n]]
 
     def probe(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None) -> Probed:
         """One pass of the base model over the prompts; a title shows a bar."""
@@ -73,6 +127,7 @@ class Fitted:
         """
         unread = unreadable(probed, np.isnan(self.reference))
         responses, confidence = (x.copy() for x in probed)
+        responses[:, np.isnan(self.reference)] = np.nan
         responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]
         own = responses[:, self.kept]
         scores = self.gate.decision_function(own)
@@ -83,6 +138,7 @@ class Fitted:
         all_scores = np.full((len(responses), len(self.names)), np.nan)
         all_scores[:, self.kept] = scores
         names = self.names
+        aside = {n: k for n, k in enumerate(self.representative) if n != k}
         return weights, Evidence(
             names,
             list(self.prototypes),
@@ -90,7 +146,9 @@ class Fitted:
             scores=all_scores.astype(np.float32),
             base_score=candidates[:, -1].astype(np.float32),
             votes=self.gate.votes(own, scores).astype(np.float32),
-            duplicates={names[n]: names[k] for n, k in enumerate(self.representative) if n != k},
+            duplicates={names[n]: names[k] for n, k in aside.items() if n not in self.lookalikes},
+            lookalikes={names[n]: names[aside[n]] for n in self.lookalikes},
+            silent=[names[n] for n in self.silent],
             levels=self.gate.levels(),
         )
 
@@ -107,6 +165,8 @@ class Fitted:
             "names": self.names,
             "modules": list(self.prototypes),
             "representative": self.representative,
+            "lookalikes": self.lookalikes,
+            "silent": self.silent,
             "gate": self.gate.get_params(),
         }
         work = folder / f".{FILE}"
@@ -151,6 +211,8 @@ class Fitted:
                 {m: tensors[f"mean {m}"].to(device) for m in modules},
                 gate,
                 about["representative"],
+                about["lookalikes"],
+                about["silent"],
                 tensors["reference"].numpy(),
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -156,6 +156,16 @@ class Run:
         return {} if self.evidence is None else self.evidence.duplicates
 
     @property
+    def lookalikes(self) -> dict[str, str]:
+        """Those that read what another adapter reads and write something else, each with that one."""
+        return {} if self.evidence is None else self.evidence.lookalikes
+
+    @property
+    def silent(self) -> list[str]:
+        """Those that read directions which text hardly has."""
+        return [] if self.evidence is None else self.evidence.silent
+
+    @property
     def notes(self) -> list[str]:
         """What is missing, in sentences for the reader."""
         return [

@@ -127,6 +127,22 @@ def test_duplicates_and_giants_are_said_plainly(capsys, duplicated):
     ]
 
 
+def turned(key, tensor):
+    """It writes something else, and reads just the same, just as strongly."""
+    return tensor.flip(0) if "lora_B" in key else tensor
+
+
+def test_a_copy_that_writes_something_else_is_said_plainly(capsys, tiny_library):
+    shutil.copytree(tiny_library / "mlp", tiny_library / "turned")
+    edit_weights(tiny_library / "turned", turned)
+    _, out, _ = run(capsys, "check", tiny_library)
+    code, found = checked(capsys, tiny_library)
+    [(one, other, overlap, cosine)] = found["look_alikes"]
+    assert code == 0 and (one, other) == ("mlp", "turned")
+    assert overlap == pytest.approx(1, abs=1e-5) and abs(cosine) < 0.5
+    assert "look-alikes: mlp and turned: they read the same (overlap 1.00)" in out
+
+
 def narrow(folder):
     edit_weights(folder, lambda key, value: value[:, :16] if "lora_A" in key else value)
 

@@ -40,18 +40,18 @@ def test_the_middle_of_three_sizes_represents_all_in_any_order(base, tmp_path):
     for order in permutations(sizes):
         adapters = [sizes[order[0]], other, sizes[order[1]], sizes[order[2]]]
         middle = adapters.index(sizes[4])
-        assert representatives(adapters, responses(base, adapters)).tolist() == [middle, 1, middle, middle]
+        assert representatives(adapters, responses(base, adapters))[0].tolist() == [middle, 1, middle, middle]
 
 
 def test_the_smaller_of_two_sizes_represents_both(base, tmp_path):
     adapters = [adapter(tmp_path / "large", alpha=8), adapter(tmp_path / "small", alpha=2)]
-    assert representatives(adapters, responses(base, adapters)).tolist() == [1, 1]
+    assert representatives(adapters, responses(base, adapters))[0].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_the_first_of_equals_represents_all(base, tmp_path, n):
     adapters = [adapter(tmp_path / "other", seed=2), *(adapter(tmp_path / f"same{k}") for k in range(n))]
-    assert representatives(adapters, responses(base, adapters)).tolist() == [0] + [1] * n
+    assert representatives(adapters, responses(base, adapters))[0].tolist() == [0] + [1] * n
 
 
 def test_the_same_update_from_other_factors_is_a_duplicate(base, tmp_path):
@@ -60,7 +60,7 @@ def test_the_same_update_from_other_factors_is_a_duplicate(base, tmp_path):
         adapter(tmp_path / "one"),
         adapter(tmp_path / "two", lambda key, x: mix @ x if "lora_A" in key else x @ mix.inverse()),
     ]
-    assert len(set(representatives(adapters, responses(base, adapters)))) == 1
+    assert len(set(representatives(adapters, responses(base, adapters))[0])) == 1
 
 
 def level(seed):
@@ -74,11 +74,20 @@ def flipped(key, tensor):
 
 
 @pytest.mark.parametrize("changes", [(level(1), level(2)), (lambda key, x: x, flipped)], ids=["B", "sign"])
-def test_adapters_that_read_alike_and_do_different_things_are_no_duplicates(base, tmp_path, changes):
+def test_of_adapters_that_read_alike_and_do_different_things_the_first_answers(base, tmp_path, changes):
     adapters = [adapter(tmp_path / f"{n}", change) for n, change in enumerate(changes)]
     found = responses(base, adapters)
     np.testing.assert_allclose(found[:, 0], found[:, 1], rtol=1e-3)
-    assert representatives(adapters, found).tolist() == [0, 1]
+    numbers, lookalike = representatives(adapters, found)
+    assert numbers.tolist() == [0, 0] and lookalike.tolist() == [False, True]
+
+
+def test_a_lookalike_does_not_count_among_the_sizes_of_a_duplicate(base, tmp_path):
+    sizes = [adapter(tmp_path / f"alpha{alpha}", alpha=alpha) for alpha in (16, 1)]
+    harmful = adapter(tmp_path / "harmful", flipped, alpha=4)
+    adapters = [sizes[0], harmful, sizes[1]]
+    numbers, lookalike = representatives(adapters, responses(base, adapters))
+    assert numbers.tolist() == [2, 2, 2] and lookalike.tolist() == [False, True, False]
 
 
 def test_an_adapter_with_another_module_is_no_duplicate(base, tmp_path):
@@ -91,12 +100,12 @@ def test_an_adapter_with_another_module_is_no_duplicate(base, tmp_path):
     part = adapter(tmp_path / "part", without)
     assert all("q_proj" in module for module in part.folder.shapes)
     adapters = [adapter(tmp_path / "both", nearly), part]
-    assert representatives(adapters, responses(base, adapters)).tolist() == [0, 1]
+    assert representatives(adapters, responses(base, adapters))[0].tolist() == [0, 1]
 
 
 def test_a_library_without_duplicates_represents_itself(base, tiny_library):
     adapters = load_library([str(tiny_library)])
-    assert representatives(adapters, responses(base, adapters)).tolist() == [0, 1, 2]
+    assert representatives(adapters, responses(base, adapters))[0].tolist() == [0, 1, 2]
 
 
 def test_duplicates_get_no_weight_and_change_nobody_elses(base, tmp_path):

@@ -297,6 +297,17 @@ def test_query_files_that_are_gone_leave_ids(tmp_path):
     assert "The texts of 4 queries of " in page.words
 
 
+def test_adapters_that_may_be_hostile_are_named(small):
+    path = small / "queries.evidence.safetensors"
+    evidence = Evidence.load(path)
+    evidence.lookalikes["four"] = "two"
+    evidence.silent.append("three")
+    evidence.save(path)
+    words = Page(write_report(small)).words
+    assert "four reads what two reads and writes something else" in words
+    assert "three reads directions that text hardly has" in words
+
+
 def test_duplicates_stand_aside_and_are_named(small):
     path = small / "queries.evidence.safetensors"
     evidence = Evidence.load(path)

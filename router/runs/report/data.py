@@ -57,7 +57,7 @@ def headline(run: Run) -> dict[str, Any]:
         "to_base": to_base,
         "median": float(np.median(run.weights.max(1))),
         "cohesion": 1 - float(losses(run.weights, run.clusters).mean()),
-        "unused": [name for name in unused if name not in run.duplicates],
+        "unused": [name for name in unused if name not in (run.duplicates | run.lookalikes)],
     }
 
 
