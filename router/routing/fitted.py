@@ -111,8 +111,8 @@ class Fitted:
     @property
     def kept(self) -> list[int]:
         """The adapters that stand for others or for themselves, and are heard somewhere."""
-        heard = ~np.isnan(self.reference).all((1, 2))  # (adapters,)
-        return [n for n in sorted(set(self.representative)) if heard[n]]
+        heard = np.flatnonzero(np.isfinite(self.reference).any((1, 2))).tolist()
+        return sorted(set(self.representative) & set(heard))
 
     def probe(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None) -> Probed:
         """One pass of the base model over the prompts; a title shows a bar."""
