@@ -16,6 +16,7 @@ from typing import Any
 
 from router.errors import InputError
 from router.methods import method_names
+from router.processes import leads, several
 from router.settings import Settings
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -224,7 +225,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if not args.plan and args.memory_limit:
         p.error("--memory_limit: expected --plan with it, which compares; a run has no such limit")
-    if args.quiet:
+    if args.plan and several():
+        p.error("--plan: expected one process, whose pace it measures; leave torchrun out")
+    quiet = args.quiet or not leads()
+    if quiet:
         os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -233,15 +237,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         from router.record import summary  # imports torch
         from router.run import run
 
-        with _logging("WARNING" if args.quiet else "INFO"):
+        with _logging("WARNING" if quiet else "INFO"):
             record = run(args.merging_method, Settings(**given), args.fresh, args.time_limit)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = "" if leads() else f"process {os.environ['RANK']}: "
+        print(f"error: {where}{error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # temporary folders are gone by now
+    except KeyboardInterrupt as stop:  # temporary folders are gone by now
         again = "the command without --fresh" if args.fresh else "the same command"
-        print(f"stopped; {again} goes on where it was", file=sys.stderr)
+        why = str(stop) or ("another process of the run ended, or torchrun was stopped" if several() else "")
+        if leads():
+            print(f"stopped{f', since {why}' if why else ''}; {again} goes on where it was", file=sys.stderr)
         return 130
+    if not leads():
+        return 0
     if args.json:
         print(json.dumps(record, ensure_ascii=False))
     elif not args.quiet:

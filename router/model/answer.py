@@ -264,6 +264,7 @@ def answer(
     progress: Callable[[int], object] = lambda done: None,
     journal: MutableMapping[Query, Answer] | None = None,
     deadline: Deadline | None = None,
+    takes: Callable[[int], bool] = lambda tokens: True,
 ) -> list[Answer]:
     """Answers queries in order.
 
@@ -278,6 +279,8 @@ def answer(
         journal: a batch that is in it is not answered again; any other is added to it. Batches do not depend
             on it, so answers do not either.
         deadline: shortens answers, and leaves queries out, so that the run ends in time.
+        takes: called for each batch, in the same order wherever it is called, with the most tokens of its
+            answers and prompts. Whatever it declines is another process's, and has failed here.
     """
     answers: dict[int, Answer] = {}
     known: MutableMapping[Query, Answer] = {} if journal is None else journal
@@ -310,7 +313,17 @@ def answer(
         ways.append((chosen, part, lengths, choice_tokens // count))
     for way, part, lengths, budget in ways:
         tokens = math.inf if batch_size else budget
-        batches = [[part[k] for k in batch] for batch in by_length(lengths, tokens, batch_size)]
+        batches = []
+        for places in by_length(lengths, tokens, batch_size):
+            batch = [part[k] for k in places]
+            if takes(sum(lengths[k] for k in places)):
+                batches.append(batch)
+                continue
+            answers.update(dict.fromkeys(batch, FAILED))
+            elsewhere = sum(len(rows[n]) for n in batch)
+            progress(elsewhere)
+            if deadline:
+                deadline.skip(elsewhere)
         while batches:
             batch, *rest = batches
             asked = [queries[n] for n in batch]
