@@ -40,10 +40,6 @@ class ProtoRoute(Routed):
     @cached_property
     def fitted(self) -> Fitted:
         """Prototypes, and a gate that is calibrated on generic text; made on first use."""
-        with self.processes.first():  # the others find on disk what takes time
-            return self._fit()
-
-    def _fit(self) -> Fitted:
         model = self.base.model
         with self.stages("prototypes"):
             protos = prototypes(self.adapters, str(model.device), model.dtype)
@@ -84,16 +80,18 @@ class ProtoRoute(Routed):
         """The routing of some prompts; their responses, which are large, go with it."""
         if kept := self.kept(f"part-{number}"):
             return kept
-        fitted, title = self.fitted, f"probe {number + 1}/{of}" if of > 1 else "probe"
+        title = f"probe {number + 1}/{of}" if of > 1 else "probe"
+        with self.processes.first():  # the others find prototypes and calibration on disk
+            fitted = self.fitted
         with self.stages("probe"):
-            probed = self._probed(prompts, title)
+            probed = self._probed(fitted, prompts, title)
         with self.stages("gate"):
             routing = Routing(*fitted.decide(probed))
         if self.journal is not None and of > 1:
             self.journal.keep(f"part-{number}", routing)
         return routing
 
-    def _probed(self, prompts: Sequence[Sequence[int]], title: str) -> Probed:
+    def _probed(self, fitted: Fitted, prompts: Sequence[Sequence[int]], title: str) -> Probed:
         """Probes the prompts. Each process takes whole batches, which are the same as in one process."""
         model, pad = self.base.model, self.tokenizer.pad_token_id
         lengths = [len(row) for row in truncated(prompts)]
@@ -103,7 +101,7 @@ class ProtoRoute(Routed):
             if self.processes.takes(sum(lengths[n] for n in batch))
             for n in batch
         )
-        own = self.fitted.probe(model, [prompts[n] for n in mine], pad, title)
+        own = fitted.probe(model, [prompts[n] for n in mine], pad, title)
         numbers, parts = zip(*self.processes.gathered((mine, own)), strict=True)
         place = np.argsort(np.concatenate(numbers))
         return Probed(*(np.concatenate(arrays)[place] for arrays in zip(*parts, strict=True)))
