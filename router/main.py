@@ -20,6 +20,7 @@ from router.processes import leads, several
 from router.settings import Settings
 
 DEVICES = ("auto", "cpu", "cuda")
+DEVICE_MAPS = ("none", "auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCORINGS = ("full", "kit")
 APPLIES = ("auto", "merged", "beside")
@@ -71,6 +72,10 @@ def _one_of(accepted: Sequence[str]) -> Callable[[str], str]:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(accepted)}, got {text!r}{hint}")
 
     return parse
+
+
+def _device_map(text: str) -> str | None:
+    return None if text == "none" else _one_of(DEVICE_MAPS)(text)
 
 
 def _default(name: str, none: str) -> str:
@@ -150,6 +155,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="INT|auto",
     )
     setting("device", "auto uses a GPU if there is one", type=_one_of(DEVICES), metavar="|".join(DEVICES))
+    setting(
+        "device_map",
+        "how accelerate spreads a base model that is too large for one device: over all devices, the memory "
+        "and the disk; none does not",
+        type=_device_map,
+        metavar="|".join(DEVICE_MAPS),
+    )
     setting(
         "dtype",
         "auto uses bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on a CPU",

@@ -73,7 +73,8 @@ class Routed(Merges):
         with self.stages("load"):
             self.adapters = load_library(self.settings.adapters)
             spec = self.settings.base_model or default_base(self.settings, self.adapters)
-            self.attach(load_base(spec, self.settings.device, self.settings.dtype), self.adapters)
+            how = self.settings
+            self.attach(load_base(spec, how.device, how.dtype, how.device_map), self.adapters)
             is_folder = spec != EMBEDDED and Path(spec).is_dir()
             check_against_base(self.adapters, self.base.name, is_folder, self.shapes)
         return self.base.model

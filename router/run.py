@@ -73,8 +73,7 @@ def _run(
     method.deadline = deadline
     method.processes = processes
     with processes.first():
-        if processes.count > 1 and not isinstance(method, Routed):
-            raise InputError(f"-m {name}: expected one process, as for any method of the starter kit")
+        _check_places(method, settings, processes)
         method.merge()
     queries = [query for part in files.values() for query in part]
     identity = _identity(method, settings, queries) | {"time_limit": deadline and deadline.minutes}
@@ -132,6 +131,18 @@ def _run(
     write_report(settings.output_folder)
     journal.discard()
     return found
+
+
+def _check_places(method: Merges, settings: Settings, processes: Processes) -> None:
+    """Refuses several processes, or a model that is spread over devices, where that cannot be."""
+    if settings.device_map and processes.count > 1:
+        raise InputError("--device_map: expected one process, which takes all devices; leave torchrun out")
+    if isinstance(method, Routed):
+        return
+    if settings.device_map:
+        raise InputError(f"-m {method.get_name()}: expected no --device_map; a starter-kit method takes none")
+    if processes.count > 1:
+        raise InputError(f"-m {method.get_name()}: expected one process; a starter-kit method runs in one")
 
 
 def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> dict[str, Any]:

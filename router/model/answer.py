@@ -123,7 +123,7 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
     """
     import torch
 
-    from router.model.cache import cache_argument, read_prompts
+    from router.model.cache import cache_argument, keep_rows, read_prompts
 
     argument, ends = cache_argument(model), end_tokens(model, tokenizer)
     stops = torch.tensor(ends, dtype=torch.long, device=model.device)
@@ -144,7 +144,7 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
                 break
             if 4 * ended.sum() >= len(ended):  # removing rows copies the cache, so they leave together
                 stay = (~ended).nonzero().squeeze(1)
-                cache.batch_select_indices(stay)
+                keep_rows(cache, stay)
                 writing, token, mask, position = (x[stay] for x in (writing, token, mask, position))
                 ended = ended[stay]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -200,7 +200,7 @@ def score_choices(
     """
     import torch
 
-    from router.model.cache import cache_argument, read_prompts
+    from router.model.cache import cache_argument, keep_rows, read_prompts
 
     ids, mask = pad_left(rows, pad_id(tokenizer), model.device)
     owner = torch.tensor(
@@ -221,7 +221,7 @@ def score_choices(
     with torch.inference_mode():
         logits, cache = read_prompts(model, ids, mask, width - 1)
         first = logits.float().log_softmax(-1)  # (B, V)
-        cache.batch_select_indices(owner)
+        keep_rows(cache, owner)
         start = mask.sum(1)[owner]  # (N,)
         scores = first[owner, tail[:, 0]]  # (N,)
         if scoring == "kit":
