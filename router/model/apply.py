@@ -200,13 +200,15 @@ class Hooked:
         """As in `Applied`."""
         self._active.close()
         updates = open_adapter(folder).read_all() if folder else ()
-        changes = {module: self._adding(update) for module, update in updates}
+        changes = {module: self._adding(module, update) for module, update in updates}
         self._active.enter_context(changing_outputs(self.base.model, changes))
         return self.base.model
 
-    def _adding(self, update: Factors) -> Change:
-        model = self.base.model
-        a, b = (factor.to(model.device, model.dtype) for factor in (update.a, update.b))
+    def _adding(self, module: str, update: Factors) -> Change:
+        model: Any = self.base.model
+        weight = model.get_submodule(module).weight
+        device = model.device if weight.is_meta else weight.device  # what is elsewhere comes to the first
+        a, b = (factor.to(device, model.dtype) for factor in (update.a, update.b))
         return lambda x, out: out + linear(linear(x, a), b)
 
 

@@ -1,6 +1,7 @@
 """Hooks on a model's modules: everything that reads or changes activations goes through here.
 
-Whatever device a module is on, its activations are handed over on the model's own, where prompts go too.
+Where accelerate has spread a model over devices, what is read is handed over on the model's own device, where
+prompts go too, and what is changed on the module's.
 """
 
 from __future__ import annotations
@@ -41,10 +42,8 @@ def reading_inputs(model: Any, modules: Sequence[str], visit: Visit) -> Iterator
 def changing_outputs(model: Any, changes: Mapping[str, Change]) -> Iterator[None]:
     """Replaces the output of each named module by `change(input, output)` inside the block."""
 
-    here = model.device
-
     def hook(change: Change) -> Callable[[Any, tuple[Tensor], Tensor], Tensor]:
-        return lambda _, args, out: change(args[0].to(here), out.to(here)).to(out.device)
+        return lambda _, args, out: change(args[0].to(out.device), out)
 
     handles = []
     try:
