@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import psutil
@@ -212,6 +213,21 @@ def test_another_number_of_processes_than_was_said_is_refused(
     assert error.startswith(f"error: {cause}")
 
 
+def test_the_others_stop_in_a_line_once_a_process_has_ended(command, capsys, monkeypatch):
+    def closed(*_):
+        raise RuntimeError("Connection closed by peer\nand where torch saw it")
+
+    monkeypatch.setattr("accelerate.utils.gather_object", closed)
+    monkeypatch.setattr("router.run.connected", lambda device: nullcontext(Processes(0, 2)))
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda found: found)
+    code, out = command("base", "--quiet")
+    assert code == 130 and {path.name for path in out.iterdir()} == {".journal"}
+    assert capsys.readouterr().err == (
+        "stopped, since another process of the run has ended (Connection closed by peer); the same command "
+        "goes on where it was\n"
+    )
+
+
 def test_more_processes_than_cards_are_refused(command, capsys, monkeypatch):
     for name, value in (TORCHRUN | {"LOCAL_RANK": "1"}).items():
         monkeypatch.setenv(name, value)
@@ -254,7 +270,7 @@ def test_torchrun_leaves_the_files_of_one_process_and_goes_on_after_a_kill(tmp_p
     assert run.returncode == 0 and told.count("answers in") == 1, told
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
 
-    slow = ("--batch_size", 1, "--max_gen_len", 400)
+    slow = ("--batch_size", 1, "--max_gen_len", 120)
     run = torchrun(tmp_path, *words("killed", *slow))
     journal = tmp_path / "killed" / ".journal" / "answers.1.jsonl"
     while not (journal.exists() and journal.stat().st_size):
