@@ -1,7 +1,8 @@
 """What an unfinished run has already answered, so that the same command goes on where it stood.
 
 A folder `.journal` in the output folder holds the routing, part by part, and the answers, one a line. It goes
-when the run is finished. Only one run at a time may write to an output folder.
+when the run is finished. Only one run at a time may write to an output folder. Of a run in several processes
+each writes a file of answers and reads all; the first one does the rest.
 """
 
 from __future__ import annotations
@@ -68,25 +69,37 @@ class Journal(MutableMapping[Query, Answer]):
         output: the output folder.
         identity: everything that the answers depend on, as JSON values.
         fresh: forgets what is there.
+        rank: of this process. The others open the journal once the first one has.
 
     Raises:
-        InputError: what is there belongs to a run with another identity.
+        InputError: what is there belongs to a run with another identity, or the first process's journal is
+            not there.
     """
 
-    def __init__(self, output: Path, identity: Mapping[str, Any], fresh: bool = False) -> None:
-        self.folder = output / FOLDER
+    def __init__(self, output: Path, identity: Mapping[str, Any], fresh: bool = False, rank: int = 0) -> None:
+        self.folder, self.rank = output / FOLDER, rank
         if fresh:
             self.discard()
         self._answers: dict[Query, Answer] = {}
         self._synced = time.monotonic()
         self._check(json.loads(json.dumps(identity)))
-        self._file: IO[bytes] = self._read(self.folder / "answers.jsonl")
+        own = self.folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
+        own.touch()
+        ends = {path: self._read(path) for path in sorted(self.folder.glob("answers*.jsonl"))}
+        self._file: IO[bytes] = own.open("r+b")
+        self._file.truncate(ends[own])
+        self._file.seek(ends[own])
 
     def _check(self, identity: dict[str, Any]) -> None:
         file = self.folder / "identity.json"
         try:
             known = json.loads(file.read_text("utf-8"))
-        except (FileNotFoundError, ValueError):  # none yet, or killed at its very start
+        except (FileNotFoundError, ValueError) as error:  # none yet, or killed at its very start
+            if self.rank:
+                raise InputError(
+                    f"--output_folder {self.folder.parent}: expected one folder for all processes, but here "
+                    "the first one's journal is not in it; choose a folder that all machines share"
+                ) from error
             self.discard()
             with replacing(file) as new:
                 json.dump(identity, new)
@@ -97,9 +110,8 @@ class Journal(MutableMapping[Query, Answer]):
                 f"{', '.join(other)}; choose another folder, or pass --fresh to start anew there"
             )
 
-    def _read(self, path: Path) -> IO[bytes]:
-        """Reads whole lines and opens the file behind the last of them; a killed run may leave half a one."""
-        path.touch()
+    def _read(self, path: Path) -> int:
+        """Reads whole lines and returns where the last of them ends; a killed run may leave half a one."""
         end = 0
         with path.open("rb") as file:
             for line in file:
@@ -113,10 +125,7 @@ class Journal(MutableMapping[Query, Answer]):
                 except (ValueError, TypeError, KeyError):
                     break
                 end += len(line)
-        found = path.open("r+b")
-        found.truncate(end)
-        found.seek(end)
-        return found
+        return end
 
     def __setitem__(self, query: Query, answer: Answer) -> None:
         self._answers[query] = answer
@@ -149,6 +158,8 @@ class Journal(MutableMapping[Query, Answer]):
 
     def keep(self, name: str, routing: Routing) -> None:
         """Keeps the routing of all queries or of some under a name."""
+        if self.rank:
+            return
         if routing.evidence:
             routing.evidence.save(self.folder / f"{name}.evidence.safetensors")
         part = self.folder / f"{name}.part"
@@ -163,4 +174,5 @@ class Journal(MutableMapping[Query, Answer]):
 
     def discard(self) -> None:
         """Forgets everything, on disk too."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.rank:
+            shutil.rmtree(self.folder, ignore_errors=True)

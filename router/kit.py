@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from router.deadline import Deadline
 from router.model.answer import FAILED, Answer, answer, encode
 from router.model.base import EMBEDDED, load_base
+from router.processes import Processes
 from router.result import Result
 from router.settings import Settings
 from router.stages import Stages
@@ -37,6 +38,7 @@ class Merges:
         self.stages = Stages()
         self.journal: Journal | None = None  # of a run that may be killed and go on
         self.deadline: Deadline | None = None  # of a run that must end in time
+        self.processes = Processes()  # of a run that torchrun started; else this one alone
         self.list_models: list[tuple[str, str | None]] = []
         self.loaded_models: dict[str, Any] = {}
         self.loaded_configs: dict[str, Any] = {}
@@ -145,6 +147,7 @@ class Merges:
             progress=progress,
             journal=self.journal,
             deadline=self.deadline,
+            takes=self.processes.takes,
         )
 
     def _load_base_model(self) -> None:

@@ -16,9 +16,11 @@ from typing import Any
 
 from router.errors import InputError
 from router.methods import method_names
+from router.processes import leads, several
 from router.settings import Settings
 
 DEVICES = ("auto", "cpu", "cuda")
+DEVICE_MAPS = ("none", "auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCORINGS = ("full", "kit")
 APPLIES = ("auto", "merged", "beside")
@@ -70,6 +72,10 @@ def _one_of(accepted: Sequence[str]) -> Callable[[str], str]:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(accepted)}, got {text!r}{hint}")
 
     return parse
+
+
+def _device_map(text: str) -> str | None:
+    return None if text == "none" else _one_of(DEVICE_MAPS)(text)
 
 
 def _default(name: str, none: str) -> str:
@@ -150,6 +156,13 @@ def parser() -> argparse.ArgumentParser:
     )
     setting("device", "auto uses a GPU if there is one", type=_one_of(DEVICES), metavar="|".join(DEVICES))
     setting(
+        "device_map",
+        "how accelerate spreads a base model that is too large for one device: over all devices, the memory "
+        "and the disk; none does not",
+        type=_device_map,
+        metavar="|".join(DEVICE_MAPS),
+    )
+    setting(
         "dtype",
         "auto uses bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on a CPU",
         type=_one_of(DTYPES),
@@ -224,7 +237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if not args.plan and args.memory_limit:
         p.error("--memory_limit: expected --plan with it, which compares; a run has no such limit")
-    if args.quiet:
+    if args.plan and several():
+        p.error("--plan: expected one process, whose pace it measures; leave torchrun out")
+    quiet = args.quiet or not leads()
+    if quiet:
         os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -233,15 +249,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         from router.record import summary  # imports torch
         from router.run import run
 
-        with _logging("WARNING" if args.quiet else "INFO"):
+        with _logging("WARNING" if quiet else "INFO"):
             record = run(args.merging_method, Settings(**given), args.fresh, args.time_limit)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = "" if leads() else f"process {os.environ['RANK']}: "
+        print(f"error: {where}{error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # temporary folders are gone by now
+    except KeyboardInterrupt as stop:  # temporary folders are gone by now
         again = "the command without --fresh" if args.fresh else "the same command"
-        print(f"stopped; {again} goes on where it was", file=sys.stderr)
+        why = str(stop) or ("another process of the run ended, or torchrun was stopped" if several() else "")
+        if leads():
+            print(f"stopped{f', since {why}' if why else ''}; {again} goes on where it was", file=sys.stderr)
         return 130
+    if not leads():
+        return 0
     if args.json:
         print(json.dumps(record, ensure_ascii=False))
     elif not args.quiet:

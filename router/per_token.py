@@ -128,11 +128,11 @@ def attached(model: Any, experts: Mapping[str, Experts], weigh: Rule) -> Iterato
 
     def add(expert: Experts) -> Change:
         def change(x: Tensor, out: Tensor) -> Tensor:
-            x = x.flatten(0, -2)  # (T, d_in)
+            x = x.flatten(0, -2).to(expert.a.device)  # (T, d_in)
             along = x @ expert.a.T  # (T, K)
             weights = weigh(expert, x, along).to(along.dtype)  # (T, n)
             delta = (along * weights[:, expert.owners]) @ expert.b.T  # (T, d_out)
-            return out + delta.view(out.shape)
+            return out + delta.view(out.shape).to(out.device)
 
         return change
 

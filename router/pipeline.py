@@ -22,7 +22,7 @@ from router.constants import COMPETITION, COMPETITION_BASE
 from router.errors import InputError
 from router.kit import Merges
 from router.library.adapters import Adapter, base_of, check_against_base, load_library
-from router.model.answer import Answer
+from router.model.answer import FAILED, Answer
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
 from router.progress import progress
@@ -73,7 +73,8 @@ class Routed(Merges):
         with self.stages("load"):
             self.adapters = load_library(self.settings.adapters)
             spec = self.settings.base_model or default_base(self.settings, self.adapters)
-            self.attach(load_base(spec, self.settings.device, self.settings.dtype), self.adapters)
+            how = self.settings
+            self.attach(load_base(spec, how.device, how.dtype, how.device_map), self.adapters)
             is_folder = spec != EMBEDDED and Path(spec).is_dir()
             check_against_base(self.adapters, self.base.name, is_folder, self.shapes)
         return self.base.model
@@ -108,36 +109,42 @@ class Routed(Merges):
         output, rows = folder or self.settings.output_folder, self.encoded(queries)
         routing = self._routing(queries, rows)
         with self.stages("clusters"):
-            clusters = cluster(routing.weights, self.n_variants, self.settings.seed)
+            clusters = self.processes.decided(
+                lambda: cluster(routing.weights, self.n_variants, self.settings.seed)
+            )
             variants = decide(clusters.weights, [adapter.name for adapter in self.adapters])
-        output.mkdir(parents=True, exist_ok=True)
-        for left in output.glob(f"{WORK}*"):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=WORK, dir=output))
+        work = self.processes.decided(lambda: _work(output))
         try:
             with self.stages("variants"):
                 try:
-                    folders = self.write_variants(variants, work)
+                    folders = self.processes.decided(lambda: self.write_variants(variants, work))
                 except OverflowError as error:
                     raise InputError(f"a variant's {error}; pass --dtype float32") from error
             decision = Decision(self.base, self.adapters, routing, clusters, variants, folders)
             if self.deadline:
                 self.deadline.begin(sum(map(len, rows)))
             with self.stages("predict"):
-                answers = self.predict(queries, rows, decision, work)
-            replace_variants(work, output)
+                parts = self.processes.gathered(self.predict(queries, rows, decision, work))
+            if not self.processes.rank:
+                replace_variants(work, output)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
-        return Result(answers, decision)
+            if not self.processes.rank:
+                shutil.rmtree(work, ignore_errors=True)
+        return Result(_joined(queries, parts), decision)
 
     def _routing(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """The routing that the journal kept, or else a new one, which it keeps."""
-        if self.journal is not None and (kept := self.journal.kept("routing")):
+        if kept := self.kept("routing"):
             return kept
         routing = self.route(queries, rows)
         if self.journal is not None:
             self.journal.keep("routing", routing)
         return routing
+
+    def kept(self, name: str) -> Routing | None:
+        """The routing of all queries or of some, if the journal kept one; the same in all processes."""
+        journal = self.journal
+        return None if journal is None else self.processes.decided(lambda: journal.kept(name))
 
     def _answer(self, queries: Sequence[Query]) -> list[Answer]:
         """The kit's two calls route the batch that they are given."""
@@ -164,7 +171,7 @@ class Routed(Merges):
         decision: Decision,
         folder: Path,
     ) -> list[Answer]:
-        """Answers each query with its variant, in the order of the queries.
+        """Answers each query with its variant, in the order of the queries; `FAILED` is another process's.
 
         Args:
             rows: token ids of each query's prompt.
@@ -188,6 +195,24 @@ class Routed(Merges):
                 )
                 answers.update(zip(members, part, strict=True))
         return [answers[n] for n in range(len(queries))]
+
+
+def _work(output: Path) -> Path:
+    """A new folder in the output folder, which is made, to write variants in."""
+    output.mkdir(parents=True, exist_ok=True)
+    for left in output.glob(f"{WORK}*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=WORK, dir=output))
+
+
+def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list[Answer]:
+    """The answers of all processes; the same query has the same answer, whoever answered it first."""
+    found: dict[Query, Answer] = {}
+    for query, *answers in zip(queries, *parts, strict=True):
+        for answer in answers:
+            if not answer.failed:
+                found.setdefault(query, answer)
+    return [found.get(query, FAILED) for query in queries]
 
 
 class Static(Routed):

@@ -7,6 +7,7 @@ import inspect
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from router.methods import load_method
 from router.model.apply import picked
 from router.model.device import batch_tokens, tokens_at_once
 from router.pipeline import Routed
+from router.processes import Processes, connected
 from router.record import record, versions
 from router.result import Decision
 from router.routing.store import content
@@ -34,7 +36,8 @@ def run(
 ) -> dict[str, Any]:
     """Answers the query files with one method, writes all results, and returns the record in run.json.
 
-    A run that was killed goes on where it stood.
+    A run that was killed goes on where it stood. torchrun may start it in several processes, which share the
+    batches; only the first one writes, and the others return an empty record.
 
     Args:
         fresh: forgets what an unfinished run in the output folder has answered.
@@ -42,17 +45,25 @@ def run(
 
     Raises:
         InputError: something a person can fix is wrong with the queries, adapters or base model, another run
-            writes to the output folder, or an unfinished one with other settings is there.
+            writes to the output folder, an unfinished one with other settings is there, or there are several
+            processes where there cannot be.
     """
     deadline = None if time_limit is None else Deadline(time_limit)
-    check_outputs(settings)
-    files = {path: read_queries(path) for path in settings.dataset_filepaths}
-    with alone_in(settings.output_folder):
-        return _run(name, settings, files, fresh, deadline)
+    with connected(settings.device) as processes:
+        with processes.first():
+            check_outputs(settings)
+            files = {path: read_queries(path) for path in settings.dataset_filepaths}
+        with nullcontext() if processes.rank else alone_in(settings.output_folder):
+            return _run(name, settings, files, fresh, deadline, processes)
 
 
 def _run(
-    name: str, settings: Settings, files: dict[Path, list[Query]], fresh: bool, deadline: Deadline | None
+    name: str,
+    settings: Settings,
+    files: dict[Path, list[Query]],
+    fresh: bool,
+    deadline: Deadline | None,
+    processes: Processes,
 ) -> dict[str, Any]:
     import torch
 
@@ -60,17 +71,26 @@ def _run(
     method = load_method(name)(name)
     method.settings = settings
     method.deadline = deadline
-    method.merge()
+    method.processes = processes
+    with processes.first():
+        _check_places(method, settings, processes)
+        method.merge()
     queries = [query for part in files.values() for query in part]
     identity = _identity(method, settings, queries) | {"time_limit": deadline and deadline.minutes}
-    method.journal = journal = Journal(settings.output_folder, identity, fresh)
+    with processes.first():
+        method.journal = journal = Journal(settings.output_folder, identity, fresh, processes.rank)
     try:
         result = method.answer(queries)
+        if deadline:
+            told = processes.gathered((deadline.shortened, deadline.unanswered))
+            deadline.shortened, deadline.unanswered = (sum(each) for each in zip(*told, strict=True))
     except InputError:  # what it says to do would be another run
         journal.discard()
         raise
     finally:
         journal.close()
+    if processes.rank:
+        return {}
     late = deadline.unanswered if deadline else 0
     if not late and all(answer.failed for answer in result.answers):
         journal.discard()
@@ -98,6 +118,8 @@ def _run(
     if not result.decision:  # a starter-kit method makes no variants, and those of an earlier run are not its
         remove_variants(settings.output_folder)
     found = record(method.get_name(), settings, method.stages, result)
+    if processes.count > 1:
+        found["processes"] = processes.count
     if deadline:
         found["time_limit"] = {
             "minutes": deadline.minutes, "shortened": deadline.shortened, "unanswered": deadline.unanswered
@@ -109,6 +131,18 @@ def _run(
     write_report(settings.output_folder)
     journal.discard()
     return found
+
+
+def _check_places(method: Merges, settings: Settings, processes: Processes) -> None:
+    """Refuses several processes, or a model that is spread over devices, where that cannot be."""
+    if settings.device_map and processes.count > 1:
+        raise InputError("--device_map: expected one process, which takes all devices; leave torchrun out")
+    if isinstance(method, Routed):
+        return
+    if settings.device_map:
+        raise InputError(f"-m {method.get_name()}: expected no --device_map; a starter-kit method takes none")
+    if processes.count > 1:
+        raise InputError(f"-m {method.get_name()}: expected one process; a starter-kit method runs in one")
 
 
 def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Settings:
     batch_size: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    device_map: str | None = None
     apply: Apply = "auto"
     max_gen_len: int = 64
     max_seq_len: int | None = None

@@ -9,13 +9,17 @@ import numpy as np
 
 from router.errors import InputError
 from router.library.adapters import Adapter
+from router.model.answer import by_length
 from router.model.base import Base
+from router.model.device import tokens_at_once
+from router.model.passes import truncated
 from router.pipeline import Routed
 from router.result import Routing
 from router.routing.calibration import Calibration
 from router.routing.evidence import joined
 from router.routing.fitted import AT_ONCE, Fitted
 from router.routing.gate import PrototypeGate
+from router.routing.probe import Probed
 from router.routing.prototypes import prototypes
 from router.submission import Query
 
@@ -69,13 +73,30 @@ class ProtoRoute(Routed):
 
     def _part(self, prompts: Sequence[Sequence[int]], number: int, of: int) -> Routing:
         """The routing of some prompts; their responses, which are large, go with it."""
-        if self.journal is not None and (kept := self.journal.kept(f"part-{number}")):
+        if kept := self.kept(f"part-{number}"):
             return kept
-        fitted, title = self.fitted, f"probe {number + 1}/{of}" if of > 1 else "probe"
+        title = f"probe {number + 1}/{of}" if of > 1 else "probe"
+        with self.processes.first():  # the others find prototypes and calibration on disk
+            fitted = self.fitted
         with self.stages("probe"):
-            probed = fitted.probe(self.base.model, prompts, self.tokenizer.pad_token_id, title)
+            probed = self._probed(fitted, prompts, title)
         with self.stages("gate"):
             routing = Routing(*fitted.decide(probed))
         if self.journal is not None and of > 1:
             self.journal.keep(f"part-{number}", routing)
         return routing
+
+    def _probed(self, fitted: Fitted, prompts: Sequence[Sequence[int]], title: str) -> Probed:
+        """Probes the prompts. Each process takes whole batches, which are the same as in one process."""
+        model, pad = self.base.model, self.tokenizer.pad_token_id
+        lengths = [len(row) for row in truncated(prompts)]
+        mine = sorted(
+            n
+            for batch in by_length(lengths, tokens_at_once(model.device, model.dtype))
+            if self.processes.takes(sum(lengths[n] for n in batch))
+            for n in batch
+        )
+        own = fitted.probe(model, [prompts[n] for n in mine], pad, title)
+        numbers, parts = zip(*self.processes.gathered((mine, own)), strict=True)
+        place = np.argsort(np.concatenate(numbers))
+        return Probed(*(np.concatenate(arrays)[place] for arrays in zip(*parts, strict=True)))

@@ -123,7 +123,7 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
     """
     import torch
 
-    from router.model.cache import cache_argument, read_prompts
+    from router.model.cache import cache_argument, keep_rows, read_prompts
 
     argument, ends = cache_argument(model), end_tokens(model, tokenizer)
     stops = torch.tensor(ends, dtype=torch.long, device=model.device)
@@ -144,7 +144,7 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
                 break
             if 4 * ended.sum() >= len(ended):  # removing rows copies the cache, so they leave together
                 stay = (~ended).nonzero().squeeze(1)
-                cache.batch_select_indices(stay)
+                keep_rows(cache, stay)
                 writing, token, mask, position = (x[stay] for x in (writing, token, mask, position))
                 ended = ended[stay]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -200,7 +200,7 @@ def score_choices(
     """
     import torch
 
-    from router.model.cache import cache_argument, read_prompts
+    from router.model.cache import cache_argument, keep_rows, read_prompts
 
     ids, mask = pad_left(rows, pad_id(tokenizer), model.device)
     owner = torch.tensor(
@@ -221,7 +221,7 @@ def score_choices(
     with torch.inference_mode():
         logits, cache = read_prompts(model, ids, mask, width - 1)
         first = logits.float().log_softmax(-1)  # (B, V)
-        cache.batch_select_indices(owner)
+        keep_rows(cache, owner)
         start = mask.sum(1)[owner]  # (N,)
         scores = first[owner, tail[:, 0]]  # (N,)
         if scoring == "kit":
@@ -264,6 +264,7 @@ def answer(
     progress: Callable[[int], object] = lambda done: None,
     journal: MutableMapping[Query, Answer] | None = None,
     deadline: Deadline | None = None,
+    takes: Callable[[int], bool] = lambda tokens: True,
 ) -> list[Answer]:
     """Answers queries in order.
 
@@ -278,6 +279,8 @@ def answer(
         journal: a batch that is in it is not answered again; any other is added to it. Batches do not depend
             on it, so answers do not either.
         deadline: shortens answers, and leaves queries out, so that the run ends in time.
+        takes: called for each batch, in the same order wherever it is called, with the most tokens of its
+            answers and prompts. Whatever it declines is another process's, and has failed here.
     """
     answers: dict[int, Answer] = {}
     known: MutableMapping[Query, Answer] = {} if journal is None else journal
@@ -310,7 +313,17 @@ def answer(
         ways.append((chosen, part, lengths, choice_tokens // count))
     for way, part, lengths, budget in ways:
         tokens = math.inf if batch_size else budget
-        batches = [[part[k] for k in batch] for batch in by_length(lengths, tokens, batch_size)]
+        batches = []
+        for places in by_length(lengths, tokens, batch_size):
+            batch = [part[k] for k in places]
+            if takes(sum(lengths[k] for k in places)):
+                batches.append(batch)
+                continue
+            answers.update(dict.fromkeys(batch, FAILED))
+            elsewhere = sum(len(rows[n]) for n in batch)
+            progress(elsewhere)
+            if deadline:
+                deadline.skip(elsewhere)
         while batches:
             batch, *rest = batches
             asked = [queries[n] for n in batch]

@@ -1,6 +1,6 @@
 """Answers with one adapter folder after the other on one base model, which is left as it was.
 
-Either the update is added to the weights (`merged`), or PEFT computes it beside them (`beside`). Merged, the
+Either the update is added to the weights (`merged`), or it is computed beside them (`beside`). Merged, the
 model reads and writes as fast as the plain base model, but the weights that are changed are in memory twice,
 and in half precision the sum is rounded: by 0.16 to 0.34 of the update's own norm for adapters of
 data/library in bfloat16.
@@ -11,20 +11,21 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from merge.factors import Factors
 from merge.folders import CONFIG_FILE, open_adapter
 from router.constants import Apply
 from router.errors import InputError
 from router.model.base import Base, linear_shapes
-from router.model.device import memory_bytes
-
-ROOM = 0.7  # share of the device's memory that the base model and a copy of its linear layers may take
+from router.model.device import ROOM, memory_bytes, spread
+from router.model.hooks import Change, changing_outputs
 
 
 class Applied(Protocol):
@@ -41,7 +42,9 @@ class Applied(Protocol):
 def applied(base: Base, how: Apply = "auto") -> Applied:
     """A way to activate folders on a base model; `picked` says what `auto` is."""
     model = base.model
-    return Merged(base) if picked(model, model.device, model.dtype, how) == "merged" else Beside(base)
+    if picked(model, model.device, model.dtype, how) == "merged":
+        return Merged(base)
+    return Hooked(base) if spread(model) else Beside(base)
 
 
 def picked(
@@ -50,10 +53,22 @@ def picked(
     """What `auto` is for a model: `merged` in float32 where a copy of its linear layers fits, else `beside`.
 
     The model and the copy may take ROOM of the device's memory. What else is in memory does not count, so the
-    same machine always takes the same way.
+    same machine always takes the same way. A model that is spread over several devices is never copied.
+
+    Raises:
+        InputError: `merged` is asked for, and accelerate holds the weights of a module elsewhere.
     """
+    if how == "merged" and spread(model):
+        weights = ((name, weight) for name, weight in model.named_parameters() if weight.is_meta)
+        if away := next(weights, None):
+            raise InputError(
+                "--apply merged: expected all weights on devices, but --device_map left "
+                f"{away[0]} elsewhere; pass --apply beside"
+            )
     if how != "auto":
         return how
+    if spread(model):
+        return "beside"
     own = sum(weight.numel() for weight in model.parameters())
     copied = sum(d_out * d_in for d_out, d_in in linear_shapes(model).values())
     fits = (own + copied) * dtype.itemsize <= ROOM * memory_bytes(device)
@@ -163,6 +178,38 @@ class Beside:
         if self._targets:
             self._model.unload()
         self._model, self._targets, self._rank = self.base.model, [], 0
+
+
+class Hooked:
+    """Adds a folder's update to what modules put out, `W x + s B (A x)`, wherever accelerate keeps W.
+
+    PEFT would spread a model anew whose weights are not all on devices.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self._active = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._active.close()
+
+    def activate(self, folder: Path | None) -> Any:
+        """As in `Applied`."""
+        self._active.close()
+        updates = open_adapter(folder).read_all() if folder else ()
+        changes = {module: self._adding(module, update) for module, update in updates}
+        self._active.enter_context(changing_outputs(self.base.model, changes))
+        return self.base.model
+
+    def _adding(self, module: str, update: Factors) -> Change:
+        model: Any = self.base.model
+        weight = model.get_submodule(module).weight
+        device = model.device if weight.is_meta else weight.device  # what is elsewhere comes to the first
+        a, b = (factor.to(device, model.dtype) for factor in (update.a, update.b))
+        return lambda x, out: out + linear(linear(x, a), b)
 
 
 def _changed(folder: Path | None) -> tuple[list[str], int]:

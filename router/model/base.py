@@ -21,7 +21,7 @@ from router.errors import InputError
 from router.files import cache_folder, sha256_of
 from router.hub import HubError, fetch
 from router.model.answer import pad_id
-from router.model.device import pick_device, pick_dtype
+from router.model.device import ROOM, memory_bytes, pick_device, pick_dtype, spread
 
 if TYPE_CHECKING:
     import torch
@@ -105,13 +105,20 @@ def convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
+def load_base(
+    spec: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+) -> Base:
     """Loads a base model for inference. Its own code, if it brings any, is never run.
 
     Args:
         spec: `embedded`, a folder, or `HUB_ID[@REVISION]`.
         device: `auto`, `cpu` or `cuda`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        device_map: how accelerate spreads a model that is too large for one device, as `from_pretrained`
+            takes it: a word such as `auto`, or a device, `cpu` or `disk` by module; None does not.
 
     Raises:
         InputError: the model is not here and cannot be fetched, cannot be loaded, its output is not finite,
@@ -134,12 +141,18 @@ def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):  # transformers does not check these
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        tokenizer, model = _read(folder, pick_dtype(dtype, place), again=spec == EMBEDDED)
+        how = _places(device_map, place)
+        tokenizer, model = _read(folder, pick_dtype(dtype, place), again=spec == EMBEDDED, **how)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = pad_id(tokenizer)
+    if model.device.type == "meta":
+        raise InputError(
+            "--device_map: expected memory for the embeddings at least, which come first, but accelerate "
+            "left them elsewhere; use a device with more memory"
+        )
     ready(model, place)
     _check_finite(model, spec)
     sha256 = sha256_of(embedded_gguf()) if spec == EMBEDDED else sha256_of(*weight_files(folder))
@@ -149,6 +162,8 @@ def load_base(spec: str, device: str = "auto", dtype: str = "auto") -> Base:
 def ready(model: Any, device: str) -> Any:
     """Moves a causal language model to its device, prepares it to answer, and returns it.
 
+    One that accelerate has spread over several stays there.
+
     Raises:
         InputError: a layer keeps something other than keys and values of its own.
     """
@@ -157,14 +172,25 @@ def ready(model: Any, device: str) -> Any:
 
     new_cache(model)  # raises if a layer is of an unsupported kind
     make_head_input_contiguous(model)
-    return model.to(device).eval()
+    return (model if spread(model) else model.to(device)).eval()
 
 
-def _read(folder: Path, dtype: torch.dtype, again: bool = False) -> tuple[Any, Any]:
+def _places(device_map: str | dict[str, Any] | None, device: str) -> dict[str, Any]:
+    """What `from_pretrained` is told of where weights go; without cards, to the disk what has no room."""
+    import torch
+
+    if device_map is None or device != "cpu":
+        return {"device_map": device_map}
+    room = int(ROOM * memory_bytes(torch.device("cpu")))
+    return {"device_map": device_map, "max_memory": {"cpu": room}}
+
+
+def _read(folder: Path, dtype: torch.dtype, again: bool = False, **places: Any) -> tuple[Any, Any]:
     """The tokenizer and the model of a folder.
 
     Args:
         again: the folder was converted from the embedded model; if it is damaged, it is converted once more.
+        places: where weights go, as `from_pretrained` is told.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -172,14 +198,14 @@ def _read(folder: Path, dtype: torch.dtype, again: bool = False) -> tuple[Any, A
         return (
             AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False),
             AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **places
             ),
         )
     except Exception:
         if not again:
             raise
     shutil.rmtree(folder, ignore_errors=True)
-    return _read(embedded_folder(), dtype)
+    return _read(embedded_folder(), dtype, **places)
 
 
 def _check_finite(model: Any, spec: str) -> None:
@@ -190,7 +216,8 @@ def _check_finite(model: Any, spec: str) -> None:
         some = torch.arange(min(8, model.config.vocab_size), device=model.device)
         logits = model(some[None]).logits  # (1, 8, V)
     if not logits.isfinite().all():
-        damaged = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+        here = [(name, weight) for name, weight in model.named_parameters() if not weight.is_meta]
+        damaged = [name for name, weight in here if not weight.isfinite().all()]
         what = f"{damaged[0]} holds values that are not finite" if damaged else "its activations overflow"
         raise InputError(
             f"--base_model {spec}: expected finite output in {str(model.dtype).removeprefix('torch.')}, got "

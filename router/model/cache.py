@@ -69,6 +69,12 @@ def new_cache(model: Any) -> DynamicCache:
     return cache
 
 
+def keep_rows(cache: Any, rows: Tensor) -> None:
+    """Leaves only these rows in a cache, whatever devices its layers are on; a row may be there twice."""
+    for layer in cache.layers:
+        layer.batch_select_indices(rows.to(layer.keys.device))
+
+
 def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tensor, Any]:
     """Reads a left-padded batch, with as many rows per pass as `tokens_at_once` allows.
 

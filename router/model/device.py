@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CPU_TOKENS, TILE_TOKENS, GPU_TOKENS = 512, 2048, 16384
 BATCH_TOKENS = 4096  # in a batch that generates, including padding and new tokens
 CHOICE_TOKENS = 2048  # in a batch of multiple choice; each choice counts with its prompt
+ROOM = 0.7  # share of a device's memory that the base model, and a copy of its linear layers, may take
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # where Linux has the memory limit of a container, in bytes
 MOST = 16  # times as many on a GPU, if its memory allows
 
@@ -51,6 +52,12 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities()
     native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
+
+
+def spread(model: Any) -> bool:
+    """Whether accelerate has spread the model over several devices or memories, and moves what it needs."""
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(places) > 1 or "disk" in places
 
 
 def memory_bytes(device: torch.device) -> int:

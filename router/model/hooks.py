@@ -1,4 +1,8 @@
-"""Hooks on a model's modules: everything that reads or changes activations goes through here."""
+"""Hooks on a model's modules: everything that reads or changes activations goes through here.
+
+Where accelerate has spread a model over devices, what is read is handed over on the model's own device, where
+prompts go too, and what is changed on the module's.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,11 @@ Change = Callable[[Tensor, Tensor], Tensor]  # (input (..., d_in), output (..., 
 def reading_inputs(model: Any, modules: Sequence[str], visit: Visit) -> Iterator[None]:
     """Calls `visit(module name, input)` whenever one of the named modules runs inside the block."""
 
+    here = model.device
+
     def hook(name: str) -> Callable[[Any, tuple[Tensor]], None]:
         def read(_: Any, args: tuple[Tensor]) -> None:
-            visit(name, args[0])
+            visit(name, args[0].to(here))
 
         return read
 
@@ -37,7 +43,7 @@ def changing_outputs(model: Any, changes: Mapping[str, Change]) -> Iterator[None
     """Replaces the output of each named module by `change(input, output)` inside the block."""
 
     def hook(change: Change) -> Callable[[Any, tuple[Tensor], Tensor], Tensor]:
-        return lambda _, args, out: change(args[0], out)
+        return lambda _, args, out: change(args[0].to(out.device), out)
 
     handles = []
     try:

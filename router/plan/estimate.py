@@ -83,6 +83,8 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     """
     if name not in PLANNED:
         raise InputError(f"--plan: expected -m {', '.join(PLANNED)}, whose cost is known, got {name}")
+    if settings.device_map:
+        raise InputError("--plan: expected no --device_map, since the cost of moving weights is not known")
     queries = [query for path in settings.dataset_filepaths for query in read_queries(path)]
     specs = expand(settings.adapters)
     here = [spec for spec in specs if is_here(spec)]

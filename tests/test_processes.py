@@ -1,0 +1,287 @@
+"""A run in several processes ends with the bytes of one; where there cannot be several, they are refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from helpers import ROOT, arguments, write_queries
+from router.deadline import Deadline
+from router.errors import InputError
+from router.journal import Journal
+from router.model import answer as module
+from router.model.answer import by_length
+from router.processes import Processes
+from router.run import _run
+from router.settings import Settings
+from router.submission import read_queries
+
+CHOICE = ("multiple_choice", "['a', 'bcd']")
+MANY = [
+    (f"q{n}", f"{n} is a number" + ", is it" * (n % 7), *(CHOICE if n % 3 == 0 else ("generation", "")))
+    for n in range(48)
+]
+
+
+class Killed(BaseException):
+    pass
+
+
+class Threads(Processes):
+    """Processes that are threads of this one, which start at once."""
+
+    def __init__(self, rank, barrier, slots):
+        super().__init__(rank, barrier.parties)
+        self.barrier, self.slots = barrier, slots
+
+    def gathered(self, value):
+        self.slots[self.rank] = value
+        self.barrier.wait()
+        found = list(self.slots)
+        self.barrier.wait()
+        return found
+
+    def decided(self, decide):
+        return self.gathered(None if self.rank else decide())[0]
+
+
+def in_threads(count, task):
+    """What `task(processes)` returns, or raises, in each of so many threads, in order of rank."""
+    barrier, slots, found = threading.Barrier(count, timeout=60), [None] * count, [None] * count
+
+    def one(rank):
+        try:
+            found[rank] = task(Threads(rank, barrier, slots))
+        except BaseException as error:
+            barrier.abort()
+            found[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,), name=str(rank)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.fixture()
+def started(tmp_path, tiny_base, tiny_library):
+    """Runs a method in so many processes; returns what each of them returned or raised."""
+    queries = write_queries(tmp_path / "queries.csv", MANY)
+
+    def run(method, count, out, deadline=lambda: None, **settings):
+        settings = {"max_gen_len": 6, "batch_size": 5, "dtype": "float32", "device": "cpu"} | settings
+        flags = Settings((queries,), tmp_path / out, (str(tiny_library),), str(tiny_base), **settings)
+        (tmp_path / out).mkdir(exist_ok=True)
+        return in_threads(
+            count,
+            lambda processes: _run(
+                method, flags, {queries: read_queries(queries)}, False, deadline(), processes
+            ),
+        )
+
+    return run
+
+
+def files_of(out):
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name not in ("run.json", "report.html")
+    }
+
+
+def test_some_whole_batches_are_the_same_batches_without_the_others():
+    lengths = [(7 * n) % 23 + 1 for n in range(60)]
+    for rows in (None, 5):
+        taker = Processes(1, 3)
+        some = [b for b in by_length(lengths, 40, rows) if taker.takes(sum(lengths[n] for n in b))]
+        numbers = sorted(n for batch in some for n in batch)
+        assert 0 < len(numbers) < len(lengths)
+        again = by_length([lengths[n] for n in numbers], 40, rows)
+        assert [[numbers[k] for k in batch] for batch in again] == some
+
+
+def test_a_batch_is_taken_by_one_process_and_all_have_about_as_much():
+    costs = [(13 * n) % 50 + 1 for n in range(200)]
+    takers, loads = [Processes(rank, 3) for rank in range(3)], [0, 0, 0]
+    for cost in costs:
+        (owner,) = [rank for rank, one in enumerate(takers) if one.takes(cost)]
+        loads[owner] += cost
+    assert max(loads) - min(loads) <= max(costs)
+
+
+@pytest.mark.parametrize("method", ["proto_route", "average", "arrow", "logo"])
+def test_several_processes_leave_the_files_of_one(started, tmp_path, monkeypatch, method):
+    monkeypatch.setattr("router.methods.proto_route.AT_ONCE", 20)
+    monkeypatch.setattr("router.model.passes.tokens_at_once", lambda *_: 200)
+    monkeypatch.setattr("router.methods.proto_route.tokens_at_once", lambda *_: 200)
+    plain, taken = module._if_it_fits, []
+
+    def noting(way, batch):
+        taken.append(threading.current_thread().name)
+        return plain(way, batch)
+
+    monkeypatch.setattr(module, "_if_it_fits", noting)
+    (alone,) = started(method, 1, "one")
+    assert set(taken) == {"0"} and "processes" not in alone
+    taken.clear()
+    record, *others = started(method, 3, "three")
+    assert set(taken) == {"0", "1", "2"}
+    assert record["processes"] == 3 and others == [{}, {}]
+    assert files_of(tmp_path / "three") == files_of(tmp_path / "one")
+    assert {path.name for path in (tmp_path / "three").iterdir()} == {
+        path.name for path in (tmp_path / "one").iterdir()
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_was_answered_before_a_process_died_is_not_answered_again(started, tmp_path, monkeypatch, count):
+    plain, done = module._if_it_fits, []
+
+    def noting(way, batch):
+        done.append(threading.current_thread().name)
+        return plain(way, batch)
+
+    def dying(way, batch):
+        if threading.current_thread().name == "1" and done.count("1") == 2:
+            raise Killed
+        return noting(way, batch)
+
+    monkeypatch.setattr(module, "_if_it_fits", noting)
+    started("proto_route", 1, "whole")
+    whole = len(done)
+    done.clear()
+    monkeypatch.setattr(module, "_if_it_fits", dying)
+    first, second = started("proto_route", 2, "out")
+    assert isinstance(first, threading.BrokenBarrierError) and isinstance(second, Killed)
+    assert 2 < len(done) < whole
+    monkeypatch.setattr(module, "_if_it_fits", noting)
+    monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
+    assert started("proto_route", count, "out")[0]["method"] == "proto_route"
+    assert len(done) == whole
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_what_all_processes_left_out_for_want_of_time_is_counted(started, monkeypatch):
+    clock = iter(range(0, 10**6, 60))  # a minute passes at every look
+    record = started("base", 2, "out", lambda: Deadline(0.5, lambda: next(clock)))[0]
+    assert record["time_limit"] == {"minutes": 0.5, "shortened": 0, "unanswered": len(MANY)}
+
+
+def test_the_journal_of_another_machine_is_missed(tmp_path):
+    with pytest.raises(InputError, match="expected one folder for all processes"):
+        Journal(tmp_path, {"seed": 0}, rank=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_starter_kit_method_runs_in_one_process(started, monkeypatch):
+    from router.kit import Merges
+
+    monkeypatch.setattr("router.run.load_method", lambda name: Merges)
+    first, _ = started("mine", 2, "out")
+    assert isinstance(first, InputError) and "-m mine: expected one process" in str(first)
+
+
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "found", "cause"),
+    [
+        ({"WORLD_SIZE": "2"}, None, "WORLD_SIZE=2: expected torchrun, which sets RANK, LOCAL_RANK, MASTER_"),
+        (TORCHRUN, 1, "WORLD_SIZE=2: expected as many processes, but accelerate found 1"),
+    ],
+)
+def test_another_number_of_processes_than_was_said_is_refused(
+    command, capsys, monkeypatch, environment, found, cause
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    state = SimpleNamespace(num_processes=found, process_index=0, destroy_process_group=lambda: None)
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    code, out = command("base")
+    assert code == 2 and not out.exists()
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {cause}")
+
+
+def test_the_others_stop_in_a_line_once_a_process_has_ended(command, capsys, monkeypatch):
+    def closed(*_):
+        raise RuntimeError("Connection closed by peer\nand where torch saw it")
+
+    monkeypatch.setattr("accelerate.utils.gather_object", closed)
+    monkeypatch.setattr("router.run.connected", lambda device: nullcontext(Processes(0, 2)))
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda found: found)
+    code, out = command("base", "--quiet")
+    assert code == 130 and {path.name for path in out.iterdir()} == {".journal"}
+    assert capsys.readouterr().err == (
+        "stopped, since another process of the run has ended (Connection closed by peer); the same command "
+        "goes on where it was\n"
+    )
+
+
+def test_more_processes_than_cards_are_refused(command, capsys, monkeypatch):
+    for name, value in (TORCHRUN | {"LOCAL_RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert command("base", "--device", "cuda")[0] == 2
+    assert "pass --nproc_per_node 1 to torchrun" in capsys.readouterr().err
+
+
+def test_a_plan_is_made_in_one_process(command, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as caught:
+        command("base", "--plan")
+    assert caught.value.code == 2 and "--plan: expected one process" in capsys.readouterr().err
+
+
+def torchrun(tmp_path, *words):
+    """Two processes of a run, each with one thread; its output is one text."""
+    environment = os.environ | {"PROTO_ROUTE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    start = ["torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    start += ["--rdzv_endpoint", "127.0.0.1:0", "-m", "router.main", *words]
+    return subprocess.Popen(
+        [sys.executable, "-m", *start],
+        env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_torchrun_leaves_the_files_of_one_process_and_goes_on_after_a_kill(tmp_path, tiny_base, tiny_library):
+    queries = write_queries(tmp_path / "queries.csv", MANY)
+
+    def words(out, *flags):
+        return arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / out, *flags)
+
+    alone = [sys.executable, "-m", "router.main"]
+    environment = os.environ | {"PROTO_ROUTE_CACHE": str(tmp_path / "other"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*alone, *words("one")], env=environment, cwd=ROOT, check=True)
+    run = torchrun(tmp_path, *words("two"))
+    told, _ = run.communicate()
+    assert run.returncode == 0 and told.count("answers in") == 1, told
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+
+    slow = ("--batch_size", 1, "--max_gen_len", 120)
+    run = torchrun(tmp_path, *words("killed", *slow))
+    journal = tmp_path / "killed" / ".journal" / "answers.1.jsonl"
+    while not (journal.exists() and journal.stat().st_size):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+    (second,) = [one for one in psutil.Process(run.pid).children() if one.environ().get("RANK") == "1"]
+    second.send_signal(signal.SIGKILL)
+    told, _ = run.communicate()
+    assert run.returncode != 0 and "Signal 9 (SIGKILL)" in told
+    assert told.count("another process of the run") == 1 and "goes on where it was" in told
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {".journal"}
+    subprocess.run([*alone, *words("whole", *slow)], env=environment, cwd=ROOT, check=True)
+    subprocess.run([*alone, *words("killed", *slow)], env=environment, cwd=ROOT, check=True)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
