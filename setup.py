@@ -31,7 +31,7 @@ setup(
         "rich>=13",
         "huggingface-hub>=0.30",
         "markupsafe>=2.1",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "regex>=2024.4",  # patterns of strangers, with a time limit
         "psutil>=5.9",
         "scipy>=1.11",

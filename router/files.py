@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,3 +54,24 @@ def replacing(path: Path) -> Iterator[TextIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def told_if_full(folder: Path) -> Iterator[None]:
+    """Says what to do where the block fails because there is no room for a file.
+
+    Raises:
+        InputError: the disk is full, or a limit on files or a quota is reached.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"os error (\d+)", str(error))  # as safetensors says it
+        number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
+        if number not in full:
+            raise
+        raise InputError(
+            f"{folder}: no room for the results ({os.strerror(number)}); free some, or choose another "
+            "--output_folder. What was answered is kept: the same command goes on there"
+        ) from error

@@ -5,7 +5,8 @@ A method written for the kit goes into router/methods/; only its import line cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,11 @@ class Merges:
         if not self.merged_model:
             raise ValueError(f"method {self.name}: nothing merged yet, call merge() first")
         save_file(self.merged_model, Path(output_dir) / "merged_model.safetensors")
+
+    @contextmanager
+    def answering(self, queries: Sequence[Query]) -> Iterator[Result]:
+        """Answers queries; their variants replace earlier ones once the block has ended without an error."""
+        yield self.answer(queries)
 
     def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
         """Answers queries in order, batch by batch through the kit's two calls.

@@ -10,7 +10,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,12 @@ class Routed(Merges):
 
     def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
         """Routes, clusters, writes variants and answers, in this order."""
+        with self.answering(queries, folder) as result:
+            return result
+
+    @contextmanager
+    def answering(self, queries: Sequence[Query], folder: Path | None = None) -> Iterator[Result]:
+        """As `answer`; the variants replace earlier ones once the block has ended without an error."""
         output, rows = folder or self.settings.output_folder, self.encoded(queries)
         routing = self._routing(queries, rows)
         with self.stages("clusters"):
@@ -125,12 +132,12 @@ class Routed(Merges):
                 self.deadline.begin(sum(map(len, rows)))
             with self.stages("predict"):
                 parts = self.processes.gathered(self.predict(queries, rows, decision, work))
+            yield Result(_joined(queries, parts), decision)
             if not self.processes.rank:
                 replace_variants(work, output)
         finally:
             if not self.processes.rank:
                 shutil.rmtree(work, ignore_errors=True)
-        return Result(_joined(queries, parts), decision)
 
     def _routing(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """The routing that the journal kept, or else a new one, which it keeps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from typing import Any
 from router.constants import BASE_COLUMN
 from router.deadline import Deadline
 from router.errors import InputError
-from router.files import replacing, sha256_of
+from router.files import replacing, sha256_of, told_if_full
 from router.journal import Journal, alone_in
 from router.kit import Merges
 from router.methods import load_method
@@ -23,12 +24,15 @@ from router.model.device import batch_tokens, tokens_at_once
 from router.pipeline import Routed
 from router.processes import Processes, connected
 from router.record import record, versions
-from router.result import Decision
+from router.result import Decision, Result
 from router.routing.store import content
 from router.routing.variants import VARIANTS, remove_variants, variants_are_ours
 from router.runs.report.page import write_report
 from router.settings import Settings
 from router.submission import Query, read_queries, write_submission, write_table
+
+RECORD = "run.json"
+RESULTS = ".results."  # how the name of the folder begins in which results are written
 
 
 def run(
@@ -53,7 +57,10 @@ def run(
         with processes.first():
             check_outputs(settings)
             files = {path: read_queries(path) for path in settings.dataset_filepaths}
-        with nullcontext() if processes.rank else alone_in(settings.output_folder):
+        with (
+            told_if_full(settings.output_folder),
+            nullcontext() if processes.rank else alone_in(settings.output_folder),
+        ):
             return _run(name, settings, files, fresh, deadline, processes)
 
 
@@ -80,57 +87,83 @@ def _run(
     with processes.first():
         method.journal = journal = Journal(settings.output_folder, identity, fresh, processes.rank)
     try:
-        result = method.answer(queries)
-        if deadline:
-            told = processes.gathered((deadline.shortened, deadline.unanswered))
-            deadline.shortened, deadline.unanswered = (sum(each) for each in zip(*told, strict=True))
+        with method.answering(queries) as result:
+            if deadline:
+                told = processes.gathered((deadline.shortened, deadline.unanswered))
+                deadline.shortened, deadline.unanswered = (sum(each) for each in zip(*told, strict=True))
+            if processes.rank:
+                return {}
+            _check_answered(result, deadline)
+            found = record(method.get_name(), settings, method.stages, result)
+            if processes.count > 1:
+                found["processes"] = processes.count
+            if deadline:
+                found["time_limit"] = {
+                    "minutes": deadline.minutes,
+                    "shortened": deadline.shortened,
+                    "unanswered": deadline.unanswered,
+                }
+            work = _write(settings, files, result, found)
+            # From here on the folder holds no finished run, until it holds this one.
+            (settings.output_folder / RECORD).unlink(missing_ok=True)
     except InputError:  # what it says to do would be another run
         journal.discard()
         raise
     finally:
         journal.close()
-    if processes.rank:
-        return {}
+    _settle(settings, work)
+    if not result.decision:  # a starter-kit method makes no variants, and those of an earlier run are not its
+        remove_variants(settings.output_folder)
+    write_report(settings.output_folder)
+    journal.discard()
+    return found
+
+
+def _check_answered(result: Result, deadline: Deadline | None) -> None:
+    """Refuses a run without a single answer."""
     late = deadline.unanswered if deadline else 0
     if not late and all(answer.failed for answer in result.answers):
-        journal.discard()
         raise InputError(
             "no query could be answered: the model's output is not finite, or memory ran out (see "
             "the warnings above); try --dtype float32, or a smaller --max_seq_len"
         )
-    final = settings.output_folder / "run.json"
-    final.unlink(missing_ok=True)  # from here on the folder holds no finished run, until it holds this one
-    start, written = 0, []
-    for path, part in files.items():
-        rows = slice(start, start + len(part))
-        submission, routing, evidence = _outputs(settings, path)
-        write_submission(submission, part, [answer.text for answer in result.answers[rows]])
-        written.append(submission)
-        for stale in (routing, evidence):  # a file of an earlier run would pass for this one's
-            stale.unlink(missing_ok=True)
-        if result.decision:
-            _write_routing(routing, part, result.decision, rows)
-            written.append(routing)
-            if why := result.decision.routing.evidence:
-                why.rows(rows).save(evidence)
-                written.append(evidence)
-        start = rows.stop
-    if not result.decision:  # a starter-kit method makes no variants, and those of an earlier run are not its
-        remove_variants(settings.output_folder)
-    found = record(method.get_name(), settings, method.stages, result)
-    if processes.count > 1:
-        found["processes"] = processes.count
-    if deadline:
-        found["time_limit"] = {
-            "minutes": deadline.minutes, "shortened": deadline.shortened, "unanswered": deadline.unanswered
-        }  # fmt: skip
-    found["files"] = {path.name: sha256_of(path) for path in written}
-    with replacing(final) as file:
-        json.dump(found, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    write_report(settings.output_folder)
-    journal.discard()
-    return found
+
+
+def _write(settings: Settings, files: dict[Path, list[Query]], result: Result, found: dict[str, Any]) -> Path:
+    """Writes all results into a new folder, so that a full disk leaves earlier ones whole; returns it."""
+    for left in settings.output_folder.glob(f"{RESULTS}*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=RESULTS, dir=settings.output_folder))
+    try:
+        start = 0
+        for path, part in files.items():
+            rows = slice(start, start + len(part))
+            submission, routing, evidence = (work / output.name for output in _outputs(settings, path))
+            write_submission(submission, part, [answer.text for answer in result.answers[rows]])
+            if result.decision:
+                _write_routing(routing, part, result.decision, rows)
+                if why := result.decision.routing.evidence:
+                    why.rows(rows).save(evidence)
+            start = rows.stop
+        found["files"] = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
+        with replacing(work / RECORD) as file:
+            json.dump(found, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return work
+
+
+def _settle(settings: Settings, work: Path) -> None:
+    """Moves results to the output folder, the record last, and removes that of an earlier run."""
+    outputs = [output for path in settings.dataset_filepaths for output in _outputs(settings, path)]
+    for output in (*outputs, settings.output_folder / RECORD):
+        if (work / output.name).exists():
+            (work / output.name).replace(output)
+        else:  # a file of an earlier run would pass for this one's
+            output.unlink(missing_ok=True)
+    work.rmdir()
 
 
 def _check_places(method: Merges, settings: Settings, processes: Processes) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -454,9 +455,24 @@ def test_a_new_method_is_listed(capsys, kit_method):
     assert parser().parse_args(["-m", "kit_avg"]).merging_method == "kit_avg"
 
 
-def test_a_run_that_was_killed_between_its_files_is_no_finished_run(command, monkeypatch):
+def test_a_run_that_was_killed_while_it_wrote_leaves_the_earlier_one(command, monkeypatch):
     _, out = command("proto_route")
     monkeypatch.setattr("router.run._write_routing", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        command("oracle")
+    assert load(out).record["method"] == "proto_route"
+
+
+def test_a_run_that_was_killed_between_its_files_is_no_finished_run(command, monkeypatch):
+    _, out = command("proto_route")
+    replace = Path.replace
+
+    def killed(path, target):
+        if path.parent.name.startswith(".results") and path.name == "queries.routing.csv":
+            sys.exit("killed")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(SystemExit):
         command("oracle")
     with pytest.raises(InputError, match="expected the record of a finished run, found none"):

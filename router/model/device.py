@@ -49,8 +49,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    native = any(_multiplies(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
 
 
@@ -58,6 +57,14 @@ def spread(model: Any) -> bool:
     """Whether accelerate has spread the model over several devices or memories, and moves what it needs."""
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     return len(places) > 1 or "disk" in places
+
+
+def _multiplies(kind: str) -> bool:
+    """Whether the processor has an instruction; False where torch is too old to say."""
+    import torch
+
+    ask = getattr(torch.cpu, "get_capabilities", dict[str, bool])
+    return bool(ask().get(kind))
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -81,7 +88,7 @@ def tokens_at_once(device: torch.device, dtype: torch.dtype) -> int:
 
     if device.type != "cpu":
         return GPU_TOKENS
-    tiles = dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16")
+    tiles = dtype == torch.bfloat16 and _multiplies("amx_bf16")
     return TILE_TOKENS if tiles else CPU_TOKENS
 
 
