@@ -142,7 +142,8 @@ class Fitted:
         return weights, Evidence(
             names,
             list(self.prototypes),
-            responses=np.nanmean(responses[..., 0], 2),
+            responses=np.nan_to_num(responses[..., 0]).sum(2)
+            / np.isfinite(self.reference[..., 0]).sum(1).clip(1),
             scores=all_scores.astype(np.float32),
             base_score=candidates[:, -1].astype(np.float32),
             votes=self.gate.votes(own, scores).astype(np.float32),

@@ -1,0 +1,93 @@
+"""Adapters that were made to attract queries, or to take those of another, do not get them."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import write_tiny_adapter
+from router.library.adapters import load_library
+from router.methods.proto_route import ProtoRoute
+from router.model.answer import encode
+from router.model.hooks import reading_inputs
+from router.routing.calibration import generic_prompts, silent
+from router.submission import GENERATION, Query
+
+QUERIES = [
+    Query(str(n), text, GENERATION)
+    for n, text in enumerate(["a", "two words", "What is 17 + 4?", "x" * 40, "über 漢字"])
+]
+
+
+def edit(folder, change):
+    file = folder / "adapter_model.safetensors"
+    save_file({key: change(key, value).contiguous() for key, value in load_file(file).items()}, file)
+
+
+@pytest.fixture()
+def library(tmp_path):
+    for seed in range(3):
+        write_tiny_adapter(tmp_path / f"good{seed}", seed)
+    return tmp_path
+
+
+def routed(base, library):
+    method = ProtoRoute("proto_route")
+    method.attach(base, load_library([str(library)]))
+    return method.route(QUERIES, method.encoded(QUERIES))
+
+
+def least(base, rank=4):
+    """The directions that the modules' inputs have least of, (rank, d_in) by module."""
+    sums = {}
+    names = [n for n, m in base.model.named_modules() if n.endswith("_proj")]
+
+    def visit(name, x):
+        x = x.flatten(0, -2).double()
+        sums.setdefault(name, []).append(x)
+
+    with torch.inference_mode(), reading_inputs(base.model, names, visit):
+        for row in encode(base.tokenizer, generic_prompts()):
+            base.model(torch.tensor([row[1:]]))
+    return {
+        name: torch.linalg.svd(torch.cat(x) - torch.cat(x).mean(0), full_matrices=False)[2][-rank:].float()
+        for name, x in sums.items()
+    }
+
+
+def test_one_that_reads_what_text_hardly_has_gets_no_query(base, library):
+    directions = least(base)
+
+    def quiet(key, value):
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        return directions[module] if "lora_A" in key else value
+
+    without = routed(base, library)
+    edit(write_tiny_adapter(library / "quiet", 9), quiet)
+    found = routed(base, library)
+    assert found.evidence.silent == ["quiet"] and not found.weights[:, 3].any()
+    # The others' weights are what they would be if it were not there.
+    np.testing.assert_allclose(found.weights[:, [0, 1, 2, 4]], without.weights, atol=1e-6)
+
+
+def test_copies_that_write_something_else_get_no_query(base, library):
+    without = routed(base, library)
+    for n in range(8):
+        edit(
+            write_tiny_adapter(library / f"hostile{n}", 0),  # reads as good0 does
+            lambda key, value, n=n: value.roll(n + 1, 0) if "lora_B" in key else value,
+        )
+    found = routed(base, library)
+    assert found.evidence.lookalikes == {f"hostile{n}": "good0" for n in range(8)}
+    np.testing.assert_allclose(found.weights[:, [0, 1, 2, -1]], without.weights, atol=1e-6)
+    assert not found.weights[:, 3:-1].any()
+
+
+def test_a_random_direction_is_heard():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((50, 40, 64))  # (prompts, tokens, d_in)
+    v = np.linalg.qr(rng.standard_normal((64, 8)))[0]
+    cosines = np.sqrt(((x @ v) ** 2).mean(-1)) / np.linalg.norm(x, axis=-1)  # (prompts, tokens)
+    mean = cosines.mean(1)[:, None, None, None].repeat(2, 3).astype(np.float32)
+    assert not silent(mean, [64]).any() and silent(mean / 2, [64]).all()
+    assert not silent(np.full_like(mean, np.nan), [64]).any()
