@@ -24,7 +24,7 @@ setup(
         "accelerate>=1.0",
         "scikit-learn>=1.6",
         "faiss-cpu>=1.14.2",  # k-means++
-        "pandas>=2.2",
+        "pandas>=2.2.2",
         "filelock>=3.13",
         "gguf>=0.10",  # reads the embedded base model
         "jinja2>=3.1",
@@ -34,7 +34,7 @@ setup(
         "numpy>=2.0",
         "regex>=2024.4",  # patterns of strangers, with a time limit
         "psutil>=5.9",
-        "scipy>=1.11",
+        "scipy>=1.13",
         "threadpoolctl>=3.1",
         "tqdm>=4.66",
     ],
