@@ -181,7 +181,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"{path}: expected a PEFT folder with {CONFIG_FILE}, found none there") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: expected JSON, got something else ({error})") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{file}: expected a JSON object, got a {type(config).__name__}")

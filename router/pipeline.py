@@ -132,7 +132,7 @@ class Routed(Merges):
 
     def _routing(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """The routing that the journal kept, or else a new one, which it keeps."""
-        if self.journal is not None and (kept := self.journal.kept("routing")):
+        if self.journal is not None and (kept := self.journal.kept("routing", len(queries))):
             return kept
         routing = self.route(queries, rows)
         if self.journal is not None:

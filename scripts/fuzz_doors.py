@@ -125,10 +125,8 @@ def run_files() -> None:
     write_table(Path("out/queries.csv"), ("id", "prediction", "dummy_field"), [(1, "four", 0), (2, "1", 0)])
     rows = [(1, 0, 0.7, 0.29, 0.01), (2, 1, 0, 0, 1)]
     write_table(Path("out/queries.routing.csv"), ("id", "variant", *NAMES, "base"), rows)
-    scores = np.array([[2.5, 1.0], [0.1, -0.5]])
-    Evidence(NAMES, MODULES, scores / 10, scores, np.ones(2), scores).save(
-        Path("out/queries.evidence.safetensors")
-    )
+    scores = np.array([[2.5, 1.0], [0.1, -0.5]], np.float32)
+    Evidence(NAMES, MODULES, scores, scores, scores[0], scores).save(Path("out/queries.evidence.safetensors"))
     record = {
         "method": "proto_route", "versions": {"torch": "2.6"}, "seconds": {"load": 1.5},
         "peak_mib": {"load": 900}, "n_variants": 2, "low_margin": 1,
@@ -159,7 +157,7 @@ def journals() -> None:
     journal = Journal(Path(), IDENTITY)
     journal[QUERIES[0]] = Answer("four", (3, 1))
     journal[QUERIES[1]] = Answer("1", scores=(-0.5, -0.25))
-    scores = np.ones((2, 2))
+    scores = np.ones((2, 2), np.float32)
     journal.keep(
         "routing",
         Routing(np.full((2, 3), 1 / 3), Evidence(NAMES, MODULES, scores, scores, scores[0], scores)),
@@ -172,7 +170,7 @@ def open_journal(_: Path) -> None:
     journal = Journal(Path(), IDENTITY)
     try:
         assert all(isinstance(journal[query].text, str) for query in QUERIES if query in journal)
-        if kept := journal.kept("routing"):
+        if kept := journal.kept("routing", 2):
             assert kept.weights.shape == (2, 3) and np.isfinite(kept.weights).all()
     finally:
         journal.close()
@@ -184,9 +182,12 @@ def tiny() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": WIDTH, "intermediate_size": 8, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).eval()
-    return Base(model, cast(Any, SimpleNamespace(pad_token_id=0)), "tiny", None, "0" * 64)
+    sizes: dict[str, Any] = {
+        "vocab_size": 32, "hidden_size": WIDTH, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+    return Base(model.eval(), cast(Any, SimpleNamespace(pad_token_id=0)), "tiny", None, "0" * 64)
 
 
 def saved_router() -> None:

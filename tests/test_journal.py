@@ -58,11 +58,11 @@ def files_of(out):
 
 def test_what_was_added_is_there_again(journal, opened):
     journal.update(FOUND)
-    assert journal.kept("routing") is None
+    assert journal.kept("routing", 2) is None
     journal.keep("routing", Routing(np.array([[0.1, 0.9], [1 / 3, 2 / 3]])))
     again = opened(seed=0, method="a")
     assert dict(again) == FOUND and len(again) == 2
-    np.testing.assert_array_equal(again.kept("routing").weights, [[0.1, 0.9], [1 / 3, 2 / 3]])
+    np.testing.assert_array_equal(again.kept("routing", 2).weights, [[0.1, 0.9], [1 / 3, 2 / 3]])
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))

@@ -58,7 +58,10 @@ def find(spec: str, local_only: bool = False) -> Iterator[Source]:
 
 
 def _folder(spec: str) -> Path | None:
-    return next((path for path in (Path(spec), LIBRARY / spec) if path.is_dir()), None)
+    try:
+        return next((path for path in (Path(spec), LIBRARY / spec) if path.is_dir()), None)
+    except (OSError, ValueError):  # no name that a folder can have
+        return None
 
 
 def is_here(spec: str) -> bool:

@@ -74,7 +74,7 @@ class ProtoRoute(Routed):
 
     def _part(self, prompts: Sequence[Sequence[int]], number: int, of: int) -> Routing:
         """The routing of some prompts; their responses, which are large, go with it."""
-        if self.journal is not None and (kept := self.journal.kept(f"part-{number}")):
+        if self.journal is not None and (kept := self.journal.kept(f"part-{number}", len(prompts))):
             return kept
         fitted, title = self.fitted, f"probe {number + 1}/{of}" if of > 1 else "probe"
         with self.stages("probe"):

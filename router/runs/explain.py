@@ -127,7 +127,7 @@ def _summary(run: Run, candidates: Rows, variant: dict[str, Any]) -> str:
     if (alike := sum(c["weight"] == top["weight"] for c in candidates)) > 1:
         return f"{alike} candidates have {share} each"
     told = f"{called(top['name'])} has {share}"
-    if variant["folder"] is None and any(mix[name] for name in mix if name != BASE_COLUMN):
+    if variant.get("folder") is None and any(mix[name] for name in mix if name != BASE_COLUMN):
         return f"{told}, averaged over tokens, since the adapters are mixed anew for each token"
     mixed = max(mix, key=lambda name: mix[name])
     other = [f"but {called(mixed)} has more in the variant that answered"] if mixed != top["name"] else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 
 from router.constants import BASE_COLUMN
 from router.errors import InputError
-from router.files import sha256_of
+from router.files import check_shape, read_json, sha256_of
 from router.routing.clusters import Clusters
 from router.routing.evidence import Evidence, joined
 from router.submission import MULTIPLE_CHOICE, Query, read_queries, read_rows
@@ -23,7 +22,16 @@ from router.submission import MULTIPLE_CHOICE, Query, read_queries, read_rows
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-NEEDED = ("method", "versions", "flags", "seconds", "peak_mib")  # in every run.json
+# Of every run.json, and of one whose method routes.
+RECORD = {
+    "method": str, "versions": {"*": str}, "flags": {"dataset_filepaths": [str]}, "seconds": {"*": float},
+    "peak_mib": {"*": float}, "files?": {"*": str},
+}  # fmt: skip
+DECIDED = {
+    "base": {"name": str, "revision?": str, "sha256": str, "dtype": str},
+    "adapters": {"*": {"sha256": str}},
+    "variants": [{"folder?": str, "queries": int, "weights": {"*": float}}],
+}
 
 
 @dataclass(frozen=True)
@@ -195,15 +203,15 @@ def load(folder: Path) -> Run:
 
 def _record(path: Path) -> dict[str, Any]:
     what = f"{path}: expected the record of a finished run"
-    if not path.is_file():
-        raise InputError(f"{what}, found none; name the output folder of a run")
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record: dict[str, Any] = read_json(path, RECORD)
+        if "variants" in record:
+            check_shape(record, DECIDED)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{what}, found none; name the output folder of a run") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{what}, in JSON ({error}); run it again") from error
-    if missing := [key for key in NEEDED if not isinstance(record, dict) or key not in record]:
-        raise InputError(f"{what}; {', '.join(missing)} is missing; run it again")
-    return dict(record)
+    return record
 
 
 def _file(folder: Path, path: Path, record: dict[str, Any]) -> QueryFile:
@@ -237,7 +245,7 @@ def _routing(path: Path, ids: list[str], names: list[str], n_variants: int) -> t
     try:
         labels = [int(row["variant"]) for row in rows]
         weights = [[float(row[name]) for name in names] for row in rows]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(
             f"{path}: expected numbers for variant and weights ({error}); run it again"
         ) from error

@@ -81,7 +81,7 @@ def variants(run: Run) -> list[dict[str, Any]]:
                 "cohesion": 1 - float(apart[members].mean()) if members else None,
                 "typical": [(k, run.rows[k].line(SHORT)) for k in members[:3]],
                 "edge": [(k, run.rows[k].line(SHORT)) for k in members[3:][-3:][::-1]],
-                "folder": run.record["variants"][n]["folder"],
+                "folder": run.record["variants"][n].get("folder"),
             }
         )
     return found
