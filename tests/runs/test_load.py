@@ -62,7 +62,7 @@ def other_evidence(out, rows, names=("one", "two", "three")):
 BROKEN = {
     "no record": (lambda out: (out / "run.json").unlink(), "run.json: expected the record of a"),
     "half a record": (lambda out: (out / "run.json").write_text('{"method"'), "record of a finished run, in"),
-    "another record": (lambda out: (out / "run.json").write_text('{"flags": 1}'), "method, versions"),
+    "another record": (lambda out: (out / "run.json").write_text('{"flags": 1}'), "method is missing"),
     "no answers": (lambda out: (out / "run.csv").unlink(), "run.csv: expected a CSV file, found none"),
     "no weights": (lambda out: (out / "run.routing.csv").unlink(), "run.routing.csv: expected a CSV file"),
     "a weight": (lambda out: spoil(out / "run.routing.csv", "0.29", "much"), "'much'"),
