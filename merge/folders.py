@@ -30,13 +30,18 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that 
 LARGEST = torch.finfo(torch.float32).max  # a larger scale would be infinite
 
 # Initialisations that take a part out of the base model's weights, so that the adapter needs a changed base.
-_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_CONVERT = (
+    "load it with PEFT on that base, as it was trained, and call "
+    "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL), where INITIAL is the "
+    "adapter as it was saved before training"
+)
 # Settings that make an adapter compute more than s * B A, each with its harmless value.
 _PLAIN = {
     "use_dora": False, "use_qalora": False, "lora_bias": False, "bias": "none",
     "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None,
     "target_parameters": None, "use_bdlora": None, "alora_invocation_tokens": None,
-    "fan_in_fan_out": False, "kasa_config": None, "velora_config": None, "monteclora_config": None,
+    "kasa_config": None, "velora_config": None, "monteclora_config": None,
     "arrow_config": None,
 }  # fmt: skip
 
@@ -94,19 +99,19 @@ class AdapterFolder:
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
         # A key is a regular expression, as in PEFT.
-        if _matches(rf"(.*\.)?({pattern})$", module):
+        if _match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
 
 
-def _matches(pattern: str, module: str) -> bool:
-    """Whether a stranger's regular expression matches the start of a module's name.
+def _match(pattern: str, module: str) -> Any:
+    """What a stranger's regular expression matches at the start of a module's name, None if nothing.
 
     Raises:
         AdapterError: it takes more than 0.3 s, as one does that was made to hang its reader.
     """
     try:
-        return regex.match(pattern, module, timeout=0.3) is not None
+        return regex.match(pattern, module, timeout=0.3)
     except TimeoutError as error:
         raise AdapterError(
             f"the pattern {pattern!r:.80} of {CONFIG_FILE} takes too long on {module!r:.80}; simplify it"
@@ -114,13 +119,29 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def _targeted(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT would apply weights of a module: whether target_modules names it."""
-    targets = config.get("target_modules")
+    """Whether PEFT would apply weights of a module, as its `check_target_module_exists` decides that."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if _named(config.get("exclude_modules") or [], module):
+        return False
     if targets is None or targets == "all-linear":
         return True
-    if isinstance(targets, str):
-        return _matches(rf"(?:{targets})\Z", module)
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    if isinstance(targets, str) or layers in (None, []):
+        return _named(targets, module)
+    patterns = config.get("layers_pattern") or r"[^.]*\.[^.]*"
+    numbers = (_match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module) for pattern in _listed(patterns))
+    number = next((int(found["idx"]) for found in numbers if found), None)
+    return _named(targets, module) and number in _listed(layers)
+
+
+def _named(names: str | list[str], module: str) -> bool:
+    """Whether a pattern matches a module's name, or a list has its end."""
+    if isinstance(names, str):
+        return _match(rf"(?:{names})\Z", module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def open_adapter(path: Path) -> AdapterFolder:
@@ -134,7 +155,7 @@ def open_adapter(path: Path) -> AdapterFolder:
     """
     config = _read_config(path)
     weights = path / WEIGHTS_FILE
-    if not weights.exists():
+    if not weights.is_file():
         pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
         found = f"only the pickle {pickles[0]}, which could run code" if pickles else "no weights"
         advice = "convert it to safetensors where you trust it" if pickles else "is the folder complete?"
@@ -177,10 +198,12 @@ def open_adapter(path: Path) -> AdapterFolder:
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG_FILE
+    if not file.is_file():  # a pipe would wait for ever
+        raise AdapterError(f"{path}: expected a PEFT folder with {CONFIG_FILE}, found none there")
     try:
         config = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path}: expected a PEFT folder with {CONFIG_FILE}, found none there") from error
+    except OSError as error:
+        raise AdapterError(f"{file}: expected a readable file, but {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: expected JSON, got something else ({error})") from error
     if not isinstance(config, dict):
@@ -197,11 +220,14 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path}: expected plain LoRA, got {key} = {value!r}, which would be lost in a merge; "
                 "leave the adapter out of --adapters"
             )
-    initial = str(config.get("init_lora_weights"))
+    initial = str(config.get("init_lora_weights")).lower()
     if initial.startswith(_CHANGES_BASE):
+        does, advice = "takes a part out of", f"to convert it to plain LoRA, {_CONVERT}"
+        if initial.startswith("loftq"):
+            does, advice = "quantises", "leave the adapter out of --adapters"
         raise AdapterError(
-            f"{path}: expected an adapter of the unchanged base model, got init_lora_weights = {initial!r}, "
-            "which takes a part out of the base's weights; convert it to plain LoRA with PEFT first"
+            f"{path}: expected an adapter of the unchanged base model, got init_lora_weights = "
+            f"{initial!r:.80}, which {does} the base's weights; {advice}"
         )
     numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
     for key in ("rank_pattern", "alpha_pattern"):
@@ -216,16 +242,18 @@ def _read_config(path: Path) -> dict[str, Any]:
                 raise AdapterError(
                     f"{file}: {key}: {pattern!r} is no regular expression ({error})"
                 ) from error
-    targets = config.get("target_modules")
-    if isinstance(targets, str):
-        try:
-            regex.compile(targets)
-        except regex.error as error:
-            raise AdapterError(f"{file}: target_modules is no regular expression ({error})") from error
-    elif targets is not None and not (
-        isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    ):
-        raise AdapterError(f"{file}: expected target_modules to be names or a pattern, got {targets!r:.80}")
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        names = config.get(key)
+        if names is not None and not all(isinstance(name, str) for name in _listed(names)):
+            raise AdapterError(f"{file}: expected {key} to be names or a pattern, got {names!r:.80}")
+        for pattern in _listed(names) if key == "layers_pattern" else [names]:
+            try:
+                regex.compile(pattern if isinstance(pattern, str) else "")
+            except regex.error as error:
+                raise AdapterError(f"{file}: {key} is no regular expression ({error})") from error
+    layers = config.get("layers_to_transform")
+    if layers is not None and not all(type(layer) is int for layer in _listed(layers)):
+        raise AdapterError(f"{file}: expected layers_to_transform to be numbers, got {layers!r:.80}")
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
             raise AdapterError(f"{file}: expected {key} to be a positive number, got {value!r:.40}")
@@ -250,7 +278,8 @@ def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tu
         a, b = shapes[keys["A"]], shapes[keys["B"]]
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:
             raise AdapterError(
-                f"{weights}: {module}: expected factors (r, d_in) and (d_out, r), got {a} and {b}"
+                f"{weights}: {module}: expected factors (r, d_in) and (d_out, r) of a linear layer, "
+                f"got {a} and {b}"
             )
         pairs[module] = (keys["A"], keys["B"])
     if not pairs:
