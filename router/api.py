@@ -130,7 +130,7 @@ class Router:
             return cls._of_run(folder, base_model, device, dtype)
         about = _about(folder / ABOUT)
         method = ProtoRoute("proto_route")
-        pinned = f"@{about['revision']}" if about["revision"] else ""
+        pinned = f"@{about['revision']}" if about.get("revision") else ""
         own = EMBEDDED if about["embedded"] else f"{about['base_model']}{pinned}"
         kept = {key: about["settings"].get(key) for key in SETTINGS}
         method.settings = Settings(base_model=base_model or own, **kept)

@@ -7,6 +7,7 @@ scores a module's adapters for each token.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from abc import abstractmethod
@@ -40,6 +41,8 @@ from router.routing.variants import (
 from router.settings import Settings
 from router.submission import Query
 
+log = logging.getLogger(__name__)
+
 WORK = ".variants."  # how the name of the folder begins in which variants are written
 
 
@@ -62,20 +65,26 @@ class Routed(Merges):
         base: the loaded base model.
         adapters: the library.
         shapes: (d_out, d_in) of the base model's linear layers.
+        left_out: with --skip_bad, why an adapter is not in the library, a line for each.
     """
 
     base: Base
     adapters: list[Adapter]
     shapes: dict[str, tuple[int, int]]
+    left_out: Sequence[str] = ()
 
     def merge(self) -> Any:
         """Loads the library, then the base model that it belongs to, and checks that they fit."""
+        bad: list[str] | None = [] if self.settings.skip_bad else None
         with self.stages("load"):
-            self.adapters = load_library(self.settings.adapters)
-            spec = self.settings.base_model or default_base(self.settings, self.adapters)
-            self.attach(load_base(spec, self.settings.device, self.settings.dtype), self.adapters)
+            adapters = load_library(self.settings.adapters, bad=bad)
+            spec = self.settings.base_model or default_base(self.settings, adapters)
+            self.attach(load_base(spec, self.settings.device, self.settings.dtype), adapters)
             is_folder = spec != EMBEDDED and Path(spec).is_dir()
-            check_against_base(self.adapters, self.base.name, is_folder, self.shapes)
+            self.adapters = check_against_base(adapters, self.base.name, is_folder, self.shapes, bad)
+        self.left_out = bad or []
+        for reason in self.left_out:
+            log.warning("left out: %s", reason)
         return self.base.model
 
     def attach(self, base: Base, adapters: Sequence[Adapter]) -> None:

@@ -109,6 +109,8 @@ def summary(found: dict[str, Any]) -> str:
             f"{_count(found['low_margin'], 'query')} with a low margin: the two best candidates are "
             f"less than {LOW_MARGIN} standard deviations apart"
         )
+    if left_out := found.get("left_out"):
+        lines += [f"{_count(len(left_out), 'adapter')} left out:", *(f"  {reason}" for reason in left_out)]
     if cut := found.get("time_limit"):
         shorter, none = (_count(cut[key], "query") for key in ("shortened", "unanswered"))
         lines.append(

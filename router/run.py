@@ -98,6 +98,8 @@ def _run(
     if not result.decision:  # a starter-kit method makes no variants, and those of an earlier run are not its
         remove_variants(settings.output_folder)
     found = record(method.get_name(), settings, method.stages, result)
+    if isinstance(method, Routed) and method.left_out:
+        found["left_out"] = list(method.left_out)
     if deadline:
         found["time_limit"] = {
             "minutes": deadline.minutes, "shortened": deadline.shortened, "unanswered": deadline.unanswered

@@ -145,8 +145,7 @@ def run_files() -> None:
 def open_run(_: Path) -> None:
     """Reads a finished run in every way that needs no model."""
     out = Path("out")
-    first = next(iter(load(out).files.items()))
-    show(explain(out, f"{first[0]}:{first[1].ids[0]}"), open_console())
+    show(explain(out, load(out).keys[0]), open_console())
     json.dumps(compare(out, out))
     read_served(out)
     write_report(out)

@@ -1,6 +1,7 @@
 """The command, from flags to files: answers, records, refusals, and a starter kit's method."""
 
 import hashlib
+import html
 import json
 import math
 import os
@@ -289,6 +290,21 @@ REFUSED = {
 }
 
 
+def test_bad_adapters_change_nothing_but_what_is_said_of_them(command, capsys, tmp_path):
+    _, expected = command("proto_route", out="expected")
+    write_tiny_adapter(tmp_path / "library" / "dora", 1, use_dora=True)
+    foreign(tmp_path / "library")
+    code, out = command("proto_route", "--skip_bad")
+    told = capsys.readouterr()
+    assert code == 0 and contents(out) == contents(expected)
+    reasons = json.loads((out / "run.json").read_text())["left_out"]
+    assert ["use_dora = True" in reasons[0], "adapter of another base model?" in reasons[1]] == [True, True]
+    for reason in reasons:
+        assert f"left out: {reason}" in told.err and reason in told.out
+        assert html.escape(f"An adapter was left out: {reason}.") in (out / "report.html").read_text()
+    assert command("proto_route", out="other")[0] == 2
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_a_person_can_mend_is_one_line_and_exit_code_2(command, capsys, tmp_path, kind):
     method, flags, cause = REFUSED[kind](tmp_path)
@@ -361,6 +377,9 @@ def test_the_help_has_the_defaults_of_the_settings(monkeypatch):
     for name, default in defaults.items():
         if name == "base_model":  # is told in words
             assert default is None and "the one that the adapters name" in told[name]
+            continue
+        if default is False:  # a switch takes no value
+            assert told[name] == "False"
             continue
         given = vars(parser().parse_args([f"--{name}", *told[name].split()]))[name]
         assert (tuple(given) if isinstance(given, list) else given) == default

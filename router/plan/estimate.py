@@ -1,10 +1,10 @@
 """Estimates what a run would take, before anything is loaded or downloaded: `router.main --plan`.
 
-Only the headers of adapters are read. Speed is measured, within a minute, on a model with the base model's
-configuration and random weights; a large one gets few layers, and the result is scaled to all. Two things
-cannot be known beforehand: the number of variants and the length of the answers. They are taken from an
-earlier run with the same flags and adapters, if the output folder has one. Else they are assumed: two
-variants more than adapters, and as many answers between 1 and 2 tokens as between 16 and 32.
+Only the headers of adapters are read, with --skip_bad all of them. Speed is measured, within a minute, on a
+model with the base model's configuration and random weights; a large one gets few layers, and the result is
+scaled to all. Two things cannot be known beforehand: the number of variants and the length of the answers.
+They are taken from an earlier run with the same flags and adapters, if the output folder has one. Else they
+are assumed: two variants more than adapters, and as many answers between 1 and 2 tokens as between 16 and 32.
 """
 
 from __future__ import annotations
@@ -86,13 +86,15 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     queries = [query for path in settings.dataset_filepaths for query in read_queries(path)]
     specs = expand(settings.adapters)
     here = [spec for spec in specs if is_here(spec)]
-    library = load_library(here, local_only=True)
-    adapters = {adapter.name: adapter.folder for adapter in library}
+    bad: list[str] | None = [] if settings.skip_bad else None
+    library = load_library(here, local_only=True, bad=bad)
     spec = settings.base_model or default_base(settings, library)
     base = _base(spec)
     config, tokenizer = base.config, base.tokenizer
     model = skeleton(config)
-    check_against_base(library, base.name, spec != EMBEDDED and Path(spec).is_dir(), linear_shapes(model))
+    is_folder = spec != EMBEDDED and Path(spec).is_dir()
+    library = check_against_base(library, base.name, is_folder, linear_shapes(model), bad)
+    adapters = {adapter.name: adapter.folder for adapter in library}
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     earlier = _earlier(name, settings, list(adapters))

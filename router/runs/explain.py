@@ -162,7 +162,7 @@ def _base_answer(run: Run, query: Query | None) -> str:
 
     recorded, flags = run.record["base"], run.record["flags"]
     name = EMBEDDED if recorded["name"] == EMBEDDED_ID else recorded["name"]
-    spec = flags["base_model"] or "@".join(filter(None, (name, recorded["revision"])))
+    spec = flags["base_model"] or "@".join(filter(None, (name, recorded.get("revision"))))
     base = load_base(spec, "auto", recorded["dtype"])
     rows = encode(base.tokenizer, [query.input], flags["max_seq_len"])
     how = {"scoring": flags["scoring"], "max_new_tokens": flags["max_gen_len"]}

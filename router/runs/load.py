@@ -25,7 +25,7 @@ Labels = NDArray[np.int64]
 # Of every run.json, and of one whose method routes.
 RECORD = {
     "method": str, "versions": {"*": str}, "flags": {"dataset_filepaths": [str]}, "seconds": {"*": float},
-    "peak_mib": {"*": float}, "files?": {"*": str},
+    "peak_mib": {"*": float}, "files?": {"*": str}, "left_out?": [str],
 }  # fmt: skip
 DECIDED = {
     "base": {"name": str, "revision?": str, "sha256": str, "dtype": str},
@@ -166,7 +166,8 @@ class Run:
     @property
     def notes(self) -> list[str]:
         """What is missing, in sentences for the reader."""
-        return [
+        left_out = [f"An adapter was left out: {reason}." for reason in self.record.get("left_out") or ()]
+        return left_out + [
             f"The texts of {missing} queries of {file.path} are not at hand: the file is gone or has "
             "changed. These queries are shown by their ids alone."
             for file in self.files.values()
@@ -190,14 +191,26 @@ def load(folder: Path) -> Run:
     Raises:
         InputError: files of the run are missing, or do not belong together.
     """
+    try:
+        return _load(folder)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # such as a name that no file can have
+        raise InputError(f"{folder}: expected the files of a finished run ({error}); run it again") from error
+
+
+def _load(folder: Path) -> Run:
     record = _record(folder / "run.json")
-    for name, digest in record.get("files", {}).items():
+    for name, digest in (record.get("files") or {}).items():
         if (folder / name).is_file() and sha256_of(folder / name) != digest:
             raise InputError(
                 f"{folder / name}: expected the file that the run in run.json wrote, got another; was it "
                 "changed, or a run killed? Run it again"
             )
-    paths = [Path(name) for name in record["flags"]["dataset_filepaths"]]
+    if not (paths := [Path(name) for name in record["flags"]["dataset_filepaths"]]):
+        raise InputError(
+            f"{folder / 'run.json'}: expected the query files of the run, found none; run it again"
+        )
     return Run(folder, record, {path.stem: _file(folder, path, record) for path in paths})
 
 
@@ -207,6 +220,9 @@ def _record(path: Path) -> dict[str, Any]:
         record: dict[str, Any] = read_json(path, RECORD)
         if "variants" in record:
             check_shape(record, DECIDED)
+            names = {*record["adapters"], BASE_COLUMN}
+            if not all(row["weights"] and row["weights"].keys() <= names for row in record["variants"]):
+                raise ValueError("its variants have other adapters, or none")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{what}, found none; name the output folder of a run") from error
     except (OSError, ValueError) as error:
@@ -251,7 +267,12 @@ def _routing(path: Path, ids: list[str], names: list[str], n_variants: int) -> t
         ) from error
     if any(not 0 <= label < n_variants for label in labels):
         raise InputError(f"{path}: its rows name variants that run.json does not; of two runs? Run it again")
-    return np.array(labels, np.int64), np.array(weights, np.float64).reshape(len(ids), len(names))
+    if (
+        not (table := np.array(weights, np.float64).reshape(len(ids), len(names))).size
+        or not np.isfinite(table).all()
+    ):
+        raise InputError(f"{path}: expected weights that are finite; run it again")
+    return np.array(labels, np.int64), table
 
 
 def _evidence(path: Path, ids: list[str], names: list[str]) -> Evidence | None:
