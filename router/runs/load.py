@@ -220,9 +220,8 @@ def _record(path: Path) -> dict[str, Any]:
         record: dict[str, Any] = read_json(path, RECORD)
         if "variants" in record:
             check_shape(record, DECIDED)
-            names = {*record["adapters"], BASE_COLUMN}
-            if not all(row["weights"] and row["weights"].keys() <= names for row in record["variants"]):
-                raise ValueError("its variants have other adapters, or none")
+            if not all(row["weights"] for row in record["variants"]):
+                raise ValueError("a variant has no weights")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{what}, found none; name the output folder of a run") from error
     except (OSError, ValueError) as error:
@@ -231,7 +230,8 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _file(folder: Path, path: Path, record: dict[str, Any]) -> QueryFile:
-    answers = _rows(folder / path.name, ("id", "prediction"))
+    if not (answers := _rows(folder / path.name, ("id", "prediction"))):
+        raise InputError(f"{folder / path.name}: expected at least one answer, found none; run it again")
     ids, predictions = ([row[key] for row in answers] for key in ("id", "prediction"))
     try:
         queries = {query.id: query for query in read_queries(path)}
@@ -267,11 +267,9 @@ def _routing(path: Path, ids: list[str], names: list[str], n_variants: int) -> t
         ) from error
     if any(not 0 <= label < n_variants for label in labels):
         raise InputError(f"{path}: its rows name variants that run.json does not; of two runs? Run it again")
-    if (
-        not (table := np.array(weights, np.float64).reshape(len(ids), len(names))).size
-        or not np.isfinite(table).all()
-    ):
-        raise InputError(f"{path}: expected weights that are finite; run it again")
+    table = np.array(weights, np.float64).reshape(len(ids), len(names))
+    if not ((table >= 0) & (table <= 1)).all():
+        raise InputError(f"{path}: expected weights from 0 to 1, got others; run it again")
     return np.array(labels, np.int64), table
 
 
