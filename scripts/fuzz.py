@@ -35,7 +35,7 @@ from router.errors import InputError
 from scripts.fuzz_doors import DOORS, Door
 
 OUT = Path("output/fuzz")
-SECONDS, BYTES = 10, 2 << 30  # of one case; memory beyond what the process has at the start
+SECONDS, BYTES = 10, 2 << 30  # of processor time, and of memory beyond what the process has, of one case
 
 
 class TooLong(BaseException):
@@ -150,40 +150,52 @@ def limited() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, before[1]))
-    handler = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    timers = {
+        signal.ITIMER_PROF: (signal.SIGPROF, SECONDS),
+        signal.ITIMER_REAL: (signal.SIGALRM, 6 * SECONDS),
+    }
+    for timer, (number, seconds) in timers.items():  # the second is for what waits, on a busy machine too
+        signal.signal(number, stop)
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        for timer, (number, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def attempt(door: Door, folder: Path, name: str) -> None:
-    """Opens a case, whose damaged file has that name.
+def attempt(door: Door, folder: Path, case: Mapping[str, bytes], name: str) -> None:
+    """Opens a case, whose damaged file has that name, in a folder that may hold another.
 
     Raises:
         AssertionError: something was half-written.
         BaseException: what a door let through.
     """
-    before = contents(folder)
+    write(folder, case)
     quiet = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())
     with chdir(folder), quiet[0], quiet[1], warnings.catch_warnings(), limited():
         warnings.simplefilter("ignore")
         try:
             door.open(Path(name))
         except InputError:
-            assert contents(Path()) == before, "the door refused the file, and yet changed something"
-    assert not [name for name in contents(folder) if name.endswith(".part")]
+            assert contents(Path()) == case, "the door refused the file, and yet changed something"
+    parts = [
+        path for path in contents(folder).keys() - case.keys() if re.search(r"(^|/)\.[^/]*$|\.part$", path)
+    ]
+    assert not parts, f"half-written: {parts}"
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
     """Fills a folder with these files alone."""
-    shutil.rmtree(folder, ignore_errors=True)
+    there = contents(folder)
+    for name in there.keys() - files.keys():
+        (folder / name).unlink()
     for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
+        if there.get(name) != data:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
 
 
 def fuzz(name: str, cases: int, seed: int = 0, out: Path = OUT) -> Iterator[tuple[Path, str]]:
@@ -197,30 +209,28 @@ def fuzz(name: str, cases: int, seed: int = 0, out: Path = OUT) -> Iterator[tupl
             door.make()
             targets = sorted(str(path) for path in Path().glob(door.damaged))
         files = contents(Path(work))
+        place = out.absolute() / f"{name}-now"  # stays if a case ends this process
         for target in targets:
-            attempt(door, Path(work), target)  # it is sound
+            attempt(door, place, files, target)  # it is sound
         for number in range(cases):
             rng = random.Random(f"{name} {seed} {number}")
-            target, folder = rng.choice(targets), out.absolute() / f"{name}-{seed}-{number}"
+            target = rng.choice(targets)
             case = files | {target: damaged(rng, files[target], values, door.part)}
-            write(folder, case)  # where it stays if it ends this process
             try:
-                attempt(door, folder, target)
+                attempt(door, place, case, target)
             except (Exception, TooLong) as error:
-                write(folder, case)
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                yield folder, f"{target}: {type(error).__name__} in {place.name}: {str(error)[:120]!r}"
-            else:
-                shutil.rmtree(folder)
+                write(folder := out.absolute() / f"{name}-{seed}-{number}", case)
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                yield folder, f"{target}: {type(error).__name__} in {last.name}: {str(error)[:120]!r}"
+        shutil.rmtree(place)
 
 
 def replay(folder: Path) -> None:
     """Opens the files of a case again; what comes through is raised."""
     door = DOORS[folder.name.partition("-")[0]]
     with tempfile.TemporaryDirectory() as work:
-        write(Path(work, "case"), contents(folder))
-        for path in sorted(Path(work, "case").glob(door.damaged)):
-            attempt(door, Path(work, "case"), str(path.relative_to(Path(work, "case"))))
+        for path in sorted(folder.glob(door.damaged)):
+            attempt(door, Path(work), contents(folder), str(path.relative_to(folder)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -191,6 +191,7 @@ def tiny() -> Any:
 
 def saved_router() -> None:
     """A saved router without variants' folders."""
+    tiny()
     rng = np.random.default_rng(0)
     responses = rng.uniform(0.1, 0.2, (20, 2, 2, 2)).astype(np.float32)
     owners = torch.tensor([0, 0, 1, 1])
