@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,8 @@ class Routed(Merges):
     def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
         """Routes, clusters, writes variants and answers, in this order."""
         output, rows = folder or self.settings.output_folder, self.encoded(queries)
+        for cut in _cuts(rows, self.max_seq_len or self.settings.max_seq_len, self.base.model.config):
+            log.warning("%s", cut)
         routing = self._routing(queries, rows)
         with self.stages("clusters"):
             clusters = cluster(routing.weights, self.n_variants, self.settings.seed)
@@ -197,6 +199,18 @@ class Routed(Merges):
                 )
                 answers.update(zip(members, part, strict=True))
         return [answers[n] for n in range(len(queries))]
+
+
+def _cuts(rows: Sequence[Sequence[int]], limit: int | None, config: Any) -> Iterator[str]:
+    """What is not read of long prompts, and which are longer than the base model's context."""
+    if limit and (long := sum(len(row) >= limit for row in rows)):
+        yield f"{long} of {len(rows)} prompts reach --max_seq_len {limit}; what comes after is not read"
+    context = getattr(config, "max_position_embeddings", None)
+    if context and (long := sum(len(row) > context for row in rows)):
+        yield (
+            f"{long} of {len(rows)} prompts have more than the {context} tokens that the base model was made "
+            f"for; --max_seq_len {context} reads the start of each alone"
+        )
 
 
 class Static(Routed):

@@ -265,6 +265,12 @@ REFUSED = {
         ["--output_folder", t / "queries.csv"],
         "expected a folder, found a file",
     ),
+    "a name that is too long": lambda t: (
+        "base",
+        ["--output_folder", t / ("x" * 300)],
+        "expected a folder to write to, but in",
+    ),
+    "an adapter with such a name": lambda t: ("average", ["--adapters", "x" * 300], "--adapters xxx"),
     "another base": lambda t: ("average", ["--adapters", foreign(t)], "adapter of another base model?"),
     "no base": lambda t: ("average", ["--base_model", t / "no" / "model"], "--base_model"),
     "DoRA": lambda t: (

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from router.constants import BASE_COLUMN
-from router.errors import InputError
+from router.errors import InputError, printable
 from router.routing.evidence import LOW_MARGIN, Evidence
 from router.runs.load import QueryFile, Run, load
 from router.submission import MULTIPLE_CHOICE, Query
@@ -167,11 +167,6 @@ def _base_answer(run: Run, query: Query | None) -> str:
     rows = encode(base.tokenizer, [query.input], flags["max_seq_len"])
     how = {"scoring": flags["scoring"], "max_new_tokens": flags["max_gen_len"]}
     return answer(base.model, base.tokenizer, [query], rows, **how)[0].text
-
-
-def printable(text: str) -> str:
-    """The text with control characters escaped, but for line ends and tabs: a terminal would obey them."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def open_console() -> Console:

@@ -26,10 +26,12 @@ Labels = NDArray[np.int64]
 RECORD = {
     "method": str, "versions": {"*": str}, "flags": {"dataset_filepaths": [str]}, "seconds": {"*": float},
     "peak_mib": {"*": float}, "files?": {"*": str}, "left_out?": [str],
+    "base?": {"name": str, "revision?": str, "sha256": str, "dtype": str},
+    "adapters?": {"*": {"revision?": str, "sha256": str}},
 }  # fmt: skip
 DECIDED = {
-    "base": {"name": str, "revision?": str, "sha256": str, "dtype": str},
-    "adapters": {"*": {"sha256": str}},
+    "base": dict,
+    "adapters": dict,
     "variants": [{"folder?": str, "queries": int, "weights": {"*": float}}],
 }
 
@@ -209,7 +211,7 @@ def _load(folder: Path) -> Run:
             )
     if not (paths := [Path(name) for name in record["flags"]["dataset_filepaths"]]):
         raise InputError(
-            f"{folder / 'run.json'}: expected the query files of the run, found none; run it again"
+            f"{folder / 'run.json'}: expected the names of query files, found none; run it again"
         )
     return Run(folder, record, {path.stem: _file(folder, path, record) for path in paths})
 
