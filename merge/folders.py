@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ PREFIX = "base_model.model."
 # Ranks that vLLM accepts as max_lora_rank; a rank between two of them is padded up.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
+PATIENCE = 2.0  # seconds for all regular expressions of an adapter on the names of all its modules
 LARGEST = torch.finfo(torch.float32).max  # a larger scale would be infinite
 
 # Initialisations that take a part out of the base model's weights, so that the adapter needs a changed base.
@@ -66,6 +68,7 @@ class AdapterFolder:
     ranks: dict[str, int]
     shapes: dict[str, tuple[int, int]]
     _keys: dict[str, tuple[str, str]] = field(repr=False)
+    _scales: dict[str, float] = field(repr=False)
 
     @property
     def base_model(self) -> str:
@@ -73,13 +76,8 @@ class AdapterFolder:
         return str(self.config.get("base_model_name_or_path") or "")
 
     def scale(self, module: str) -> float:
-        """The factor s of `s * B A`: alpha / r, or alpha / sqrt(r) for rsLoRA.
-
-        The patterns are matched as PEFT does: against the end of the module's name.
-        """
-        rank = self.ranks[module]
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+        """The factor s of `s * B A`: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        return self._scales[module]
 
     def read(self, module: str) -> Factors:
         """One module's update in float32, its scale folded into `b`."""
@@ -96,48 +94,52 @@ class AdapterFolder:
                 yield module, Factors(a, b * self.scale(module))
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        # A key is a regular expression, as in PEFT.
-        if _match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+class _Matcher:
+    """Matches a stranger's regular expressions against modules' names, for PATIENCE seconds in all."""
 
+    def __init__(self) -> None:
+        self.until = time.monotonic() + PATIENCE
 
-def _match(pattern: str, module: str) -> Any:
-    """What a stranger's regular expression matches at the start of a module's name, None if nothing.
+    def match(self, pattern: str, module: str) -> Any:
+        """What a pattern matches at the start of a module's name, None if nothing.
 
-    Raises:
-        AdapterError: it takes more than 0.3 s, as one does that was made to hang its reader.
-    """
-    try:
-        return regex.match(pattern, module, timeout=0.3)
-    except TimeoutError as error:
-        raise AdapterError(
-            f"the pattern {pattern!r:.80} of {CONFIG_FILE} takes too long on {module!r:.80}; simplify it"
-        ) from error
+        Raises:
+            TimeoutError: it takes too long, as one does that was made to hang its reader.
+        """
+        left = self.until - time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            return regex.match(pattern, module, timeout=min(0.3, left))
+        except TimeoutError as error:
+            raise TimeoutError(f"the pattern {pattern!r:.80} takes too long on {module!r:.80}") from error
 
+    def by_pattern(self, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+        """The value of the first pattern that matches the end of a module's name, as in PEFT."""
+        for pattern, value in (patterns or {}).items():
+            if self.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return default
 
-def _targeted(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT would apply weights of a module, as its `check_target_module_exists` decides that."""
-    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
-    if _named(config.get("exclude_modules") or [], module):
-        return False
-    if targets is None or targets == "all-linear":
-        return True
-    if isinstance(targets, str) or layers in (None, []):
-        return _named(targets, module)
-    patterns = config.get("layers_pattern") or r"[^.]*\.[^.]*"
-    numbers = (_match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module) for pattern in _listed(patterns))
-    number = next((int(found["idx"]) for found in numbers if found), None)
-    return _named(targets, module) and number in _listed(layers)
+    def targeted(self, config: Mapping[str, Any], module: str) -> bool:
+        """Whether PEFT would apply weights of a module, as its `check_target_module_exists` decides that."""
+        targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+        if self.named(config.get("exclude_modules") or [], module):
+            return False
+        if targets is None or targets == "all-linear":
+            return True
+        if isinstance(targets, str) or layers in (None, []):
+            return self.named(targets, module)
+        patterns = _listed(config.get("layers_pattern") or r"[^.]*\.[^.]*")
+        numbers = (self.match(rf"(?:^|.*?\.){of}\.(?P<idx>\d{{1,9}})\.", module) for of in patterns)
+        number = next((int(found["idx"]) for found in numbers if found), None)
+        return self.named(targets, module) and number in _listed(layers)
 
-
-def _named(names: str | list[str], module: str) -> bool:
-    """Whether a pattern matches a module's name, or a list has its end."""
-    if isinstance(names, str):
-        return _match(rf"(?:{names})\Z", module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    def named(self, names: str | list[str], module: str) -> bool:
+        """Whether a pattern matches a module's name, or a list has its end."""
+        if isinstance(names, str):
+            return self.match(rf"(?:{names})\Z", module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -176,24 +178,39 @@ def open_adapter(path: Path) -> AdapterFolder:
                 f"{weights}: expected weights in {', '.join(FLOATS)}, got {dtype} in {key}; convert them"
             )
     keys = _pairs(weights, shapes)
-    if left_out := [module for module in keys if not _targeted(config, module)]:
+    ranks = {module: shapes[a][0] for module, (a, _) in keys.items()}
+    try:
+        scales = _scales(path, config, ranks)
+    except TimeoutError as error:
+        raise AdapterError(f"{path}: in {CONFIG_FILE} {error}; simplify it") from error
+    widths = {module: (shapes[b][0], shapes[a][1]) for module, (a, b) in keys.items()}
+    return AdapterFolder(path, config, ranks, widths, keys, scales)
+
+
+def _scales(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Each module's scale, after checking that the configuration goes with the weights.
+
+    Raises:
+        AdapterError: it does not.
+        TimeoutError: its patterns take too long.
+    """
+    names = _Matcher()
+    if left_out := [module for module in ranks if not names.targeted(config, module)]:
         raise AdapterError(
             f"{path}: {WEIGHTS_FILE} holds weights of {left_out[0]}, which target_modules in {CONFIG_FILE} "
             "leaves out, so PEFT would not apply them; the two files do not belong together"
         )
-    ranks = {module: shapes[a][0] for module, (a, _) in keys.items()}
+    scales = {}
     for module, rank in ranks.items():
-        stated = _by_pattern(config.get("rank_pattern"), module, config["r"])
+        stated = names.by_pattern(config.get("rank_pattern"), module, config["r"])
         if rank != stated:
             raise AdapterError(
                 f"{path}: {module} has rank {rank} in {WEIGHTS_FILE} but {stated} in {CONFIG_FILE}; "
                 "the two files do not belong together"
             )
-    widths = {module: (shapes[b][0], shapes[a][1]) for module, (a, b) in keys.items()}
-    folder = AdapterFolder(path, config, ranks, widths, keys)
-    for module in ranks:
-        folder.scale(module)  # so that a pattern that hangs is met here, not when weights are read
-    return folder
+        alpha = names.by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+        scales[module] = float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return scales
 
 
 def _read_config(path: Path) -> dict[str, Any]:

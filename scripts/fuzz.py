@@ -215,7 +215,8 @@ def fuzz(name: str, cases: int, seed: int = 0, out: Path = OUT) -> Iterator[tupl
         for number in range(cases):
             rng = random.Random(f"{name} {seed} {number}")
             target = rng.choice(targets)
-            case = files | {target: damaged(rng, files[target], values, door.part)}
+            parts = ("header", "body", "") if target.endswith(".safetensors") else ("",)
+            case = files | {target: damaged(rng, files[target], values, door.part or rng.choice(parts))}
             try:
                 attempt(door, place, case, target)
             except (Exception, TooLong) as error:

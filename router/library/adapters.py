@@ -247,5 +247,5 @@ def _block(module: str) -> str:
 
 
 def _number(block: str) -> int:
-    found = re.search(r"\.(\d+)$", block)
+    found = re.search(r"\.(\d{1,9})$", block)
     return int(found[1]) if found else -1

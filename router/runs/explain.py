@@ -102,7 +102,7 @@ def _numbers(values: Iterable[Any]) -> list[float | None]:
 
 def _votes(e: Evidence, n: int) -> dict[str, Any]:
     """Mean votes for the adapter with the highest score; a run keeps no others."""
-    depths = {name: int(found[1]) for name in e.modules if (found := re.search(r"\.(\d+)\.", name))}
+    depths = {name: int(found[1]) for name in e.modules if (found := re.search(r"\.(\d{1,9})\.", name))}
     kinds: dict[str, list[float]] = {}
     thirds: dict[int, list[float]] = {}
     for name, vote in zip(e.modules, e.votes[n].tolist(), strict=True):

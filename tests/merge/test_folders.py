@@ -425,6 +425,16 @@ def test_harmless_settings_pass(tmp_path):
 
 def test_a_pattern_that_hangs_its_reader_is_given_up(tmp_path):
     folder = write_tiny_adapter(tmp_path / "slow", 1, rank_pattern={r"(([a-z]|\w|\.)+)+\d": 4})
+    with pytest.raises(AdapterError, match=f"{folder}: in adapter_config.json .*takes too long"):
+        open_adapter(folder)
+
+
+def test_many_slow_patterns_are_given_up_together(tmp_path, monkeypatch):
+    folder = write_tiny_adapter(tmp_path / "slow", 1, alpha_pattern={"x": 1, "y": 2})
+    clock = iter(range(10**6))
+    monkeypatch.setattr("merge.folders.time.monotonic", lambda: next(clock) / 20)  # 28 matches, 0.05 s each
+    open_adapter(folder)
+    monkeypatch.setattr("merge.folders.time.monotonic", lambda: next(clock) / 10)
     with pytest.raises(AdapterError, match="takes too long"):
         open_adapter(folder)
 

@@ -94,7 +94,7 @@ def place_of(module: str) -> tuple[str, str, str]:
         >>> place_of("model.layers.4.self_attn.q_proj")
         ('model.layers', '4', 'self_attn.q_proj')
     """
-    found = re.match(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?$", module)
+    found = re.match(r"(?:(.*?)\.)?(\d{1,9})(?:\.(.*))?$", module)
     if not found:
         return "", "", module
     kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", found[3] or "")  # a layer's experts count together
