@@ -118,6 +118,15 @@ def test_links_are_named_as_they_are_called(tmp_path):
     ]
 
 
+def test_a_thousand_adapters_are_opened_in_order(tmp_path):
+    one = write_tiny_adapter(tmp_path / "store", 1, kinds=("self_attn.q_proj",))
+    (tmp_path / "library").mkdir()
+    expected = [f"adapter-{n:04}" for n in range(1000)]
+    for name in reversed(expected):
+        (tmp_path / "library" / name).symlink_to(one)
+    assert names([tmp_path / "library"]) == expected
+
+
 def test_the_default_library_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("router.library.sources.fetch", lambda *_: pytest.fail("asked the hub"))
