@@ -65,11 +65,11 @@ def read_rows(
             line = reader.line_num
             missing = [name for name in needed if name not in header]
             if missing:
-                shown = ", ".join(repr(name)[1:-1] for name in header)  # without control characters
+                shown = ", ".join(header)[:300]
                 wide = "; is it UTF-16? Save it as UTF-8" if "\0" in "".join(header) else ""
                 raise InputError(
                     f"{path}: expected the columns {', '.join(needed)}; "
-                    f"{', '.join(missing)} is missing (found: {f'{shown:.300}' or 'nothing'}){wide}"
+                    f"{', '.join(missing)} is missing (found: {shown or 'nothing'}){wide}"
                 )
             if twice := sorted({name for name in header if header.count(name) > 1}):
                 raise InputError(f"{path}: the column {twice[0]!r} stands twice in the header; rename one")

@@ -176,10 +176,10 @@ def _check(about: Mapping[str, Any], tensors: Mapping[str, Tensor], widths: Mapp
     """
     n, representative, modules = len(about["names"]), about["representative"], about["modules"]
     if len(representative) != n or not n or any(k not in range(n) for k in representative):
-        raise ValueError(f"expected a representative for each of {n} adapters, got {representative}")
+        raise ValueError(f"expected a representative for each of {n} adapters, got {representative!s:.80}")
     gate = about["gate"]
     if not (gate["temperature"] > 0 and 0 < gate["false_alarm"] < 1 and (gate["top_k"] or 1) >= 1):
-        raise ValueError(f"expected settings of a gate in their ranges, got {gate}")
+        raise ValueError(f"expected settings of a gate in their ranges, got {gate!s:.80}")
     kept = sorted(set(representative))
     there = np.zeros((n, len(modules)), bool)  # which adapter has a prototype where
     shapes: dict[str, tuple[int, ...]] = {"reference": (n, len(modules), 2), "gate level_": (1,)}
