@@ -51,6 +51,7 @@ setup(
         "docs": ["pdoc>=15"],
         "test": [
             "pytest>=8",
+            "hypothesis>=6.100",
             "pytest-xdist>=3.6",
             "mypy>=1.13",
             "ruff>=0.9",

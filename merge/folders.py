@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,16 +28,22 @@ PREFIX = "base_model.model."
 # Ranks that vLLM accepts as max_lora_rank; a rank between two of them is padded up.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
+PATIENCE = 2.0  # seconds for all regular expressions of an adapter on the names of all its modules
 LARGEST = torch.finfo(torch.float32).max  # a larger scale would be infinite
 
 # Initialisations that take a part out of the base model's weights, so that the adapter needs a changed base.
-_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_CONVERT = (
+    "load it with PEFT on that base, as it was trained, and call "
+    "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL), where INITIAL is the "
+    "adapter as it was saved before training"
+)
 # Settings that make an adapter compute more than s * B A, each with its harmless value.
 _PLAIN = {
     "use_dora": False, "use_qalora": False, "lora_bias": False, "bias": "none",
     "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None,
     "target_parameters": None, "use_bdlora": None, "alora_invocation_tokens": None,
-    "fan_in_fan_out": False, "kasa_config": None, "velora_config": None, "monteclora_config": None,
+    "kasa_config": None, "velora_config": None, "monteclora_config": None,
     "arrow_config": None,
 }  # fmt: skip
 
@@ -61,6 +68,7 @@ class AdapterFolder:
     ranks: dict[str, int]
     shapes: dict[str, tuple[int, int]]
     _keys: dict[str, tuple[str, str]] = field(repr=False)
+    _scales: dict[str, float] = field(repr=False)
 
     @property
     def base_model(self) -> str:
@@ -68,13 +76,8 @@ class AdapterFolder:
         return str(self.config.get("base_model_name_or_path") or "")
 
     def scale(self, module: str) -> float:
-        """The factor s of `s * B A`: alpha / r, or alpha / sqrt(r) for rsLoRA.
-
-        The patterns are matched as PEFT does: against the end of the module's name.
-        """
-        rank = self.ranks[module]
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+        """The factor s of `s * B A`: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        return self._scales[module]
 
     def read(self, module: str) -> Factors:
         """One module's update in float32, its scale folded into `b`."""
@@ -91,36 +94,56 @@ class AdapterFolder:
                 yield module, Factors(a, b * self.scale(module))
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        # A key is a regular expression, as in PEFT.
-        if _matches(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+class _Matcher:
+    """Matches a stranger's regular expressions against modules' names, for PATIENCE seconds in all."""
+
+    def __init__(self) -> None:
+        self.until = time.monotonic() + PATIENCE
+
+    def match(self, pattern: str, module: str) -> Any:
+        """What a pattern matches at the start of a module's name, None if nothing.
+
+        Raises:
+            TimeoutError: it takes too long, as one does that was made to hang its reader.
+        """
+        left = self.until - time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            return regex.match(pattern, module, timeout=min(0.3, left))
+        except TimeoutError as error:
+            raise TimeoutError(f"the pattern {pattern!r:.80} takes too long on {module!r:.80}") from error
+
+    def by_pattern(self, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+        """The value of the first pattern that matches the end of a module's name, as in PEFT."""
+        for pattern, value in (patterns or {}).items():
+            if self.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return default
+
+    def targeted(self, config: Mapping[str, Any], module: str) -> bool:
+        """Whether PEFT would apply weights of a module, as its `check_target_module_exists` decides that."""
+        targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+        if self.named(config.get("exclude_modules") or [], module):
+            return False
+        if targets is None or targets == "all-linear":
+            return True
+        if isinstance(targets, str) or layers in (None, []):
+            return self.named(targets, module)
+        patterns = _listed(config.get("layers_pattern") or r"[^.]*\.[^.]*")
+        numbers = (self.match(rf"(?:^|.*?\.){of}\.(?P<idx>\d{{1,9}})\.", module) for of in patterns)
+        number = next((int(found["idx"]) for found in numbers if found), None)
+        return self.named(targets, module) and number in _listed(layers)
+
+    def named(self, names: str | list[str], module: str) -> bool:
+        """Whether a pattern matches a module's name, or a list has its end."""
+        if isinstance(names, str):
+            return self.match(rf"(?:{names})\Z", module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _matches(pattern: str, module: str) -> bool:
-    """Whether a stranger's regular expression matches the start of a module's name.
-
-    Raises:
-        AdapterError: it takes more than 0.3 s, as one does that was made to hang its reader.
-    """
-    try:
-        return regex.match(pattern, module, timeout=0.3) is not None
-    except TimeoutError as error:
-        raise AdapterError(
-            f"the pattern {pattern!r:.80} of {CONFIG_FILE} takes too long on {module!r:.80}; simplify it"
-        ) from error
-
-
-def _targeted(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT would apply weights of a module: whether target_modules names it."""
-    targets = config.get("target_modules")
-    if targets is None or targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        return _matches(rf"(?:{targets})\Z", module)
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def open_adapter(path: Path) -> AdapterFolder:
@@ -134,7 +157,7 @@ def open_adapter(path: Path) -> AdapterFolder:
     """
     config = _read_config(path)
     weights = path / WEIGHTS_FILE
-    if not weights.exists():
+    if not weights.is_file():
         pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
         found = f"only the pickle {pickles[0]}, which could run code" if pickles else "no weights"
         advice = "convert it to safetensors where you trust it" if pickles else "is the folder complete?"
@@ -155,33 +178,50 @@ def open_adapter(path: Path) -> AdapterFolder:
                 f"{weights}: expected weights in {', '.join(FLOATS)}, got {dtype} in {key}; convert them"
             )
     keys = _pairs(weights, shapes)
-    if left_out := [module for module in keys if not _targeted(config, module)]:
+    ranks = {module: shapes[a][0] for module, (a, _) in keys.items()}
+    try:
+        scales = _scales(path, config, ranks)
+    except TimeoutError as error:
+        raise AdapterError(f"{path}: in {CONFIG_FILE} {error}; simplify it") from error
+    widths = {module: (shapes[b][0], shapes[a][1]) for module, (a, b) in keys.items()}
+    return AdapterFolder(path, config, ranks, widths, keys, scales)
+
+
+def _scales(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Each module's scale, after checking that the configuration goes with the weights.
+
+    Raises:
+        AdapterError: it does not.
+        TimeoutError: its patterns take too long.
+    """
+    names = _Matcher()
+    if left_out := [module for module in ranks if not names.targeted(config, module)]:
         raise AdapterError(
             f"{path}: {WEIGHTS_FILE} holds weights of {left_out[0]}, which target_modules in {CONFIG_FILE} "
             "leaves out, so PEFT would not apply them; the two files do not belong together"
         )
-    ranks = {module: shapes[a][0] for module, (a, _) in keys.items()}
+    scales = {}
     for module, rank in ranks.items():
-        stated = _by_pattern(config.get("rank_pattern"), module, config["r"])
+        stated = names.by_pattern(config.get("rank_pattern"), module, config["r"])
         if rank != stated:
             raise AdapterError(
                 f"{path}: {module} has rank {rank} in {WEIGHTS_FILE} but {stated} in {CONFIG_FILE}; "
                 "the two files do not belong together"
             )
-    widths = {module: (shapes[b][0], shapes[a][1]) for module, (a, b) in keys.items()}
-    folder = AdapterFolder(path, config, ranks, widths, keys)
-    for module in ranks:
-        folder.scale(module)  # so that a pattern that hangs is met here, not when weights are read
-    return folder
+        alpha = names.by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+        scales[module] = float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return scales
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG_FILE
+    if not file.is_file():  # a pipe would wait for ever
+        raise AdapterError(f"{path}: expected a PEFT folder with {CONFIG_FILE}, found none there")
     try:
         config = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path}: expected a PEFT folder with {CONFIG_FILE}, found none there") from error
-    except ValueError as error:
+    except OSError as error:
+        raise AdapterError(f"{file}: expected a readable file, but {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: expected JSON, got something else ({error})") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{file}: expected a JSON object, got a {type(config).__name__}")
@@ -197,11 +237,14 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path}: expected plain LoRA, got {key} = {value!r}, which would be lost in a merge; "
                 "leave the adapter out of --adapters"
             )
-    initial = str(config.get("init_lora_weights"))
+    initial = str(config.get("init_lora_weights")).lower()
     if initial.startswith(_CHANGES_BASE):
+        does, advice = "takes a part out of", f"to convert it to plain LoRA, {_CONVERT}"
+        if initial.startswith("loftq"):
+            does, advice = "quantises", "leave the adapter out of --adapters"
         raise AdapterError(
-            f"{path}: expected an adapter of the unchanged base model, got init_lora_weights = {initial!r}, "
-            "which takes a part out of the base's weights; convert it to plain LoRA with PEFT first"
+            f"{path}: expected an adapter of the unchanged base model, got init_lora_weights = "
+            f"{initial!r:.80}, which {does} the base's weights; {advice}"
         )
     numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
     for key in ("rank_pattern", "alpha_pattern"):
@@ -216,16 +259,18 @@ def _read_config(path: Path) -> dict[str, Any]:
                 raise AdapterError(
                     f"{file}: {key}: {pattern!r} is no regular expression ({error})"
                 ) from error
-    targets = config.get("target_modules")
-    if isinstance(targets, str):
-        try:
-            regex.compile(targets)
-        except regex.error as error:
-            raise AdapterError(f"{file}: target_modules is no regular expression ({error})") from error
-    elif targets is not None and not (
-        isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    ):
-        raise AdapterError(f"{file}: expected target_modules to be names or a pattern, got {targets!r:.80}")
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        names = config.get(key)
+        if names is not None and not all(isinstance(name, str) for name in _listed(names)):
+            raise AdapterError(f"{file}: expected {key} to be names or a pattern, got {names!r:.80}")
+        for pattern in _listed(names) if key == "layers_pattern" else [names]:
+            try:
+                regex.compile(pattern if isinstance(pattern, str) else "")
+            except regex.error as error:
+                raise AdapterError(f"{file}: {key} is no regular expression ({error})") from error
+    layers = config.get("layers_to_transform")
+    if layers is not None and not all(type(layer) is int for layer in _listed(layers)):
+        raise AdapterError(f"{file}: expected layers_to_transform to be numbers, got {layers!r:.80}")
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
             raise AdapterError(f"{file}: expected {key} to be a positive number, got {value!r:.40}")
@@ -250,7 +295,8 @@ def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tu
         a, b = shapes[keys["A"]], shapes[keys["B"]]
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:
             raise AdapterError(
-                f"{weights}: {module}: expected factors (r, d_in) and (d_out, r), got {a} and {b}"
+                f"{weights}: {module}: expected factors (r, d_in) and (d_out, r) of a linear layer, "
+                f"got {a} and {b}"
             )
         pairs[module] = (keys["A"], keys["B"])
     if not pairs:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from router.constants import BASE_COLUMN
 from router.errors import InputError
-from router.files import replacing
+from router.files import check_shape, read_json, replacing
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute
 from router.model.answer import Answer
@@ -32,6 +32,13 @@ from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.version import own_version
 
 ABOUT = "router.json"  # beside FILE in a saved router's folder
+SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed")  # that a saved router keeps
+SHAPE = {
+    "base_model": str, "revision?": str, "embedded": bool, "base_sha256": str,
+    "dtype": {"float32", "bfloat16", "float16"},
+    "settings": {"max_seq_len?": int, "max_gen_len": int, "scoring": {"full", "kit"}, "seed": int},
+    "variants": [{"weights": {"*": float}, "base": float}], "centres": [[float]],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,9 +130,10 @@ class Router:
             return cls._of_run(folder, base_model, device, dtype)
         about = _about(folder / ABOUT)
         method = ProtoRoute("proto_route")
-        pinned = f"@{about['revision']}" if about["revision"] else ""
+        pinned = f"@{about['revision']}" if about.get("revision") else ""
         own = EMBEDDED if about["embedded"] else f"{about['base_model']}{pinned}"
-        method.settings = Settings(**about["settings"] | {"base_model": base_model or own})
+        kept = {key: about["settings"].get(key) for key in SETTINGS}
+        method.settings = Settings(base_model=base_model or own, **kept)
         base = load_base(str(method.settings.base_model), device, dtype or about["dtype"])
         if base.sha256 != about["base_sha256"]:
             raise InputError(
@@ -134,10 +142,18 @@ class Router:
                 "of the router, or make the router anew from the adapters"
             )
         method.attach(base, [])
-        vars(method)["fitted"] = Fitted.load(folder, base.model.device, base.model.dtype)
+        widths = {module: width for module, (_, width) in method.shapes.items()}
+        fitted = Fitted.load(folder, base.model.device, base.model.dtype, widths)
+        vars(method)["fitted"] = fitted
+        centres, variants = about["centres"], about["variants"]
+        if len(centres) != len(variants) or any(len(row) != len(fitted.names) + 1 for row in centres):
+            raise InputError(
+                f"{folder / ABOUT}: expected a centre for each variant with a weight for each of "
+                f"{len(fitted.names)} adapters and the base model; do its files belong together?"
+            )
         router = cls(method)
-        router.variants = [Variant(**variant) for variant in about["variants"]]
-        router._clusters = Clusters(np.zeros(0, np.int64), np.array(about["centres"], np.float64))
+        router.variants = [Variant(of["weights"], of["base"]) for of in variants]
+        router._clusters = Clusters(np.zeros(0, np.int64), np.array(centres, np.float64))
         router._folder = folder
         return router
 
@@ -247,9 +263,7 @@ class Router:
                 (folder / VARIANTS).mkdir(exist_ok=True)  # all queries may be the base model's
             (folder / VARIANTS / MARKER).touch()
         proto.fitted.save(folder)
-        settings = {
-            key: getattr(proto.settings, key) for key in ("max_seq_len", "max_gen_len", "scoring", "seed")
-        }
+        settings = {key: getattr(proto.settings, key) for key in SETTINGS}
         base = self._base
         about = {
             "format": FORMAT, "proto-route": own_version(), "base_model": base.name,
@@ -310,25 +324,16 @@ def _about(path: Path) -> dict[str, Any]:
         InputError: it is damaged, or of another format.
     """
     try:
-        about: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        about: dict[str, Any] = read_json(path, {"format": int, "proto-route": str})
         if about["format"] != FORMAT:
             raise InputError(
                 f"{path}: expected format {FORMAT}, got {about['format']}, as version {about['proto-route']} "
                 "writes it; save the router again with this version"
             )
-        needed = (
-            "base_model",
-            "revision",
-            "embedded",
-            "base_sha256",
-            "dtype",
-            "settings",
-            "variants",
-            "centres",
-        )
-        if missing := [key for key in needed if key not in about]:
-            raise ValueError(f"{', '.join(missing)} is missing")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_shape(about, SHAPE)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected what Router.save wrote ({error}); save it again") from error
     return about
 

@@ -8,3 +8,11 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped, but for line ends and tabs: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -1,18 +1,27 @@
-"""Files: where they are cached, how they are hashed, and how they are replaced as a whole."""
+"""Files: where they are cached, how they are hashed, read as JSON, and replaced as a whole."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from router.errors import InputError
+
+LARGEST = sys.float_info.max
+# What a person calls the kinds of JSON values; a number is finite, and a whole one fits into 64 bits.
+CALLED = {
+    str: "a text", float: "a number", int: "a whole number", bool: "true or false", list: "a list",
+    dict: "an object", type(None): "null",
+}  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -39,6 +48,81 @@ def sha256_of(*files: Path) -> str:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def read_json(path: Path, shape: Any) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        shape: as `check_shape` takes it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no JSON, or JSON of another shape.
+    """
+    return parsed(path.read_text("utf-8"), shape)
+
+
+def parsed(text: str | bytes, shape: Any) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is no JSON, or JSON of another shape.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    check_shape(found, shape)
+    return found
+
+
+def check_shape(value: Any, shape: Any, where: str = "it") -> None:
+    """Refuses a JSON value that has another shape than expected.
+
+    Args:
+        shape: a type, where float means any number; or a set of texts, one of which it has to be; or [SHAPE]
+            for a list; or {"key": SHAPE, ...} for an object with these keys among others, where `key?` may be
+            missing or null, and `*` means all keys.
+
+    Raises:
+        ValueError: it has; the message says where.
+
+    Example:
+        >>> check_shape({"a": [1, 2.5], "b": None}, {"a": [float], "b?": str, "c?": int})
+        >>> check_shape({"a": [1, "x"]}, {"a": [float]})
+        Traceback (most recent call last):
+        ...
+        ValueError: a.2: expected a number, got a text
+    """
+    if isinstance(shape, set):
+        check_shape(value, str, where)
+        if value not in shape:
+            raise ValueError(f"{where}: expected one of {', '.join(sorted(shape))}, got {value!r:.60}")
+        return
+    kind = type(shape) if isinstance(shape, (list, dict)) else shape
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if kind in (int, float):  # a larger whole number is none for numpy
+        fits = (
+            fits and not isinstance(value, bool) and abs(value) <= (sys.maxsize if kind is int else LARGEST)
+        )
+    if not fits:
+        got = CALLED[type(value)] if type(value) is not kind else f"{value!r:.20}"
+        raise ValueError(f"{where}: expected {CALLED[kind]}, got {got}")
+    inside = "" if where == "it" else f"{where}."
+    if isinstance(shape, list):
+        for n, item in enumerate(value, 1):
+            check_shape(item, shape[0], f"{inside}{n}")
+    elif isinstance(shape, dict):
+        for key, of in shape.items():
+            name = key.removesuffix("?")
+            if key == "*":
+                for other, item in value.items():
+                    check_shape(item, of, f"{inside}{other!r:.60}")
+            elif value.get(name) is not None:
+                check_shape(value[name], of, f"{inside}{name}")
+            elif name == key:
+                raise ValueError(f"{inside}{name} is missing")
 
 
 @contextmanager

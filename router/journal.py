@@ -23,13 +23,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from router.errors import InputError
-from router.files import replacing
+from router.files import check_shape, parsed, read_json, replacing
 from router.model.answer import Answer
 from router.result import Routing
 from router.routing.evidence import Evidence
 from router.submission import Query
 
 FOLDER, LOCK = ".journal", ".lock"
+ANSWER = {"text": str, "ids": [int], "scores": list, "failed?": bool}
 SYNCED = 5.0  # seconds between two calls of fsync at least; the machine may lose what came after the last
 
 
@@ -93,8 +94,8 @@ class Journal(MutableMapping[Query, Answer]):
     def _check(self, identity: dict[str, Any]) -> None:
         file = self.folder / "identity.json"
         try:
-            known = json.loads(file.read_text("utf-8"))
-        except (FileNotFoundError, ValueError) as error:  # none yet, or killed at its very start
+            known = read_json(file, {})
+        except (FileNotFoundError, ValueError) as error:  # none yet, or damaged
             if self.rank:
                 raise InputError(
                     f"--output_folder {self.folder.parent}: expected one folder for all processes, but here "
@@ -118,7 +119,8 @@ class Journal(MutableMapping[Query, Answer]):
                 try:
                     if not line.endswith(b"\n"):
                         break
-                    query, answer = json.loads(line)
+                    query, answer = parsed(line, [{}])
+                    check_shape(answer, ANSWER)
                     query["choices"] = tuple(query["choices"])
                     answer |= {key: tuple(answer[key]) for key in ("ids", "scores")}
                     self._answers[Query(**query)] = Answer(**answer)
@@ -147,14 +149,16 @@ class Journal(MutableMapping[Query, Answer]):
     def __len__(self) -> int:
         return len(self._answers)
 
-    def kept(self, name: str) -> Routing | None:
-        """The routing of all queries or of some, as `keep` was given it; None if there is none."""
+    def kept(self, name: str, queries: int) -> Routing | None:
+        """The routing of so many queries, as `keep` was given it; None if there is none."""
         evidence = self.folder / f"{name}.evidence.safetensors"
         try:
             weights = load_file(self.folder / f"{name}.safetensors")["weights"]
-            return Routing(weights, Evidence.load(evidence) if evidence.exists() else None)
+            found = Routing(weights, Evidence.load(evidence) if evidence.exists() else None)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
+        sound = weights.dtype == np.float64 and weights.ndim == 2 and np.isfinite(weights).all()
+        return found if sound and len(weights) == queries else None
 
     def keep(self, name: str, routing: Routing) -> None:
         """Keeps the routing of all queries or of some under a name."""

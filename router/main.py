@@ -120,6 +120,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="embedded|FOLDER|HUB_ID[@REVISION]",
     )
     setting(
+        "skip_bad",
+        "go on without adapters that are missing, broken, of an unsupported kind or of another base model, "
+        "and list them; else the first one ends the run",
+        action="store_true",
+    )
+    setting(
         "n_variants",
         "number of merged variants, from 1; auto makes as few as the weights allow",
         "auto",

@@ -7,6 +7,7 @@ scores a module's adapters for each token.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from abc import abstractmethod
@@ -41,6 +42,8 @@ from router.routing.variants import (
 from router.settings import Settings
 from router.submission import Query
 
+log = logging.getLogger(__name__)
+
 WORK = ".variants."  # how the name of the folder begins in which variants are written
 
 
@@ -63,21 +66,26 @@ class Routed(Merges):
         base: the loaded base model.
         adapters: the library.
         shapes: (d_out, d_in) of the base model's linear layers.
+        left_out: with --skip_bad, why an adapter is not in the library, a line for each.
     """
 
     base: Base
     adapters: list[Adapter]
     shapes: dict[str, tuple[int, int]]
+    left_out: Sequence[str] = ()
 
     def merge(self) -> Any:
         """Loads the library, then the base model that it belongs to, and checks that they fit."""
+        bad: list[str] | None = [] if self.settings.skip_bad else None
         with self.stages("load"):
-            self.adapters = load_library(self.settings.adapters)
-            spec = self.settings.base_model or default_base(self.settings, self.adapters)
-            how = self.settings
-            self.attach(load_base(spec, how.device, how.dtype, how.device_map), self.adapters)
+            adapters = load_library(self.settings.adapters, bad=bad)
+            spec, how = self.settings.base_model or default_base(self.settings, adapters), self.settings
+            self.attach(load_base(spec, how.device, how.dtype, how.device_map), adapters)
             is_folder = spec != EMBEDDED and Path(spec).is_dir()
-            check_against_base(self.adapters, self.base.name, is_folder, self.shapes)
+            self.adapters = check_against_base(adapters, self.base.name, is_folder, self.shapes, bad)
+        self.left_out = bad or []
+        for reason in self.left_out:
+            log.warning("left out: %s", reason)
         return self.base.model
 
     def attach(self, base: Base, adapters: Sequence[Adapter]) -> None:
@@ -114,6 +122,8 @@ class Routed(Merges):
     def answering(self, queries: Sequence[Query], folder: Path | None = None) -> Iterator[Result]:
         """As `answer`; the variants replace earlier ones once the block has ended without an error."""
         output, rows = folder or self.settings.output_folder, self.encoded(queries)
+        for cut in _cuts(rows, self.max_seq_len or self.settings.max_seq_len, self.base.model.config):
+            log.warning("%s", cut)
         routing = self._routing(queries, rows)
         with self.stages("clusters"):
             clusters = self.processes.decided(
@@ -141,17 +151,17 @@ class Routed(Merges):
 
     def _routing(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """The routing that the journal kept, or else a new one, which it keeps."""
-        if kept := self.kept("routing"):
+        if kept := self.kept("routing", len(queries)):
             return kept
         routing = self.route(queries, rows)
         if self.journal is not None:
             self.journal.keep("routing", routing)
         return routing
 
-    def kept(self, name: str) -> Routing | None:
-        """The routing of all queries or of some, if the journal kept one; the same in all processes."""
+    def kept(self, name: str, count: int) -> Routing | None:
+        """The routing of so many queries, if the journal kept one; the same in all processes."""
         journal = self.journal
-        return None if journal is None else self.processes.decided(lambda: journal.kept(name))
+        return None if journal is None else self.processes.decided(lambda: journal.kept(name, count))
 
     def _answer(self, queries: Sequence[Query]) -> list[Answer]:
         """The kit's two calls route the batch that they are given."""
@@ -220,6 +230,18 @@ def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list
             if not answer.failed:
                 found.setdefault(query, answer)
     return [found.get(query, FAILED) for query in queries]
+
+
+def _cuts(rows: Sequence[Sequence[int]], limit: int | None, config: Any) -> Iterator[str]:
+    """What is not read of long prompts, and which are longer than the base model's context."""
+    if limit and (long := sum(len(row) >= limit for row in rows)):
+        yield f"{long} of {len(rows)} prompts reach --max_seq_len {limit}; what comes after is not read"
+    context = getattr(config, "max_position_embeddings", None)
+    if context and (long := sum(len(row) > context for row in rows)):
+        yield (
+            f"{long} of {len(rows)} prompts have more than the {context} tokens that the base model was made "
+            f"for; --max_seq_len {context} reads the start of each alone"
+        )
 
 
 class Static(Routed):

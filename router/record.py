@@ -11,7 +11,7 @@ import numpy as np
 from router.constants import BASE_COLUMN, Apply
 from router.model.apply import picked
 from router.model.device import tokens_at_once
-from router.plan.estimate import kept
+from router.plan.estimate import RECORDED, kept
 from router.result import Decision, Result
 from router.routing.evidence import LOW_MARGIN
 from router.runs.report.page import REPORT
@@ -38,7 +38,7 @@ def record(name: str, settings: Settings, stages: Stages, result: Result) -> dic
         "peak_mib": stages.peak_mib,
     }
     if planned := kept(settings.output_folder, name, flags):
-        found["plan"] = {key: planned[key] for key in ("seconds", "total_seconds", "peak_mib", "n_variants")}
+        found["plan"] = {key: planned[key] for key in RECORDED}
     return found | (_decided(result.decision, settings.apply) if result.decision else {})
 
 
@@ -121,6 +121,8 @@ def summary(found: dict[str, Any]) -> str:
             f"warning: {name} reads directions that text hardly has, as an adapter does that is made to "
             "attract all queries; those of its modules do not count"
         )
+    if left_out := found.get("left_out"):
+        lines += [f"{_count(len(left_out), 'adapter')} left out:", *(f"  {reason}" for reason in left_out)]
     if cut := found.get("time_limit"):
         shorter, none = (_count(cut[key], "query") for key in ("shortened", "unanswered"))
         lines.append(

@@ -95,6 +95,8 @@ def _run(
                 return {}
             _check_answered(result, deadline)
             found = record(method.get_name(), settings, method.stages, result)
+            if isinstance(method, Routed) and method.left_out:
+                found["left_out"] = list(method.left_out)
             if processes.count > 1:
                 found["processes"] = processes.count
             if deadline:
@@ -218,11 +220,11 @@ def check_outputs(settings: Settings) -> None:
     Raises:
         InputError: it would, or the output folder is a file or cannot be written.
     """
-    if settings.output_folder.exists() and not settings.output_folder.is_dir():
-        raise InputError(f"--output_folder {settings.output_folder}: expected a folder, found a file")
-    folder = settings.output_folder.absolute()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
+    folder = place = settings.output_folder.absolute()
     try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--output_folder {settings.output_folder}: expected a folder, found a file")
+        place = next(path for path in (folder, *folder.parents) if path.exists())
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:

@@ -18,6 +18,7 @@ class Settings:
     output_folder: Path = Path("output")
     adapters: tuple[str, ...] = ("data/library",)
     base_model: str | None = None
+    skip_bad: bool = False
     n_variants: int | None = None
     variant_rank: int | None = None
     temperature: float = 0.7

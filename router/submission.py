@@ -65,12 +65,14 @@ def read_rows(
             line = reader.line_num
             missing = [name for name in needed if name not in header]
             if missing:
+                shown = ", ".join(header)[:300]
+                wide = "; is it UTF-16? Save it as UTF-8" if "\0" in "".join(header) else ""
                 raise InputError(
                     f"{path}: expected the columns {', '.join(needed)}; "
-                    f"{', '.join(missing)} is missing (found: {', '.join(header) or 'nothing'})"
+                    f"{', '.join(missing)} is missing (found: {shown or 'nothing'}){wide}"
                 )
             if twice := sorted({name for name in header if header.count(name) > 1}):
-                raise InputError(f"{path}: the column {twice[0]} stands twice in the header; rename one")
+                raise InputError(f"{path}: the column {twice[0]!r} stands twice in the header; rename one")
             for row in reader:
                 line = reader.line_num
                 if None in row or None in row.values():
@@ -91,7 +93,8 @@ def read_rows(
         raise InputError(f"{path}: expected a readable CSV file, but {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(
-            f"{path}, after line {line}: expected CSV in UTF-8, got something else ({error})"
+            f"{path}, after line {line}: expected CSV in UTF-8, got something else ({error}); "
+            "save it as UTF-8"
         ) from error
 
 
@@ -115,6 +118,9 @@ def read_queries(path: Path) -> list[Query]:
     problems: list[str] = []
     for line, row in read_rows(path, COLUMNS, problems):
         where = f"{path}, line {line}"
+        if not row["id"].strip():
+            problems.append(f"{where}, column id: expected an id, got {row['id']!r}")
+            continue
         first = lines.setdefault(row["id"], line)
         if first != line:
             problems.append(

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from helpers import NAMES, arguments, read_table, write_queries, write_tiny_adapter
@@ -170,6 +171,55 @@ def test_what_is_no_router_is_refused_with_what_to_do(saved, tmp_path, spoil, ca
     spoil(saved, tmp_path)
     with pytest.raises(InputError, match=cause):
         Router.load(saved, device="cpu")
+
+
+def test_parts_of_a_router_that_do_not_fit_together_are_refused_by_what_does_not(saved):
+    about, tensors = json.loads((saved / "router.json").read_text()), load_file(saved / "router.safetensors")
+    with safe_open(saved / "router.safetensors", "pt") as file:
+        router = file.metadata()["router"]
+    variant, module = about["variants"][0], "model.layers.0.self_attn.q_proj"
+    for change, cause in (
+        ({"variants": [[1]]}, "variants.1: expected an object, got a list"),
+        ({"variants": [variant | {"base": "1"}]}, "variants.1.base: expected a number, got a text"),
+        ({"variants": [variant]}, "expected a centre for each variant"),
+        ({"centres": [row[:-1] for row in about["centres"]]}, "a weight for each of 3 adapters"),
+        ({"centres": [["1"]]}, "centres.1.1: expected a number"),
+        ({"settings": []}, "settings: expected an object, got a list"),
+        (
+            {"settings": about["settings"] | {"scoring": "best"}},
+            "settings.scoring: expected one of full, kit",
+        ),
+        ({"dtype": "eval"}, "dtype: expected one of bfloat16, float16, float32, got 'eval'"),
+        ({"base_sha256": None}, "base_sha256 is missing"),
+    ):
+        (saved / "router.json").write_text(json.dumps(about | change))
+        with pytest.raises(InputError, match=cause):
+            Router.load(saved, device="cpu")
+    (saved / "router.json").write_text(json.dumps(about | {"settings": about["settings"] | {"later": 1}}))
+    assert Router.load(saved, device="cpu").candidates == about["candidates"]
+    for change, cause in (
+        ({f"owners {module}": tensors[f"owners {module}"] + 9}, "numbers of adapters in ascending order"),
+        ({f"directions {module}": tensors[f"directions {module}"][:5]}, "expected numbers of shape"),
+        ({"gate mean_": tensors["gate mean_"][:, :1]}, "gate mean_: expected numbers of shape"),
+        ({"gate level_": tensors["gate level_"] / 0}, "gate level_: expected finite numbers"),
+        ({"reference": tensors["reference"] / 0}, "a number wherever an adapter is heard"),
+    ):
+        save_file(
+            tensors | {key: of.contiguous() for key, of in change.items()},
+            saved / "router.safetensors",
+            {"router": router},
+        )
+        with pytest.raises(InputError, match=cause):
+            Router.load(saved, device="cpu")
+    for old, new, cause in (
+        ('"representative": [0', '"representative": [7', "expected a representative for each of 3 adapters"),
+        ('"temperature": ', '"temperature": -', "expected settings of a gate in their ranges"),
+        ('"modules": ["', '"modules": ["x', "xmodel"),
+    ):
+        assert old in router
+        save_file(tensors, saved / "router.safetensors", {"router": router.replace(old, new)})
+        with pytest.raises(InputError, match=cause):
+            Router.load(saved, device="cpu")
 
 
 def test_a_strangers_folder_of_variants_is_left_alone(router, tmp_path):

@@ -1,11 +1,40 @@
 """Files: hashed as they are, kept where they should be, whole or absent."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
 
-from router.files import cache_folder, replacing, sha256_of
+from router.files import cache_folder, check_shape, read_json, replacing, sha256_of
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (7, "it: expected an object, got a whole number"),
+        ({}, "n is missing"),
+        ({"n": None}, "n is missing"),
+        ({"n": True}, "n: expected a number, got true or false"),
+        ({"n": float("nan")}, "n: expected a number, got nan"),
+        ({"n": 10**400}, "n: expected a number, got "),
+        ({"n": 1, "of": {"a\x1b": "x"}}, r"of.'a\x1b': expected a whole number, got a text"),
+        ({"n": 1, "of": {"a": 1 << 64}}, "of.'a': expected a whole number"),
+        ({"n": 1, "one": "c"}, "one: expected one of a, b, got 'c'"),
+    ],
+)
+def test_a_value_of_another_shape_is_refused_by_where_it_is(value, cause):
+    shape = {"n": float, "of?": {"*": int}, "one?": {"a", "b"}}
+    check_shape({"n": 1, "of": {"x": 2}, "one": "a", "more": []}, shape)
+    with pytest.raises(ValueError, match=re.escape(cause)):
+        check_shape(value, shape)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{'a': 1}", "", "1" * 5000])
+def test_what_is_no_json_is_a_value_error(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "a.json", {})
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -58,11 +58,11 @@ def files_of(out):
 
 def test_what_was_added_is_there_again(journal, opened):
     journal.update(FOUND)
-    assert journal.kept("routing") is None
+    assert journal.kept("routing", 2) is None
     journal.keep("routing", Routing(np.array([[0.1, 0.9], [1 / 3, 2 / 3]])))
     again = opened(seed=0, method="a")
     assert dict(again) == FOUND and len(again) == 2
-    np.testing.assert_array_equal(again.kept("routing").weights, [[0.1, 0.9], [1 / 3, 2 / 3]])
+    np.testing.assert_array_equal(again.kept("routing", 2).weights, [[0.1, 0.9], [1 / 3, 2 / 3]])
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
@@ -83,6 +83,38 @@ def test_another_run_is_refused_by_what_differs_until_it_is_to_start_anew(journa
         opened(method="a", seed=1, dtype="float32")
     assert dict(opened(fresh=True, method="a", seed=1)) == {}
     assert dict(opened(method="a", seed=1)) == {}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "7", '"a"', "{", ""])
+def test_a_journal_whose_identity_is_damaged_starts_anew(journal, opened, tmp_path, text):
+    journal.update(FOUND)
+    (tmp_path / ".journal" / "identity.json").write_text(text)
+    assert dict(opened()) == {}
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "[]", "7", '[{}, {"text": 7}]', "[[], []]", "null"])
+def test_answers_behind_a_damaged_line_are_asked_again(journal, opened, tmp_path, line):
+    journal[ONE] = FOUND[ONE]
+    file = tmp_path / ".journal" / "answers.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + line + "\n" + whole)
+    assert dict(opened()) == {ONE: FOUND[ONE]}
+    assert file.read_text() == whole
+
+
+def test_an_answer_that_is_no_text_is_asked_again(journal, opened, tmp_path):
+    journal[ONE] = FOUND[ONE]
+    file = tmp_path / ".journal" / "answers.jsonl"
+    file.write_text(file.read_text().replace('"text": "text"', '"text": 7'))
+    assert dict(opened()) == {}
+
+
+@pytest.mark.parametrize(
+    "weights", [np.ones((3, 2)), np.ones(2), np.ones((2, 2), int), np.full((2, 2), np.nan)]
+)
+def test_a_routing_of_other_queries_or_without_numbers_is_none(journal, weights):
+    journal.keep("routing", Routing(weights))
+    assert journal.kept("routing", 2) is None
 
 
 def test_a_journal_without_an_entry_goes(journal, tmp_path):

@@ -1,6 +1,7 @@
 """The command, from flags to files: answers, records, refusals, and a starter kit's method."""
 
 import hashlib
+import html
 import json
 import math
 import os
@@ -265,6 +266,12 @@ REFUSED = {
         ["--output_folder", t / "queries.csv"],
         "expected a folder, found a file",
     ),
+    "a name that is too long": lambda t: (
+        "base",
+        ["--output_folder", t / ("x" * 300)],
+        "expected a folder to write to, but in",
+    ),
+    "an adapter with such a name": lambda t: ("average", ["--adapters", "x" * 300], "--adapters xxx"),
     "another base": lambda t: ("average", ["--adapters", foreign(t)], "adapter of another base model?"),
     "no base": lambda t: ("average", ["--base_model", t / "no" / "model"], "--base_model"),
     "DoRA": lambda t: (
@@ -288,6 +295,21 @@ REFUSED = {
         "line 2, column adapter: 'lyrics' is not in the library",
     ),
 }
+
+
+def test_bad_adapters_change_nothing_but_what_is_said_of_them(command, capsys, tmp_path):
+    _, expected = command("proto_route", out="expected")
+    write_tiny_adapter(tmp_path / "library" / "dora", 1, use_dora=True)
+    foreign(tmp_path / "library")
+    code, out = command("proto_route", "--skip_bad")
+    told = capsys.readouterr()
+    assert code == 0 and contents(out) == contents(expected)
+    reasons = json.loads((out / "run.json").read_text())["left_out"]
+    assert ["use_dora = True" in reasons[0], "adapter of another base model?" in reasons[1]] == [True, True]
+    for reason in reasons:
+        assert f"left out: {reason}" in told.err and reason in told.out
+        assert html.escape(f"An adapter was left out: {reason}.") in (out / "report.html").read_text()
+    assert command("proto_route", out="other")[0] == 2
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -362,6 +384,9 @@ def test_the_help_has_the_defaults_of_the_settings(monkeypatch):
     for name, default in defaults.items():
         if name == "base_model":  # is told in words
             assert default is None and "the one that the adapters name" in told[name]
+            continue
+        if default is False:  # a switch takes no value
+            assert told[name] == "False"
             continue
         given = vars(parser().parse_args([f"--{name}", *told[name].split()]))[name]
         assert (tuple(given) if isinstance(given, list) else given) == default

@@ -95,6 +95,25 @@ def test_prompts_are_cut_where_the_settings_say(method):
     assert found.encoded(QUERIES) == [row[:5] for row in whole]
 
 
+def test_what_is_cut_of_long_prompts_is_told(method, caplog):
+    found = method("average")
+    lengths = sorted(map(len, found.encoded(QUERIES)))
+    found.answer(QUERIES)
+    assert caplog.messages == []
+    found.settings = replace(found.settings, max_seq_len=lengths[-2])
+    found.answer(QUERIES)
+    assert caplog.messages == [
+        f"2 of {len(QUERIES)} prompts reach --max_seq_len {lengths[-2]}; what comes after is not read"
+    ]
+    caplog.clear()
+    found.settings = replace(found.settings, max_seq_len=None)
+    found.base.model.config.max_position_embeddings = lengths[-1] - 1
+    found.answer(QUERIES)
+    assert (
+        len(caplog.messages) == 1 and f"1 of {len(QUERIES)} prompts have more than the" in caplog.messages[0]
+    )
+
+
 def test_an_error_while_answering_leaves_the_earlier_variants(method, tmp_path, monkeypatch):
     found = method("average")
     found.answer(QUERIES)

@@ -40,6 +40,46 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     assert read(tmp_path, "1,ä,generation,\n", header="\ufeff" + HEADER)[0] == Query("1", "ä", "generation")
 
 
+@pytest.mark.parametrize(
+    ("encoding", "cause"),
+    [("utf-16", "expected CSV in UTF-8.*save it as UTF-8"), ("utf-16-le", "is it UTF-16. Save it as UTF-8")],
+)
+def test_another_encoding_is_named(tmp_path, encoding, cause):
+    path = tmp_path / "queries.csv"
+    path.write_bytes((HEADER + "1,a,generation,\n").encode(encoding))
+    with pytest.raises(InputError, match=cause) as told:
+        read_queries(path)
+    assert "\0" not in str(told.value)
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_rows_end_as_on_any_system(tmp_path, end):
+    text = f'1,"a\nb",generation,{end}2,c,generation,'
+    assert read(tmp_path, text, HEADER.strip() + end) == [
+        Query("1", "a\nb", "generation"), Query("2", "c", "generation")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\0b",
+        "",
+        "\u05e9\u05dc\u05d5\u05dd, \u202e",
+        "\u0645\u0631\u062d\u0628\u0627",
+        "\U0001f9d1\u200d\U0001f680 e\u0301",
+        "x" * 2_000_000,
+    ],
+)
+def test_any_text_is_an_input_and_comes_back(tmp_path, text):
+    path = tmp_path / "queries.csv"
+    write_table(path, ("id", "input", "eval_type", "answer_choices"), [("1", text, "generation", "")])
+    assert read_queries(path) == [Query("1", text, "generation")]
+    write_submission(tmp_path / "out.csv", read_queries(path), [text])
+    ((_, row),) = read_rows(tmp_path / "out.csv", ["prediction"])
+    assert row["prediction"] == (text or "unknown")
+
+
 def test_columns_come_in_any_order_with_others_between(tmp_path):
     header = "adapter,eval_type,input,answer_choices,id\n"
     (query,) = read(tmp_path, "x,multiple_choice,Which?,\"['a', 'b']\",q7\n", header)
@@ -108,7 +148,19 @@ WRONG = {
     "too few fields": (HEADER + "1,a,generation,\n2,b\n", ["line 3"], ["expected 4 fields", "fewer"]),
     "too many fields": (HEADER + "1,a, b,generation,\n", ["line 2"], ["expected 4 fields", "more"]),
     "open quote": (HEADER + '1,"a,generation,\n', ["after line 1"], ["expected CSV in UTF-8"]),
-    "a column twice": ("id," + HEADER, [], ["the column id stands twice"]),
+    "a column twice": ("id," + HEADER, [], ["the column 'id' stands twice"]),
+    "no id": (HEADER + "1,a,generation,\n,b,generation,\n", ["line 3", "column id"], ["an id, got ''"]),
+    "a cursor": ("\x1b[2J" + HEADER, [], ["id is missing", r"found: \x1b[2Jid, input"]),
+    "a choice for a list": (
+        HEADER + "1,a,multiple_choice,\"{'a': 1}\"\n",
+        ["line 2", "column answer_choices"],
+        ["Python list"],
+    ),
+    "deep": (
+        HEADER + f"1,a,multiple_choice,{'[' * 100_000}\n",
+        ["line 2", "column answer_choices"],
+        ["Python list"],
+    ),
 }
 
 

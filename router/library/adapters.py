@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from merge.factors import Factors
+from merge.factors import Factors, inner
 from merge.folders import WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
 from router.constants import BASE_COLUMN
 from router.errors import InputError
@@ -78,12 +78,21 @@ class Adapter:
             raise InputError(f"adapter {self.name} ({self.folder.path}): cannot be read: {error}") from error
 
     def _finite(self, module: str, update: Factors) -> Factors:
-        if torch.isfinite(update.a).all() and torch.isfinite(update.b).all():
+        if torch.isfinite(update.a.norm() * update.b.norm()):  # so that products of them are finite, too
             return update
         raise InputError(
             f"adapter {self.name} ({self.folder.path}): {module} holds values that are not "
-            "finite; leave the adapter out of --adapters"
+            "finite, or too large to multiply in float32; leave the adapter out of --adapters"
         )
+
+    def check_values(self) -> None:
+        """Reads every value.
+
+        Raises:
+            InputError: one is not finite, or all are zero.
+        """
+        if sum(inner(update, update) for _, update in self.read_all()) <= 0:
+            raise InputError(f"{self.folder.path}: expected an update, got zero at every module")
 
 
 def opened(source: Source) -> Adapter:
@@ -99,29 +108,62 @@ def opened(source: Source) -> Adapter:
     return Adapter(source.name, folder, sha256_of(source.path / WEIGHTS_FILE), source.revision)
 
 
-def load_library(specs: Sequence[str], local_only: bool = False) -> list[Adapter]:
+@contextmanager
+def _or_left_out(bad: list[str] | None) -> Iterator[None]:
+    """Keeps an InputError of the block as a line of `bad`, if there is such a list."""
+    try:
+        yield
+    except InputError as error:
+        if bad is None:
+            raise
+        bad.append(str(error))
+
+
+def load_library(
+    specs: Sequence[str], local_only: bool = False, bad: list[str] | None = None
+) -> list[Adapter]:
     """Finds and checks adapters.
 
     Args:
         specs: folders, folders of folders, names in data/library, hub ids (`ID[@REVISION]`), or
             the single word `competition`.
         local_only: nothing is fetched from the hub.
+        bad: takes why an adapter is left out, a line for each; every value is read to find these. None leaves
+            none out.
 
     Returns:
         The adapters in the order given; those of one folder in order of name.
 
     Raises:
-        InputError: an adapter is missing, broken, of an unsupported kind, or named like another.
+        InputError: an adapter is missing, broken, of an unsupported kind, or named like another; with `bad`,
+            only if none is left.
     """
-    adapters = [opened(source) for spec in expand(specs) for source in find(spec, local_only)]
-    names = Counter(adapter.name for adapter in adapters)
-    for adapter in adapters:
-        where = f"adapter {adapter.name!r} ({str(adapter.folder.path)!r})"
-        if taken := TAKEN.get(adapter.name) or ("two adapters" if names[adapter.name] > 1 else None):
-            raise InputError(f"{where}: {taken} would share a column of that name; rename the folder")
-        if not adapter.name.isprintable():
-            raise InputError(f"{where}: expected a name that can be printed; rename the folder")
-    return adapters
+    found: dict[str, Adapter] = {}
+    for spec in expand(specs):
+        with _or_left_out(bad):
+            for source in find(spec, local_only):
+                with _or_left_out(bad):
+                    _check_name(source, found)
+                    adapter = opened(source)
+                    if bad is not None:
+                        adapter.check_values()
+                    found[adapter.name] = adapter
+    return _some(found.values(), bad)
+
+
+def _check_name(source: Source, others: Mapping[str, Adapter]) -> None:
+    where = f"adapter {source.name!r} ({str(source.path)!r})"
+    if taken := TAKEN.get(source.name) or ("two adapters" if source.name in others else None):
+        raise InputError(f"{where}: {taken} would share a column of that name; rename the folder")
+    if not source.name.isprintable():
+        raise InputError(f"{where}: expected a name that can be printed; rename the folder")
+
+
+def _some(adapters: Iterable[Adapter], bad: list[str] | None) -> list[Adapter]:
+    """The adapters as a list that is not empty."""
+    if not (found := list(adapters)) and bad:
+        raise InputError(f"--skip_bad: expected an adapter that can be used, but: {'; '.join(bad)}")
+    return found
 
 
 def base_of(adapters: Iterable[Adapter]) -> str:
@@ -141,33 +183,48 @@ def base_of(adapters: Iterable[Adapter]) -> str:
 
 
 def check_against_base(
-    adapters: Iterable[Adapter], base_name: str, is_folder: bool, shapes: Mapping[str, tuple[int, int]]
-) -> None:
-    """Refuses adapters of another base model.
+    adapters: Iterable[Adapter],
+    base_name: str,
+    is_folder: bool,
+    shapes: Mapping[str, tuple[int, int]],
+    bad: list[str] | None = None,
+) -> list[Adapter]:
+    """The adapters that belong to a base model.
 
     Args:
         base_name: what the base model is called on the hub, or its folder.
         is_folder: the name is a local path, so only shapes can be compared.
         shapes: (d_out, d_in) of the base model's linear layers by module name.
+        bad: takes why an adapter is left out, as in `load_library`.
 
     Raises:
         InputError: another base model is named, or a module does not exist or fit.
     """
+    found = []
     for adapter in adapters:
-        where = f"adapter {adapter.name} ({adapter.folder.path})"
-        stated = adapter.folder.base_model
-        if stated and not is_folder and stated.casefold() != base_name.casefold():
+        with _or_left_out(bad):
+            _check_base(adapter, base_name, is_folder, shapes)
+            found.append(adapter)
+    return _some(found, bad)
+
+
+def _check_base(
+    adapter: Adapter, base_name: str, is_folder: bool, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    where = f"adapter {adapter.name} ({adapter.folder.path})"
+    stated = adapter.folder.base_model
+    if stated and not is_folder and stated.casefold() != base_name.casefold():
+        raise InputError(
+            f"{where}: expected an adapter of {base_name}, got one of {stated}; "
+            "leave it out of --adapters or pass its --base_model"
+        )
+    for module, shape in adapter.folder.shapes.items():
+        if shapes.get(module) != shape:
+            had = f"{shapes[module]}" if module in shapes else "no such linear layer"
             raise InputError(
-                f"{where}: expected an adapter of {base_name}, got one of {stated}; "
-                "leave it out of --adapters or pass its --base_model"
+                f"{where}: {module} has shape {shape}, but {base_name} has {had} there; "
+                "is it an adapter of another base model?"
             )
-        for module, shape in adapter.folder.shapes.items():
-            if shapes.get(module) != shape:
-                had = f"{shapes[module]}" if module in shapes else "no such linear layer"
-                raise InputError(
-                    f"{where}: {module} has shape {shape}, but {base_name} has {had} there; "
-                    "is it an adapter of another base model?"
-                )
 
 
 def last_block(adapters: Sequence[Adapter]) -> list[str]:
@@ -190,5 +247,5 @@ def _block(module: str) -> str:
 
 
 def _number(block: str) -> int:
-    found = re.search(r"\.(\d+)$", block)
+    found = re.search(r"\.(\d{1,9})$", block)
     return int(found[1]) if found else -1

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
-from merge.factors import inner
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
 from router.constants import BASE_COLUMN, LIBRARY
 from router.errors import InputError
@@ -127,9 +125,8 @@ def read_whole(report: Report) -> Report:
         return report
     try:
         report = replace(report, adapter=(adapter := opened(report.source)))
-        if sum(inner(update, update) for _, update in adapter.read_all()) <= 0:
-            raise InputError(f"{report.path}: expected an update, got zero at every module")
-    except (ValueError, OSError, RecursionError, SafetensorError) as error:
+        adapter.check_values()
+    except (InputError, OSError) as error:
         return replace(report, reason=str(error))
     return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,7 @@ def find(spec: str, local_only: bool = False) -> Iterator[Source]:
         yield from_hub(spec, local_only)
         return
     if (path / CONFIG_FILE).exists():
-        yield Source(path.absolute().name or path.resolve().name, path, None)
+        yield Source(Path(os.path.normpath(path.absolute())).name, path, None)  # links keep their own name
         return
     found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not found:
@@ -58,7 +59,10 @@ def find(spec: str, local_only: bool = False) -> Iterator[Source]:
 
 
 def _folder(spec: str) -> Path | None:
-    return next((path for path in (Path(spec), LIBRARY / spec) if path.is_dir()), None)
+    try:
+        return next((path for path in (Path(spec), LIBRARY / spec) if path.is_dir()), None)
+    except (OSError, ValueError):  # no name that a folder can have
+        return None
 
 
 def is_here(spec: str) -> bool:

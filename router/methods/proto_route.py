@@ -73,7 +73,7 @@ class ProtoRoute(Routed):
 
     def _part(self, prompts: Sequence[Sequence[int]], number: int, of: int) -> Routing:
         """The routing of some prompts; their responses, which are large, go with it."""
-        if kept := self.kept(f"part-{number}"):
+        if kept := self.kept(f"part-{number}", len(prompts)):
             return kept
         title = f"probe {number + 1}/{of}" if of > 1 else "probe"
         with self.processes.first():  # the others find prototypes and calibration on disk

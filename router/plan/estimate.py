@@ -1,10 +1,10 @@
 """Estimates what a run would take, before anything is loaded or downloaded: `router.main --plan`.
 
-Only the headers of adapters are read. Speed is measured, within a minute, on a model with the base model's
-configuration and random weights; a large one gets few layers, and the result is scaled to all. Two things
-cannot be known beforehand: the number of variants and the length of the answers. They are taken from an
-earlier run with the same flags and adapters, if the output folder has one. Else they are assumed: two
-variants more than adapters, and as many answers between 1 and 2 tokens as between 16 and 32.
+Only the headers of adapters are read, with --skip_bad all of them. Speed is measured, within a minute, on a
+model with the base model's configuration and random weights; a large one gets few layers, and the result is
+scaled to all. Two things cannot be known beforehand: the number of variants and the length of the answers.
+They are taken from an earlier run with the same flags and adapters, if the output folder has one. Else they
+are assumed: two variants more than adapters, and as many answers between 1 and 2 tokens as between 16 and 32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from merge.folders import WEIGHTS_FILE, AdapterFolder
 from router.constants import COMPETITION_BASE
 from router.errors import InputError
-from router.files import replacing
+from router.files import read_json, replacing
 from router.hub import HubError, fetch
 from router.library.adapters import check_against_base, load_library
 from router.library.sources import expand, is_here
@@ -44,6 +44,7 @@ from router.settings import Settings
 from router.submission import GENERATION, Query, read_queries, read_rows
 
 PLAN = "plan.json"
+RECORDED = ("seconds", "total_seconds", "peak_mib", "n_variants")  # of it, in run.json
 PLANNED = ("proto_route", "base", "average")
 LIBRARIES = 530 * 2**20  # bytes of torch, transformers, peft, faiss and the others, once in use
 KERNELS = 200 * 2**20  # bytes of what torch compiles and keeps, and of activations, as seen on two cores
@@ -88,13 +89,15 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     queries = [query for path in settings.dataset_filepaths for query in read_queries(path)]
     specs = expand(settings.adapters)
     here = [spec for spec in specs if is_here(spec)]
-    library = load_library(here, local_only=True)
-    adapters = {adapter.name: adapter.folder for adapter in library}
+    bad: list[str] | None = [] if settings.skip_bad else None
+    library = load_library(here, local_only=True, bad=bad)
     spec = settings.base_model or default_base(settings, library)
     base = _base(spec)
     config, tokenizer = base.config, base.tokenizer
     model = skeleton(config)
-    check_against_base(library, base.name, spec != EMBEDDED and Path(spec).is_dir(), linear_shapes(model))
+    is_folder = spec != EMBEDDED and Path(spec).is_dir()
+    library = check_against_base(library, base.name, is_folder, linear_shapes(model), bad)
+    adapters = {adapter.name: adapter.folder for adapter in library}
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     earlier = _earlier(name, settings, list(adapters))
@@ -200,7 +203,7 @@ def _encode(tokenizer: Any, texts: list[str], limit: int | None = None) -> list[
 def _earlier(name: str, settings: Settings, adapters: list[str]) -> dict[str, Any]:
     """The record of an earlier run of the same method, flags and adapters, or nothing."""
     try:
-        record: dict[str, Any] = json.loads((settings.output_folder / "run.json").read_text("utf-8"))
+        record: dict[str, Any] = read_json(settings.output_folder / "run.json", {})
         same = record["flags"] == settings.plain() and sorted(record["adapters"]) == sorted(adapters)
         return record if same and record["method"] == name else {}
     except (OSError, ValueError, KeyError, TypeError):
@@ -324,7 +327,7 @@ def keep(found: dict[str, Any], folder: Path) -> None:
 def kept(folder: Path, name: str, flags: dict[str, Any]) -> dict[str, Any] | None:
     """What plan.json says about a method with these flags; None if it is missing or about another run."""
     try:
-        found: dict[str, Any] = json.loads((folder / PLAN).read_text("utf-8"))
+        found: dict[str, Any] = read_json(folder / PLAN, dict.fromkeys(RECORDED, object))
         return found if found["method"] == name and found["flags"] == flags else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return None

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from router.files import parsed
+
 Array = NDArray[np.float32]
 
 LOW_MARGIN = 0.5  # standard deviations of generic text
@@ -94,14 +96,32 @@ class Evidence:
 
     @staticmethod
     def load(path: Path) -> Evidence:
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote.
+
+        Raises:
+            OSError, SafetensorError, ValueError: the file is missing, damaged, or of another kind.
+        """
         with safe_open(path, framework="numpy") as file:
-            names = json.loads(file.metadata()["names"])
+            names = parsed((file.metadata() or {}).get("names", "null"), _SHAPE)
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        return Evidence(**arrays, **{name: names[name] for name in _NAMES if name in names})
+        found = Evidence(**arrays, **{name: names[name] for name in _NAMES if name in names})
+        queries, adapters = len(found.base_score), len(found.adapters)
+        for array, *shape in (
+            (found.responses, queries, adapters), (found.scores, queries, adapters),
+            (found.base_score, queries), (found.votes, queries, len(found.modules)),
+        ):  # fmt: skip
+            if array.dtype != np.float32 or list(array.shape) != shape:
+                raise ValueError(f"expected float32 of shape {shape}, got {array.dtype} of {array.shape}")
+        if not np.isfinite(found.candidates).any(1).all():
+            raise ValueError("expected a score for each query, got none")
+        return found
 
 
 _NAMES = ("adapters", "modules", "duplicates", "lookalikes", "silent", "levels")
+_SHAPE = {
+    "adapters": [str], "modules": [str], "duplicates?": {"*": str}, "lookalikes?": {"*": str},
+    "silent?": [str], "levels?": {"*": float},
+}  # fmt: skip
 _ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]
 
 

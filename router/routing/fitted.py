@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from router.errors import InputError
+from router.files import parsed
 from router.library.adapters import Adapter
 from router.library.duplicates import representatives
 from router.model.passes import truncated
@@ -36,6 +37,10 @@ FORMAT = 3  # raise it when a reader of the old one could not use the new one
 _LEARNED = (
     "mean_", "std_", "loadings_", "filter_", "location_", "scale_", "confidence_", "reference_leads_"
 )  # fmt: skip
+_ABOUT = {
+    "names": [str], "modules": [str], "representative": [int], "lookalikes": [int], "silent": [int],
+    "gate": {"temperature": float, "top_k?": int, "false_alarm": float},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,19 +185,21 @@ class Fitted:
         work.replace(folder / FILE)
 
     @staticmethod
-    def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Fitted:
+    def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping[str, int]) -> Fitted:
         """Reads what `save` wrote.
 
         Args:
             device, dtype: of the base model.
+            widths: d_in of its linear layers by module name.
 
         Raises:
-            InputError: the file is missing or damaged.
+            InputError: the file is missing or damaged, or made for another base model.
         """
         try:
             with safe_open(folder / FILE, framework="pt") as file:
-                about = json.loads(file.metadata()["router"])
+                about = parsed((file.metadata() or {}).get("router", "null"), _ABOUT)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            _check(about, tensors, widths)
             gate = PrototypeGate(**about["gate"])
             for name in _LEARNED:
                 setattr(gate, name, tensors[f"gate {name}"].numpy())
@@ -221,3 +228,45 @@ class Fitted:
                 f"{folder / FILE}: expected what Router.save wrote, got something else ({error}); "
                 "save it again"
             ) from error
+
+
+def _check(about: Mapping[str, Any], tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
+    """Refuses what does not fit together, or not to the base model.
+
+    Raises:
+        ValueError: something does not; the message says what.
+        KeyError: a tensor is missing.
+    """
+    n, representative, modules = len(about["names"]), about["representative"], about["modules"]
+    numbers = {*representative, *about["lookalikes"], *about["silent"]}
+    if len(representative) != n or not n or not numbers <= set(range(n)):
+        raise ValueError(f"expected a representative for each of {n} adapters, got {representative!s:.80}")
+    gate = about["gate"]
+    if not (gate["temperature"] > 0 and 0 < gate["false_alarm"] < 1 and (gate["top_k"] or 1) >= 1):
+        raise ValueError(f"expected settings of a gate in their ranges, got {gate!s:.80}")
+    there = np.zeros((n, len(modules)), bool)  # which adapter has a prototype where
+    shapes: dict[str, tuple[int, ...]] = {"reference": (n, len(modules), 2), "gate level_": (1,)}
+    for m, module in enumerate(modules):
+        owners = tensors[f"owners {module}"]
+        shapes[f"directions {module}"] = widths.get(module, 0), len(owners)
+        shapes |= {f"weights {module}": (len(owners),), f"mean {module}": (widths.get(module, 0),)}
+        if owners.dtype != torch.int64 or not torch.equal(owners, owners.sort()[0].clamp(0, n - 1)):
+            raise ValueError(f"owners {module}: expected numbers of adapters in ascending order")
+        there[owners.numpy(), m] = True
+    heard = tensors["reference"].isfinite().numpy()  # (adapters, modules, 2)
+    if heard.shape != (n, len(modules), 2) or (heard != heard[..., :1] & there[..., None]).any():
+        raise ValueError("reference: expected numbers where an adapter has a prototype, and nowhere else")
+    kept = sorted(set(representative) & set(np.flatnonzero(heard.any((1, 2))).tolist()))
+    for name in _LEARNED:
+        one = {"confidence_": 2, "reference_leads_": len(tensors["gate reference_leads_"])}.get(
+            name, len(kept)
+        )
+        wide = name in ("mean_", "std_", "loadings_", "filter_")
+        shapes[f"gate {name}"] = (len(kept), len(modules), 2) if wide else (one,)
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape or not tensors[name].is_floating_point():
+            raise ValueError(f"{name}: expected numbers of shape {shape}, got {tuple(tensors[name].shape)}")
+        if len(shape) == 1 and not tensors[name].isfinite().all():
+            raise ValueError(f"{name}: expected finite numbers")
+    if not kept or (tensors["gate mean_"].isfinite().numpy() != heard[kept]).any():
+        raise ValueError("gate mean_: expected a number wherever an adapter is heard, and nowhere else")

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from router.constants import BASE_COLUMN
-from router.errors import InputError
+from router.errors import InputError, printable
 from router.routing.evidence import LOW_MARGIN, Evidence
 from router.runs.load import QueryFile, Run, load
 from router.submission import MULTIPLE_CHOICE, Query
@@ -102,7 +102,7 @@ def _numbers(values: Iterable[Any]) -> list[float | None]:
 
 def _votes(e: Evidence, n: int) -> dict[str, Any]:
     """Mean votes for the adapter with the highest score; a run keeps no others."""
-    depths = {name: int(found[1]) for name in e.modules if (found := re.search(r"\.(\d+)\.", name))}
+    depths = {name: int(found[1]) for name in e.modules if (found := re.search(r"\.(\d{1,9})\.", name))}
     kinds: dict[str, list[float]] = {}
     thirds: dict[int, list[float]] = {}
     for name, vote in zip(e.modules, e.votes[n].tolist(), strict=True):
@@ -127,7 +127,7 @@ def _summary(run: Run, candidates: Rows, variant: dict[str, Any]) -> str:
     if (alike := sum(c["weight"] == top["weight"] for c in candidates)) > 1:
         return f"{alike} candidates have {share} each"
     told = f"{called(top['name'])} has {share}"
-    if variant["folder"] is None and any(mix[name] for name in mix if name != BASE_COLUMN):
+    if variant.get("folder") is None and any(mix[name] for name in mix if name != BASE_COLUMN):
         return f"{told}, averaged over tokens, since the adapters are mixed anew for each token"
     mixed = max(mix, key=lambda name: mix[name])
     other = [f"but {called(mixed)} has more in the variant that answered"] if mixed != top["name"] else []
@@ -162,16 +162,11 @@ def _base_answer(run: Run, query: Query | None) -> str:
 
     recorded, flags = run.record["base"], run.record["flags"]
     name = EMBEDDED if recorded["name"] == EMBEDDED_ID else recorded["name"]
-    spec = flags["base_model"] or "@".join(filter(None, (name, recorded["revision"])))
+    spec = flags["base_model"] or "@".join(filter(None, (name, recorded.get("revision"))))
     base = load_base(spec, "auto", recorded["dtype"])
     rows = encode(base.tokenizer, [query.input], flags["max_seq_len"])
     how = {"scoring": flags["scoring"], "max_new_tokens": flags["max_gen_len"]}
     return answer(base.model, base.tokenizer, [query], rows, **how)[0].text
-
-
-def printable(text: str) -> str:
-    """The text with control characters escaped, but for line ends and tabs: a terminal would obey them."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def open_console() -> Console:

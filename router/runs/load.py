@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 
 from router.constants import BASE_COLUMN
 from router.errors import InputError
-from router.files import sha256_of
+from router.files import check_shape, read_json, sha256_of
 from router.routing.clusters import Clusters
 from router.routing.evidence import Evidence, joined
 from router.submission import MULTIPLE_CHOICE, Query, read_queries, read_rows
@@ -23,7 +22,18 @@ from router.submission import MULTIPLE_CHOICE, Query, read_queries, read_rows
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-NEEDED = ("method", "versions", "flags", "seconds", "peak_mib")  # in every run.json
+# Of every run.json, and of one whose method routes.
+RECORD = {
+    "method": str, "versions": {"*": str}, "flags": {"dataset_filepaths": [str]}, "seconds": {"*": float},
+    "peak_mib": {"*": float}, "files?": {"*": str}, "left_out?": [str],
+    "base?": {"name": str, "revision?": str, "sha256": str, "dtype": str},
+    "adapters?": {"*": {"revision?": str, "sha256": str}},
+}  # fmt: skip
+DECIDED = {
+    "base": dict,
+    "adapters": dict,
+    "variants": [{"folder?": str, "queries": int, "weights": {"*": float}}],
+}
 
 
 @dataclass(frozen=True)
@@ -168,7 +178,8 @@ class Run:
     @property
     def notes(self) -> list[str]:
         """What is missing, in sentences for the reader."""
-        return [
+        left_out = [f"An adapter was left out: {reason}." for reason in self.record.get("left_out") or ()]
+        return left_out + [
             f"The texts of {missing} queries of {file.path} are not at hand: the file is gone or has "
             "changed. These queries are shown by their ids alone."
             for file in self.files.values()
@@ -192,32 +203,47 @@ def load(folder: Path) -> Run:
     Raises:
         InputError: files of the run are missing, or do not belong together.
     """
+    try:
+        return _load(folder)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # such as a name that no file can have
+        raise InputError(f"{folder}: expected the files of a finished run ({error}); run it again") from error
+
+
+def _load(folder: Path) -> Run:
     record = _record(folder / "run.json")
-    for name, digest in record.get("files", {}).items():
+    for name, digest in (record.get("files") or {}).items():
         if (folder / name).is_file() and sha256_of(folder / name) != digest:
             raise InputError(
                 f"{folder / name}: expected the file that the run in run.json wrote, got another; was it "
                 "changed, or a run killed? Run it again"
             )
-    paths = [Path(name) for name in record["flags"]["dataset_filepaths"]]
+    if not (paths := [Path(name) for name in record["flags"]["dataset_filepaths"]]):
+        raise InputError(
+            f"{folder / 'run.json'}: expected the names of query files, found none; run it again"
+        )
     return Run(folder, record, {path.stem: _file(folder, path, record) for path in paths})
 
 
 def _record(path: Path) -> dict[str, Any]:
     what = f"{path}: expected the record of a finished run"
-    if not path.is_file():
-        raise InputError(f"{what}, found none; name the output folder of a run")
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record: dict[str, Any] = read_json(path, RECORD)
+        if "variants" in record:
+            check_shape(record, DECIDED)
+            if not all(row["weights"] for row in record["variants"]):
+                raise ValueError("a variant has no weights")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{what}, found none; name the output folder of a run") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{what}, in JSON ({error}); run it again") from error
-    if missing := [key for key in NEEDED if not isinstance(record, dict) or key not in record]:
-        raise InputError(f"{what}; {', '.join(missing)} is missing; run it again")
-    return dict(record)
+    return record
 
 
 def _file(folder: Path, path: Path, record: dict[str, Any]) -> QueryFile:
-    answers = _rows(folder / path.name, ("id", "prediction"))
+    if not (answers := _rows(folder / path.name, ("id", "prediction"))):
+        raise InputError(f"{folder / path.name}: expected at least one answer, found none; run it again")
     ids, predictions = ([row[key] for row in answers] for key in ("id", "prediction"))
     try:
         queries = {query.id: query for query in read_queries(path)}
@@ -247,13 +273,16 @@ def _routing(path: Path, ids: list[str], names: list[str], n_variants: int) -> t
     try:
         labels = [int(row["variant"]) for row in rows]
         weights = [[float(row[name]) for name in names] for row in rows]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(
             f"{path}: expected numbers for variant and weights ({error}); run it again"
         ) from error
     if any(not 0 <= label < n_variants for label in labels):
         raise InputError(f"{path}: its rows name variants that run.json does not; of two runs? Run it again")
-    return np.array(labels, np.int64), np.array(weights, np.float64).reshape(len(ids), len(names))
+    table = np.array(weights, np.float64).reshape(len(ids), len(names))
+    if not ((table >= 0) & (table <= 1)).all():
+        raise InputError(f"{path}: expected weights from 0 to 1, got others; run it again")
+    return np.array(labels, np.int64), table
 
 
 def _evidence(path: Path, ids: list[str], names: list[str]) -> Evidence | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merge.folders import CONFIG_FILE
 from router.errors import InputError
+from router.files import read_json
 from router.routing.variants import VARIANTS
 
 AUTO = "auto"  # the model that a client names to have its request routed
@@ -51,31 +51,32 @@ def read_served(folder: Path) -> Served:
     Raises:
         InputError: there are none.
     """
-    about = _json(folder / "router.json") or _json(folder / "run.json")
-    if not isinstance(about, dict) or "variants" not in about:
+    if saved := _json(folder / "router.json", {"variants": list, "base_model": str, "dtype": str}):
+        about = saved | {"base": saved | {"name": saved["base_model"]}}
+    else:
+        about = _json(folder / "run.json", {"variants?": list, "base?": {"name": str, "dtype": str}}) or {}
+    if not about.get("variants") or not about.get("base"):
         raise InputError(f"{folder}: expected a saved router or a finished run with variants, found neither")
-    base = about.get("base") or {
-        "name": about["base_model"], "revision": about["revision"], "dtype": about["dtype"]
-    }  # fmt: skip
+    base = about["base"]
     folders, ranks, modules = {}, [1], set()
     for number in range(len(about["variants"])):
         path = folder / VARIANTS / str(number)
-        if (config := _json(path / CONFIG_FILE)) is not None:
+        if config := _json(path / CONFIG_FILE, {"r": int, "target_modules": [str]}):
             folders[served(number)] = path
-            ranks.append(int(config["r"]))
+            ranks.append(config["r"])
             modules |= set(config["target_modules"])
     name = str(Path(base["name"]).resolve()) if Path(base["name"]).is_dir() else base["name"]
-    return Served(name, base["revision"], base["dtype"], folders, max(ranks), sorted(modules))
+    return Served(name, base.get("revision"), base["dtype"], folders, max(ranks), sorted(modules))
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, shape: Any) -> Any:
     """What a JSON file holds; None if it is not there.
 
     Raises:
-        InputError: it is no JSON.
+        InputError: it is no JSON, or of another shape.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        return read_json(path, shape)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -30,8 +30,11 @@ def test_folders_of_folders_come_in_order_of_name(tiny_library):
 
 def test_single_folders_come_in_the_order_given(tiny_library, monkeypatch):
     assert names([tiny_library / "mlp", f"{tiny_library}/attention/"]) == ["mlp", "attention"]
+    (tiny_library / "everything" / "inside").mkdir()
     monkeypatch.chdir(tiny_library / "everything")
-    assert names(["."]) == ["everything"]
+    assert names(["."]) == names(["inside/.."]) == ["everything"]
+    monkeypatch.chdir("inside")
+    assert names([".."]) == ["everything"]
 
 
 def test_names_are_looked_up_in_the_library(tiny_library, monkeypatch):
@@ -60,10 +63,49 @@ def test_an_adapter_called_like_another_column_is_refused(tmp_path, name):
 
 
 def test_a_name_that_would_move_the_cursor_is_refused_and_not_printed(tmp_path):
-    write_tiny_adapter(tmp_path / "evil\x1b[2J", 1)
+    (tmp_path / "evil\x1b[2J").mkdir()  # broken, too
     with pytest.raises(InputError, match="can be printed") as told:
         load_library([str(tmp_path)])
     assert "\x1b" not in str(told.value)
+
+
+BAD = {
+    "broken": (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"no"),
+        "a complete safetensors",
+    ),
+    "dora": (lambda folder: write_tiny_adapter(folder, 4, use_dora=True), "use_dora = True"),
+    "id": (lambda folder: None, "would share a column of that name"),
+    "infinite": (lambda folder: write_tiny_adapter(folder, 4, size=1e30), "not finite, or too large"),
+    "zero": (lambda folder: write_tiny_adapter(folder, 4, size=0.0), "got zero at every module"),
+    "pissa": (
+        lambda folder: write_tiny_adapter(folder, 4, init_lora_weights="pissa"),
+        "to convert it to plain",
+    ),
+}
+
+
+def test_bad_adapters_are_left_out_and_listed_if_that_is_asked_for(tiny_library):
+    for name, (spoil, _) in BAD.items():
+        spoil(write_tiny_adapter(tiny_library / name, 4))
+    bad = []
+    specs = [str(tiny_library), str(tiny_library / "mlp"), "no/such/adapter"]
+    found = load_library(specs, local_only=True, bad=bad)
+    assert [adapter.name for adapter in found] == ["attention", "everything", "mlp"]
+    causes = [*(cause for _, (_, cause) in sorted(BAD.items())), "two adapters would share", "no such folder"]
+    assert len(bad) == len(causes) and all(cause in line for cause, line in zip(causes, bad, strict=True))
+    assert all(str(tiny_library / name) in line for name, line in zip(sorted(BAD), bad, strict=False))
+    other = {module: shape for module, shape in SHAPES.items() if "mlp" not in module}
+    (attention,) = check_against_base(found, "tiny", True, other, bad := [])
+    assert attention.name == "attention" and len(bad) == 2
+    with pytest.raises(InputError, match=r"--skip_bad: expected an adapter that can be used, but: .*zero"):
+        load_library([str(tiny_library / "zero")], bad=[])
+
+
+def test_values_that_float32_cannot_multiply_are_refused(tmp_path):
+    (adapter,) = load_library([str(write_tiny_adapter(tmp_path / "huge", 1, size=1e25))])
+    with pytest.raises(InputError, match=r"huge .* too large to multiply in float32; leave the adapter out"):
+        prototypes([adapter])
 
 
 def test_links_are_named_as_they_are_called(tmp_path):
@@ -74,6 +116,15 @@ def test_links_are_named_as_they_are_called(tmp_path):
     assert names([tmp_path / "library"]) == ["one", "two"] and names([tmp_path / "library" / "two"]) == [
         "two"
     ]
+
+
+def test_a_thousand_adapters_are_opened_in_order(tmp_path):
+    one = write_tiny_adapter(tmp_path / "store", 1, kinds=("self_attn.q_proj",))
+    (tmp_path / "library").mkdir()
+    expected = [f"adapter-{n:04}" for n in range(1000)]
+    for name in reversed(expected):
+        (tmp_path / "library" / name).symlink_to(one)
+    assert names([tmp_path / "library"]) == expected
 
 
 def test_the_default_library_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):

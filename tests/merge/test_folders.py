@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -53,6 +55,18 @@ KINDS = {
     "rslora": lambda folder: write_tiny_adapter(folder, 3, rank=4, alpha=10, use_rslora=True),
     "few_targets": lambda folder: write_tiny_adapter(folder, 4, kinds=("self_attn.v_proj", "mlp.up_proj")),
     "patterns": with_patterns,
+    "rank_1": lambda folder: write_tiny_adapter(folder, 6, rank=1),
+    "rank_512": lambda folder: write_tiny_adapter(folder, 7, rank=512, size=0.02, alpha=16),
+    "fan_in_fan_out": lambda folder: write_tiny_adapter(folder, 8, fan_in_fan_out=True),  # nothing on Linear
+    "some_layers": lambda folder: write_tiny_adapter(folder, 9, layers=(1,), layers_to_transform=[1]),
+    "a_layer": lambda folder: write_tiny_adapter(
+        folder, 10, layers=(1,), layers_to_transform=1, layers_pattern="layers"
+    ),
+    "excluded": lambda folder: write_tiny_adapter(
+        folder, 11, kinds=tuple(WIDTHS)[1:], target_modules="all-linear", exclude_modules=["q_proj"]
+    ),
+    "mica": lambda folder: write_tiny_adapter(folder, 12, init_lora_weights="mica"),
+    "unknown_key": lambda folder: write_tiny_adapter(folder, 13, sent_by_a_later_version=True),
 }
 
 
@@ -61,6 +75,7 @@ def peft_deltas(base_folder, adapter_folder):
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to True|Unexpected keyword arguments")
         model = PeftModel.from_pretrained(model, adapter_folder)
     return {
         name.removeprefix("base_model.model."): layer.get_delta_weight("default").double().numpy()
@@ -192,6 +207,41 @@ def with_a_pickle_only(folder):
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04never unpickled")
 
 
+def with_tensor(name, tensor):
+    """Adds a tensor to the weights, under a name in layer 0's attention."""
+    key = f"base_model.model.model.layers.0.self_attn.{name}"
+    return lambda folder: change(folder, load_file(weights_of(folder)) | {key: tensor})
+
+
+def with_embeddings(folder):
+    tensors = {f"base_model.model.model.embed_tokens.lora_embedding_{x}": torch.ones(4, 4) for x in "AB"}
+    change(folder, load_file(weights_of(folder)) | tensors)
+
+
+def in_bytes_of_8(folder):
+    change(folder, {key: of.to(torch.float8_e4m3fn) for key, of in load_file(weights_of(folder)).items()})
+
+
+def with_header(header):
+    """Weights of 8 bytes behind a header that says something else."""
+    text = json.dumps(header).encode()
+    return lambda folder: weights_of(folder).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+
+
+def tensor_of(shape, *offsets):
+    return {f"base_model.model.{Q0}.lora_A.weight": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}
+
+
+def instead(name, make):
+    """Something else in place of a file."""
+
+    def spoil(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return spoil
+
+
 def truncated(folder):
     data = weights_of(folder).read_bytes()
     weights_of(folder).write_bytes(data[: len(data) // 2])
@@ -210,7 +260,45 @@ def with_whole_numbers(folder):
     change(folder, {key: tensor.to(torch.int8) for key, tensor in tensors.items()})
 
 
+LIES = ("adapter_model.safetensors", "expected a complete safetensors file")
 REFUSED = {
+    "fp8": (in_bytes_of_8, "adapter_model.safetensors", "got F8_E4M3"),
+    "magnitudes": (
+        with_tensor("q_proj.lora_magnitude_vector", torch.ones(32)),
+        "adapter_model.safetensors",
+        "q_proj.lora_magnitude_vector",
+    ),
+    "bias_weights": (
+        with_tensor("q_proj.lora_B.bias", torch.ones(32)),
+        "adapter_model.safetensors",
+        "lora_B.bias",
+    ),
+    "embeddings": (with_embeddings, "adapter_model.safetensors", "embed_tokens.lora_embedding_A"),
+    "tokens": (changed(trainable_token_indices=[5]), "", "trainable_token_indices = [5]"),
+    "conv": (
+        with_tensor("q_proj.lora_A.weight", torch.ones(4, 32, 3, 3)),
+        "adapter_model.safetensors",
+        "of a linear layer, got (4, 32, 3, 3)",
+    ),
+    "other_layers": (changed(layers_to_transform=[0]), "", "holds weights of model.layers.1."),
+    "excluded": (changed(exclude_modules=["q_proj"]), "", "which target_modules in"),
+    "layers_text": (changed(layers_to_transform="all"), "adapter_config.json", "to be numbers, got 'all'"),
+    "layers_pattern": (changed(layers_pattern=["("]), "adapter_config.json", "layers_pattern is no regular"),
+    "longer_than_the_file": (with_header(tensor_of([4], 0, 16)), *LIES),
+    "another_size": (with_header(tensor_of([3], 0, 8)), *LIES),
+    "overlapping": (with_header(tensor_of([2], 0, 8) | {"b": tensor_of([2], 0, 8).popitem()[1]}), *LIES),
+    "huge_shape": (with_header(tensor_of([1 << 40, 1 << 40], 0, 8)), *LIES),
+    "huge_header": (lambda folder: weights_of(folder).write_bytes(b"\xff" * 64), *LIES),
+    "deep": (config_text("[" * 100_000), "adapter_config.json", "expected JSON"),
+    "dangling_link": (
+        instead("adapter_model.safetensors", lambda at: at.symlink_to("/nowhere")),
+        "",
+        "no weights",
+    ),
+    "link_to_itself": (instead("adapter_config.json", lambda at: at.symlink_to(at)), "", "found none there"),
+    "pipe": (instead("adapter_config.json", os.mkfifo), "", "with adapter_config.json, found none there"),
+    "pipe_of_weights": (instead("adapter_model.safetensors", os.mkfifo), "", "found no weights"),
+    "folder": (instead("adapter_model.safetensors", Path.mkdir), "", "found no weights"),
     "int8": (
         with_whole_numbers,
         "adapter_model.safetensors",
@@ -276,6 +364,57 @@ def test_what_cannot_be_used_is_refused_by_name_and_cause(tmp_path, kind):
     assert cause in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [kind.value for kind in PeftType if kind != PeftType.LORA])
+def test_other_types_of_peft_are_refused_by_name(tmp_path, kind):
+    folder = write_tiny_adapter(tmp_path / "a", 1, peft_type=kind)
+    with pytest.raises(AdapterError, match=f"expected a LoRA adapter, got peft_type '{kind}'"):
+        open_adapter(folder)
+
+
+@pytest.mark.parametrize("old, new", [(".lora_A.", ".lora_A.default."), ("base_model.model.", "")])
+def test_older_names_of_weights_mean_the_same(tmp_path, old, new):
+    folder = write_tiny_adapter(tmp_path / "a", 1)
+    expected = {module: delta(update) for module, update in open_adapter(folder).read_all()}
+    weights = load_file(weights_of(folder))
+    save_file({key.replace(old, new, 1): value for key, value in weights.items()}, weights_of(folder))
+    found = {module: delta(update) for module, update in open_adapter(folder).read_all()}
+    assert found.keys() == expected.keys()
+    assert all((found[module] == expected[module]).all() for module in expected)
+
+
+def test_links_are_followed_as_in_the_hubs_cache(tmp_path):
+    store = write_tiny_adapter(tmp_path / "blobs", 1)
+    (tmp_path / "snapshot").mkdir()
+    for file in store.iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    assert open_adapter(tmp_path / "snapshot").ranks == open_adapter(store).ranks
+
+
+@pytest.mark.filterwarnings("ignore:.*changes the base weights of the model")
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+def test_what_takes_a_part_out_of_the_base_is_converted_as_the_message_says(tmp_path, tiny_base, kind):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    before = model.get_submodule(Q0).weight.double().detach().numpy().copy()
+    torch.manual_seed(0)
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=kind)
+    )
+    model.save_pretrained(tmp_path / "initial")
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data += 0.1 * torch.randn_like(weight)
+    layer = model.base_model.model.get_submodule(Q0)
+    after = (layer.base_layer.weight + layer.get_delta_weight("default")).double().detach().numpy()
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(AdapterError, match=f"{kind}.*path_initial_model_for_weight_conversion=INITIAL"):
+        open_adapter(tmp_path / "trained")
+    initial = str(tmp_path / "initial")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
+    np.testing.assert_allclose(
+        delta(open_adapter(tmp_path / "converted").read(Q0)), after - before, atol=1e-5
+    )
+
+
 def test_harmless_settings_pass(tmp_path):
     folder = write_tiny_adapter(
         tmp_path / "a", 1, use_dora=None, modules_to_save=[], lora_bias=False, bias="none"
@@ -286,6 +425,16 @@ def test_harmless_settings_pass(tmp_path):
 
 def test_a_pattern_that_hangs_its_reader_is_given_up(tmp_path):
     folder = write_tiny_adapter(tmp_path / "slow", 1, rank_pattern={r"(([a-z]|\w|\.)+)+\d": 4})
+    with pytest.raises(AdapterError, match=f"{folder}: in adapter_config.json .*takes too long"):
+        open_adapter(folder)
+
+
+def test_many_slow_patterns_are_given_up_together(tmp_path, monkeypatch):
+    folder = write_tiny_adapter(tmp_path / "slow", 1, alpha_pattern={"x": 1, "y": 2})
+    clock = iter(range(10**6))
+    monkeypatch.setattr("merge.folders.time.monotonic", lambda: next(clock) / 20)  # 28 matches, 0.05 s each
+    open_adapter(folder)
+    monkeypatch.setattr("merge.folders.time.monotonic", lambda: next(clock) / 10)
     with pytest.raises(AdapterError, match="takes too long"):
         open_adapter(folder)
 

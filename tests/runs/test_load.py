@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from helpers import NAMES, QUERIES, read_by_id, spoil, write_queries, write_run
@@ -54,6 +55,21 @@ def spoil_bytes(path, old, new):
     path.write_bytes(content.replace(old, new))
 
 
+def change(out, **parts):
+    file = out / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+
+
+def evidence_of(names=None, **arrays):
+    def spoil(out):
+        path = out / "run.evidence.safetensors"
+        with safe_open(path, "np") as file:
+            known = names or file.metadata()["names"]
+        save_file(load_file(path) | arrays, path, {"names": known})
+
+    return spoil
+
+
 def other_evidence(out, rows, names=("one", "two", "three")):
     other = write_run(out.parent / "b", [[1, 0, 0, 0]] * rows, {}, names=names)
     (other / "b.evidence.safetensors").rename(out / "run.evidence.safetensors")
@@ -62,7 +78,24 @@ def other_evidence(out, rows, names=("one", "two", "three")):
 BROKEN = {
     "no record": (lambda out: (out / "run.json").unlink(), "run.json: expected the record of a"),
     "half a record": (lambda out: (out / "run.json").write_text('{"method"'), "record of a finished run, in"),
-    "another record": (lambda out: (out / "run.json").write_text('{"flags": 1}'), "method, versions"),
+    "another record": (lambda out: (out / "run.json").write_text('{"flags": 1}'), "method is missing"),
+    "a deep record": (lambda out: (out / "run.json").write_text("[" * 100_000), "it is nested too deeply"),
+    "a list": (lambda out: change(out, flags=[]), "flags: expected an object, got a list"),
+    "no files": (lambda out: change(out, flags={"dataset_filepaths": []}), "expected the names of query"),
+    "a number for a file": (lambda out: change(out, flags={"dataset_filepaths": [7]}), "1: expected a text"),
+    "a long name": (lambda out: change(out, flags={"dataset_filepaths": ["x" * 999]}), "too long"),
+    "no name": (lambda out: change(out, flags={"dataset_filepaths": ["a\0b"]}), r"a\x00b: expected a CSV"),
+    "endless": (lambda out: change(out, seconds={"load": float("inf")}), "seconds.'load': expected a number"),
+    "an object of variants": (lambda out: change(out, variants={"0": {}}), "variants: expected a list"),
+    "a variant of nothing": (
+        lambda out: change(out, variants=[{"queries": 1, "weights": {}}] * 2), "a variant has no weights",
+    ),
+    "no adapters": (lambda out: change(out, adapters=None), "adapters is missing"),
+    "no hash": (lambda out: change(out, adapters={"one": {}}), "sha256 is missing"),
+    "no base": (lambda out: change(out, base=[]), "base: expected an object, got a list"),
+    "an empty table": (lambda out: (out / "run.csv").write_text("id,prediction\n"), "at least one answer"),
+    "a large weight": (lambda out: spoil(out / "run.routing.csv", "q1,1,0.7", "q1,1,1e999"), "from 0 to 1"),
+    "an endless variant": (lambda out: spoil(out / "run.routing.csv", "q1,1,", "q1,inf,"), "numbers for"),
     "no answers": (lambda out: (out / "run.csv").unlink(), "run.csv: expected a CSV file, found none"),
     "no weights": (lambda out: (out / "run.routing.csv").unlink(), "run.routing.csv: expected a CSV file"),
     "a weight": (lambda out: spoil(out / "run.routing.csv", "0.29", "much"), "'much'"),
@@ -76,6 +109,13 @@ BROKEN = {
         lambda out: spoil_bytes(out / "run.evidence.safetensors", b'"base_score"', b'"candidates"'),
         "expected the evidence of a run",
     ),
+    "evidence of another shape": (evidence_of(votes=np.zeros((2, 3), np.float32)), "float32 of shape [2, "),
+    "evidence of whole numbers": (evidence_of(base_score=np.zeros(2, int)), "expected float32 of shape [2]"),
+    "evidence without scores": (
+        evidence_of(scores=np.full((2, 3), np.nan, np.float32), base_score=np.full(2, np.nan, np.float32)),
+        "expected a score for each query",
+    ),
+    "evidence without names": (evidence_of(names="7"), "expected an object, got a whole number"),
     "other adapters": (lambda out: other_evidence(out, 2, "abc"), "expected the adapters and queries"),
     "other queries": (lambda out: other_evidence(out, 3), "adapters and queries of"),
 }  # fmt: skip

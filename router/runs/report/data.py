@@ -81,7 +81,7 @@ def variants(run: Run) -> list[dict[str, Any]]:
                 "cohesion": 1 - float(apart[members].mean()) if members else None,
                 "typical": [(k, run.rows[k].line(SHORT)) for k in members[:3]],
                 "edge": [(k, run.rows[k].line(SHORT)) for k in members[3:][-3:][::-1]],
-                "folder": run.record["variants"][n]["folder"],
+                "folder": run.record["variants"][n].get("folder"),
             }
         )
     return found
@@ -94,7 +94,7 @@ def place_of(module: str) -> tuple[str, str, str]:
         >>> place_of("model.layers.4.self_attn.q_proj")
         ('model.layers', '4', 'self_attn.q_proj')
     """
-    found = re.match(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?$", module)
+    found = re.match(r"(?:(.*?)\.)?(\d{1,9})(?:\.(.*))?$", module)
     if not found:
         return "", "", module
     kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", found[3] or "")  # a layer's experts count together
