@@ -21,12 +21,13 @@ from merge.factors import Factors, gram, svd
 from router.library.adapters import Adapter
 from router.progress import progress
 
-# Two adapters read alike if the root mean square difference of their log responses to generic text is below
-# ALIKE: copies with noise have 0.003 to 0.08, adapters trained apart at least 0.19 (docs/method.md).
-# They are duplicates if the cosine of their updates is above SAME.
+# Two adapters may read alike if the root mean square difference of their log responses to generic text is
+# below ALIKE. They do if what they read overlaps by more than OVERLAP. They are duplicates if the cosine of
+# their updates is above SAME. docs/method.md has what adapters have that were trained apart.
 ALIKE = 0.1
+OVERLAP = 0.7
 SAME = 0.99
-OVERLAP = 0.7  # of what two adapters read; trained apart they have 0.53 at most, copies with noise 0.75 to 1
+SAMPLE = 8  # modules at which two adapters that may read alike are compared
 
 
 def representatives(
@@ -46,20 +47,21 @@ def representatives(
     """
     there = ~np.isnan(responses[0])  # (adapters, modules)
     flat = _flat_logs(responses)
-    groups: list[list[int]] = []
+    groups: dict[int, list[int]] = {}  # by the first of each
     for n in progress(range(len(adapters)), desc="duplicates", unit="adapter"):
         count = max(1, there[n].sum() * len(responses))
-        for group in groups:
-            first = group[0]
-            if (there[n] == there[first]).all():
-                apart = np.sqrt(np.square(flat[n] - flat[first]).sum() / count)
-                if apart < ALIKE:
-                    group.append(n)
-                    break
+        near = [
+            (np.sqrt(np.square(flat[n] - flat[first]).sum() / count), first)
+            for first in groups
+            if (there[n] == there[first]).all()
+        ]
+        apart, first = min(near, default=(np.inf, -1))
+        if apart < ALIKE and _read_alike(adapters[n], adapters[first]):
+            groups[first].append(n)
         else:
-            groups.append([n])
+            groups[n] = [n]
     out, lookalike = np.arange(len(adapters)), np.zeros(len(adapters), bool)
-    for group in groups:
+    for group in groups.values():
         if len(group) > 1:
             pairs = [norms_and_cosines([adapters[group[0]], adapters[n]]) for n in group]
             same = np.array(
@@ -99,15 +101,23 @@ def norms_and_cosines(adapters: Sequence[Adapter]) -> tuple[NDArray[np.float64],
     return norms, np.divide(inner, sizes, out=np.zeros_like(inner), where=sizes > 0)
 
 
-def overlaps(adapters: Sequence[Adapter]) -> NDArray[np.float64]:
+def _read_alike(one: Adapter, other: Adapter) -> bool:
+    modules = sorted(one.folder.shapes)
+    return bool(overlaps([one, other], modules[:: -(-len(modules) // SAMPLE)])[0, 1] > OVERLAP)
+
+
+def overlaps(adapters: Sequence[Adapter], modules: Sequence[str] | None = None) -> NDArray[np.float64]:
     """How much of what they read all pairs have in common, (adapters, adapters) in [0, 1].
 
     An adapter reads a module's inputs with `P = V diag(w) V^T` of its prototype, as in
     router/routing/prototypes.py. The overlap is the cosine of two such matrices, all modules as one vector.
     What is written plays no part.
+
+    Args:
+        modules: the modules to compare at, which all adapters change; None takes all.
     """
     inner = np.zeros((len(adapters), len(adapters)))
-    streams = (_numbered(n, adapter) for n, adapter in enumerate(adapters))
+    streams = (_numbered(n, adapter, modules) for n, adapter in enumerate(adapters))
     for _, found in groupby(merge(*streams, key=itemgetter(0, 1)), key=itemgetter(0)):
         _, owners, updates = zip(*found, strict=True)
         read = []
@@ -123,7 +133,10 @@ def overlaps(adapters: Sequence[Adapter]) -> NDArray[np.float64]:
     return np.divide(inner, sizes, out=np.zeros_like(inner), where=sizes > 0)
 
 
-def _numbered(number: int, adapter: Adapter) -> Iterator[tuple[str, int, Factors]]:
+def _numbered(
+    number: int, adapter: Adapter, modules: Sequence[str] | None = None
+) -> Iterator[tuple[str, int, Factors]]:
     """An adapter's updates in order of module, with its number."""
-    for module, update in adapter.read_all():
+    updates = adapter.read_all() if modules is None else ((name, adapter.read(name)) for name in modules)
+    for module, update in updates:
         yield module, number, update

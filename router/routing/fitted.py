@@ -257,6 +257,8 @@ def _check(about: Mapping[str, Any], tensors: Mapping[str, Tensor], widths: Mapp
     if heard.shape != (n, len(modules), 2) or (heard != heard[..., :1] & there[..., None]).any():
         raise ValueError("reference: expected numbers where an adapter has a prototype, and nowhere else")
     kept = sorted(set(representative) & set(np.flatnonzero(heard.any((1, 2))).tolist()))
+    if not kept:
+        raise ValueError("reference: expected a number wherever an adapter is heard, got none")
     for name in _LEARNED:
         one = {"confidence_": 2, "reference_leads_": len(tensors["gate reference_leads_"])}.get(
             name, len(kept)
@@ -268,5 +270,5 @@ def _check(about: Mapping[str, Any], tensors: Mapping[str, Tensor], widths: Mapp
             raise ValueError(f"{name}: expected numbers of shape {shape}, got {tuple(tensors[name].shape)}")
         if len(shape) == 1 and not tensors[name].isfinite().all():
             raise ValueError(f"{name}: expected finite numbers")
-    if not kept or (tensors["gate mean_"].isfinite().numpy() != heard[kept]).any():
+    if (tensors["gate mean_"].isfinite().numpy() != heard[kept]).any():
         raise ValueError("gate mean_: expected a number wherever an adapter is heard, and nowhere else")
