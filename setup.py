@@ -18,11 +18,11 @@ setup(
     },
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.0",
+        "transformers>=5.6",
         "peft>=0.21",
         "safetensors>=0.4",
         "accelerate>=1.0",
-        "scikit-learn>=1.6",
+        "scikit-learn>=1.7",
         "faiss-cpu>=1.14.2",  # k-means++
         "pandas>=2.2.2",
         "filelock>=3.13",
