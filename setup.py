@@ -52,6 +52,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
             "mypy>=1.13",
             "ruff>=0.9",
             "vulture>=2.14",

@@ -52,6 +52,13 @@ def test_every_query_is_in_its_nearest_variant():
     assert (own <= distances.min(1) + 1e-9).all()
 
 
+@pytest.mark.parametrize("n_variants", [None, 7])
+def test_the_order_of_queries_does_not_matter(n_variants):
+    weights, order = random_rows(200, 9), np.random.default_rng(1).permutation(200)
+    found, moved = (cluster(rows, n_variants, seed=0) for rows in (weights, weights[order]))
+    np.testing.assert_allclose(moved.weights[moved.labels], found.weights[found.labels][order], atol=1e-12)
+
+
 def test_one_variant_is_the_mean_of_all():
     weights = random_rows(40, 4)
     found = cluster(weights, 1, seed=0)
