@@ -81,6 +81,25 @@ def test_adapters_that_read_alike_and_do_different_things_are_no_duplicates(base
     assert representatives(adapters, found).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(("cosine", "same"), [(0.992, True), (0.988, False)])
+def test_updates_with_a_cosine_above_0_99_are_duplicates(base, tmp_path, cosine, same):
+    def turned(key, x):
+        """A lora_B whose columns are orthonormal, and as long but turned by an angle of this cosine."""
+        if "_B" not in key:
+            return x
+        generator = torch.Generator().manual_seed(3)
+        q = torch.linalg.qr(torch.randn(len(x), 8, generator=generator))[0]
+        return cosine * q[:, :4] + (1 - cosine**2) ** 0.5 * q[:, 4:]
+
+    def straight(key, x):
+        generator = torch.Generator().manual_seed(3)
+        return torch.linalg.qr(torch.randn(len(x), 8, generator=generator))[0][:, :4] if "_B" in key else x
+
+    adapters = [adapter(tmp_path / "one", straight), adapter(tmp_path / "two", turned)]
+    found = representatives(adapters, responses(base, adapters))
+    assert (found[0] == found[1]) == same
+
+
 def test_an_adapter_with_another_module_is_no_duplicate(base, tmp_path):
     def nearly(key, x):  # of no weight beside the other modules
         return x * 1e-3 if "up_proj.lora_B" in key else x

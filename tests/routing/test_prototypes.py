@@ -83,6 +83,17 @@ def test_a_library_that_was_seen_before_is_not_decomposed_again(tiny_library, ca
         prototypes(adapters, dtype=torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("what", "value"), [("torch.__version__", "2.0.0"), ("router.routing.prototypes.FORMAT", 0)]
+)
+def test_what_another_version_decomposed_is_decomposed_again(tiny_library, cache, monkeypatch, what, value):
+    adapters = load_library([str(tiny_library)])
+    prototypes(adapters)
+    monkeypatch.setattr(what, value)
+    prototypes(adapters)
+    assert len(list(cache.rglob("*.safetensors"))) == 2 * len(adapters)
+
+
 def test_a_new_adapter_is_decomposed_and_the_others_are_not_read(tmp_path, tiny_library, cache):
     adapters = load_library([str(tiny_library)])
     first = prototypes(adapters)

@@ -61,6 +61,11 @@ def test_decide_drops_negligible_shares_and_keeps_sums_of_one():
         assert sum(variant.weights.values()) + variant.base == pytest.approx(1, abs=1e-12)
 
 
+def test_decide_drops_what_is_below_a_hundredth():
+    (found,) = decide(np.array([[0.98, 0.0101, 0.0099, 0.0]]), ["a", "b", "c"])
+    assert found.weights == pytest.approx({"a": 0.98 / 0.9901, "b": 0.0101 / 0.9901})
+
+
 def test_decide_keeps_the_base_models_share():
     assert decide(np.array([[0.004, 0.996]]), ["a"]) == [Variant({}, 1.0)]
     assert decide(np.array([[0.0, 0.0, 1.0]]), ["a", "b"]) == [Variant({}, 1.0)]
