@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import write_tiny_adapter
 from router.library.adapters import load_library
-from router.library.duplicates import representatives
+from router.library.duplicates import norms_and_cosines, representatives
 from router.methods.proto_route import ProtoRoute
 from router.model.answer import encode
 from router.routing.probe import input_means, probe
@@ -111,6 +111,13 @@ def test_an_adapter_with_another_module_is_no_duplicate(base, tmp_path):
     assert all("q_proj" in module for module in part.folder.shapes)
     adapters = [adapter(tmp_path / "both", nearly), part]
     assert representatives(adapters, responses(base, adapters)).tolist() == [0, 1]
+
+
+def test_an_update_of_zero_has_no_cosine_with_another(tmp_path):
+    adapters = [adapter(tmp_path / "zero", size=0.0), adapter(tmp_path / "one", size=1e-4)]
+    norms, cosines = norms_and_cosines(adapters)
+    assert norms[0] == 0 < norms[1]
+    np.testing.assert_allclose(cosines, [[0, 0], [0, 1]], atol=1e-12)
 
 
 def test_a_library_without_duplicates_represents_itself(base, tiny_library):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,16 @@ from helpers import logits
 from merge.factors import Factors
 from router.model.apply import active
 from router.model.base import linear_shapes, load_base
-from router.routing.variants import Variant, complete, decide, materialise, write_variant
+from router.routing.variants import (
+    Variant,
+    complete,
+    decide,
+    materialise,
+    remove_variants,
+    replace_variants,
+    variants_are_ours,
+    write_variant,
+)
 
 SCALES = {"attention": 8 / 4, "everything": 2 / 2, "mlp": 9 / math.sqrt(6)}  # alpha / r, the last rsLoRA
 MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
@@ -77,8 +87,53 @@ def test_decide_keeps_the_largest_of_many_small_shares():
     (even,) = decide(row, names)
     assert len(even.weights) == 400 and even.base == pytest.approx(1 / 401)
     row[0, 7] += 1e-3
-    (one,) = decide(row / row.sum(), names)
-    assert one == Variant({"a7": 1.0}, 0.0)
+    one, other = decide(np.concatenate([row / row.sum(), np.eye(401)[:1]]), names)
+    assert one == Variant({"a7": 1.0}, 0.0) and other == Variant({"a0": 1.0}, 0.0)
+
+
+def marked(folder):
+    folder.mkdir()
+    (folder / ".proto-route").touch()
+    (folder / "0").mkdir()
+
+
+def linked(folder):
+    marked(folder.parent / "elsewhere")
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def foreign(folder):
+    folder.mkdir()
+    (folder / "mine").touch()
+
+
+OURS = {"missing": lambda folder: None, "empty": Path.mkdir, "marked": marked}
+THEIRS = {
+    "foreign": foreign, "file": Path.touch, "link": linked,
+    "lost": lambda folder: folder.symlink_to("nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
+def test_only_a_folder_of_ours_is_removed_or_replaced(tmp_path, caplog, kind):
+    out, work = tmp_path / "out", tmp_path / "work"
+    for folder in (out, work):
+        folder.mkdir(mode=0o700)
+    (OURS | THEIRS)[kind](out / "variants")
+    before = sorted(tmp_path.rglob("*"))
+    assert variants_are_ours(out) == (kind in OURS)
+    (work / "1").mkdir()
+    if kind in THEIRS:
+        remove_variants(out)
+        replace_variants(work, out)
+        assert sorted(tmp_path.rglob("*")) == sorted([*before, work / "1"])
+        assert "the variants could not be kept" in caplog.text
+    else:
+        replace_variants(work, out)
+        assert not work.exists() and (out / "variants").stat().st_mode & 0o777 == 0o755
+        assert sorted(path.name for path in (out / "variants").iterdir()) == [".proto-route", "1"]
+        remove_variants(out)
+        assert out.exists() and not list(out.iterdir()) and not caplog.text
 
 
 @pytest.mark.parametrize("variant", [MIXED, Variant({"attention": 1.0}, 0.0), Variant({"mlp": 0.25}, 0.75)])
