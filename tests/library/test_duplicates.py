@@ -113,6 +113,19 @@ def test_an_adapter_with_another_module_is_no_duplicate(base, tmp_path):
     assert representatives(adapters, responses(base, adapters)).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(("noise", "same"), [(0.07, True), (0.2, False)])
+def test_a_copy_with_a_little_noise_is_a_duplicate(base, tmp_path, noise, same):
+    def noisy(key, x):
+        generator = torch.Generator().manual_seed(len(key))
+        return x + noise * x.std() * torch.randn(x.shape, generator=generator)
+
+    adapters = [adapter(tmp_path / "one"), adapter(tmp_path / "two", noisy)]
+    found = responses(base, adapters)
+    assert 0.01 < np.sqrt(np.nanmean(np.square(np.log(found[:, 0] / found[:, 1])))) < (0.05 if same else 1)
+    representative = representatives(adapters, found)
+    assert (representative[0] == representative[1]) == same
+
+
 def test_an_update_of_zero_has_no_cosine_with_another(tmp_path):
     adapters = [adapter(tmp_path / "zero", size=0.0), adapter(tmp_path / "one", size=1e-4)]
     norms, cosines = norms_and_cosines(adapters)

@@ -91,6 +91,13 @@ def test_a_new_adapter_costs_nothing_of_the_others(base, adapters, tiny_library,
     np.testing.assert_allclose(found["responses"][:, [1]], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_modules_that_no_adapter_changed_before_are_measured_beside_the_others(base, adapters):
+    attention, everything, _ = adapters
+    measured(base, [attention])
+    assert_close(measured(base, [attention, everything]), fresh(base, [attention, everything]))
+    assert_close(measured(base, [attention]), fresh(base, [attention]))
+
+
 def test_an_adapter_without_modules_of_another_is_nan_there(base, adapters):
     found, modules = measured(base, adapters)["responses"], list(prototypes(adapters))
     for _ in range(2):  # measured, and as it is kept
