@@ -49,6 +49,7 @@ setup(
         "litellm": ["litellm[proxy]>=1.80", "fastapi>=0.110"],
         "notebook": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat"],
         "docs": ["pdoc>=15"],
+        "mutate": ["mutmut>=3.8"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

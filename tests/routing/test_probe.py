@@ -112,6 +112,8 @@ def test_padding_and_the_order_of_prompts_do_not_matter(budget, base, measured, 
     means = input_means(base.model, rows, 0, list(protos))
     alone = np.concatenate([probe(base.model, [row], 0, protos, means, 3).responses for row in rows])
     monkeypatch.setattr("router.model.device.CPU_TOKENS", budget)
+    for module, mean in input_means(base.model, rows[::-1], 0, list(protos)).items():
+        torch.testing.assert_close(mean, means[module], rtol=1e-4, atol=1e-5)
     order = [4, 0, 6, 2, 5, 1, 3]
     found = probe(base.model, [rows[n] for n in order], 0, protos, means, 3).responses
     np.testing.assert_allclose(found, alone[order], rtol=1e-3, atol=1e-5)
@@ -128,6 +130,16 @@ def test_adapters_do_not_change_each_others_responses_and_their_size_does_not_ei
     found = probe(base.model, rows, 0, alone, means, 1).responses
     assert list(alone) == list(protos)
     np.testing.assert_allclose(found[:, 0], whole[:, 1], rtol=1e-4, atol=1e-6)
+
+
+def test_modules_do_not_change_each_others_responses(base, measured):
+    """Not even if they are centred with the same numbers."""
+    protos, rows = measured
+    means = {module: torch.zeros(len(proto.directions)) for module, proto in protos.items()}
+    whole = probe(base.model, rows, 0, protos, means, 3).responses
+    for m, module in enumerate(protos):
+        alone = probe(base.model, rows, 0, {module: protos[module]}, means, 3).responses
+        np.testing.assert_array_equal(alone[:, :, 0], whole[:, :, m])
 
 
 def test_responses_are_cosines(base, measured):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from router.routing.variants import (
     Variant,
     complete,
     decide,
+    limited,
     materialise,
     remove_variants,
     replace_variants,
@@ -158,6 +160,19 @@ def test_a_written_variant_has_the_asked_rank(tmp_path, base, adapters):
     assert write_variant(tmp_path / "exact", MIXED, adapters, base, shapes) == 8  # 6 + 2, or 4 + 2
     assert write_variant(tmp_path / "one", MIXED, adapters, base, shapes, 1) == 1
     assert {a.shape[0] for a, _ in raw(tmp_path / "one").values()} == {1}
+
+
+def test_a_written_variant_names_its_base_model_and_revision(tmp_path, base, adapters):
+    other = replace(base, revision="abc")
+    write_variant(tmp_path / "v", MIXED, adapters, other, linear_shapes(base.model))
+    config = json.loads((tmp_path / "v" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (base.name, "abc")
+
+
+def test_an_update_that_has_the_rank_already_stays_as_it_is():
+    update = Factors(torch.ones(3, 8), torch.ones(5, 3))
+    assert limited(update, 3) is update and limited(update, None) is update
+    assert limited(update, 2).rank == 2
 
 
 def test_complete_fills_up_a_kind_but_adds_none():
