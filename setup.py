@@ -49,10 +49,12 @@ setup(
         "litellm": ["litellm[proxy]>=1.80", "fastapi>=0.110"],
         "notebook": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat"],
         "docs": ["pdoc>=15"],
+        "mutate": ["mutmut>=3.8"],
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
             "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
             "mypy>=1.13",
             "ruff>=0.9",
             "vulture>=2.14",

@@ -144,7 +144,7 @@ def _kmeans(weights: Array, k: int, seed: int) -> Clusters:
             init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
             max_points_per_centroid=max(256, len(points)),
         )  # fmt: skip
-        kmeans.train(points)
+        kmeans.train(points[np.lexsort(points.T)])  # the queries' order changes nothing
         labels = kmeans.index.search(points, 1)[1][:, 0]
     # faiss stops after 25 rounds; on from there until each query is in its nearest group.
     for _ in range(100):

@@ -35,7 +35,7 @@ FILE = "router.safetensors"
 AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
 FORMAT = 3  # raise it when a reader of the old one could not use the new one
 _LEARNED = (
-    "mean_", "std_", "loadings_", "filter_", "location_", "scale_", "confidence_", "reference_leads_"
+    "mean_", "std_", "loadings_", "filter_", "scale_", "confidence_", "reference_leads_"
 )  # fmt: skip
 _ABOUT = {
     "names": [str], "modules": [str], "representative": [int], "lookalikes": [int], "silent": [int],

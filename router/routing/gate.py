@@ -55,7 +55,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         loadings_: (adapters, modules, views) of the common factor, in [0, 1); 0 without a prototype.
         filter_: (adapters, modules, views) weights in the score; their sum over views is 1 on average over an
             adapter's modules.
-        location_, scale_: (adapters,) of the score averaged over modules.
+        scale_: (adapters,) deviation of an adapter's mean vote, whose mean is 0, over the reference queries.
         confidence_: (2,) mean and deviation of the base model's confidence over the reference queries.
         reference_leads_: (reference queries,) cross-validated score of the best adapter, less the base
             model's standardised confidence.
@@ -138,7 +138,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.mean_, self.std_, self.loadings_ = means, stds, loadings
         self.filter_ = _filter(means, stds)
         raw = np.concatenate([_nanmean(self._votes(x), 2) for x in _parts(X)])
-        self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
+        self.scale_ = raw.std(0, ddof=1).clip(1e-6)
         return self
 
     @staticmethod
@@ -162,7 +162,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     def _scores(self, X: NDArray[Any]) -> Array:
         found = [_nanmean(self._votes(x), 2) for x in _parts(X)]
         raw = np.concatenate(found) if found else np.empty((0, self.n_adapters_))
-        return np.asarray((raw - self.location_) / self.scale_)
+        return np.asarray(raw / self.scale_)
 
     def votes(self, X: ArrayLike, scores: Array) -> Array:
         """The best adapter's filtered responses, whose mean makes its score, (queries, modules)."""
@@ -286,7 +286,7 @@ def _loadings(z: Array) -> Array:
         axis = (correlation @ axis[:, :, None])[:, :, 0]
         size = np.linalg.norm(axis, axis=1, keepdims=True).clip(1e-12)
         axis /= size
-        loadings = (np.sqrt(size) * axis).clip(0, _HIGHEST)
+        loadings = (np.sqrt(size) * axis).clip(max=_HIGHEST)
     return np.asarray(loadings)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import write_tiny_adapter
 from router.library.adapters import load_library
-from router.library.duplicates import representatives
+from router.library.duplicates import norms_and_cosines, representatives
 from router.methods.proto_route import ProtoRoute
 from router.model.answer import encode
 from router.routing.probe import input_means, probe
@@ -90,6 +90,25 @@ def test_a_lookalike_does_not_count_among_the_sizes_of_a_duplicate(base, tmp_pat
     assert numbers.tolist() == [2, 2, 2] and lookalike.tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize(("cosine", "same"), [(0.992, True), (0.988, False)])
+def test_updates_with_a_cosine_above_0_99_are_duplicates(base, tmp_path, cosine, same):
+    def turned(key, x):
+        """A lora_B whose columns are orthonormal, and as long but turned by an angle of this cosine."""
+        if "_B" not in key:
+            return x
+        generator = torch.Generator().manual_seed(3)
+        q = torch.linalg.qr(torch.randn(len(x), 8, generator=generator))[0]
+        return cosine * q[:, :4] + (1 - cosine**2) ** 0.5 * q[:, 4:]
+
+    def straight(key, x):
+        generator = torch.Generator().manual_seed(3)
+        return torch.linalg.qr(torch.randn(len(x), 8, generator=generator))[0][:, :4] if "_B" in key else x
+
+    adapters = [adapter(tmp_path / "one", straight), adapter(tmp_path / "two", turned)]
+    found = representatives(adapters, responses(base, adapters))
+    assert (found[0] == found[1]) == same
+
+
 def test_an_adapter_with_another_module_is_no_duplicate(base, tmp_path):
     def nearly(key, x):  # of no weight beside the other modules
         return x * 1e-3 if "up_proj.lora_B" in key else x
@@ -101,6 +120,26 @@ def test_an_adapter_with_another_module_is_no_duplicate(base, tmp_path):
     assert all("q_proj" in module for module in part.folder.shapes)
     adapters = [adapter(tmp_path / "both", nearly), part]
     assert representatives(adapters, responses(base, adapters))[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("noise", "same"), [(0.07, True), (0.2, False)])
+def test_a_copy_with_a_little_noise_is_a_duplicate(base, tmp_path, noise, same):
+    def noisy(key, x):
+        generator = torch.Generator().manual_seed(len(key))
+        return x + noise * x.std() * torch.randn(x.shape, generator=generator)
+
+    adapters = [adapter(tmp_path / "one"), adapter(tmp_path / "two", noisy)]
+    found = responses(base, adapters)
+    assert 0.01 < np.sqrt(np.nanmean(np.square(np.log(found[:, 0] / found[:, 1])))) < (0.05 if same else 1)
+    representative = representatives(adapters, found)
+    assert (representative[0] == representative[1]) == same
+
+
+def test_an_update_of_zero_has_no_cosine_with_another(tmp_path):
+    adapters = [adapter(tmp_path / "zero", size=0.0), adapter(tmp_path / "one", size=1e-4)]
+    norms, cosines = norms_and_cosines(adapters)
+    assert norms[0] == 0 < norms[1]
+    np.testing.assert_allclose(cosines, [[0, 0], [0, 1]], atol=1e-12)
 
 
 def test_a_library_without_duplicates_represents_itself(base, tiny_library):

@@ -236,22 +236,29 @@ def test_mixed_kinds_are_answered_in_order(base, batch_size):
     assert batch_size is None or max(done) <= batch_size * max(tokens)
 
 
-def short_of_memory(base, rows):
+OUT_OF_MEMORY = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory."),
+    "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+}
+
+
+def short_of_memory(base, rows, error):
     """Makes every pass over more than so many rows fail; returns the sizes that came, and an undo."""
     seen = []
 
     def refuse(model, args, kwargs):
         seen.append(len(kwargs["input_ids"]))
         if seen[-1] > rows:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
 
     return seen, base.model.register_forward_pre_hook(refuse, with_kwargs=True).remove
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_done_twice(base):
+@pytest.mark.parametrize("device", OUT_OF_MEMORY)
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_done_twice(base, device):
     queries = generation(*(f"number {n}" for n in range(9)))
     expected = answered(base, queries, max_new_tokens=3)
-    seen, undo = short_of_memory(base, 3)
+    seen, undo = short_of_memory(base, 3, OUT_OF_MEMORY[device])
     done = []
     try:
         found = answered(base, queries, max_new_tokens=3, progress=done.append)
@@ -261,6 +268,16 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_done_twice(base):
     size = len(letters(base, "number 0"))
     assert sum(done) == 9 * size and max(done) <= 3 * size
     assert [size for size in seen if size > 3] == [9, 4]  # what failed; the other half was not tried whole
+
+
+def test_any_other_error_is_not_taken_for_a_lack_of_memory(base):
+    seen, undo = short_of_memory(base, 0, RuntimeError("shapes cannot be multiplied"))
+    try:
+        with pytest.raises(RuntimeError, match="shapes"):
+            answered(base, generation("Hi", "Ho"))
+    finally:
+        undo()
+    assert len(seen) == 1
 
 
 def test_one_query_that_does_not_fit_has_no_answer_and_the_others_have(base, caplog):

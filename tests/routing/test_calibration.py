@@ -1,7 +1,9 @@
 """Calibration is measured once for each base model and adapter, and is what a fresh measurement is."""
 
+import copy
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,6 +91,13 @@ def test_a_new_adapter_costs_nothing_of_the_others(base, adapters, tiny_library,
     np.testing.assert_allclose(found["responses"][:, [1]], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_modules_that_no_adapter_changed_before_are_measured_beside_the_others(base, adapters):
+    attention, everything, _ = adapters
+    measured(base, [attention])
+    assert_close(measured(base, [attention, everything]), fresh(base, [attention, everything]))
+    assert_close(measured(base, [attention]), fresh(base, [attention]))
+
+
 def test_an_adapter_without_modules_of_another_is_nan_there(base, adapters):
     found, modules = measured(base, adapters)["responses"], list(prototypes(adapters))
     for _ in range(2):  # measured, and as it is kept
@@ -121,6 +130,23 @@ def test_another_limit_or_other_texts_have_another_folder(base, monkeypatch):
     folders.append(Calibration(base).folder)
     assert len(set(folders)) == 4
     assert Calibration(base).folder == folders[-1]
+
+
+OTHER = {
+    "weights": lambda base, patch: replace(base, sha256="0" * 64),
+    "dtype": lambda base, patch: replace(base, model=copy.deepcopy(base.model).bfloat16()),
+    "device": lambda base, patch: replace(base, model=copy.deepcopy(base.model).to("meta")),
+    "torch": lambda base, patch: patch.setattr("torch.__version__", "2.0.0"),
+    "format": lambda base, patch: patch.setattr("router.routing.calibration.FORMAT", 0),
+    "prototypes": lambda base, patch: patch.setattr("router.routing.calibration.PROTOTYPES", 0),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_whatever_would_be_measured_differently_has_another_folder(base, monkeypatch, what):
+    before = Calibration(base).folder
+    other = OTHER[what](base, monkeypatch) or base
+    assert Calibration(other).folder != before
 
 
 def other_norm(folder):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from router.routing.clusters import MEAN_LOSS, WORST_LOSS, cluster, mixes, most_variants
+from router.routing.clusters import MEAN_LOSS, WORST_LOSS, Clusters, cluster, mixes, most_variants, nearest
 
 
 def lost(weights, clusters):
@@ -50,6 +50,20 @@ def test_every_query_is_in_its_nearest_variant():
     distances = ((mixes(weights)[:, None] - found.weights[None]) ** 2).sum(2)
     own = distances[np.arange(120), found.labels]
     assert (own <= distances.min(1) + 1e-9).all()
+
+
+@pytest.mark.parametrize("n_variants", [None, 7])
+def test_the_order_of_queries_does_not_matter(n_variants):
+    weights, order = random_rows(200, 9), np.random.default_rng(1).permutation(200)
+    found, moved = (cluster(rows, n_variants, seed=0) for rows in (weights, weights[order]))
+    np.testing.assert_allclose(moved.weights[moved.labels], found.weights[found.labels][order], atol=1e-12)
+
+
+def test_a_later_query_is_answered_by_the_nearest_variant():
+    weights, made = random_rows(300, 4, seed=1), random_rows(12, 4, seed=2)
+    distances = ((mixes(weights)[:, None] - made[None]) ** 2).sum(2)
+    found = nearest(weights, Clusters(np.arange(12), made))
+    assert (found == distances.argmin(1)).all() and len(set(found)) > 4
 
 
 def test_one_variant_is_the_mean_of_all():

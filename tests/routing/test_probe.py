@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from helpers import NAMES, write_tiny_adapter
 from router.library.adapters import load_library
 from router.model.answer import encode
-from router.routing.probe import END, base_confidence, counted_tokens, input_means, probe
+from router.routing.probe import Probed, base_confidence, counted_tokens, input_means, probe, unreadable
 from router.routing.prototypes import prototypes
 
 # Of one, two and three tokens (none, one and two are counted beside the first), and longer ones.
@@ -92,7 +92,7 @@ def test_a_prompt_that_is_no_longer_than_its_end_has_one_response_twice(base, me
     protos, rows = measured
     found = probe(base.model, rows, 0, protos, input_means(base.model, rows, 0, list(protos)), 3).responses
     same = [np.allclose(*np.nan_to_num(one.T), atol=1e-6) for one in found]
-    assert same == [len(row) <= END + 1 for row in rows] == [True] * 3 + [False] * 4
+    assert same == [len(row) <= 2 + 1 for row in rows] == [True] * 3 + [False] * 4
 
 
 def test_the_end_does_not_depend_on_how_long_the_rest_is(base, measured):
@@ -112,6 +112,8 @@ def test_padding_and_the_order_of_prompts_do_not_matter(budget, base, measured, 
     means = input_means(base.model, rows, 0, list(protos))
     alone = np.concatenate([probe(base.model, [row], 0, protos, means, 3).responses for row in rows])
     monkeypatch.setattr("router.model.device.CPU_TOKENS", budget)
+    for module, mean in input_means(base.model, rows[::-1], 0, list(protos)).items():
+        torch.testing.assert_close(mean, means[module], rtol=1e-4, atol=1e-5)
     order = [4, 0, 6, 2, 5, 1, 3]
     found = probe(base.model, [rows[n] for n in order], 0, protos, means, 3).responses
     np.testing.assert_allclose(found, alone[order], rtol=1e-3, atol=1e-5)
@@ -128,6 +130,16 @@ def test_adapters_do_not_change_each_others_responses_and_their_size_does_not_ei
     found = probe(base.model, rows, 0, alone, means, 1).responses
     assert list(alone) == list(protos)
     np.testing.assert_allclose(found[:, 0], whole[:, 1], rtol=1e-4, atol=1e-6)
+
+
+def test_modules_do_not_change_each_others_responses(base, measured):
+    """Not even if they are centred with the same numbers."""
+    protos, rows = measured
+    means = {module: torch.zeros(len(proto.directions)) for module, proto in protos.items()}
+    whole = probe(base.model, rows, 0, protos, means, 3).responses
+    for m, module in enumerate(protos):
+        alone = probe(base.model, rows, 0, {module: protos[module]}, means, 3).responses
+        np.testing.assert_array_equal(alone[:, :, 0], whole[:, :, m])
 
 
 def test_responses_are_cosines(base, measured):
@@ -148,6 +160,14 @@ def test_responses_are_cosines(base, measured):
 )
 def test_neither_padding_nor_the_first_of_several_tokens_counts(mask, counted):
     assert counted_tokens(torch.tensor([mask])).int().tolist() == [counted]
+
+
+def test_a_prompt_is_unreadable_if_anything_is_not_finite_that_should_be():
+    responses, confidence, absent = np.ones((5, 2, 3, 2)), np.zeros(5), np.zeros((2, 3, 2), dtype=bool)
+    responses[:, 1, 2], absent[1, 2] = np.nan, True  # no prototype there
+    responses[1, 0, 0, 1], responses[2, 1, 1, 0], confidence[3] = np.nan, np.inf, -np.inf
+    found = unreadable(Probed(responses, confidence), absent)
+    assert found.tolist() == [False, True, True, True, False]
 
 
 def test_the_confidence_is_that_of_the_whole_model(base, adapters):

@@ -83,6 +83,17 @@ def test_a_library_that_was_seen_before_is_not_decomposed_again(tiny_library, ca
         prototypes(adapters, dtype=torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("what", "value"), [("torch.__version__", "2.0.0"), ("router.routing.prototypes.FORMAT", 0)]
+)
+def test_what_another_version_decomposed_is_decomposed_again(tiny_library, cache, monkeypatch, what, value):
+    adapters = load_library([str(tiny_library)])
+    prototypes(adapters)
+    monkeypatch.setattr(what, value)
+    prototypes(adapters)
+    assert len(list(cache.rglob("*.safetensors"))) == 2 * len(adapters)
+
+
 def test_a_new_adapter_is_decomposed_and_the_others_are_not_read(tmp_path, tiny_library, cache):
     adapters = load_library([str(tiny_library)])
     first = prototypes(adapters)
@@ -120,6 +131,27 @@ def test_the_same_file_name_with_other_weights_is_another_adapter(tmp_path, cach
     assert not any(
         torch.equal(proto.directions, second[module].directions) for module, proto in first.items()
     )
+
+
+def test_what_was_kept_before_changes_no_byte(tmp_path, cache):
+    """The same weights in another size have the same prototypes but for rounding, and files of their own."""
+    for alpha in (4, 7):
+        found = prototypes(load_library([str(write_tiny_adapter(tmp_path / "one", 1, alpha=alpha))]))
+    for file in cache.rglob("*.safetensors"):
+        file.unlink()
+    fresh = prototypes(load_library([str(tmp_path / "one")]))
+    assert all(torch.equal(proto.weights, fresh[module].weights) for module, proto in found.items())
+
+
+def test_files_are_written_beside_where_they_stay(tmp_path, tiny_library, cache, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "another file system"))
+    prototypes(load_library([str(tiny_library)]))
+    assert len(list(cache.rglob("*.safetensors"))) == 3
+
+
+def test_a_cache_that_cannot_be_written_costs_time_and_nothing_else(tiny_library, cache):
+    cache.touch()
+    assert prototypes(load_library([str(tiny_library)]))
 
 
 def test_a_full_disk_costs_the_next_run_time_and_nothing_else(tiny_library, cache, monkeypatch):

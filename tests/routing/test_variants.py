@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,17 @@ from helpers import logits
 from merge.factors import Factors
 from router.model.apply import active
 from router.model.base import linear_shapes, load_base
-from router.routing.variants import Variant, complete, decide, materialise, write_variant
+from router.routing.variants import (
+    Variant,
+    complete,
+    decide,
+    limited,
+    materialise,
+    remove_variants,
+    replace_variants,
+    variants_are_ours,
+    write_variant,
+)
 
 SCALES = {"attention": 8 / 4, "everything": 2 / 2, "mlp": 9 / math.sqrt(6)}  # alpha / r, the last rsLoRA
 MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
@@ -61,6 +73,11 @@ def test_decide_drops_negligible_shares_and_keeps_sums_of_one():
         assert sum(variant.weights.values()) + variant.base == pytest.approx(1, abs=1e-12)
 
 
+def test_decide_drops_what_is_below_a_hundredth():
+    (found,) = decide(np.array([[0.98, 0.0101, 0.0099, 0.0]]), ["a", "b", "c"])
+    assert found.weights == pytest.approx({"a": 0.98 / 0.9901, "b": 0.0101 / 0.9901})
+
+
 def test_decide_keeps_the_base_models_share():
     assert decide(np.array([[0.004, 0.996]]), ["a"]) == [Variant({}, 1.0)]
     assert decide(np.array([[0.0, 0.0, 1.0]]), ["a", "b"]) == [Variant({}, 1.0)]
@@ -72,8 +89,53 @@ def test_decide_keeps_the_largest_of_many_small_shares():
     (even,) = decide(row, names)
     assert len(even.weights) == 400 and even.base == pytest.approx(1 / 401)
     row[0, 7] += 1e-3
-    (one,) = decide(row / row.sum(), names)
-    assert one == Variant({"a7": 1.0}, 0.0)
+    one, other = decide(np.concatenate([row / row.sum(), np.eye(401)[:1]]), names)
+    assert one == Variant({"a7": 1.0}, 0.0) and other == Variant({"a0": 1.0}, 0.0)
+
+
+def marked(folder):
+    folder.mkdir()
+    (folder / ".proto-route").touch()
+    (folder / "0").mkdir()
+
+
+def linked(folder):
+    marked(folder.parent / "elsewhere")
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def foreign(folder):
+    folder.mkdir()
+    (folder / "mine").touch()
+
+
+OURS = {"missing": lambda folder: None, "empty": Path.mkdir, "marked": marked}
+THEIRS = {
+    "foreign": foreign, "file": Path.touch, "link": linked,
+    "lost": lambda folder: folder.symlink_to("nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
+def test_only_a_folder_of_ours_is_removed_or_replaced(tmp_path, caplog, kind):
+    out, work = tmp_path / "out", tmp_path / "work"
+    for folder in (out, work):
+        folder.mkdir(mode=0o700)
+    (OURS | THEIRS)[kind](out / "variants")
+    before = sorted(tmp_path.rglob("*"))
+    assert variants_are_ours(out) == (kind in OURS)
+    (work / "1").mkdir()
+    if kind in THEIRS:
+        remove_variants(out)
+        replace_variants(work, out)
+        assert sorted(tmp_path.rglob("*")) == sorted([*before, work / "1"])
+        assert "the variants could not be kept" in caplog.text
+    else:
+        replace_variants(work, out)
+        assert not work.exists() and (out / "variants").stat().st_mode & 0o777 == 0o755
+        assert sorted(path.name for path in (out / "variants").iterdir()) == [".proto-route", "1"]
+        remove_variants(out)
+        assert out.exists() and not list(out.iterdir()) and not caplog.text
 
 
 @pytest.mark.parametrize("variant", [MIXED, Variant({"attention": 1.0}, 0.0), Variant({"mlp": 0.25}, 0.75)])
@@ -98,6 +160,19 @@ def test_a_written_variant_has_the_asked_rank(tmp_path, base, adapters):
     assert write_variant(tmp_path / "exact", MIXED, adapters, base, shapes) == 8  # 6 + 2, or 4 + 2
     assert write_variant(tmp_path / "one", MIXED, adapters, base, shapes, 1) == 1
     assert {a.shape[0] for a, _ in raw(tmp_path / "one").values()} == {1}
+
+
+def test_a_written_variant_names_its_base_model_and_revision(tmp_path, base, adapters):
+    other = replace(base, revision="abc")
+    write_variant(tmp_path / "v", MIXED, adapters, other, linear_shapes(base.model))
+    config = json.loads((tmp_path / "v" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (base.name, "abc")
+
+
+def test_an_update_that_has_the_rank_already_stays_as_it_is():
+    update = Factors(torch.ones(3, 8), torch.ones(5, 3))
+    assert limited(update, 3) is update and limited(update, None) is update
+    assert limited(update, 2).rank == 2
 
 
 def test_complete_fills_up_a_kind_but_adds_none():
