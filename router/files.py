@@ -40,6 +40,14 @@ def cache_folder() -> Path:
         ) from error
 
 
+def is_folder(name: str | Path) -> bool:
+    """Whether there is such a folder; there is none of a name that no folder can have."""
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def sha256_of(*files: Path) -> str:
     """The sha256 of the files' bytes, concatenated, in hexadecimal."""
     digest = hashlib.sha256()

@@ -22,6 +22,7 @@ from merge.factors import Factors
 from merge.folders import write_adapter
 from router.constants import COMPETITION, COMPETITION_BASE
 from router.errors import InputError
+from router.files import is_folder
 from router.kit import Merges
 from router.library.adapters import Adapter, base_of, check_against_base, load_library
 from router.model.answer import FAILED, Answer
@@ -81,8 +82,8 @@ class Routed(Merges):
             adapters = load_library(self.settings.adapters, bad=bad)
             spec, how = self.settings.base_model or default_base(self.settings, adapters), self.settings
             self.attach(load_base(spec, how.device, how.dtype, how.device_map), adapters)
-            is_folder = spec != EMBEDDED and Path(spec).is_dir()
-            self.adapters = check_against_base(adapters, self.base.name, is_folder, self.shapes, bad)
+            local = spec != EMBEDDED and is_folder(spec)
+            self.adapters = check_against_base(adapters, self.base.name, local, self.shapes, bad)
         self.left_out = bad or []
         for reason in self.left_out:
             log.warning("left out: %s", reason)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from router.files import cache_folder, check_shape, read_json, replacing, sha256_of
+from router.files import cache_folder, check_shape, is_folder, read_json, replacing, sha256_of
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,11 @@ def test_a_value_of_another_shape_is_refused_by_where_it_is(value, cause):
     check_shape({"n": 1, "of": {"x": 2}, "one": "a", "more": []}, shape)
     with pytest.raises(ValueError, match=re.escape(cause)):
         check_shape(value, shape)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "nowhere"])
+def test_a_name_that_no_folder_can_have_is_no_folder(tmp_path, name):
+    assert not is_folder(tmp_path / name) and is_folder(str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{'a': 1}", "", "1" * 5000])

@@ -271,6 +271,7 @@ REFUSED = {
         ["--output_folder", t / ("x" * 300)],
         "expected a folder to write to, but in",
     ),
+    "a base with such a name": lambda t: ("average", ["--base_model", "x" * 300], "--base_model xxx"),
     "an adapter with such a name": lambda t: ("average", ["--adapters", "x" * 300], "--adapters xxx"),
     "another base": lambda t: ("average", ["--adapters", foreign(t)], "adapter of another base model?"),
     "no base": lambda t: ("average", ["--base_model", t / "no" / "model"], "--base_model"),

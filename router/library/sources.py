@@ -10,6 +10,7 @@ from typing import NamedTuple
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
 from router.constants import COMPETITION, COMPETITION_ADAPTERS, LIBRARY
 from router.errors import InputError
+from router.files import is_folder
 from router.hub import HubError, fetch
 
 CARD_FILE = "README.md"  # an adapter's model card, as on the hub
@@ -59,10 +60,7 @@ def find(spec: str, local_only: bool = False) -> Iterator[Source]:
 
 
 def _folder(spec: str) -> Path | None:
-    try:
-        return next((path for path in (Path(spec), LIBRARY / spec) if path.is_dir()), None)
-    except (OSError, ValueError):  # no name that a folder can have
-        return None
+    return next((path for path in (Path(spec), LIBRARY / spec) if is_folder(path)), None)
 
 
 def is_here(spec: str) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from router.errors import InputError
-from router.files import cache_folder, sha256_of
+from router.files import cache_folder, is_folder, sha256_of
 from router.hub import HubError, fetch
 from router.model.answer import pad_id
 from router.model.device import ROOM, memory_bytes, pick_device, pick_dtype, spread
@@ -133,7 +133,7 @@ def load_base(
         os.environ.setdefault(capacity, "64")
     if spec == EMBEDDED:
         folder, name, revision = embedded_folder(), EMBEDDED_ID, None
-    elif Path(spec).is_dir():
+    elif is_folder(spec):
         folder, name, revision = Path(spec), spec, None
     else:
         folder, name, revision = _from_hub(spec)

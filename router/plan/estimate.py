@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from merge.folders import WEIGHTS_FILE, AdapterFolder
 from router.constants import COMPETITION_BASE
 from router.errors import InputError
-from router.files import read_json, replacing
+from router.files import is_folder, read_json, replacing
 from router.hub import HubError, fetch
 from router.library.adapters import check_against_base, load_library
 from router.library.sources import expand, is_here
@@ -95,8 +95,8 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     base = _base(spec)
     config, tokenizer = base.config, base.tokenizer
     model = skeleton(config)
-    is_folder = spec != EMBEDDED and Path(spec).is_dir()
-    library = check_against_base(library, base.name, is_folder, linear_shapes(model), bad)
+    local = spec != EMBEDDED and is_folder(spec)
+    library = check_against_base(library, base.name, local, linear_shapes(model), bad)
     adapters = {adapter.name: adapter.folder for adapter in library}
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
@@ -175,7 +175,7 @@ def _base(spec: str) -> _BaseModel:
     if spec == EMBEDDED:
         folder: Path | None = embedded_folder()
     else:
-        folder = Path(spec) if Path(spec).is_dir() else _cached(spec)
+        folder = Path(spec) if is_folder(spec) else _cached(spec)
     if folder:
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

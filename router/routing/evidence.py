@@ -112,6 +112,8 @@ class Evidence:
         ):  # fmt: skip
             if array.dtype != np.float32 or list(array.shape) != shape:
                 raise ValueError(f"expected float32 of shape {shape}, got {array.dtype} of {array.shape}")
+            if np.isinf(array).any():
+                raise ValueError("expected finite numbers, or none, got endless ones")
         if not np.isfinite(found.candidates).any(1).all():
             raise ValueError("expected a score for each query, got none")
         return found

@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from router.errors import InputError
+from router.files import is_folder
 from router.runs.explain import Rows, called, open_console, section
 from router.runs.load import Run, load
 from router.submission import read_rows
@@ -109,7 +110,7 @@ def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> Rows:
 
 def _labels(paths: Sequence[Path], stems: Sequence[str]) -> dict[tuple[str, str], dict[str, str]]:
     """Rows of labels by stem and id."""
-    files = [file for path in paths for file in (sorted(path.glob("*.csv")) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (sorted(path.glob("*.csv")) if is_folder(path) else [path])]
     if not (of_runs := [file for file in files if file.stem in stems and file.exists()]):
         raise InputError(
             f"--labels {' '.join(map(str, paths))}: expected CSV files named as the query files "

@@ -8,7 +8,7 @@ from typing import Any
 
 from merge.folders import CONFIG_FILE
 from router.errors import InputError
-from router.files import read_json
+from router.files import is_folder, read_json
 from router.routing.variants import VARIANTS
 
 AUTO = "auto"  # the model that a client names to have its request routed
@@ -65,7 +65,7 @@ def read_served(folder: Path) -> Served:
             folders[served(number)] = path
             ranks.append(config["r"])
             modules |= set(config["target_modules"])
-    name = str(Path(base["name"]).resolve()) if Path(base["name"]).is_dir() else base["name"]
+    name = str(Path(base["name"]).resolve()) if is_folder(base["name"]) else base["name"]
     return Served(name, base.get("revision"), base["dtype"], folders, max(ranks), sorted(modules))
 
 

@@ -115,6 +115,7 @@ BROKEN = {
         evidence_of(scores=np.full((2, 3), np.nan, np.float32), base_score=np.full(2, np.nan, np.float32)),
         "expected a score for each query",
     ),
+    "endless evidence": (evidence_of(votes=np.full((2, 12), np.inf, np.float32)), "expected finite numbers"),
     "evidence without names": (evidence_of(names="7"), "expected an object, got a whole number"),
     "other adapters": (lambda out: other_evidence(out, 2, "abc"), "expected the adapters and queries"),
     "other queries": (lambda out: other_evidence(out, 3), "adapters and queries of"),
