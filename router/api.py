@@ -151,8 +151,8 @@ class Router:
         flags = {
             key: value for key, value in run.record["flags"].items() if key in Settings.__dataclass_fields__
         }
-        for key in ("dataset_filepaths", "output_folder"):
-            del flags[key]
+        for key in ("dataset_filepaths", "output_folder", "engine", "upstream"):
+            flags.pop(key, None)
         flags |= {"device": device, "dtype": dtype or run.record["base"]["dtype"]}
         flags["base_model"] = base_model or flags["base_model"]
         router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)

@@ -8,3 +8,7 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class ServerError(InputError):
+    """A server that answers queries has failed. The same command goes on where it was."""

@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from router.constants import BASE_COLUMN
+from router.constants import ADDRESS, BASE_COLUMN
 from router.deadline import Deadline
-from router.errors import InputError
+from router.errors import InputError, ServerError
 from router.files import replacing, sha256_of
 from router.journal import Journal, alone_in
 from router.kit import Merges
 from router.methods import load_method
 from router.model.apply import picked
 from router.model.device import batch_tokens, tokens_at_once
+from router.per_token import PerToken
 from router.pipeline import Routed
 from router.record import record, versions
 from router.result import Decision
@@ -46,6 +49,7 @@ def run(
     """
     deadline = None if time_limit is None else Deadline(time_limit)
     check_outputs(settings)
+    _check_engine(name, settings, deadline)
     files = {path: read_queries(path) for path in settings.dataset_filepaths}
     with alone_in(settings.output_folder):
         return _run(name, settings, files, fresh, deadline)
@@ -66,6 +70,8 @@ def _run(
     method.journal = journal = Journal(settings.output_folder, identity, fresh)
     try:
         result = method.answer(queries)
+    except ServerError:
+        raise
     except InputError:  # what it says to do would be another run
         journal.discard()
         raise
@@ -114,7 +120,7 @@ def _run(
 def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> dict[str, Any]:
     """What the answers depend on, as JSON values."""
     flags = settings.plain()
-    for path in ("dataset_filepaths", "output_folder", "adapters", "base_model"):
+    for path in ("dataset_filepaths", "output_folder", "adapters", "base_model", "upstream"):
         del flags[path]  # what they stand for counts
     asked = hashlib.sha256(repr(queries).encode("utf-8", "surrogatepass")).hexdigest()
     found = {"method": method.get_name(), "queries": asked, "versions": versions(), **flags}
@@ -133,6 +139,25 @@ def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> d
         found["base model"] = [settings.base_model, method.base_model_name, method.base_model_revision_id]
         found |= {"models": method.list_models, "code": sha256_of(Path(inspect.getfile(type(method))))}
     return found
+
+
+def _check_engine(name: str, settings: Settings, deadline: Deadline | None) -> None:
+    """Refuses what a server cannot answer."""
+    if settings.engine == "transformers":
+        if settings.upstream is not None:
+            raise InputError("--upstream: expected --engine openai with it, got --engine transformers")
+        return
+    if find_spec("httpx") is None:
+        raise InputError("--engine openai: expected httpx, found none; pip install 'proto-route[serve]'")
+    if not re.fullmatch(ADDRESS, settings.upstream or ""):
+        raise InputError(
+            f"--upstream: expected an address such as http://127.0.0.1:8000, got {settings.upstream!r}"
+        )
+    if deadline is not None:
+        raise InputError("--time_limit: expected --engine transformers, since a server's pace is not ours")
+    method = load_method(name)
+    if not issubclass(method, Routed) or issubclass(method, PerToken):
+        raise InputError(f"--engine openai: expected a method that makes variants, got {name}")
 
 
 def _outputs(settings: Settings, path: Path) -> tuple[Path, Path, Path]:

@@ -10,19 +10,9 @@ from typing import Any
 from merge.folders import CONFIG_FILE
 from router.errors import InputError
 from router.library.adapters import load_library
-from router.routing.variants import VARIANTS
+from router.routing.variants import VARIANTS, served
 
 AUTO = "auto"  # the model that a client names to have its request routed
-
-
-def served(number: int) -> str:
-    """The name of a variant on the server.
-
-    Example:
-        >>> served(3)
-        'variant-3'
-    """
-    return f"variant-{number}"
 
 
 @dataclass(frozen=True)
