@@ -61,10 +61,13 @@ def lorax(served: Served) -> list[str]:
 
 
 def llamacpp(served: Served) -> list[str]:
-    """llama.cpp's server. Each request says how much of which adapter it gets; without, it gets none."""
+    """llama.cpp's server. Each request says how much of which adapter it gets; without, it gets none.
+
+    `--lora` with `--lora-init-without-apply` would give such a request all of them, at full scale.
+    """
     return [
-        "llama-server", "--model", served.base, "--lora-init-without-apply",
-        *(word for path in served.folders.values() for word in ("--lora", str(path.resolve()))),
+        "llama-server", "--model", served.base,
+        *(word for path in served.folders.values() for word in ("--lora-scaled", f"{path.resolve()}:0")),
     ]  # fmt: skip
 
 
