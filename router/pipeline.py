@@ -198,7 +198,8 @@ class Routed(Merges):
         from router.engines.openai import answer  # needs the extra serve
 
         settings = self.settings
-        assert settings.upstream is not None  # router/run.py refuses a run without
+        if settings.upstream is None:
+            raise InputError("--engine openai: expected the address of a server in --upstream, got none")
         with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
             return answer(
                 settings.upstream, self.tokenizer, queries, rows, variants, scoring=settings.scoring,

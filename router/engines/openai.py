@@ -179,8 +179,8 @@ def _loaded(client: httpx.Client, variants: Sequence[Path | None]) -> Iterator[d
             sha256 = sha256_of(path / WEIGHTS_FILE)
             name = f"mix-{sha256[:16]}"  # says what is in it, so that it cannot be another run's
             names[path] = name
-            if name in listed:
-                continue
+            if name in listed:  # left by a run that was killed, and its folder may be gone
+                _unload(client, name)
             body = {"lora_name": name, "lora_path": str(path.resolve())}
             response = _sent(client, "POST", "/v1/load_lora_adapter", body)
             if response.is_success:
@@ -196,10 +196,14 @@ def _loaded(client: httpx.Client, variants: Sequence[Path | None]) -> Iterator[d
         yield names
     finally:
         for name in loaded:
-            try:
-                client.post("/v1/unload_lora_adapter", json={"lora_name": name})
-            except httpx.HTTPError:
-                log.warning("the server still has the adapter %s, which could not be unloaded", name)
+            _unload(client, name)
+
+
+def _unload(client: httpx.Client, name: str) -> None:
+    try:
+        client.post("/v1/unload_lora_adapter", json={"lora_name": name})
+    except httpx.HTTPError:
+        log.warning("the server still has the adapter %s, which could not be unloaded", name)
 
 
 def _has(listed: dict[str, dict[str, Any]], name: str, sha256: str) -> bool:

@@ -236,6 +236,16 @@ def test_what_a_person_can_fix_is_said(base, asked, answer, cause):
     assert not isinstance(caught.value, ServerError)
 
 
+def test_what_a_killed_run_left_loaded_is_loaded_anew(base, tmp_path, asked):
+    variant = write_tiny_library(tmp_path / "some") / "mlp"
+    variant = variant.rename(tmp_path / "0")
+    server = Server(base)
+    expected = asked(server, (variant, variant))
+    name = next(body["lora_name"] for path, body, _ in server.seen if path == "/v1/load_lora_adapter")
+    server.adapters[name] = str(tmp_path / "gone")
+    assert asked(server, (variant, variant)) == expected and not server.adapters
+
+
 def test_the_servers_key_is_brought(base, asked, monkeypatch):
     monkeypatch.setenv("PROTO_ROUTE_UPSTREAM_KEY", "theirs")
     server = Server(base)
