@@ -44,7 +44,11 @@ run=(-m proto_route --base_model "$base" --dtype float32 --max_gen_len 24 --quie
 "$python" -m router export "$work/output" --engine vllm
 
 started=()
-stop() { [ ${#started[@]} -eq 0 ] || kill "${started[@]}" 2> /dev/null || true; started=(); }
+stop() {
+  kill "${started[@]}" 2> /dev/null || true
+  wait "${started[@]}" 2> /dev/null || true
+  started=()
+}
 trap stop EXIT
 export PYTHONPATH=$PWD
 vllm() {
