@@ -69,8 +69,8 @@ front
 "$python" -m scripts.engines check "$work"
 
 "$python" -m scripts.engines litellm "$work"
-PROTO_ROUTE_ROUTER=$work/output "$work/litellm/bin/litellm" --config "$work/litellm.yaml" \
-  --host 127.0.0.1 --port 8091 > "$work/litellm.log" 2>&1 &
+LITELLM_LOCAL_MODEL_COST_MAP=True PROTO_ROUTE_ROUTER=$work/output "$work/litellm/bin/litellm" \
+  --config "$work/litellm.yaml" --host 127.0.0.1 --port 8091 > "$work/litellm.log" 2>&1 &
 started+=($!)
 "$python" -m scripts.engines check "$work" http://127.0.0.1:8091
 
