@@ -22,7 +22,7 @@ from router.model.answer import Answer
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.pipeline import Routed
 from router.result import Decision
-from router.routing.clusters import Array, Clusters, cluster, nearest
+from router.routing.clusters import Array, Clusters, cluster, mixes, nearest
 from router.routing.evidence import LOW_MARGIN
 from router.routing.fitted import FORMAT, Fitted
 from router.routing.variants import MARKER, VARIANTS, Variant, decide, variants_are_ours
@@ -51,6 +51,7 @@ class Choice:
         margin: score of the best candidate less that of the next one, in standard deviations.
         low_margin: whether another candidate might be as good.
         fits: whether an adapter has more weight than the base model.
+        mix: adapter -> share, what its own answer would be made of; empty for the plain base model.
     """
 
     variant: int | None
@@ -58,6 +59,7 @@ class Choice:
     margin: float
     low_margin: bool
     fits: bool
+    mix: dict[str, float]
 
 
 class Router:
@@ -165,8 +167,8 @@ class Router:
         flags = {
             key: value for key, value in run.record["flags"].items() if key in Settings.__dataclass_fields__
         }
-        for key in ("dataset_filepaths", "output_folder"):
-            del flags[key]
+        for key in ("dataset_filepaths", "output_folder", "engine", "upstream"):
+            flags.pop(key, None)
         flags |= {"device": device, "dtype": dtype or run.record["base"]["dtype"]}
         flags["base_model"] = base_model or flags["base_model"]
         router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)
@@ -211,11 +213,13 @@ class Router:
         assert evidence is not None  # proto_route keeps it
         groups = [None] * len(queries) if self._clusters is None else self._nearest(routing.weights).tolist()
         found = []
-        for row, margin, group in zip(routing.weights, evidence.margin.tolist(), groups, strict=True):
+        for row, own, margin, group in zip(
+            routing.weights, mixes(routing.weights), evidence.margin.tolist(), groups, strict=True
+        ):
             shares = {names[n]: float(row[n]) for n in np.argsort(-row, kind="stable") if row[n] > 0.005}
-            found.append(
-                Choice(group, shares, margin, margin < LOW_MARGIN, bool(row.argmax() < len(names) - 1))
-            )
+            mix = {names[n]: float(own[n]) for n in np.flatnonzero(own[:-1])}
+            fits = bool(row.argmax() < len(names) - 1)
+            found.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix))
         return found
 
     def _nearest(self, weights: Array) -> Any:

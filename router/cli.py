@@ -15,7 +15,7 @@ COMMANDS = {
     "explain": ("router.runs.explain", "explain why one query of a finished run got its answer"),
     "compare": ("router.runs.compare", "show what changed between two finished runs"),
     "library": ("router.library.command", "check, list or add adapters"),
-    "export": ("router.serving.export", "write the command that serves a router's variants (vLLM, SGLang)"),
+    "export": ("router.serving.export", "write the command that serves a router's variants"),
     "serve": ("router.serving.command", "route requests for the model `auto` in front of such a server"),
     "report": ("router.runs.report.page", "rebuild report.html of a finished run"),
 }

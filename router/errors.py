@@ -16,3 +16,7 @@ class InputError(ValueError):
 def printable(text: str) -> str:
     """The text with control characters escaped, but for line ends and tabs: a terminal would obey them."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+class ServerError(InputError):
+    """A server that answers queries has failed. The same command goes on where it was."""

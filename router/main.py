@@ -24,6 +24,7 @@ DEVICE_MAPS = ("none", "auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCORINGS = ("full", "kit")
 APPLIES = ("auto", "merged", "beside")
+ENGINES = ("transformers", "openai")
 
 
 def _integer(least: int, word: str | None = None) -> Callable[[str], int | None]:
@@ -181,6 +182,14 @@ def parser() -> argparse.ArgumentParser:
         type=_one_of(APPLIES),
         metavar="|".join(APPLIES),
     )
+    setting(
+        "engine",
+        "what answers: the model in this process (transformers), or a server of LoRA adapters that speaks "
+        "OpenAI's protocol, such as vLLM (openai); this process routes in both cases",
+        type=_one_of(ENGINES),
+        metavar="|".join(ENGINES),
+    )
+    setting("upstream", "the server of --engine openai, such as http://127.0.0.1:8000", metavar="URL")
     setting("max_gen_len", "maximum number of new tokens per answer, from 1", type=_integer(1), metavar="INT")
     setting(
         "max_seq_len",

@@ -197,6 +197,8 @@ class Routed(Merges):
         """
         answers: dict[int, Answer] = {}
         paths = [folder / name if name else None for name in decision.folders]
+        if self.settings.engine == "openai":
+            return self._predict_elsewhere(queries, rows, [paths[n] for n in decision.clusters.labels])
         with (
             progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar,
             applied(self.base, self.settings.apply) as models,
@@ -213,6 +215,21 @@ class Routed(Merges):
                 )
                 answers.update(zip(members, part, strict=True))
         return [answers[n] for n in range(len(queries))]
+
+    def _predict_elsewhere(
+        self, queries: Sequence[Query], rows: Sequence[Sequence[int]], variants: Sequence[Path | None]
+    ) -> list[Answer]:
+        """Has a server answer each query with its variant."""
+        from router.engines.openai import answer  # needs the extra serve
+
+        settings = self.settings
+        if settings.upstream is None:
+            raise InputError("--engine openai: expected the address of a server in --upstream, got none")
+        with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
+            return answer(
+                settings.upstream, self.tokenizer, queries, rows, variants, scoring=settings.scoring,
+                max_new_tokens=settings.max_gen_len, progress=bar.update, journal=self.journal,
+            )  # fmt: skip
 
 
 def _work(output: Path) -> Path:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from router.constants import BASE_COLUMN
+from router.constants import ADDRESS, BASE_COLUMN
 from router.deadline import Deadline
-from router.errors import InputError
+from router.errors import InputError, ServerError
 from router.files import replacing, sha256_of, told_if_full
 from router.journal import Journal, alone_in
 from router.kit import Merges
 from router.methods import load_method
 from router.model.apply import picked
 from router.model.device import batch_tokens, tokens_at_once
+from router.per_token import PerToken
 from router.pipeline import Routed
 from router.processes import Processes, connected
 from router.record import record, versions
@@ -56,6 +59,7 @@ def run(
     with connected(settings.device) as processes:
         with processes.first():
             check_outputs(settings)
+            _check_engine(name, settings, deadline)
             files = {path: read_queries(path) for path in settings.dataset_filepaths}
         with (
             told_if_full(settings.output_folder),
@@ -108,6 +112,8 @@ def _run(
             work = _write(settings, files, result, found)
             # From here on the folder holds no finished run, until it holds this one.
             (settings.output_folder / RECORD).unlink(missing_ok=True)
+    except ServerError:
+        raise
     except InputError:  # what it says to do would be another run
         journal.discard()
         raise
@@ -172,6 +178,8 @@ def _check_places(method: Merges, settings: Settings, processes: Processes) -> N
     """Refuses several processes, or a model that is spread over devices, where that cannot be."""
     if settings.device_map and processes.count > 1:
         raise InputError("--device_map: expected one process, which takes all devices; leave torchrun out")
+    if settings.engine != "transformers" and processes.count > 1:
+        raise InputError("--engine openai: expected one process, since a server answers; leave torchrun out")
     if isinstance(method, Routed):
         return
     if settings.device_map:
@@ -183,7 +191,7 @@ def _check_places(method: Merges, settings: Settings, processes: Processes) -> N
 def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> dict[str, Any]:
     """What the answers depend on, as JSON values."""
     flags = settings.plain()
-    for path in ("dataset_filepaths", "output_folder", "adapters", "base_model"):
+    for path in ("dataset_filepaths", "output_folder", "adapters", "base_model", "upstream"):
         del flags[path]  # what they stand for counts
     asked = hashlib.sha256(repr(queries).encode("utf-8", "surrogatepass")).hexdigest()
     found = {"method": method.get_name(), "queries": asked, "versions": versions(), **flags}
@@ -202,6 +210,25 @@ def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> d
         found["base model"] = [settings.base_model, method.base_model_name, method.base_model_revision_id]
         found |= {"models": method.list_models, "code": sha256_of(Path(inspect.getfile(type(method))))}
     return found
+
+
+def _check_engine(name: str, settings: Settings, deadline: Deadline | None) -> None:
+    """Refuses what a server cannot answer."""
+    if settings.engine == "transformers":
+        if settings.upstream is not None:
+            raise InputError("--upstream: expected --engine openai with it, got --engine transformers")
+        return
+    if find_spec("httpx") is None:
+        raise InputError("--engine openai: expected httpx, found none; pip install 'proto-route[serve]'")
+    if not re.fullmatch(ADDRESS, settings.upstream or ""):
+        raise InputError(
+            f"--upstream: expected an address such as http://127.0.0.1:8000, got {settings.upstream!r}"
+        )
+    if deadline is not None:
+        raise InputError("--time_limit: expected --engine transformers, since a server's pace is not ours")
+    method = load_method(name)
+    if not issubclass(method, Routed) or issubclass(method, PerToken):
+        raise InputError(f"--engine openai: expected a method that makes variants, got {name}")
 
 
 def _outputs(settings: Settings, path: Path) -> tuple[Path, Path, Path]:

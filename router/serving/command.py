@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from router.constants import ADDRESS
 from router.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "missing; install them with: pip install 'proto-route[serve]'"
             )
         _check(args)
-        if not re.fullmatch(r"https?://[^\s/:]+(:\d+)?(/\S*)?", args.upstream):
+        if not re.fullmatch(ADDRESS, args.upstream):
             raise InputError(
                 f"--upstream: expected an address such as http://127.0.0.1:8000, got {args.upstream!r}"
             )

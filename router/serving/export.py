@@ -1,14 +1,18 @@
 """`proto-route export FOLDER --engine vllm`: the command that serves a router's variants.
 
-Writes `serve.sh` beside the variants, which both engines load as they are. Loads no model.
+Writes `serve.sh` beside the variants, which vLLM, SGLang and LoRAX load as they are. llama.cpp gets GGUF
+files, of the adapters themselves where they are at hand, since it mixes them anew for each request. Loads no
+model.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,9 +21,11 @@ from merge.factors import Factors, recompress
 from merge.folders import AdapterError, open_adapter, served_rank, write_adapter
 from router.errors import InputError
 from router.files import replacing
-from router.serving.names import Served, read_served
+from router.serving.gguf import base_gguf, converted
+from router.serving.names import Served, read_adapters, read_served
 
 SCRIPT = "serve.sh"
+GGUF, LORAX = "gguf", "lorax"  # folders beside it
 
 
 def vllm(served: Served) -> list[str]:
@@ -43,7 +49,31 @@ def sglang(served: Served) -> list[str]:
     ]  # fmt: skip
 
 
-ENGINES: dict[str, Callable[[Served], list[str]]] = {"vllm": vllm, "sglang": sglang}
+def lorax(served: Served) -> list[str]:
+    """LoRAX's server. It looks for a local adapter by its name in the hub's cache."""
+    return [
+        "lorax-launcher", "--model-id", served.base,
+        *(["--revision", served.revision] if served.revision else []),
+        *(["--dtype", served.dtype] if served.dtype != "float32" else []),  # it knows the 16-bit types alone
+        "--adapter-source", "local",
+        "--huggingface-hub-cache", str(next(iter(served.folders.values())).parent.absolute()),
+    ]  # fmt: skip
+
+
+def llamacpp(served: Served) -> list[str]:
+    """llama.cpp's server. Each request says how much of which adapter it gets; without, it gets none.
+
+    `--lora` with `--lora-init-without-apply` would give such a request all of them, at full scale.
+    """
+    return [
+        "llama-server", "--model", served.base,
+        *(word for path in served.folders.values() for word in ("--lora-scaled", f"{path.resolve()}:0")),
+    ]  # fmt: skip
+
+
+ENGINES: dict[str, Callable[[Served], list[str]]] = {
+    "vllm": vllm, "sglang": sglang, "lorax": lorax, "llamacpp": llamacpp,
+}  # fmt: skip
 
 
 def recompressed(path: Path, out: Path, rank: int, base: str, dtype: torch.dtype) -> float:
@@ -67,33 +97,63 @@ def _energy(update: Factors) -> float:
     return float(((a @ a.T) * (b.T @ b)).sum())
 
 
-def export(folder: Path, engine: str, max_rank: int | None = None) -> list[str]:
-    """Writes `serve.sh`, and variants of lower rank if asked for; returns what was done, in sentences.
+def export(
+    folder: Path,
+    engine: str,
+    max_rank: int | None = None,
+    llama_cpp: Path | None = None,
+    gguf: Path | None = None,
+) -> list[str]:
+    """Writes `serve.sh`, and adapters as the engine needs them; returns what was done, in sentences.
+
+    Args:
+        max_rank: recompresses what has a higher rank.
+        llama_cpp: a checkout of llama.cpp, whose converter writes its GGUF adapters.
+        gguf: the base model for llama.cpp; None takes the file of the embedded one.
 
     Raises:
-        InputError: there are no variants in the folder.
+        InputError: there are no variants in the folder, or nothing that llama.cpp's files can be made with.
     """
     served, said = read_served(folder), []
     if not served.folders:
         raise InputError(f"{folder}: expected variants to serve, but the base model answers all by itself")
+    name, what = served.base, "variants"
+    if engine == "llamacpp" and (adapters := read_adapters(folder)):
+        rank = max(max(open_adapter(path).ranks.values()) for path in adapters.values())
+        served, what = replace(served, folders=adapters, rank=rank), "adapters"
     if max_rank is not None and served.rank > max_rank:
         folders = {}
-        for name, path in served.folders.items():
-            folders[name] = folder / f"variants-rank-{max_rank}" / path.name
+        for own, path in served.folders.items():
+            folders[own] = folder / f"{what}-rank-{max_rank}" / path.name
             dtype = getattr(torch, served.dtype)
-            lost = recompressed(path, folders[name], max_rank, served.base, dtype)
-            said.append(f"{name}: rank {max_rank}, {100 * lost:.2f} % of its squared norm lost")
+            lost = recompressed(path, folders[own], max_rank, served.base, dtype)
+            said.append(f"{own}: rank {max_rank}, {100 * lost:.2f} % of its squared norm lost")
         rank = max(next(iter(open_adapter(path).ranks.values())) for path in folders.values())
-        served = Served(served.base, served.revision, served.dtype, folders, rank, served.modules)
+        served = replace(served, folders=folders, rank=rank)
+    if engine == "llamacpp":
+        base = base_gguf(served, gguf)
+        files = converted(served, folder / GGUF, llama_cpp)
+        served = replace(served, base=str(base.resolve()), folders=files)
+    elif engine == "lorax":
+        served = replace(served, folders=linked(served.folders, folder / LORAX))
     with replacing(folder / SCRIPT) as file:
-        file.write("#!/bin/sh\n# The base model and the variants of a router; flags are passed on.\n")
+        file.write("#!/bin/sh\n# The base model and the adapters of a router; flags are passed on.\n")
         file.write(f'exec {shlex.join(ENGINES[engine](served))} "$@"\n')
     (folder / SCRIPT).chmod(0o755)
     return [
         *said,
-        f"{folder / SCRIPT}: {len(served.folders)} variants of {served.base}, rank {served.rank}, "
-        f"for {engine}",
+        f"{folder / SCRIPT}: {len(served.folders)} {what} of {name}, rank {served.rank}, for {engine}",
     ]
+
+
+def linked(folders: Mapping[str, Path], out: Path) -> dict[str, Path]:
+    """Links folders into another one, under their names."""
+    out.mkdir(exist_ok=True)
+    found = {name: out / name for name in folders}
+    for name, path in folders.items():
+        found[name].unlink(missing_ok=True)
+        found[name].symlink_to(os.path.relpath(path, out))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,12 +163,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     p.add_argument("folder", type=Path, metavar="DIR", help="a saved router, or the output folder of a run")
     p.add_argument("--engine", choices=ENGINES, default="vllm", help="the server (default: vllm)")
-    p.add_argument("--max_rank", type=int, metavar="INT", help="recompress variants of a higher rank")
+    p.add_argument("--max_rank", type=int, metavar="INT", help="recompress adapters of a higher rank")
+    p.add_argument(
+        "--llama_cpp",
+        type=Path,
+        metavar="DIR",
+        help="a checkout of llama.cpp, for its convert_lora_to_gguf.py",
+    )
+    p.add_argument(
+        "--gguf", type=Path, metavar="FILE", help="the base model for llama.cpp (default: the embedded one's)"
+    )
     args = p.parse_args(argv)
     if args.max_rank is not None and args.max_rank < 1:
         p.error(f"--max_rank: expected a whole number from 1, got {args.max_rank}")
     try:
-        print("\n".join(export(args.folder, args.engine, args.max_rank)))
+        print("\n".join(export(args.folder, args.engine, args.max_rank, args.llama_cpp, args.gguf)))
     except (InputError, AdapterError, OverflowError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """A thin OpenAI-compatible front: routes requests for the model `auto`, and passes all others on untouched.
 
-It names a variant; the server behind it (vLLM, SGLang) has that variant as a LoRA adapter of this name. A
+It names a variant; the server behind it (vLLM, SGLang, LoRAX) has that variant as a LoRA adapter of this
+name. llama.cpp's server takes scales instead of a name, so it is sent each request's own mix of adapters. A
 conversation is routed by its first user message, as plain text, so it stays with its variant: the server's
 prefix cache depends on it.
 """
@@ -17,8 +18,9 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
+from pathlib import PurePath
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -30,8 +32,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from router.api import Choice, Router
+from router.constants import BASE_COLUMN
 from router.errors import InputError
-from router.serving.names import AUTO, served
+from router.routing.variants import served
+from router.serving.names import AUTO
 from router.serving.prober import Full, Prober
 from router.serving.text import NoText, text_of
 
@@ -63,6 +67,14 @@ class Decided(NamedTuple):
 
     choice: Choice
     variant: str | None  # None for the plain base model
+
+
+class Upstream(NamedTuple):
+    """What the upstream serves."""
+
+    names: set[str] | None  # at /v1/models; None where it has no such list, as LoRAX
+    base: str | None  # what it calls the base model; None where it lists none
+    loras: dict[str, int] | None  # llama.cpp's adapters and their ids; None where a name chooses one
 
 
 class Front:
@@ -108,7 +120,7 @@ class Front:
         self.prober = Prober(self._choose, queue)
         self.kept: OrderedDict[str, Decided] = OrderedDict()  # by the first message of a conversation
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
-        self.base: str | None = None  # what the upstream calls the base model
+        self.upstream: Upstream | None = None  # once it was asked
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "router_requests", "Routed requests by variant.", ["variant"], registry=self.registry
@@ -203,26 +215,71 @@ class Front:
         """What the upstream calls what answers."""
         if decided.variant:
             return decided.variant
-        if self.base is None:
-            ours = {served(n) for n in range(len(self.router.variants))}
-            listed = (await self._upstream_models())["data"]
-            # An adapter has a parent; the base model has none.
-            names = [one["id"] for one in listed if one["id"] not in ours and not one.get("parent")]
-            if not names:
-                raise Refused(502, "the upstream lists no base model at /v1/models")
-            self.base = names[0]
-        return self.base
+        base = (await self._known_upstream()).base
+        if base is None:
+            raise Refused(502, "the upstream lists no base model at /v1/models")
+        return base
+
+    async def _known_upstream(self) -> Upstream:
+        """What the upstream serves, as it was when it was first asked."""
+        if self.upstream is None:
+            self.upstream = await self._ask_upstream()
+        return self.upstream
+
+    async def _ask_upstream(self) -> Upstream:
+        listed = (await self._upstream_models())["data"]
+        if not listed:
+            return Upstream(None, "", None)  # LoRAX loads what a request names, and "" is the base model
+        ours = {served(n) for n in range(len(self.router.variants))}
+        # An adapter has a parent; the base model has none.
+        bases = [one for one in listed if one["id"] not in ours and not one.get("parent")]
+        loras = None
+        if bases and bases[0].get("owned_by") == "llamacpp":
+            found = await self._asked("/lora-adapters")
+            loras = {unquote(PurePath(one["path"]).stem): one["id"] for one in found or []}
+        return Upstream({one["id"] for one in listed}, bases[0]["id"] if bases else None, loras)
 
     async def _upstream_models(self) -> dict[str, Any]:
+        found: dict[str, Any] = await self._asked("/v1/models") or {"object": "list", "data": []}
         try:
-            response = await self.client.get("/v1/models", headers=self.ours)
-            response.raise_for_status()
-            found: dict[str, Any] = response.json()
             if not all(isinstance(one["id"], str) for one in found["data"]):
                 raise ValueError("a model without a name")
-            return found
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise Refused(502, f"the upstream does not list its models: {error!r}") from error
+        return found
+
+    async def _asked(self, path: str) -> Any:
+        """What the upstream answers to a GET, as JSON values; None where it has no such path."""
+        try:
+            response = await self.client.get(path, headers=self.ours)
+            if response.status_code == 404:
+                return None
+            response.raise_for_status()
+            return response.json()
+        except httpx.TransportError as error:
+            raise self._gone(error) from error
+        except (httpx.HTTPError, ValueError) as error:
+            raise Refused(502, f"the upstream does not list its models: {error!r}") from error
+
+    def _gone(self, error: httpx.HTTPError) -> Refused:
+        """The upstream is not there; it may come back with other adapters."""
+        self.upstream = None
+        if isinstance(error, httpx.TimeoutException):
+            return Refused(504, f"the upstream did not answer in time ({type(error).__name__})")
+        return Refused(502, f"the upstream cannot be reached ({type(error).__name__})")
+
+    @staticmethod
+    def _scales(decided: Decided, loras: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The scale of each of llama.cpp's adapters: the request's own mix, or else its variant.
+
+        All are named, since a request that names none may meet the cache of another's adapters.
+        """
+        mix = decided.choice.mix
+        if not mix.keys() <= loras.keys():
+            mix = {decided.variant: 1.0} if decided.variant else {}
+        if missing := sorted(mix.keys() - loras.keys()):
+            raise Refused(502, f"the upstream has no adapter {', '.join(missing)}; export the router again")
+        return [{"id": number, "scale": mix.get(name, 0.0)} for name, number in loras.items()]
 
     @staticmethod
     def _shown(choice: Choice, name: str) -> dict[str, Any]:
@@ -249,11 +306,12 @@ class Front:
         if request.url.path in ("/v1/completions", "/v1/chat/completions") and request.method == "POST":
             body = self._parsed(raw)
             if body.get("model") == AUTO:
-                decision = await self._decision(request.url.path, body)
-                raw = json.dumps(body | {"model": decision["model"]}).encode()
+                decision, how = await self._decision(request.url.path, body)
+                raw = json.dumps(body | how).encode()
         return await self._passed_on(request, raw, decision)
 
-    async def _decision(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _decision(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The decision for a person, and the fields of the request that tell the upstream."""
         chats = path.endswith("/chat/completions")
         text, router = self._text(body, chats, -1 if self.reroute else 0), self.router
         chat = chats and not self.reroute
@@ -266,11 +324,15 @@ class Front:
             while len(self.kept) > REMEMBERED:
                 self.kept.popitem(last=False)
         name, choice = await self._name(decided), decided.choice
+        how: dict[str, Any] = {"model": name}
+        if (loras := (await self._known_upstream()).loras) is not None:
+            how["lora"] = self._scales(decided, loras)
+        name = name or BASE_COLUMN
         self.requests.labels(name).inc()
         found = self._shown(choice, name)
         self.recent.appendleft(found | {"at": time.time()})
         log.info("%s margin %.2f%s", name, choice.margin, f" {text!r}" if self.log_prompts else "")
-        return found
+        return found, how
 
     async def _passed_on(self, request: Request, raw: bytes, decision: dict[str, Any] | None) -> Response:
         # The client's key is for us, if we ask for one, and the upstream may ask for another.
@@ -283,10 +345,8 @@ class Front:
         outgoing = self.client.build_request(request.method, url, content=raw, headers=headers)
         try:
             answer = await self.client.send(outgoing, stream=True)
-        except httpx.TimeoutException as error:
-            raise Refused(504, f"the upstream did not answer in time ({type(error).__name__})") from error
         except httpx.HTTPError as error:
-            raise Refused(502, f"the upstream cannot be reached ({type(error).__name__})") from error
+            raise self._gone(error) from error
         back = {
             key: value
             for key, value in answer.headers.items()
@@ -346,10 +406,14 @@ class Front:
 
     async def ready(self, _: Request) -> Response:
         """GET /ready: the upstream is there and serves every variant."""
-        names = {one["id"] for one in (await self._upstream_models())["data"]}
+        found = self.upstream = await self._ask_upstream()
         ours = {served(n) for n, variant in enumerate(self.router.variants) if variant.weights}
-        if missing := sorted(ours - names):
-            raise Refused(503, f"the upstream does not serve {', '.join(missing)}")
+        there = found.names if found.loras is None else found.loras.keys()
+        missing = ours - there if there is not None else set()
+        if missing and found.loras is not None:  # it mixes the adapters themselves
+            missing = set(self.router.candidates[:-1]) - found.loras.keys()
+        if missing:
+            raise Refused(503, f"the upstream does not serve {', '.join(sorted(missing))}")
         return JSONResponse({"status": "ready", "variants": len(ours)})
 
     async def metrics(self, _: Request) -> Response:
@@ -384,5 +448,5 @@ class Front:
         assert self.load is not None
         async with self.renewing:  # one at a time, since each loads a model
             self.router = await asyncio.to_thread(self.load)
-            self.base = None
+            self.upstream = None
             self.kept.clear()

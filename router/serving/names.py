@@ -1,4 +1,4 @@
-"""What variants are called on a server, and which of a router's folders they are in. Knows no models."""
+"""What a server calls variants and adapters, and which folders they are in. Knows no models."""
 
 from __future__ import annotations
 
@@ -9,19 +9,10 @@ from typing import Any
 from merge.folders import CONFIG_FILE
 from router.errors import InputError
 from router.files import is_folder, read_json
-from router.routing.variants import VARIANTS
+from router.library.adapters import load_library
+from router.routing.variants import VARIANTS, served
 
 AUTO = "auto"  # the model that a client names to have its request routed
-
-
-def served(number: int) -> str:
-    """The name of a variant on the server.
-
-    Example:
-        >>> served(3)
-        'variant-3'
-    """
-    return f"variant-{number}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +58,25 @@ def read_served(folder: Path) -> Served:
             modules |= set(config["target_modules"])
     name = str(Path(base["name"]).resolve()) if is_folder(base["name"]) else base["name"]
     return Served(name, base.get("revision"), base["dtype"], folders, max(ranks), sorted(modules))
+
+
+def read_adapters(folder: Path) -> dict[str, Path]:
+    """The folders of the adapters that a finished run names, by their names; none of a saved router.
+
+    Raises:
+        InputError: they are not what they were.
+    """
+    run = _json(folder / "run.json", {"flags": {"adapters": [str]}, "adapters": {"*": {"sha256": str}}})
+    if (folder / "router.json").exists() or run is None:
+        return {}
+    adapters = load_library(run["flags"]["adapters"])
+    if {adapter.name: adapter.sha256 for adapter in adapters} != {
+        name: about["sha256"] for name, about in run["adapters"].items()
+    }:
+        raise InputError(
+            f"{folder}: expected the adapters of the run in {run['flags']['adapters']}, got others"
+        )
+    return {adapter.name: adapter.folder.path for adapter in adapters}
 
 
 def _json(path: Path, shape: Any) -> Any:

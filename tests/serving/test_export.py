@@ -4,11 +4,17 @@ import json
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from helpers import NAMES, write_tiny_adapter
 from merge.folders import open_adapter
+from router.api import Router
 from router.cli import main as cli
 from router.serving.export import main
 from router.serving.names import read_served
@@ -52,6 +58,87 @@ def test_sglang_gets_ranks_and_modules(out):
         for m in json.loads((path / "adapter_config.json").read_text())["target_modules"]
     }
     assert set(words[start : start + len(modules)]) == modules
+
+
+def test_lorax_finds_each_variant_by_its_name_in_its_cache(out):
+    assert main([str(out), "--engine", "lorax"]) == 0
+    words = words_of(out)
+    cache = Path(words[words.index("--huggingface-hub-cache") + 1])
+    assert words[words.index("--adapter-source") + 1] == "local"
+    assert {path.name: path.resolve() for path in cache.iterdir()} == {
+        f"variant-{path.name}": path for path in folders_in(out)
+    }
+    assert main([str(out), "--engine", "lorax"]) == 0  # a second time, over the first
+
+
+CONVERTER = """
+import argparse, pathlib, shutil
+p = argparse.ArgumentParser()
+p.add_argument("--base", type=pathlib.Path)
+p.add_argument("--outfile")
+p.add_argument("adapter", type=pathlib.Path)
+args = p.parse_args()
+assert (args.base / "config.json").is_file()
+shutil.copy(args.adapter / "adapter_model.safetensors", args.outfile)
+"""
+
+
+@pytest.fixture()
+def llama_cpp(tmp_path):
+    """What stands in for llama.cpp: a converter that takes the same words, and a base model."""
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / "convert_lora_to_gguf.py").write_text(CONVERTER)
+    (tmp_path / "base.gguf").touch()
+    return ["--engine", "llamacpp", "--llama_cpp", tmp_path / "llama.cpp", "--gguf", tmp_path / "base.gguf"]
+
+
+def test_llamacpp_gets_the_adapters_with_their_scales_in_the_factors(
+    out, llama_cpp, tiny_library, tiny_base, capsys
+):
+    assert main([str(out), *map(str, llama_cpp)]) == 0
+    words = words_of(out)
+    scaled = [words[n + 1].rpartition(":") for n, word in enumerate(words) if word == "--lora-scaled"]
+    assert {scale for *_, scale in scaled} == {"0"}  # a request that names none gets none
+    files = [Path(file) for file, *_ in scaled]
+    assert [file.name for file in files] == [f"{name}.gguf" for name in NAMES]
+    assert words[1] == "llama-server"
+    assert "3 adapters" in capsys.readouterr().out
+    for file, name in zip(files, NAMES, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        peft = PeftModel.from_pretrained(model, tiny_library / name)
+        kept = load_file(file)
+        for key in [key for key in kept if "lora_A" in key]:
+            module = peft.get_submodule(key.removesuffix(".lora_A.weight"))
+            update = kept[key.replace("lora_A", "lora_B")] @ kept[key]
+            torch.testing.assert_close(update, module.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
+
+
+def test_a_saved_router_has_its_variants_for_llamacpp(tiny_base, tiny_library, tmp_path, llama_cpp):
+    router = Router.from_library(tiny_library, base_model=str(tiny_base), device="cpu", dtype="float32")
+    router.fit([f"{word} number {n}" for n in range(9) for word in ("What is", "Say", "Bonjour")])
+    saved = router.save(tmp_path / "saved")
+    assert main([str(saved), *map(str, llama_cpp)]) == 0
+    made = {f"variant-{n}.gguf" for n, variant in enumerate(router.variants) if variant.weights}
+    assert {path.name for path in (saved / "gguf").iterdir()} == made and made
+
+
+def test_what_llamacpp_lacks_is_refused_in_a_line_and_nothing_is_left(out, llama_cpp, tiny_library, capsys):
+    *_, checkout, _, gguf = llama_cpp
+    for words, cause in (
+        (["--engine", "llamacpp", "--gguf", gguf], "--llama_cpp: expected a checkout"),
+        (["--engine", "llamacpp", "--gguf", gguf, "--llama_cpp", out], "no convert_lora_to_gguf.py"),
+        (["--engine", "llamacpp", "--llama_cpp", checkout], "as a GGUF file, got none"),
+    ):
+        assert main([str(out), *map(str, words)]) == 2
+        assert cause in capsys.readouterr().err
+    script = checkout / "convert_lora_to_gguf.py"
+    script.write_text("raise ValueError('this architecture is not known')")
+    assert main([str(out), *map(str, llama_cpp)]) == 2
+    assert "this architecture is not known" in capsys.readouterr().err
+    assert not list(out.glob("*gguf*")) and not (out / "serve.sh").exists()
+    write_tiny_adapter(tiny_library / "mlp", 9)
+    assert main([str(out), *map(str, llama_cpp)]) == 2
+    assert "expected the adapters of the run" in capsys.readouterr().err
 
 
 def test_the_script_runs_what_it_says(out, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 pytest.importorskip("starlette", reason="needs the extra serve")
 
-from serving_stubs import Two, Upstream  # noqa: E402
+from serving_stubs import LLAMACPP, Two, Upstream  # noqa: E402
 from starlette.responses import JSONResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
@@ -227,7 +227,7 @@ def test_an_upstream_that_is_not_there_or_too_slow(error, status):
     async def work(client, *_):
         answer = await client.post("/v1/completions", json=completion("x"))
         assert answer.status_code == status and "upstream" in answer.json()["error"]["message"]
-        assert (await client.get("/ready")).status_code == 502
+        assert (await client.get("/ready")).status_code == status
         assert (await client.get("/health")).status_code == 200
 
     talk(work, transport=httpx.MockTransport(fail))
@@ -246,6 +246,52 @@ def test_ready_says_which_variants_the_upstream_lacks():
         assert answer.status_code == 503 and "does not serve variant-1" in answer.json()["error"]["message"]
 
     talk(missing, router)
+
+
+def test_llamacpp_is_told_the_requests_own_mix_of_its_adapters():
+    async def work(client, upstream, _):
+        assert (await client.get("/ready")).status_code == 200
+        first = await client.post("/v1/completions", json=completion("x"))
+        await client.post("/v1/chat/completions", json=chat("y"))
+        scales = [{one["id"]: one["scale"] for one in body["lora"]} for _, body, _ in upstream.seen]
+        assert scales == [{0: 0.25, 1: 0, 2: 0.75}, {0: 0, 1: 0, 2: 0}]
+        assert first.json()["router"]["model"] == "variant-0"
+
+    talk(work, upstream=Upstream(LLAMACPP, ("two", "thr%20ee", "one")))
+
+
+def test_llamacpp_with_the_variants_of_a_saved_router():
+    async def work(client, upstream, _):
+        assert (await client.get("/ready")).status_code == 200
+        for prompt in ("x", "y"):
+            await client.post("/v1/completions", json=completion(prompt))
+        assert [body["lora"] for _, body, _ in upstream.seen] == [
+            [{"id": 0, "scale": 1.0}], [{"id": 0, "scale": 0.0}]
+        ]  # fmt: skip
+
+    talk(work, upstream=Upstream(LLAMACPP, ("variant-0",)))
+
+
+def test_llamacpp_that_lacks_an_adapter():
+    async def work(client, upstream, _):
+        assert (await client.get("/ready")).status_code == 503
+        answer = await client.post("/v1/completions", json=completion("x"))
+        assert answer.status_code == 502 and "variant-0" in answer.json()["error"]["message"]
+        assert upstream.seen == []
+
+    talk(work, upstream=Upstream(LLAMACPP, ("one",)))
+
+
+def test_an_upstream_that_lists_no_models_is_given_names():
+    async def work(client, upstream, _):
+        assert (await client.get("/ready")).status_code == 200
+        assert [one["id"] for one in (await client.get("/v1/models")).json()["data"]] == ["auto"]
+        await client.post("/v1/completions", json=completion("x"))
+        base = await client.post("/v1/completions", json=completion("y"))
+        assert [body["model"] for _, body, _ in upstream.seen] == ["variant-0", ""]
+        assert base.json()["router"]["model"] == "base"
+
+    talk(work, upstream=Upstream(None))
 
 
 def test_the_decision_alone():
@@ -309,7 +355,7 @@ def test_a_failing_probe_is_an_error_of_its_requests_alone():
 
 def test_a_reload_takes_the_new_router_and_forgets_conversations():
     new = Two()
-    new.choose = lambda texts: [Choice(1, {"base": 1.0}, 1.0, False, False) for _ in texts]
+    new.choose = lambda texts: [Choice(1, {"base": 1.0}, 1.0, False, False, {}) for _ in texts]
 
     async def work(client, upstream, front):
         await client.post("/v1/chat/completions", json=chat("x"))

@@ -1,0 +1,1 @@
+"""What answers queries in place of the model in this process."""
