@@ -75,8 +75,8 @@ def _one_of(accepted: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
-def _device_map(text: str) -> str | None:
-    return None if text == "none" else _one_of(DEVICE_MAPS)(text)
+def _none_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "none" else parse(text)
 
 
 def _default(name: str, none: str) -> str:
@@ -166,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
         "device_map",
         "how accelerate spreads a base model that is too large for one device: over all devices, the memory "
         "and the disk; none does not",
-        type=_device_map,
+        type=_none_or(_one_of(DEVICE_MAPS)),
         metavar="|".join(DEVICE_MAPS),
     )
     setting(
@@ -189,7 +189,12 @@ def parser() -> argparse.ArgumentParser:
         type=_one_of(ENGINES),
         metavar="|".join(ENGINES),
     )
-    setting("upstream", "the server of --engine openai, such as http://127.0.0.1:8000", metavar="URL")
+    setting(
+        "upstream",
+        "the server of --engine openai, such as http://127.0.0.1:8000",
+        type=_none_or(str),
+        metavar="URL",
+    )
     setting("max_gen_len", "maximum number of new tokens per answer, from 1", type=_integer(1), metavar="INT")
     setting(
         "max_seq_len",
