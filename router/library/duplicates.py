@@ -22,6 +22,7 @@ from router.progress import progress
 # is below ALIKE. They are duplicates if the cosine of their updates is above SAME.
 ALIKE = 0.05
 SAME = 0.99
+AXES = 8  # of the sketches in which those that may be alike are looked for; few, so that a tree finds them
 
 
 def representatives(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -35,25 +36,54 @@ def representatives(adapters: Sequence[Adapter], responses: NDArray[np.float32])
     """
     there = ~np.isnan(responses[0])  # (adapters, modules)
     flat = _flat_logs(responses)
-    groups: list[list[int]] = []
-    for n in progress(range(len(adapters)), desc="duplicates", unit="adapter"):
+    groups: dict[int, list[int]] = {}  # by the first of each
+    near = progress(nearby(flat, there), total=len(adapters), desc="duplicates", unit="adapter")
+    for n, others in enumerate(near):
         count = max(1, there[n].sum() * len(responses))
-        for group in groups:
-            first = group[0]
-            if (there[n] == there[first]).all():
+        for first in others:
+            if first in groups:
                 apart = np.sqrt(np.square(flat[n] - flat[first]).sum() / count)
                 if apart < ALIKE and norms_and_cosines([adapters[n], adapters[first]])[1][0, 1] > SAME:
-                    group.append(n)
+                    groups[first].append(n)
                     break
         else:
-            groups.append([n])
+            groups[n] = [n]
     out = np.arange(len(adapters))
-    for group in groups:
+    for group in groups.values():
         if len(group) > 1:
             sizes = np.array([norms_and_cosines([adapters[n]])[0][0] for n in group])
             middle = np.sort(sizes)[(len(group) - 1) // 2]
             out[group] = group[int(np.isclose(sizes, middle, rtol=1e-3).argmax())]
     return out
+
+
+def nearby(flat: NDArray[np.float32], there: NDArray[np.bool_]) -> Iterator[list[int]]:
+    """For each adapter in turn, those of the same modules that may be alike, in ascending order.
+
+    They are looked for in a tree of sketches, so not all pairs are compared. A sketch has the mean log
+    response at each module, projected on the principal axes of those of all adapters. Neither makes two
+    adapters farther apart than they are, so none is missed.
+
+    Args:
+        flat: (adapters, prompts * modules) log responses.
+        there: (adapters, modules) where each has a prototype.
+    """
+    from scipy.spatial import cKDTree
+
+    n_prompts = flat.shape[1] // there.shape[1]
+    means = flat.reshape(len(flat), n_prompts, -1).mean(1, dtype=np.float64)  # (adapters, modules)
+    patterns, kind = np.unique(there, axis=0, return_inverse=True)
+    found = []
+    for k, pattern in enumerate(patterns):
+        members = np.flatnonzero(kind == k)
+        centred = means[members] - means[members].mean(0)
+        axes = np.linalg.eigh(centred.T @ centred)[1][:, -AXES:]
+        radius = 1.001 * ALIKE * np.sqrt(max(1, pattern.sum()))  # more than what rounding adds
+        found.append((members, cKDTree(centred @ axes), radius))
+    for n in range(len(flat)):
+        members, tree, radius = found[kind[n]]
+        point = tree.data[np.searchsorted(members, n)]
+        yield members[sorted(tree.query_ball_point(point, radius))].tolist()
 
 
 def _flat_logs(responses: NDArray[np.float32]) -> NDArray[np.float32]:
