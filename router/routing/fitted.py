@@ -29,10 +29,16 @@ from router.routing.prototypes import ModulePrototypes
 
 FILE = "router.safetensors"
 AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
+RESPONSES = 1 << 25  # of a large library fewer prompts, so that there are at most so many responses
 FORMAT = 2  # raise it when a reader of the old one could not use the new one
 _LEARNED = (
     "mean_", "std_", "loadings_", "filter_", "location_", "scale_", "confidence_", "reference_leads_"
 )  # fmt: skip
+
+
+def at_once(n_adapters: int, n_modules: int) -> int:
+    """How many prompts are probed together, at least 1 and at most AT_ONCE."""
+    return max(1, min(AT_ONCE, RESPONSES // max(1, 2 * n_adapters * n_modules)))
 
 
 @dataclass(frozen=True)
@@ -66,27 +72,40 @@ class Fitted:
             model, truncated(rows), pad_id, self.prototypes, self.means, len(self.names), title
         )  # fmt: skip
 
+    @property
+    def at_once(self) -> int:
+        """How many prompts are probed together."""
+        return at_once(len(self.names), len(self.prototypes))
+
     def decide(self, probed: Probed) -> tuple[Array, Evidence]:
         """Weights (queries, adapters + 1), the base model last, and why.
 
         A prompt without finite activations goes to the base model.
         """
+        responses, confidence = probed
         unread = unreadable(probed, np.isnan(self.reference))
-        responses, confidence = (x.copy() for x in probed)
-        responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]
-        own = responses[:, self.kept]
+        if unread.any():
+            responses, confidence = responses.copy(), confidence.copy()
+            responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]
+        own = responses if len(self.kept) == len(self.names) else responses[:, self.kept]
         scores = self.gate.decision_function(own)
         candidates = self.gate.candidate_scores(scores, confidence)
         weights = np.zeros((len(responses), len(self.names) + 1))
         weights[:, [*self.kept, -1]] = self.gate.weights(candidates)
         weights[unread] = np.eye(len(self.names) + 1)[-1]
         all_scores = np.full((len(responses), len(self.names)), np.nan)
-        all_scores[:, self.kept] = scores
+        all_scores[:, self.kept] = np.where(np.isfinite(scores), scores, np.nan)
+        if self.gate.shortlists:
+            means = np.full_like(responses[:, :, 0, 0], np.nan)
+            listed = np.nonzero(np.isfinite(all_scores))
+            means[listed] = np.nanmean(responses[listed][..., 0], 1)
+        else:
+            means = np.nanmean(responses[..., 0], 2)
         names = self.names
         return weights, Evidence(
             names,
             list(self.prototypes),
-            responses=np.nanmean(responses[..., 0], 2),
+            responses=means,
             scores=all_scores.astype(np.float32),
             base_score=candidates[:, -1].astype(np.float32),
             votes=self.gate.votes(own, scores).astype(np.float32),

@@ -8,7 +8,8 @@ Notation: R[q, i, m, v] is the response of query q, adapter i, module m in view 
 from __future__ import annotations
 
 import warnings
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +25,25 @@ _STEPS = 50  # of the iteration for loadings; more change no choice on the libra
 _ENTRIES = 1 << 22  # numbers in the arrays of several modules that are fitted at once
 _AT_ONCE = 16  # queries
 _FLOOR = 1e-6  # responses are cosines; below this they are noise
+LARGE = 256  # adapters; of a larger library only a shortlist gets its scores, see `PrototypeGate`
+TELLERS = 64  # adapters of a large library that tell what all respond to alike
+ROUGH = 32  # pairs of a module and a view by which a shortlist is drawn up
+SHORT = 64  # adapters on a shortlist
+
+
+class _Sums(NamedTuple):
+    """The score as sums over columns, pairs of a module and a view, (adapters, columns) float32.
+
+    An adapter's score is `(slopes * log R - shares * f).sum() - offset`, and the factor of a column is
+    `(pulls * log R).sum() - offset` over the tellers. Without a prototype all of them are 0.
+    """
+
+    slopes: NDArray[np.float32]
+    shares: NDArray[np.float32]
+    offsets: NDArray[np.float32]  # (adapters, columns), of each column
+    pulls: NDArray[np.float32]  # (tellers, columns)
+    factors: NDArray[np.float32]  # (columns,)
+    rough: NDArray[np.int64]  # (ROUGH,) columns
 
 
 class PrototypeGate(BaseEstimator):  # type: ignore[misc]
@@ -44,6 +64,11 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     such that a share `false_alarm` of generic text still goes to an adapter. It is found by cross-validation:
     every reference query is scored by a gate that was fitted without it. Beyond the highest fifth the tail is
     taken as exponential (peaks over threshold), so that few reference queries can promise a rare false alarm.
+
+    Of more than LARGE adapters, TELLERS of them, evenly spread, tell the common factor; the others' loadings
+    follow from their correlations with these (Nystrom). A query's scores over the ROUGH columns that say most
+    choose its shortlist of SHORT adapters, which get their scores, as above but in float32. Others have minus
+    infinity.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
@@ -125,27 +150,95 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         """Learns means, deviations, loadings and the scale of the scores."""
         flat = X.reshape(*X.shape[:2], -1)  # (reference queries, adapters, modules * views)
         means, stds, loadings = np.empty((3, *flat.shape[1:]))
-        some = max(1, _ENTRIES // (flat.shape[1] * max(flat.shape[:2])))
+        tellers = _tellers(flat.shape[1])
+        some = max(1, _ENTRIES // (flat.shape[1] * max(len(flat), len(tellers))))
         for start in range(0, flat.shape[2], some):  # of many adapters, all at once would fill the memory
             part = slice(start, start + some)
             logs = _logs(flat[:, :, part])
             means[:, part], stds[:, part] = logs.mean(0), logs.std(0, ddof=1).clip(1e-3)
-            loadings[:, part] = _loadings(((logs - means[:, part]) / stds[:, part]).transpose(2, 0, 1)).T
+            z = ((logs - means[:, part]) / stds[:, part]).transpose(2, 0, 1)
+            loadings[:, part] = _loadings(z, tellers).T
         means, stds, loadings = (of.reshape(X.shape[1:]) for of in (means, stds, loadings))
         if (empty := np.isnan(means).all((1, 2))).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
         self.n_adapters_, self.n_modules_ = X.shape[1:3]
         self.mean_, self.std_, self.loadings_ = means, stds, loadings
         self.filter_ = _filter(means, stds)
-        raw = np.concatenate([_nanmean(self._votes(x), 2) for x in _parts(X)])
+        if self.shortlists:
+            self.location_, self.scale_ = np.zeros(len(means)), np.ones(len(means))
+            raw = self._all(X)
+        else:
+            raw = np.concatenate([_nanmean(self._votes(X[part]), 2) for part in _parts(X)])
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
+        self.__dict__.pop("_sums", None)
         return self
+
+    @property
+    def shortlists(self) -> bool:
+        """Whether there are so many adapters that only a shortlist of them gets scores."""
+        return len(self.mean_) > LARGE
+
+    @cached_property
+    def _sums(self) -> _Sums:
+        mean, std, loadings, weights = (
+            np.nan_to_num(x.reshape(len(x), -1))
+            for x in (self.mean_, self.std_, self.loadings_, self.filter_)
+        )
+        std[std == 0] = 1
+        modules = (~np.isnan(self.mean_[..., 0])).sum(1)
+        weights /= (modules * self.scale_)[:, None]
+        slopes = weights / std
+        tellers = _tellers(len(mean))
+        pulls = loadings[tellers] / (1 - loadings[tellers] ** 2)
+        pulls /= 1 + (loadings[tellers] * pulls).sum(0)
+        pulls /= std[tellers]
+        each = np.abs(weights).sum(0)  # (columns,)
+        return _Sums(
+            slopes.astype(np.float32),
+            (weights * loadings).astype(np.float32),
+            (slopes * mean + (self.location_ / self.scale_)[:, None] / mean.shape[1]).astype(np.float32),
+            pulls.astype(np.float32),
+            (pulls * mean[tellers]).sum(0).astype(np.float32),
+            np.sort(np.argsort(-each, kind="stable")[:ROUGH]),
+        )
+
+    def _factors(self, X: NDArray[Any]) -> NDArray[np.float32]:
+        """What all adapters respond to alike, as the tellers tell it, (queries, columns)."""
+        logs = _float_logs(X[:, _tellers(X.shape[1])].reshape(len(X), -1, self._sums.slopes.shape[1]))
+        return np.asarray(np.einsum("qtk,tk->qk", logs, self._sums.pulls) - self._sums.factors)
+
+    def _all(self, X: NDArray[Any]) -> Array:
+        """The scores of all adapters of a large library, (queries, adapters)."""
+        sums, found = self._sums, []
+        for part in _parts(X):
+            x = X[part]
+            logs = _float_logs(x.reshape(*x.shape[:2], -1))
+            found.append(np.einsum("qnk,nk->qn", logs, sums.slopes) - self._factors(x) @ sums.shares.T)
+        return np.asarray(np.concatenate(found) - sums.offsets.sum(1), dtype=np.float64)
+
+    def _shortlisted(self, X: NDArray[Any]) -> Array:
+        """The scores of each query's shortlist, minus infinity elsewhere, (queries, adapters)."""
+        sums, rough = self._sums, self._sums.rough
+        found = np.full(X.shape[:2], -np.inf)
+        slopes, shares = sums.slopes[:, rough], sums.shares[:, rough]
+        offsets, all_offsets = sums.offsets[:, rough].sum(1), sums.offsets.sum(1)
+        for part in _parts(X):
+            x, out = X[part], found[part]
+            flat, factors = x.reshape(*x.shape[:2], -1), self._factors(x)
+            logs = _float_logs(flat[:, :, rough])
+            guess = np.einsum("qnk,nk->qn", logs, slopes) - factors[:, rough] @ shares.T - offsets
+            who = np.argpartition(-guess, SHORT - 1, axis=1)[:, :SHORT]  # (queries, SHORT)
+            rows = np.arange(len(x))[:, None]
+            logs = _float_logs(flat[rows, who])
+            scores = np.einsum("qsk,qsk->qs", logs, sums.slopes[who]) - all_offsets[who]
+            out[rows, who] = scores - np.einsum("qsk,qk->qs", sums.shares[who], factors)
+        return found
 
     @staticmethod
     def _check(X: NDArray[Any], absent: NDArray[np.bool_]) -> None:
         """Refuses values that are not finite where an adapter has a prototype, and any where it has none."""
         for part in _parts(X):
-            x = np.asarray(part, dtype=np.float64)
+            x = X[part] if X.dtype.kind == "f" else X[part].astype(np.float64)
             if np.isinf(x).any() or (np.isnan(x) != absent).any():
                 raise ValueError(
                     "expected finite responses, NaN at the same adapters and modules for all queries: "
@@ -160,16 +253,21 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return np.asarray(((z - self.loadings_ * factor[:, None]) * self.filter_).sum(-1))
 
     def _scores(self, X: NDArray[Any]) -> Array:
-        found = [_nanmean(self._votes(x), 2) for x in _parts(X)]
+        if self.shortlists:
+            return self._shortlisted(X)
+        found = [_nanmean(self._votes(X[part]), 2) for part in _parts(X)]
         raw = np.concatenate(found) if found else np.empty((0, self.n_adapters_))
         return np.asarray((raw - self.location_) / self.scale_)
 
     def votes(self, X: ArrayLike, scores: Array) -> Array:
         """The best adapter's filtered responses, whose mean makes its score, (queries, modules)."""
-        best = scores.argmax(1)
-        found = [
-            self._votes(x)[np.arange(len(who)), who] for x, who in zip(_parts(X), _parts(best), strict=True)
-        ]
+        X, best = np.asarray(X), scores.argmax(1)
+        if self.shortlists:
+            own = np.arange(len(X)), best
+            z = (_logs(X[own]) - self.mean_[best]) / self.std_[best]
+            factors = np.concatenate([self._factors(X[part]) for part in _parts(X)]).reshape(z.shape)
+            return np.asarray(((z - self.loadings_[best] * factors) * self.filter_[best]).sum(-1))
+        found = [self._votes(X[part])[np.arange(len(best[part])), best[part]] for part in _parts(X)]
         return np.concatenate(found) if found else np.empty((0, self.n_modules_))
 
     def decision_function(self, X: ArrayLike) -> Array:
@@ -267,7 +365,32 @@ def _filter(means: Array, stds: Array) -> Array:
     return np.asarray(weights / _nanmean(weights.sum(2), 1)[:, None, None])
 
 
-def _loadings(z: Array) -> Array:
+def _tellers(n_adapters: int) -> NDArray[np.int64]:
+    """The adapters that tell the common factor: all, or TELLERS of a large library, evenly spread."""
+    every = np.arange(n_adapters)
+    return (
+        every if n_adapters <= LARGE else every[np.linspace(0, n_adapters - 1, TELLERS).round().astype(int)]
+    )
+
+
+def _loadings(z: Array, tellers: NDArray[np.int64]) -> Array:
+    """Loadings of one common factor at each of several modules, (modules, adapters), from its tellers.
+
+    Another adapter's loading is what one of theirs would be that correlates with them as it does: at a fixed
+    point of `_axes`, `l_i |l|^2 = sum_j r_ij l_j` with l_i^2 in place of r_ii.
+    """
+    if len(tellers) == z.shape[2]:
+        return _axes(z)
+    filled = np.nan_to_num(z)
+    theirs = _axes(z[:, :, tellers])
+    correlation = (filled.transpose(0, 2, 1) @ filled[:, :, tellers]).clip(0) / (z.shape[1] - 1)
+    sizes = np.square(theirs).sum(1, keepdims=True).clip(1e-12)
+    found = ((correlation @ theirs[:, :, None])[:, :, 0] / sizes).clip(0, _HIGHEST)
+    found[:, tellers] = theirs
+    return np.asarray(found)
+
+
+def _axes(z: Array) -> Array:
     """Loadings of one common factor at each of several modules, (modules, adapters), by principal axes.
 
     Negative correlations count as none, so the factor is something that adapters share and loadings
@@ -298,10 +421,10 @@ def _nanmean(values: Array, axis: int) -> Array:
     return mean
 
 
-def _parts(X: ArrayLike) -> list[Any]:
+def _parts(X: NDArray[Any]) -> list[slice]:
     """Some queries at a time: responses to many queries of many adapters are large, and float64 is larger."""
-    X = np.asarray(X)
-    return [X[start : start + _AT_ONCE] for start in range(0, len(X), _AT_ONCE)]
+    some = max(1, min(_AT_ONCE, _ENTRIES // max(1, X[:1].size)))
+    return [slice(start, start + some) for start in range(0, len(X), some)]
 
 
 def _confidences(values: ArrayLike, n_queries: int) -> Array:
@@ -316,6 +439,11 @@ def _four_dimensional(X: ArrayLike) -> NDArray[Any]:
     if X.ndim != 4 or X.shape[3] != 2:
         raise ValueError(f"expected responses of shape (queries, adapters, modules, 2), got {X.shape}")
     return X
+
+
+def _float_logs(X: NDArray[Any]) -> NDArray[np.float32]:
+    """Log responses in float32, of some value without a prototype."""
+    return np.asarray(np.log(np.fmax(X, np.float32(_FLOOR), dtype=np.float32)))
 
 
 def _logs(X: ArrayLike) -> Array:
