@@ -32,18 +32,24 @@ SHORT = 64  # adapters on a shortlist
 
 
 class _Sums(NamedTuple):
-    """The score as sums over columns, pairs of a module and a view, (adapters, columns) float32.
+    """Scores as `(slopes * log R - shares * f).sum() - offsets`, over columns, pairs of a module and a view.
 
-    An adapter's score is `(slopes * log R - shares * f).sum() - offset`, and the factor of a column is
-    `(pulls * log R).sum() - offset` over the tellers. Without a prototype all of them are 0.
+    In float32; 0 at a column without a prototype.
     """
 
-    slopes: NDArray[np.float32]
-    shares: NDArray[np.float32]
-    offsets: NDArray[np.float32]  # (adapters, columns), of each column
-    pulls: NDArray[np.float32]  # (tellers, columns)
-    factors: NDArray[np.float32]  # (columns,)
-    rough: NDArray[np.int64]  # (ROUGH,) columns
+    slopes: NDArray[np.float32]  # (adapters, columns)
+    shares: NDArray[np.float32]  # (adapters, columns) of the common factor f
+    offsets: NDArray[np.float32]  # (adapters,)
+
+
+class _Large(NamedTuple):
+    """What the scores of a large library are computed with."""
+
+    whole: _Sums
+    rough: NDArray[np.int64]  # (ROUGH,) columns that the guess reads
+    guess: _Sums  # of these, scaled as if they were all
+    pulls: NDArray[np.float32]  # (tellers, columns); f is `(pulls * log R).sum() - levels`
+    levels: NDArray[np.float32]  # (columns,)
 
 
 class PrototypeGate(BaseEstimator):  # type: ignore[misc]
@@ -66,9 +72,9 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     taken as exponential (peaks over threshold), so that few reference queries can promise a rare false alarm.
 
     Of more than LARGE adapters, TELLERS of them, evenly spread, tell the common factor; the others' loadings
-    follow from their correlations with these (Nystrom). A query's scores over the ROUGH columns that say most
-    choose its shortlist of SHORT adapters, which get their scores, as above but in float32. Others have minus
-    infinity.
+    follow from their correlations with these (Nystrom). ROUGH pairs of a module and a view, chosen so that
+    they make up much of each adapter's score, say which SHORT adapters are on a query's shortlist. These get
+    their scores, as above but in float32. The others have minus infinity.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
@@ -166,11 +172,12 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.filter_ = _filter(means, stds)
         if self.shortlists:
             self.location_, self.scale_ = np.zeros(len(means)), np.ones(len(means))
+            self.__dict__.pop("_large", None)
             raw = self._all(X)
         else:
             raw = np.concatenate([_nanmean(self._votes(X[part]), 2) for part in _parts(X)])
         self.location_, self.scale_ = raw.mean(0), raw.std(0, ddof=1).clip(1e-6)
-        self.__dict__.pop("_sums", None)
+        self.__dict__.pop("_large", None)
         return self
 
     @property
@@ -179,59 +186,64 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return len(self.mean_) > LARGE
 
     @cached_property
-    def _sums(self) -> _Sums:
+    def _large(self) -> _Large:
         mean, std, loadings, weights = (
             np.nan_to_num(x.reshape(len(x), -1))
             for x in (self.mean_, self.std_, self.loadings_, self.filter_)
-        )
+        )  # (adapters, columns)
         std[std == 0] = 1
         modules = (~np.isnan(self.mean_[..., 0])).sum(1)
         weights /= (modules * self.scale_)[:, None]
-        slopes = weights / std
+        parts = weights / weights.sum(1, keepdims=True)
+        rough = _telling(parts, ROUGH)
+        known = parts[:, rough].sum(1).clip(1e-3)
+
+        def sums(columns: Any, by: Any = 1.0) -> _Sums:
+            slopes = weights[:, columns] / std[:, columns]
+            offsets = (slopes * mean[:, columns]).sum(1) / by + self.location_ / self.scale_
+            shares = weights[:, columns] * loadings[:, columns]
+            found = slopes / np.reshape(by, (-1, 1)), shares / np.reshape(by, (-1, 1)), offsets
+            return _Sums(*(x.astype(np.float32) for x in found))
+
         tellers = _tellers(len(mean))
         pulls = loadings[tellers] / (1 - loadings[tellers] ** 2)
-        pulls /= 1 + (loadings[tellers] * pulls).sum(0)
-        pulls /= std[tellers]
-        each = np.abs(weights).sum(0)  # (columns,)
-        return _Sums(
-            slopes.astype(np.float32),
-            (weights * loadings).astype(np.float32),
-            (slopes * mean + (self.location_ / self.scale_)[:, None] / mean.shape[1]).astype(np.float32),
-            pulls.astype(np.float32),
-            (pulls * mean[tellers]).sum(0).astype(np.float32),
-            np.sort(np.argsort(-each, kind="stable")[:ROUGH]),
+        pulls /= (1 + (loadings[tellers] * pulls).sum(0)) * std[tellers]
+        levels = (pulls * mean[tellers]).sum(0)
+        return _Large(
+            sums(slice(None)), rough, sums(rough, known), pulls.astype(np.float32), levels.astype(np.float32)
         )
 
-    def _factors(self, X: NDArray[Any]) -> NDArray[np.float32]:
-        """What all adapters respond to alike, as the tellers tell it, (queries, columns)."""
-        logs = _float_logs(X[:, _tellers(X.shape[1])].reshape(len(X), -1, self._sums.slopes.shape[1]))
-        return np.asarray(np.einsum("qtk,tk->qk", logs, self._sums.pulls) - self._sums.factors)
+    def _factors(self, flat: NDArray[Any]) -> NDArray[np.float32]:
+        """What all adapters respond to alike, as the tellers tell it, (queries, columns).
+
+        Args:
+            flat: (queries, adapters, columns) responses.
+        """
+        logs = _float_logs(flat[:, _tellers(flat.shape[1])])
+        return np.asarray(np.einsum("qtk,tk->qk", logs, self._large.pulls) - self._large.levels)
 
     def _all(self, X: NDArray[Any]) -> Array:
         """The scores of all adapters of a large library, (queries, adapters)."""
-        sums, found = self._sums, []
+        sums, found = self._large.whole, []
         for part in _parts(X):
-            x = X[part]
-            logs = _float_logs(x.reshape(*x.shape[:2], -1))
-            found.append(np.einsum("qnk,nk->qn", logs, sums.slopes) - self._factors(x) @ sums.shares.T)
-        return np.asarray(np.concatenate(found) - sums.offsets.sum(1), dtype=np.float64)
+            flat = X[part].reshape(-1, *sums.slopes.shape)
+            along = np.einsum("qnk,nk->qn", _float_logs(flat), sums.slopes)
+            found.append(along - self._factors(flat) @ sums.shares.T - sums.offsets)
+        return np.concatenate(found).astype(np.float64)
 
     def _shortlisted(self, X: NDArray[Any]) -> Array:
         """The scores of each query's shortlist, minus infinity elsewhere, (queries, adapters)."""
-        sums, rough = self._sums, self._sums.rough
+        whole, rough, guess, *_ = self._large
         found = np.full(X.shape[:2], -np.inf)
-        slopes, shares = sums.slopes[:, rough], sums.shares[:, rough]
-        offsets, all_offsets = sums.offsets[:, rough].sum(1), sums.offsets.sum(1)
         for part in _parts(X):
-            x, out = X[part], found[part]
-            flat, factors = x.reshape(*x.shape[:2], -1), self._factors(x)
-            logs = _float_logs(flat[:, :, rough])
-            guess = np.einsum("qnk,nk->qn", logs, slopes) - factors[:, rough] @ shares.T - offsets
-            who = np.argpartition(-guess, SHORT - 1, axis=1)[:, :SHORT]  # (queries, SHORT)
-            rows = np.arange(len(x))[:, None]
-            logs = _float_logs(flat[rows, who])
-            scores = np.einsum("qsk,qsk->qs", logs, sums.slopes[who]) - all_offsets[who]
-            out[rows, who] = scores - np.einsum("qsk,qk->qs", sums.shares[who], factors)
+            flat = X[part].reshape(-1, *whole.slopes.shape)
+            factors, rows = self._factors(flat), np.arange(len(flat))[:, None]
+            guessed = np.einsum("qnk,nk->qn", _float_logs(flat[:, :, rough]), guess.slopes)
+            guessed -= factors[:, rough] @ guess.shares.T + guess.offsets
+            who = np.argpartition(-guessed, SHORT - 1, axis=1)[:, :SHORT]  # (queries, SHORT)
+            along = np.einsum("qsk,qsk->qs", _float_logs(flat[rows, who]), whole.slopes[who])
+            along -= np.einsum("qsk,qk->qs", whole.shares[who], factors)
+            found[part][rows, who] = along - whole.offsets[who]
         return found
 
     @staticmethod
@@ -265,7 +277,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         if self.shortlists:
             own = np.arange(len(X)), best
             z = (_logs(X[own]) - self.mean_[best]) / self.std_[best]
-            factors = np.concatenate([self._factors(X[part]) for part in _parts(X)]).reshape(z.shape)
+            flat = X.reshape(len(X), len(self.mean_), -1)
+            factors = np.concatenate([self._factors(flat[part]) for part in _parts(X)]).reshape(z.shape)
             return np.asarray(((z - self.loadings_[best] * factors) * self.filter_[best]).sum(-1))
         found = [self._votes(X[part])[np.arange(len(best[part])), best[part]] for part in _parts(X)]
         return np.concatenate(found) if found else np.empty((0, self.n_modules_))
@@ -371,6 +384,23 @@ def _tellers(n_adapters: int) -> NDArray[np.int64]:
     return (
         every if n_adapters <= LARGE else every[np.linspace(0, n_adapters - 1, TELLERS).round().astype(int)]
     )
+
+
+def _telling(parts: Array, most: int) -> NDArray[np.int64]:
+    """The columns by which a few of them guess all adapters' scores best, in order.
+
+    Each is the one that makes most of the scores of which those before it make least.
+
+    Args:
+        parts: (adapters, columns) of each score, not negative; sum to 1 over columns.
+    """
+    known, chosen = np.zeros(len(parts)), list[int]()
+    for _ in range(min(most, parts.shape[1])):
+        gains = (1 / (known + 0.02)) @ parts
+        gains[chosen] = -1
+        chosen.append(int(gains.argmax()))
+        known += parts[:, chosen[-1]]
+    return np.sort(chosen)
 
 
 def _loadings(z: Array, tellers: NDArray[np.int64]) -> Array:
