@@ -379,6 +379,26 @@ def test_ten_thousand_queries_stay_below_ten_megabytes(large):
     assert np.ptp(np.array(page.data["places"]), axis=0).min() > 5_000
 
 
+def test_thirty_thousand_queries_are_a_sample_below_ten_megabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("router.runs.report.layout.MAPPED", 100)  # 2,000 take long
+    texts = [f"{k}: {text}" * 3 for k, text in enumerate(sentences(30_000))]
+    out = synthetic(tmp_path, texts, files=("queries.csv", "more.csv"))
+    path = write_report(out)
+    assert path.stat().st_size < 10_000_000
+    page, table = Page(path), [read_table(out / f"{stem}.routing.csv") for stem in ("queries", "more")]
+    told = {row["id"]: row["variant"] for rows in table for row in rows}
+    assert len(told) == 30_000  # the CSV files are whole
+    shown = dict(zip(page.data["ids"], map(str, page.data["variants"]), strict=True))
+    assert len(shown) == 10_000 and shown.items() <= told.items()
+    assert {told[own] for own in told} == set(shown.values())
+    assert {own[1:2] for own in shown} == {*"0123456789"} and set(page.data["file"]) == {0, 1}
+    texts = dict(zip(page.data["ids"], page.data["texts"], strict=True))
+    assert all(text.startswith(own[1:] + ":") for own, text in texts.items())
+    assert "30,000 queries" in page.words and "Here are 10,000 of the 30,000 queries" in page.words
+    low = sum(close(load(out).evidence.candidates))
+    assert f"{low:,} queries have a low margin" in page.words  # of all
+
+
 @pytest.mark.parametrize(("n", "axes"), [(1, 1), (1, 6), (2, 2), (5, 3), (9, 1), (40, 4)])
 def test_layouts_of_any_size(n, axes):
     points = np.random.default_rng(0).normal(size=(n, axes)).clip(0)
