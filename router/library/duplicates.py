@@ -88,7 +88,8 @@ def nearby(flat: NDArray[np.float32], there: NDArray[np.bool_]) -> Iterator[list
 
 def _flat_logs(responses: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log responses, (adapters, prompts * modules), 0 without a prototype; in place, to save memory."""
-    flat = responses.transpose(1, 0, 2).reshape(responses.shape[1], -1).copy()
+    flat = np.ascontiguousarray(responses.transpose(1, 0, 2))
+    flat = (flat.copy() if np.may_share_memory(flat, responses) else flat).reshape(len(flat), -1)
     np.log(flat.clip(1e-6, out=flat), out=flat)
     np.nan_to_num(flat, copy=False)
     return flat
