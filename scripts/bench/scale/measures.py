@@ -177,7 +177,7 @@ def factor(size: str) -> Found:
 
 
 def _weights(size: int, count: int) -> Any:
-    """Weights as the gate gives them: a third to the base model, a tenth shared; few adapters are popular."""
+    """Weights like the gate's: a third go to the base model, a tenth are shared, few adapters are popular."""
     rng = np.random.default_rng(SEED)
     popular = 1 / np.arange(1, size + 1)
     best = rng.choice(size, count, p=popular / popular.sum())
@@ -186,8 +186,8 @@ def _weights(size: int, count: int) -> Any:
     rows = np.arange(count)
     out[rows, best] = rng.uniform(0.5, 1, count)
     shared = rng.random(count) < 0.1
-    out[rows[shared], best[shared]] = 0.4
-    out[rows, (best + 1) % size] += (1 - out[rows, best]) * rng.uniform(0.6, 1, count)
+    out[rows[shared], best[shared]] = 0.45
+    out[rows, (best + 1) % size] += np.where(shared, 0.45, 0.3 * (1 - out[rows, best]))
     out[:, -1] += 1 - out.sum(1)
     return out
 

@@ -25,8 +25,8 @@ Known = dict[Cell, dict[str, Any]]
 def cells() -> Iterator[Cell]:
     """All cells, in an order in which those that write come before those that read."""
     yield ("written", str(SIZES[-1]))
-    for size in map(str, SIZES):
-        yield from ((what, size) for what in ("gate", "library", "planned"))
+    for size in SIZES:
+        yield from ((what, str(size)) for what in ("gate", "library", "planned"))
     yield ("factor", "512")
     for count in COUNTS:
         for size in SIZES:
