@@ -14,6 +14,7 @@ import pytest
 from helpers import METHODS, ROOT, ROWS, read_table, write_csv
 from router.errors import InputError
 from router.routing.evidence import Evidence
+from router.runs import explain
 from router.runs.load import load
 from router.runs.report.data import LIMITS, layers, place_of
 from router.runs.report.layout import layout
@@ -166,6 +167,17 @@ def test_a_real_run_has_its_report(command, capsys, method):
     )
     assert ("places" in page.data) == (method in ("proto_route", "oracle"))
     assert ("reasons" in page.data) == (method == "proto_route")
+
+
+def test_a_large_library_is_reported_by_its_shortlists(command, capsys, monkeypatch):
+    for name, value in {"LARGE": 2, "TELLERS": 3, "SHORT": 2}.items():
+        monkeypatch.setattr(f"router.routing.gate.{name}", value)
+    code, out = command("proto_route")
+    assert code == 0
+    page = Page(out / "report.html")
+    assert all(len(reasons) == 2 for reasons in page.data["reasons"])
+    assert len(page.data["places"]) == 6 and len(page.data["prototypes"]) == 4
+    assert explain.main([str(out), page.data["ids"][0]]) == 0
 
 
 def test_a_run_without_routing_has_a_report_of_its_answers(small):
