@@ -18,6 +18,19 @@ SIZES = (16, 64, 256, 1_000, 10_000)  # adapters
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)  # queries
 ROOM = 20e9  # bytes that a cell may take
 CELLS = 3e7  # most numbers in a routing table of which a report is made, for the sake of minutes
+# What a billion queries would take: by whom, cores or cards, and the rate that each reaches; a card's is 40 % of
+# an H100's dense bfloat16 rate by NVIDIA's data sheet, 989 TFLOP/s, and a core's is measured.
+CARD = 0.4 * 989e12
+WHO = (("one machine, 64 cores", 64, None), ("one card", 1, CARD), ("one machine, eight cards", 8, CARD),
+       ("a cluster, 64 machines of eight", 512, CARD))  # fmt: skip
+ADAPTERS, QUERIES = 1_000, 1e9
+READ, WHOLE, WRITTEN = 64, 108, 16  # tokens of a prompt that routing reads, of all of it, of an answer
+# Parameters that multiply, and numbers in an adapter's prototypes: the embedded model with the mean of the
+# committed adapters, Mistral-7B with rank 16 on all linear layers.
+MODELS = (
+    ("SmolLM2-135M", 134.5e6, 57.48 * 2**20 / 4 / 22),
+    ("Mistral-7B", 7.24e9, 16 * 32 * (6 * 4096 + 14336)),
+)
 STEPS = ("open", "prototypes", "prototypes, kept", "calibrate", "duplicates", "fit", "probe", "gate")
 Known = dict[Cell, dict[str, Any]]
 
@@ -61,7 +74,8 @@ def write() -> None:
     """Prints every table whose measurements are all there, and puts it into docs/scale.md."""
     known: Known = dict(runner.kept(FOLDER))
     tables: dict[str, Callable[[Known], list[str]]] = {
-        "targets": _targets, "gate": _gate, "library": _library, "queries": _queries
+        "targets": _targets, "gate": _gate, "library": _library, "queries": _queries,
+        "takes": _takes,
     }  # fmt: skip
     for name, make in tables.items():
         try:
@@ -147,3 +161,28 @@ def _targets(known: Known) -> list[str]:
     ):  # fmt: skip
         lines.append(row(what, target, value, "met" if met else "missed"))
     return lines
+
+
+def _takes(known: Known) -> list[str]:
+    """Days for a billion queries and a thousand adapters, by arithmetic from measured and assumed rates."""
+    one = known["library", "1000"]
+    numbers = one["prototypes_mib"] * 2**20 / 4
+    core = one["tokens"] * 2 * (MODELS[0][1] + numbers) / one["seconds"]["probe"]  # FLOP/s
+    gate = known["gate", "1000"]["ms"] / 1000
+    lines = header(["who", *(f"{name}, {part}" for name, *_ in MODELS for part in ("routing", "answers"))])
+    for who, count, card in WHO:
+        days = [
+            QUERIES * 2 * work / (count * (card or core)) / 86_400
+            for _, parameters, own in MODELS
+            for work in (READ * (parameters + ADAPTERS * own), (WHOLE + WRITTEN) * parameters)
+        ]
+        lines.append(row(who, *(f"{each:,.1f} days" for each in days)))
+    memory = [2 * (parameters + ADAPTERS * own) / 2**30 for _, parameters, own in MODELS]
+    dense = QUERIES * (ADAPTERS + 1)
+    return [
+        *lines, "",
+        f"A core reached {core / 1e9:.0f} GFLOP/s in the probe above. The gate takes {gate * 1000:.2f} ms of a "
+        f"core for each query, {QUERIES * gate / 3600:,.0f} core hours. Base model and prototypes in bfloat16 "
+        f"take {memory[0]:.1f} and {memory[1]:.1f} GiB on every card. Weights and evidence as they are kept "
+        f"now would take {16 * dense / 1e12:.0f} TB.",
+    ]  # fmt: skip
