@@ -18,8 +18,8 @@ SIZES = (16, 64, 256, 1_000, 10_000)  # adapters
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)  # queries
 ROOM = 20e9  # bytes that a cell may take
 CELLS = 3e7  # most numbers in a routing table of which a report is made, for the sake of minutes
-# What a billion queries would take: by whom, cores or cards, and the rate that each reaches; a card's is 40 % of
-# an H100's dense bfloat16 rate by NVIDIA's data sheet, 989 TFLOP/s, and a core's is measured.
+# What a billion queries would take: by whom, cores or cards, and the rate that each reaches. A card's is 40 %
+# of an H100's dense bfloat16 rate by NVIDIA's data sheet, 989 TFLOP/s; a core's is measured.
 CARD = 0.4 * 989e12
 WHO = (("one machine, 64 cores", 64, None), ("one card", 1, CARD), ("one machine, eight cards", 8, CARD),
        ("a cluster, 64 machines of eight", 512, CARD))  # fmt: skip
@@ -75,7 +75,7 @@ def write() -> None:
     known: Known = dict(runner.kept(FOLDER))
     tables: dict[str, Callable[[Known], list[str]]] = {
         "targets": _targets, "gate": _gate, "library": _library, "queries": _queries,
-        "takes": _takes,
+        "factor": _factor, "takes": _takes,
     }  # fmt: skip
     for name, make in tables.items():
         try:
@@ -100,9 +100,17 @@ def _gate(known: Known) -> list[str]:
     ):  # fmt: skip
         values = [one[key] for one in found]
         lines.append(row(name, *(f"{value:,.{digits}f}" for value in values), _exponent(values)))
-    for key, name in (("recall", "the best adapter is on the shortlist"), ("same", "the same top candidate")):
+    for key, name in (("recall", "best adapter on the shortlist"), ("same", "same top candidate")):
         lines.append(row(name, *(f"{one[key]:.4f}" if one else "" for one in found), ""))
     return lines
+
+
+def _factor(known: Known) -> list[str]:
+    one = known["factor", "512"]
+    return [
+        f"With {one['queries']} queries and 512 adapters, the top candidate is that of a gate in which all "
+        f"adapters tell the common factor for a share of {one['same']:.3f}."
+    ]
 
 
 def _library(known: Known) -> list[str]:
@@ -181,7 +189,7 @@ def _takes(known: Known) -> list[str]:
     dense = QUERIES * (ADAPTERS + 1)
     return [
         *lines, "",
-        f"A core reached {core / 1e9:.0f} GFLOP/s in the probe above. The gate takes {gate * 1000:.2f} ms of a "
+        f"A core reached {core / 1e9:.0f} GFLOP/s in the probe. The gate takes {1000 * gate:.2f} ms of a "
         f"core for each query, {QUERIES * gate / 3600:,.0f} core hours. Base model and prototypes in bfloat16 "
         f"take {memory[0]:.1f} and {memory[1]:.1f} GiB on every card. Weights and evidence as they are kept "
         f"now would take {16 * dense / 1e12:.0f} TB.",
