@@ -190,7 +190,7 @@ def _takes(known: Known) -> list[str]:
     return [
         *lines, "",
         f"A core reached {core / 1e9:.0f} GFLOP/s in the probe. The gate takes {1000 * gate:.2f} ms of a "
-        f"core for each query, {QUERIES * gate / 3600:,.0f} core hours. Base model and prototypes in bfloat16 "
-        f"take {memory[0]:.1f} and {memory[1]:.1f} GiB on every card. Weights and evidence as they are kept "
+        f"core for each query, {QUERIES * gate / 3600:,.0f} core hours. Base model and prototypes in "
+        f"bfloat16 take {memory[0]:.1f} and {memory[1]:.1f} GiB on every card. Weights and evidence as they are kept "
         f"now would take {16 * dense / 1e12:.0f} TB.",
     ]  # fmt: skip
