@@ -195,7 +195,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         modules = (~np.isnan(self.mean_[..., 0])).sum(1)
         weights /= (modules * self.scale_)[:, None]
         parts = weights / weights.sum(1, keepdims=True)
-        rough = _telling(parts, ROUGH)
+        rough = _rough_columns(parts, ROUGH)
         known = parts[:, rough].sum(1).clip(1e-3)
 
         def sums(columns: Any, by: Any = 1.0) -> _Sums:
@@ -386,7 +386,7 @@ def _tellers(n_adapters: int) -> NDArray[np.int64]:
     )
 
 
-def _telling(parts: Array, most: int) -> NDArray[np.int64]:
+def _rough_columns(parts: Array, most: int) -> NDArray[np.int64]:
     """The columns by which a few of them guess all adapters' scores best, in order.
 
     Each is the one that makes most of the scores of which those before it make least.

@@ -189,8 +189,8 @@ def _takes(known: Known) -> list[str]:
     dense = QUERIES * (ADAPTERS + 1)
     return [
         *lines, "",
-        f"A core reached {core / 1e9:.0f} GFLOP/s in the probe. The gate takes {1000 * gate:.2f} ms of a "
-        f"core for each query, {QUERIES * gate / 3600:,.0f} core hours. Base model and prototypes in "
-        f"bfloat16 take {memory[0]:.1f} and {memory[1]:.1f} GiB on every card. Weights and evidence as they are kept "
-        f"now would take {16 * dense / 1e12:.0f} TB.",
+        f"A core reached {core / 1e9:.0f} GFLOP/s in the probe.",
+        f"The gate takes {1000 * gate:.2f} ms of a core for a query, {QUERIES * gate / 3600:,.0f} core hours.",
+        f"Base model and prototypes in bfloat16 take {memory[0]:.1f} and {memory[1]:.1f} GiB on every card.",
+        f"Weights and evidence as they are kept now would take {16 * dense / 1e12:.0f} TB.",
     ]  # fmt: skip
