@@ -190,7 +190,7 @@ def _takes(known: Known) -> list[str]:
     return [
         *lines, "",
         f"A core reached {core / 1e9:.0f} GFLOP/s in the probe.",
-        f"The gate takes {1000 * gate:.2f} ms of a core for a query, {QUERIES * gate / 3600:,.0f} core hours.",
+        f"The gate takes {1000 * gate:.2f} ms for a query, {QUERIES * gate / 3600:,.0f} core hours.",
         f"Base model and prototypes in bfloat16 take {memory[0]:.1f} and {memory[1]:.1f} GiB on every card.",
         f"Weights and evidence as they are kept now would take {16 * dense / 1e12:.0f} TB.",
     ]  # fmt: skip
