@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +78,28 @@ class Fitted:
         """How many prompts are probed together."""
         return at_once(len(self.names), len(self.prototypes))
 
+    @cached_property
+    def _absent(self) -> NDArray[np.bool_]:
+        """Where no adapter has a prototype, (adapters, modules, 2)."""
+        return np.isnan(self.reference)
+
     def decide(self, probed: Probed) -> tuple[Array, Evidence]:
         """Weights (queries, adapters + 1), the base model last, and why.
 
         A prompt without finite activations goes to the base model.
         """
         responses, confidence = probed
-        unread = unreadable(probed, np.isnan(self.reference))
+        unread = unreadable(probed, self._absent)
         if unread.any():
             responses, confidence = responses.copy(), confidence.copy()
             responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]
         own = responses if len(self.kept) == len(self.names) else responses[:, self.kept]
-        scores = self.gate.decision_function(own)
+        scores = self.gate.decision_function(own, check_input=False)  # `unreadable` looked
         candidates = self.gate.candidate_scores(scores, confidence)
         weights = np.zeros((len(responses), len(self.names) + 1))
         weights[:, [*self.kept, -1]] = self.gate.weights(candidates)
-        weights[unread] = np.eye(len(self.names) + 1)[-1]
+        weights[unread] = 0.0
+        weights[unread, -1] = 1.0
         all_scores = np.full((len(responses), len(self.names)), np.nan)
         all_scores[:, self.kept] = np.where(np.isfinite(scores), scores, np.nan)
         if self.gate.shortlists:

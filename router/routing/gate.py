@@ -209,9 +209,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         pulls = loadings[tellers] / (1 - loadings[tellers] ** 2)
         pulls /= (1 + (loadings[tellers] * pulls).sum(0)) * std[tellers]
         levels = (pulls * mean[tellers]).sum(0)
-        return _Large(
-            sums(slice(None)), rough, sums(rough, known), pulls.astype(np.float32), levels.astype(np.float32)
-        )
+        told = pulls.astype(np.float32), levels.astype(np.float32)
+        return _Large(sums(slice(None)), rough, sums(rough, known), *told)
 
     def _factors(self, flat: NDArray[Any]) -> NDArray[np.float32]:
         """What all adapters respond to alike, as the tellers tell it, (queries, columns).
@@ -248,10 +247,10 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     @staticmethod
     def _check(X: NDArray[Any], absent: NDArray[np.bool_]) -> None:
-        """Refuses values that are not finite where an adapter has a prototype, and any where it has none."""
-        for part in _parts(X):
-            x = X[part] if X.dtype.kind == "f" else X[part].astype(np.float64)
-            if np.isinf(x).any() or (np.isnan(x) != absent).any():
+        """Refuses values that are not finite where an adapter has a prototype, and finite ones elsewhere."""
+        found = np.empty(absent.shape, bool)  # used again and again, since a large one takes time to get
+        for row in X if X.dtype.kind == "f" else X.astype(np.float64):
+            if np.equal(np.isfinite(row, out=found), absent, out=found).any():
                 raise ValueError(
                     "expected finite responses, NaN at the same adapters and modules for all queries: "
                     "those without a prototype"
@@ -283,8 +282,13 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         found = [self._votes(X[part])[np.arange(len(best[part])), best[part]] for part in _parts(X)]
         return np.concatenate(found) if found else np.empty((0, self.n_modules_))
 
-    def decision_function(self, X: ArrayLike) -> Array:
-        """Calibrated scores, (queries, adapters), in standard deviations of generic text."""
+    def decision_function(self, X: ArrayLike, check_input: bool = True) -> Array:
+        """Calibrated scores, (queries, adapters), in standard deviations of generic text.
+
+        Args:
+            check_input: False for responses that are known to be finite where there is a prototype; of many
+                adapters, looking takes as long as scoring.
+        """
         check_is_fitted(self)
         X = _four_dimensional(X)
         if X.shape[1:] != self.mean_.shape:
@@ -292,7 +296,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
                 f"expected responses of {self.n_adapters_} adapters at {self.n_modules_} modules, "
                 f"got {X.shape[1]} and {X.shape[2]}"
             )
-        self._check(X, np.isnan(self.mean_))
+        if check_input:
+            self._check(X, np.isnan(self.mean_))
         return self._scores(X)
 
     def candidate_scores(self, scores: Array, confidence: ArrayLike | None = None) -> Array:
@@ -380,10 +385,9 @@ def _filter(means: Array, stds: Array) -> Array:
 
 def _tellers(n_adapters: int) -> NDArray[np.int64]:
     """The adapters that tell the common factor: all, or TELLERS of a large library, evenly spread."""
-    every = np.arange(n_adapters)
-    return (
-        every if n_adapters <= LARGE else every[np.linspace(0, n_adapters - 1, TELLERS).round().astype(int)]
-    )
+    if n_adapters <= LARGE:
+        return np.arange(n_adapters)
+    return np.linspace(0, n_adapters - 1, TELLERS).round().astype(np.int64)
 
 
 def _rough_columns(parts: Array, most: int) -> NDArray[np.int64]:
@@ -473,7 +477,9 @@ def _four_dimensional(X: ArrayLike) -> NDArray[Any]:
 
 def _float_logs(X: NDArray[Any]) -> NDArray[np.float32]:
     """Log responses in float32, of some value without a prototype."""
-    return np.asarray(np.log(np.fmax(X, np.float32(_FLOOR), dtype=np.float32)))
+    heard = np.fmax(X, np.float32(_FLOOR), dtype=np.float32)
+    np.minimum(heard, np.float32(1 / _FLOOR), out=heard)
+    return np.asarray(np.log(heard, out=heard))
 
 
 def _logs(X: ArrayLike) -> Array:

@@ -69,20 +69,22 @@ class Library:
 
     def reference(self) -> Responses:
         """Responses to generic text, (160, adapters, modules, 2)."""
-        return self._heard(self.z[0])
+        z = self.z[0]
+        return self._heard(z, z, np.arange(len(z)))
 
     def queries(self, count: int, seed: int) -> Responses:
         """Responses to so many queries, (queries, adapters, modules, 2)."""
         rng, real = np.random.default_rng([SEED, seed]), self.z[1]
         one, other = rng.integers(len(real), size=(2, count))
-        return self._heard(OWN * real[one] + np.float32(np.sqrt(1 - OWN**2)) * real[other])
+        return self._heard(OWN * real[one] + np.float32(np.sqrt(1 - OWN**2)) * real[other], real, one)
 
-    def _heard(self, z: Responses) -> Responses:
+    def _heard(self, z: Responses, texts: Responses, numbers: NDArray[np.int64]) -> Responses:
+        """Responses to texts that are mostly the real ones of these numbers."""
         out = np.empty((len(z), self.size, *z.shape[2:]), np.float32)
-        texts = np.arange(len(z))
         for n, (parent, share) in enumerate(zip(self.parents, self.shares, strict=True)):
             own = share * z[:, parent]
             if share < 1:
-                own += np.sqrt(1 - share**2) * z[(texts + self.steps[n]) % len(z), parent]
+                others = (numbers + 1 + self.steps[n] % (len(texts) - 1)) % len(texts)
+                own += np.sqrt(1 - share**2) * texts[others, parent]
             np.exp(self.mean[parent] + self.std[parent] * own, out=out[:, n])
         return out
