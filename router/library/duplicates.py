@@ -22,7 +22,8 @@ from router.progress import progress
 # is below ALIKE. They are duplicates if the cosine of their updates is above SAME.
 ALIKE = 0.05
 SAME = 0.99
-AXES = 8  # of the sketches in which those that may be alike are looked for; few, so that a tree finds them
+COLUMNS = 1024  # of the sketches in which those that may be alike are looked for, about
+BLOCK = 256  # adapters that are looked for at a time
 
 
 def representatives(adapters: Sequence[Adapter], responses: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -60,30 +61,42 @@ def representatives(adapters: Sequence[Adapter], responses: NDArray[np.float32])
 def nearby(flat: NDArray[np.float32], there: NDArray[np.bool_]) -> Iterator[list[int]]:
     """For each adapter in turn, those of the same modules that may be alike, in ascending order.
 
-    They are looked for in a tree of sketches, so not all pairs are compared. A sketch has the mean log
-    response at each module, projected on the principal axes of those of all adapters. Neither makes two
-    adapters farther apart than they are, so none is missed.
+    faiss looks for them among sketches, so only few pairs are compared in full. A sketch has the mean log
+    response at each module to each of several groups of prompts. Means, times the root of how many they are
+    of, are a projection, in which two adapters are never farther apart than they are; so none is missed.
 
     Args:
         flat: (adapters, prompts * modules) log responses.
         there: (adapters, modules) where each has a prototype.
     """
-    from scipy.spatial import cKDTree
+    import faiss
 
-    n_prompts = flat.shape[1] // there.shape[1]
-    means = flat.reshape(len(flat), n_prompts, -1).mean(1, dtype=np.float64)  # (adapters, modules)
+    n_modules = there.shape[1]
+    n_prompts = flat.shape[1] // n_modules
+    starts = np.linspace(0, n_prompts, min(n_prompts, max(1, COLUMNS // n_modules)), endpoint=False).astype(
+        int
+    )
+    sizes = np.diff(np.append(starts, n_prompts))
+    sums = np.add.reduceat(flat.reshape(len(flat), n_prompts, n_modules), starts, axis=1, dtype=np.float64)
+    sketches = (sums / np.sqrt(sizes)[:, None]).reshape(len(flat), -1)
     patterns, kind = np.unique(there, axis=0, return_inverse=True)
-    found = []
+    kind = kind.ravel()  # NumPy 2.0 gives it two dimensions
+    found: list[Iterator[list[int]]] = []
+
+    def of_pattern(members: NDArray[np.int64], radius: float) -> Iterator[list[int]]:
+        points = (sketches[members] - sketches[members].mean(0)).astype(np.float32)
+        index = faiss.IndexFlatL2(points.shape[1])
+        index.add(points)
+        for start in range(0, len(members), BLOCK):
+            ends, _, numbers = index.range_search(points[start : start + BLOCK], radius**2)
+            for own in np.split(numbers, ends[1:-1].astype(int)):
+                yield members[np.sort(own)].tolist()
+
     for k, pattern in enumerate(patterns):
-        members = np.flatnonzero(kind == k)
-        centred = means[members] - means[members].mean(0)
-        axes = np.linalg.eigh(centred.T @ centred)[1][:, -AXES:]
-        radius = 1.001 * ALIKE * np.sqrt(max(1, pattern.sum()))  # more than what rounding adds
-        found.append((members, cKDTree(centred @ axes), radius))
-    for n in range(len(flat)):
-        members, tree, radius = found[kind[n]]
-        point = tree.data[np.searchsorted(members, n)]
-        yield members[sorted(tree.query_ball_point(point, radius))].tolist()
+        radius = 1.01 * ALIKE * np.sqrt(max(1, n_prompts * pattern.sum()))  # more than what rounding adds
+        found.append(of_pattern(np.flatnonzero(kind == k), radius))
+    for k in kind.tolist():  # those of a pattern come in order
+        yield next(found[k])
 
 
 def _flat_logs(responses: NDArray[np.float32]) -> NDArray[np.float32]:
