@@ -136,18 +136,25 @@ def _fewest(weights: Array, most: int, seed: int) -> Clusters:
 
 
 def _sample(weights: Array, seed: int) -> NDArray[np.int64]:
-    """SAMPLE queries in order, among them the first of each candidate that is a query's best."""
-    firsts = np.unique(weights.argmax(1), return_index=True)[1]
+    """SAMPLE queries in order, among them the first that each candidate answers alone, and the first mix."""
+    kinds = np.empty(len(weights), np.int64)
+    for part in _blocks(len(weights)):
+        points = mixes(weights[part])
+        kinds[part] = 2 * points.argmax(1) + (points.max(1) < 1)
+    firsts = np.unique(kinds, return_index=True)[1]
     rest = np.setdiff1d(np.arange(len(weights)), firsts)
     more = max(0, SAMPLE - len(firsts))
     return np.sort(np.concatenate([firsts, np.random.default_rng(seed).choice(rest, more, replace=False)]))
 
 
+def _blocks(count: int) -> list[slice]:
+    return [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
+
+
 def _joined(weights: Array, made: Clusters) -> Clusters:
     """The groups of a sample with all queries in them, each in the nearest one."""
     labels, sums = np.empty(len(weights), np.int64), np.zeros_like(made.weights)
-    for start in range(0, len(weights), BLOCK):
-        part = slice(start, start + BLOCK)
+    for part in _blocks(len(weights)):
         points = mixes(weights[part])
         labels[part] = _closest(points, made.weights)
         np.add.at(sums, labels[part], points)

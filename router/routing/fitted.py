@@ -94,7 +94,7 @@ class Fitted:
             responses, confidence = responses.copy(), confidence.copy()
             responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]
         own = responses if len(self.kept) == len(self.names) else responses[:, self.kept]
-        scores = self.gate.decision_function(own, check_input=False)  # `unreadable` looked
+        scores, votes = self.gate.scores_and_votes(own)
         candidates = self.gate.candidate_scores(scores, confidence)
         weights = np.zeros((len(responses), len(self.names) + 1))
         weights[:, [*self.kept, -1]] = self.gate.weights(candidates)
@@ -115,7 +115,7 @@ class Fitted:
             responses=means,
             scores=all_scores.astype(np.float32),
             base_score=candidates[:, -1].astype(np.float32),
-            votes=self.gate.votes(own, scores).astype(np.float32),
+            votes=votes.astype(np.float32),
             duplicates={names[n]: names[k] for n, k in enumerate(self.representative) if n != k},
             levels=self.gate.levels(),
         )

@@ -26,7 +26,7 @@ _ENTRIES = 1 << 22  # numbers in the arrays of several modules that are fitted a
 _AT_ONCE = 16  # queries
 _FLOOR = 1e-6  # responses are cosines; below this they are noise
 LARGE = 256  # adapters; of a larger library only a shortlist gets its scores, see `PrototypeGate`
-TELLERS = 64  # adapters of a large library that tell what all respond to alike
+TELLERS = 256  # adapters of a large library that tell what all respond to alike
 ROUGH = 32  # pairs of a module and a view by which a shortlist is drawn up
 SHORT = 64  # adapters on a shortlist
 
@@ -48,6 +48,7 @@ class _Large(NamedTuple):
     whole: _Sums
     rough: NDArray[np.int64]  # (ROUGH,) columns that the guess reads
     guess: _Sums  # of these, scaled as if they were all
+    tellers: NDArray[np.int64]  # of the common factor f
     pulls: NDArray[np.float32]  # (tellers, columns); f is `(pulls * log R).sum() - levels`
     levels: NDArray[np.float32]  # (columns,)
 
@@ -71,7 +72,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     every reference query is scored by a gate that was fitted without it. Beyond the highest fifth the tail is
     taken as exponential (peaks over threshold), so that few reference queries can promise a rare false alarm.
 
-    Of more than LARGE adapters, TELLERS of them, evenly spread, tell the common factor; the others' loadings
+    Of more than LARGE adapters, TELLERS, drawn at random, tell the common factor; the others' loadings
     follow from their correlations with these (Nystrom). ROUGH pairs of a module and a view, chosen so that
     they make up much of each adapter's score, say which SHORT adapters are on a query's shortlist. These get
     their scores, as above but in float32. The others have minus infinity.
@@ -209,7 +210,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         pulls = loadings[tellers] / (1 - loadings[tellers] ** 2)
         pulls /= (1 + (loadings[tellers] * pulls).sum(0)) * std[tellers]
         levels = (pulls * mean[tellers]).sum(0)
-        told = pulls.astype(np.float32), levels.astype(np.float32)
+        told = tellers, pulls.astype(np.float32), levels.astype(np.float32)
         return _Large(sums(slice(None)), rough, sums(rough, known), *told)
 
     def _factors(self, flat: NDArray[Any]) -> NDArray[np.float32]:
@@ -218,7 +219,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         Args:
             flat: (queries, adapters, columns) responses.
         """
-        logs = _float_logs(flat[:, _tellers(flat.shape[1])])
+        logs = _float_logs(flat[:, self._large.tellers])
         return np.asarray(np.einsum("qtk,tk->qk", logs, self._large.pulls) - self._large.levels)
 
     def _all(self, X: NDArray[Any]) -> Array:
@@ -230,10 +231,14 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             found.append(along - self._factors(flat) @ sums.shares.T - sums.offsets)
         return np.concatenate(found).astype(np.float64)
 
-    def _shortlisted(self, X: NDArray[Any]) -> Array:
-        """The scores of each query's shortlist, minus infinity elsewhere, (queries, adapters)."""
+    def _shortlisted(self, X: NDArray[Any]) -> tuple[Array, Array]:
+        """The scores of each query's shortlist, minus infinity elsewhere, and the votes of the best.
+
+        Returns:
+            (queries, adapters), (queries, modules).
+        """
         whole, rough, guess, *_ = self._large
-        found = np.full(X.shape[:2], -np.inf)
+        found, votes = np.full(X.shape[:2], -np.inf), np.empty((len(X), X.shape[2]))
         for part in _parts(X):
             flat = X[part].reshape(-1, *whole.slopes.shape)
             factors, rows = self._factors(flat), np.arange(len(flat))[:, None]
@@ -243,7 +248,11 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             along = np.einsum("qsk,qsk->qs", _float_logs(flat[rows, who]), whole.slopes[who])
             along -= np.einsum("qsk,qk->qs", whole.shares[who], factors)
             found[part][rows, who] = along - whole.offsets[who]
-        return found
+            best = found[part].argmax(1)
+            z = (_logs(X[part][rows[:, 0], best]) - self.mean_[best]) / self.std_[best]
+            less = self.loadings_[best] * factors.reshape(z.shape)
+            votes[part] = ((z - less) * self.filter_[best]).sum(-1)
+        return found, votes
 
     @staticmethod
     def _check(X: NDArray[Any], absent: NDArray[np.bool_]) -> None:
@@ -265,7 +274,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     def _scores(self, X: NDArray[Any]) -> Array:
         if self.shortlists:
-            return self._shortlisted(X)
+            return self._shortlisted(X)[0]
         found = [_nanmean(self._votes(X[part]), 2) for part in _parts(X)]
         raw = np.concatenate(found) if found else np.empty((0, self.n_adapters_))
         return np.asarray((raw - self.location_) / self.scale_)
@@ -274,21 +283,22 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         """The best adapter's filtered responses, whose mean makes its score, (queries, modules)."""
         X, best = np.asarray(X), scores.argmax(1)
         if self.shortlists:
-            own = np.arange(len(X)), best
-            z = (_logs(X[own]) - self.mean_[best]) / self.std_[best]
-            flat = X.reshape(len(X), len(self.mean_), -1)
-            factors = np.concatenate([self._factors(flat[part]) for part in _parts(X)]).reshape(z.shape)
-            return np.asarray(((z - self.loadings_[best] * factors) * self.filter_[best]).sum(-1))
+            return self._shortlisted(X)[1]
         found = [self._votes(X[part])[np.arange(len(best[part])), best[part]] for part in _parts(X)]
         return np.concatenate(found) if found else np.empty((0, self.n_modules_))
 
-    def decision_function(self, X: ArrayLike, check_input: bool = True) -> Array:
-        """Calibrated scores, (queries, adapters), in standard deviations of generic text.
+    def scores_and_votes(self, X: NDArray[Any]) -> tuple[Array, Array]:
+        """What `decision_function` and `votes` find, of responses that are known to be finite.
 
-        Args:
-            check_input: False for responses that are known to be finite where there is a prototype; of many
-                adapters, looking takes as long as scoring.
+        Of many adapters, looking whether they are takes as long as scoring.
         """
+        if self.shortlists:
+            return self._shortlisted(X)
+        scores = self._scores(X)
+        return scores, self.votes(X, scores)
+
+    def decision_function(self, X: ArrayLike) -> Array:
+        """Calibrated scores, (queries, adapters), in standard deviations of generic text."""
         check_is_fitted(self)
         X = _four_dimensional(X)
         if X.shape[1:] != self.mean_.shape:
@@ -296,8 +306,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
                 f"expected responses of {self.n_adapters_} adapters at {self.n_modules_} modules, "
                 f"got {X.shape[1]} and {X.shape[2]}"
             )
-        if check_input:
-            self._check(X, np.isnan(self.mean_))
+        self._check(X, np.isnan(self.mean_))
         return self._scores(X)
 
     def candidate_scores(self, scores: Array, confidence: ArrayLike | None = None) -> Array:
@@ -384,10 +393,13 @@ def _filter(means: Array, stds: Array) -> Array:
 
 
 def _tellers(n_adapters: int) -> NDArray[np.int64]:
-    """The adapters that tell the common factor: all, or TELLERS of a large library, evenly spread."""
+    """The adapters that tell the common factor: all, or TELLERS of a large library, drawn at random.
+
+    Not every so many, since relatives may stand at equal distances.
+    """
     if n_adapters <= LARGE:
         return np.arange(n_adapters)
-    return np.linspace(0, n_adapters - 1, TELLERS).round().astype(np.int64)
+    return np.sort(np.random.default_rng(0).choice(n_adapters, TELLERS, replace=False))
 
 
 def _rough_columns(parts: Array, most: int) -> NDArray[np.int64]:

@@ -186,6 +186,8 @@ def test_on_a_shortlist_the_scores_are_those_of_any_other_library(gaps, monkeypa
     assert gate.shortlists
     np.testing.assert_allclose(gate.decision_function(X), expected, atol=1e-3)
     np.testing.assert_allclose(gate.votes(X, expected), plain.votes(X, expected), atol=1e-3)
+    for one, other in zip(gate.scores_and_votes(X), plain.scores_and_votes(X), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3)
     assert gate.level_ == pytest.approx(plain.level_, abs=1e-3)
     monkeypatch.setattr("router.routing.gate.SHORT", 4)
     found = PrototypeGate().fit(reference).decision_function(X)
