@@ -18,7 +18,7 @@ PER_BEST = 1.5  # at most so many variants for each candidate that is a query's 
 MEAN_LOSS, WORST_LOSS = 0.05, 0.45
 SAMPLE = 20_000  # queries that groups are made from; of more, the others join the nearest group
 BLOCK = 4_096  # such queries at a time
-LARGE = 256  # candidates; of more, each one that answers queries alone is a group before k-means begins
+LARGE = 256  # candidates that are a query's best; of more, groups are made without k-means
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,15 @@ def _grouped(weights: Array, best: int, n_variants: int | None, seed: int) -> Cl
         return _kmeans(weights, min(n_variants, _distinct(weights)), seed)
     if best <= LARGE:
         return _fewest(weights, most_variants(best), seed)
+    # k-means would take too long. Queries that one candidate answers alone are a group, and so are mixes of
+    # the same adapters, the most frequent first; what is left goes to its first adapter.
     labels = weights.argmax(1)
     shared = np.flatnonzero(weights.max(1) < 1)
-    alone = len(np.unique(np.delete(labels, shared)))
-    if len(shared) and alone < most_variants(best):
-        labels[shared] = weights.shape[1] + _fewest(weights[shared], most_variants(best) - alone, seed).labels
+    sets = np.packbits(weights[shared] > 0, axis=1)
+    _, kind, counts = np.unique(sets, axis=0, return_inverse=True, return_counts=True)
+    frequent = np.argsort(-counts, kind="stable")[: most_variants(best) - best]
+    own = np.isin(kind.ravel(), frequent)
+    labels[shared[own]] = weights.shape[1] + kind.ravel()[own]
     return _numbered(weights, labels)
 
 

@@ -16,7 +16,7 @@ FOLDER = Path("output/benchmark/scale")
 PAGE = Path("docs/scale.md")
 SIZES = (16, 64, 256, 1_000, 10_000)  # adapters
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)  # queries
-ROOM = 20e9  # bytes that a cell may take
+ROOM = 15e9  # bytes that a cell may take
 CELLS = 3e7  # most numbers in a routing table of which a report is made, for the sake of minutes
 # What a billion queries would take: by whom, cores or cards, and the rate that each reaches. A card's is 40 %
 # of an H100's dense bfloat16 rate by NVIDIA's data sheet, 989 TFLOP/s; a core's is measured.
