@@ -179,7 +179,7 @@ def test_what_was_answered_is_not_answered_again(command, monkeypatch):
 
 
 def test_a_run_that_is_killed_while_it_probes_goes_on_with_the_next_part(command, monkeypatch):
-    monkeypatch.setattr("router.methods.proto_route.AT_ONCE", 2)
+    monkeypatch.setattr("router.routing.fitted.AT_ONCE", 2)
     _, whole = command("proto_route", out="whole")
     plain, done = Fitted.probe, []
 
@@ -200,7 +200,7 @@ def test_a_run_that_is_killed_while_it_probes_goes_on_with_the_next_part(command
 
 def test_parts_decide_as_the_whole_does(command, monkeypatch):
     _, whole = command("proto_route", out="whole")
-    monkeypatch.setattr("router.methods.proto_route.AT_ONCE", 4)
+    monkeypatch.setattr("router.routing.fitted.AT_ONCE", 4)
     _, parts = command("proto_route", out="parts")
     for one, other in zip(*(read_table(out / "queries.routing.csv") for out in (whole, parts)), strict=True):
         assert one["variant"] == other["variant"]

@@ -128,3 +128,31 @@ def test_an_error_while_answering_leaves_the_earlier_variants(method, tmp_path, 
         found.answer(QUERIES)
     assert {path: path.read_bytes() for path in variants.rglob("*") if path.is_file()} == before
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["variants"]
+
+
+def test_few_prompts_at_a_time_are_routed_as_all_at_once(method, monkeypatch):
+    found = method("proto_route")
+    expected = found.route(QUERIES, found.encoded(QUERIES))
+    monkeypatch.setattr("router.routing.fitted.RESPONSES", 1)
+    assert found.fitted.at_once == 1
+    one_by_one = found.route(QUERIES, found.encoded(QUERIES))
+    np.testing.assert_allclose(one_by_one.weights, expected.weights, atol=1e-5)
+    np.testing.assert_allclose(one_by_one.evidence.scores, expected.evidence.scores, atol=1e-3)
+
+
+def test_a_large_library_has_evidence_of_its_shortlists(method, monkeypatch):
+    found = method("proto_route")
+    expected = found.route(QUERIES, found.encoded(QUERIES))
+    for name, value in {"LARGE": 2, "TELLERS": 3, "SHORT": 2}.items():
+        monkeypatch.setattr(f"router.routing.gate.{name}", value)
+    del vars(found)["fitted"]
+    routing = found.route(QUERIES, found.encoded(QUERIES))
+    listed = np.isfinite(routing.evidence.scores)
+    assert (listed.sum(1) == 2).all() and (listed == np.isfinite(routing.evidence.responses)).all()
+    assert not routing.weights[:, :-1][~listed].any()
+    for of in ("scores", "responses"):
+        one, other = (getattr(each.evidence, of)[listed] for each in (routing, expected))
+        np.testing.assert_allclose(one, other, atol=2e-3)
+    assert np.isfinite(routing.evidence.margin).all()
+    result = found.answer(QUERIES)
+    assert len(result.answers) == len(QUERIES)

@@ -24,10 +24,12 @@ from router.progress import progress
 # Two adapters may read alike if the root mean square difference of their log responses to generic text is
 # below ALIKE. They do if what they read overlaps by more than OVERLAP. They are duplicates if the cosine of
 # their updates is above SAME. docs/method.md has what adapters have that were trained apart.
-ALIKE = 0.1
+ALIKE = 0.06
 OVERLAP = 0.7
 SAME = 0.99
 SAMPLE = 8  # modules at which two adapters that may read alike are compared
+COLUMNS = 1024  # of the sketches in which those that may be alike are looked for, about
+BLOCK = 256  # adapters that are looked for at a time
 
 
 def representatives(
@@ -48,14 +50,11 @@ def representatives(
     there = ~np.isnan(responses[0])  # (adapters, modules)
     flat = _flat_logs(responses)
     groups: dict[int, list[int]] = {}  # by the first of each
-    for n in progress(range(len(adapters)), desc="duplicates", unit="adapter"):
+    near = progress(nearby(flat, there), total=len(adapters), desc="duplicates", unit="adapter")
+    for n, others in enumerate(near):
         count = max(1, there[n].sum() * len(responses))
-        near = [
-            (np.sqrt(np.square(flat[n] - flat[first]).sum() / count), first)
-            for first in groups
-            if (there[n] == there[first]).all()
-        ]
-        apart, first = min(near, default=(np.inf, -1))
+        pairs = [(np.sqrt(np.square(flat[n] - flat[k]).sum() / count), k) for k in others if k in groups]
+        apart, first = min(pairs, default=(np.inf, -1))
         if apart < ALIKE and _read_alike(adapters[n], adapters[first]):
             groups[first].append(n)
         else:
@@ -74,9 +73,51 @@ def representatives(
     return out, lookalike
 
 
+def nearby(flat: NDArray[np.float32], there: NDArray[np.bool_]) -> Iterator[list[int]]:
+    """For each adapter in turn, those of the same modules that may be alike, in ascending order.
+
+    faiss looks for them among sketches, so only few pairs are compared in full. A sketch has the mean log
+    response at each module to each of several groups of prompts. Means, times the root of how many they are
+    of, are a projection, in which two adapters are never farther apart than they are; so none is missed.
+
+    Args:
+        flat: (adapters, prompts * modules) log responses.
+        there: (adapters, modules) where each has a prototype.
+    """
+    import faiss
+
+    n_modules = there.shape[1]
+    n_prompts = flat.shape[1] // n_modules
+    starts = np.linspace(0, n_prompts, min(n_prompts, max(1, COLUMNS // n_modules)), endpoint=False).astype(
+        int
+    )
+    sizes = np.diff(np.append(starts, n_prompts))
+    sums = np.add.reduceat(flat.reshape(len(flat), n_prompts, n_modules), starts, axis=1, dtype=np.float64)
+    sketches = (sums / np.sqrt(sizes)[:, None]).reshape(len(flat), -1)
+    patterns, kind = np.unique(there, axis=0, return_inverse=True)
+    kind = kind.ravel()  # NumPy 2.0 gives it two dimensions
+    found: list[Iterator[list[int]]] = []
+
+    def of_pattern(members: NDArray[np.int64], radius: float) -> Iterator[list[int]]:
+        points = (sketches[members] - sketches[members].mean(0)).astype(np.float32)
+        index = faiss.IndexFlatL2(points.shape[1])
+        index.add(points)
+        for start in range(0, len(members), BLOCK):
+            ends, _, numbers = index.range_search(points[start : start + BLOCK], radius**2)
+            for own in np.split(numbers, ends[1:-1].astype(int)):
+                yield members[np.sort(own)].tolist()
+
+    for k, pattern in enumerate(patterns):
+        radius = 1.01 * ALIKE * np.sqrt(max(1, n_prompts * pattern.sum()))  # more than what rounding adds
+        found.append(of_pattern(np.flatnonzero(kind == k), radius))
+    for k in kind.tolist():  # those of a pattern come in order
+        yield next(found[k])
+
+
 def _flat_logs(responses: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log responses, (adapters, prompts * modules), 0 without a prototype; in place, to save memory."""
-    flat = responses.transpose(1, 0, 2).reshape(responses.shape[1], -1).copy()
+    flat = np.ascontiguousarray(responses.transpose(1, 0, 2))
+    flat = (flat.copy() if np.may_share_memory(flat, responses) else flat).reshape(len(flat), -1)
     np.log(flat.clip(1e-6, out=flat), out=flat)
     np.nan_to_num(flat, copy=False)
     return flat

@@ -17,7 +17,7 @@ from router.pipeline import Routed
 from router.result import Routing
 from router.routing.calibration import Calibration
 from router.routing.evidence import joined
-from router.routing.fitted import AT_ONCE, Fitted
+from router.routing.fitted import Fitted
 from router.routing.gate import PrototypeGate
 from router.routing.probe import Probed
 from router.routing.prototypes import prototypes
@@ -62,13 +62,14 @@ class ProtoRoute(Routed):
         every = list(map(tuple, rows))
         distinct = {row: n for n, row in enumerate(dict.fromkeys(every))}  # the same prompt is probed once
         prompts = list(distinct)
-        starts = range(0, len(prompts), AT_ONCE)
-        parts = [
-            self._part(prompts[start : start + AT_ONCE], n, len(starts)) for n, start in enumerate(starts)
-        ]
+        some = self.fitted.at_once
+        starts = range(0, len(prompts), some)
+        parts = [self._part(prompts[start : start + some], n, len(starts)) for n, start in enumerate(starts)]
         place = np.array([distinct[row] for row in every])
         weights = np.concatenate([part.weights for part in parts])
         evidence = joined([part.evidence for part in parts if part.evidence])
+        if len(prompts) == len(rows):  # as they are, without a copy
+            return Routing(weights, evidence)
         return Routing(weights[place], evidence.rows(place))
 
     def _part(self, prompts: Sequence[Sequence[int]], number: int, of: int) -> Routing:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,12 +35,12 @@ from router.model.base import (
     linear_shapes,
     weight_files,
 )  # fmt: skip
-from router.model.device import batch_tokens, cache_bytes, pick_device, pick_dtype
+from router.model.device import batch_tokens, cache_bytes, pick_device, pick_dtype, tokens_at_once
 from router.pipeline import default_base
 from router.plan.speed import Speed, measure, parameters, skeleton
 from router.routing.calibration import generic_prompts
-from router.routing.clusters import most_variants
-from router.routing.fitted import AT_ONCE
+from router.routing.clusters import SAMPLE, most_variants
+from router.routing.fitted import at_once
 from router.settings import Settings
 from router.submission import GENERATION, Query, read_queries, read_rows
 
@@ -47,6 +48,8 @@ PLAN = "plan.json"
 RECORDED = ("seconds", "total_seconds", "peak_mib", "n_variants")  # of it, in run.json
 PLANNED = ("proto_route", "base", "average")
 LIBRARIES = 530 * 2**20  # bytes of torch, transformers, peft, faiss and the others, once in use
+LEARNED = 20  # arrays of the gate, each as large as the responses to one prompt in float32
+OBJECTS = 600  # bytes of Python's objects for each adapter's module
 KERNELS = 200 * 2**20  # bytes of what torch compiles and keeps, and of activations, as seen on two cores
 
 
@@ -62,6 +65,7 @@ class _Work:
         chosen: of all choices together.
         answers: of each answer of an earlier run, or of assumed answers.
         batch_size: as in Settings.
+        probed: tokens in a batch that is probed.
         batch: tokens in a batch that generates, and in one of multiple choice, where batch_size is None.
     """
 
@@ -72,6 +76,7 @@ class _Work:
     chosen: int
     answers: NDArray[np.float64]
     batch_size: int | None
+    probed: int
     batch: tuple[int, int]
 
 
@@ -106,7 +111,8 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     assumed = min(most, len(adapters) + 2) if routed else 1
     variants = settings.n_variants or earlier.get("n_variants") or assumed
     batch = batch_tokens(model, torch.device(device), dtype)
-    work = _work(tokenizer, settings, queries, earlier, batch)
+    probed = tokens_at_once(torch.device(device), dtype)
+    work = _work(tokenizer, settings, queries, earlier, probed, batch)
     used = {} if name == "base" else adapters
     apply = picked(model, torch.device(device), dtype, settings.apply)
     speed = measure(config, parameters(model), device, dtype, apply, used, work.prompts)
@@ -230,7 +236,8 @@ def _answer_lengths(tokenizer: Any, settings: Settings, queries: list[Query]) ->
 
 
 def _work(
-    tokenizer: Any, settings: Settings, queries: list[Query], earlier: dict[str, Any], batch: tuple[int, int]
+    tokenizer: Any, settings: Settings, queries: list[Query], earlier: dict[str, Any], probed: int,
+    batch: tuple[int, int],
 ) -> _Work:  # fmt: skip
     from router.model.passes import truncated
     from router.routing.calibration import generic_prompts
@@ -252,6 +259,7 @@ def _work(
         chosen=sum(map(len, _encode(tokenizer, choices))) if choices else 0,
         answers=np.array(lengths or np.geomspace(1, longest, 64)),
         batch_size=settings.batch_size,
+        probed=probed,
         batch=batch,
     )
 
@@ -308,10 +316,24 @@ def _memory(
             rank * folder.shapes[m][1] for folder in adapters.values() for m, rank in folder.ranks.items()
         )
         modules = len({module for folder in adapters.values() for module in folder.ranks})
-        each = 4 * modules * len(adapters) * 2  # of a prompt, float32, in two views
-        some = len(generic_prompts()) + min(AT_ONCE, len(work.truncated))
-        found["probe"] = max(found["load"], held + each * some + own * size + KERNELS)
-        held += 4 * (modules + 2 * len(adapters)) * len(work.truncated)  # the evidence
+        many, queries = len(adapters), len(work.truncated)
+        each = 4 * modules * many * 2  # of a prompt, float32, in two views
+        reference = len(generic_prompts()) * each
+        columns: Counter[str] = Counter()  # of all prototypes, by module
+        for folder in adapters.values():
+            columns.update(folder.ranks)
+        products = 12 * max(columns.values(), default=0) * work.probed  # three arrays of a batch's tokens
+        evidence = (4 * (modules + 2 * many) + 8 * many) * queries  # and the weights
+        held += own * size + LEARNED * each + OBJECTS * sum(len(folder.ranks) for folder in adapters.values())
+        # Calibration holds the responses to generic text and a copy of them, or of some; then come the
+        # queries, some at a time, and the evidence of all is joined; then mixes are compared.
+        extra = (
+            2 * reference + products,
+            at_once(many, modules) * each + products + 2 * evidence,
+            evidence + 4 * 8 * many * min(queries, SAMPLE),
+        )
+        found["probe"] = max(found["load"], held + max(extra) + KERNELS)
+        held += evidence
     held += copied
     found["predict"] = max(found["load"], held + KERNELS + 2 * cache, held + KERNELS + logits)
     return {stage: value / 2**20 for stage, value in found.items()}

@@ -113,22 +113,25 @@ class Calibration:
             means: what to centre with, by module.
         """
         out = np.full((len(self.rows), len(adapters), len(protos), 2), np.nan, dtype=np.float32)
-        known = [load(self._file(adapter, "responses")) for adapter in adapters]
-        new = [n for n, found in enumerate(known) if found is None]
+        place, new = {module: m for m, module in enumerate(protos)}, []
+        for n, adapter in enumerate(adapters):
+            known = load(self._file(adapter, "responses"))
+            if known is None:
+                new.append(n)
+            for module, values in (known or {}).items():
+                out[:, n, place[module]] = values.numpy()
         if new:
             theirs = of_some(protos, new, len(adapters))
             found = probe(
                 self.base.model, self.rows, self.pad, theirs, means, len(new), "calibrate"
             ).responses
             for k, n in enumerate(new):
-                known[n] = {
+                own = {
                     module: torch.from_numpy(found[:, k, m].copy())
                     for m, module in enumerate(theirs)
                     if not np.isnan(found[0, k, m, 0])
                 }
-                save(self._file(adapters[n], "responses"), known[n] or {})
-        place = {module: m for m, module in enumerate(protos)}
-        for n, responses in enumerate(known):
-            for module, values in (responses or {}).items():
-                out[:, n, place[module]] = values.numpy()
+                for module, values in own.items():
+                    out[:, n, place[module]] = values.numpy()
+                save(self._file(adapters[n], "responses"), own)
         return out

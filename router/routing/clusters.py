@@ -16,6 +16,9 @@ PER_BEST = 1.5  # at most so many variants for each candidate that is a query's 
 # worst. The second keeps the few queries of a rare task from drowning in a large group; two pure groups that
 # were one would lose 0.5.
 MEAN_LOSS, WORST_LOSS = 0.05, 0.45
+SAMPLE = 20_000  # queries that groups are made from; of more, the others join the nearest group
+BLOCK = 4_096  # such queries at a time
+LARGE = 256  # candidates that are a query's best; of more, groups are made without k-means
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ def mixes(weights: Array) -> Array:
     adapters = weights / np.where(best == last, 1.0, 1.0 - weights[:, -1])[:, None]
     adapters[:, -1] = 0.0
     alone = (best == last) | (adapters.max(1) > PURE)
-    return np.where(alone[:, None], np.eye(last + 1)[best], adapters)
+    adapters[alone] = 0.0
+    adapters[alone, best[alone]] = 1.0
+    return np.asarray(adapters)
 
 
 def most_variants(best: int) -> int:
@@ -80,12 +85,48 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
     """
     if n_variants is not None and n_variants < 1:
         raise ValueError(f"expected at least 1 variant, got {n_variants}")
-    best, weights = len(np.unique(weights.argmax(1))), mixes(weights)
-    distinct = len(np.unique(weights.round(6), axis=0))
+    if len(weights) > SAMPLE:
+        return _joined(weights, cluster(weights[_sample(weights, seed)], n_variants, seed))
+    best = np.unique(weights.argmax(1))
+    if weights.shape[1] > LARGE:  # most candidates are in no query's mix
+        used = np.flatnonzero(np.append(weights[:, :-1].max(0, initial=0) > 0, True))
+        found = _grouped(mixes(weights[:, used]), len(best), n_variants, seed)
+        wide = np.zeros((len(found.weights), weights.shape[1]))
+        wide[:, used] = found.weights
+        return Clusters(found.labels, wide)
+    return _grouped(mixes(weights), len(best), n_variants, seed)
+
+
+def _grouped(weights: Array, best: int, n_variants: int | None, seed: int) -> Clusters:
+    """Groups mixes; see `cluster`.
+
+    Args:
+        best: how many candidates are a query's best.
+    """
     if n_variants is not None:
-        return _kmeans(weights, min(n_variants, distinct), seed)
+        return _kmeans(weights, min(n_variants, _distinct(weights)), seed)
+    if best <= LARGE:
+        return _fewest(weights, most_variants(best), seed)
+    # k-means would take too long. Queries that one candidate answers alone are a group, and so are mixes of
+    # the same adapters, the most frequent first; what is left goes to its first adapter.
+    labels = weights.argmax(1)
+    shared = np.flatnonzero(weights.max(1) < 1)
+    sets = np.packbits(weights[shared] > 0, axis=1)
+    _, kind, counts = np.unique(sets, axis=0, return_inverse=True, return_counts=True)
+    frequent = np.argsort(-counts, kind="stable")[: most_variants(best) - best]
+    own = np.isin(kind.ravel(), frequent)
+    labels[shared[own]] = weights.shape[1] + kind.ravel()[own]
+    return _numbered(weights, labels)
+
+
+def _distinct(weights: Array) -> int:
+    return len(np.unique(weights.round(6), axis=0))
+
+
+def _fewest(weights: Array, most: int, seed: int) -> Clusters:
+    """The fewest groups of mixes, at most so many, that lose little."""
     # The loss falls almost monotonically with K, so bisection finds the smallest K.
-    low, high = 1, min(most_variants(best), distinct)
+    low, high = 1, min(most, _distinct(weights))
     found = _kmeans(weights, high, seed)
     while low < high:
         middle = (low + high) // 2
@@ -96,6 +137,33 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
         else:
             low = middle + 1
     return found
+
+
+def _sample(weights: Array, seed: int) -> NDArray[np.int64]:
+    """SAMPLE queries in order, among them the first that each candidate answers alone, and the first mix."""
+    kinds = np.empty(len(weights), np.int64)
+    for part in _blocks(len(weights)):
+        points = mixes(weights[part])
+        kinds[part] = 2 * points.argmax(1) + (points.max(1) < 1)
+    firsts = np.unique(kinds, return_index=True)[1]
+    rest = np.setdiff1d(np.arange(len(weights)), firsts)
+    more = max(0, SAMPLE - len(firsts))
+    return np.sort(np.concatenate([firsts, np.random.default_rng(seed).choice(rest, more, replace=False)]))
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
+
+
+def _joined(weights: Array, made: Clusters) -> Clusters:
+    """The groups of a sample with all queries in them, each in the nearest one."""
+    labels, sums = np.empty(len(weights), np.int64), np.zeros_like(made.weights)
+    for part in _blocks(len(weights)):
+        points = mixes(weights[part])
+        labels[part] = _closest(points, made.weights)
+        np.add.at(sums, labels[part], points)
+    groups, labels = _by_first(labels)
+    return Clusters(labels, sums[groups] / sums[groups].sum(1, keepdims=True))
 
 
 def nearest(weights: Array, clusters: Clusters) -> NDArray[np.int64]:
@@ -154,8 +222,18 @@ def _kmeans(weights: Array, k: int, seed: int) -> Clusters:
         if (moved == labels).all():
             break
         labels = moved
-    _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
-    order = np.argsort(np.argsort(first))  # number the groups by their first query
-    labels = order[labels].astype(np.int64)
-    means = np.stack([weights[labels == n].mean(0) for n in range(len(first))])
+    return _numbered(weights, labels)
+
+
+def _numbered(weights: Array, labels: NDArray[np.int64]) -> Clusters:
+    """The groups of so labelled mixes, numbered by their first query."""
+    groups, labels = _by_first(labels)
+    means = np.stack([weights[labels == n].mean(0) for n in range(len(groups))])
     return Clusters(labels, means / means.sum(1, keepdims=True))
+
+
+def _by_first(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The labels in use in order of their first query, and the number of each query's in that order."""
+    groups, first, labels = np.unique(labels, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return groups[order], np.argsort(order)[labels].astype(np.int64)

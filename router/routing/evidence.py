@@ -32,7 +32,8 @@ class Evidence:
         modules: names, in the order of the columns of `votes`.
         responses: (queries, adapters) mean response over modules, a cosine in [0, 1].
         scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for one that
-            another adapter represents, or that is silent everywhere.
+            another adapter represents, or that is silent everywhere, and in a large library for one that is
+            not on the query's shortlist; its response is NaN then, too.
         base_score: (queries,) score of the base model, which an adapter's has to exceed: the level, and more
             where the base model is surer of the next token than usual.
         votes: (queries, modules) the standardised response, at each module, of the adapter with the

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from router.routing.prototypes import ModulePrototypes
 
 FILE = "router.safetensors"
 AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
+RESPONSES = 1 << 25  # of a large library fewer prompts, so that there are at most so many responses
 FORMAT = 3  # raise it when a reader of the old one could not use the new one
 _LEARNED = (
     "mean_", "std_", "loadings_", "filter_", "scale_", "confidence_", "reference_leads_"
@@ -41,6 +43,11 @@ _ABOUT = {
     "names": [str], "modules": [str], "representative": [int], "lookalikes": [int], "silent": [int],
     "gate": {"temperature": float, "top_k?": int, "false_alarm": float},
 }  # fmt: skip
+
+
+def at_once(n_adapters: int, n_modules: int) -> int:
+    """How many prompts are probed together, at least 1 and at most AT_ONCE."""
+    return max(1, min(AT_ONCE, RESPONSES // max(1, 2 * n_adapters * n_modules)))
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,8 @@ class Fitted:
                 "--adapters: expected adapters that read what text has, got none; were they trained for this "
                 "base model?"
             )
-        gate.fit(reference[:, found.kept], confidence=confidence)
+        kept = reference if len(found.kept) == len(adapters) else reference[:, found.kept]
+        gate.fit(kept, confidence=confidence)
         return found
 
     @property
@@ -125,33 +133,52 @@ class Fitted:
             model, truncated(rows), pad_id, self.prototypes, self.means, len(self.names), title
         )  # fmt: skip
 
+    @property
+    def at_once(self) -> int:
+        """How many prompts are probed together."""
+        return at_once(len(self.names), len(self.prototypes))
+
+    @cached_property
+    def _absent(self) -> NDArray[np.bool_]:
+        """Where no adapter has a prototype, (adapters, modules, 2)."""
+        return np.isnan(self.reference)
+
     def decide(self, probed: Probed) -> tuple[Array, Evidence]:
         """Weights (queries, adapters + 1), the base model last, and why.
 
         A prompt without finite activations goes to the base model.
         """
-        unread = unreadable(probed, np.isnan(self.reference))
-        responses, confidence = (x.copy() for x in probed)
-        responses[:, np.isnan(self.reference)] = np.nan
-        responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]
-        own = responses[:, self.kept]
-        scores = self.gate.decision_function(own)
+        responses, confidence = probed
+        unread = unreadable(probed, self._absent)
+        if unread.any() or np.isfinite(responses[:, self._absent]).any():
+            responses, confidence = responses.copy(), confidence.copy()
+            responses[:, self._absent] = np.nan
+            responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]
+        own = responses if len(self.kept) == len(self.names) else responses[:, self.kept]
+        scores, votes = self.gate.scores_and_votes(own)
         candidates = self.gate.candidate_scores(scores, confidence)
         weights = np.zeros((len(responses), len(self.names) + 1))
         weights[:, [*self.kept, -1]] = self.gate.weights(candidates)
-        weights[unread] = np.eye(len(self.names) + 1)[-1]
+        weights[unread] = 0.0
+        weights[unread, -1] = 1.0
         all_scores = np.full((len(responses), len(self.names)), np.nan)
-        all_scores[:, self.kept] = scores
+        all_scores[:, self.kept] = np.where(np.isfinite(scores), scores, np.nan)
+        if self.gate.shortlists:
+            means = np.full_like(responses[:, :, 0, 0], np.nan)
+            listed = np.nonzero(np.isfinite(all_scores))
+            means[listed] = np.nanmean(responses[listed][..., 0], 1)
+        else:
+            there = np.isfinite(self.reference[..., 0]).sum(1)  # (adapters,)
+            means = np.nan_to_num(responses[..., 0]).sum(2) / there.clip(1)
         names = self.names
         aside = {n: k for n, k in enumerate(self.representative) if n != k}
         return weights, Evidence(
             names,
             list(self.prototypes),
-            responses=np.nan_to_num(responses[..., 0]).sum(2)
-            / np.isfinite(self.reference[..., 0]).sum(1).clip(1),
+            responses=means,
             scores=all_scores.astype(np.float32),
             base_score=candidates[:, -1].astype(np.float32),
-            votes=self.gate.votes(own, scores).astype(np.float32),
+            votes=votes.astype(np.float32),
             duplicates={names[n]: names[k] for n, k in aside.items() if n not in self.lookalikes},
             lookalikes={names[n]: names[aside[n]] for n in self.lookalikes},
             silent=[names[n] for n in self.silent],

@@ -8,7 +8,8 @@ Notation: R[q, i, m, v] is the response of query q, adapter i, module m in view 
 from __future__ import annotations
 
 import warnings
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +25,32 @@ _STEPS = 50  # of the iteration for loadings; more change no choice on the libra
 _ENTRIES = 1 << 22  # numbers in the arrays of several modules that are fitted at once
 _AT_ONCE = 16  # queries
 _FLOOR = 1e-6  # responses are cosines; below this they are noise
+LARGE = 256  # adapters; of a larger library only a shortlist gets its scores, see `PrototypeGate`
+TELLERS = 256  # adapters of a large library that tell what all respond to alike
+ROUGH = 32  # pairs of a module and a view by which a shortlist is drawn up
+SHORT = 64  # adapters on a shortlist
+
+
+class _Sums(NamedTuple):
+    """Scores as `(slopes * log R - shares * f).sum() - offsets`, over columns, pairs of a module and a view.
+
+    In float32; 0 at a column without a prototype.
+    """
+
+    slopes: NDArray[np.float32]  # (adapters, columns)
+    shares: NDArray[np.float32]  # (adapters, columns) of the common factor f
+    offsets: NDArray[np.float32]  # (adapters,)
+
+
+class _Large(NamedTuple):
+    """What the scores of a large library are computed with."""
+
+    whole: _Sums
+    rough: NDArray[np.int64]  # (ROUGH,) columns that the guess reads
+    guess: _Sums  # of these, scaled as if they were all
+    tellers: NDArray[np.int64]  # of the common factor f
+    pulls: NDArray[np.float32]  # (tellers, columns); f is `(pulls * log R).sum() - levels`
+    levels: NDArray[np.float32]  # (columns,)
 
 
 class PrototypeGate(BaseEstimator):  # type: ignore[misc]
@@ -44,6 +71,11 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     such that a share `false_alarm` of generic text still goes to an adapter. It is found by cross-validation:
     every reference query is scored by a gate that was fitted without it. Beyond the highest fifth the tail is
     taken as exponential (peaks over threshold), so that few reference queries can promise a rare false alarm.
+
+    Of more than LARGE adapters, TELLERS, drawn at random, tell the common factor; the others' loadings
+    follow from their correlations with these (Nystrom). ROUGH pairs of a module and a view, chosen so that
+    they make up much of each adapter's score, say which SHORT adapters are on a query's shortlist. These get
+    their scores, as above but in float32. The others have minus infinity.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
@@ -125,28 +157,109 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         """Learns means, deviations, loadings and the scale of the scores."""
         flat = X.reshape(*X.shape[:2], -1)  # (reference queries, adapters, modules * views)
         means, stds, loadings = np.empty((3, *flat.shape[1:]))
-        some = max(1, _ENTRIES // (flat.shape[1] * max(flat.shape[:2])))
+        tellers = _tellers(flat.shape[1])
+        some = max(1, _ENTRIES // (flat.shape[1] * max(len(flat), len(tellers))))
         for start in range(0, flat.shape[2], some):  # of many adapters, all at once would fill the memory
             part = slice(start, start + some)
             logs = _logs(flat[:, :, part])
             means[:, part], stds[:, part] = logs.mean(0), logs.std(0, ddof=1).clip(1e-3)
-            loadings[:, part] = _loadings(((logs - means[:, part]) / stds[:, part]).transpose(2, 0, 1)).T
+            z = ((logs - means[:, part]) / stds[:, part]).transpose(2, 0, 1)
+            loadings[:, part] = _loadings(z, tellers).T
         means, stds, loadings = (of.reshape(X.shape[1:]) for of in (means, stds, loadings))
         if (empty := np.isnan(means).all((1, 2))).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
         self.n_adapters_, self.n_modules_ = X.shape[1:3]
         self.mean_, self.std_, self.loadings_ = means, stds, loadings
         self.filter_ = _filter(means, stds)
-        raw = np.concatenate([_nanmean(self._votes(x), 2) for x in _parts(X)])
+        if self.shortlists:
+            self.scale_ = np.ones(len(means))
+            self.__dict__.pop("_large", None)
+            raw = self._all(X)
+        else:
+            raw = np.concatenate([_nanmean(self._votes(X[part]), 2) for part in _parts(X)])
         self.scale_ = raw.std(0, ddof=1).clip(1e-6)
+        self.__dict__.pop("_large", None)
         return self
+
+    @property
+    def shortlists(self) -> bool:
+        """Whether there are so many adapters that only a shortlist of them gets scores."""
+        return len(self.mean_) > LARGE
+
+    @cached_property
+    def _large(self) -> _Large:
+        mean, std, loadings, weights = (
+            np.nan_to_num(x.reshape(len(x), -1))
+            for x in (self.mean_, self.std_, self.loadings_, self.filter_)
+        )  # (adapters, columns)
+        std[std == 0] = 1
+        modules = (~np.isnan(self.mean_[..., 0])).sum(1)
+        weights /= (modules * self.scale_)[:, None]
+        parts = weights / weights.sum(1, keepdims=True)
+        rough = _rough_columns(parts, ROUGH)
+        known = parts[:, rough].sum(1).clip(1e-3)
+
+        def sums(columns: Any, by: Any = 1.0) -> _Sums:
+            slopes = weights[:, columns] / std[:, columns]
+            offsets = (slopes * mean[:, columns]).sum(1) / by
+            shares = weights[:, columns] * loadings[:, columns]
+            found = slopes / np.reshape(by, (-1, 1)), shares / np.reshape(by, (-1, 1)), offsets
+            return _Sums(*(x.astype(np.float32) for x in found))
+
+        tellers = _tellers(len(mean))
+        pulls = loadings[tellers] / (1 - loadings[tellers] ** 2)
+        pulls /= (1 + (loadings[tellers] * pulls).sum(0)) * std[tellers]
+        levels = (pulls * mean[tellers]).sum(0)
+        told = tellers, pulls.astype(np.float32), levels.astype(np.float32)
+        return _Large(sums(slice(None)), rough, sums(rough, known), *told)
+
+    def _factors(self, flat: NDArray[Any]) -> NDArray[np.float32]:
+        """What all adapters respond to alike, as the tellers tell it, (queries, columns).
+
+        Args:
+            flat: (queries, adapters, columns) responses.
+        """
+        logs = _float_logs(flat[:, self._large.tellers])
+        return np.asarray(np.einsum("qtk,tk->qk", logs, self._large.pulls) - self._large.levels)
+
+    def _all(self, X: NDArray[Any]) -> Array:
+        """The scores of all adapters of a large library, (queries, adapters)."""
+        sums, found = self._large.whole, []
+        for part in _parts(X):
+            flat = X[part].reshape(-1, *sums.slopes.shape)
+            along = np.einsum("qnk,nk->qn", _float_logs(flat), sums.slopes)
+            found.append(along - self._factors(flat) @ sums.shares.T - sums.offsets)
+        return np.concatenate(found).astype(np.float64)
+
+    def _shortlisted(self, X: NDArray[Any]) -> tuple[Array, Array]:
+        """The scores of each query's shortlist, minus infinity elsewhere, and the votes of the best.
+
+        Returns:
+            (queries, adapters), (queries, modules).
+        """
+        whole, rough, guess, *_ = self._large
+        found, votes = np.full(X.shape[:2], -np.inf), np.empty((len(X), X.shape[2]))
+        for part in _parts(X):
+            flat = X[part].reshape(-1, *whole.slopes.shape)
+            factors, rows = self._factors(flat), np.arange(len(flat))[:, None]
+            guessed = np.einsum("qnk,nk->qn", _float_logs(flat[:, :, rough]), guess.slopes)
+            guessed -= factors[:, rough] @ guess.shares.T + guess.offsets
+            who = np.argpartition(-guessed, SHORT - 1, axis=1)[:, :SHORT]  # (queries, SHORT)
+            along = np.einsum("qsk,qsk->qs", _float_logs(flat[rows, who]), whole.slopes[who])
+            along -= np.einsum("qsk,qk->qs", whole.shares[who], factors)
+            found[part][rows, who] = along - whole.offsets[who]
+            best = found[part].argmax(1)
+            z = (_logs(X[part][rows[:, 0], best]) - self.mean_[best]) / self.std_[best]
+            less = self.loadings_[best] * factors.reshape(z.shape)
+            votes[part] = ((z - less) * self.filter_[best]).sum(-1)
+        return found, votes
 
     @staticmethod
     def _check(X: NDArray[Any], absent: NDArray[np.bool_]) -> None:
-        """Refuses values that are not finite where an adapter has a prototype, and any where it has none."""
-        for part in _parts(X):
-            x = np.asarray(part, dtype=np.float64)
-            if np.isinf(x).any() or (np.isnan(x) != absent).any():
+        """Refuses values that are not finite where an adapter has a prototype, and finite ones elsewhere."""
+        found = np.empty(absent.shape, bool)  # used again and again, since a large one takes time to get
+        for row in X if X.dtype.kind == "f" else X.astype(np.float64):
+            if np.equal(np.isfinite(row, out=found), absent, out=found).any():
                 raise ValueError(
                     "expected finite responses, NaN at the same adapters and modules for all queries: "
                     "those without a prototype"
@@ -160,17 +273,29 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return np.asarray(((z - self.loadings_ * factor[:, None]) * self.filter_).sum(-1))
 
     def _scores(self, X: NDArray[Any]) -> Array:
-        found = [_nanmean(self._votes(x), 2) for x in _parts(X)]
+        if self.shortlists:
+            return self._shortlisted(X)[0]
+        found = [_nanmean(self._votes(X[part]), 2) for part in _parts(X)]
         raw = np.concatenate(found) if found else np.empty((0, self.n_adapters_))
         return np.asarray(raw / self.scale_)
 
     def votes(self, X: ArrayLike, scores: Array) -> Array:
         """The best adapter's filtered responses, whose mean makes its score, (queries, modules)."""
-        best = scores.argmax(1)
-        found = [
-            self._votes(x)[np.arange(len(who)), who] for x, who in zip(_parts(X), _parts(best), strict=True)
-        ]
+        X, best = np.asarray(X), scores.argmax(1)
+        if self.shortlists:
+            return self._shortlisted(X)[1]
+        found = [self._votes(X[part])[np.arange(len(best[part])), best[part]] for part in _parts(X)]
         return np.concatenate(found) if found else np.empty((0, self.n_modules_))
+
+    def scores_and_votes(self, X: NDArray[Any]) -> tuple[Array, Array]:
+        """What `decision_function` and `votes` find, of responses that are known to be finite.
+
+        Of many adapters, looking whether they are takes as long as scoring.
+        """
+        if self.shortlists:
+            return self._shortlisted(X)
+        scores = self._scores(X)
+        return scores, self.votes(X, scores)
 
     def decision_function(self, X: ArrayLike) -> Array:
         """Calibrated scores, (queries, adapters), in standard deviations of generic text."""
@@ -267,7 +392,51 @@ def _filter(means: Array, stds: Array) -> Array:
     return np.asarray(weights / _nanmean(weights.sum(2), 1)[:, None, None])
 
 
-def _loadings(z: Array) -> Array:
+def _tellers(n_adapters: int) -> NDArray[np.int64]:
+    """The adapters that tell the common factor: all, or TELLERS of a large library, drawn at random.
+
+    Not every so many, since relatives may stand at equal distances.
+    """
+    if n_adapters <= LARGE:
+        return np.arange(n_adapters)
+    return np.sort(np.random.default_rng(0).choice(n_adapters, TELLERS, replace=False))
+
+
+def _rough_columns(parts: Array, most: int) -> NDArray[np.int64]:
+    """The columns by which a few of them guess all adapters' scores best, in order.
+
+    Each is the one that makes most of the scores of which those before it make least.
+
+    Args:
+        parts: (adapters, columns) of each score, not negative; sum to 1 over columns.
+    """
+    known, chosen = np.zeros(len(parts)), list[int]()
+    for _ in range(min(most, parts.shape[1])):
+        gains = (1 / (known + 0.02)) @ parts
+        gains[chosen] = -1
+        chosen.append(int(gains.argmax()))
+        known += parts[:, chosen[-1]]
+    return np.sort(chosen)
+
+
+def _loadings(z: Array, tellers: NDArray[np.int64]) -> Array:
+    """Loadings of one common factor at each of several modules, (modules, adapters), from its tellers.
+
+    Another adapter's loading is what one of theirs would be that correlates with them as it does: at a fixed
+    point of `_axes`, `l_i |l|^2 = sum_j r_ij l_j` with l_i^2 in place of r_ii.
+    """
+    if len(tellers) == z.shape[2]:
+        return _axes(z)
+    filled = np.nan_to_num(z)
+    theirs = _axes(z[:, :, tellers])
+    correlation = (filled.transpose(0, 2, 1) @ filled[:, :, tellers]).clip(0) / (z.shape[1] - 1)
+    sizes = np.square(theirs).sum(1, keepdims=True).clip(1e-12)
+    found = ((correlation @ theirs[:, :, None])[:, :, 0] / sizes).clip(0, _HIGHEST)
+    found[:, tellers] = theirs
+    return np.asarray(found)
+
+
+def _axes(z: Array) -> Array:
     """Loadings of one common factor at each of several modules, (modules, adapters), by principal axes.
 
     Negative correlations count as none, so the factor is something that adapters share and loadings
@@ -298,10 +467,10 @@ def _nanmean(values: Array, axis: int) -> Array:
     return mean
 
 
-def _parts(X: ArrayLike) -> list[Any]:
+def _parts(X: NDArray[Any]) -> list[slice]:
     """Some queries at a time: responses to many queries of many adapters are large, and float64 is larger."""
-    X = np.asarray(X)
-    return [X[start : start + _AT_ONCE] for start in range(0, len(X), _AT_ONCE)]
+    some = max(1, min(_AT_ONCE, _ENTRIES // max(1, X[:1].size)))
+    return [slice(start, start + some) for start in range(0, len(X), some)]
 
 
 def _confidences(values: ArrayLike, n_queries: int) -> Array:
@@ -316,6 +485,13 @@ def _four_dimensional(X: ArrayLike) -> NDArray[Any]:
     if X.ndim != 4 or X.shape[3] != 2:
         raise ValueError(f"expected responses of shape (queries, adapters, modules, 2), got {X.shape}")
     return X
+
+
+def _float_logs(X: NDArray[Any]) -> NDArray[np.float32]:
+    """Log responses in float32, of some value without a prototype."""
+    heard = np.fmax(X, np.float32(_FLOOR), dtype=np.float32)
+    np.minimum(heard, np.float32(1 / _FLOOR), out=heard)
+    return np.asarray(np.log(heard, out=heard))
 
 
 def _logs(X: ArrayLike) -> Array:

@@ -96,8 +96,11 @@ def unreadable(probed: Probed, absent: NDArray[np.bool_]) -> NDArray[np.bool_]:
     Args:
         absent: (adapters, modules, 2), where there is no prototype, so that no response is expected.
     """
-    finite = np.isfinite(probed.responses) | absent
-    return np.asarray(~finite.all((1, 2, 3)) | ~np.isfinite(probed.confidence))
+    out, finite = ~np.isfinite(probed.confidence), np.empty(absent.shape, bool)
+    for n, row in enumerate(probed.responses):
+        np.logical_or(np.isfinite(row, out=finite), absent, out=finite)
+        out[n] |= not finite.all()
+    return np.asarray(out)
 
 
 def confidence_of(logits: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def prototypes(
             owners[module][start:end] = owner
     return {
         m: ModulePrototypes(
-            directions[m][:, :end].contiguous().to(device),
+            directions.pop(m)[:, :end].contiguous().to(device),  # at most one module twice
             weights[m][:end].to(device),
             owners[m][:end].to(device),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,17 @@ class QueryFile:
     weights: Array
     evidence: Evidence | None
 
+    def some(self, rows: Labels) -> QueryFile:
+        """The results of some of its queries."""
+        ids, predictions, queries = (
+            [of[n] for n in rows] for of in (self.ids, self.predictions, self.queries)
+        )
+        labels = self.labels[rows] if len(self.labels) else self.labels
+        evidence = self.evidence and self.evidence.rows(rows)
+        return QueryFile(
+            self.path, ids, predictions, queries, self.names, labels, self.weights[rows], evidence
+        )
+
     @property
     def top(self) -> list[str | None]:
         """Each query's top candidate; None if several are level, as in a static merge, or there is none."""
@@ -107,6 +118,25 @@ class Run:
     def shown(self) -> list[str]:
         """The candidates' names for a reader."""
         return [*self.names[:-1], "base model"] if self.names else []
+
+    def sample(self, most: int) -> Run:
+        """The run of at most so many of its queries, in order, among them the first of each variant.
+
+        The same run gives the same sample.
+        """
+        lengths = [len(file.ids) for file in self.files.values()]
+        total = sum(lengths)
+        if total <= most:
+            return self
+        firsts = np.unique(self.labels, return_index=True)[1][:most]
+        rest = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(total), firsts))
+        chosen = np.sort(np.append(firsts, rest[: most - len(firsts)]))
+        starts = np.cumsum([0, *lengths])
+        files = {
+            stem: file.some(chosen[(chosen >= start) & (chosen < start + length)] - start)
+            for (stem, file), start, length in zip(self.files.items(), starts, lengths, strict=False)
+        }
+        return Run(self.folder, self.record, files)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -242,7 +272,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _file(folder: Path, path: Path, record: dict[str, Any]) -> QueryFile:
-    if not (answers := _rows(folder / path.name, ("id", "prediction"))):
+    if not (answers := list(_rows(folder / path.name, ("id", "prediction")))):
         raise InputError(f"{folder / path.name}: expected at least one answer, found none; run it again")
     ids, predictions = ([row[key] for row in answers] for key in ("id", "prediction"))
     try:
@@ -260,23 +290,25 @@ def _file(folder: Path, path: Path, record: dict[str, Any]) -> QueryFile:
     return QueryFile(path, ids, predictions, asked, names, labels, weights, _evidence(evidence, ids, names))
 
 
-def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+def _rows(path: Path, needed: Sequence[str]) -> Iterator[dict[str, str]]:
     if not path.exists():
         raise InputError(f"{path}: expected a CSV file, found none; is the folder whole? Run it again")
-    return [row for _, row in read_rows(path, needed)]
+    return (row for _, row in read_rows(path, needed))
 
 
 def _routing(path: Path, ids: list[str], names: list[str], n_variants: int) -> tuple[Labels, Array]:
-    rows = _rows(path, ("id", "variant", *names))
-    if [row["id"] for row in rows] != ids:
+    found, labels, weights = list[str](), list[int](), list[Array]()
+    for row in _rows(path, ("id", "variant", *names)):
+        found.append(row["id"])
+        try:
+            labels.append(int(row["variant"]))
+            weights.append(np.array([float(row[name]) for name in names]))
+        except (ValueError, OverflowError) as error:
+            raise InputError(
+                f"{path}: expected numbers for variant and weights ({error}); run it again"
+            ) from error
+    if found != ids:
         raise InputError(f"{path}: expected the ids of the answers beside it; of two runs? Run it again")
-    try:
-        labels = [int(row["variant"]) for row in rows]
-        weights = [[float(row[name]) for name in names] for row in rows]
-    except (ValueError, OverflowError) as error:
-        raise InputError(
-            f"{path}: expected numbers for variant and weights ({error}); run it again"
-        ) from error
     if any(not 0 <= label < n_variants for label in labels):
         raise InputError(f"{path}: its rows name variants that run.json does not; of two runs? Run it again")
     table = np.array(weights, np.float64).reshape(len(ids), len(names))

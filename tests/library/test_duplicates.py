@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import write_tiny_adapter
 from router.library.adapters import load_library
-from router.library.duplicates import norms_and_cosines, representatives
+from router.library.duplicates import ALIKE, nearby, norms_and_cosines, representatives
 from router.methods.proto_route import ProtoRoute
 from router.model.answer import encode
 from router.routing.probe import input_means, probe
@@ -145,6 +145,23 @@ def test_an_update_of_zero_has_no_cosine_with_another(tmp_path):
 def test_a_library_without_duplicates_represents_itself(base, tiny_library):
     adapters = load_library([str(tiny_library)])
     assert representatives(adapters, responses(base, adapters))[0].tolist() == [0, 1, 2]
+
+
+def test_no_pair_that_is_alike_is_missed_and_few_others_are_looked_at():
+    rng = np.random.default_rng(0)
+    sizes = rng.normal(-2, 0.5, (100, 1, 12))
+    sizes = np.concatenate([sizes, sizes[::2] + rng.normal(0, 0.03, (50, 1, 12))])
+    logs = (sizes + rng.normal(0, 0.02, (150, 6, 12))).astype(np.float32)
+    there = np.ones((150, 12), bool)
+    there[::7, 0] = False  # two patterns of modules
+    logs[::7, :, 0] = 0
+    found = list(nearby(logs.reshape(150, -1), there))
+    apart = np.square(logs[:, None] - logs).sum((2, 3)) / (6 * there.sum(1)[:, None])
+    alike = (np.sqrt(apart) < ALIKE) & (there[:, None] == there).all(2)
+    assert alike.sum() > 150 + 40  # each with itself, and copies
+    assert all(set(np.flatnonzero(row)) <= set(others) for row, others in zip(alike, found, strict=True))
+    assert all(others == sorted(others) for others in found)
+    assert sum(map(len, found)) < 150**2 / 20
 
 
 def test_duplicates_get_no_weight_and_change_nobody_elses(base, tmp_path):

@@ -164,3 +164,39 @@ def test_auto_keeps_a_rare_group():
     truth = np.repeat(np.arange(8), [400, 1, 1, 1, 1, 1, 1, 1])
     found = cluster(np.eye(8)[truth], None, seed=0)
     assert found.labels.tolist() == truth.tolist()
+
+
+# Many queries, many candidates.
+
+
+def test_of_many_queries_a_sample_is_grouped_and_the_rest_joins_the_nearest(monkeypatch):
+    weights, truth = separated(7, 80, seed=0)
+    rare = np.flatnonzero(truth == 6)[1:]
+    weights, truth = np.delete(weights, rare, axis=0), np.delete(truth, rare)  # one query of the last group
+    expected = cluster(weights, None, seed=0)
+    monkeypatch.setattr("router.routing.clusters.SAMPLE", 60)
+    monkeypatch.setattr("router.routing.clusters.BLOCK", 17)
+    found = cluster(weights, None, seed=0)
+    assert found.labels.tolist() == expected.labels.tolist()
+    np.testing.assert_allclose(found.weights, expected.weights, atol=1e-12)
+    mixed = random_rows(400, 5)
+    found = cluster(mixed, 6, seed=0)
+    for label, row in enumerate(found.weights):
+        np.testing.assert_allclose(row, mixes(mixed)[found.labels == label].mean(0), atol=1e-12)
+    assert list(dict.fromkeys(found.labels.tolist())) == list(range(len(found.weights)))
+
+
+def test_of_many_candidates_each_that_answers_alone_is_a_group(monkeypatch):
+    rng = np.random.default_rng(0)
+    alone = np.eye(41)[rng.permutation(np.repeat(np.arange(0, 40, 2), 4))]  # every other adapter is in use
+    shared = np.zeros((30, 41))
+    shared[:, [0, 2]] = shared[:10, [4, 6]] = 0.5
+    shared[:10, [0, 2]] = 0
+    weights = np.concatenate([alone, shared])
+    monkeypatch.setattr("router.routing.clusters.LARGE", 10)
+    found = cluster(weights, None, seed=0)
+    rows = {tuple(row) for row in weights.tolist()}
+    assert {tuple(row) for row in found.weights.round(9).tolist()} == rows and len(found.weights) == len(rows)
+    np.testing.assert_allclose(found.weights[found.labels], weights)
+    assert found.labels[0] == 0 and (np.diff(np.unique(found.labels, return_index=True)[1]) > 0).all()
+    assert len(cluster(weights, 3, seed=0).weights) == 3

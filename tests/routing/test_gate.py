@@ -165,6 +165,70 @@ def test_scores_of_generic_text_have_mean_0_and_deviation_1():
     np.testing.assert_allclose(scores.std(0, ddof=1), 1)
 
 
+# Large libraries.
+
+
+def large(monkeypatch, **sizes):
+    """Makes a library of more than 5 adapters a large one."""
+    for name, value in {"LARGE": 5, **sizes}.items():
+        monkeypatch.setattr(f"router.routing.gate.{name}", value)
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_on_a_shortlist_the_scores_are_those_of_any_other_library(gaps, monkeypatch):
+    draw = library(20, modules=4, common=(0.3, 0.9))
+    reference, X = draw(60, 0), draw(30, 1)
+    if gaps:
+        reference, X = with_gaps(reference), with_gaps(X)
+    plain = PrototypeGate().fit(reference)
+    expected = plain.decision_function(X)
+    large(monkeypatch, TELLERS=20, SHORT=20)
+    gate = PrototypeGate().fit(reference)
+    assert gate.shortlists
+    np.testing.assert_allclose(gate.decision_function(X), expected, atol=1e-3)
+    np.testing.assert_allclose(gate.votes(X, expected), plain.votes(X, expected), atol=1e-3)
+    for one, other in zip(gate.scores_and_votes(X), plain.scores_and_votes(X), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3)
+    assert gate.level_ == pytest.approx(plain.level_, abs=1e-3)
+    monkeypatch.setattr("router.routing.gate.SHORT", 4)
+    found = PrototypeGate().fit(reference).decision_function(X)
+    listed = np.isfinite(found)
+    assert (listed.sum(1) == 4).all() and (found[~listed] == -np.inf).all()
+    np.testing.assert_allclose(found[listed], expected[listed], atol=1e-3)
+
+
+def test_the_shortlist_has_the_best_adapter_though_it_changes_few_modules(monkeypatch):
+    draw = library(60, modules=40)
+    reference, X = draw(160, 0), draw(120, 1)
+    X[np.arange(120), np.arange(120) % 60] *= 1.4
+    some = np.random.default_rng(0).random((60, 40)) < 0.7  # every adapter lacks most modules
+    some[:, 0] = False
+    for part in (reference, X):
+        part[:, some] = np.nan
+    expected = PrototypeGate().fit(reference).decision_function(X)
+    large(monkeypatch, TELLERS=60, SHORT=10)
+    gate = PrototypeGate().fit(reference)
+    best = expected.argmax(1)
+    found = gate.decision_function(X)
+    assert (best == np.arange(120) % 60).mean() > 0.9
+    assert (found.argmax(1) == best).mean() > 0.98
+    weights = gate.predict_proba(X)
+    np.testing.assert_allclose(weights.sum(1), 1)
+    assert ((weights[:, :-1] > 0) <= np.isfinite(found)).all()
+
+
+def test_a_few_adapters_tell_what_all_of_a_large_library_respond_to_alike(monkeypatch):
+    draw = library(120, modules=3, common=(0.3, 0.9))
+    reference, X = draw(160, 0), draw(40, 1)
+    full = PrototypeGate().fit(reference)
+    large(monkeypatch, TELLERS=40, SHORT=120)
+    gate = PrototypeGate().fit(reference)
+    assert np.abs(gate.loadings_ - full.loadings_).max() < 0.25
+    assert np.abs(gate.loadings_ - full.loadings_).mean() < 0.05
+    both = gate.decision_function(X), full.decision_function(X)
+    assert np.abs(both[0] - both[1]).mean() < 0.1 and (both[0].argmax(1) == both[1].argmax(1)).mean() > 0.9
+
+
 # What all adapters share.
 
 

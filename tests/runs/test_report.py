@@ -14,6 +14,7 @@ import pytest
 from helpers import METHODS, ROOT, ROWS, read_table, write_csv
 from router.errors import InputError
 from router.routing.evidence import Evidence
+from router.runs import explain
 from router.runs.load import load
 from router.runs.report.data import LIMITS, layers, place_of
 from router.runs.report.layout import layout
@@ -166,6 +167,17 @@ def test_a_real_run_has_its_report(command, capsys, method):
     )
     assert ("places" in page.data) == (method in ("proto_route", "oracle"))
     assert ("reasons" in page.data) == (method == "proto_route")
+
+
+def test_a_large_library_is_reported_by_its_shortlists(command, capsys, monkeypatch):
+    for name, value in {"LARGE": 2, "TELLERS": 3, "SHORT": 2}.items():
+        monkeypatch.setattr(f"router.routing.gate.{name}", value)
+    code, out = command("proto_route")
+    assert code == 0
+    page = Page(out / "report.html")
+    assert all(len(reasons) == 2 for reasons in page.data["reasons"])
+    assert len(page.data["places"]) == 6 and len(page.data["prototypes"]) == 4
+    assert explain.main([str(out), page.data["ids"][0]]) == 0
 
 
 def test_a_run_without_routing_has_a_report_of_its_answers(small):
@@ -388,6 +400,26 @@ def test_ten_thousand_queries_stay_below_ten_megabytes(large):
     assert len(page.data["ids"]) == 10_000 and max(map(len, page.data["texts"])) <= limit
     assert "of a sample of 300" in page.words
     assert np.ptp(np.array(page.data["places"]), axis=0).min() > 5_000
+
+
+def test_thirty_thousand_queries_are_a_sample_below_ten_megabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("router.runs.report.layout.MAPPED", 100)  # 2,000 take long
+    texts = [f"{k}: {text}" * 3 for k, text in enumerate(sentences(30_000))]
+    out = synthetic(tmp_path, texts, files=("queries.csv", "more.csv"))
+    path = write_report(out)
+    assert path.stat().st_size < 10_000_000
+    page, table = Page(path), [read_table(out / f"{stem}.routing.csv") for stem in ("queries", "more")]
+    told = {row["id"]: row["variant"] for rows in table for row in rows}
+    assert len(told) == 30_000  # the CSV files are whole
+    shown = dict(zip(page.data["ids"], map(str, page.data["variants"]), strict=True))
+    assert len(shown) == 10_000 and shown.items() <= told.items()
+    assert {told[own] for own in told} == set(shown.values())
+    assert {own[1:2] for own in shown} == {*"0123456789"} and set(page.data["file"]) == {0, 1}
+    texts = dict(zip(page.data["ids"], page.data["texts"], strict=True))
+    assert all(text.startswith(own[1:] + ":") for own, text in texts.items())
+    assert "30,000 queries" in page.words and "Here are 10,000 of the 30,000 queries" in page.words
+    low = sum(close(load(out).evidence.candidates))
+    assert f"{low:,} queries have a low margin" in page.words  # of all
 
 
 @pytest.mark.parametrize(("n", "axes"), [(1, 1), (1, 6), (2, 2), (5, 3), (9, 1), (40, 4)])

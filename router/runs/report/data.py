@@ -17,6 +17,7 @@ from router.runs.report.layout import gate_space, layout
 
 EXPLAINED = 12  # adapters whose numbers are kept for each query, if there are few
 NUMBERS = 120_000  # such adapters in the file, over all queries
+SHOWN_QUERIES = 10_000  # a sample of more
 SHOWN_VARIANTS = 100  # in the heat map and the table of variants
 TEXT_BYTES = 6_000_000  # of all texts in the file
 LIMITS = (2_000, 1_000, 500, 300, 200, 100, 50)  # characters of a text; the first that fits is taken
@@ -61,16 +62,20 @@ def headline(run: Run) -> dict[str, Any]:
     }
 
 
-def variants(run: Run) -> list[dict[str, Any]]:
-    """The variants that answered the most queries, largest first."""
+def variants(run: Run, shown: Run) -> list[dict[str, Any]]:
+    """The variants that answered the most queries, largest first, with examples of those that are shown."""
     if not run.names:
         return []
     own, apart = run.clusters.weights, losses(run.weights, run.clusters)
+    of_shown = apart if shown is run else losses(shown.weights, shown.clusters)
     order = np.argsort(-np.bincount(run.labels, minlength=len(own)), kind="stable")
     found = []
     for n in order[:SHOWN_VARIANTS].tolist():
-        members = np.flatnonzero(run.labels == n)
-        members = members[np.argsort(apart[members], kind="stable")].tolist()
+        members, examples = np.flatnonzero(run.labels == n), np.flatnonzero(shown.labels == n)
+        lines = [
+            (k, shown.rows[k].line(SHORT))
+            for k in examples[np.argsort(of_shown[examples], kind="stable")].tolist()
+        ]
         found.append(
             {
                 "number": n,
@@ -78,9 +83,9 @@ def variants(run: Run) -> list[dict[str, Any]]:
                 "weights": own[n].tolist(),
                 "top": [(run.shown[k], weight) for k, weight in top(own[n], 3, 1e-6)],
                 "diagonal": (int(own[n].argmax()), -float(own[n].max())),  # sorts rows along the diagonal
-                "cohesion": 1 - float(apart[members].mean()) if members else None,
-                "typical": [(k, run.rows[k].line(SHORT)) for k in members[:3]],
-                "edge": [(k, run.rows[k].line(SHORT)) for k in members[3:][-3:][::-1]],
+                "cohesion": 1 - float(apart[members].mean()) if len(members) else None,
+                "typical": lines[:3],
+                "edge": lines[3:][-3:][::-1],
                 "folder": run.record["variants"][n].get("folder"),
             }
         )
@@ -190,10 +195,12 @@ def _reasons(e: Evidence, weights: Array) -> dict[str, Any]:
     # Those with a weight come first, then those with the highest scores.
     keys = -np.where(scored, e.scores, -np.inf), -weights[:, :-1]
     order = np.asarray(np.lexsort(keys))[:, : explained(len(weights))]
-    numbers = _whole(100 * np.stack((100 * e.responses, e.scores), axis=-1))
+    numbers = _whole(
+        100 * np.stack([np.take_along_axis(of, order, 1) for of in (100 * e.responses, e.scores)], axis=-1)
+    )
     return {
         "reasons": [
-            [[k, *numbers[q, k].tolist()] for k in row if scored[q, k]]
+            [[k, *two] for k, two in zip(row, numbers[q].tolist(), strict=True) if scored[q, k]]
             for q, row in enumerate(order.tolist())
         ],
         "level": _whole(100 * e.base_score).tolist(),

@@ -8,6 +8,7 @@ from router.routing.clusters import Array
 from router.runs.load import Run
 
 MAPPED = 2_000  # queries that the map is fitted to, at most; the others are placed among them
+AXES = 256  # candidates; of more, those with a weight have axes
 
 
 def gate_space(run: Run) -> tuple[Array, list[int]]:
@@ -16,12 +17,15 @@ def gate_space(run: Run) -> tuple[Array, list[int]]:
     With evidence, an axis is a candidate's score as far as it is above generic text; the base model's is the
     level that an adapter has to exceed. Without evidence, it is the weight.
     """
+    weighty = np.asarray(run.weights.any(0))
     if run.evidence is None:
-        axes = np.flatnonzero(run.weights.any(0)).tolist()
+        axes = np.flatnonzero(weighty).tolist()
         return run.weights[:, axes], axes
-    points = run.evidence.candidates.astype(np.float64)
-    axes = np.flatnonzero(np.isfinite(points).all(0)).tolist()  # a duplicate has no score
-    return points[:, axes].clip(0), axes
+    points = run.evidence.candidates
+    there = np.asarray(np.isfinite(points).any(0))  # a duplicate has no score
+    axes = np.flatnonzero(there & weighty if len(there) > AXES else there).tolist()
+    # Off a query's shortlist an adapter does not stand out.
+    return np.nan_to_num(points[:, axes].astype(np.float64), nan=0.0).clip(0), axes
 
 
 def layout(points: Array) -> tuple[Array, Array, str]:

@@ -20,7 +20,7 @@ from router.errors import InputError
 from router.files import replacing
 from router.routing.evidence import LOW_MARGIN
 from router.runs.load import Run, load
-from router.runs.report.data import data, escaped, explained, headline, layers, variants
+from router.runs.report.data import SHOWN_QUERIES, data, escaped, explained, headline, layers, variants
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -44,13 +44,14 @@ def render(run: Run) -> str:
     """The page of a run."""
     from markupsafe import Markup
 
-    found, rows, layered = data(run), variants(run), layers(run)
+    shown = run.sample(SHOWN_QUERIES)
+    found, rows, layered = data(shown), variants(run, shown), layers(run)
     found["layers"] = layered["groups"] if layered else []
     used = [k for k in range(len(run.names)) if any(row["weights"][k] >= 0.005 for row in rows)]
     return _template().render(
-        run=run, record=run.record, headline=headline(run), variants=rows, used=used, layers=layered,
-        sent=run.sent, explained=explained(len(run.weights)), low_margin=LOW_MARGIN, data=found,
-        json=Markup(escaped(found)),
+        run=run, shown=shown, record=run.record, headline=headline(run), variants=rows, used=used,
+        layers=layered, sent=run.sent, explained=explained(len(shown.rows)), low_margin=LOW_MARGIN,
+        data=found, json=Markup(escaped(found)),
     )  # fmt: skip
 
 
