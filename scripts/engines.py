@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +99,8 @@ def check(work: Path, front: str) -> int:
     answers = read_texts(work / "output" / "queries.csv").set_index("id")["prediction"]
     variants = read_texts(work / "output" / "queries.routing.csv").set_index("id")["variant"]
     queries = read_queries(work / "queries.csv")
-    with httpx.Client(base_url=front, timeout=PATIENCE) as client:
+    headers = {"authorization": f"Bearer {os.environ.get('LITELLM_MASTER_KEY', '')}"}
+    with httpx.Client(base_url=front, timeout=PATIENCE, headers=headers) as client:
         wait(client)
 
         def ask(text: str) -> dict[str, Any]:
@@ -110,9 +112,12 @@ def check(work: Path, front: str) -> int:
             told = list(pool.map(ask, [query.input for query in queries]))
         elsewhere = different = 0
         for query, found in zip(queries, told, strict=True):
-            model = found.get("router", found)["model"].rpartition("/")[2]
-            alone = not (work / "output" / "variants" / variants[query.id]).is_dir()  # the base model
-            elsewhere += model.startswith("variant-") if alone else model != f"variant-{variants[query.id]}"
+            if "router" in found:  # the proxy does not tell
+                model = found["router"]["model"]
+                alone = not (work / "output" / "variants" / variants[query.id]).is_dir()  # the base model
+                elsewhere += (
+                    model.startswith("variant-") if alone else model != f"variant-{variants[query.id]}"
+                )
             text = found["choices"][0]["text"].removeprefix(" ").strip() or UNKNOWN
             different += text != answers[query.id].strip()
         print(f"{front}: {len(queries)} queries: {elsewhere} routed elsewhere, {different} answers differ")

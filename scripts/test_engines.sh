@@ -50,7 +50,7 @@ stop() {
   started=()
 }
 trap stop EXIT
-export PYTHONPATH=$PWD
+export PYTHONPATH=$PWD LITELLM_MASTER_KEY=sk-of-these-servers LITELLM_LOCAL_MODEL_COST_MAP=True
 vllm() {
   VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
     TORCHDYNAMO_DISABLE=1 PATH=$work/bin:$PATH "$@" --port 8000 --enforce-eager --max-model-len 1024 \
@@ -69,7 +69,7 @@ front
 "$python" -m scripts.engines check "$work"
 
 "$python" -m scripts.engines litellm "$work"
-LITELLM_LOCAL_MODEL_COST_MAP=True PROTO_ROUTE_ROUTER=$work/output "$work/litellm/bin/litellm" \
+PROTO_ROUTE_ROUTER=$work/output "$work/litellm/bin/litellm" \
   --config "$work/litellm.yaml" --host 127.0.0.1 --port 8091 > "$work/litellm.log" 2>&1 &
 started+=($!)
 "$python" -m scripts.engines check "$work" http://127.0.0.1:8091
