@@ -62,7 +62,8 @@ class ProtoRoute(Routed):
         every = list(map(tuple, rows))
         distinct = {row: n for n, row in enumerate(dict.fromkeys(every))}  # the same prompt is probed once
         prompts = list(distinct)
-        some = self.fitted.at_once
+        with self.processes.first():  # the others find prototypes and calibration on disk
+            some = self.fitted.at_once
         starts = range(0, len(prompts), some)
         parts = [self._part(prompts[start : start + some], n, len(starts)) for n, start in enumerate(starts)]
         place = np.array([distinct[row] for row in every])
@@ -77,17 +78,15 @@ class ProtoRoute(Routed):
         if kept := self.kept(f"part-{number}", len(prompts)):
             return kept
         title = f"probe {number + 1}/{of}" if of > 1 else "probe"
-        with self.processes.first():  # the others find prototypes and calibration on disk
-            fitted = self.fitted
         with self.stages("probe"):
-            probed = self._probed(fitted, prompts, title)
+            probed = self._probed(prompts, title)
         with self.stages("gate"):
-            routing = Routing(*fitted.decide(probed))
+            routing = Routing(*self.fitted.decide(probed))
         if self.journal is not None and of > 1:
             self.journal.keep(f"part-{number}", routing)
         return routing
 
-    def _probed(self, fitted: Fitted, prompts: Sequence[Sequence[int]], title: str) -> Probed:
+    def _probed(self, prompts: Sequence[Sequence[int]], title: str) -> Probed:
         """Probes the prompts. Each process takes whole batches, which are the same as in one process."""
         model, pad = self.base.model, self.tokenizer.pad_token_id
         lengths = [len(row) for row in truncated(prompts)]
@@ -97,7 +96,7 @@ class ProtoRoute(Routed):
             if self.processes.takes(sum(lengths[n] for n in batch))
             for n in batch
         )
-        own = fitted.probe(model, [prompts[n] for n in mine], pad, title)
+        own = self.fitted.probe(model, [prompts[n] for n in mine], pad, title)
         numbers, parts = zip(*self.processes.gathered((mine, own)), strict=True)
         place = np.argsort(np.concatenate(numbers))
         return Probed(*(np.concatenate(arrays)[place] for arrays in zip(*parts, strict=True)))

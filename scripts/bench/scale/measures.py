@@ -247,7 +247,7 @@ def report(size: str, count: str) -> Found:
             "method": "proto_route", "versions": {}, "seconds": {"probe": 1.0}, "peak_mib": {"probe": 1},
             "flags": {"dataset_filepaths": [str(source)], "output_folder": str(out), "temperature": 0.7,
                       "false_alarm": 0.2},
-            "base": {"name": "base", "dtype": "float32"},
+            "base": {"name": "base", "dtype": "float32", "sha256": "0" * 64},
             "adapters": {name: {"revision": None, "sha256": "0" * 64} for name in names},
             "variants": [
                 {"folder": None, "queries": 1, "weights": dict(zip([*names, BASE_COLUMN], row, strict=True))}
