@@ -226,7 +226,8 @@ def cost(of: Labelled) -> Iterator[tuple[str, float, float, str]]:
         weights, fitted = decided(members + ours if title in listed_first else ours + members)
         lost = before & ~right(weights, fitted.names)
         theirs = [fitted.names.index(adapter.name) for adapter in group]
-        aside = ["look-alike"] * any(n in fitted.lookalikes for n in theirs)
+        pairs = [(n, fitted.representative[n]) for n in fitted.lookalikes]
+        aside = ["look-alike"] * any(not set(pair).isdisjoint(theirs) for pair in pairs)
         aside += ["duplicate"] * any(
             fitted.representative[n] != n and n not in fitted.lookalikes for n in theirs
         )
