@@ -144,7 +144,7 @@ def test_a_large_library_has_evidence_of_its_shortlists(method, monkeypatch):
     found = method("proto_route")
     expected = found.route(QUERIES, found.encoded(QUERIES))
     for name, value in {"LARGE": 2, "TELLERS": 3, "SHORT": 2}.items():
-        monkeypatch.setattr(f"router.routing.gate.{name}", value)
+        monkeypatch.setattr(f"router.routing.shortlist.{name}", value)
     del vars(found)["fitted"]
     routing = found.route(QUERIES, found.encoded(QUERIES))
     listed = np.isfinite(routing.evidence.scores)

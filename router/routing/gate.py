@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import warnings
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
+
+from router.routing import shortlist
+from router.routing.shortlist import FLOOR, Shortlist, tellers
 
 Array = NDArray[np.float64]
 FOLDS = 5  # of the cross-validation that places the base model's score
@@ -24,33 +27,6 @@ _HIGHEST = 0.97  # loading: an adapter is never all common factor
 _STEPS = 50  # of the iteration for loadings; more change no choice on the libraries that were measured
 _ENTRIES = 1 << 22  # numbers in the arrays of several modules that are fitted at once
 _AT_ONCE = 16  # queries
-_FLOOR = 1e-6  # responses are cosines; below this they are noise
-LARGE = 256  # adapters; of a larger library only a shortlist gets its scores, see `PrototypeGate`
-TELLERS = 256  # adapters of a large library that tell what all respond to alike
-ROUGH = 32  # pairs of a module and a view by which a shortlist is drawn up
-SHORT = 64  # adapters on a shortlist
-
-
-class _Sums(NamedTuple):
-    """Scores as `(slopes * log R - shares * f).sum() - offsets`, over columns, pairs of a module and a view.
-
-    In float32; 0 at a column without a prototype.
-    """
-
-    slopes: NDArray[np.float32]  # (adapters, columns)
-    shares: NDArray[np.float32]  # (adapters, columns) of the common factor f
-    offsets: NDArray[np.float32]  # (adapters,)
-
-
-class _Large(NamedTuple):
-    """What the scores of a large library are computed with."""
-
-    whole: _Sums
-    rough: NDArray[np.int64]  # (ROUGH,) columns that the guess reads
-    guess: _Sums  # of these, scaled as if they were all
-    tellers: NDArray[np.int64]  # of the common factor f
-    pulls: NDArray[np.float32]  # (tellers, columns); f is `(pulls * log R).sum() - levels`
-    levels: NDArray[np.float32]  # (columns,)
 
 
 class PrototypeGate(BaseEstimator):  # type: ignore[misc]
@@ -72,7 +48,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     every reference query is scored by a gate that was fitted without it. Beyond the highest fifth the tail is
     taken as exponential (peaks over threshold), so that few reference queries can promise a rare false alarm.
 
-    Of more than LARGE adapters, TELLERS, drawn at random, tell the common factor; the others' loadings
+    Of more than LARGE adapters (router/routing/shortlist.py) TELLERS, drawn at random, tell the factor; the others' loadings
     follow from their correlations with these (Nystrom). ROUGH pairs of a module and a view, chosen so that
     they make up much of each adapter's score, say which SHORT adapters are on a query's shortlist. These get
     their scores, as above but in float32. The others have minus infinity.
@@ -157,14 +133,14 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         """Learns means, deviations, loadings and the scale of the scores."""
         flat = X.reshape(*X.shape[:2], -1)  # (reference queries, adapters, modules * views)
         means, stds, loadings = np.empty((3, *flat.shape[1:]))
-        tellers = _tellers(flat.shape[1])
-        some = max(1, _ENTRIES // (flat.shape[1] * max(len(flat), len(tellers))))
+        telling = tellers(flat.shape[1])
+        some = max(1, _ENTRIES // (flat.shape[1] * max(len(flat), len(telling))))
         for start in range(0, flat.shape[2], some):  # of many adapters, all at once would fill the memory
             part = slice(start, start + some)
             logs = _logs(flat[:, :, part])
             means[:, part], stds[:, part] = logs.mean(0), logs.std(0, ddof=1).clip(1e-3)
             z = ((logs - means[:, part]) / stds[:, part]).transpose(2, 0, 1)
-            loadings[:, part] = _loadings(z, tellers).T
+            loadings[:, part] = _loadings(z, telling).T
         means, stds, loadings = (of.reshape(X.shape[1:]) for of in (means, stds, loadings))
         if (empty := np.isnan(means).all((1, 2))).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
@@ -172,87 +148,21 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.mean_, self.std_, self.loadings_ = means, stds, loadings
         self.filter_ = _filter(means, stds)
         if self.shortlists:
-            self.scale_ = np.ones(len(means))
-            self.__dict__.pop("_large", None)
-            raw = self._all(X)
+            raw = Shortlist(means, stds, loadings, self.filter_, np.ones(len(means))).all(X, _parts(X))
         else:
             raw = np.concatenate([_nanmean(self._votes(X[part]), 2) for part in _parts(X)])
         self.scale_ = raw.std(0, ddof=1).clip(1e-6)
-        self.__dict__.pop("_large", None)
+        self.__dict__.pop("_shortlist", None)
         return self
 
     @property
     def shortlists(self) -> bool:
         """Whether there are so many adapters that only a shortlist of them gets scores."""
-        return len(self.mean_) > LARGE
+        return len(self.mean_) > shortlist.LARGE
 
     @cached_property
-    def _large(self) -> _Large:
-        mean, std, loadings, weights = (
-            np.nan_to_num(x.reshape(len(x), -1))
-            for x in (self.mean_, self.std_, self.loadings_, self.filter_)
-        )  # (adapters, columns)
-        std[std == 0] = 1
-        modules = (~np.isnan(self.mean_[..., 0])).sum(1)
-        weights /= (modules * self.scale_)[:, None]
-        parts = weights / weights.sum(1, keepdims=True)
-        rough = _rough_columns(parts, ROUGH)
-        known = parts[:, rough].sum(1).clip(1e-3)
-
-        def sums(columns: Any, by: Any = 1.0) -> _Sums:
-            slopes = weights[:, columns] / std[:, columns]
-            offsets = (slopes * mean[:, columns]).sum(1) / by
-            shares = weights[:, columns] * loadings[:, columns]
-            found = slopes / np.reshape(by, (-1, 1)), shares / np.reshape(by, (-1, 1)), offsets
-            return _Sums(*(x.astype(np.float32) for x in found))
-
-        tellers = _tellers(len(mean))
-        pulls = loadings[tellers] / (1 - loadings[tellers] ** 2)
-        pulls /= (1 + (loadings[tellers] * pulls).sum(0)) * std[tellers]
-        levels = (pulls * mean[tellers]).sum(0)
-        told = tellers, pulls.astype(np.float32), levels.astype(np.float32)
-        return _Large(sums(slice(None)), rough, sums(rough, known), *told)
-
-    def _factors(self, flat: NDArray[Any]) -> NDArray[np.float32]:
-        """What all adapters respond to alike, as the tellers tell it, (queries, columns).
-
-        Args:
-            flat: (queries, adapters, columns) responses.
-        """
-        logs = _float_logs(flat[:, self._large.tellers])
-        return np.asarray(np.einsum("qtk,tk->qk", logs, self._large.pulls) - self._large.levels)
-
-    def _all(self, X: NDArray[Any]) -> Array:
-        """The scores of all adapters of a large library, (queries, adapters)."""
-        sums, found = self._large.whole, []
-        for part in _parts(X):
-            flat = X[part].reshape(-1, *sums.slopes.shape)
-            along = np.einsum("qnk,nk->qn", _float_logs(flat), sums.slopes)
-            found.append(along - self._factors(flat) @ sums.shares.T - sums.offsets)
-        return np.concatenate(found).astype(np.float64)
-
-    def _shortlisted(self, X: NDArray[Any]) -> tuple[Array, Array]:
-        """The scores of each query's shortlist, minus infinity elsewhere, and the votes of the best.
-
-        Returns:
-            (queries, adapters), (queries, modules).
-        """
-        whole, rough, guess, *_ = self._large
-        found, votes = np.full(X.shape[:2], -np.inf), np.empty((len(X), X.shape[2]))
-        for part in _parts(X):
-            flat = X[part].reshape(-1, *whole.slopes.shape)
-            factors, rows = self._factors(flat), np.arange(len(flat))[:, None]
-            guessed = np.einsum("qnk,nk->qn", _float_logs(flat[:, :, rough]), guess.slopes)
-            guessed -= factors[:, rough] @ guess.shares.T + guess.offsets
-            who = np.argpartition(-guessed, SHORT - 1, axis=1)[:, :SHORT]  # (queries, SHORT)
-            along = np.einsum("qsk,qsk->qs", _float_logs(flat[rows, who]), whole.slopes[who])
-            along -= np.einsum("qsk,qk->qs", whole.shares[who], factors)
-            found[part][rows, who] = along - whole.offsets[who]
-            best = found[part].argmax(1)
-            z = (_logs(X[part][rows[:, 0], best]) - self.mean_[best]) / self.std_[best]
-            less = self.loadings_[best] * factors.reshape(z.shape)
-            votes[part] = ((z - less) * self.filter_[best]).sum(-1)
-        return found, votes
+    def _shortlist(self) -> Shortlist:
+        return Shortlist(self.mean_, self.std_, self.loadings_, self.filter_, self.scale_)
 
     @staticmethod
     def _check(X: NDArray[Any], absent: NDArray[np.bool_]) -> None:
@@ -274,7 +184,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     def _scores(self, X: NDArray[Any]) -> Array:
         if self.shortlists:
-            return self._shortlisted(X)[0]
+            return self._shortlist.scores_and_votes(X, _parts(X))[0]
         found = [_nanmean(self._votes(X[part]), 2) for part in _parts(X)]
         raw = np.concatenate(found) if found else np.empty((0, self.n_adapters_))
         return np.asarray(raw / self.scale_)
@@ -283,7 +193,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         """The best adapter's filtered responses, whose mean makes its score, (queries, modules)."""
         X, best = np.asarray(X), scores.argmax(1)
         if self.shortlists:
-            return self._shortlisted(X)[1]
+            return self._shortlist.scores_and_votes(X, _parts(X))[1]
         found = [self._votes(X[part])[np.arange(len(best[part])), best[part]] for part in _parts(X)]
         return np.concatenate(found) if found else np.empty((0, self.n_modules_))
 
@@ -293,7 +203,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         Of many adapters, looking whether they are takes as long as scoring.
         """
         if self.shortlists:
-            return self._shortlisted(X)
+            return self._shortlist.scores_and_votes(X, _parts(X))
         scores = self._scores(X)
         return scores, self.votes(X, scores)
 
@@ -386,53 +296,26 @@ def _filter(means: Array, stds: Array) -> Array:
     energy = np.exp(2 * means)
     low = [np.nanmedian(of.reshape(len(of), -1), 1)[:, None, None] / 10 for of in (energy, stds)]
     weights = 1 / (np.maximum(energy, low[0]) * np.maximum(stds, low[1]))
-    heard = means > np.log(10 * _FLOOR)
+    heard = means > np.log(10 * FLOOR)
     heard |= ~heard.any((1, 2), keepdims=True)  # an adapter that is silent everywhere
     weights = np.where(np.isnan(means), np.nan, weights * heard)
     return np.asarray(weights / _nanmean(weights.sum(2), 1)[:, None, None])
 
 
-def _tellers(n_adapters: int) -> NDArray[np.int64]:
-    """The adapters that tell the common factor: all, or TELLERS of a large library, drawn at random.
-
-    Not every so many, since relatives may stand at equal distances.
-    """
-    if n_adapters <= LARGE:
-        return np.arange(n_adapters)
-    return np.sort(np.random.default_rng(0).choice(n_adapters, TELLERS, replace=False))
-
-
-def _rough_columns(parts: Array, most: int) -> NDArray[np.int64]:
-    """The columns by which a few of them guess all adapters' scores best, in order.
-
-    Each is the one that makes most of the scores of which those before it make least.
-
-    Args:
-        parts: (adapters, columns) of each score, not negative; sum to 1 over columns.
-    """
-    known, chosen = np.zeros(len(parts)), list[int]()
-    for _ in range(min(most, parts.shape[1])):
-        gains = (1 / (known + 0.02)) @ parts
-        gains[chosen] = -1
-        chosen.append(int(gains.argmax()))
-        known += parts[:, chosen[-1]]
-    return np.sort(chosen)
-
-
-def _loadings(z: Array, tellers: NDArray[np.int64]) -> Array:
+def _loadings(z: Array, telling: NDArray[np.int64]) -> Array:
     """Loadings of one common factor at each of several modules, (modules, adapters), from its tellers.
 
     Another adapter's loading is what one of theirs would be that correlates with them as it does: at a fixed
     point of `_axes`, `l_i |l|^2 = sum_j r_ij l_j` with l_i^2 in place of r_ii.
     """
-    if len(tellers) == z.shape[2]:
+    if len(telling) == z.shape[2]:
         return _axes(z)
     filled = np.nan_to_num(z)
-    theirs = _axes(z[:, :, tellers])
-    correlation = (filled.transpose(0, 2, 1) @ filled[:, :, tellers]).clip(0) / (z.shape[1] - 1)
+    theirs = _axes(z[:, :, telling])
+    correlation = (filled.transpose(0, 2, 1) @ filled[:, :, telling]).clip(0) / (z.shape[1] - 1)
     sizes = np.square(theirs).sum(1, keepdims=True).clip(1e-12)
     found = ((correlation @ theirs[:, :, None])[:, :, 0] / sizes).clip(0, _HIGHEST)
-    found[:, tellers] = theirs
+    found[:, telling] = theirs
     return np.asarray(found)
 
 
@@ -487,13 +370,6 @@ def _four_dimensional(X: ArrayLike) -> NDArray[Any]:
     return X
 
 
-def _float_logs(X: NDArray[Any]) -> NDArray[np.float32]:
-    """Log responses in float32, of some value without a prototype."""
-    heard = np.fmax(X, np.float32(_FLOOR), dtype=np.float32)
-    np.minimum(heard, np.float32(1 / _FLOOR), out=heard)
-    return np.asarray(np.log(heard, out=heard))
-
-
 def _logs(X: ArrayLike) -> Array:
-    logs: Array = np.log(np.asarray(X, dtype=np.float64).clip(_FLOOR))
+    logs: Array = np.log(np.asarray(X, dtype=np.float64).clip(FLOOR))
     return logs

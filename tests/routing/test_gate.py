@@ -171,7 +171,7 @@ def test_scores_of_generic_text_have_mean_0_and_deviation_1():
 def large(monkeypatch, **sizes):
     """Makes a library of more than 5 adapters a large one."""
     for name, value in {"LARGE": 5, **sizes}.items():
-        monkeypatch.setattr(f"router.routing.gate.{name}", value)
+        monkeypatch.setattr(f"router.routing.shortlist.{name}", value)
 
 
 @pytest.mark.parametrize("gaps", [False, True])
@@ -190,7 +190,7 @@ def test_on_a_shortlist_the_scores_are_those_of_any_other_library(gaps, monkeypa
     for one, other in zip(gate.scores_and_votes(X), plain.scores_and_votes(X), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-3)
     assert gate.level_ == pytest.approx(plain.level_, abs=1e-3)
-    monkeypatch.setattr("router.routing.gate.SHORT", 4)
+    monkeypatch.setattr("router.routing.shortlist.SHORT", 4)
     found = PrototypeGate().fit(reference).decision_function(X)
     listed = np.isfinite(found)
     assert (listed.sum(1) == 4).all() and (found[~listed] == -np.inf).all()

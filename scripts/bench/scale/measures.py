@@ -32,9 +32,10 @@ from router.routing.calibration import Calibration
 from router.routing.clusters import BLOCK, cluster, mixes
 from router.routing.evidence import Evidence
 from router.routing.fitted import Fitted
-from router.routing.gate import LARGE, PrototypeGate
+from router.routing.gate import PrototypeGate
 from router.routing.probe import Probed
 from router.routing.prototypes import prototypes
+from router.routing.shortlist import LARGE
 from router.runs.report.page import write_report
 from router.settings import Settings
 from router.stages import peak_mib
@@ -151,7 +152,7 @@ def gate(size: str) -> Found:
         seconds, (weights, _) = spent(partial(fitted.decide, probed))
         times.append(seconds / some)
         scores = estimator.decision_function(responses)
-        with patch("router.routing.gate.SHORT", count):
+        with patch("router.routing.shortlist.SHORT", count):
             every = estimator.decision_function(responses)
         best = every.argmax(1)
         hits += int(np.isfinite(scores[np.arange(some), best]).sum())
@@ -170,7 +171,7 @@ def factor(size: str) -> Found:
     reference, responses = drawn.reference(), drawn.queries(500, 0)
     tops = []
     for large in (LARGE, int(size)):
-        with patch("router.routing.gate.LARGE", large):
+        with patch("router.routing.shortlist.LARGE", large):
             estimator = PrototypeGate().fit(reference)
             tops.append(estimator.predict(responses))
     return {"same": float((tops[0] == tops[1]).mean()), "queries": len(responses)}
