@@ -48,10 +48,10 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     every reference query is scored by a gate that was fitted without it. Beyond the highest fifth the tail is
     taken as exponential (peaks over threshold), so that few reference queries can promise a rare false alarm.
 
-    Of more than LARGE adapters (router/routing/shortlist.py) TELLERS, drawn at random, tell the factor; the others' loadings
-    follow from their correlations with these (Nystrom). ROUGH pairs of a module and a view, chosen so that
-    they make up much of each adapter's score, say which SHORT adapters are on a query's shortlist. These get
-    their scores, as above but in float32. The others have minus infinity.
+    Of more than 256 adapters only a shortlist gets scores (router/routing/shortlist.py). As many, drawn at
+    random, tell the common factor; the others' loadings follow from their correlations with these (Nystrom).
+    A few pairs of a module and a view, which make up much of each adapter's score, say who is on a query's
+    shortlist. These get their scores as above, but in float32. The others have minus infinity.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
