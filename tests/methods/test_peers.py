@@ -208,6 +208,7 @@ def test_trim_keeps_the_largest_of_each_update_and_all_that_are_as_large():
     expected = [[[0, -5], [0, 0], [-4, 0]], [[2, 2], [-2, 2], [0, 0]]]
     assert trim(updates, 1 / 3).tolist() == expected
     assert torch.equal(trim(updates, 1.0), updates)
+    assert trim(torch.tensor([[[1.0, -5.0, 3.0]]]), 0.01).tolist() == [[[0, -5, 0]]]  # at least one
 
 
 def test_a_drawn_vote_elects_no_sign():

@@ -12,6 +12,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 
 from helpers import FAMILIES, family
+from router.deadline import Deadline
 from router.errors import InputError
 from router.model.answer import answer, by_length, encode, generate, score_choices
 from router.model.base import load_base
@@ -314,6 +315,23 @@ def test_a_query_whose_output_is_not_finite_has_no_answer_and_the_others_have(ba
     assert found[0] == expected[0] and found[1].text == "unknown"
     assert found[2].scores == pytest.approx(expected[2].scores, abs=1e-5)
     assert "query 1: the model's output is not finite" in caplog.text
+
+
+def test_a_deadline_is_told_how_much_of_an_answer_was_written(base):
+    class Half(Deadline):
+        noted = ()
+
+        def new_tokens(self, most):
+            return most // 2
+
+        def note(self, tokens, share=1.0):
+            self.noted += ((tokens, share),)
+
+    deadline = Half(1)
+    queries = [*generation("Hi"), Query("1", "Which?", "multiple_choice", ("a", "b"))]
+    free, _ = answered(base, queries, max_new_tokens=8, deadline=deadline)
+    assert len(free.ids) <= 4 and deadline.noted == ((2, 0.5), (6, 1.0))
+    assert (deadline.shortened, deadline.unanswered) == (1, 0)
 
 
 def test_half_a_character_is_no_reason_to_stop(base):
