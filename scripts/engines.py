@@ -136,7 +136,8 @@ def check_same(work: Path, server: str) -> int:
     labels = read_texts(work / "here" / "mixed.routing.csv").set_index("id")["variant"]
     queries = read_queries(work / "mixed.csv")
     chosen = [query for query in queries if query.eval_type == MULTIPLE_CHOICE]
-    base = load_base(json.loads((work / "here" / "run.json").read_text("utf-8"))["flags"]["base_model"])
+    flags = json.loads((work / "here" / "run.json").read_text("utf-8"))["flags"]
+    base = load_base(flags["base_model"], dtype=flags["dtype"])
     rows = encode(base.tokenizer, [query.input for query in chosen])
     folders = [work / "here" / "variants" / labels[query.id] for query in chosen]
     paths = [folder if folder.is_dir() else None for folder in folders]
