@@ -149,13 +149,12 @@ def gate(size: str) -> Found:
         responses = drawn.queries(some, seed)
         confidence = np.zeros(some, np.float32)
         probed = Probed(responses, confidence)
-        seconds, (weights, _) = spent(partial(fitted.decide, probed))
+        seconds, (weights, evidence) = spent(partial(fitted.decide, probed))
         times.append(seconds / some)
-        scores = estimator.decision_function(responses)
         with patch("router.routing.shortlist.SHORT", count):
             every = estimator.decision_function(responses)
         best = every.argmax(1)
-        hits += int(np.isfinite(scores[np.arange(some), best]).sum())
+        hits += int(np.isfinite(evidence.scores[np.arange(some), best]).sum())
         whole = estimator.weights(estimator.candidate_scores(every, confidence))
         same += int((weights.argmax(1) == whole.argmax(1)).sum())
         seen += some

@@ -28,6 +28,7 @@ from scripts.bench.libraries import FOLDER
 
 FILE = FOLDER / "responses.safetensors"
 SEED = 5
+BLOCK = 256  # adapters at a time
 OWN = 0.95  # of a further query: the share of the real one
 LOW, HIGH = 0.3, 0.95  # of a further adapter: the share of its parent
 
@@ -81,10 +82,10 @@ class Library:
     def _heard(self, z: Responses, texts: Responses, numbers: NDArray[np.int64]) -> Responses:
         """Responses to texts that are mostly the real ones of these numbers."""
         out = np.empty((len(z), self.size, *z.shape[2:]), np.float32)
-        for n, (parent, share) in enumerate(zip(self.parents, self.shares, strict=True)):
-            own = share * z[:, parent]
-            if share < 1:
-                others = (numbers + 1 + self.steps[n] % (len(texts) - 1)) % len(texts)
-                own += np.sqrt(1 - share**2) * texts[others, parent]
-            np.exp(self.mean[parent] + self.std[parent] * own, out=out[:, n])
+        for start in range(0, self.size, BLOCK):
+            part = slice(start, start + BLOCK)
+            parents, shares = self.parents[part], self.shares[part, None, None].astype(np.float32)
+            others = (numbers[:, None] + 1 + self.steps[part] % (len(texts) - 1)) % len(texts)
+            own = shares * z[:, parents] + np.sqrt(1 - shares**2) * texts[others, parents]
+            np.exp(self.mean[parents] + self.std[parents] * own, out=out[:, part])
         return out
