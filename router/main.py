@@ -324,4 +324,9 @@ def _plan(args: argparse.Namespace, settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if several():  # torch's threads have aborted processes that ended in the usual way before the others
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
