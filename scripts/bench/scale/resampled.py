@@ -1,6 +1,6 @@
 """Responses of libraries that nobody has, resampled from those of the committed one.
 
-A forward pass with thousands of adapters takes minutes a query, so statistics stand in for it. The committed
+Passes with thousands of adapters take seconds a query, so statistics stand in for them. The committed
 adapters' standardised log responses to generic text and to data/test.csv are real. A further adapter has a
 real one as its parent: the same means and deviations, and for each text a share of the parent's own
 response, from 0.3 to 0.95, beside the parent's response to another text. So there are families, of close and

@@ -25,11 +25,11 @@ WHO = (("one machine, 64 cores", 64, None), ("one card", 1, CARD), ("one machine
        ("a cluster, 64 machines of eight", 512, CARD))  # fmt: skip
 ADAPTERS, QUERIES = 1_000, 1e9
 READ, WHOLE, WRITTEN = 64, 108, 16  # tokens of a prompt that routing reads, of all of it, of an answer
-# Parameters that multiply, and numbers in an adapter's prototypes: the embedded model with the mean of the
-# committed adapters, Mistral-7B with rank 16 on all linear layers.
+# Parameters of the blocks, all parameters, and numbers in an adapter's prototypes: the embedded model with
+# the mean of the committed adapters, Mistral-7B with rank 16 on all linear layers.
 MODELS = (
-    ("SmolLM2-135M", 134.5e6, 57.48 * 2**20 / 4 / 22),
-    ("Mistral-7B", 7.24e9, 16 * 32 * (6 * 4096 + 14336)),
+    ("SmolLM2-135M", 106.2e6, 134.5e6, 57.48 * 2**20 / 4 / 22),
+    ("Mistral-7B", 6.98e9, 7.24e9, 16 * 32 * (6 * 4096 + 14336)),
 )
 STEPS = ("open", "prototypes", "prototypes, kept", "calibrate", "duplicates", "fit", "probe", "gate")
 Known = dict[Cell, dict[str, Any]]
@@ -108,8 +108,8 @@ def _gate(known: Known) -> list[str]:
 def _factor(known: Known) -> list[str]:
     one = known["factor", "512"]
     return [
-        f"With {one['queries']} queries and 512 adapters, the top candidate is that of a gate in which all "
-        f"adapters tell the common factor for a share of {one['same']:.3f}."
+        f"Of {one['queries']} queries and 512 adapters, the top candidate is that of a gate in which all",
+        f"adapters tell the common factor for a share of {one['same']:.3f}.",
     ]
 
 
@@ -173,19 +173,18 @@ def _targets(known: Known) -> list[str]:
 
 def _takes(known: Known) -> list[str]:
     """Days for a billion queries and a thousand adapters, by arithmetic from measured and assumed rates."""
-    one = known["library", "1000"]
-    numbers = one["prototypes_mib"] * 2**20 / 4
-    core = one["tokens"] * 2 * (MODELS[0][1] + numbers) / one["seconds"]["probe"]  # FLOP/s
+    one = known["library", "16"]  # whose prototypes are next to nothing
+    core = one["tokens"] * 2 * MODELS[0][1] / one["seconds"]["probe"]  # FLOP/s
     gate = known["gate", "1000"]["ms"] / 1000
     lines = header(["who", *(f"{name}, {part}" for name, *_ in MODELS for part in ("routing", "answers"))])
     for who, count, card in WHO:
-        days = [
-            QUERIES * 2 * work / (count * (card or core)) / 86_400
-            for _, parameters, own in MODELS
-            for work in (READ * (parameters + ADAPTERS * own), (WHOLE + WRITTEN) * parameters)
+        hours = [
+            QUERIES * 2 * work / (count * (card or core)) / 3600
+            for _, blocks, _, own in MODELS
+            for work in (READ * (blocks + ADAPTERS * own), (WHOLE + WRITTEN) * blocks)
         ]
-        lines.append(row(who, *(f"{each:,.1f} days" for each in days)))
-    memory = [2 * (parameters + ADAPTERS * own) / 2**30 for _, parameters, own in MODELS]
+        lines.append(row(who, *(f"{h / 24:,.0f} days" if h >= 48 else f"{h:,.1f} h" for h in hours)))
+    memory = [2 * (parameters + ADAPTERS * own) / 2**30 for _, _, parameters, own in MODELS]
     dense = QUERIES * (ADAPTERS + 1)
     return [
         *lines, "",
