@@ -18,6 +18,7 @@ from router.errors import InputError
 from router.journal import Journal
 from router.model import answer as module
 from router.model.answer import by_length
+from router.model.base import load_base
 from router.processes import Processes
 from router.run import _run
 from router.settings import Settings
@@ -72,8 +73,15 @@ def in_threads(count, task):
 
 
 @pytest.fixture()
-def started(tmp_path, tiny_base, tiny_library):
+def started(tmp_path, tiny_base, tiny_library, monkeypatch):
     """Runs a method in so many processes; returns what each of them returned or raised."""
+    lock = threading.Lock()
+
+    def one_by_one(*how):  # while transformers loads a model, it changes what all threads share
+        with lock:
+            return load_base(*how)
+
+    monkeypatch.setattr("router.pipeline.load_base", one_by_one)
     queries = write_queries(tmp_path / "queries.csv", MANY)
 
     def run(method, count, out, deadline=lambda: None, **settings):

@@ -171,7 +171,7 @@ def test_a_real_run_has_its_report(command, capsys, method):
 
 def test_a_large_library_is_reported_by_its_shortlists(command, capsys, monkeypatch):
     for name, value in {"LARGE": 2, "TELLERS": 3, "SHORT": 2}.items():
-        monkeypatch.setattr(f"router.routing.gate.{name}", value)
+        monkeypatch.setattr(f"router.routing.shortlist.{name}", value)
     code, out = command("proto_route")
     assert code == 0
     page = Page(out / "report.html")
