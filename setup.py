@@ -20,8 +20,8 @@ setup(
         "torch>=2.6",
         "transformers>=5.6",
         "peft>=0.21",
-        "safetensors>=0.4",
-        "accelerate>=1.0",
+        "safetensors>=0.6.2",
+        "accelerate>=1.10",
         "scikit-learn>=1.7",
         "faiss-cpu>=1.14.2",  # k-means++
         "pandas>=2.2.2",

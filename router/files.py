@@ -159,7 +159,7 @@ def told_if_full(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code = re.search(r"os error (\d+)", str(error))  # as safetensors says it
+        code = re.search(r"(?:os error |code: )(\d+)", str(error))  # as safetensors says it
         number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
         if number not in full:
             raise
