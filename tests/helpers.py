@@ -152,6 +152,15 @@ def arguments(method, queries, library, base, out, *flags):
 # Finished runs
 
 
+def files_of(out, but=("run.json", "report.html")):
+    """The bytes of a run's files, but for those that hold times and what only an unfinished run has."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name not in but and ".journal" not in path.parts
+    }
+
+
 def variants_in(out):
     """The names of the variants in an output folder, beside the mark that says whose they are."""
     names = sorted(path.name for path in (out / "variants").iterdir())

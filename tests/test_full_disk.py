@@ -1,19 +1,14 @@
 """No room for a file: earlier results stay whole, a sentence says so, and the same command goes on."""
 
 import errno
-import hashlib
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
 
+from helpers import files_of
+
 resource = pytest.importorskip("resource", reason="there are no limits on files here")
-IGNORED = {"report.html", "run.json"}  # they hold times
-
-
-def hashes(folder):
-    files = (path for path in folder.rglob("*") if path.is_file() and ".journal" not in path.parts)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @contextmanager
@@ -46,16 +41,14 @@ def test_a_full_disk_leaves_earlier_results_and_the_same_command_goes_on(full, c
     new = ("--false_alarm", 0.9)
     _, reference = command("proto_route", *new, out="reference")
     _, out = command("proto_route")
-    before = hashes(out)
-    assert before != hashes(reference)
+    before = files_of(out, but=())
+    assert files_of(out) != files_of(reference)
     capsys.readouterr()
     with full():
         code, _ = command("proto_route", *new)
     assert code == 2
     assert f"error: {out}: no room for the results" in capsys.readouterr().err
-    assert hashes(out) == before
+    assert files_of(out, but=()) == before
     assert command("proto_route", *new)[0] == 0
-    assert {name: found for name, found in hashes(out).items() if name not in IGNORED} == {
-        name: found for name, found in hashes(reference).items() if name not in IGNORED
-    }
+    assert files_of(out) == files_of(reference)
     assert not [path for path in out.iterdir() if path.name.startswith((".results", ".variants", ".journal"))]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from helpers import ROOT, arguments, write_queries
+from helpers import ROOT, arguments, files_of, write_queries
 from router.deadline import Deadline
 from router.errors import InputError
 from router.journal import Journal
@@ -96,14 +96,6 @@ def started(tmp_path, tiny_base, tiny_library, monkeypatch):
         )
 
     return run
-
-
-def files_of(out):
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and path.name not in ("run.json", "report.html")
-    }
 
 
 def test_some_whole_batches_are_the_same_batches_without_the_others():

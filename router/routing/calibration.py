@@ -49,8 +49,10 @@ def silent(responses: NDArray[np.float32], widths: Sequence[int]) -> NDArray[np.
         responses: (generic prompts, adapters, modules, 2), NaN without a prototype.
         widths: (modules,) of the inputs. Chance is a squared cosine of 1 / width.
     """
-    logs = np.log(responses.clip(1e-6))
-    energy = np.exp(2 * logs.mean(0, dtype=np.float64)).mean(-1) * np.array(widths)  # (adapters, modules)
+    logs = np.zeros(responses.shape[1:])  # (adapters, modules, 2), summed prompt by prompt to save memory
+    for row in responses:
+        logs += np.log(row.clip(1e-6))
+    energy = np.exp(2 * logs / len(responses)).mean(-1) * np.array(widths)  # (adapters, modules)
     return np.asarray(energy < SILENT)
 
 

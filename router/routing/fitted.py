@@ -100,8 +100,9 @@ class Fitted:
         quiet: NDArray[np.bool_] = silent(reference, widths)  # (adapters, modules)
         there = np.isfinite(reference[0, ..., 0]).sum(1)  # (adapters,)
         most = np.flatnonzero(2 * quiet.sum(1) > there)
-        reference = reference.copy()
-        reference[:, quiet] = np.nan
+        if quiet.any():
+            reference = reference.copy()
+            reference[:, quiet] = np.nan
         found = cls(
             [adapter.name for adapter in adapters],
             prototypes,
@@ -150,7 +151,8 @@ class Fitted:
         """
         responses, confidence = probed
         unread = unreadable(probed, self._absent)
-        if unread.any() or np.isfinite(responses[:, self._absent]).any():
+        # One readable prompt tells whether adapters respond where they are silent.
+        if unread.any() or np.isfinite(responses[:1, self._absent]).any():
             responses, confidence = responses.copy(), confidence.copy()
             responses[:, self._absent] = np.nan
             responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import logits
+from helpers import files_of, logits
 from router.errors import InputError
 from router.model.apply import Hooked, active
 from router.model.base import load_base
@@ -22,14 +22,6 @@ def little_memory(monkeypatch):
     monkeypatch.setattr("router.model.base.memory_bytes", lambda _: 120_000)
     monkeypatch.setattr("router.model.base.spread", lambda model: seen.append(spread(model)) or seen[-1])
     return seen
-
-
-def files_of(out):
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and path.name not in ("run.json", "report.html")
-    }
 
 
 @pytest.mark.parametrize("method", ["proto_route", "arrow", "logo", "mass"])
