@@ -54,7 +54,6 @@ setup(
             "pytest>=8",
             "hypothesis>=6.100",
             "pytest-xdist>=3.6",
-            "hypothesis>=6.100",
             "mypy>=1.13",
             "ruff>=0.9",
             "vulture>=2.14",

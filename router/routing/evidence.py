@@ -41,6 +41,8 @@ class Evidence:
         duplicates: adapters that are another one in another size, with the representative of each.
         lookalikes: adapters that read what another one reads and write something else, with that one.
         silent: adapters that read directions which text hardly has, at most of their modules.
+        reach: how far above the base model an adapter's own queries are expected, relative to the others'; 1
+            for one that is not named.
         levels: what each of several rates of false alarms, written as a number, would add to the base model's
             scores.
     """
@@ -54,16 +56,19 @@ class Evidence:
     duplicates: dict[str, str] = field(default_factory=dict)
     lookalikes: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
+    reach: dict[str, float] = field(default_factory=dict)
     levels: dict[str, float] = field(default_factory=dict)
 
     @property
     def candidates(self) -> Array:
-        """(queries, adapters + 1) the scores of all candidates, the base model last."""
-        return np.column_stack([self.scores, self.base_score])
+        """(queries, adapters + 1) what the choice was made by: scores that compare, the base model's last."""
+        base = self.base_score[:, None]
+        reach = np.array([self.reach.get(name, 1.0) for name in self.adapters], dtype=np.float32)
+        return np.column_stack([base + (self.scores - base) / reach, base])
 
     @property
     def margin(self) -> Array:
-        """(queries,) the best candidate's score less the next one's, in standard deviations."""
+        """(queries,) the best candidate's score less the next one's, as they compare."""
         best = np.sort(np.nan_to_num(self.candidates, nan=-np.inf, posinf=np.inf, neginf=-np.inf), 1)
         return np.asarray(best[:, -1] - best[:, -2])
 
@@ -120,10 +125,10 @@ class Evidence:
         return found
 
 
-_NAMES = ("adapters", "modules", "duplicates", "lookalikes", "silent", "levels")
+_NAMES = ("adapters", "modules", "duplicates", "lookalikes", "silent", "reach", "levels")
 _SHAPE = {
     "adapters": [str], "modules": [str], "duplicates?": {"*": str}, "lookalikes?": {"*": str},
-    "silent?": [str], "levels?": {"*": float},
+    "silent?": [str], "reach?": {"*": float}, "levels?": {"*": float},
 }  # fmt: skip
 _ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]
 

@@ -35,9 +35,9 @@ from router.routing.prototypes import ModulePrototypes
 FILE = "router.safetensors"
 AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
 RESPONSES = 1 << 25  # of a large library fewer prompts, so that there are at most so many responses
-FORMAT = 3  # raise it when a reader of the old one could not use the new one
+FORMAT = 4  # raise it when a reader of the old one could not use the new one
 _LEARNED = (
-    "mean_", "std_", "loadings_", "filter_", "scale_", "confidence_", "reference_leads_"
+    "mean_", "std_", "loadings_", "filter_", "scale_", "reach_", "confidence_", "reference_leads_"
 )  # fmt: skip
 _ABOUT = {
     "names": [str], "modules": [str], "representative": [int], "lookalikes": [int], "silent": [int],
@@ -184,6 +184,7 @@ class Fitted:
             duplicates={names[n]: names[k] for n, k in aside.items() if n not in self.lookalikes},
             lookalikes={names[n]: names[aside[n]] for n in self.lookalikes},
             silent=[names[n] for n in self.silent],
+            reach={names[n]: float(reach) for n, reach in zip(self.kept, self.gate.reach_, strict=True)},
             levels=self.gate.levels(),
         )
 

@@ -24,6 +24,7 @@ FOLDS = 5  # of the cross-validation that places the base model's score
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)  # false alarms that are shown side by side
 TAIL = 0.2  # share of the reference queries that an exponential tail is fitted to
 _HIGHEST = 0.97  # loading: an adapter is never all common factor
+_FARTHEST = 2.0  # reach: an adapter that was made to have little of it gains no more than this
 _STEPS = 50  # of the iteration for loadings; more change no choice on the libraries that were measured
 _ENTRIES = 1 << 22  # numbers in the arrays of several modules that are fitted at once
 _AT_ONCE = 16  # queries
@@ -48,6 +49,13 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     every reference query is scored by a gate that was fitted without it. Beyond the highest fifth the tail is
     taken as exponential (peaks over threshold), so that few reference queries can promise a rare false alarm.
 
+    Several adapters may be above the base model, relatives mostly, and their scores do not compare: one that
+    reads many modules can be further out on a relative's queries than the relative, which reads few. So what
+    an adapter has above the base model is divided by its reach: how far out its own queries are expected. By
+    the filter's own model that is in proportion to `sum(filter (1 - l_i^2) / (exp(2 mean) std))`. The
+    prediction is rough, and its square root is nearest to what was seen (docs/ablations.md). Whether any
+    adapter is above the base model does not depend on it.
+
     Of more than 256 adapters only a shortlist gets scores (router/routing/shortlist.py). As many, drawn at
     random, tell the common factor; the others' loadings follow from their correlations with these (Nystrom).
     A few pairs of a module and a view, which make up much of each adapter's score, say who is on a query's
@@ -64,6 +72,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         filter_: (adapters, modules, views) weights in the score; their sum over views is 1 on average over an
             adapter's modules.
         scale_: (adapters,) deviation of an adapter's mean vote, whose mean is 0, over the reference queries.
+        reach_: (adapters,) how far above the base model an adapter's own queries are expected, relative to
+            the other adapters, in [0.5, 2].
         confidence_: (2,) mean and deviation of the base model's confidence over the reference queries.
         reference_leads_: (reference queries,) cross-validated score of the best adapter, less the base
             model's standardised confidence.
@@ -146,12 +156,15 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
         self.n_adapters_, self.n_modules_ = X.shape[1:3]
         self.mean_, self.std_, self.loadings_ = means, stds, loadings
-        self.filter_ = _filter(means, stds)
+        matched = _matched(means, stds)
+        self.filter_ = matched / _nanmean(matched.sum(2), 1)[:, None, None]
         if self.shortlists:
             raw = Shortlist(means, stds, loadings, self.filter_, np.ones(len(means))).all(X, _parts(X))
         else:
             raw = np.concatenate([_nanmean(self._votes(X[part]), 2) for part in _parts(X)])
         self.scale_ = raw.std(0, ddof=1).clip(1e-6)
+        shift = _nanmean((self.filter_ * matched * (1 - loadings**2)).sum(2), 1) / self.scale_
+        self.reach_ = np.sqrt(shift / np.exp(np.log(shift).mean())).clip(1 / _FARTHEST, _FARTHEST)
         self.__dict__.pop("_shortlist", None)
         return self
 
@@ -220,14 +233,15 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return self._scores(X)
 
     def candidate_scores(self, scores: Array, confidence: ArrayLike | None = None) -> Array:
-        """Scores of the adapters and, last, the base model, (queries, adapters + 1).
+        """What the choice is made by: scores that compare, (queries, adapters + 1), the base model last.
 
         Args:
             scores: what `decision_function` found, (queries, adapters).
             confidence: (queries,) of the base model, as in `fit`.
         """
         check_is_fitted(self)
-        return np.column_stack([scores, self.level_ + self._standard(confidence, len(scores))])
+        base = self.level_ + self._standard(confidence, len(scores))[:, None]
+        return np.column_stack([base + (scores - base) / self.reach_, base])
 
     def levels(self) -> dict[str, float]:
         """What each of SHARES, and the gate's own `false_alarm`, would add to the base model's score."""
@@ -287,8 +301,8 @@ def level(scores: Array, false_alarm: float) -> float:
     return start + excess * float(np.log(TAIL / false_alarm))
 
 
-def _filter(means: Array, stds: Array) -> Array:
-    """The matched filter, (adapters, modules, views), NaN without a prototype; see `PrototypeGate`.
+def _matched(means: Array, stds: Array) -> Array:
+    """The matched filter in any unit, (adapters, modules, views), NaN without a prototype.
 
     A module that is silent on generic text has no weight: its responses are rounding. Neither energy nor
     deviation counts as less than a tenth of the adapter's median.
@@ -298,8 +312,7 @@ def _filter(means: Array, stds: Array) -> Array:
     weights = 1 / (np.maximum(energy, low[0]) * np.maximum(stds, low[1]))
     heard = means > np.log(10 * FLOOR)
     heard |= ~heard.any((1, 2), keepdims=True)  # an adapter that is silent everywhere
-    weights = np.where(np.isnan(means), np.nan, weights * heard)
-    return np.asarray(weights / _nanmean(weights.sum(2), 1)[:, None, None])
+    return np.where(np.isnan(means), np.nan, weights * heard)
 
 
 def _loadings(z: Array, telling: NDArray[np.int64]) -> Array:

@@ -85,7 +85,7 @@ def _candidates(file: QueryFile, n: int) -> Rows:
     e, level = file.evidence, file.weights[n, :-1]
     columns: dict[str, list[Any]] = {"name": file.names}
     if e:
-        level = np.nan_to_num(e.scores[n], nan=-np.inf)
+        level = np.nan_to_num(e.candidates[n, :-1], nan=-np.inf)
         columns |= {
             "response": [*_numbers(e.responses[n]), None],
             "rank": [*(1 + (-e.responses[n]).argsort().argsort()).tolist(), None],

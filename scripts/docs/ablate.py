@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -186,6 +187,24 @@ def fits(found: Sequence[Measured]) -> list[str]:
     return side_by_side(found, rows, SPLITS)
 
 
+def reaches(found: Sequence[Measured]) -> list[str]:
+    """Which of several adapters above the base model: powers of the gate's reach."""
+    rows: dict[str, Choose] = {
+        "the same for all": partial(_reaching, power=0),
+        "the fourth root of what the filter predicts": partial(_reaching, power=0.5),
+        "its root **(as it is)**": partial(_reaching, power=1),
+        "its root to the power of 1.5": partial(_reaching, power=1.5),
+        "what the filter predicts": partial(_reaching, power=2),
+    }
+    return side_by_side(found, rows, FITS)
+
+
+def _reaching(of: Measured, power: float) -> NDArray[np.int64]:
+    gate = of.fitted()
+    gate.reach_ = gate.reach_**power
+    return gate.predict(of.responses, of.confidence)
+
+
 def _highest(of: Measured, **settings: Any) -> NDArray[np.int64]:
     return np.asarray(scores(of, **settings).argmax(1))
 
@@ -288,10 +307,15 @@ float32. Made by `python -m scripts.docs.ablate`.
     sections = {
         "Which adapter: the highest score, whatever the level": which,
         "Does any adapter fit: the level": fits,
+        "Which of those above the base model: reach": reaches,
         "False alarms, promised and measured": promised,
         "The temperature: weights as probabilities": temperatures,
     }
     notes = {
+        "Which of those above the base model: reach": (
+            "What an adapter has above the base model is divided by its reach. Whether one is above it "
+            "stays the same."
+        ),
         "False alarms, promised and measured": (
             "The level is set on generic text, by cross-validation. Here is what it lets through of text "
             "that it has not seen."
@@ -335,9 +359,9 @@ def curve(found: Sequence[Measured]) -> None:
 
 def _sent(of: Measured, gate: PrototypeGate, level: float) -> tuple[float, float]:
     """Shares of foreign queries and tasks sent to an adapter, and of other phrasings sent to their own."""
-    candidates = gate.candidate_scores(gate.decision_function(of.responses), of.confidence)
-    candidates[:, -1] += level - gate.level_
-    top = candidates.argmax(1)
+    gate = copy(gate)
+    gate.level_ = level
+    top = gate.predict(of.responses, of.confidence)
     foreign, unseen = np.isin(of.splits, NOBODY), np.isin(of.splits, ("unseen", "mc"))
     return float((top[foreign] < len(of.candidates) - 1).mean()), float(of.right(top)[unseen].mean())
 

@@ -387,11 +387,41 @@ def test_a_stronger_response_of_an_adapter_never_lowers_its_weight():
     assert (np.diff(weights, axis=0) >= -1e-12).all() and (weights[-1] > weights[0]).all()
 
 
-def test_an_adapters_size_does_not_matter():
+def test_how_wide_a_prototype_is_does_not_matter_for_its_score():
     size = np.array([1.0, 50.0, 0.02, 1.0, 3.0, 1.0])[:, None, None]
-    plain = PrototypeGate().fit(GENERIC).predict_proba(queries(2, 0.3))
-    scaled = PrototypeGate().fit(GENERIC * size).predict_proba(queries(2, 0.3) * size)
+    plain = PrototypeGate().fit(GENERIC).decision_function(queries(2, 0.3))
+    scaled = PrototypeGate().fit(GENERIC * size).decision_function(queries(2, 0.3) * size)
     np.testing.assert_allclose(scaled, plain, atol=1e-9)
+
+
+def test_an_adapters_own_queries_are_as_far_out_as_its_reach_says():
+    draw = library(12, modules=8)
+    gate, text = PrototypeGate().fit(draw(400, 0)), draw(400, 1)
+    far = []
+    for n in range(12):
+        X = text.copy()
+        X[:, n] = np.sqrt(X[:, n] ** 2 + 1e-4)  # the same for all adapters
+        far.append((gate.decision_function(X) - gate.decision_function(text))[:, n].mean())
+    assert gate.reach_.min() > 0.5 and gate.reach_.max() < 2
+    assert np.corrcoef(np.log(far), np.log(gate.reach_))[0, 1] > 0.95
+    slope = np.polyfit(np.log(gate.reach_), np.log(far), 1)[0]
+    assert slope == pytest.approx(2, abs=0.3)  # it is the root of what is expected
+
+
+def test_reach_decides_between_adapters_and_never_whether_one_fits():
+    scores, confidence = RNG.normal(3, 3, (200, 6)), RNG.normal(size=200)
+    gate = PrototypeGate().fit(GENERIC, confidence=RNG.normal(size=200))
+    gate.reach_ = np.array([0.5, 0.7, 1.0, 1.0, 1.5, 2.0])
+    found = gate.candidate_scores(scores, confidence)
+    base = found[:, -1:]
+    np.testing.assert_array_equal(found[:, :-1] > base, scores > base)
+    both = (scores[:, [0, 5]] > base).all(1)  # a query that is twice as far out counts half
+    assert (
+        both.any()
+        and (
+            (found[both, 0] > found[both, 5]) == (4 * scores[both, 0] - scores[both, 5] > 3 * base[both, 0])
+        ).all()
+    )
 
 
 def test_the_order_of_adapters_and_modules_does_not_matter():

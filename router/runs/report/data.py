@@ -191,12 +191,13 @@ def explained(n_queries: int) -> int:
 
 def _reasons(e: Evidence, weights: Array) -> dict[str, Any]:
     """For each query, the adapters that matter: number, response, score; then the level and the margin."""
-    scored = np.isfinite(e.scores)  # all but duplicates
+    scores = e.candidates[:, :-1]
+    scored = np.isfinite(scores)  # all but duplicates
     # Those with a weight come first, then those with the highest scores.
-    keys = -np.where(scored, e.scores, -np.inf), -weights[:, :-1]
+    keys = -np.where(scored, scores, -np.inf), -weights[:, :-1]
     order = np.asarray(np.lexsort(keys))[:, : explained(len(weights))]
     numbers = _whole(
-        100 * np.stack([np.take_along_axis(of, order, 1) for of in (100 * e.responses, e.scores)], axis=-1)
+        100 * np.stack([np.take_along_axis(of, order, 1) for of in (100 * e.responses, scores)], axis=-1)
     )
     return {
         "reasons": [
