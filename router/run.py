@@ -107,6 +107,7 @@ def _run(
                 found["time_limit"] = {
                     "minutes": deadline.minutes,
                     "shortened": deadline.shortened,
+                    "to_base": len(deadline.to_base),
                     "unanswered": deadline.unanswered,
                 }
             work = _write(settings, files, result, found)

@@ -341,8 +341,8 @@ def answer(
                 progress(sum(len(rows[n]) for n in batch))
                 batches = rest
             elif deadline and not limit:
-                answers.update(dict.fromkeys(batch, FAILED))
-                deadline.unanswered += len(batch)
+                answers.update((n, known.get(queries[n], FAILED)) for n in batch)
+                deadline.unanswered += sum(query not in known for query in asked)
                 batches = rest
             elif found := _if_it_fits(partial(way, limit=limit), batch):
                 known.update({q: a for q, a in zip(asked, found, strict=True) if q not in known})
