@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from router.deadline import Deadline
+from router.errors import out_of_memory
 from router.model.device import batch_tokens
 from router.submission import GENERATION, MULTIPLE_CHOICE, UNKNOWN, Query
 
@@ -378,8 +379,8 @@ def _if_it_fits(way: Callable[[list[int]], list[Answer]], batch: list[int]) -> l
 
     try:
         return way(batch)
-    except RuntimeError as error:  # a CPU raises nothing more specific
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
