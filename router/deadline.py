@@ -22,8 +22,9 @@ class Deadline:
     """How much may still be written, by the pace so far.
 
     Args:
-        minutes: from now on.
+        minutes: from `began` on.
         clock: seconds.
+        began: by the clock; None is now.
 
     Attributes:
         shortened: queries that were given fewer new tokens than were asked for.
@@ -31,10 +32,12 @@ class Deadline:
         unanswered: queries that were left out.
     """
 
-    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, minutes: float, clock: Callable[[], float] = time.monotonic, began: float | None = None
+    ) -> None:
         self._clock = clock
         self.minutes = minutes
-        self._end = clock() + 60 * minutes * (1 - RESERVE)
+        self._end = (clock() if began is None else began) + 60 * minutes * (1 - RESERVE)
         self._begun, self._total, self._done, self._work = clock(), 0, 0, 0.0
         self._variants, self._applied, self._applying = 0, 0, 0.0
         self.shortened = self.unanswered = 0

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -243,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for a plan over a limit, 2 for wrong input, 130 if it was stopped.
     """
+    began = time.monotonic()  # imports take seconds
     p = parser()
     args = p.parse_args(argv)
     if args.list_methods:
@@ -273,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from router.run import run
 
             with _logging("WARNING" if quiet else "INFO"):
-                record = run(args.merging_method, Settings(**given), args.fresh, args.time_limit)
+                record = run(args.merging_method, Settings(**given), args.fresh, args.time_limit, began)
     except InputError as error:
         where = "" if leads() else f"process {os.environ['RANK']}: "
         print(f"error: {where}{error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import time
 from unittest.mock import patch
 
 import pytest
@@ -26,7 +27,13 @@ class Clock:
 def clock(monkeypatch):
     """The clock of the next run; what a batch takes is set by `seconds`."""
     clock = Clock()
-    monkeypatch.setattr("router.run.Deadline", lambda minutes: Deadline(minutes, clock))
+    called = time.monotonic()
+
+    def made(minutes, began):
+        assert called < began <= time.monotonic()  # before the imports
+        return Deadline(minutes, clock)
+
+    monkeypatch.setattr("router.run.Deadline", made)
     return clock
 
 
@@ -145,6 +152,16 @@ def test_what_nobody_answered_stays_with_its_variant(command, paced, clock, swap
     cut = told(out)
     assert cut["unanswered"] > 0 and cut["to_base"] == 0
     assert (out / "queries.routing.csv").read_bytes() == (plain / "queries.routing.csv").read_bytes()
+
+
+def test_the_time_begins_when_it_is_said_to():
+    clock = Clock()
+    clock.now = 100
+    deadline = Deadline(1, clock, began=50)
+    clock.now = 50 + 56
+    assert deadline.new_tokens(64) == 64
+    clock.now = 50 + 57
+    assert deadline.new_tokens(64) == 0
 
 
 def test_a_variant_that_takes_longer_to_answer_than_to_apply_is_always_applied():
