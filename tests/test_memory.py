@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import ROOT, arguments, write_queries
-from merge.folders import AdapterError
+from merge.folders import AdapterError, open_adapter
 from router.errors import InputError
 from router.library.adapters import load_library
 from router.model import base as module
@@ -80,7 +80,9 @@ def test_another_error_is_not_taken_for_want_of_memory(command, monkeypatch):
 
 def test_an_adapter_for_which_memory_does_not_suffice_is_not_a_bad_one(tiny_library, monkeypatch):
     def failing(path):
-        raise AdapterError("unreadable") from OSError(errno.ENOMEM, "Cannot allocate memory")
+        if path.name == "mlp":
+            raise AdapterError("unreadable") from OSError(errno.ENOMEM, "Cannot allocate memory")
+        return open_adapter(path)
 
     monkeypatch.setattr("router.library.adapters.open_adapter", failing)
     with pytest.raises(InputError, match="unreadable"):
