@@ -1,6 +1,15 @@
-"""The one error that is meant for the person at the keyboard."""
+"""The one error that is meant for the person at the keyboard, and what to say when memory runs out."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# As torch, the operating system, the loader of shared libraries, Python and C++ say it.
+NO_MEMORY = (
+    "can't allocate memory", "out of memory", "cannot allocate memory", "failed to map segment",
+    "can't start new thread", "bad_alloc",
+)  # fmt: skip
 
 
 class InputError(ValueError):
@@ -20,3 +29,38 @@ def printable(text: str) -> str:
 
 class ServerError(InputError):
     """A server that answers queries has failed. The same command goes on where it was."""
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, or what caused the error did: the machine's, a card's, or what a limit allows.
+
+    Example:
+        >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+        True
+    """
+    while error is not None:
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+@contextmanager
+def told_if_memory_runs_out() -> Iterator[None]:
+    """Says which flags need less where the block fails for want of memory.
+
+    Raises:
+        InputError: it does.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"memory ran out ({reason:.200}); allow more than `ulimit -v` or the container does, or pass "
+            "what needs less: --dtype bfloat16 (half as much for weights), --apply beside (no copy of them), "
+            "--batch_size 1, a smaller --max_seq_len. What was answered is kept: with more memory the same "
+            "command goes on, with other flags and --fresh it starts anew"
+        ) from error

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -55,7 +55,8 @@ def alone_in(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (output / LOCK).unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows removes no open file; there `release` does it
+            (output / LOCK).unlink(missing_ok=True)
         lock.release()
         if new and not any(output.iterdir()):  # a run that was refused leaves nothing
             output.rmdir()

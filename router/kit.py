@@ -5,6 +5,7 @@ A method written for the kit goes into router/methods/; only its import line cha
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,12 +136,14 @@ class Merges:
         queries: Sequence[Query],
         rows: Sequence[Sequence[int]],
         progress: Callable[[int], object] = lambda done: None,
+        keep: bool = True,
     ) -> list[Answer]:
         """Answers queries in order with one model.
 
         Args:
             rows: token ids of each query's prompt.
             progress: called after each batch with the tokens of its prompts.
+            keep: whether the journal keeps the answers.
         """
         return answer(
             model,
@@ -151,7 +154,7 @@ class Merges:
             max_new_tokens=self.max_gen_len or self.settings.max_gen_len,
             batch_size=self.settings.batch_size,
             progress=progress,
-            journal=self.journal,
+            journal=self.journal if keep or self.journal is None else ChainMap({}, self.journal),
             deadline=self.deadline,
             takes=self.processes.takes,
         )

@@ -9,12 +9,13 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from router.errors import InputError
+from router.errors import InputError, told_if_memory_runs_out
 from router.methods import method_names
 from router.processes import leads, several
 from router.settings import Settings
@@ -25,6 +26,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCORINGS = ("full", "kit")
 APPLIES = ("auto", "merged", "beside")
 ENGINES = ("transformers", "openai")
+LEAST = 3 << 29  # bytes of address space
 
 
 def _integer(least: int, word: str | None = None) -> Callable[[str], int | None]:
@@ -224,8 +226,8 @@ def parser() -> argparse.ArgumentParser:
         "--time_limit",
         type=_above_zero,
         metavar="MINUTES",
-        help="answers get shorter, and the last ones are left out, so that the results are written by then; "
-        "checked by --plan; above 0 (default: none)",
+        help="answers get shorter, the base model answers in place of small variants, and the last answers "
+        "are left out, so that the results are written by then; checked by --plan; above 0 (default: none)",
     )
     p.add_argument(
         "--memory_limit", type=_above_zero, metavar="GIB", help="checked by --plan, above 0 (default: none)"
@@ -242,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for a plan over a limit, 2 for wrong input, 130 if it was stopped.
     """
+    began = time.monotonic()  # imports take seconds
     p = parser()
     args = p.parse_args(argv)
     if args.list_methods:
@@ -264,13 +267,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, _stop)
     try:
-        if args.plan:
-            return _plan(args, Settings(**given))
-        from router.record import summary  # imports torch
-        from router.run import run
+        _check_address_space()
+        with told_if_memory_runs_out():
+            if args.plan:
+                return _plan(args, Settings(**given))
+            from router.record import summary  # imports torch
+            from router.run import run
 
-        with _logging("WARNING" if quiet else "INFO"):
-            record = run(args.merging_method, Settings(**given), args.fresh, args.time_limit)
+            with _logging("WARNING" if quiet else "INFO"):
+                record = run(args.merging_method, Settings(**given), args.fresh, args.time_limit, began)
     except InputError as error:
         where = "" if leads() else f"process {os.environ['RANK']}: "
         print(f"error: {where}{error}", file=sys.stderr)
@@ -288,6 +293,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not args.quiet:
         print(summary(record), flush=True)
     return 0
+
+
+def _check_address_space() -> None:
+    """Refuses a limit below which the libraries are not loaded: OpenBLAS then tries for ever.
+
+    Raises:
+        InputError: there is one.
+    """
+    if sys.platform == "win32":
+        return
+    import resource
+
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed != resource.RLIM_INFINITY and allowed < LEAST:
+        raise InputError(
+            f"ulimit -v: expected {LEAST >> 10} KiB or more, which loading torch and the like takes, got "
+            f"{allowed >> 10}; allow more"
+        )
 
 
 def _stop(*_: object) -> None:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +140,12 @@ class Routed(Merges):
                     raise InputError(f"a variant's {error}; pass --dtype float32") from error
             decision = Decision(self.base, self.adapters, routing, clusters, variants, folders)
             if self.deadline:
-                self.deadline.begin(sum(map(len, rows)))
+                used = sum(folders[n] is not None for n in set(clusters.labels.tolist()))
+                self.deadline.begin(sum(map(len, rows)), used)
             with self.stages("predict"):
                 parts = self.processes.gathered(self.predict(queries, rows, decision, work))
+            if self.deadline and self.deadline.to_base:
+                decision = decision.with_base(self.deadline.to_base)
             yield Result(_joined(queries, parts), decision)
             if not self.processes.rank:
                 replace_variants(work, output)
@@ -196,6 +199,7 @@ class Routed(Merges):
             folder: holds the variants' folders.
         """
         answers: dict[int, Answer] = {}
+        rest: list[int] = []
         paths = [folder / name if name else None for name in decision.folders]
         if self.settings.engine == "openai":
             return self._predict_elsewhere(queries, rows, [paths[n] for n in decision.clusters.labels])
@@ -207,14 +211,30 @@ class Routed(Merges):
                 members = np.flatnonzero(decision.clusters.labels == n).tolist()
                 if not members:  # a variant that was made for other queries
                     continue
+                if paths[n] and self._spares([rows[m] for m in members]):
+                    rest += members
+                    continue
+                with self.deadline.applying() if self.deadline and paths[n] else nullcontext():
+                    model = models.activate(paths[n])
                 part = self.answer_with(
-                    models.activate(paths[n]),
-                    [queries[m] for m in members],
-                    [rows[m] for m in members],
-                    bar.update,
+                    model, [queries[m] for m in members], [rows[m] for m in members], bar.update
                 )
                 answers.update(zip(members, part, strict=True))
+            if self.deadline and rest:
+                base = models.activate(None)
+                new = [n for n in rest if self.journal is None or queries[n] not in self.journal]
+                part = self.answer_with(
+                    base, [queries[n] for n in rest], [rows[n] for n in rest], bar.update, keep=False
+                )
+                answers.update(zip(rest, part, strict=True))
+                self.deadline.to_base = [n for n in new if not answers[n].failed]
         return [answers[n] for n in range(len(queries))]
+
+    def _spares(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Whether time is too short to apply a variant for these prompts; several processes apply all."""
+        if self.deadline is None or self.processes.count > 1:
+            return False
+        return self.deadline.spares(sum(map(len, rows)), self.max_gen_len or self.settings.max_gen_len)
 
     def _predict_elsewhere(
         self, queries: Sequence[Query], rows: Sequence[Sequence[int]], variants: Sequence[Path | None]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from router.constants import BASE_COLUMN, Apply
+from router.deadline import told
 from router.model.apply import picked
 from router.model.device import tokens_at_once
 from router.plan.estimate import RECORDED, kept
@@ -124,10 +125,7 @@ def summary(found: dict[str, Any]) -> str:
     if left_out := found.get("left_out"):
         lines += [f"{_count(len(left_out), 'adapter')} left out:", *(f"  {reason}" for reason in left_out)]
     if cut := found.get("time_limit"):
-        shorter, none = (_count(cut[key], "query") for key in ("shortened", "unanswered"))
-        lines.append(
-            f"to end within {cut['minutes']:g} minutes, {shorter} got a shorter answer and {none} none"
-        )
+        lines.append(told(cut))
     seconds = found["seconds"]
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     lines.append(f"{sum(seconds.values()):.0f} seconds: {stages}")

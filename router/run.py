@@ -39,7 +39,11 @@ RESULTS = ".results."  # how the name of the folder begins in which results are 
 
 
 def run(
-    name: str, settings: Settings, fresh: bool = False, time_limit: float | None = None
+    name: str,
+    settings: Settings,
+    fresh: bool = False,
+    time_limit: float | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Answers the query files with one method, writes all results, and returns the record in run.json.
 
@@ -49,13 +53,14 @@ def run(
     Args:
         fresh: forgets what an unfinished run in the output folder has answered.
         time_limit: minutes, in which the results are written even if answers have to be cut; None sets none.
+        began: when the time began, by `time.monotonic`; None is now.
 
     Raises:
         InputError: something a person can fix is wrong with the queries, adapters or base model, another run
             writes to the output folder, an unfinished one with other settings is there, or there are several
             processes where there cannot be.
     """
-    deadline = None if time_limit is None else Deadline(time_limit)
+    deadline = None if time_limit is None else Deadline(time_limit, began=began)
     with connected(settings.device) as processes:
         with processes.first():
             check_outputs(settings)
@@ -107,6 +112,7 @@ def _run(
                 found["time_limit"] = {
                     "minutes": deadline.minutes,
                     "shortened": deadline.shortened,
+                    "to_base": len(deadline.to_base),
                     "unanswered": deadline.unanswered,
                 }
             work = _write(settings, files, result, found)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,9 +146,9 @@ def test_before_fit_there_is_no_variant_and_nothing_to_save(router, tmp_path):
 def spoil_base(saved, tmp_path):
     about = json.loads((saved / "router.json").read_text())
     other = shutil.copytree(about["base_model"], tmp_path / "other")
-    weights = load_file(other / "model.safetensors")
-    weights["lm_head.weight"] += 1
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(Path(about["base_model"]) / "model.safetensors")
+    changed = weights | {"lm_head.weight": weights["lm_head.weight"] + 1}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
     (saved / "router.json").write_text(json.dumps(about | {"base_model": str(other)}))
 
 
@@ -175,6 +176,7 @@ def test_what_is_no_router_is_refused_with_what_to_do(saved, tmp_path, spoil, ca
 
 def test_parts_of_a_router_that_do_not_fit_together_are_refused_by_what_does_not(saved):
     about, tensors = json.loads((saved / "router.json").read_text()), load_file(saved / "router.safetensors")
+    tensors = {key: of.clone() for key, of in tensors.items()}  # the file, which may be mapped, is replaced
     with safe_open(saved / "router.safetensors", "pt") as file:
         router = file.metadata()["router"]
     variant, module = about["variants"][0], "model.layers.0.self_attn.q_proj"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from router.errors import InputError
 from router.files import cache_folder, check_shape, is_folder, read_json, replacing, sha256_of
 
 
@@ -77,3 +78,13 @@ def test_the_cache_is_where_the_variable_says(monkeypatch, tmp_path):
     monkeypatch.setenv("PROTO_ROUTE_CACHE", "")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert cache_folder() == Path("/home/somebody/.cache/proto-route")
+
+
+def test_without_a_home_the_variable_is_asked_for(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PROTO_ROUTE_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(InputError, match="set PROTO_ROUTE_CACHE"):
+        cache_folder()

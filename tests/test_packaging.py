@@ -115,3 +115,20 @@ def test_hooks_and_the_hosted_workflow_run_what_the_test_script_runs():
     assert set(re.findall(r"entry: \.venv/bin/(ruff \w+|mypy|vulture)", hooks)) == linters != set()
     workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text("utf-8")
     assert "- run: bash scripts/test.sh" in workflow
+
+
+# Modules that Python does not have on Windows, and names in others that it has not.
+UNIX_ALONE = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog"}
+UNIX_NAMES = {
+    "fork", "getuid", "geteuid", "killpg", "setsid", "mkfifo", "chown", "sysconf", "uname", "nice", "statvfs",
+    "getloadavg", "sched_getaffinity", "SIGKILL", "SIGALRM", "SIGQUIT", "setitimer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_module_needs_nothing_at_its_import_that_windows_lacks(file):
+    tree = ast.parse(file.read_text("utf-8"))
+    at_once = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert not set(imported(ast.Module(at_once, []))) & UNIX_ALONE
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not used & UNIX_NAMES

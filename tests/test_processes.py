@@ -173,7 +173,7 @@ def test_what_was_answered_before_a_process_died_is_not_answered_again(started, 
 def test_what_all_processes_left_out_for_want_of_time_is_counted(started, monkeypatch):
     clock = iter(range(0, 10**6, 60))  # a minute passes at every look
     record = started("base", 2, "out", lambda: Deadline(0.5, lambda: next(clock)))[0]
-    assert record["time_limit"] == {"minutes": 0.5, "shortened": 0, "unanswered": len(MANY)}
+    assert record["time_limit"] == {"minutes": 0.5, "shortened": 0, "to_base": 0, "unanswered": len(MANY)}
 
 
 def test_the_journal_of_another_machine_is_missed(tmp_path):

@@ -119,3 +119,12 @@ def test_the_example_of_a_method_runs(command, tmp_path, monkeypatch):
     for row in rows:
         _, _, first, *others = row.values()  # id and variant, then the candidates
         assert float(first) == 1 and not any(map(float, others))
+
+
+def test_the_tests_that_are_named_are_there():
+    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?: -k (?:\"([^\"]+)\"|(\w+)))?", text)
+    assert len(named) > 40
+    for name, several, one in named:
+        lines = (ROOT / name).read_text("utf-8")
+        assert [word for word in (several or one).split(" or ") if word not in lines] == [], name

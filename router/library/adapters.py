@@ -12,7 +12,7 @@ import torch
 from merge.factors import Factors, inner
 from merge.folders import WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
 from router.constants import BASE_COLUMN
-from router.errors import InputError
+from router.errors import InputError, out_of_memory
 from router.files import sha256_of
 from router.library.sources import Source, expand, find
 
@@ -114,7 +114,7 @@ def _or_left_out(bad: list[str] | None) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if bad is None:
+        if bad is None or out_of_memory(error):
             raise
         bad.append(str(error))
 

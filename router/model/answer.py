@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from router.deadline import Deadline
+from router.errors import out_of_memory
 from router.model.device import batch_tokens
 from router.submission import GENERATION, MULTIPLE_CHOICE, UNKNOWN, Query
 
@@ -341,8 +342,8 @@ def answer(
                 progress(sum(len(rows[n]) for n in batch))
                 batches = rest
             elif deadline and not limit:
-                answers.update(dict.fromkeys(batch, FAILED))
-                deadline.unanswered += len(batch)
+                answers.update((n, known.get(queries[n], FAILED)) for n in batch)
+                deadline.unanswered += sum(query not in known for query in asked)
                 batches = rest
             elif found := _if_it_fits(partial(way, limit=limit), batch):
                 known.update({q: a for q, a in zip(asked, found, strict=True) if q not in known})
@@ -378,8 +379,8 @@ def _if_it_fits(way: Callable[[list[int]], list[Answer]], batch: list[int]) -> l
 
     try:
         return way(batch)
-    except RuntimeError as error:  # a CPU raises nothing more specific
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -130,10 +130,10 @@ def _copied(weight: Tensor, module: str) -> Tensor:
         )
     try:
         return weight.clone()
-    except RuntimeError as error:  # out of memory; a CPU raises nothing more specific
+    except RuntimeError:  # out of memory; a CPU raises nothing more specific
         raise InputError(
             "--apply merged: no memory for a copy of the base model's weights; pass --apply beside"
-        ) from error
+        ) from None
 
 
 class Beside:

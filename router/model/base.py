@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router.errors import InputError
+from router.errors import InputError, out_of_memory
 from router.files import cache_folder, is_folder, sha256_of
 from router.hub import HubError, fetch
 from router.model.answer import pad_id
@@ -201,8 +201,8 @@ def _read(folder: Path, dtype: torch.dtype, again: bool = False, **places: Any) 
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **places
             ),
         )
-    except Exception:
-        if not again:
+    except Exception as error:
+        if not again or out_of_memory(error):
             raise
     shutil.rmtree(folder, ignore_errors=True)
     return _read(embedded_folder(), dtype, **places)

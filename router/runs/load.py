@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from router.constants import BASE_COLUMN
+from router.deadline import told
 from router.errors import InputError
 from router.files import check_shape, read_json, sha256_of
 from router.routing.clusters import Clusters
@@ -26,6 +27,7 @@ Labels = NDArray[np.int64]
 RECORD = {
     "method": str, "versions": {"*": str}, "flags": {"dataset_filepaths": [str]}, "seconds": {"*": float},
     "peak_mib": {"*": float}, "files?": {"*": str}, "left_out?": [str],
+    "time_limit?": {"minutes": float, "shortened": int, "to_base?": int, "unanswered": int},
     "base?": {"name": str, "revision?": str, "sha256": str, "dtype": str},
     "adapters?": {"*": {"revision?": str, "sha256": str}},
 }  # fmt: skip
@@ -208,8 +210,10 @@ class Run:
     @property
     def notes(self) -> list[str]:
         """What is missing, in sentences for the reader."""
-        left_out = [f"An adapter was left out: {reason}." for reason in self.record.get("left_out") or ()]
-        return left_out + [
+        cut = [f"An adapter was left out: {reason}." for reason in self.record.get("left_out") or ()]
+        if limit := self.record.get("time_limit"):
+            cut.append(f"{told(limit).capitalize()}.")
+        return cut + [
             f"The texts of {missing} queries of {file.path} are not at hand: the file is gone or has "
             "changed. These queries are shown by their ids alone."
             for file in self.files.values()

@@ -9,13 +9,14 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 
 from helpers import write_tiny_adapter
 from router.main import parser
 from router.methods import load_method
 from router.model.base import EMBEDDED_ID
-from router.routing.model_card import card
+from router.routing.model_card import _cell, card
 from router.routing.variants import Variant
 from router.settings import Settings
 
@@ -185,3 +186,25 @@ def test_a_base_model_from_the_hub_is_pinned_in_the_code(write, tiny_base, tiny_
     assert text.count("revision='0123abc'") == 2 and "vllm serve some/base --revision 0123abc " in text
     assert table(text, "Sources")[-1][2] == "0123abc"
     assert "4-bit GGUF" in text_with(name=EMBEDDED_ID, revision=None) and "4-bit GGUF" not in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a|b",
+        "[a](http://there)",
+        "<script>alert(1)</script>",
+        "*a*",
+        "`a`",
+        "a\\|b",
+        "a\nb",
+        "&amp;",
+        "![a](b)",
+    ],
+)
+def test_a_name_stays_text_in_a_table(name):
+    page = MarkdownIt().enable("table").parse(f"| name | |\n| --- | --- |\n| {_cell(name)} | end |\n")
+    *_, cell, end = (token for token in page if token.type == "inline")
+    assert end.content == "end" and not {token.type for token in page if token.type.startswith("html")}
+    assert {part.type for part in cell.children} <= {"text", "text_special"}
+    assert "".join(part.content for part in cell.children) == " ".join(name.split())
