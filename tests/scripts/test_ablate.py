@@ -69,8 +69,8 @@ def test_a_rarer_false_alarm_leaves_more_to_the_base_model(found, tables):
     assert len(rows) == len(ablate.SHARES)
     left = [float(cells[tables[1]["gate"].index("none: one")]) for cells in rows]
     assert all(rare >= common for rare, common in pairwise(left)) and left[0] > left[-1]
-    measured = [float(tables[2][f"{share:g}"][0]) for share in ablate.SHARES]  # of few-shot prompts
-    assert tables[2]["promised"][0] == "few-shot: one" and sorted(measured) == measured
+    measured = [float(tables[3][f"{share:g}"][0]) for share in ablate.SHARES]  # of few-shot prompts
+    assert tables[3]["promised"][0] == "few-shot: one" and sorted(measured) == measured
     assert measured[0] < measured[-1]
 
 
