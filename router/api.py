@@ -193,6 +193,11 @@ class Router:
         return self._method
 
     @property
+    def base_model(self) -> str:
+        """The base model's id on the hub, or its folder."""
+        return str(self._base.name)
+
+    @property
     def candidates(self) -> list[str]:
         """The adapters' names and, last, `base`."""
         if self._folder is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 LIBRARY = Path("data/library")
 Apply = Literal["auto", "merged", "beside"]  # how a variant is applied: router/model/apply.py
-Engine = Literal["transformers", "openai"]  # what answers: this process, or a server
+Engine = Literal["transformers", "vllm", "openai"]  # what answers: a library in this process, or a server
 ADDRESS = r"https?://[^\s/:]+(:\d+)?(/\S*)?"  # of a server
 BASE_COLUMN = "base"  # the null candidate in routing tables: the base model without any adapter
 

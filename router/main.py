@@ -25,7 +25,7 @@ DEVICE_MAPS = ("none", "auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCORINGS = ("full", "kit")
 APPLIES = ("auto", "merged", "beside")
-ENGINES = ("transformers", "openai")
+ENGINES = ("transformers", "vllm", "openai")
 LEAST = 3 << 29  # bytes of address space
 
 
@@ -186,8 +186,8 @@ def parser() -> argparse.ArgumentParser:
     )
     setting(
         "engine",
-        "what answers: the model in this process (transformers), or a server of LoRA adapters that speaks "
-        "OpenAI's protocol, such as vLLM (openai); this process routes in both cases",
+        "what answers: transformers or vLLM in this process, or a server of LoRA adapters that speaks "
+        "OpenAI's protocol, such as vLLM's (openai); this process routes in all cases",
         type=_one_of(ENGINES),
         metavar="|".join(ENGINES),
     )

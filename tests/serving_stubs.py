@@ -26,7 +26,7 @@ class Two:
     """A router of two variants: texts with an x go to the first, all others to the base model."""
 
     def __init__(self):
-        self.candidates = ["one", "two", "base"]
+        self.candidates, self.base_model = ["one", "two", "base"], "owner/base"
         self.variants = [SimpleNamespace(weights={"one": 1.0}), SimpleNamespace(weights={})]
         self.batches = []
 

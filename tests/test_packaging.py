@@ -48,7 +48,9 @@ def required(extra=None):
 def test_all_that_is_imported_is_required():
     providers, unmet, found = packages_distributions(), {}, set()
     for file in FILES:
-        extra = {"serving": "serve", "engines": "serve", "integrations": "litellm"}.get(file.parent.name)
+        extra = {"serving": "serve", "openai": "serve", "vllm": "vllm", "integrations": "litellm"}.get(
+            file.stem if file.parent.name == "engines" else file.parent.name
+        )
         allowed = required() | (required(extra) if extra else set())
         names = set(imported(ast.parse(file.read_text("utf-8"))))
         names -= set(sys.stdlib_module_names) | {"router", "merge"}

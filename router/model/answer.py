@@ -175,11 +175,11 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
     for row, whole in zip(new.tolist(), sound.tolist(), strict=True):
         end = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
         written = [token for token in row[:end] if token >= 0]
-        answers.append(Answer(_continuation(tokenizer, written), tuple(written)) if whole else FAILED)
+        answers.append(Answer(continuation(tokenizer, written), tuple(written)) if whole else FAILED)
     return answers
 
 
-def _continuation(tokenizer: Any, ids: Sequence[int]) -> str:
+def continuation(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of generated ids, without special tokens and without one leading blank.
 
     Llama's tokenizer drops the first blank of a text and others do not, so the ids are decoded after a

@@ -37,47 +37,61 @@ def input_means(
     count = 0
     with torch.inference_mode():
         for _, ids, mask in batches(model, rows, pad_id, "centre"):
-            counted = counted_tokens(mask)
+            counted = _Counted(counted_tokens(mask))
 
-            def visit(name: str, x: Tensor, counted: Tensor = counted) -> None:
-                part = _tokens(name, x, counted).double().sum(0)  # (d_in,)
+            def visit(name: str, x: Tensor, counted: _Counted = counted) -> None:
+                part = counted.tokens(name, x).double().sum(0)  # (d_in,)
                 totals[name] = totals[name] + part if name in totals else part
 
             with reading_inputs(model, modules, visit):
                 forward(model, ids, mask)
-            count += int(counted.sum())
+            count += counted.count
     return {name: (total / count).float() for name, total in totals.items()}
 
 
-def _tokens(name: str, x: Tensor, counted: Tensor) -> Tensor:
-    """The inputs of the counted tokens, (T', d_in).
+class _Counted:
+    """Picks the inputs of a batch's counted tokens.
 
     Args:
-        x: a module's input, (B, T, d_in), or (B * T, d_in) as shared experts get it.
-
-    Raises:
-        InputError: it has other rows, as an expert that gets some of the tokens.
+        counted: which they are, (B, T) bool; at least one.
     """
-    flat = x.flatten(0, -2)  # (B * T, d_in)
-    if len(flat) != counted.numel():
-        raise InputError(
-            f"--adapters: expected adapters of modules that get every token, but {name} gets {len(flat)} of "
-            f"{counted.numel()}, as one of several experts"
-        )
-    return flat[counted.flatten()]
+
+    def __init__(self, counted: Tensor) -> None:
+        self.of = counted.numel()
+        index = counted.flatten().nonzero()[:, 0]  # (T',)
+        start, end, self.count = int(index[0]), int(index[-1]) + 1, len(index)
+        # A single prompt's are in a row, and need no copy.
+        self.places = slice(start, end) if end - start == self.count else index
+
+    def tokens(self, name: str, x: Tensor) -> Tensor:
+        """The inputs of the counted tokens, (T', d_in).
+
+        Args:
+            x: a module's input, (B, T, d_in), or (B * T, d_in) as shared experts get it.
+
+        Raises:
+            InputError: it has other rows, as an expert that gets some of the tokens.
+        """
+        flat = x.flatten(0, -2)  # (B * T, d_in)
+        if len(flat) != self.of:
+            raise InputError(
+                f"--adapters: expected adapters of modules that get every token, but {name} gets {len(flat)} "
+                f"of {self.of}, as one of several experts"
+            )
+        return flat[self.places]
 
 
 class _Inputs:
     """Centres the inputs of a batch's modules; one that several share (queries, keys, values) only once."""
 
     def __init__(self, counted: Tensor) -> None:
-        self.counted = counted
+        self.counted = _Counted(counted)
         self.seen: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
 
     def centred(self, name: str, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """The counted tokens minus the mean, (T', d_in) float32, and their squared norms, (T',)."""
         if self.seen is None or self.seen[0] is not x or not torch.equal(self.seen[1], mean):
-            less = _tokens(name, x, self.counted).float() - mean
+            less = self.counted.tokens(name, x).float() - mean
             self.seen = x, mean, (less, less.square().sum(1).clamp_min(1e-12))
         return self.seen[2]
 
@@ -144,33 +158,36 @@ def probe(
     """
     names = list(prototypes)
     place = {name: m for m, name in enumerate(names)}
-    out = np.full((len(rows), n_adapters, len(names), 2), np.nan, dtype=np.float32)
+    out = np.empty((len(rows), n_adapters, len(names), 2), dtype=np.float32)
     confidence = np.empty(len(rows), dtype=np.float32)
     with torch.inference_mode():
         for batch, ids, mask in batches(model, rows, pad_id, title):
             counted = counted_tokens(mask)
             views = _averages(counted)  # (2, B, T')
             inputs = _Inputs(counted)
+            found = torch.full((len(names), 2, len(batch), n_adapters), torch.nan, device=mask.device)
 
             def visit(
                 name: str,
                 x: Tensor,
                 views: Tensor = views,
                 inputs: _Inputs = inputs,
-                batch: list[int] = batch,
+                found: Tensor = found,
             ) -> None:
                 proto = prototypes[name]
                 x, size = inputs.centred(name, x, means[name])  # (T', d_in), (T',)
-                along = (proto.directions.T @ x.to(proto.directions.dtype).T).float()  # (K, T')
-                cosine = (proto.sums(along.square(), n_adapters) / size).sqrt()  # (adapters, T')
-                out[batch, :, place[name]] = (views @ cosine.T).permute(1, 2, 0).cpu().numpy()
+                along = (x.to(proto.directions.dtype) @ proto.directions).float()  # (T', K)
+                squares = along.square().T.contiguous()  # (K, T')
+                cosine = (proto.sums(squares, n_adapters) / size).sqrt()  # (adapters, T')
+                torch.matmul(views, cosine.T, out=found[place[name]])
 
             with reading_inputs(model, names, visit):
                 logits = forward(model, ids, mask)  # (B, V)
+            out[batch] = found.permute(2, 3, 0, 1).cpu().numpy()
             confidence[batch] = confidence_of(logits).cpu().numpy()
     for name, m in place.items():
-        absent = np.setdiff1d(np.arange(n_adapters), prototypes[name].owners.cpu().numpy())
-        out[:, absent, m] = np.nan
+        columns = np.bincount(prototypes[name].owners.cpu().numpy(), minlength=n_adapters)
+        out[:, columns == 0, m] = np.nan
     return Probed(out, confidence)
 
 

@@ -34,6 +34,7 @@ from starlette.routing import Route
 from router.api import Choice, Router
 from router.constants import BASE_COLUMN
 from router.errors import InputError
+from router.files import is_folder
 from router.routing.variants import served
 from router.serving.names import AUTO
 from router.serving.prober import Full, Prober
@@ -41,6 +42,8 @@ from router.serving.text import NoText, text_of
 
 log = logging.getLogger(__name__)
 REMEMBERED = 10_000  # conversations
+GONE = 499  # the status of a request whose client has left, which nobody sees
+HUB_ID = r"[\w.-]+/[\w.-]+"
 RECENT = 100  # decisions on the page
 # Headers that belong to one connection, or that the body's new length changes.
 _OWN = {
@@ -75,6 +78,12 @@ class Upstream(NamedTuple):
     names: set[str] | None  # at /v1/models; None where it has no such list, as LoRAX
     base: str | None  # what it calls the base model; None where it lists none
     loras: dict[str, int] | None  # llama.cpp's adapters and their ids; None where a name chooses one
+
+
+async def _left(request: Request) -> None:
+    """Ends when the client of a request, whose body has been read, has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class Front:
@@ -233,6 +242,10 @@ class Front:
         ours = {served(n) for n in range(len(self.router.variants))}
         # An adapter has a parent; the base model has none.
         bases = [one for one in listed if one["id"] not in ours and not one.get("parent")]
+        theirs, own = (str(bases[0].get("root") or bases[0]["id"]) if bases else ""), self.router.base_model
+        on_hub = all(re.fullmatch(HUB_ID, one) for one in (theirs, own)) and not is_folder(own)
+        if on_hub and theirs.casefold() != own.casefold():
+            raise Refused(502, f"the upstream serves {theirs}, the router is of {own}; see --base_model")
         loras = None
         if bases and bases[0].get("owned_by") == "llamacpp":
             found = await self._asked("/lora-adapters")
@@ -302,7 +315,20 @@ class Front:
         steps = re.split("/|%2f", request.scope["raw_path"].decode("latin-1").lower())
         if {".", "..", "%2e", "%2e%2e", ".%2e", "%2e."} & set(steps):
             raise Refused(404, "expected a path without steps upwards")
-        raw, decision = await self._body(request), None
+        raw = await self._body(request)
+        answering = asyncio.ensure_future(self._answered(request, raw))
+        leaving = asyncio.ensure_future(_left(request))
+        try:
+            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise Refused(GONE, "the client has left")
+            return answering.result()
+        finally:
+            for task in (answering, leaving):
+                task.cancel()  # the upstream hears of it
+
+    async def _answered(self, request: Request, raw: bytes) -> Response:
+        decision = None
         if request.url.path in ("/v1/completions", "/v1/chat/completions") and request.method == "POST":
             body = self._parsed(raw)
             if body.get("model") == AUTO:
@@ -370,11 +396,11 @@ class Front:
             pass  # not JSON, so it goes back as it came
         return Response(whole, answer.status_code, back)
 
-    @staticmethod
-    async def _whole(answer: httpx.Response) -> bytes:
+    async def _whole(self, answer: httpx.Response) -> bytes:
         try:
             return await answer.aread()
         except httpx.HTTPError as error:
+            self.upstream = None  # it may come back with other adapters
             raise Refused(502, f"the upstream broke off ({type(error).__name__})") from error
         finally:
             await answer.aclose()
@@ -384,6 +410,9 @@ class Front:
             try:
                 async for chunk in answer.aiter_bytes():
                     yield chunk
+            except httpx.HTTPError:
+                self.upstream = None
+                raise
             finally:  # also when the client has gone: the upstream hears of it
                 await asyncio.shield(answer.aclose())
                 self.seconds.labels("upstream").observe(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Decides texts that arrive one by one: those of a few milliseconds together, in one pass of the model."""
+"""Decides texts that arrive one by one: those that wait together in one pass of the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-WINDOW = 0.005  # seconds that a text waits for others
+WINDOW = 0.005  # seconds that texts wait for more; one that waits alone does not
 MOST = 64  # texts in one pass
 
 
@@ -60,7 +60,9 @@ class Prober:
         loop = asyncio.get_running_loop()
         while True:
             batch = [await self._queue.get()]
-            await asyncio.sleep(WINDOW)
+            await asyncio.sleep(0)  # what arrived at the same time gets into the queue
+            if not self._queue.empty():
+                await asyncio.sleep(WINDOW)
             while len(batch) < MOST and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             batch = [(text, found) for text, found in batch if not found.cancelled()]  # clients that left

@@ -168,7 +168,7 @@ WRONG = {
     "no prompt": (b'{"model": "auto"}', 400, "expected text"),
     "several": (b'{"model": "auto", "prompt": ["a", "b"]}', 400, "several requests"),
     "token ids": (b'{"model": "auto", "prompt": [[1, 2]]}', 400, "expected"),
-    "too long": (b'{"model": "auto", "prompt": "' + b"x" * 500_000 + b'"}', 413, "at most 200000 bytes"),
+    "10 MB": (b'{"model": "auto", "prompt": "' + b"x" * 10_000_000 + b'"}', 413, "at most 4194304 bytes"),
 }
 
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_routed_is_refused_and_does_not_reach_the_upstream(kind):
         assert answer.status_code == status and cause in answer.json()["error"]["message"]
         assert upstream.seen == []
 
-    talk(work, max_body=200_000)
+    talk(work)
 
 
 def test_messages_without_a_user_are_refused():
@@ -231,6 +231,95 @@ def test_an_upstream_that_is_not_there_or_too_slow(error, status):
         assert (await client.get("/health")).status_code == 200
 
     talk(work, transport=httpx.MockTransport(fail))
+
+
+def test_an_upstream_that_dies_in_the_middle_and_comes_back_with_other_names():
+    """Killed before it answers, killed while it answers, and started again."""
+    deaths = ["before", "during"]
+
+    class Mortal(httpx.ASGITransport):
+        async def handle_async_request(self, request):
+            if request.method == "POST" and deaths:
+                if deaths.pop(0) == "before":
+                    raise httpx.RemoteProtocolError("server disconnected")
+                return httpx.Response(200, stream=Half())
+            return await super().handle_async_request(request)
+
+    class Half(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            yield b'{"model": '
+            raise httpx.ReadError("reset by peer")
+
+    upstream = Upstream()
+
+    async def work(client, upstream, _):
+        for _ in range(2):
+            answer = await client.post("/v1/completions", json=completion("y"))
+            assert answer.status_code == 502 and "upstream" in answer.json()["error"]["message"]
+        upstream.listed = ({"id": "renamed"}, {"id": "variant-0", "parent": "renamed"})
+        assert (await client.post("/v1/completions", json=completion("y"))).json()["model"] == "renamed"
+
+    talk(work, upstream=upstream, transport=Mortal(upstream.app))
+
+
+def test_a_stream_that_breaks_off_ends_and_the_next_request_is_answered():
+    class Half(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            yield b"data: 0\n\n"
+            raise httpx.ReadError("reset by peer")
+
+    class Mortal(httpx.ASGITransport):
+        async def handle_async_request(self, request):
+            if b'"stream"' in await request.aread():
+                return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Half())
+            return await super().handle_async_request(request)
+
+    upstream = Upstream()
+
+    async def work(client, *_):
+        with pytest.raises(httpx.ReadError):  # a server cuts the connection, so nobody takes it for whole
+            await client.post("/v1/completions", json=completion("x", stream=True))
+        assert (await client.post("/v1/completions", json=completion("x"))).status_code == 200
+
+    talk(work, upstream=upstream, transport=Mortal(upstream.app))
+
+
+@pytest.mark.parametrize(
+    ("listed", "fine"),
+    [
+        ({"id": "Owner/Base"}, True),
+        ({"id": "another/base"}, False),
+        ({"id": "mine", "root": "another/base"}, False),
+        ({"id": "another/base", "root": "/models/base"}, True),  # a folder says nothing
+    ],
+)
+def test_variants_are_not_asked_of_an_upstream_with_another_base_model(listed, fine):
+    async def work(client, upstream, _):
+        answer = await client.post("/v1/completions", json=completion("x"))
+        ready = await client.get("/ready")
+        assert (answer.status_code, ready.status_code) == ((200, 200) if fine else (502, 502))
+        assert fine or "the router is of owner/base" in answer.json()["error"]["message"]
+        assert fine or not upstream.seen
+        other = await client.post("/v1/completions", json={"model": "theirs", "prompt": "x"})
+        assert other.status_code == 200
+
+    talk(work, upstream=Upstream((listed, {"id": "variant-0", "parent": listed["id"]})))
+
+
+def test_choices_tools_and_images_pass_as_they_are():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    message = {"role": "user", "content": [{"type": "text", "text": "x"}, image]}
+    more = {
+        "n": 2, "logprobs": True, "top_logprobs": 3, "tool_choice": "auto",
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    }  # fmt: skip
+
+    async def work(client, upstream, _):
+        body = {"model": "auto", "messages": [message], **more}
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+        assert upstream.seen[0][1] == body | {"model": "variant-0"}
+
+    talk(work)
 
 
 def test_ready_says_which_variants_the_upstream_lacks():

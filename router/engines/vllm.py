@@ -1,0 +1,164 @@
+"""vLLM answers queries in this process, with the variants as its LoRA adapters.
+
+It is sent token ids, and the ids that it returns are made text here, so that both are done as everywhere
+else. Choices are scored by the log-probabilities of prompts that end with them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from merge.folders import open_adapter, served_rank
+from router.errors import InputError
+from router.model.answer import FAILED, Answer, Scoring, continuation, end_tokens, endings, likeliest
+from router.model.base import Base
+from router.routing.variants import served
+from router.submission import GENERATION, Query
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 256  # queries, after which the journal has their answers
+ENVIRONMENT = {  # where it does not say otherwise
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB; else nearly all of the memory where there is no GPU
+}
+
+
+def answer(
+    base: Base,
+    queries: Sequence[Query],
+    rows: Sequence[Sequence[int]],
+    variants: Sequence[Path | None],
+    *,
+    scoring: Scoring = "full",
+    max_new_tokens: int = 64,
+    progress: Callable[[int], object] = lambda done: None,
+    journal: MutableMapping[Query, Answer] | None = None,
+) -> list[Answer]:
+    """Answers queries in order.
+
+    A query that does not fit into the base model's context has no answer (`Answer.failed`), and a warning
+    names it.
+
+    Args:
+        base: vLLM loads it anew from its folder. On a GPU, `base` itself waits in the main memory meanwhile.
+        rows: token ids of each query's prompt.
+        variants: the folder of each query's variant; None for the base model.
+        progress: called with tokens of prompts whose queries have been answered.
+        journal: a query that is in it is not answered again; any other is added to it.
+
+    Raises:
+        InputError: vLLM cannot load the base model, or has no room for it and the variants.
+    """
+    known: MutableMapping[Query, Answer] = {} if journal is None else journal
+    context = getattr(base.model.config, "max_position_embeddings", None)
+    tails: dict[int, list[list[int]]] = {}  # what is read after the prompt of each query that is asked
+    longest = 0  # tokens of a prompt and its answer
+    for n, (query, row) in enumerate(zip(queries, rows, strict=True)):
+        if query in known:
+            continue
+        writes = query.eval_type == GENERATION
+        found = [[]] if writes else endings(base.tokenizer, query.choices)
+        read = len(row) + max(map(len, found))
+        if context and read >= context:
+            log.warning(
+                "query %s: does not fit into a context of %d tokens, so it has no answer", query.id, context
+            )
+            known[query] = FAILED
+        else:
+            tails[n], longest = found, max(longest, read + (max_new_tokens if writes else 1))
+    progress(sum(len(row) for n, row in enumerate(rows) if n not in tails))
+    if not tails:
+        return [known[query] for query in queries]
+    paths = [path for path in dict.fromkeys(variants[n] for n in tails) if path]
+    with _loaded(base, paths, min(longest, context or longest)) as llm:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        loras: dict[Path | None, Any] = {
+            path: LoRARequest(served(k), k + 1, str(path.resolve())) for k, path in enumerate(paths)
+        }
+        stops = end_tokens(base.model, base.tokenizer)
+        write = SamplingParams(
+            temperature=0, max_tokens=max_new_tokens, stop_token_ids=stops, detokenize=False
+        )
+        score = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        asked = list(tails)
+        for start in range(0, len(asked), AT_ONCE):
+            part = asked[start : start + AT_ONCE]
+            pairs = [(n, tail) for n in part for tail in tails[n]]
+            outputs = iter(
+                llm.generate(
+                    [{"prompt_token_ids": [*rows[n], *tail]} for n, tail in pairs],
+                    [write if queries[n].eval_type == GENERATION else score for n, _ in pairs],
+                    lora_request=[loras.get(variants[n]) for n, _ in pairs],
+                    use_tqdm=False,
+                )
+            )
+            for n in part:
+                own = zip(islice(outputs, len(tails[n])), tails[n], strict=True)
+                if queries[n].eval_type == GENERATION:
+                    ((output, _),) = own
+                    ids = tuple(output.outputs[0].token_ids)
+                    known.setdefault(queries[n], Answer(continuation(base.tokenizer, ids), ids))
+                else:
+                    scores = tuple(_score(output, tail, scoring) for output, tail in own)
+                    known.setdefault(queries[n], likeliest(scores))
+            progress(sum(len(rows[n]) for n in part))
+    return [known[query] for query in queries]
+
+
+def _score(output: Any, tail: Sequence[int], scoring: Scoring) -> float:
+    """The log-probability of a choice's tokens at the end of a prompt, in nats."""
+    told = output.prompt_logprobs[-len(tail) :]  # what each token could have been
+    each = [float(found[token].logprob) for found, token in zip(told, tail, strict=True)]
+    return sum(each if scoring == "full" else each[1:])
+
+
+@contextmanager
+def _loaded(base: Base, variants: Sequence[Path], longest: int) -> Iterator[Any]:
+    """vLLM with the base model and room for the variants.
+
+    Args:
+        longest: tokens of a prompt and its answer.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import torch
+    from vllm import LLM
+
+    model: Any = base.model
+    device, how = model.device, {}
+    if variants:
+        ranks = [rank for path in variants for rank in open_adapter(path).ranks.items()]
+        how = {
+            "enable_lora": True,
+            # One slot more than variants, since without it base rows were wrong on CPUs.
+            "max_loras": len(variants) + 1,
+            "max_lora_rank": served_rank(max(rank for _, rank in ranks)),
+            # Named, since vLLM cannot tell prompts' log-probabilities where the output layer may have one.
+            "lora_target_modules": sorted({module.rpartition(".")[2] for module, _ in ranks}),
+        }
+    if device.type == "cuda":  # of which vLLM takes nearly all
+        model.to("cpu")
+        torch.cuda.empty_cache()
+    try:
+        llm = LLM(
+            model.name_or_path, dtype=str(model.dtype).removeprefix("torch."), max_model_len=longest,
+            skip_tokenizer_init=True, enforce_eager=device.type == "cpu", **how,
+        )  # fmt: skip
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"--engine vllm: expected it to load {base.name}, it says: {reason}") from error
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        model.to(device)

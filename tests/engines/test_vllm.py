@@ -1,0 +1,179 @@
+"""vLLM in this process: a stub of its classes answers with transformers and PEFT."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+
+from helpers import arguments, read_by_id, write_queries, write_tiny_library
+from router.engines import vllm
+from router.errors import InputError
+from router.main import main
+from router.model.answer import answer, encode
+from router.model.apply import active
+from router.model.base import load_base
+from router.submission import Query
+
+
+class LoRARequest(SimpleNamespace):
+    def __init__(self, name, number, path):
+        super().__init__(name=name, number=number, path=path)
+
+
+class SamplingParams(SimpleNamespace):
+    pass
+
+
+class LLM:
+    """What vLLM's class does, with transformers and PEFT."""
+
+    made = ()  # those of a test
+    says = None  # why it does not start
+
+    def __init__(self, model, dtype, max_model_len, skip_tokenizer_init, enforce_eager, **loras):
+        if self.says:
+            raise ValueError(self.says)
+        self.base, self.length, self.loras = load_base(model, "cpu", dtype), max_model_len, loras
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+        self.asked = []
+        LLM.made = (*LLM.made, self)
+
+    def generate(self, prompts, params, *, lora_request, use_tqdm):
+        paths = {one.path: one.number for one in lora_request if one}
+        assert len(paths) < self.loras.get("max_loras", 1) and 0 not in paths.values()
+        self.asked.append(
+            list(zip([len(one["prompt_token_ids"]) for one in prompts], lora_request, strict=True))
+        )
+        return [self.one(*of) for of in zip(prompts, params, lora_request, strict=True)]
+
+    def one(self, prompt, how, lora):
+        ids, model = prompt["prompt_token_ids"], self.base.model
+        assert len(ids) + 1 <= self.length and how.temperature == 0
+        if lora:
+            model = PeftModel.from_pretrained(model, lora.path)
+        told, written = None, []
+        with torch.inference_mode():
+            if vars(how).get("prompt_logprobs") is None:
+                most = min(how.max_tokens, self.length - len(ids))
+                written = model.generate(
+                    torch.tensor([ids]), max_new_tokens=most, do_sample=False, eos_token_id=how.stop_token_ids
+                )[0, len(ids) :].tolist()
+            else:
+                logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                told = [
+                    None,
+                    *({t: SimpleNamespace(logprob=float(logp[k, t]))} for k, t in enumerate(ids[1:])),
+                ]
+        if lora:
+            model.unload()
+        return SimpleNamespace(prompt_logprobs=told, outputs=[SimpleNamespace(token_ids=written)])
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    """The stub under vLLM's names."""
+    package, request = ModuleType("vllm"), ModuleType("vllm.lora.request")
+    package.__spec__ = SimpleNamespace()  # `find_spec` looks for it
+    package.LLM, package.SamplingParams, request.LoRARequest = LLM, SamplingParams, LoRARequest
+    for name, module in (
+        ("vllm", package),
+        ("vllm.lora", ModuleType("vllm.lora")),
+        ("vllm.lora.request", request),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(LLM, "made", ())
+    monkeypatch.setattr(vllm, "ENVIRONMENT", {})
+
+
+QUERIES = [
+    Query("g", "What is two and two?", "generation"),
+    Query("m", "Which is a fruit? ", "multiple_choice", ("stone", "pear", "")),
+    Query("h", "Say it again", "generation"),
+    Query("n", "Colour? ", "multiple_choice", ("red", "two")),
+]
+
+
+@pytest.mark.parametrize("scoring", ["full", "kit"])
+def test_each_prompt_has_its_own_variant_and_the_answers_are_in_order(base, tmp_path, scoring, monkeypatch):
+    monkeypatch.setattr(vllm, "AT_ONCE", 3)
+    library = write_tiny_library(tmp_path)
+    paths = [library / "mlp", None, library / "attention", library / "mlp"]
+    rows = encode(base.tokenizer, [query.input for query in QUERIES])
+    done = []
+    found = vllm.answer(base, QUERIES, rows, paths, scoring=scoring, max_new_tokens=5, progress=done.append)
+    assert sum(done) == sum(map(len, rows))
+    for query, row, path, one in zip(QUERIES, rows, paths, found, strict=True):
+        with active(base, path) as model:
+            (own,) = answer(model, base.tokenizer, [query], [row], scoring=scoring, max_new_tokens=5)
+        assert (one.text, one.ids) == (own.text, own.ids)
+        assert one.scores == pytest.approx(own.scores, abs=1e-4)
+    (llm,) = LLM.made
+    assert llm.loras["max_loras"] == 3 and llm.loras["max_lora_rank"] == 8  # the library's rank is 4
+    assert llm.loras["lora_target_modules"] == sorted(
+        f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")
+    )
+    assert [len(part) for part in llm.asked] == [5, 2]  # a prompt for each choice
+
+
+def test_a_run_has_the_same_results_as_in_this_process(tmp_path, tiny_base, tiny_library):
+    queries = write_queries(tmp_path / "queries.csv")
+    flags = ("--false_alarm", 0.9, "--temperature", 3.0)
+    words = arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "here", *flags)
+    assert main(words) == 0
+    assert main([*words, "--engine", "vllm", "--output_folder", str(tmp_path / "there")]) == 0
+    here, there = (read_by_id(tmp_path / name / "queries.csv") for name in ("here", "there"))
+    assert here == there and len(here) == 6
+    assert len({lora and lora.path for _, lora in LLM.made[0].asked[0]}) > 1
+    record = json.loads((tmp_path / "there" / "run.json").read_text())
+    assert record["flags"]["engine"] == "vllm"
+
+
+def test_what_is_in_the_journal_is_not_asked_again_and_what_is_too_long_not_at_all(base, caplog):
+    rows = encode(base.tokenizer, [query.input for query in QUERIES])
+    context = base.model.config.max_position_embeddings
+    rows[3] = rows[3] * context
+    journal = {}
+    first = vllm.answer(base, QUERIES, rows, [None] * 4, max_new_tokens=5, journal=journal)
+    assert [one.failed for one in first] == [False, False, False, True]
+    assert "query n: does not fit into a context" in caplog.text
+    del journal[QUERIES[2]]
+    assert vllm.answer(base, QUERIES, rows, [None] * 4, max_new_tokens=5, journal=journal) == first
+    assert [length for length, _ in LLM.made[1].asked[0]] == [len(rows[2])]
+    vllm.answer(base, QUERIES, rows, [None] * 4, journal=journal)
+    assert len(LLM.made) == 2  # not even loaded
+
+
+def test_why_vllm_does_not_start_is_said(base, monkeypatch):
+    monkeypatch.setattr(LLM, "says", "No available memory for the\ncache blocks.")
+    with pytest.raises(
+        InputError, match=r"--engine vllm: .* it says: No available memory for the cache blocks"
+    ):
+        vllm.answer(base, QUERIES[:1], [[5, 6]], [None])
+
+
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        (["--upstream", "http://server"], "--upstream: expected --engine openai with it, got --engine vllm"),
+        (["--device_map", "auto"], "--device_map: expected --engine transformers"),
+        (["--time_limit", "9"], "--time_limit: expected --engine transformers, since vllm's pace"),
+        (["-m", "arrow"], "--engine vllm: expected a method that makes variants, got arrow"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, tiny_base, tiny_library, flags, cause, capsys):
+    queries = write_queries(tmp_path / "queries.csv")
+    words = arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "out", "--engine", "vllm")
+    assert main([*words, *flags]) == 2
+    assert cause in capsys.readouterr().err
+
+
+def test_without_vllm_a_run_says_what_to_install(tmp_path, tiny_base, tiny_library, monkeypatch, capsys):
+    monkeypatch.setattr("router.run.find_spec", lambda name: None)
+    queries = write_queries(tmp_path / "queries.csv")
+    words = arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "out", "--engine", "vllm")
+    assert main(words) == 2
+    assert "expected the package vllm, found none; pip install" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "run.json").exists()
