@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -87,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("actors", "sample", "block"):
             if getattr(args, name) < 1:
                 raise InputError(f"--{name}: expected a whole number from 1, got {getattr(args, name)}")
+        from router.run import check_outputs  # imports torch
+
+        check_outputs(Settings((), args.output))
         with told_if_full(args.output), alone_in(args.output):
             told = _run(args, settings_of(args))
     except InputError as error:
@@ -256,6 +260,7 @@ def _run(args: argparse.Namespace, settings: Settings) -> str:
         raise InputError(f"--input {inputs[0]}: expected at least one query, found none")
     _begin(args, output, _identity(args, settings, inputs))
     if not (output / ROUTER / "router.json").is_file():
+        shutil.rmtree(output / ROUTER, ignore_errors=True)  # of a run that was killed while it fitted
         _fit(settings, sample(every, args.sample, settings.seed), output / ROUTER)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -335,9 +340,13 @@ def _answer(
     todo: Sequence[Block], args: argparse.Namespace, settings: Settings, router: Path, queries: int
 ) -> int:
     """Has the actors answer blocks; returns how many of their queries have no answer."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it tells of actors that would restart
+    settled = {
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_BACKEND_LOG_LEVEL": "fatal",  # else it tells of actors that would restart
+    }  # fmt: skip
+    if args.address == "local":  # Ray listens on all network interfaces; nobody else has the token
+        settled |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ |= settled  # before Ray is imported, which reads them
     import ray
     import ray.data
 

@@ -2,7 +2,7 @@
 # Linters, types and tests in the demo's .venv. --all adds the slow tests, which need the real model.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/install.sh test,notebook,bench
+bash scripts/install.sh test,notebook,bench,ray
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -1,5 +1,6 @@
 """`proto-route ray`: the rows of a run, in blocks; what is answered is not answered again."""
 
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -138,6 +139,8 @@ def test_what_cannot_be_answered_is_refused(ray, answering, tmp_path, monkeypatc
     ):
         code, said = ray(*words)
         assert code == 2 and told in said
+    code, said = ray(queries, out="no.parquet")
+    assert code == 2 and "expected a folder, found a file" in said
     code, said = ray(queries, out="kept")
     assert code == 2 and "found another's" in said
     monkeypatch.setattr(ray_data, "find_spec", lambda name: None if name == "ray" else name)
@@ -181,6 +184,17 @@ def test_a_block_that_has_its_answers_is_not_answered_again(ray, answering, tmp_
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == parts
     assert (tmp_path / "ray" / "router" / "router.json").stat().st_mtime_ns == fitted
     assert ray(queries)[0] == 0 and len(answering) == 2
+
+
+def test_a_run_that_was_killed_while_it_fitted_fits_again(ray, answering, tmp_path):
+    queries = write_queries(tmp_path / "queries.csv", MANY)
+    assert ray(queries)[0] == 0
+    expected = rows_of(tmp_path / "ray" / "answers" / "queries")
+    (tmp_path / "ray" / "router" / "router.json").unlink()
+    (tmp_path / "ray" / "router" / "variants" / ".proto-route").unlink()
+    shutil.rmtree(tmp_path / "ray" / "answers")
+    assert ray(queries)[0] == 0
+    assert rows_of(tmp_path / "ray" / "answers" / "queries") == expected
 
 
 def test_other_answers_are_not_mixed_in(ray, answering, tmp_path):
