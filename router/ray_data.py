@@ -15,6 +15,7 @@ import os
 import random
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ SETTINGS = (
     "seed", "device", "dtype", "max_gen_len", "max_seq_len", "scoring",
 )  # fmt: skip
 IDENTITY, ROUTER, ANSWERS = "ray.json", "router", "answers"  # in the output folder
+PATIENCE = 10.0  # seconds for a cluster to accept a connection
 STORE = 128 << 20  # bytes that Ray keeps for what its processes exchange, which are numbers of rows
 
 
@@ -66,7 +68,10 @@ def parser() -> argparse.ArgumentParser:
         "--block", type=int, default=1_000, help="queries that are kept together, from 1 (default: 1000)"
     )
     p.add_argument(
-        "--address", default="local", help="of a Ray cluster that runs (default: local, this machine alone)"
+        "--address",
+        default="local",
+        metavar="local|auto|HOST:PORT",
+        help="of a Ray cluster that runs (default: local, this machine alone)",
     )
     add_settings(p, SETTINGS)
     p.add_argument("--fresh", action="store_true", help="start anew where earlier answers are")
@@ -254,6 +259,7 @@ def _run(args: argparse.Namespace, settings: Settings) -> str:
     output = args.output.absolute()
     inputs = [path.absolute() for path in args.input]
     _check(inputs, output)
+    _reach(args.address)
     folders = [output / ANSWERS / path.stem for path in inputs]
     every = [one for path, to in zip(inputs, folders, strict=True) for one in blocks(path, to, args.block)]
     if not every:
@@ -287,6 +293,19 @@ def _check(inputs: Sequence[Path], output: Path) -> None:
             f"--output {output}: expected an empty folder, or what an earlier `proto-route ray` left; found "
             "another's; choose another folder"
         )
+
+
+def _reach(address: str) -> None:
+    """Refuses an address where nothing listens, since Ray would try for minutes."""
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), PATIENCE).close()
+    except (OSError, OverflowError, ValueError) as error:
+        raise InputError(
+            f"--address {address}: expected local, auto, or HOST:PORT of a Ray cluster that runs ({error})"
+        ) from error
 
 
 def _identity(args: argparse.Namespace, settings: Settings, inputs: Sequence[Path]) -> dict[str, Any]:

@@ -135,6 +135,8 @@ def test_what_cannot_be_answered_is_refused(ray, answering, tmp_path, monkeypatc
         ([tmp_path / "no.parquet"], "expected a Parquet file"),
         ([tmp_path / "none.csv"], "expected a Parquet or CSV file, found none"),
         ([queries, "--input", queries, queries], "two files called queries"),
+        ([queries, "--address", "127.0.0.1:1"], "HOST:PORT of a Ray cluster that runs"),
+        ([queries, "--address", "nonsense"], "--address nonsense: expected local, auto, or HOST:PORT"),
         ([queries, "--actors", 0], "--actors: expected a whole number from 1, got 0"),
     ):
         code, said = ray(*words)
