@@ -112,7 +112,7 @@ def measure(folder: Path, every: int) -> dict[str, Any]:
     record = read_json(folder / "out" / "run.json", {"seconds": {"*": float}, "base": {"dtype": str}})
     card = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if card else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if card else f"CPU, threads: {torch.get_num_threads()}",
         "dtype": record["base"]["dtype"], "queries": len(asked), "seconds": seconds,
         "stages": record["seconds"], "variants": len(record["variants"]),
         "peak": torch.cuda.max_memory_reserved() if card else peak_mib() << 20,
