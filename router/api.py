@@ -305,9 +305,9 @@ class Router:
                 answers = self._method.answer(queries, Path(work)).answers
             elif self._folder is None:
                 self._method.write_variants(self.variants, Path(work))
-                answers = self._answered(queries, Path(work))
+                answers, _ = self._answered(queries, Path(work))
             else:
-                answers = self._answered(queries, self._folder / VARIANTS)
+                answers, _ = self.answered(queries)
         if choices is None:
             return [answer.text for answer in answers]
         return [
@@ -315,7 +315,17 @@ class Router:
             for options, answer in zip(choices, answers, strict=True)
         ]
 
-    def _answered(self, queries: Sequence[Query], folder: Path) -> list[Answer]:
+    def answered(self, queries: Sequence[Query]) -> tuple[list[Answer], list[int]]:
+        """The answers of a loaded router as a run has them, in order, and the number of each one's variant.
+
+        Raises:
+            ValueError: the router was not loaded from a saved one.
+        """
+        if self._folder is None:
+            raise ValueError("expected a router that was loaded from a saved one; save it and load it")
+        return self._answered(queries, self._folder / VARIANTS)
+
+    def _answered(self, queries: Sequence[Query], folder: Path) -> tuple[list[Answer], list[int]]:
         """Answers with the variants in a folder, by their numbers."""
         assert self._clusters is not None
         method, rows = self._method, self._method.encoded(queries)
@@ -323,7 +333,7 @@ class Router:
         clusters = Clusters(nearest(routing.weights, self._clusters), self._clusters.weights)
         folders = [str(n) if variant.weights else None for n, variant in enumerate(self.variants)]
         decision = Decision(self._base, method.adapters, routing, clusters, self.variants, folders)
-        return method.predict(queries, rows, decision, folder)
+        return method.predict(queries, rows, decision, folder), clusters.labels.tolist()
 
 
 def _about(path: Path) -> dict[str, Any]:

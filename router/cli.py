@@ -17,6 +17,7 @@ COMMANDS = {
     "library": ("router.library.command", "check, list or add adapters"),
     "export": ("router.serving.export", "write the command that serves a router's variants"),
     "serve": ("router.serving.command", "route requests for the model `auto` in front of such a server"),
+    "ray": ("router.ray_data", "answer many queries with Ray Data, on one machine or a cluster"),
     "report": ("router.runs.report.page", "rebuild report.html of a finished run"),
 }
 

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,25 +89,13 @@ def _default(name: str, none: str) -> str:
     return none if value is None else str(value)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags. One that is not given is None; its default is in `Settings`."""
-    module = Path(sys.argv[0]).name == "main.py"  # as `python -m` says it
-    p = argparse.ArgumentParser(
-        prog="python -m router.main" if module else "proto-route run",
-        description="Answers unlabelled queries with a routed mixture of LoRA adapters.",
-    )
+def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
+    """Adds the flags of these settings. One that is not given is None; its default is in `Settings`."""
 
     def setting(name: str, what: str, none: str = "none", **how: Any) -> None:
-        p.add_argument(f"--{name}", help=f"{what} (default: {_default(name, none)})", **how)
+        if name in wanted:
+            p.add_argument(f"--{name}", help=f"{what} (default: {_default(name, none)})", **how)
 
-    p.add_argument(
-        "-m",
-        "--merging_method",
-        type=_one_of(method_names()),
-        metavar="NAME",
-        help=f"one of {', '.join(method_names())}",
-    )
-    p.add_argument("--list_methods", action="store_true", help="print the names of all methods and exit")
     setting("dataset_filepaths", "the query files to answer", nargs="+", type=Path, metavar="CSV")
     setting("output_folder", "the folder for the results", type=Path, metavar="DIR")
     setting(
@@ -211,6 +199,34 @@ def parser() -> argparse.ArgumentParser:
         type=_one_of(SCORINGS),
         metavar="|".join(SCORINGS),
     )
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that were given as flags, and the defaults of the others."""
+    given: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in vars(args).items()
+        if value is not None and key in Settings.__dataclass_fields__
+    }
+    return Settings(**given)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags. One that is not given is None; its default is in `Settings`."""
+    module = Path(sys.argv[0]).name == "main.py"  # as `python -m` says it
+    p = argparse.ArgumentParser(
+        prog="python -m router.main" if module else "proto-route run",
+        description="Answers unlabelled queries with a routed mixture of LoRA adapters.",
+    )
+    p.add_argument(
+        "-m",
+        "--merging_method",
+        type=_one_of(method_names()),
+        metavar="NAME",
+        help=f"one of {', '.join(method_names())}",
+    )
+    p.add_argument("--list_methods", action="store_true", help="print the names of all methods and exit")
+    add_settings(p, Settings.__dataclass_fields__)
     p.add_argument(
         "--fresh",
         action="store_true",
@@ -252,12 +268,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.merging_method is None:
         p.error(f"expected -m NAME, one of {', '.join(method_names())}")
-    names = Settings.__dataclass_fields__
-    given: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in vars(args).items()
-        if value is not None and key in names
-    }
     if not args.plan and args.memory_limit:
         p.error("--memory_limit: expected --plan with it, which compares; a run has no such limit")
     if args.plan and several():
@@ -270,12 +280,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_address_space()
         with told_if_memory_runs_out():
             if args.plan:
-                return _plan(args, Settings(**given))
+                return _plan(args, settings_of(args))
             from router.record import summary  # imports torch
             from router.run import run
 
             with _logging("WARNING" if quiet else "INFO"):
-                record = run(args.merging_method, Settings(**given), args.fresh, args.time_limit, began)
+                record = run(args.merging_method, settings_of(args), args.fresh, args.time_limit, began)
     except InputError as error:
         where = "" if leads() else f"process {os.environ['RANK']}: "
         print(f"error: {where}{error}", file=sys.stderr)

@@ -127,7 +127,7 @@ def read_queries(path: Path) -> list[Query]:
                 f"{where}, column id: {row['id']!r} stands on line {first} too; ids must be unique"
             )
         try:
-            queries.append(_query(row, where))
+            queries.append(parse_query(row, where))
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -138,8 +138,8 @@ def read_queries(path: Path) -> list[Query]:
     return queries
 
 
-def _query(row: Mapping[str, str], where: str) -> Query:
-    """The query of one row.
+def parse_query(row: Mapping[str, str], where: str) -> Query:
+    """The query of one row, a text for each of COLUMNS.
 
     Raises:
         InputError: the row is none.
@@ -207,12 +207,13 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def write_submission(path: Path, queries: Sequence[Query], predictions: Sequence[str]) -> None:
-    """Writes `id,prediction,dummy_field` in input order.
-
-    The judge counts an empty prediction as missing, so it becomes `unknown`.
-    """
+    """Writes `id,prediction,dummy_field` in input order."""
     rows = (
-        (query.id, prediction if prediction.strip() else UNKNOWN, 0)
-        for query, prediction in zip(queries, predictions, strict=True)
+        (query.id, submitted(prediction), 0) for query, prediction in zip(queries, predictions, strict=True)
     )
     write_table(path, ("id", "prediction", "dummy_field"), rows)
+
+
+def submitted(prediction: str) -> str:
+    """A prediction as it is submitted: the judge counts an empty one as missing, so it becomes `unknown`."""
+    return prediction if prediction.strip() else UNKNOWN

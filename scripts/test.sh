@@ -3,7 +3,7 @@
 # also 10,000 damaged files a reader, and the tests with the oldest and the newest versions (some GiB).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/install.sh test,notebook,bench
+bash scripts/install.sh test,notebook,bench,ray
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -13,6 +13,10 @@ import pytest
 from helpers import ROOT
 
 FILES = [*(ROOT / "router").rglob("*.py"), *(ROOT / "merge").rglob("*.py")]
+# Which extra a module, or all of a folder, may need.
+EXTRAS = {
+    "serving": "serve", "openai": "serve", "vllm": "vllm", "integrations": "litellm", "ray_data": "ray",
+}  # fmt: skip
 
 
 def normal(name):
@@ -48,9 +52,7 @@ def required(extra=None):
 def test_all_that_is_imported_is_required():
     providers, unmet, found = packages_distributions(), {}, set()
     for file in FILES:
-        extra = {"serving": "serve", "openai": "serve", "vllm": "vllm", "integrations": "litellm"}.get(
-            file.stem if file.parent.name == "engines" else file.parent.name
-        )
+        extra = EXTRAS.get(file.stem) or EXTRAS.get(file.parent.name)
         allowed = required() | (required(extra) if extra else set())
         names = set(imported(ast.parse(file.read_text("utf-8"))))
         names -= set(sys.stdlib_module_names) | {"router", "merge"}

@@ -50,7 +50,7 @@ def main() -> None:
     if args.only:
         wanted = [cell for cell in wanted if cell[0] in args.only]
     failed = runner.fill("scripts.bench.speed", FOLDER, wanted)
-    tables.write()
+    tables.write(*(["mistral"] if args.shape else []))
     if failed:
         sys.exit("these did not finish: " + ", ".join(map(" ".join, failed)))
 

@@ -2,14 +2,17 @@
 
 A layer's cost is a quarter of the difference between the two, so the vocabulary's matrices are counted
 once. On this machine all is measured; an A6000 is taken to reach the same share of its published rate and
-bandwidth as this machine of its own measured ones.
+bandwidth as this machine of its own measured ones. Seconds are processor time, each thread's share of it, so
+that other processes on the machine count little.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +27,6 @@ from router.routing.probe import input_means, probe
 from router.routing.prototypes import prototypes
 from router.routing.variants import Variant, write_variant
 from scripts.bench.libraries import empty_cache, uniform
-from scripts.bench.timer import repeated
 
 LAYERS, ADAPTERS, RANK = 32, 27, 16
 FEW, MANY = 1, 5  # layers that are measured
@@ -33,15 +35,30 @@ WRITING, STEPS = 16, 4  # rows of a batch that writes, and how many steps are ti
 NAME = "random/mistral"
 
 
-def _build(layers: int) -> Any:
-    config = MistralConfig(num_hidden_layers=layers)  # the defaults are Mistral-7B-v0.1's
+def build(layers: int, **config: Any) -> Any:
+    """A Mistral of so many layers with seeded random weights in bfloat16.
+
+    Args:
+        config: what differs from Mistral-7B-v0.1, whose settings are the defaults.
+    """
+    settings = MistralConfig(num_hidden_layers=layers, **config)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return ready(MistralForCausalLM(config), "cpu")
+        return ready(MistralForCausalLM(settings), "cpu")
     finally:
         torch.set_default_dtype(before)
+
+
+def seconds(work: Callable[[], Any], times: int = 3) -> float:
+    """The median of so many calls, after one that warms up: processor time by the number of threads."""
+    found = []
+    for _ in range(times + 1):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return median(found[1:]) / torch.get_num_threads()
 
 
 def shape(layers: str) -> dict[str, Any]:
@@ -50,17 +67,15 @@ def shape(layers: str) -> dict[str, Any]:
     Returns:
         probe: a token of a prompt, with all adapters' prototypes; read: without; write: a step of 16 rows;
         prototypes: of all adapters; variant: a mix of three, summed, written, loaded by PEFT and taken out;
-        gemm_flops: FLOP/s of the largest product alone, 512 tokens through an up projection.
+        gemm_flops: FLOP/s of the largest product alone, 512 tokens through an up projection;
+        bytes: read in a second.
     """
-    model, pad = _build(int(layers)), 0
+    model, pad = build(int(layers)), 0
     rows = torch.randint(5, 30000, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(2))
     mask, tokens, shapes = torch.ones_like(rows), rows.numel(), linear_shapes(model)
     base: Any = SimpleNamespace(model=model, name=NAME, revision=None)
     up = model.model.layers[0].mlp.up_proj.weight
     x = torch.randn(tokens, up.shape[1]).to(up.dtype)
-
-    def seconds(work: Callable[[], Any], times: int = 3) -> float:
-        return repeated(work, times).median
 
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
@@ -88,6 +103,8 @@ def shape(layers: str) -> dict[str, Any]:
         with torch.inference_mode(), active(base, folder / "variant") as variant:
             found["read"] = seconds(lambda: read_prompts(variant, rows, mask, 1)) / tokens
             found["write"] = seconds(step(variant, LENGTH, WRITING), STEPS)
-    flops = 2 * tokens * up.numel() / seconds(lambda: torch.nn.functional.linear(x, up), 9)
+    block = torch.randn(64 << 20)
+    found["gemm_flops"] = 2 * tokens * up.numel() / seconds(lambda: torch.nn.functional.linear(x, up), 9)
+    found["bytes"] = block.numel() * 4 / seconds(block.sum, 9)
     linear = sum(d_out * d_in for d_out, d_in in shapes.values())
-    return {**found, "gemm_flops": flops, "linear": linear, "head": model.lm_head.weight.numel()}
+    return {**found, "linear": linear, "head": model.lm_head.weight.numel()}

@@ -199,16 +199,16 @@ def matmuls(known: Known) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def write() -> None:
-    """Writes every table whose measurements are all there, and of the targets those that are measured."""
+def write(*names: str) -> None:
+    """Writes these tables, or all, if all of a table is measured; of the targets those that are."""
     found = known()
     tables: dict[str, Callable[[], list[str]]] = {
         "speed": lambda: [*_targets_table(found), *_roofline(found)], "stages": lambda: _stages(found),
         "truncation": lambda: _truncation(found), "mistral": lambda: _mistral(found),
     }  # fmt: skip
-    for name, make in tables.items():
+    for name in names or tables:
         try:
-            insert(PAGE, name, make())
+            insert(PAGE, name, tables[name]())
         except KeyError as error:
             print(f"no table {name} yet: {error} is not measured")
 
@@ -267,7 +267,7 @@ def _truncation(known: Known) -> list[str]:
 
 def _mistral(known: Known) -> list[str]:
     few, many = SHAPE
-    flops, memory = middle(known, many, "gemm_flops"), middle(known, "roofline", "bytes")
+    flops, memory = middle(known, many, "gemm_flops"), middle(known, many, "bytes")
 
     def layer(key: str) -> float:
         return (middle(known, many, key) - middle(known, few, key)) / (shape.MANY - shape.FEW)
