@@ -138,9 +138,9 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
     """
     import torch
 
-    from router.model.cache import cache_argument, keep_rows, read_prompts
+    from router.model.cache import keep_rows, read_prompts, read_token
 
-    argument, ends = cache_argument(model), end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     stops = torch.tensor(ends, dtype=torch.long, device=model.device)
     ids, mask = pad_left(rows, pad_id(tokenizer), model.device)
     new = torch.full((len(rows), max_new_tokens), -1, device=model.device)  # -1: nothing written
@@ -149,7 +149,6 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
     ended = torch.zeros_like(writing, dtype=torch.bool)  # (B,) which of these have ended
     with torch.inference_mode():
         logits, cache = read_prompts(model, ids, mask, max_new_tokens)
-        position = mask.sum(1)  # (B,)
         for step in range(max_new_tokens):
             best, token = logits.max(-1)  # (B,); a NaN is the largest of its row
             new[writing, step] = token
@@ -160,17 +159,10 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
             if 4 * ended.sum() >= len(ended):  # removing rows copies the cache, so they leave together
                 stay = (~ended).nonzero().squeeze(1)
                 keep_rows(cache, stay)
-                writing, token, mask, position = (x[stay] for x in (writing, token, mask, position))
+                writing, token, mask = (x[stay] for x in (writing, token, mask))
                 ended = ended[stay]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            logits = model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=position[:, None],
-                use_cache=True,
-                **{argument: cache},
-            ).logits[:, -1]  # (B, V)
-            position = position + 1
+            logits = read_token(model, token, mask, cache)  # (B, V)
     answers = []
     for row, whole in zip(new.tolist(), sound.tolist(), strict=True):
         end = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))

@@ -102,6 +102,24 @@ def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tens
     return torch.cat(logits), whole
 
 
+def read_token(model: Any, token: Tensor, mask: Tensor, cache: Any) -> Tensor:
+    """Reads one more token of each row of a left-padded batch.
+
+    Args:
+        token: (B,) ids.
+        mask: (B, T), of all tokens so far and of this one.
+        cache: of those so far.
+
+    Returns:
+        Logits of the next token, (B, V).
+    """
+    logits: Tensor = model(
+        input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+        use_cache=True, **{cache_argument(model): cache},
+    ).logits  # (B, 1, V)  # fmt: skip
+    return logits[:, -1]
+
+
 def _joined(layers: Sequence[DynamicLayer], room: int) -> DynamicLayer:
     """Joins the rows of one layer of several caches; a sliding-window layer forgets, so it keeps its kind."""
     first = layers[0]

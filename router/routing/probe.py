@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.errors import InputError
-from router.model.hooks import reading_inputs
+from router.model.cache import read_prompts, read_token
+from router.model.hooks import Visit, reading_inputs
 from router.model.passes import batches, forward
 from router.routing.prototypes import ModulePrototypes
 
 END = 2  # counted tokens that are the end of a prompt, just before the answer
+AHEAD = 8  # tokens that the base model writes after a prompt
+SHARE = 0.5  # of what it writes in the second response; the end of the prompt has the rest
 
 
 def counted_tokens(mask: Tensor) -> Tensor:
@@ -163,28 +166,33 @@ def probe(
     with torch.inference_mode():
         for batch, ids, mask in batches(model, rows, pad_id, title):
             counted = counted_tokens(mask)
-            views = _averages(counted)  # (2, B, T')
-            inputs = _Inputs(counted)
-            found = torch.full((len(names), 2, len(batch), n_adapters), torch.nan, device=mask.device)
+            found = torch.zeros((len(names), 2, len(batch), n_adapters), device=mask.device)
 
-            def visit(
-                name: str,
-                x: Tensor,
-                views: Tensor = views,
-                inputs: _Inputs = inputs,
-                found: Tensor = found,
-            ) -> None:
-                proto = prototypes[name]
-                x, size = inputs.centred(name, x, means[name])  # (T', d_in), (T',)
-                along = (x.to(proto.directions.dtype) @ proto.directions).float()  # (T', K)
-                squares = along.square().T.contiguous()  # (K, T')
-                cosine = (proto.sums(squares, n_adapters) / size).sqrt()  # (adapters, T')
-                torch.matmul(views, cosine.T, out=found[place[name]])
+            def adding(counted: Tensor, views: Tensor, found: Tensor = found) -> Visit:
+                """Adds the counted tokens' cosines to what was found, with weights (2, B, T')."""
+                inputs = _Inputs(counted)
 
-            with reading_inputs(model, names, visit):
-                logits = forward(model, ids, mask)  # (B, V)
-            out[batch] = found.permute(2, 3, 0, 1).cpu().numpy()
+                def visit(name: str, x: Tensor) -> None:
+                    proto = prototypes[name]
+                    x, size = inputs.centred(name, x, means[name])  # (T', d_in), (T',)
+                    along = (x.to(proto.directions.dtype) @ proto.directions).float()  # (T', K)
+                    squares = along.square().T.contiguous()  # (K, T')
+                    cosine = (proto.sums(squares, n_adapters) / size).sqrt()  # (adapters, T')
+                    found[place[name]] += views @ cosine.T
+
+                return visit
+
+            with reading_inputs(model, names, adding(counted, _averages(counted))):
+                logits, cache = read_prompts(model, ids, mask, AHEAD)
             confidence[batch] = confidence_of(logits).cpu().numpy()
+            all_rows = torch.ones_like(mask[:, :1])
+            own = torch.eye(len(batch), device=mask.device) * SHARE / AHEAD  # (B, B)
+            written = adding(all_rows.bool(), torch.stack([torch.zeros_like(own), own]))
+            with reading_inputs(model, names, written):
+                for _ in range(AHEAD):
+                    mask = torch.cat([mask, all_rows], 1)
+                    logits = read_token(model, logits.argmax(-1), mask, cache)
+            out[batch] = found.permute(2, 3, 0, 1).cpu().numpy()
     for name, m in place.items():
         columns = np.bincount(prototypes[name].owners.cpu().numpy(), minlength=n_adapters)
         out[:, columns == 0, m] = np.nan
@@ -192,9 +200,13 @@ def probe(
 
 
 def _averages(counted: Tensor) -> Tensor:
-    """The weight of each counted token in the two responses of each prompt, (2, B, T')."""
+    """The weight of each counted token in the two responses of each prompt, (2, B, T').
+
+    Those in the second sum to 1 - SHARE, since what is written ahead has the rest.
+    """
     prompt = counted.nonzero()[:, 0]  # (T',) which prompt of the batch a token is in
     mine = prompt == torch.arange(len(counted), device=counted.device)[:, None]  # (B, T')
     left = counted.flip(1).cumsum(1).flip(1)[counted]  # (T',) 1 for a prompt's last counted token
     views = torch.stack([mine, mine & (left <= END)]).float()
-    return views / views.sum(2, keepdim=True)
+    of_view = torch.tensor([1, 1 - SHARE], device=views.device)[:, None, None]
+    return of_view * views / views.sum(2, keepdim=True)
