@@ -110,7 +110,7 @@ def summary(found: dict[str, Any]) -> str:
     if "low_margin" in found:
         lines.append(
             f"{_count(found['low_margin'], 'query')} with a low margin: the two best candidates are "
-            f"less than {LOW_MARGIN} standard deviations apart"
+            f"less than {LOW_MARGIN} apart"
         )
     for name, other in found.get("lookalikes", {}).items():
         lines.append(

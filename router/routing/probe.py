@@ -1,8 +1,9 @@
-"""One pass of the base model over prompts: how much each adapter responds to each prompt.
+"""The base model reads prompts and writes a few tokens: how much each adapter responds to each prompt.
 
 Hooks on the target modules turn the input of every token into one number per adapter and pool it over the
-prompt and over its end; no activation is kept. Padding is not counted, and neither is the first token, an
-attention sink whose norm is tens of times that of other tokens. Knows no labels and no adapter's name.
+prompt, and over its end and what is written next; no activation is kept. Padding is not counted, and neither
+is the first token, an attention sink whose norm is tens of times that of other tokens. Knows no labels and no
+adapter's name.
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ class _Inputs:
 
 
 class Probed(NamedTuple):
-    """What one pass of the base model tells of prompts."""
+    """What the base model tells of prompts."""
 
-    # (prompts, adapters, modules, 2), of the whole prompt and of its end; NaN without a prototype
+    # (prompts, adapters, modules, 2), of the prompt, and of its end and what is next; NaN without a prototype
     responses: NDArray[np.float32]
     confidence: NDArray[np.float32]  # (prompts,) of the base model, see `confidence_of`
 
@@ -142,12 +143,14 @@ def probe(
     means: Mapping[str, Tensor],
     n_adapters: int,
     title: str | None = "probe",
+    share: float = SHARE,
 ) -> Probed:
     """How strongly a prompt's activations align with an adapter's input subspace, module by module.
 
     The input of every counted token is centred with `means`. Its weighted cosine to a prototype is
     `sqrt(sum_j w_j (v_j . x)^2) / norm(x)`, in [0, 1]. A prompt has two responses: the mean over all of its
-    counted tokens, and the mean over its end, the last END of them.
+    counted tokens; and halfway between the mean over its end, the last END of them, and the mean over the
+    next AHEAD tokens that the model writes, the likeliest each time, past an end of sequence too.
 
     Args:
         model: the base model.
@@ -155,6 +158,7 @@ def probe(
         prototypes: by module; the order of modules is that of the mapping.
         means: what to centre with, by module, (d_in,).
         n_adapters: the number of adapters in the library.
+        share: of what the model writes in the second response; at 0 it writes nothing.
 
     Returns:
         The responses, and what the same pass tells of the base model.
@@ -182,14 +186,14 @@ def probe(
 
                 return visit
 
-            with reading_inputs(model, names, adding(counted, _averages(counted))):
+            with reading_inputs(model, names, adding(counted, _averages(counted, share))):
                 logits, cache = read_prompts(model, ids, mask, AHEAD)
             confidence[batch] = confidence_of(logits).cpu().numpy()
             all_rows = torch.ones_like(mask[:, :1])
-            own = torch.eye(len(batch), device=mask.device) * SHARE / AHEAD  # (B, B)
+            own = torch.eye(len(batch), device=mask.device) * share / AHEAD  # (B, B)
             written = adding(all_rows.bool(), torch.stack([torch.zeros_like(own), own]))
             with reading_inputs(model, names, written):
-                for _ in range(AHEAD):
+                for _ in range(AHEAD if share else 0):
                     mask = torch.cat([mask, all_rows], 1)
                     logits = read_token(model, logits.argmax(-1), mask, cache)
             out[batch] = found.permute(2, 3, 0, 1).cpu().numpy()
@@ -199,14 +203,14 @@ def probe(
     return Probed(out, confidence)
 
 
-def _averages(counted: Tensor) -> Tensor:
+def _averages(counted: Tensor, share: float) -> Tensor:
     """The weight of each counted token in the two responses of each prompt, (2, B, T').
 
-    Those in the second sum to 1 - SHARE, since what is written ahead has the rest.
+    Those in the second sum to `1 - share`, since what the model writes has the rest.
     """
     prompt = counted.nonzero()[:, 0]  # (T',) which prompt of the batch a token is in
     mine = prompt == torch.arange(len(counted), device=counted.device)[:, None]  # (B, T')
     left = counted.flip(1).cumsum(1).flip(1)[counted]  # (T',) 1 for a prompt's last counted token
     views = torch.stack([mine, mine & (left <= END)]).float()
-    of_view = torch.tensor([1, 1 - SHARE], device=views.device)[:, None, None]
+    of_view = torch.tensor([1, 1 - share], device=views.device)[:, None, None]
     return of_view * views / views.sum(2, keepdim=True)

@@ -35,7 +35,8 @@ BAR = 20  # characters of the longest bar
 Rows = list[dict[str, Any]]
 THIRDS = ("first third of the layers", "middle third", "last third")
 LEGEND = """response: mean cosine to the prototype; score: calibrated response, in standard deviations of
-generic text (a duplicate has none), of the base model the level that an adapter has to exceed;
+generic text (a duplicate has none), of the base model the level that an adapter has to exceed, and beyond
+it in units of the adapter's reach;
 weight: softmax of the scores"""
 
 
@@ -144,7 +145,7 @@ def _reasons(candidates: Rows, top: dict[str, Any]) -> Iterator[str]:
         yield f"no adapter scores above the base model, which stands at {level}"
         yield f"the nearest is {adapters[0]['name']} at {adapters[0]['score']:.2f}"
     else:
-        yield f"it scores {top['score']:.2f} standard deviations above generic text"
+        yield f"it scores {top['score']:.2f}"
         yield f"the base model stands at {level}"
     if (margin := first["score"] - second["score"]) < LOW_MARGIN:
         yield f"its margin is low: {called(second['name'])} is only {margin:.2f} behind"

@@ -28,7 +28,7 @@ from router.model.base import load_base
 from router.model.passes import truncated
 from router.routing.calibration import Calibration
 from router.routing.gate import SHARES, PrototypeGate
-from router.routing.probe import END, probe
+from router.routing.probe import AHEAD, END, probe
 from router.routing.prototypes import prototypes
 from scripts.bench.development import SPLITS, Labelled, libraries
 from scripts.bench.markdown import header, insert, row
@@ -54,6 +54,7 @@ class Measured:
         modules: names of the modules.
         reference, responses: of generic prompts and of queries, (prompts, adapters, modules, 2).
         reference_confidence, confidence: of the base model on them, (prompts,).
+        unwritten: the same two arrays of responses without what the base model writes.
         labels: the adapter of each query, `base` where none fits.
         splits: of each query, one of SPLITS.
         tasks: of each query.
@@ -66,6 +67,7 @@ class Measured:
     reference_confidence: Any
     responses: Any
     confidence: Any
+    unwritten: tuple[Any, Any]
     labels: list[str]
     splits: NDArray[np.str_]
     tasks: NDArray[np.str_]
@@ -92,13 +94,15 @@ def measured(of: Labelled) -> Measured:
     protos, calibration = prototypes(adapters, dtype=base.model.dtype), Calibration(base)
     means = calibration.means(list(protos))
     rows, pad = truncated(encode(base.tokenizer, of.rows["input"].tolist())), base.tokenizer.pad_token_id
+    reading = partial(probe, base.model, prototypes=protos, means=means, n_adapters=len(adapters), pad_id=pad)
     return Measured(
         of.name,
         [*(adapter.name for adapter in adapters), BASE_COLUMN],
         list(protos),
         calibration.responses(adapters, protos, means),
         calibration.confidence(),
-        *probe(base.model, rows, pad, protos, means, len(adapters), of.name),
+        *reading(rows=rows, title=of.name),
+        (reading(rows=calibration.rows, share=0).responses, reading(rows=rows, share=0).responses),
         of.rows["adapter"].tolist(),
         of.rows["split"].to_numpy(str),
         of.rows["task"].to_numpy(str),
@@ -122,11 +126,11 @@ def filtered(of: Measured, weigh: Callable[[PrototypeGate], Array]) -> Array:
 # Weights of modules and views, (adapters, modules, views).
 FILTERS: dict[str, Callable[[PrototypeGate], Array]] = {
     "equal weights": lambda gate: np.ones(2),
-    "equal weights, half for the end of the prompt": lambda gate: np.array([1, 0.5]),
+    "equal weights, half for the end and what is written": lambda gate: np.array([1, 0.5]),
     "1 / std": lambda gate: 1 / gate.std_,
     "1 / R^2": lambda gate: np.exp(-2 * gate.mean_),
-    "as it is, without the end of the prompt": lambda gate: gate.filter_ * [1, 0],
-    "as it is, the end of the prompt alone": lambda gate: gate.filter_ * [0, 1],
+    "as it is, the whole prompt alone": lambda gate: gate.filter_ * [1, 0],
+    "as it is, the end and what is written alone": lambda gate: gate.filter_ * [0, 1],
 }
 
 
@@ -161,6 +165,9 @@ def which(found: Sequence[Measured]) -> list[str]:
     rows: dict[str, Choose] = {
         "**as it is**": _highest,
         **{f"filter: {name}": partial(_highest_filtered, weigh=weigh) for name, weigh in FILTERS.items()},
+        "without what the base model writes": lambda of: (
+            PrototypeGate().fit(of.unwritten[0]).decision_function(of.unwritten[1]).argmax(1)
+        ),
         "no calibration: largest mean cosine": lambda of: np.nanmean(of.responses[..., 0], 2).argmax(1),
         "only the first third of the layers": lambda of: scores(of, early(of, 1 / 3)).argmax(1),
         "only the first two thirds of the layers": lambda of: scores(of, early(of, 2 / 3)).argmax(1),
@@ -179,6 +186,12 @@ def fits(found: Sequence[Measured]) -> list[str]:
                 _decided, false_alarm=share
             )
             for share in SHARES
+        },
+        **{
+            f"false_alarm {share:g}, without what the base model writes": partial(
+                _unwritten, false_alarm=share
+            )
+            for share in (0.1, now, 0.3)
         },
         "as it is, without the base model's confidence": lambda of: (
             PrototypeGate().fit(of.reference).predict(of.responses)
@@ -215,6 +228,11 @@ def _highest_filtered(of: Measured, weigh: Callable[[PrototypeGate], Array]) -> 
 
 def _decided(of: Measured, **settings: Any) -> NDArray[np.int64]:
     return of.fitted(**settings).predict(of.responses, of.confidence)
+
+
+def _unwritten(of: Measured, **settings: Any) -> NDArray[np.int64]:
+    gate = PrototypeGate(**settings).fit(of.unwritten[0], confidence=of.reference_confidence)
+    return gate.predict(of.unwritten[1], of.confidence)
 
 
 def promised(found: Sequence[Measured]) -> list[str]:
@@ -328,7 +346,7 @@ float32. Made by `python -m scripts.docs.ablate`.
     for title, section in sections.items():
         above = [notes[title], ""] if title in notes else []
         lines += ["", f"## {title}", "", *above, *section(found)]
-    return [*lines, "", f"The end of a prompt is its last {END} tokens.", ""]
+    return [*lines, "", f"The end of a prompt is its last {END} tokens; the base model writes {AHEAD}.", ""]
 
 
 def curve(found: Sequence[Measured]) -> None:

@@ -61,7 +61,7 @@ def test_the_text_is_plain_and_fits(capsys, runs):
 
 SENTENCES = {
     "clear": (
-        WEIGHTS, {}, "one has 0.70 of the weight; it scores 3.00 standard deviations above generic text; "
+        WEIGHTS, {}, "one has 0.70 of the weight; it scores 3.00; "
         "the base model stands at 0.80; "
         "two had the strongest response before calibration",
     ),

@@ -586,7 +586,7 @@ def test_a_row_says_why(visit, path, to_base, low):
         )
     else:
         told = (
-            f"{names[best]} scores {scores[q, best]:.2f} standard deviations above generic text; the "
+            f"{names[best]} scores {scores[q, best]:.2f}; the "
             f"base model stands at 2.50. The next candidate, {following}, is "
             f"{candidates[q, best] - candidates[q, second]:.2f} behind"
         )

@@ -25,8 +25,10 @@ def drawn(name, seed, splits):
     reference, sure = rng.uniform(0.2, 0.4, (60, 3, 6, 2)), rng.normal(-2, 0.1, 60)
     candidates, confidence = ["a", "b", "c", "base"], rng.normal(-2, 0.1, len(splits))
     tasks = np.array(["few_shot" if split == "foreign" else "task" for split in splits])
+    unwritten = reference, responses
+    splits = np.array(splits)
     return ablate.Measured(
-        name, candidates, MODULES, reference, sure, responses, confidence, labels, np.array(splits), tasks
+        name, candidates, MODULES, reference, sure, responses, confidence, unwritten, labels, splits, tasks
     )
 
 
@@ -65,7 +67,9 @@ def test_a_row_has_the_shares_of_all_libraries_side_by_side_and_the_worst(found,
 
 
 def test_a_rarer_false_alarm_leaves_more_to_the_base_model(found, tables):
-    rows = [cells for title, cells in tables[1].items() if title.startswith("false_alarm")]
+    rows = [
+        cells for title, cells in tables[1].items() if title.startswith("false_alarm") and "," not in title
+    ]
     assert len(rows) == len(ablate.SHARES)
     left = [float(cells[tables[1]["gate"].index("none: one")]) for cells in rows]
     assert all(rare >= common for rare, common in pairwise(left)) and left[0] > left[-1]
@@ -101,8 +105,9 @@ def test_another_filter_makes_other_scores_and_the_gates_own_the_same(found):
     responses[:, 2, :, 1] *= 1.6  # its end, by more
     of = replace(one, responses=responses)
     rows = ablate.FILTERS
-    assert (ablate.filtered(of, rows["as it is, without the end of the prompt"]).argmax(1) == 1).mean() > 0.9
-    assert (ablate.filtered(of, rows["as it is, the end of the prompt alone"]).argmax(1) == 2).mean() > 0.9
+    assert (ablate.filtered(of, rows["as it is, the whole prompt alone"]).argmax(1) == 1).mean() > 0.9
+    end = ablate.filtered(of, rows["as it is, the end and what is written alone"])
+    assert (end.argmax(1) == 2).mean() > 0.9
     assert (ablate.filtered(of, rows["equal weights"]).argmax(1) == 2).mean() > 0.9
     own = ablate.filtered(of, lambda gate: gate.filter_)
     np.testing.assert_allclose(own, ablate.scores(of), atol=1e-9)

@@ -121,7 +121,7 @@ def test_all_tables_are_made_of_what_is_there(tmp_path, monkeypatch, scored):
     assert bool(tables.tasks_tables(found)) == bool(scored)
 
 
-def test_a_likelihood_is_that_of_the_tokens_after_the_prompt_with_or_without_a_blank(tiny_base):
+def test_a_likelihood_is_that_of_the_tokens_after_the_prompt_with_or_without_a_blank(tiny_base, monkeypatch):
     base = load_base(str(tiny_base), "cpu", "float32")
     prompts, texts = ["one two three", "a"], ["four five", "b"]
     rows = encode(base.tokenizer, prompts)
@@ -133,7 +133,9 @@ def test_a_likelihood_is_that_of_the_tokens_after_the_prompt_with_or_without_a_b
             logits = base.model(torch.tensor([[*row, *tokens]])).logits[0].detach().double().log_softmax(-1)
             forms.append(np.mean([float(logits[len(row) - 1 + n, token]) for n, token in enumerate(tokens)]))
         assert value == pytest.approx(max(forms), abs=1e-5)
-    assert np.isnan(log_likelihoods(base.model, base.tokenizer, rows[:1], [""])[0])
+    for budget in (4096, 1):  # both forms in one batch; alone, one has no token at all
+        monkeypatch.setattr("scripts.bench.quality.likelihood.CHOICE_TOKENS", budget)
+        assert np.isnan(log_likelihoods(base.model, base.tokenizer, rows[:1], [""])[0])
 
 
 def test_the_reference_is_graded_under_the_variant_that_answers(tiny_base, tiny_library, tmp_path):

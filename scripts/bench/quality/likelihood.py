@@ -40,7 +40,7 @@ def log_likelihoods(
     found = [0.0] * len(both)
     for batch in by_length([len(row) for row in both], CHOICE_TOKENS):
         ids, mask = pad_left([both[n] for n in batch], tokenizer.pad_token_id, model.device)
-        widest = max(len(forms[n]) for n in batch)
+        widest = max(1, *(len(forms[n]) for n in batch))
         with torch.inference_mode():
             logits = model(
                 input_ids=ids,
