@@ -184,7 +184,8 @@ def test_the_evidence_tells_what_was_decided(command):
     assert evidence.adapters == NAMES and len(evidence.modules) == evidence.votes.shape[1]
     for row, scores, level in zip(routing, evidence.scores, evidence.base_score, strict=True):
         weights = np.array([float(row[name]) for name in (*NAMES, "base")])
-        expected = np.exp((np.array([*scores, level]) - max(*scores, level)) / Settings().temperature)
+        above = [(s - level) / evidence.reach[name] for s, name in zip(scores, NAMES, strict=True)]
+        expected = np.exp(np.array([*above, 0.0]) / Settings().temperature)
         np.testing.assert_allclose(weights, expected / expected.sum(), atol=1e-4)  # three keep theirs: all
 
 
