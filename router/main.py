@@ -142,6 +142,13 @@ def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
         type=_share,
         metavar="FLOAT",
     )
+    setting(
+        "ahead",
+        "tokens that the base model writes after each prompt, for the gate to see what is asked for, from 0; "
+        "0 is faster and finds fewer adapters",
+        type=_integer(0),
+        metavar="INT",
+    )
     setting("top_k", "maximum number of adapters per query, from 1", type=_integer(1), metavar="INT")
     setting("seed", "seed of the clustering and of dare_ties, from 0", type=_integer(0), metavar="INT")
     setting(

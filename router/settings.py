@@ -24,6 +24,7 @@ class Settings:
     temperature: float = 0.7
     top_k: int = 3
     false_alarm: float = 0.2
+    ahead: int = 8
     seed: int = 0
     batch_size: int | None = None
     device: str = "auto"

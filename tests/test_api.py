@@ -66,6 +66,18 @@ def saved(router, tmp_path):
     return router.fit(MORE).save(tmp_path / "saved")
 
 
+def test_a_saved_router_writes_as_many_tokens_ahead_as_it_was_fitted_with(tiny_base, tiny_library, tmp_path):
+    def of(ahead):
+        how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32"}
+        return Router.from_library(tiny_library, **how, ahead=ahead)
+
+    reading, writing = of(0), of(3)
+    assert not np.allclose(reading.route(MORE), writing.route(MORE), atol=1e-6)
+    for router in (reading, writing):
+        loaded = Router.load(router.fit(MORE).save(tmp_path / "saved"), device="cpu")
+        np.testing.assert_allclose(loaded.route(MORE), router.route(MORE), atol=1e-6)
+
+
 def test_a_saved_router_needs_the_base_model_alone(router, saved, tiny_base, tiny_library, tmp_path):
     expected, answers = router.choose(MORE), router.answer(MORE)
     assert {choice.variant for choice in expected} == set(range(len(router.variants)))

@@ -50,12 +50,13 @@ class ProtoRoute(Routed):
                     "module; was it trained? Leave it out of --adapters"
                 )
         with self.stages("calibrate"):
-            calibration = Calibration(self.base, self.max_seq_len or self.settings.max_seq_len)
+            limit, ahead = self.max_seq_len or self.settings.max_seq_len, self.settings.ahead
+            calibration = Calibration(self.base, limit, ahead)
             means = calibration.means(list(protos))
             reference = calibration.responses(self.adapters, protos, means)
             gate = PrototypeGate(self.settings.temperature, self.settings.top_k, self.settings.false_alarm)
             confidence = calibration.confidence()
-            return Fitted.learn(self.adapters, protos, means, gate, reference, confidence)
+            return Fitted.learn(self.adapters, protos, means, gate, reference, confidence, ahead)
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""

@@ -115,7 +115,7 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     work = _work(tokenizer, settings, queries, earlier, probed, batch)
     used = {} if name == "base" else adapters
     apply = picked(model, torch.device(device), dtype, settings.apply)
-    speed = measure(config, parameters(model), device, dtype, apply, used, work.prompts)
+    speed = measure(config, parameters(model), device, dtype, apply, used, work.prompts, settings.ahead)
     ways = {"likely": variants}
     if routed and not earlier and not settings.n_variants:
         ways |= {"low": max(1, variants // 2), "high": most}

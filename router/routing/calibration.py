@@ -22,7 +22,7 @@ from router.library.adapters import Adapter
 from router.model.answer import encode
 from router.model.base import Base
 from router.model.passes import truncated
-from router.routing.probe import base_confidence, input_means, probe
+from router.routing.probe import AHEAD, base_confidence, input_means, probe
 from router.routing.prototypes import FORMAT as PROTOTYPES
 from router.routing.prototypes import ModulePrototypes, of_some
 from router.routing.store import content, load, save
@@ -62,14 +62,16 @@ class Calibration:
     Args:
         base: the base model.
         limit: most tokens of a prompt; None keeps all.
+        ahead: how many tokens the base model writes after a prompt.
     """
 
-    def __init__(self, base: Base, limit: int | None = None) -> None:
-        self.base = base
+    def __init__(self, base: Base, limit: int | None = None, ahead: int = AHEAD) -> None:
+        self.base, self.ahead = base, ahead
         self.rows = truncated(encode(base.tokenizer, generic_prompts(), limit))
         self.pad, model = base.tokenizer.pad_token_id, base.model
         what = [
             FORMAT,
+            ahead,
             PROTOTYPES,
             base.sha256,
             str(model.dtype),
@@ -125,7 +127,7 @@ class Calibration:
         if new:
             theirs = of_some(protos, new, len(adapters))
             found = probe(
-                self.base.model, self.rows, self.pad, theirs, means, len(new), "calibrate"
+                self.base.model, self.rows, self.pad, theirs, means, len(new), "calibrate", self.ahead
             ).responses
             for k, n in enumerate(new):
                 own = {

@@ -29,7 +29,7 @@ from router.routing.calibration import silent
 from router.routing.clusters import Array
 from router.routing.evidence import Evidence
 from router.routing.gate import PrototypeGate
-from router.routing.probe import Probed, probe, unreadable
+from router.routing.probe import AHEAD, Probed, probe, unreadable
 from router.routing.prototypes import ModulePrototypes
 
 FILE = "router.safetensors"
@@ -41,7 +41,7 @@ _LEARNED = (
 )  # fmt: skip
 _ABOUT = {
     "names": [str], "modules": [str], "representative": [int], "lookalikes": [int], "silent": [int],
-    "gate": {"temperature": float, "top_k?": int, "false_alarm": float},
+    "ahead": int, "gate": {"temperature": float, "top_k?": int, "false_alarm": float},
 }  # fmt: skip
 
 
@@ -64,6 +64,7 @@ class Fitted:
         silent: numbers of those that are silent at most of their modules.
         reference: (adapters, modules, 2) mean response to generic text; NaN without a prototype and where an
             adapter is silent.
+        ahead: how many tokens the base model writes after a prompt, which the gate was fitted with.
     """
 
     names: list[str]
@@ -74,6 +75,7 @@ class Fitted:
     lookalikes: list[int]
     silent: list[int]
     reference: NDArray[np.float32]
+    ahead: int = AHEAD
 
     @classmethod
     def learn(
@@ -84,6 +86,7 @@ class Fitted:
         gate: PrototypeGate,
         reference: NDArray[np.float32],
         confidence: NDArray[np.float32],
+        ahead: int = AHEAD,
     ) -> Fitted:
         """Fits a gate to a library: to one adapter of each group that reads alike, at modules that are heard.
 
@@ -112,6 +115,7 @@ class Fitted:
             np.flatnonzero(lookalike).tolist(),
             most.tolist(),
             reference.mean(0),
+            ahead,
         )
         if not found.kept:
             raise InputError(
@@ -131,7 +135,8 @@ class Fitted:
     def probe(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None) -> Probed:
         """One pass of the base model over the prompts; a title shows a bar."""
         return probe(
-            model, truncated(rows), pad_id, self.prototypes, self.means, len(self.names), title
+            model, truncated(rows), pad_id, self.prototypes, self.means, len(self.names), title,
+            self.ahead,
         )  # fmt: skip
 
     @property
@@ -204,6 +209,7 @@ class Fitted:
             "lookalikes": self.lookalikes,
             "silent": self.silent,
             "gate": self.gate.get_params(),
+            "ahead": self.ahead,
         }
         work = folder / f".{FILE}"
         save_file(
@@ -252,6 +258,7 @@ class Fitted:
                 about["lookalikes"],
                 about["silent"],
                 tensors["reference"].numpy(),
+                about["ahead"],
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -274,6 +281,8 @@ def _check(about: Mapping[str, Any], tensors: Mapping[str, Tensor], widths: Mapp
     gate = about["gate"]
     if not (gate["temperature"] > 0 and 0 < gate["false_alarm"] < 1 and (gate["top_k"] or 1) >= 1):
         raise ValueError(f"expected settings of a gate in their ranges, got {gate!s:.80}")
+    if about["ahead"] < 0:
+        raise ValueError(f"ahead: expected a number of tokens from 0, got {about['ahead']}")
     there = np.zeros((n, len(modules)), bool)  # which adapter has a prototype where
     shapes: dict[str, tuple[int, ...]] = {"reference": (n, len(modules), 2), "gate level_": (1,)}
     for m, module in enumerate(modules):

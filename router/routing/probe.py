@@ -23,7 +23,7 @@ from router.model.passes import batches, forward
 from router.routing.prototypes import ModulePrototypes
 
 END = 2  # counted tokens that are the end of a prompt, just before the answer
-AHEAD = 8  # tokens that the base model writes after a prompt
+AHEAD = 8  # tokens that the base model writes after a prompt, where the settings do not say otherwise
 SHARE = 0.5  # of what it writes in the second response; the end of the prompt has the rest
 
 
@@ -143,14 +143,14 @@ def probe(
     means: Mapping[str, Tensor],
     n_adapters: int,
     title: str | None = "probe",
-    share: float = SHARE,
+    ahead: int = AHEAD,
 ) -> Probed:
     """How strongly a prompt's activations align with an adapter's input subspace, module by module.
 
     The input of every counted token is centred with `means`. Its weighted cosine to a prototype is
     `sqrt(sum_j w_j (v_j . x)^2) / norm(x)`, in [0, 1]. A prompt has two responses: the mean over all of its
     counted tokens; and halfway between the mean over its end, the last END of them, and the mean over the
-    next AHEAD tokens that the model writes, the likeliest each time, past an end of sequence too.
+    next tokens that the model writes, the likeliest each time, past an end of sequence too.
 
     Args:
         model: the base model.
@@ -158,12 +158,12 @@ def probe(
         prototypes: by module; the order of modules is that of the mapping.
         means: what to centre with, by module, (d_in,).
         n_adapters: the number of adapters in the library.
-        share: of what the model writes in the second response; at 0 it writes nothing.
+        ahead: how many tokens the model writes, from 0, where the second response is the mean over the end.
 
     Returns:
         The responses, and what the same pass tells of the base model.
     """
-    names = list(prototypes)
+    names, share = list(prototypes), SHARE if ahead else 0.0
     place = {name: m for m, name in enumerate(names)}
     out = np.empty((len(rows), n_adapters, len(names), 2), dtype=np.float32)
     confidence = np.empty(len(rows), dtype=np.float32)
@@ -187,13 +187,13 @@ def probe(
                 return visit
 
             with reading_inputs(model, names, adding(counted, _averages(counted, share))):
-                logits, cache = read_prompts(model, ids, mask, AHEAD)
+                logits, cache = read_prompts(model, ids, mask, ahead)
             confidence[batch] = confidence_of(logits).cpu().numpy()
             all_rows = torch.ones_like(mask[:, :1])
-            own = torch.eye(len(batch), device=mask.device) * share / AHEAD  # (B, B)
+            own = torch.eye(len(batch), device=mask.device) * share / max(1, ahead)  # (B, B)
             written = adding(all_rows.bool(), torch.stack([torch.zeros_like(own), own]))
             with reading_inputs(model, names, written):
-                for _ in range(AHEAD if share else 0):
+                for _ in range(ahead):
                     mask = torch.cat([mask, all_rows], 1)
                     logits = read_token(model, logits.argmax(-1), mask, cache)
             out[batch] = found.permute(2, 3, 0, 1).cpu().numpy()

@@ -102,7 +102,7 @@ def measured(of: Labelled) -> Measured:
         calibration.responses(adapters, protos, means),
         calibration.confidence(),
         *reading(rows=rows, title=of.name),
-        (reading(rows=calibration.rows, share=0).responses, reading(rows=rows, share=0).responses),
+        (reading(rows=calibration.rows, ahead=0).responses, reading(rows=rows, ahead=0).responses),
         of.rows["adapter"].tolist(),
         of.rows["split"].to_numpy(str),
         of.rows["task"].to_numpy(str),

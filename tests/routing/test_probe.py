@@ -102,7 +102,7 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
 def test_a_prompt_that_is_no_longer_than_its_end_has_one_response_twice(base, measured):
     protos, rows = measured
     means = input_means(base.model, rows, 0, list(protos))
-    found = probe(base.model, rows, 0, protos, means, 3, share=0).responses
+    found = probe(base.model, rows, 0, protos, means, 3, ahead=0).responses
     same = [np.allclose(*np.nan_to_num(one.T), atol=1e-6) for one in found]
     assert same == [len(row) <= 2 + 1 for row in rows] == [True] * 3 + [False] * 4
 
@@ -111,8 +111,8 @@ def test_the_end_does_not_depend_on_how_long_the_rest_is(base, measured):
     """Both views of a repeated token: with the same inputs at all places, there is nothing to tell apart."""
     protos, _ = measured
     means = {module: torch.zeros(len(proto.directions)) for module, proto in protos.items()}
-    (long,) = probe(base.model, [[7] * 9], 0, protos, means, 3, share=0).responses
-    (short,) = probe(base.model, [[7] * 4], 0, protos, means, 3, share=0).responses
+    (long,) = probe(base.model, [[7] * 9], 0, protos, means, 3, ahead=0).responses
+    (short,) = probe(base.model, [[7] * 4], 0, protos, means, 3, ahead=0).responses
     first = list(protos).index("model.layers.0.self_attn.q_proj")  # it reads the embeddings alone
     np.testing.assert_allclose(long[0, first], short[0, first], rtol=1e-5)
     np.testing.assert_allclose(long[0, first, 0], long[0, first, 1], rtol=1e-5)
