@@ -149,6 +149,11 @@ class Fitted:
         """Where no adapter has a prototype, (adapters, modules, 2)."""
         return np.isnan(self.reference)
 
+    @cached_property
+    def _reach(self) -> dict[str, float]:
+        """The reach of each adapter that is kept, by name."""
+        return {self.names[n]: reach for n, reach in zip(self.kept, self.gate.reach_.tolist(), strict=True)}
+
     def decide(self, probed: Probed) -> tuple[Array, Evidence]:
         """Weights (queries, adapters + 1), the base model last, and why.
 
@@ -189,7 +194,7 @@ class Fitted:
             duplicates={names[n]: names[k] for n, k in aside.items() if n not in self.lookalikes},
             lookalikes={names[n]: names[aside[n]] for n in self.lookalikes},
             silent=[names[n] for n in self.silent],
-            reach={names[n]: float(reach) for n, reach in zip(self.kept, self.gate.reach_, strict=True)},
+            reach=self._reach,
             levels=self.gate.levels(),
         )
 
