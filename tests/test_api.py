@@ -216,6 +216,7 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused_by_what_does_not
         ({f"directions {module}": tensors[f"directions {module}"][:5]}, "expected numbers of shape"),
         ({"gate mean_": tensors["gate mean_"][:, :1]}, "gate mean_: expected numbers of shape"),
         ({"gate level_": tensors["gate level_"] / 0}, "gate level_: expected finite numbers"),
+        ({"gate reach_": 0 * tensors["gate reach_"]}, "gate reach_: expected numbers above 0"),
         ({"reference": tensors["reference"] / 0}, "a number wherever an adapter is heard"),
     ):
         save_file(

@@ -120,6 +120,8 @@ class Evidence:
                 raise ValueError(f"expected float32 of shape {shape}, got {array.dtype} of {array.shape}")
             if np.isinf(array).any():
                 raise ValueError("expected finite numbers, or none, got endless ones")
+        if wrong := [name for name, reach in found.reach.items() if not reach > 0]:
+            raise ValueError(f"expected a reach above 0, got {found.reach[wrong[0]]} of {wrong[0]:.60}")
         if not np.isfinite(found.candidates).any(1).all():
             raise ValueError("expected a score for each query, got none")
         return found

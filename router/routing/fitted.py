@@ -314,5 +314,7 @@ def _check(about: Mapping[str, Any], tensors: Mapping[str, Tensor], widths: Mapp
             raise ValueError(f"{name}: expected numbers of shape {shape}, got {tuple(tensors[name].shape)}")
         if len(shape) == 1 and not tensors[name].isfinite().all():
             raise ValueError(f"{name}: expected finite numbers")
+    if not (tensors["gate reach_"] > 0).all():
+        raise ValueError("gate reach_: expected numbers above 0")
     if (tensors["gate mean_"].isfinite().numpy() != heard[kept]).any():
         raise ValueError("gate mean_: expected a number wherever an adapter is heard, and nowhere else")

@@ -115,6 +115,15 @@ BROKEN = {
         evidence_of(scores=np.full((2, 3), np.nan, np.float32), base_score=np.full(2, np.nan, np.float32)),
         "expected a score for each query",
     ),
+    "evidence of an adapter without reach": (
+        evidence_of(
+            names=json.dumps({
+                "adapters": ["one", "two", "three"], "modules": [f"m{n}" for n in range(12)],
+                "reach": {"two": 0},
+            })
+        ),
+        "expected a reach above 0, got 0 of two",
+    ),
     "endless evidence": (evidence_of(votes=np.full((2, 12), np.inf, np.float32)), "expected finite numbers"),
     "evidence without names": (evidence_of(names="7"), "expected an object, got a whole number"),
     "other adapters": (lambda out: other_evidence(out, 2, "abc"), "expected the adapters and queries"),
