@@ -11,7 +11,6 @@ from router.errors import InputError
 from router.library.adapters import Adapter
 from router.model.answer import by_length
 from router.model.base import Base
-from router.model.device import tokens_at_once
 from router.model.passes import truncated
 from router.pipeline import Routed
 from router.result import Routing
@@ -19,7 +18,7 @@ from router.routing.calibration import Calibration
 from router.routing.evidence import joined
 from router.routing.fitted import Fitted
 from router.routing.gate import PrototypeGate
-from router.routing.probe import Probed
+from router.routing.probe import Probed, together
 from router.routing.prototypes import prototypes
 from router.submission import Query
 
@@ -93,7 +92,7 @@ class ProtoRoute(Routed):
         lengths = [len(row) for row in truncated(prompts)]
         mine = sorted(
             n
-            for batch in by_length(lengths, tokens_at_once(model.device, model.dtype))
+            for batch in by_length(lengths, together(model, self.fitted.ahead))
             if self.processes.takes(sum(lengths[n] for n in batch))
             for n in batch
         )

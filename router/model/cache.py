@@ -6,7 +6,8 @@ final width from the start. Knows no adapters and no queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -75,13 +76,20 @@ def keep_rows(cache: Any, rows: Tensor) -> None:
         layer.batch_select_indices(rows.to(layer.keys.device))
 
 
-def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tensor, Any]:
+def read_prompts(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    room: int,
+    around: Callable[[slice], AbstractContextManager[object]] = lambda rows: nullcontext(),
+) -> tuple[Tensor, Any]:
     """Reads a left-padded batch, with as many rows per pass as `tokens_at_once` allows.
 
     Args:
         model: a causal language model, plain or PEFT.
         ids, mask: (B, T).
         room: how many tokens will follow.
+        around: what a pass over these rows of the batch runs in, such as hooks that read it.
 
     Returns:
         Logits of the next token, (B, V), and the cache, which `cache_argument` says how to pass on.
@@ -89,12 +97,13 @@ def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tens
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     rows = max(1, tokens_at_once(ids.device, model.dtype) // ids.shape[1])
     logits, caches = [], []
-    for part in torch.split(torch.arange(len(ids)), rows):
-        cache = new_cache(model)
-        out = model(
-            input_ids=ids[part], attention_mask=mask[part], position_ids=positions[part], use_cache=True,
-            logits_to_keep=1, **{cache_argument(model): cache},
-        )  # fmt: skip
+    for start in range(0, len(ids), rows):
+        part, cache = slice(start, start + rows), new_cache(model)
+        with around(part):
+            out = model(
+                input_ids=ids[part], attention_mask=mask[part], position_ids=positions[part], use_cache=True,
+                logits_to_keep=1, **{cache_argument(model): cache},
+            )  # fmt: skip
         logits.append(out.logits[:, -1])
         caches.append(cache)
     whole = caches[0]

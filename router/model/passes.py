@@ -35,12 +35,15 @@ def truncated(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def batches(
-    model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None, budget: int | None = None
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yields (row numbers, ids, mask) of left-padded batches, ids and mask (B, T); a title shows a bar."""
+    """Yields (row numbers, ids, mask) of left-padded batches, ids and mask (B, T); a title shows a bar.
+
+    A batch has at most `budget` tokens, including padding; None: as many as a pass should take.
+    """
     lengths = [len(row) for row in rows]
     with progress(total=sum(lengths), desc=title, unit="tok") if title else nullcontext() as bar:
-        for batch in by_length(lengths, tokens_at_once(model.device, model.dtype)):
+        for batch in by_length(lengths, budget or tokens_at_once(model.device, model.dtype)):
             yield batch, *pad_left([rows[n] for n in batch], pad_id, model.device)
             if bar is not None:
                 bar.update(sum(lengths[n] for n in batch))

@@ -8,7 +8,8 @@ adapter's name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from router.errors import InputError
 from router.model.cache import read_prompts, read_token
-from router.model.hooks import Visit, reading_inputs
+from router.model.device import batch_tokens, tokens_at_once
+from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
 from router.routing.prototypes import ModulePrototypes
 
@@ -121,6 +123,18 @@ def unreadable(probed: Probed, absent: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return np.asarray(out)
 
 
+def together(model: Any, ahead: int = AHEAD) -> int:
+    """How many tokens of prompts are probed together, including padding, see `passes.batches`.
+
+    The model reads them in passes of its own size; a step in which it writes then counts for many prompts.
+    """
+    return (
+        batch_tokens(model, model.device, model.dtype)[0]
+        if ahead
+        else tokens_at_once(model.device, model.dtype)
+    )
+
+
 def confidence_of(logits: Tensor) -> Tensor:
     """The log-probability, in nats, of the likeliest next token, (B,) float32, from logits (B, V)."""
     return logits.float().log_softmax(-1).amax(-1)
@@ -163,54 +177,82 @@ def probe(
     Returns:
         The responses, and what the same pass tells of the base model.
     """
-    names, share = list(prototypes), SHARE if ahead else 0.0
-    place = {name: m for m, name in enumerate(names)}
-    out = np.empty((len(rows), n_adapters, len(names), 2), dtype=np.float32)
+    share = SHARE if ahead else 0.0
+    out = np.empty((len(rows), n_adapters, len(prototypes), 2), dtype=np.float32)
     confidence = np.empty(len(rows), dtype=np.float32)
     with torch.inference_mode():
-        for batch, ids, mask in batches(model, rows, pad_id, title):
-            counted = counted_tokens(mask)
-            found = torch.zeros((len(names), 2, len(batch), n_adapters), device=mask.device)
-
-            def adding(counted: Tensor, views: Tensor, found: Tensor = found) -> Visit:
-                """Adds the counted tokens' cosines to what was found, with weights (2, B, T')."""
-                inputs = _Inputs(counted)
-
-                def visit(name: str, x: Tensor) -> None:
-                    proto = prototypes[name]
-                    x, size = inputs.centred(name, x, means[name])  # (T', d_in), (T',)
-                    along = (x.to(proto.directions.dtype) @ proto.directions).float()  # (T', K)
-                    squares = along.square().T.contiguous()  # (K, T')
-                    cosine = (proto.sums(squares, n_adapters) / size).sqrt()  # (adapters, T')
-                    found[place[name]] += views @ cosine.T
-
-                return visit
-
-            with reading_inputs(model, names, adding(counted, _averages(counted, share))):
-                logits, cache = read_prompts(model, ids, mask, ahead)
+        for batch, ids, mask in batches(model, rows, pad_id, title, together(model, ahead)):
+            found = _Responses(model, prototypes, means, n_adapters, len(batch))
+            reading = found.of_prompts(counted_tokens(mask), 1 - share)
+            logits, cache = read_prompts(model, ids, mask, ahead, reading)
             confidence[batch] = confidence_of(logits).cpu().numpy()
-            all_rows = torch.ones_like(mask[:, :1])
-            own = torch.eye(len(batch), device=mask.device) * share / max(1, ahead)  # (B, B)
-            written = adding(all_rows.bool(), torch.stack([torch.zeros_like(own), own]))
-            with reading_inputs(model, names, written):
-                for _ in range(ahead):
-                    mask = torch.cat([mask, all_rows], 1)
-                    logits = read_token(model, logits.argmax(-1), mask, cache)
-            out[batch] = found.permute(2, 3, 0, 1).cpu().numpy()
-    for name, m in place.items():
-        columns = np.bincount(prototypes[name].owners.cpu().numpy(), minlength=n_adapters)
+            if ahead:
+                every = torch.ones_like(mask[:, :1])
+                own = torch.eye(len(batch), device=mask.device) * share / ahead  # (B, B)
+                with found.added(slice(None), every.bool(), torch.stack([torch.zeros_like(own), own])):
+                    for _ in range(ahead):
+                        mask = torch.cat([mask, every], 1)
+                        logits = read_token(model, logits.argmax(-1), mask, cache)
+            out[batch] = found.sums.permute(2, 3, 0, 1).cpu().numpy()
+    for m, proto in enumerate(prototypes.values()):
+        columns = np.bincount(proto.owners.cpu().numpy(), minlength=n_adapters)
         out[:, columns == 0, m] = np.nan
     return Probed(out, confidence)
+
+
+class _Responses:
+    """The responses of a batch, added up as the model reads it.
+
+    Attributes:
+        sums: (modules, 2, B, adapters) float32.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prototypes: Mapping[str, ModulePrototypes],
+        means: Mapping[str, Tensor],
+        n_adapters: int,
+        prompts: int,
+    ) -> None:
+        self.model, self.prototypes, self.means = model, prototypes, means
+        self.place = {name: m for m, name in enumerate(prototypes)}
+        self.sums = torch.zeros((len(prototypes), 2, prompts, n_adapters), device=model.device)
+
+    def of_prompts(self, counted: Tensor, share: float) -> Callable[[slice], AbstractContextManager[None]]:
+        """What `read_prompts` reads these rows of the batch in, see `_averages`; counted: (B, T)."""
+        return lambda part: self.added(part, counted[part], _averages(counted[part], share))
+
+    def added(self, part: slice, counted: Tensor, views: Tensor) -> AbstractContextManager[None]:
+        """Inside the block, adds the cosines of what the model reads.
+
+        Args:
+            part: the rows of the batch that it reads, b of them.
+            counted: which of their positions count, (b, T); T' of them in all.
+            views: the weight of each counted token in the two responses of each row, (2, b, T').
+        """
+        inputs = _Inputs(counted)
+        n_adapters = self.sums.shape[-1]
+
+        def visit(name: str, x: Tensor) -> None:
+            proto = self.prototypes[name]
+            x, size = inputs.centred(name, x, self.means[name])  # (T', d_in), (T',)
+            along = (x.to(proto.directions.dtype) @ proto.directions).float()  # (T', K)
+            squares = along.square().T.contiguous()  # (K, T')
+            cosine = (proto.sums(squares, n_adapters) / size).sqrt()  # (adapters, T')
+            self.sums[self.place[name], :, part] += views @ cosine.T
+
+        return reading_inputs(self.model, list(self.prototypes), visit)
 
 
 def _averages(counted: Tensor, share: float) -> Tensor:
     """The weight of each counted token in the two responses of each prompt, (2, B, T').
 
-    Those in the second sum to `1 - share`, since what the model writes has the rest.
+    Those in the second sum to `share`, since what the model writes has the rest.
     """
     prompt = counted.nonzero()[:, 0]  # (T',) which prompt of the batch a token is in
     mine = prompt == torch.arange(len(counted), device=counted.device)[:, None]  # (B, T')
     left = counted.flip(1).cumsum(1).flip(1)[counted]  # (T',) 1 for a prompt's last counted token
     views = torch.stack([mine, mine & (left <= END)]).float()
-    of_view = torch.tensor([1, 1 - share], device=views.device)[:, None, None]
+    of_view = torch.tensor([1, share], device=views.device)[:, None, None]
     return of_view * views / views.sum(2, keepdim=True)

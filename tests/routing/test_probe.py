@@ -118,12 +118,14 @@ def test_the_end_does_not_depend_on_how_long_the_rest_is(base, measured):
     np.testing.assert_allclose(long[0, first, 0], long[0, first, 1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("budget", [4096, 160, 1])  # all prompts in one batch, in several, one at a time
-def test_padding_and_the_order_of_prompts_do_not_matter(budget, base, measured, monkeypatch):
+# All prompts in one pass, in several, one at a time; written ahead of together, and not.
+@pytest.mark.parametrize(("a_pass", "together"), [(4096, 4096), (160, 4096), (1, 4096), (160, 160), (1, 1)])
+def test_padding_and_the_order_of_prompts_do_not_matter(a_pass, together, base, measured, monkeypatch):
     protos, rows = measured
     means = input_means(base.model, rows, 0, list(protos))
     alone = np.concatenate([probe(base.model, [row], 0, protos, means, 3).responses for row in rows])
-    monkeypatch.setattr("router.model.device.CPU_TOKENS", budget)
+    monkeypatch.setattr("router.model.device.CPU_TOKENS", a_pass)
+    monkeypatch.setattr("router.model.device.BATCH_TOKENS", together)
     for module, mean in input_means(base.model, rows[::-1], 0, list(protos)).items():
         torch.testing.assert_close(mean, means[module], rtol=1e-4, atol=1e-5)
     order = [4, 0, 6, 2, 5, 1, 3]
