@@ -126,7 +126,7 @@ class Fitted:
         gate.fit(kept, confidence=confidence)
         return found
 
-    @property
+    @cached_property
     def kept(self) -> list[int]:
         """The adapters that stand for others or for themselves, and are heard somewhere."""
         heard = np.flatnonzero(np.isfinite(self.reference).any((1, 2))).tolist()
@@ -182,21 +182,27 @@ class Fitted:
         else:
             there = np.isfinite(self.reference[..., 0]).sum(1)  # (adapters,)
             means = np.nan_to_num(responses[..., 0]).sum(2) / there.clip(1)
-        names = self.names
-        aside = {n: k for n, k in enumerate(self.representative) if n != k}
+        duplicates, lookalikes = self._aside
         return weights, Evidence(
-            names,
+            self.names,
             list(self.prototypes),
             responses=means,
             scores=all_scores.astype(np.float32),
             base_score=candidates[:, -1].astype(np.float32),
             votes=votes.astype(np.float32),
-            duplicates={names[n]: names[k] for n, k in aside.items() if n not in self.lookalikes},
-            lookalikes={names[n]: names[aside[n]] for n in self.lookalikes},
-            silent=[names[n] for n in self.silent],
+            duplicates=duplicates,
+            lookalikes=lookalikes,
+            silent=[self.names[n] for n in self.silent],
             reach=self._reach,
             levels=self.gate.levels(),
         )
+
+    @cached_property
+    def _aside(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Duplicates, and look-alikes, each with the name of the adapter that stands for it."""
+        stands = {self.names[n]: self.names[k] for n, k in enumerate(self.representative) if n != k}
+        lookalikes = {self.names[n]: stands[self.names[n]] for n in self.lookalikes}
+        return {name: k for name, k in stands.items() if name not in lookalikes}, lookalikes
 
     def save(self, folder: Path) -> None:
         """Writes `router.safetensors` into a folder."""

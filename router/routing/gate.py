@@ -266,9 +266,12 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"expected top_k of at least 1 or None, got {self.top_k}")
         weights = np.exp((candidates - candidates.max(1, keepdims=True)) / self.temperature)
-        if self.top_k is not None:
-            ranks = (-weights[:, :-1]).argsort(1, kind="stable").argsort(1)
-            weights[:, :-1][ranks >= self.top_k] = 0.0
+        if self.top_k is not None and self.top_k < weights.shape[1] - 1:
+            left, rows = weights[:, :-1].copy(), np.arange(len(weights))
+            weights[:, :-1] = 0.0
+            for _ in range(self.top_k):  # of equal ones the first; sorting thousands takes longer
+                best = left.argmax(1)
+                weights[rows, best], left[rows, best] = left[rows, best], -1.0
         return np.asarray(weights / weights.sum(1, keepdims=True))
 
     def predict_proba(self, X: ArrayLike, confidence: ArrayLike | None = None) -> Array:

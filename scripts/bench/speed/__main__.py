@@ -12,9 +12,9 @@ import sys
 
 from scripts.bench import runner
 from scripts.bench.speed import measures, tables
-from scripts.bench.speed.tables import EIGHTH, FOLDER, HALF, SHAPE, SIZES
+from scripts.bench.speed.tables import ALL, EIGHTH, FOLDER, SHAPE, SIZES
 
-WHOLE = (f"routed 22 {HALF}", f"static {HALF}", f"kit {EIGHTH}")
+WHOLE = (f"routed 22 {ALL}", f"static {ALL}", f"kit {EIGHTH}")
 PARTS = (
     *(f"decode {way}" for way in ("merged", "beside", "arrow", "spectr", "lag")),
     *(f"merge {way} embedded 16" for way in ("ours", "peft")),
@@ -45,7 +45,7 @@ def main() -> None:
     if args.shape:
         wanted = _turns(SHAPE, args.repetitions)
     else:
-        compared = (job for jobs in (PARTS, WHOLE, GROWTH) for job in _turns(jobs, args.repetitions))
+        compared = (job for jobs in (WHOLE, PARTS, GROWTH) for job in _turns(jobs, args.repetitions))
         wanted = [*_turns(ONCE, 1), *compared]
     if args.only:
         wanted = [cell for cell in wanted if cell[0] in args.only]
