@@ -21,7 +21,7 @@ from router.errors import InputError, out_of_memory
 from router.files import cache_folder, is_folder, sha256_of
 from router.hub import HubError, fetch
 from router.model.answer import pad_id
-from router.model.device import ROOM, memory_bytes, pick_device, pick_dtype, spread
+from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +138,8 @@ def load_base(
     else:
         folder, name, revision = _from_hub(spec)
     place = pick_device(device)
+    if place == "cpu":
+        keep_freed_memory()
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):  # transformers does not check these
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -6,6 +6,7 @@ whose rounding decides between answers that are nearly as likely.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,21 @@ def memory_bytes(device: torch.device) -> int:
         return min(machine, int(LIMIT.read_text("utf-8")))  # of a container
     except (OSError, ValueError):  # there is none, or it says `max`
         return machine
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep the memory of freed tensors for the next ones, where the C library is glibc.
+
+    It would hand large blocks back to the system and ask for them again, page by page, a fifth of the time of
+    a pass (docs/speed.md). Elsewhere nothing happens.
+    """
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    with suppress(OSError, AttributeError):  # another system, another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 30)  # bytes
+        libc.mallopt(trim_threshold, 1 << 30)
 
 
 def tokens_at_once(device: torch.device, dtype: torch.dtype) -> int:

@@ -95,10 +95,10 @@ class _Inputs:
         self.seen: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
 
     def centred(self, name: str, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """The counted tokens minus the mean, (T', d_in) float32, and their squared norms, (T',)."""
+        """The counted tokens minus the mean, (T', d_in) in x's dtype, and their norms, (T',) float32."""
         if self.seen is None or self.seen[0] is not x or not torch.equal(self.seen[1], mean):
-            less = self.counted.tokens(name, x).float() - mean
-            self.seen = x, mean, (less, less.square().sum(1).clamp_min(1e-12))
+            less = self.counted.tokens(name, x) - mean  # float32, as the mean is
+            self.seen = x, mean, (less.to(x.dtype), less.norm(dim=1).clamp_min(1e-6))
         return self.seen[2]
 
 
@@ -236,10 +236,10 @@ class _Responses:
 
         def visit(name: str, x: Tensor) -> None:
             proto = self.prototypes[name]
-            x, size = inputs.centred(name, x, self.means[name])  # (T', d_in), (T',)
-            along = (x.to(proto.directions.dtype) @ proto.directions).float()  # (T', K)
-            squares = along.square().T.contiguous()  # (K, T')
-            cosine = (proto.sums(squares, n_adapters) / size).sqrt()  # (adapters, T')
+            centred, size = inputs.centred(name, x, self.means[name])  # (T', d_in), (T',)
+            along = centred.to(proto.directions.dtype) @ proto.directions  # (T', K)
+            squares = along.float().square()
+            cosine = proto.sums(squares.T.contiguous(), n_adapters).sqrt() / size  # (adapters, T')
             self.sums[self.place[name], :, part] += views @ cosine.T
 
         return reading_inputs(self.model, list(self.prototypes), visit)
