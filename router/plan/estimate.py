@@ -125,7 +125,8 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
             found["prototypes"] = found["calibrate"] = 0.0  # kept on disk since then
     changed = {module: shape for folder in used.values() for module, shape in folder.shapes.items()}
     copied = sum(map(math.prod, changed.values())) * dtype.itemsize if apply == "merged" else 0
-    memory = _memory(base, dtype, parameters(model), copied, work, adapters, routed)
+    ahead = settings.ahead if routed else None
+    memory = _memory(base, dtype, parameters(model), copied, work, adapters, ahead)
     size = sum((folder.path / WEIGHTS_FILE).stat().st_size for folder in adapters.values())
     return {
         "method": name,
@@ -295,13 +296,14 @@ def _memory(
     copied: int,
     work: _Work,
     adapters: dict[str, AdapterFolder],
-    routed: bool,
+    ahead: int | None,
 ) -> dict[str, float]:
     """Peak resident memory by stage, MiB, on a CPU.
 
     Args:
         dtype: of the base model.
         copied: bytes of the copy of the weights that variants are added to.
+        ahead: how many tokens the base model writes after a prompt in the probe; None where there is none.
     """
     config, size = base.config, dtype.itemsize
     weights = n_parameters * size
@@ -311,7 +313,7 @@ def _memory(
     # The file stays mapped while the weights are made from it.
     found = {"load": LIBRARIES + (base.file_bytes or weights) + weights}
     held = LIBRARIES + weights
-    if routed:
+    if ahead is not None:
         own = sum(
             rank * folder.shapes[m][1] for folder in adapters.values() for m, rank in folder.ranks.items()
         )
@@ -323,6 +325,9 @@ def _memory(
         for folder in adapters.values():
             columns.update(folder.ranks)
         products = 12 * max(columns.values(), default=0) * work.probed  # three arrays of a batch's tokens
+        # The responses of a batch are added up apart. While it writes, there are its keys and values, too.
+        products += at_once(many, modules) * each
+        products += cache_bytes(config, dtype) * work.batch[0] if ahead else 0
         evidence = (4 * (modules + 2 * many) + 8 * many) * queries  # and the weights
         held += own * size + LEARNED * each + OBJECTS * sum(len(folder.ranks) for folder in adapters.values())
         # Calibration holds the responses to generic text and a copy of them, or of some; then come the
