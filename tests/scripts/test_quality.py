@@ -274,8 +274,15 @@ def test_a_loss_in_one_kind_of_foreign_query_is_not_hidden_by_a_gain_in_another(
     found = answered({(kind, "proto_route"): column for kind, column in ours.items()}
                      | {(kind, "base"): column for kind, column in base.items()})  # fmt: skip
     told = list(tables._without_adapter(results(foreign=found.assign(found=1.0)), "tiny"))
-    assert [met for *_, met in told] == [True, False, True]
+    assert [met for *_, met in told] == [True, False, True, False]
     assert told[1][2] == "-50.0 points (chat)"
+
+
+@pytest.mark.parametrize(("left", "kept"), [(1.0, False), (0.8, True), (0.5, False)])
+def test_a_promise_of_false_alarms_is_broken_by_too_few_and_by_too_many(left, kept):
+    found = answered({("chat", "proto_route"): [1, 1], ("chat", "base"): [1, 1]}).assign(found=left)
+    *_, (_, aim, sent, met) = tables._without_adapter(results(foreign=found), "tiny")
+    assert "false alarms" in aim and sent == f"{1 - left:.3f}" and met == kept
 
 
 def test_tables_are_put_between_their_marks(tmp_path):
