@@ -265,12 +265,12 @@ class Router:
         (folder / ABOUT).unlink(missing_ok=True)  # from here on the folder is no router, until it is this one
         if self._folder is None or folder.resolve() != self._folder.resolve():
             shutil.rmtree(folder / VARIANTS, ignore_errors=True)
+            (folder / VARIANTS).mkdir()
+            (folder / VARIANTS / MARKER).touch()  # first, so that a save that was killed can be repeated
             if self._folder is not None:
-                shutil.copytree(self._folder / VARIANTS, folder / VARIANTS)
+                shutil.copytree(self._folder / VARIANTS, folder / VARIANTS, dirs_exist_ok=True)
             else:
                 proto.write_variants(self.variants, folder / VARIANTS)
-                (folder / VARIANTS).mkdir(exist_ok=True)  # all queries may be the base model's
-            (folder / VARIANTS / MARKER).touch()
         proto.fitted.save(folder)
         settings = {key: getattr(proto.settings, key) for key in SETTINGS}
         base = self._base

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from helpers import NAMES, arguments, read_table, write_queries, write_tiny_adapter
+from helpers import NAMES, arguments, files_of, read_table, write_queries, write_tiny_adapter
 from router import Router
 from router.errors import InputError
 from router.kit import Merges
@@ -97,6 +97,21 @@ def test_a_loaded_router_can_be_saved_again(saved, tmp_path):
     again = Router.load(loaded.save(tmp_path / "again"), device="cpu")
     assert again.choose(MORE) == loaded.choose(MORE) and again.answer(MORE) == loaded.answer(MORE)
     assert Router.load(loaded.save(saved), device="cpu").answer(MORE) == loaded.answer(MORE)
+
+
+def test_a_save_that_was_stopped_can_be_repeated(saved, tmp_path, monkeypatch):
+    loaded = Router.load(saved)
+
+    def stopped(_source, target, **_how):
+        (target / "0").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("router.api.shutil.copytree", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        loaded.save(tmp_path / "again")
+    monkeypatch.undo()
+    loaded.save(tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(saved)
 
 
 def test_a_choice_says_how_it_was_decided(saved):
