@@ -226,7 +226,7 @@ class Fitted:
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             work,
-            metadata={"format": "pt", "router": json.dumps(about)},
+            metadata={"router": json.dumps(about)},  # safetensors writes several in no certain order
         )
         work.chmod(0o644)  # it is written for its owner alone
         work.replace(folder / FILE)
