@@ -563,6 +563,17 @@ def test_where_nothing_finite_comes_out_the_run_ends_and_says_so(command, capsys
     assert not (out / "run.json").exists() and not (out / "queries.csv").exists()
 
 
+def test_half_a_character_in_the_choice_that_wins_reaches_the_report(command, tmp_path, tiny_base):
+    rows = [("half", "Which?", "multiple_choice", r"['\ud83d']", "base"), *ROWS]
+    code, out = command("base", "--dataset_filepaths", write_queries(tmp_path / "half.csv", rows))
+    assert code == 0 and not (out / ".journal").exists()
+    found = [row["prediction"] for row in read_table(out / "half.csv")]
+    assert found == ["0", *answers_of(plain_model(tiny_base), tiny_base, ROWS)]
+    page = (out / "report.html").read_text("utf-8")
+    data = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+    assert data["predictions"][0] == "0: \ud83d" and data["predictions"][1] == found[1]
+
+
 def strangers_files(folder):
     folder.mkdir(parents=True)
     (folder / "mine.txt").write_text("mine")
