@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import csv
 import io
+import re
+import sys
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +26,8 @@ EVAL_TYPES = (GENERATION, MULTIPLE_CHOICE)
 COLUMNS = ("id", "input", "eval_type", "answer_choices")
 UNKNOWN = "unknown"
 SHOWN = 20  # problems of a file that are told at once
+# A whole number that Python refuses to read.
+LONG = re.compile(rf"\d[\d_]{{{sys.int_info.default_max_str_digits - 1},}}")
 
 
 @dataclass(frozen=True)
@@ -162,14 +166,29 @@ def _run_together(text: str) -> bool:
     return any(one == other == tokenize.STRING for one, other in pairwise(kinds))
 
 
+def _long_numbers_as_texts(text: str) -> str:
+    """The same Python literal with a text in place of each whole number that Python refuses to read."""
+    words: list[str] = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        word = token.string
+        if token.type == tokenize.NUMBER and LONG.fullmatch(word):
+            sign = words.pop() if words[-1:] == ["-"] else ""
+            word = repr(sign + word.replace("_", ""))
+        words.append(word)
+    return " ".join(words)
+
+
 def _choices(text: str, where: str) -> tuple[str, ...]:
-    if text.strip() in ("", "None", "nan"):
+    literal = text.strip()
+    if literal in ("", "None", "nan"):
         return ()
     try:
+        if LONG.search(literal):
+            literal = _long_numbers_as_texts(literal)
         with warnings.catch_warnings():  # a stray backslash in a choice is the author's business
             warnings.simplefilter("ignore", SyntaxWarning)
-            value = ast.literal_eval(text)
-        if _run_together(text.strip()):
+            value = ast.literal_eval(literal)
+        if _run_together(literal):
             value = None
     except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
         value = None

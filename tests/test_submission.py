@@ -6,6 +6,7 @@ import random
 import pandas as pd
 import pytest
 
+from helpers import write_csv
 from router.errors import InputError
 from router.submission import Query, read_queries, read_rows, write_submission, write_table
 
@@ -109,9 +110,29 @@ def test_eval_type_alone_decides(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_choice_of_thousands_of_digits_is_a_choice(tmp_path):
-    (query,) = read(tmp_path, f'1,Which?,multiple_choice,"[0x{"f" * 6000}, 1]"\n')
-    assert query.choices == ("0x" + "f" * 6000, "1")
+LONG = "7" * 5000
+
+
+@pytest.mark.parametrize(
+    ("field", "choices"),
+    [
+        (f"[0x{'f' * 6000}, 1]", ("0x" + "f" * 6000, "1")),
+        (f"[{LONG}, -{LONG}, 1]", (LONG, f"-{LONG}", "1")),
+        (f"[{LONG[:2500]}_{LONG[2500:]}, '{LONG}']", (LONG, LONG)),
+        (f"['it''s', 'a [{LONG}] b', {LONG}]", None),  # two texts without a comma
+        (f"['a' {LONG}]", None),
+        (f"[1 - {LONG}]", None),
+        (f"['a [-{LONG}] b', {LONG}  # {LONG}\n]", (f"a [-{LONG}] b", LONG)),
+    ],
+)
+def test_a_choice_of_thousands_of_digits_is_a_choice(tmp_path, field, choices):
+    rows = [("1", "Which?", "multiple_choice", field), ("2", "Why?", "generation", "")]
+    path = write_csv(tmp_path / "queries.csv", HEADER.strip().split(","), rows)
+    if choices is None:
+        with pytest.raises(InputError, match="line 2, column answer_choices: expected a Python list"):
+            read_queries(path)
+    else:
+        assert [query.choices for query in read_queries(path)] == [choices, ()]
 
 
 WRONG = {
