@@ -563,6 +563,19 @@ def test_where_nothing_finite_comes_out_the_run_ends_and_says_so(command, capsys
     assert not (out / "run.json").exists() and not (out / "queries.csv").exists()
 
 
+@pytest.mark.parametrize("rows", [ROWS, [row for row in ROWS if row[2] == "generation"]])
+def test_a_starter_kits_method_of_which_nothing_finite_comes_out_ends_and_says_so(
+    capsys, tmp_path, kit_method, rows
+):
+    for folder in kit_method:
+        file = folder / "adapter_model.safetensors"
+        save_file({key: value * math.nan for key, value in load_file(file).items()}, file)
+    argv = ["--dataset_filepaths", str(write_queries(tmp_path / "q.csv", rows)), "--dtype", "float32"]
+    assert main(["-m", "kit_avg", *argv, "--output_folder", str(tmp_path / "out")]) == 2
+    assert "no query could be answered" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "q.csv").exists()
+
+
 def test_half_a_character_in_the_choice_that_wins_reaches_the_report(command, tmp_path, tiny_base):
     rows = [("half", "Which?", "multiple_choice", r"['\ud83d']", "base"), *ROWS]
     code, out = command("base", "--dataset_filepaths", write_queries(tmp_path / "half.csv", rows))
