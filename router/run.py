@@ -30,7 +30,7 @@ from router.record import record, versions
 from router.result import Decision, Result
 from router.routing.store import content
 from router.routing.variants import VARIANTS, remove_variants, variants_are_ours
-from router.runs.report.page import write_report
+from router.runs.report.page import REPORT, write_report
 from router.settings import Settings
 from router.submission import Query, read_queries, write_submission, write_table
 
@@ -117,7 +117,8 @@ def _run(
                 }
             work = _write(settings, files, result, found)
             # From here on the folder holds no finished run, until it holds this one.
-            (settings.output_folder / RECORD).unlink(missing_ok=True)
+            for name in (RECORD, REPORT):
+                (settings.output_folder / name).unlink(missing_ok=True)
     except ServerError:
         raise
     except InputError:  # what it says to do would be another run

@@ -506,6 +506,18 @@ def test_a_run_that_was_killed_between_its_files_is_no_finished_run(command, mon
         load(out)
 
 
+def test_a_run_that_was_killed_before_its_report_has_no_earlier_ones(command, monkeypatch):
+    _, out = command("proto_route")
+    earlier = (out / "report.html").read_bytes()
+    monkeypatch.setattr("router.run.write_report", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        command("oracle")
+    assert load(out).record["method"] == "oracle" and not (out / "report.html").exists()
+    monkeypatch.undo()
+    assert command("oracle")[0] == 0
+    assert (out / "report.html").read_bytes() != earlier
+
+
 def test_files_of_two_runs_do_not_pass_for_one(command):
     _, out = command("proto_route")
     load(out)
