@@ -621,6 +621,37 @@ def test_a_variants_folder_that_no_run_wrote_is_refused_and_left_alone(command, 
     assert kind != "file" or (out / "variants").read_text() == "mine"
 
 
+@pytest.mark.parametrize("flags", [[], ["--fresh"]])
+@pytest.mark.parametrize("name", ["mine.txt", "identity.json"])
+def test_a_journal_folder_that_no_run_wrote_is_refused_and_left_alone(
+    command, capsys, tmp_path, monkeypatch, name, flags
+):
+    monkeypatch.setattr("router.run.load_method", lambda name: pytest.fail("loaded"))
+    folder = tmp_path / "out" / ".journal"
+    folder.mkdir(parents=True)
+    (folder / name).write_text('{"mine": true}')
+    assert command("average", *flags)[0] == 2
+    assert "expected no folder `.journal` in it" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == [name] and len(list(folder.parent.iterdir())) == 1
+
+
+def test_hidden_folders_that_no_run_wrote_are_left_alone(command, tmp_path):
+    kept = [strangers_files(tmp_path / "out" / name) for name in (".variants.mine", ".results.mine")]
+    code, out = command("average")
+    assert code == 0 and all((folder / "mine.txt").read_text() == "mine" for folder in kept)
+    assert {path.name for path in out.iterdir() if path.name.startswith(".")} == {
+        folder.name for folder in kept
+    }
+
+
+def test_a_lock_that_no_run_wrote_is_refused_and_left_alone(command, capsys, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").write_text("mine")
+    assert command("average")[0] == 2
+    assert "expected no file `.lock` in it" in capsys.readouterr().err
+    assert (tmp_path / "out" / ".lock").read_text() == "mine"
+
+
 def test_variants_that_cannot_be_moved_cost_a_warning_and_not_the_answers(
     command, tmp_path, monkeypatch, caplog
 ):
