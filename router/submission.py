@@ -53,11 +53,12 @@ def read_rows(
     """The rows of a CSV file as dictionaries, with the line on which each ends.
 
     Args:
-        problems: takes what is wrong with a row that is too long or too short, which is left out.
+        problems: takes what is wrong with a row that is too long or too short, which is left out, and where
+            the file is no CSV in UTF-8 any more, which ends it.
 
     Raises:
-        InputError: there is no such file, it is not CSV in UTF-8, a needed column is missing, or, without
-            `problems`, a row is too long or too short.
+        InputError: there is no such file, a needed column is missing, or, without `problems`, a row is too
+            long or too short, or the file is not CSV in UTF-8.
     """
     csv.field_size_limit(1 << 30)
     line = 0
@@ -96,10 +97,25 @@ def read_rows(
     except OSError as error:
         raise InputError(f"{path}: expected a readable CSV file, but {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{path}, after line {line}: expected CSV in UTF-8, got something else ({error}); "
-            "save it as UTF-8"
-        ) from error
+        problem = f"{path}, after line {line}: {_broken(error)}"
+        if problems is None:
+            raise InputError(problem) from error
+        problems.append(problem)
+
+
+def _broken(error: UnicodeDecodeError | csv.Error) -> str:
+    """What ended the reading of a CSV file, as far as the csv module says it, and what to do."""
+    if "unexpected end of data" in str(error):
+        return (
+            "expected each quote to be closed, but one that the next row opens is not; close it, and double "
+            "those that belong to a text"
+        )
+    if "expected after" in str(error):
+        return (
+            "expected a comma or the end of the row after a closing quote, but in the next row text follows "
+            "one; is a quote before it never closed? Close it, and double those that belong to a text"
+        )
+    return f"expected CSV in UTF-8, got something else ({error}); save it as UTF-8"
 
 
 def read_queries(path: Path) -> list[Query]:

@@ -168,7 +168,16 @@ WRONG = {
     ),
     "too few fields": (HEADER + "1,a,generation,\n2,b\n", ["line 3"], ["expected 4 fields", "fewer"]),
     "too many fields": (HEADER + "1,a, b,generation,\n", ["line 2"], ["expected 4 fields", "more"]),
-    "open quote": (HEADER + '1,"a,generation,\n', ["after line 1"], ["expected CSV in UTF-8"]),
+    "open quote": (
+        HEADER + '1,"a\nb",generation,\n2,"b,generation,\n3,c,generation,\n',
+        ["after line 3"],
+        ["each quote to be closed", "one that the next row opens is not"],
+    ),
+    "open quote and others": (
+        HEADER + '1,"a,generation,\n2,"b",generation,\n',
+        ["after line 1"],
+        ["text follows one", "is a quote before it never closed?"],
+    ),
     "a column twice": ("id," + HEADER, [], ["the column 'id' stands twice"]),
     "no id": (HEADER + "1,a,generation,\n,b,generation,\n", ["line 3", "column id"], ["an id, got ''"]),
     "a cursor": ("\x1b[2J" + HEADER, [], ["id is missing", r"found: \x1b[2Jid, input"]),
@@ -299,6 +308,24 @@ def test_choices_without_a_comma_are_refused_instead_of_joined(tmp_path, text):
 )
 def test_quotes_within_choices_are_no_missing_comma(tmp_path, text, choices):
     assert read_queries(with_choices(tmp_path, text))[0].choices == choices
+
+
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [
+        (b'5,"open,generation,', "expected each quote to be closed"),
+        (b'5,"a"b,generation,', "text follows one"),
+        ("5,ä,generation,".encode("latin-1"), "save it as UTF-8"),
+    ],
+)
+def test_where_a_file_breaks_off_what_came_before_is_told_too(tmp_path, end, cause):
+    path = tmp_path / "q.csv"
+    long = "b" * 100_000  # more than is decoded at once
+    path.write_bytes(f"{HEADER}1,a,guess,\n2,{long},generation,\n".encode() + end)
+    with pytest.raises(InputError) as caught:
+        read_queries(path)
+    first, last = str(caught.value).splitlines()
+    assert "line 2, column eval_type" in first and last.startswith(f"{path}, after line ") and cause in last
 
 
 def test_all_problems_of_a_file_are_told_at_once(tmp_path):
