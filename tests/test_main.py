@@ -588,6 +588,21 @@ def test_a_starter_kits_method_of_which_nothing_finite_comes_out_ends_and_says_s
     assert not (tmp_path / "out" / "q.csv").exists()
 
 
+def no_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("way", [no_memory, lambda _, __, rows, ___: [FAILED] * len(rows)])
+def test_the_id_of_a_query_does_not_control_the_terminal(command, capsys, tmp_path, monkeypatch, way):
+    monkeypatch.setattr("router.model.answer.generate", way)
+    rows = [("\x1b[2Jg", "a", "generation", ""), ("m", "b", "multiple_choice", "['x', 'y']")]
+    path = write_queries(tmp_path / "odd.csv", rows)
+    code, _ = command("base", "--dataset_filepaths", path)
+    told = "".join(capsys.readouterr())
+    assert code == 0 and "query \\x1b[2Jg: " in told and "so it has no answer" in told
+    assert "\x1b" not in told
+
+
 def test_half_a_character_in_the_choice_that_wins_reaches_the_report(command, tmp_path, tiny_base):
     rows = [("half", "Which?", "multiple_choice", r"['\ud83d']", "base"), *ROWS]
     code, out = command("base", "--dataset_filepaths", write_queries(tmp_path / "half.csv", rows))
