@@ -193,8 +193,17 @@ def remove_ours(folder: Path) -> None:
 
 
 @contextmanager
-def told_if_full(folder: Path) -> Iterator[None]:
+def told_if_full(
+    folder: Path,
+    what: str = "the results",
+    then: str = "choose another --output_folder. What was answered is kept: the same command goes on there",
+) -> Iterator[None]:
     """Says what to do where the block fails because there is no room for a file.
+
+    Args:
+        folder: where the block writes.
+        what: it writes there.
+        then: what to do, other than to make room.
 
     Raises:
         InputError: the disk is full, or a limit on files or a quota is reached.
@@ -208,6 +217,5 @@ def told_if_full(folder: Path) -> Iterator[None]:
         if number not in full:
             raise
         raise InputError(
-            f"{folder}: no room for the results ({os.strerror(number)}); free some, or choose another "
-            "--output_folder. What was answered is kept: the same command goes on there"
+            f"{folder}: no room for {what} ({os.strerror(number)}); free some, or {then}"
         ) from error

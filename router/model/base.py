@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from router.errors import InputError, out_of_memory
-from router.files import cache_folder, is_folder, sha256_of
+from router.files import cache_folder, is_folder, sha256_of, told_if_full
 from router.hub import HubError, fetch
 from router.model.answer import pad_id
 from router.model.device import ROOM, memory_bytes, pick_device, pick_dtype, spread
@@ -70,13 +70,18 @@ def embedded_folder() -> Path:
     """The embedded base model as a folder of config, safetensors and tokenizer; made on first use.
 
     The weights are kept in float32, since a narrower dtype would not hold the dequantised values exactly.
+
+    Raises:
+        InputError: it is not installed, is replaced meanwhile, or there is no room for it.
     """
-    gguf = embedded_gguf()
+    gguf, cache = embedded_gguf(), cache_folder()
     before = _stamps(gguf)
-    folder = cache_folder() / f"smollm2-135m-instruct-{sha256_of(gguf)[:16]}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    folder = cache / f"smollm2-135m-instruct-{sha256_of(gguf)[:16]}"
+    if folder.is_dir():
+        return folder
+    with told_if_full(cache, "the converted base model", "set PROTO_ROUTE_CACHE to another folder"):
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
         try:
             # transformers draws its progress bars even without a terminal.
             with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
