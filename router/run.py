@@ -257,8 +257,17 @@ def check_outputs(settings: Settings) -> None:
     """Refuses a run that would overwrite its queries, write one file twice, or could not write at all.
 
     Raises:
-        InputError: it would, or the output folder is a file or cannot be written.
+        InputError: it would, the output folder is a file or cannot be written, or a name is no UTF-8, so that
+            the record could not be written.
     """
+    for flag, value in settings.plain().items():
+        for name in value if isinstance(value, list) else [value]:
+            try:
+                str(name).encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"--{flag} {name}: expected a name in UTF-8, got another; rename it"
+                ) from error
     folder = place = settings.output_folder.absolute()
     try:
         if folder.exists() and not folder.is_dir():

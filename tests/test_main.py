@@ -241,6 +241,11 @@ def other_file(tmp_path, name, **spec):
 
 
 REFUSED = {
+    "a name that is no text": lambda t: (
+        "base",
+        ["--dataset_filepaths", t / os.fsdecode(b"q\xff.csv")],
+        r"q\udcff.csv: expected a name in UTF-8",
+    ),
     "missing CSV": lambda t: ("base", ["--dataset_filepaths", t / "none.csv"], "none.csv: expected a CSV"),
     "bad eval_type": lambda t: (
         "base",
