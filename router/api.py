@@ -15,7 +15,7 @@ import pandas as pd
 
 from router.constants import BASE_COLUMN
 from router.errors import InputError
-from router.files import check_shape, read_json, replacing
+from router.files import check_shape, is_ours, mark, read_json, remove_ours, replacing
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute
 from router.model.answer import Answer
@@ -25,7 +25,7 @@ from router.result import Decision
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest
 from router.routing.evidence import LOW_MARGIN
 from router.routing.fitted import FORMAT, Fitted
-from router.routing.variants import MARKER, VARIANTS, Variant, decide, variants_are_ours
+from router.routing.variants import VARIANTS, Variant, decide
 from router.runs.load import load as load_run
 from router.settings import Settings
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
@@ -257,16 +257,15 @@ class Router:
         folder, proto = Path(folder), self._proto
         if self._clusters is None:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
-        if not variants_are_ours(folder):
+        if not is_ours(folder / VARIANTS):
             raise InputError(
                 f"{folder}: expected no folder `{VARIANTS}` in it, or one of ours; choose another"
             )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ABOUT).unlink(missing_ok=True)  # from here on the folder is no router, until it is this one
         if self._folder is None or folder.resolve() != self._folder.resolve():
-            shutil.rmtree(folder / VARIANTS, ignore_errors=True)
-            (folder / VARIANTS).mkdir()
-            (folder / VARIANTS / MARKER).touch()  # first, so that a save that was killed can be repeated
+            remove_ours(folder / VARIANTS)
+            mark(folder / VARIANTS)  # first, so that a save that was killed can be repeated
             if self._folder is not None:
                 shutil.copytree(self._folder / VARIANTS, folder / VARIANTS, dirs_exist_ok=True)
             else:

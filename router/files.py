@@ -1,4 +1,7 @@
-"""Files: where they are cached, how they are hashed, read as JSON, and replaced as a whole."""
+"""Files: where they are cached, how they are hashed, read as JSON, and replaced as a whole.
+
+The folders that a run makes in an output folder bear a mark, without which one is somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,17 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from router.errors import InputError
 
+MARKER = ".proto-route"  # the mark of a folder, a file in it
 LARGEST = sys.float_info.max
 # What a person calls the kinds of JSON values; a number is finite, and a whole one fits into 64 bits.
 CALLED = {
@@ -148,9 +153,57 @@ def replacing(path: Path) -> Iterator[TextIO]:
         raise
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder may be removed or replaced: it bears our mark, is empty, or is not there."""
+    try:
+        if folder.is_symlink() or not folder.is_dir():
+            return not (folder.is_symlink() or folder.exists())
+        return (folder / MARKER).is_file() or not any(folder.iterdir())
+    except OSError:  # another user's, perhaps
+        return False
+
+
+def mark(folder: Path) -> None:
+    """Makes a folder of ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+
+
+def work_folder(output: Path, prefix: str) -> Path:
+    """A new folder of ours in an output folder, which is made; those that killed runs left there go."""
+    output.mkdir(parents=True, exist_ok=True)
+    for left in output.glob(f"{prefix}*"):
+        remove_ours(left)
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=output))
+    mark(work)
+    return work
+
+
+def remove_ours(folder: Path) -> None:
+    """Removes a folder if it is ours: the mark last, so that it stays ours if the process is killed."""
+    if not is_ours(folder):
+        return
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != MARKER:
+                path.unlink()
+        shutil.rmtree(folder)
+
+
 @contextmanager
-def told_if_full(folder: Path) -> Iterator[None]:
+def told_if_full(
+    folder: Path,
+    what: str = "the results",
+    then: str = "choose another --output_folder. What was answered is kept: the same command goes on there",
+) -> Iterator[None]:
     """Says what to do where the block fails because there is no room for a file.
+
+    Args:
+        folder: where the block writes.
+        what: it writes there.
+        then: what to do, other than to make room.
 
     Raises:
         InputError: the disk is full, or a limit on files or a quota is reached.
@@ -164,6 +217,5 @@ def told_if_full(folder: Path) -> Iterator[None]:
         if number not in full:
             raise
         raise InputError(
-            f"{folder}: no room for the results ({os.strerror(number)}); free some, or choose another "
-            "--output_folder. What was answered is kept: the same command goes on there"
+            f"{folder}: no room for {what} ({os.strerror(number)}); free some, or {then}"
         ) from error

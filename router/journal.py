@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from router.errors import InputError
-from router.files import check_shape, parsed, read_json, replacing
+from router.files import check_shape, is_ours, mark, parsed, read_json, remove_ours, replacing
 from router.model.answer import Answer
 from router.result import Routing
 from router.routing.evidence import Evidence
@@ -41,11 +40,17 @@ def alone_in(output: Path) -> Iterator[None]:
     The operating system releases the lock of a process that was killed.
 
     Raises:
-        InputError: another run is writing there.
+        InputError: another run is writing there, or something that is no lock is called like it.
     """
+    file = output / LOCK
+    if file.is_symlink() or (file.exists() and (not file.is_file() or file.stat().st_size)):  # ours is empty
+        raise InputError(
+            f"--output_folder {output}: expected no file `{LOCK}` in it, since it would be removed; move it "
+            "away or choose another folder"
+        )
     new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / LOCK)
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -56,7 +61,7 @@ def alone_in(output: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(PermissionError):  # Windows removes no open file; there `release` does it
-            (output / LOCK).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
         lock.release()
         if new and not any(output.iterdir()):  # a run that was refused leaves nothing
             output.rmdir()
@@ -74,8 +79,8 @@ class Journal(MutableMapping[Query, Answer]):
         rank: of this process. The others open the journal once the first one has.
 
     Raises:
-        InputError: what is there belongs to a run with another identity, or the first process's journal is
-            not there.
+        InputError: what is there is no journal, or of a run with another identity, or the first process's
+            journal is not there.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any], fresh: bool = False, rank: int = 0) -> None:
@@ -93,6 +98,8 @@ class Journal(MutableMapping[Query, Answer]):
         self._file.seek(ends[own])
 
     def _check(self, identity: dict[str, Any]) -> None:
+        if not is_ours(self.folder):
+            raise InputError(f"{self.folder}: expected the journal of a run, or none; move it away")
         file = self.folder / "identity.json"
         try:
             known = read_json(file, {})
@@ -103,6 +110,7 @@ class Journal(MutableMapping[Query, Answer]):
                     "the first one's journal is not in it; choose a folder that all machines share"
                 ) from error
             self.discard()
+            mark(self.folder)
             with replacing(file) as new:
                 json.dump(identity, new)
             return
@@ -180,4 +188,4 @@ class Journal(MutableMapping[Query, Answer]):
     def discard(self) -> None:
         """Forgets everything, on disk too."""
         if not self.rank:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_ours(self.folder)

@@ -102,7 +102,9 @@ class Merges:
                         )
                 else:
                     for n, ids, text in zip(part, *self.generate(batch), strict=True):
-                        answers[n] = Answer(text, tuple(ids))
+                        found = Answer(text, tuple(ids))
+                        # That is all that the kit's call can say of one that failed.
+                        answers[n] = FAILED if (found.text, found.ids) == (FAILED.text, ()) else found
         return Result([answers[n] for n in range(len(queries))])
 
     def predict_multiple_choice(self, batch: Mapping[str, Sequence[Any]]) -> tuple[list[int], list[Any]]:
@@ -115,7 +117,7 @@ class Merges:
         return indices, [answer.scores for answer in found]
 
     def generate(self, batch: Mapping[str, Sequence[Any]]) -> tuple[list[Sequence[int]], list[str]]:
-        """The generated token ids and text for each input."""
+        """The generated token ids and text for each input; no ids and `unknown` where there is no answer."""
         found = self._answer([Query(str(n), text, GENERATION) for n, text in enumerate(batch["input"])])
         return [answer.ids for answer in found], [answer.text for answer in found]
 

@@ -8,8 +8,6 @@ scores a module's adapters for each token.
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,7 +20,7 @@ from merge.factors import Factors
 from merge.folders import write_adapter
 from router.constants import COMPETITION, COMPETITION_BASE
 from router.errors import InputError
-from router.files import is_folder
+from router.files import is_folder, remove_ours, work_folder
 from router.kit import Merges
 from router.library.adapters import Adapter, base_of, check_against_base, load_library
 from router.model.answer import FAILED, Answer
@@ -131,7 +129,7 @@ class Routed(Merges):
                 lambda: cluster(routing.weights, self.n_variants, self.settings.seed)
             )
             variants = decide(clusters.weights, [adapter.name for adapter in self.adapters])
-        work = self.processes.decided(lambda: _work(output))
+        work = self.processes.decided(lambda: work_folder(output, WORK))
         try:
             with self.stages("variants"):
                 try:
@@ -151,7 +149,7 @@ class Routed(Merges):
                 replace_variants(work, output)
         finally:
             if not self.processes.rank:
-                shutil.rmtree(work, ignore_errors=True)
+                remove_ours(work)
 
     def _routing(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """The routing that the journal kept, or else a new one, which it keeps."""
@@ -256,14 +254,6 @@ class Routed(Merges):
             return openai.answer(
                 settings.upstream, self.tokenizer, queries, rows, variants, progress=bar.update, **how
             )
-
-
-def _work(output: Path) -> Path:
-    """A new folder in the output folder, which is made, to write variants in."""
-    output.mkdir(parents=True, exist_ok=True)
-    for left in output.glob(f"{WORK}*"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=WORK, dir=output))
 
 
 def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list[Answer]:

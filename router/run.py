@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,8 +16,8 @@ from typing import Any
 from router.constants import ADDRESS, BASE_COLUMN
 from router.deadline import Deadline
 from router.errors import InputError, ServerError
-from router.files import replacing, sha256_of, told_if_full
-from router.journal import Journal, alone_in
+from router.files import MARKER, is_ours, remove_ours, replacing, sha256_of, told_if_full, work_folder
+from router.journal import FOLDER, Journal, alone_in
 from router.kit import Merges
 from router.methods import load_method
 from router.model.apply import picked
@@ -29,8 +28,8 @@ from router.processes import Processes, connected
 from router.record import record, versions
 from router.result import Decision, Result
 from router.routing.store import content
-from router.routing.variants import VARIANTS, remove_variants, variants_are_ours
-from router.runs.report.page import write_report
+from router.routing.variants import VARIANTS
+from router.runs.report.page import REPORT, write_report
 from router.settings import Settings
 from router.submission import Query, read_queries, write_submission, write_table
 
@@ -117,7 +116,8 @@ def _run(
                 }
             work = _write(settings, files, result, found)
             # From here on the folder holds no finished run, until it holds this one.
-            (settings.output_folder / RECORD).unlink(missing_ok=True)
+            for name in (RECORD, REPORT):
+                (settings.output_folder / name).unlink(missing_ok=True)
     except ServerError:
         raise
     except InputError:  # what it says to do would be another run
@@ -127,7 +127,7 @@ def _run(
         journal.close()
     _settle(settings, work)
     if not result.decision:  # a starter-kit method makes no variants, and those of an earlier run are not its
-        remove_variants(settings.output_folder)
+        remove_ours(settings.output_folder / VARIANTS)
     write_report(settings.output_folder)
     journal.discard()
     return found
@@ -145,9 +145,7 @@ def _check_answered(result: Result, deadline: Deadline | None) -> None:
 
 def _write(settings: Settings, files: dict[Path, list[Query]], result: Result, found: dict[str, Any]) -> Path:
     """Writes all results into a new folder, so that a full disk leaves earlier ones whole; returns it."""
-    for left in settings.output_folder.glob(f"{RESULTS}*"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=RESULTS, dir=settings.output_folder))
+    work = work_folder(settings.output_folder, RESULTS)
     try:
         start = 0
         for path, part in files.items():
@@ -159,12 +157,13 @@ def _write(settings: Settings, files: dict[Path, list[Query]], result: Result, f
                 if why := result.decision.routing.evidence:
                     why.rows(rows).save(evidence)
             start = rows.stop
-        found["files"] = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
+        written = sorted(path for path in work.iterdir() if path.name != MARKER)
+        found["files"] = {path.name: sha256_of(path) for path in written}
         with replacing(work / RECORD) as file:
             json.dump(found, file, indent=2, ensure_ascii=False)
             file.write("\n")
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
+        remove_ours(work)
         raise
     return work
 
@@ -177,7 +176,7 @@ def _settle(settings: Settings, work: Path) -> None:
             (work / output.name).replace(output)
         else:  # a file of an earlier run would pass for this one's
             output.unlink(missing_ok=True)
-    work.rmdir()
+    remove_ours(work)
 
 
 def _check_places(method: Merges, settings: Settings, processes: Processes) -> None:
@@ -258,8 +257,17 @@ def check_outputs(settings: Settings) -> None:
     """Refuses a run that would overwrite its queries, write one file twice, or could not write at all.
 
     Raises:
-        InputError: it would, or the output folder is a file or cannot be written.
+        InputError: it would, the output folder is a file or cannot be written, or a name is no UTF-8, so that
+            the record could not be written.
     """
+    for flag, value in settings.plain().items():
+        for name in value if isinstance(value, list) else [value]:
+            try:
+                str(name).encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"--{flag} {name}: expected a name in UTF-8, got another; rename it"
+                ) from error
     folder = place = settings.output_folder.absolute()
     try:
         if folder.exists() and not folder.is_dir():
@@ -272,11 +280,12 @@ def check_outputs(settings: Settings) -> None:
             f"--output_folder {settings.output_folder}: expected a folder to write to, but in {place}: "
             f"{error.strerror}"
         ) from error
-    if not variants_are_ours(settings.output_folder):
-        raise InputError(
-            f"--output_folder {settings.output_folder}: expected no folder `{VARIANTS}` in it, or one of an "
-            "earlier run, since it would be replaced; move it away or choose another folder"
-        )
+    for name in (VARIANTS, FOLDER):
+        if not is_ours(folder / name):
+            raise InputError(
+                f"--output_folder {settings.output_folder}: expected no folder `{name}` in it, or one of an "
+                "earlier run, since it would be replaced; move it away or choose another folder"
+            )
     queries = {path.resolve() for path in settings.dataset_filepaths}
     written: set[Path] = set()
     for path in settings.dataset_filepaths:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import csv
 import io
+import re
+import sys
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +26,8 @@ EVAL_TYPES = (GENERATION, MULTIPLE_CHOICE)
 COLUMNS = ("id", "input", "eval_type", "answer_choices")
 UNKNOWN = "unknown"
 SHOWN = 20  # problems of a file that are told at once
+# A whole number that Python refuses to read.
+LONG = re.compile(rf"\d[\d_]{{{sys.int_info.default_max_str_digits - 1},}}")
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,12 @@ def read_rows(
     """The rows of a CSV file as dictionaries, with the line on which each ends.
 
     Args:
-        problems: takes what is wrong with a row that is too long or too short, which is left out.
+        problems: takes what is wrong with a row that is too long or too short, which is left out, and where
+            the file is no CSV in UTF-8 any more, which ends it.
 
     Raises:
-        InputError: there is no such file, it is not CSV in UTF-8, a needed column is missing, or, without
-            `problems`, a row is too long or too short.
+        InputError: there is no such file, a needed column is missing, or, without `problems`, a row is too
+            long or too short, or the file is not CSV in UTF-8.
     """
     csv.field_size_limit(1 << 30)
     line = 0
@@ -92,10 +97,25 @@ def read_rows(
     except OSError as error:
         raise InputError(f"{path}: expected a readable CSV file, but {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{path}, after line {line}: expected CSV in UTF-8, got something else ({error}); "
-            "save it as UTF-8"
-        ) from error
+        problem = f"{path}, after line {line}: {_broken(error)}"
+        if problems is None:
+            raise InputError(problem) from error
+        problems.append(problem)
+
+
+def _broken(error: UnicodeDecodeError | csv.Error) -> str:
+    """What ended the reading of a CSV file, as far as the csv module says it, and what to do."""
+    if "unexpected end of data" in str(error):
+        return (
+            "expected each quote to be closed, but one that the next row opens is not; close it, and double "
+            "those that belong to a text"
+        )
+    if "expected after" in str(error):
+        return (
+            "expected a comma or the end of the row after a closing quote, but in the next row text follows "
+            "one; is a quote before it never closed? Close it, and double those that belong to a text"
+        )
+    return f"expected CSV in UTF-8, got something else ({error}); save it as UTF-8"
 
 
 def read_queries(path: Path) -> list[Query]:
@@ -162,14 +182,29 @@ def _run_together(text: str) -> bool:
     return any(one == other == tokenize.STRING for one, other in pairwise(kinds))
 
 
+def _long_numbers_as_texts(text: str) -> str:
+    """The same Python literal with a text in place of each whole number that Python refuses to read."""
+    words: list[str] = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        word = token.string
+        if token.type == tokenize.NUMBER and LONG.fullmatch(word):
+            sign = words.pop() if words[-1:] == ["-"] else ""
+            word = repr(sign + word.replace("_", ""))
+        words.append(word)
+    return " ".join(words)
+
+
 def _choices(text: str, where: str) -> tuple[str, ...]:
-    if text.strip() in ("", "None", "nan"):
+    literal = text.strip()
+    if literal in ("", "None", "nan"):
         return ()
     try:
+        if LONG.search(literal):
+            literal = _long_numbers_as_texts(literal)
         with warnings.catch_warnings():  # a stray backslash in a choice is the author's business
             warnings.simplefilter("ignore", SyntaxWarning)
-            value = ast.literal_eval(text)
-        if _run_together(text.strip()):
+            value = ast.literal_eval(literal)
+        if _run_together(literal):
             value = None
     except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
         value = None

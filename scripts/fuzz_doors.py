@@ -240,6 +240,6 @@ DOORS = {
     "card": Door(adapters, f"library/one/{CARD_FILE}", open_cards),
     "command": Door(commands, "*.words", run_command),
     "run": Door(run_files, "out/*", open_run),
-    "journal": Door(journals, ".journal/*", open_journal),
+    "journal": Door(journals, ".journal/[!.]*", open_journal),
     "router": Door(saved_router, "router.*", open_router),
 }

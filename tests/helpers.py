@@ -149,6 +149,33 @@ def arguments(method, queries, library, base, out, *flags):
     return [str(word) for word in words]
 
 
+# Folders that a run may remove or replace, and those that are somebody else's
+
+
+def marked(folder):
+    folder.mkdir()
+    (folder / ".proto-route").touch()
+    (folder / "0").mkdir()
+    (folder / "0" / "file").touch()
+
+
+def linked(folder):
+    marked(folder.parent / "elsewhere")
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def foreign(folder):
+    folder.mkdir()
+    (folder / "mine").touch()
+
+
+OURS = {"missing": lambda folder: None, "empty": Path.mkdir, "marked": marked}
+THEIRS = {
+    "foreign": foreign, "file": Path.touch, "link": linked,
+    "lost": lambda folder: folder.symlink_to("nowhere"),
+}  # fmt: skip
+
+
 # Finished runs
 
 

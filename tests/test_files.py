@@ -1,13 +1,25 @@
-"""Files: hashed as they are, kept where they should be, whole or absent."""
+"""Files: hashed as they are, kept where they should be, whole or absent; folders that are not ours stay."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
 import pytest
 
+from helpers import OURS, THEIRS
 from router.errors import InputError
-from router.files import cache_folder, check_shape, is_folder, read_json, replacing, sha256_of
+from router.files import (
+    cache_folder,
+    check_shape,
+    is_folder,
+    is_ours,
+    read_json,
+    remove_ours,
+    replacing,
+    sha256_of,
+    work_folder,
+)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +100,45 @@ def test_without_a_home_the_variable_is_asked_for(monkeypatch):
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.raises(InputError, match="set PROTO_ROUTE_CACHE"):
         cache_folder()
+
+
+@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
+def test_only_a_folder_of_ours_is_removed(tmp_path, kind):
+    (OURS | THEIRS)[kind](tmp_path / "one")
+    before = sorted(tmp_path.rglob("*"))
+    assert is_ours(tmp_path / "one") == (kind in OURS)
+    remove_ours(tmp_path / "one")
+    assert sorted(tmp_path.rglob("*")) == (before if kind in THEIRS else [])
+
+
+@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
+def test_a_new_folder_takes_the_place_of_those_that_killed_runs_left(tmp_path, kind):
+    (OURS | THEIRS)[kind](tmp_path / ".work.one")
+    before = sorted(tmp_path.rglob("*"))
+    work = work_folder(tmp_path, ".work.")
+    assert work.parent == tmp_path and work.name.startswith(".work.") and is_ours(work)
+    (work / "file").touch()
+    assert is_ours(work)
+    kept = [path for path in sorted(tmp_path.rglob("*")) if work not in (path, path.parent)]
+    assert kept == (before if kind in THEIRS else [])
+
+
+def test_what_a_killed_process_leaves_of_a_folder_of_ours_is_ours(tmp_path, monkeypatch):
+    folder, seen = tmp_path / "one", []
+    OURS["marked"](folder)
+    for n in range(50):
+        (folder / f"file{n}").touch()
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(listed(path))))  # the mark first
+
+    def watched(call):
+        def instead(*args, **how):
+            seen.append(is_ours(folder))
+            return call(*args, **how)
+
+        return instead
+
+    monkeypatch.setattr(os, "unlink", watched(os.unlink))
+    monkeypatch.setattr(os, "rmdir", watched(os.rmdir))
+    remove_ours(folder)
+    assert len(seen) > 50 and all(seen) and not folder.exists()

@@ -1,10 +1,12 @@
 """No room for a file: earlier results stay whole, a sentence says so, and the same command goes on."""
 
 import errno
+import os
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
+from safetensors import SafetensorError
 
 from helpers import files_of
 
@@ -52,3 +54,21 @@ def test_a_full_disk_leaves_earlier_results_and_the_same_command_goes_on(full, c
     assert command("proto_route", *new)[0] == 0
     assert files_of(out) == files_of(reference)
     assert not [path for path in out.iterdir() if path.name.startswith((".results", ".variants", ".journal"))]
+
+
+NO_ROOM = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, NO_ROOM), SafetensorError(f"I/O error: {NO_ROOM} (os error 28)")]
+)
+def test_a_full_cache_is_named_in_place_of_the_output_folder(command, capsys, tmp_path, monkeypatch, error):
+    (tmp_path / "model.gguf").write_bytes(b"model")
+    monkeypatch.setattr("router.model.base.embedded_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setenv("PROTO_ROUTE_CACHE", str(tmp_path / "cache"))
+    with patch("router.model.base.convert", side_effect=error):
+        code, out = command("proto_route", "--base_model", "embedded")
+    told = capsys.readouterr().err
+    assert code == 2 and not out.exists() and "--output_folder" not in told
+    assert f"error: {tmp_path / 'cache'}: no room for the converted base model ({NO_ROOM})" in told
+    assert "PROTO_ROUTE_CACHE" in told and list((tmp_path / "cache").iterdir()) == []

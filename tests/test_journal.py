@@ -117,6 +117,15 @@ def test_a_routing_of_other_queries_or_without_numbers_is_none(journal, weights)
     assert journal.kept("routing", 2) is None
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_that_is_no_journal_is_refused_and_left_alone(opened, tmp_path, fresh):
+    (tmp_path / ".journal").mkdir()
+    (tmp_path / ".journal" / "mine").write_text("mine")
+    with pytest.raises(InputError, match=r"\.journal: expected the journal of a run, or none; move it away"):
+        opened(fresh)
+    assert [path.read_text() for path in (tmp_path / ".journal").iterdir()] == ["mine"]
+
+
 def test_a_journal_without_an_entry_goes(journal, tmp_path):
     journal.close()
     assert list(tmp_path.iterdir()) == []

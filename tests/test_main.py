@@ -241,6 +241,11 @@ def other_file(tmp_path, name, **spec):
 
 
 REFUSED = {
+    "a name that is no text": lambda t: (
+        "base",
+        ["--dataset_filepaths", t / os.fsdecode(b"q\xff.csv")],
+        r"q\udcff.csv: expected a name in UTF-8",
+    ),
     "missing CSV": lambda t: ("base", ["--dataset_filepaths", t / "none.csv"], "none.csv: expected a CSV"),
     "bad eval_type": lambda t: (
         "base",
@@ -506,6 +511,18 @@ def test_a_run_that_was_killed_between_its_files_is_no_finished_run(command, mon
         load(out)
 
 
+def test_a_run_that_was_killed_before_its_report_has_no_earlier_ones(command, monkeypatch):
+    _, out = command("proto_route")
+    earlier = (out / "report.html").read_bytes()
+    monkeypatch.setattr("router.run.write_report", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        command("oracle")
+    assert load(out).record["method"] == "oracle" and not (out / "report.html").exists()
+    monkeypatch.undo()
+    assert command("oracle")[0] == 0
+    assert (out / "report.html").read_bytes() != earlier
+
+
 def test_files_of_two_runs_do_not_pass_for_one(command):
     _, out = command("proto_route")
     load(out)
@@ -563,6 +580,45 @@ def test_where_nothing_finite_comes_out_the_run_ends_and_says_so(command, capsys
     assert not (out / "run.json").exists() and not (out / "queries.csv").exists()
 
 
+@pytest.mark.parametrize("rows", [ROWS, [row for row in ROWS if row[2] == "generation"]])
+def test_a_starter_kits_method_of_which_nothing_finite_comes_out_ends_and_says_so(
+    capsys, tmp_path, kit_method, rows
+):
+    for folder in kit_method:
+        file = folder / "adapter_model.safetensors"
+        save_file({key: value * math.nan for key, value in load_file(file).items()}, file)
+    argv = ["--dataset_filepaths", str(write_queries(tmp_path / "q.csv", rows)), "--dtype", "float32"]
+    assert main(["-m", "kit_avg", *argv, "--output_folder", str(tmp_path / "out")]) == 2
+    assert "no query could be answered" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "q.csv").exists()
+
+
+def no_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("way", [no_memory, lambda _, __, rows, ___: [FAILED] * len(rows)])
+def test_the_id_of_a_query_does_not_control_the_terminal(command, capsys, tmp_path, monkeypatch, way):
+    monkeypatch.setattr("router.model.answer.generate", way)
+    rows = [("\x1b[2Jg", "a", "generation", ""), ("m", "b", "multiple_choice", "['x', 'y']")]
+    path = write_queries(tmp_path / "odd.csv", rows)
+    code, _ = command("base", "--dataset_filepaths", path)
+    told = "".join(capsys.readouterr())
+    assert code == 0 and "query \\x1b[2Jg: " in told and "so it has no answer" in told
+    assert "\x1b" not in told
+
+
+def test_half_a_character_in_the_choice_that_wins_reaches_the_report(command, tmp_path, tiny_base):
+    rows = [("half", "Which?", "multiple_choice", r"['\ud83d']", "base"), *ROWS]
+    code, out = command("base", "--dataset_filepaths", write_queries(tmp_path / "half.csv", rows))
+    assert code == 0 and not (out / ".journal").exists()
+    found = [row["prediction"] for row in read_table(out / "half.csv")]
+    assert found == ["0", *answers_of(plain_model(tiny_base), tiny_base, ROWS)]
+    page = (out / "report.html").read_text("utf-8")
+    data = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+    assert data["predictions"][0] == "0: \ud83d" and data["predictions"][1] == found[1]
+
+
 def strangers_files(folder):
     folder.mkdir(parents=True)
     (folder / "mine.txt").write_text("mine")
@@ -583,6 +639,37 @@ def test_a_variants_folder_that_no_run_wrote_is_refused_and_left_alone(command, 
     assert "--output_folder" in capsys.readouterr().err
     assert (kept / "mine.txt").read_text() == "mine" and [path.name for path in out.iterdir()] == ["variants"]
     assert kind != "file" or (out / "variants").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags", [[], ["--fresh"]])
+@pytest.mark.parametrize("name", ["mine.txt", "identity.json"])
+def test_a_journal_folder_that_no_run_wrote_is_refused_and_left_alone(
+    command, capsys, tmp_path, monkeypatch, name, flags
+):
+    monkeypatch.setattr("router.run.load_method", lambda name: pytest.fail("loaded"))
+    folder = tmp_path / "out" / ".journal"
+    folder.mkdir(parents=True)
+    (folder / name).write_text('{"mine": true}')
+    assert command("average", *flags)[0] == 2
+    assert "expected no folder `.journal` in it" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == [name] and len(list(folder.parent.iterdir())) == 1
+
+
+def test_hidden_folders_that_no_run_wrote_are_left_alone(command, tmp_path):
+    kept = [strangers_files(tmp_path / "out" / name) for name in (".variants.mine", ".results.mine")]
+    code, out = command("average")
+    assert code == 0 and all((folder / "mine.txt").read_text() == "mine" for folder in kept)
+    assert {path.name for path in out.iterdir() if path.name.startswith(".")} == {
+        folder.name for folder in kept
+    }
+
+
+def test_a_lock_that_no_run_wrote_is_refused_and_left_alone(command, capsys, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").write_text("mine")
+    assert command("average")[0] == 2
+    assert "expected no file `.lock` in it" in capsys.readouterr().err
+    assert (tmp_path / "out" / ".lock").read_text() == "mine"
 
 
 def test_variants_that_cannot_be_moved_cost_a_warning_and_not_the_answers(

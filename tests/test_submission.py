@@ -6,6 +6,7 @@ import random
 import pandas as pd
 import pytest
 
+from helpers import write_csv
 from router.errors import InputError
 from router.submission import Query, read_queries, read_rows, write_submission, write_table
 
@@ -109,9 +110,29 @@ def test_eval_type_alone_decides(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_choice_of_thousands_of_digits_is_a_choice(tmp_path):
-    (query,) = read(tmp_path, f'1,Which?,multiple_choice,"[0x{"f" * 6000}, 1]"\n')
-    assert query.choices == ("0x" + "f" * 6000, "1")
+LONG = "7" * 5000
+
+
+@pytest.mark.parametrize(
+    ("field", "choices"),
+    [
+        (f"[0x{'f' * 6000}, 1]", ("0x" + "f" * 6000, "1")),
+        (f"[{LONG}, -{LONG}, 1]", (LONG, f"-{LONG}", "1")),
+        (f"[{LONG[:2500]}_{LONG[2500:]}, '{LONG}']", (LONG, LONG)),
+        (f"['it''s', 'a [{LONG}] b', {LONG}]", None),  # two texts without a comma
+        (f"['a' {LONG}]", None),
+        (f"[1 - {LONG}]", None),
+        (f"['a [-{LONG}] b', {LONG}  # {LONG}\n]", (f"a [-{LONG}] b", LONG)),
+    ],
+)
+def test_a_choice_of_thousands_of_digits_is_a_choice(tmp_path, field, choices):
+    rows = [("1", "Which?", "multiple_choice", field), ("2", "Why?", "generation", "")]
+    path = write_csv(tmp_path / "queries.csv", HEADER.strip().split(","), rows)
+    if choices is None:
+        with pytest.raises(InputError, match="line 2, column answer_choices: expected a Python list"):
+            read_queries(path)
+    else:
+        assert [query.choices for query in read_queries(path)] == [choices, ()]
 
 
 WRONG = {
@@ -147,7 +168,16 @@ WRONG = {
     ),
     "too few fields": (HEADER + "1,a,generation,\n2,b\n", ["line 3"], ["expected 4 fields", "fewer"]),
     "too many fields": (HEADER + "1,a, b,generation,\n", ["line 2"], ["expected 4 fields", "more"]),
-    "open quote": (HEADER + '1,"a,generation,\n', ["after line 1"], ["expected CSV in UTF-8"]),
+    "open quote": (
+        HEADER + '1,"a\nb",generation,\n2,"b,generation,\n3,c,generation,\n',
+        ["after line 3"],
+        ["each quote to be closed", "one that the next row opens is not"],
+    ),
+    "open quote and others": (
+        HEADER + '1,"a,generation,\n2,"b",generation,\n',
+        ["after line 1"],
+        ["text follows one", "is a quote before it never closed?"],
+    ),
     "a column twice": ("id," + HEADER, [], ["the column 'id' stands twice"]),
     "no id": (HEADER + "1,a,generation,\n,b,generation,\n", ["line 3", "column id"], ["an id, got ''"]),
     "a cursor": ("\x1b[2J" + HEADER, [], ["id is missing", r"found: \x1b[2Jid, input"]),
@@ -278,6 +308,24 @@ def test_choices_without_a_comma_are_refused_instead_of_joined(tmp_path, text):
 )
 def test_quotes_within_choices_are_no_missing_comma(tmp_path, text, choices):
     assert read_queries(with_choices(tmp_path, text))[0].choices == choices
+
+
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [
+        (b'5,"open,generation,', "expected each quote to be closed"),
+        (b'5,"a"b,generation,', "text follows one"),
+        ("5,ä,generation,".encode("latin-1"), "save it as UTF-8"),
+    ],
+)
+def test_where_a_file_breaks_off_what_came_before_is_told_too(tmp_path, end, cause):
+    path = tmp_path / "q.csv"
+    long = "b" * 100_000  # more than is decoded at once
+    path.write_bytes(f"{HEADER}1,a,guess,\n2,{long},generation,\n".encode() + end)
+    with pytest.raises(InputError) as caught:
+        read_queries(path)
+    first, last = str(caught.value).splitlines()
+    assert "line 2, column eval_type" in first and last.startswith(f"{path}, after line ") and cause in last
 
 
 def test_all_problems_of_a_file_are_told_at_once(tmp_path):

@@ -20,7 +20,7 @@ import httpx
 from merge.folders import WEIGHTS_FILE
 from router.errors import InputError, ServerError
 from router.files import sha256_of
-from router.model.answer import FAILED, Answer, Scoring, endings, likeliest
+from router.model.answer import FAILED, Answer, Scoring, endings, likeliest, warn
 from router.routing.variants import served
 from router.submission import GENERATION, Query
 
@@ -81,7 +81,7 @@ def answer(
                 tails = endings(tokenizer, query.choices)
                 return likeliest(_scored(client, name, row, tails, 0 if scoring == "full" else 1))
             except _RefusedError as error:
-                log.warning("query %s: the server refused it (%s), so it has no answer", query.id, error)
+                warn(query, f"the server refused it ({error})")
                 return FAILED
 
         pool = ThreadPoolExecutor(AT_ONCE)

@@ -6,7 +6,6 @@ else. Choices are scored by the log-probabilities of prompts that end with them.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +15,10 @@ from typing import Any
 
 from merge.folders import open_adapter, served_rank
 from router.errors import InputError
-from router.model.answer import FAILED, Answer, Scoring, continuation, end_tokens, endings, likeliest
+from router.model.answer import FAILED, Answer, Scoring, continuation, end_tokens, endings, likeliest, warn
 from router.model.base import Base
 from router.routing.variants import served
 from router.submission import GENERATION, Query
-
-log = logging.getLogger(__name__)
 
 AT_ONCE = 256  # queries, after which the journal has their answers
 ENVIRONMENT = {  # where it does not say otherwise
@@ -68,9 +65,7 @@ def answer(
         found = [[]] if writes else endings(base.tokenizer, query.choices)
         read = len(row) + max(map(len, found))
         if context and read >= context:
-            log.warning(
-                "query %s: does not fit into a context of %d tokens, so it has no answer", query.id, context
-            )
+            warn(query, f"does not fit into a context of {context} tokens")
             known[query] = FAILED
         else:
             tails[n], longest = found, max(longest, read + (max_new_tokens if writes else 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -143,7 +143,7 @@ def load_library(
         with _or_left_out(bad):
             for source in find(spec, local_only):
                 with _or_left_out(bad):
-                    _check_name(source, found)
+                    check_name(source, found)
                     adapter = opened(source)
                     if bad is not None:
                         adapter.check_values()
@@ -151,7 +151,15 @@ def load_library(
     return _some(found.values(), bad)
 
 
-def _check_name(source: Source, others: Mapping[str, Adapter]) -> None:
+def check_name(source: Source, others: Container[str]) -> None:
+    """Refuses an adapter whose name no column of the routing table may have.
+
+    Args:
+        others: the names of the library's other adapters.
+
+    Raises:
+        InputError: the column is not an adapter's, or another's, or the name cannot be printed.
+    """
     where = f"adapter {source.name!r} ({str(source.path)!r})"
     if taken := TAKEN.get(source.name) or ("two adapters" if source.name in others else None):
         raise InputError(f"{where}: {taken} would share a column of that name; rename the folder")

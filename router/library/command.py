@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
-from router.constants import BASE_COLUMN, LIBRARY
+from router.constants import LIBRARY
 from router.errors import InputError
-from router.library.adapters import Adapter, opened
+from router.library.adapters import Adapter, check_name, opened
 from router.library.duplicates import OVERLAP, SAME, norms_and_cosines, overlaps
 from router.library.sources import CARD_FILE, Source, expand, find, from_hub
 
@@ -142,19 +142,27 @@ def misfits(reports: Sequence[Report]) -> list[Report]:
         for trait, value in report.traits().items():
             votes[trait][value] += 1
     usual = {trait: values.most_common(1)[0] for trait, values in votes.items()}
-    taken, out = {BASE_COLUMN}, []
+    taken, out = set[str](), []
     for report in reports:
-        reason = report.reason
+        reason = report.reason or _misnamed(report, taken)
         odd = [(trait, value) for trait, value in report.traits().items() if value != usual[trait][0]]
-        if not reason and report.name in taken:
-            reason = f"{report.path}: the base model or another adapter has that name; rename the folder"
-        elif odd:
+        if not reason and odd:
             (trait, value), (most, count) = odd[0], usual[odd[0][0]]
             reason = f"{report.path}: {trait} is {value}, but {most} in {count} of the others"
         if not reason:
             taken.add(report.name)
         out.append(replace(report, reason=reason))
     return out
+
+
+def _misnamed(report: Report, taken: Container[str]) -> str | None:
+    """Why a run would refuse the adapter's name; None if it would not."""
+    try:
+        if report.source:
+            check_name(report.source, taken)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def add(spec: str, library: Path) -> Report:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from router.deadline import Deadline
-from router.errors import out_of_memory
+from router.errors import out_of_memory, printable
 from router.model.device import batch_tokens
 from router.submission import GENERATION, MULTIPLE_CHOICE, UNKNOWN, Query
 
@@ -107,6 +107,11 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 FAILED = Answer(UNKNOWN, failed=True)
+
+
+def warn(query: Query, reason: str) -> None:
+    """Says that a query has no answer. Its id and the reason may be a stranger's text."""
+    log.warning("%s", printable(f"query {query.id}: {reason}, so it has no answer"))
 
 
 def likeliest(scores: tuple[float, ...]) -> Answer:
@@ -342,9 +347,7 @@ def answer(
                 answers.update((n, known[queries[n]]) for n in batch)  # the same query, the same answer
                 for n in batch:
                     if answers[n].failed:
-                        log.warning(
-                            "query %s: the model's output is not finite, so it has no answer", queries[n].id
-                        )
+                        warn(queries[n], "the model's output is not finite")
                 progress(sum(len(rows[n]) for n in batch))
                 if deadline:
                     share = limit / max_new_tokens if way is generated else 1.0
@@ -352,7 +355,7 @@ def answer(
                     deadline.shortened += len(batch) if way is generated and limit < max_new_tokens else 0
                 batches = rest
             elif len(batch) == 1:
-                log.warning("query %s: does not fit into memory, so it has no answer", queries[batch[0]].id)
+                warn(asked[0], "does not fit into memory")
                 answers[batch[0]], batches = FAILED, rest  # not kept: there may be more memory next time
             else:
                 batches = [half for whole in batches for half in _halves(whole)]

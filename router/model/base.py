@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from router.errors import InputError, out_of_memory
-from router.files import cache_folder, is_folder, sha256_of
+from router.files import cache_folder, is_folder, sha256_of, told_if_full
 from router.hub import HubError, fetch
 from router.model.answer import pad_id
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
@@ -70,16 +70,23 @@ def embedded_folder() -> Path:
     """The embedded base model as a folder of config, safetensors and tokenizer; made on first use.
 
     The weights are kept in float32, since a narrower dtype would not hold the dequantised values exactly.
+
+    Raises:
+        InputError: it is not installed, is replaced meanwhile, or there is no room for it.
     """
-    gguf = embedded_gguf()
-    folder = cache_folder() / f"smollm2-135m-instruct-{sha256_of(gguf)[:16]}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    gguf, cache = embedded_gguf(), cache_folder()
+    before = _stamps(gguf)
+    folder = cache / f"smollm2-135m-instruct-{sha256_of(gguf)[:16]}"
+    if folder.is_dir():
+        return folder
+    with told_if_full(cache, "the converted base model", "set PROTO_ROUTE_CACHE to another folder"):
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
         try:
             # transformers draws its progress bars even without a terminal.
             with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
                 convert(gguf, work)
+            _check_unchanged(gguf, before)
             work.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster and made the same bytes
@@ -87,6 +94,23 @@ def embedded_folder() -> Path:
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _stamps(weights: Path) -> list[tuple[Any, ...]]:
+    """What changes where weights, in a file or in a folder's safetensors files, are replaced."""
+    files = weights.glob("*.safetensors*") if weights.is_dir() else [weights]
+    found = ((file.name, file.stat()) for file in sorted(files) if file.is_file())
+    return [(name, about.st_ino, about.st_size, about.st_mtime_ns) for name, about in found]
+
+
+def _check_unchanged(weights: Path, before: list[tuple[Any, ...]]) -> None:
+    """Refuses weights that were replaced since: what is kept under their hash would be of others.
+
+    Raises:
+        InputError: they were.
+    """
+    if _stamps(weights) != before:
+        raise InputError(f"{weights}: the weights were changed while they were read; run again")
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -121,8 +145,8 @@ def load_base(
             takes it: a word such as `auto`, or a device, `cpu` or `disk` by module; None does not.
 
     Raises:
-        InputError: the model is not here and cannot be fetched, cannot be loaded, its output is not finite,
-            or its device is missing.
+        InputError: the model is not here and cannot be fetched, cannot be loaded, is replaced meanwhile, its
+            output is not finite, or its device is missing.
     """
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -132,11 +156,13 @@ def load_base(
     for capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(capacity, "64")
     if spec == EMBEDDED:
-        folder, name, revision = embedded_folder(), EMBEDDED_ID, None
+        weights, name, revision = embedded_gguf(), EMBEDDED_ID, None
     elif is_folder(spec):
-        folder, name, revision = Path(spec), spec, None
+        weights, name, revision = Path(spec), spec, None
     else:
-        folder, name, revision = _from_hub(spec)
+        weights, name, revision = _from_hub(spec)
+    before = _stamps(weights)
+    folder = embedded_folder() if spec == EMBEDDED else weights
     place = pick_device(device)
     if place == "cpu":
         keep_freed_memory()
@@ -145,6 +171,8 @@ def load_base(
     try:
         how = _places(device_map, place)
         tokenizer, model = _read(folder, pick_dtype(dtype, place), again=spec == EMBEDDED, **how)
+        sha256 = sha256_of(weights) if spec == EMBEDDED else sha256_of(*weight_files(folder))
+        _check_unchanged(weights, before)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error
@@ -157,7 +185,6 @@ def load_base(
         )
     ready(model, place)
     _check_finite(model, spec)
-    sha256 = sha256_of(embedded_gguf()) if spec == EMBEDDED else sha256_of(*weight_files(folder))
     return Base(model, tokenizer, name, revision, sha256)
 
 

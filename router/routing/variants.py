@@ -7,7 +7,6 @@ answers with it.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ import torch
 
 from merge.factors import Factors, recompress, weighted_sum
 from merge.folders import write_adapter
+from router.files import is_ours, mark, remove_ours
 from router.library.adapters import Adapter
 from router.model.base import Base
 from router.routing.clusters import Array
 
 VARIANTS = "variants"  # the folder of variants in an output folder
-MARKER = ".proto-route"  # a file in it, without which it is somebody else's
 log = logging.getLogger(__name__)
 
 NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
@@ -119,20 +118,6 @@ def write_variant(
     return write_adapter(path, updates, base.name, base.revision, base.model.dtype)
 
 
-def variants_are_ours(output: Path) -> bool:
-    """Whether `variants` in an output folder is missing, empty, or was written by an earlier run."""
-    final = output / VARIANTS
-    if final.is_symlink() or not final.is_dir():
-        return not (final.is_symlink() or final.exists())
-    return (final / MARKER).is_file() or not any(final.iterdir())
-
-
-def remove_variants(output: Path) -> None:
-    """Removes the variants of an earlier run from an output folder."""
-    if variants_are_ours(output):
-        shutil.rmtree(output / VARIANTS, ignore_errors=True)
-
-
 def replace_variants(work: Path, output: Path) -> None:
     """Moves a folder of variants to `variants` in the output folder, in place of those of an earlier run.
 
@@ -140,10 +125,10 @@ def replace_variants(work: Path, output: Path) -> None:
     """
     final = output / VARIANTS
     try:
-        if not variants_are_ours(output):
+        if not is_ours(final):
             raise FileExistsError(f"{final} was not written by this program")
-        shutil.rmtree(final, ignore_errors=True)
-        (work / MARKER).touch()
+        remove_ours(final)
+        mark(work)
         work.chmod(0o755)
         work.rename(final)
     except OSError as error:

@@ -5,7 +5,6 @@ The converter knows how each architecture's weights are laid out. Loads no model
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from urllib.parse import quote
 
 from merge.folders import open_adapter, write_adapter
 from router.errors import InputError
+from router.files import is_ours, mark, remove_ours
 from router.hub import HubError, fetch
 from router.model.base import EMBEDDED_ID, embedded_folder, embedded_gguf
 from router.serving.names import Served
@@ -45,8 +45,13 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
         The files by the adapters' names, in the same order.
 
     Raises:
-        InputError: there is no converter, or it fails.
+        InputError: the folder is somebody else's, there is no converter, or it fails.
     """
+    if not is_ours(out):
+        raise InputError(
+            f"{out}: expected no such folder, or one of an earlier export, since it would be replaced; "
+            "move it away"
+        )
     script = llama_cpp / CONVERTER if llama_cpp else None
     if script is None or not script.is_file():
         got = f"no {CONVERTER} in {llama_cpp}" if llama_cpp else "none"
@@ -64,7 +69,8 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
             if done.returncode or not file.is_file():
                 reason = (done.stderr.strip() or "it wrote nothing").splitlines()[-1]
                 raise InputError(f"{script}: cannot convert {name} ({path}): {reason}")
-        shutil.rmtree(out, ignore_errors=True)
+        remove_ours(out)
+        mark(files)
         files.rename(out)
     return {name: out / f"{quote(name, safe='')}.gguf" for name in served.folders}
 

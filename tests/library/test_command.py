@@ -13,6 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from helpers import WIDTHS, write_tiny_adapter
+from router.errors import InputError
 from router.library.adapters import load_library
 from router.library.command import heat_map, main
 
@@ -180,13 +181,17 @@ def test_all_broken_ones_are_named(capsys, tiny_library):
     assert checked(capsys, tiny_library)[1]["cosines"] == []
 
 
-def test_names_that_cannot_stand_side_by_side(capsys, tiny_library, tmp_path):
-    write_tiny_adapter(tmp_path / "base", 4)
+def test_names_that_a_run_refuses(capsys, tiny_library, tmp_path):
+    odd = [write_tiny_adapter(tmp_path / name, 4) for name in ("base", "id", "variant", "a\x1b[2Jb")]
     shutil.copytree(tiny_library / "mlp", tmp_path / "other" / "mlp")
-    _, found = checked(capsys, tiny_library, tmp_path / "base", tmp_path / "other" / "mlp")
+    odd.append(tmp_path / "other" / "mlp")
+    code, found = checked(capsys, tiny_library, *odd)
     reasons = [facts["reason"] for facts in found["adapters"]]
-    assert reasons[:3] == [None] * 3
-    assert all("another adapter has that name" in reason for reason in reasons[3:])
+    assert code == 2 and reasons[:3] == [None] * 3
+    for folder, reason in zip(odd, reasons[3:], strict=True):
+        with pytest.raises(InputError) as told:
+            load_library([str(tiny_library), str(folder)])
+        assert reason == str(told.value) and "rename the folder" in reason
 
 
 def test_the_heat_map_is_drawn_for_small_libraries_only(capsys, monkeypatch, tiny_library):
@@ -249,6 +254,14 @@ def test_add_wants_a_revision(capsys, hub, tiny_library):
     code, out, error = run(capsys, "add", "some/knitter", "--to", tiny_library)
     assert (code, out, hub[1]) == (2, "", [])
     assert "expected HUB_ID@REVISION" in error and "huggingface.co/some/knitter/commits/main" in error
+
+
+@pytest.mark.parametrize("name", ["base", "id", "variant"])
+def test_add_refuses_a_name_that_a_run_refuses(capsys, hub, tiny_library, name):
+    before = sorted(tiny_library.rglob("*"))
+    code, out, error = run(capsys, "add", f"some/{name}@v1", "--to", tiny_library)
+    assert (code, out) == (2, "") and "would share a column of that name" in error
+    assert sorted(tiny_library.rglob("*")) == before
 
 
 REFUSED = {

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from router.errors import InputError
 from router.model import base as module
-from router.model.base import load_base
+from router.model.base import embedded_folder, load_base
 
 
 @pytest.fixture()
@@ -78,3 +78,43 @@ def test_an_embedded_model_that_was_damaged_is_converted_again(tiny_base, tmp_pa
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(SafetensorError):
         module._read(folder, torch.float32)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_weights_that_are_replaced_while_they_are_read_are_refused(copied, tmp_path, monkeypatch, moment):
+    """Else what is computed from one model would be kept under the hash of another, for good."""
+    other = shutil.copytree(copied, tmp_path / "other")
+    spoilt(other, lambda tensors: tensors["lm_head.weight"].mul_(2))
+    read = module._read
+
+    def replaced(*args, **places):
+        if moment == "before":
+            (other / "model.safetensors").replace(copied / "model.safetensors")
+        found = read(*args, **places)
+        if moment == "after":
+            (other / "model.safetensors").replace(copied / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(module, "_read", replaced)
+    with pytest.raises(
+        InputError, match=f"--base_model {copied}: .* changed while they were read; run again"
+    ):
+        load_base(str(copied), "cpu", "float32")
+    monkeypatch.undo()
+    load_base(str(copied), "cpu", "float32")
+
+
+def test_an_embedded_model_that_is_replaced_while_it_is_converted_is_not_kept(tmp_path, monkeypatch):
+    gguf, cache = tmp_path / "model.gguf", tmp_path / "cache"
+    gguf.write_bytes(b"one")
+
+    def converted(_, folder):
+        (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+        gguf.write_bytes(b"another")
+
+    monkeypatch.setattr(module, "embedded_gguf", lambda: gguf)
+    monkeypatch.setattr(module, "cache_folder", lambda: cache)
+    monkeypatch.setattr(module, "convert", converted)
+    with pytest.raises(InputError, match=f"{gguf}: the weights were changed while they were read"):
+        embedded_folder()
+    assert list(cache.iterdir()) == []

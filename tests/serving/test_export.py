@@ -119,7 +119,16 @@ def test_a_saved_router_has_its_variants_for_llamacpp(tiny_base, tiny_library, t
     saved = router.save(tmp_path / "saved")
     assert main([str(saved), *map(str, llama_cpp)]) == 0
     made = {f"variant-{n}.gguf" for n, variant in enumerate(router.variants) if variant.weights}
-    assert {path.name for path in (saved / "gguf").iterdir()} == made and made
+    assert {path.name for path in (saved / "gguf").glob("*.gguf")} == made and made
+    assert main([str(saved), *map(str, llama_cpp)]) == 0  # a second time, over the first
+
+
+def test_a_folder_that_no_export_wrote_is_refused_and_left_alone(out, llama_cpp, capsys):
+    (out / "gguf").mkdir()
+    (out / "gguf" / "mine").write_text("mine")
+    assert main([str(out), *map(str, llama_cpp)]) == 2
+    assert f"{out / 'gguf'}: expected no such folder" in capsys.readouterr().err
+    assert [path.read_text() for path in (out / "gguf").iterdir()] == ["mine"]
 
 
 def test_what_llamacpp_lacks_is_refused_in_a_line_and_nothing_is_left(out, llama_cpp, tiny_library, capsys):

@@ -214,8 +214,9 @@ def _whole(values: NDArray[Any]) -> Labels:
 
 
 def escaped(value: Any) -> str:
-    """JSON that may stand in a script block: no tag can begin in it, and no line end is hidden in it."""
+    """JSON that may stand in a script block of a UTF-8 page: no tag can begin in it, no line end is hidden.
+
+    Halves of characters (lone surrogates), which UTF-8 lacks, are escaped too; browsers show them as U+FFFD.
+    """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for letter in "<>&\u2028\u2029":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return text
+    return re.sub(r"[<>&\u2028\u2029\ud800-\udfff]", lambda letter: f"\\u{ord(letter[0]):04x}", text)
