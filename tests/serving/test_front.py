@@ -1,7 +1,9 @@
 """The front: what it passes on, to whom, and what it says in bad weather. The upstream is a small stub."""
 
 import asyncio
+import gzip
 import json
+import zlib
 
 import pytest
 
@@ -151,6 +153,67 @@ def test_odd_headers_and_names_pass_or_are_quoted():
         assert sent["user-agent"] == "é" and "br" not in sent["accept-encoding"]
 
     talk(work, upstream=upstream)
+
+
+ZIPPED = {"content-encoding": "gzip"}
+
+
+def test_a_compressed_body_of_another_model_arrives_as_it_was_sent():
+    upstream = Upstream()
+
+    async def take(request):
+        upstream.seen.append((request.url.path, await request.body(), dict(request.headers)))
+        return JSONResponse({})
+
+    upstream.app.router.routes[-1] = Route("/v1/{path:path}", take, methods=["POST"])
+
+    async def work(client, upstream, _):
+        whole = gzip.compress(b'{"model": "theirs", "prompt": "x"}')
+        odd = zlib.compress(b"anything at all")
+        for path, content, encoding in (
+            ("/v1/completions", whole, "gzip"),
+            ("/v1/embeddings", whole, "gzip"),
+            ("/v1/embeddings", odd, "deflate"),
+        ):
+            await client.post(path, content=content, headers={"content-encoding": encoding})
+            at, body, headers = upstream.seen[-1]
+            assert (at, body, headers["content-encoding"]) == (path, content, encoding)
+            assert headers["content-length"] == str(len(content))
+
+    talk(work, upstream=upstream)
+
+
+def test_a_compressed_body_for_auto_is_read_and_goes_on_without_its_compression():
+    async def work(client, upstream, _):
+        zipped = gzip.compress(json.dumps(completion("x")).encode())
+        answer = await client.post("/v1/completions", content=zipped, headers=ZIPPED)
+        assert answer.json()["model"] == "variant-0"
+        _, body, headers = upstream.seen[0]
+        assert body == {"model": "variant-0", "prompt": "x"} and "content-encoding" not in headers
+        answer = await client.post("/v1/route", content=zipped, headers=ZIPPED)
+        assert answer.json()["model"] == "variant-0"
+
+    talk(work)
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "status", "cause"),
+    [
+        (gzip.compress(b'{"model": "auto"}'), "br", 415, "expected gzip or none, got br"),
+        (b'{"model": "auto"}', "gzip", 400, "expected a body in gzip"),
+        (gzip.compress(b'{"model": "auto"}')[:-9], "gzip", 400, "expected a body in gzip"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 20, "gzip", 400, "expected a body in gzip"),
+        (gzip.compress(b'{"model": "auto", "prompt": "' + b"x" * (4 << 20)), "gzip", 413, "at most 4194304"),
+    ],
+)
+def test_a_body_that_cannot_be_unpacked_is_refused(content, encoding, status, cause):
+    async def work(client, upstream, _):
+        headers = {"content-encoding": encoding}
+        answer = await client.post("/v1/completions", content=content, headers=headers)
+        assert answer.status_code == status and cause in answer.json()["error"]["message"]
+        assert upstream.seen == []
+
+    talk(work)
 
 
 def test_the_upstreams_own_key_is_brought():
