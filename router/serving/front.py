@@ -421,6 +421,8 @@ class Front:
     async def _whole(self, answer: httpx.Response) -> bytes:
         try:
             return await answer.aread()
+        except httpx.TimeoutException as error:
+            raise self._gone(error) from error
         except httpx.HTTPError as error:
             self.upstream = None  # it may come back with other adapters
             raise Refused(502, f"the upstream broke off ({type(error).__name__})") from error

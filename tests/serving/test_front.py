@@ -325,6 +325,24 @@ def test_an_upstream_that_dies_in_the_middle_and_comes_back_with_other_names():
     talk(work, upstream=upstream, transport=Mortal(upstream.app))
 
 
+def test_an_upstream_that_stalls_in_the_middle_of_an_answer_is_too_slow():
+    class Half(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            yield b'{"model": '
+            raise httpx.ReadTimeout("slow")
+
+    def answer(request):
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "the-base"}]})
+        return httpx.Response(200, stream=Half())
+
+    async def work(client, *_):
+        answer = await client.post("/v1/completions", json=completion("x"))
+        assert answer.status_code == 504 and "in time" in answer.json()["error"]["message"]
+
+    talk(work, transport=httpx.MockTransport(answer))
+
+
 def test_a_stream_that_breaks_off_ends_and_the_next_request_is_answered():
     class Half(httpx.AsyncByteStream):
         async def __aiter__(self):
