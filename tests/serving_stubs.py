@@ -3,8 +3,11 @@
 import asyncio
 import json
 import socket
+import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -16,6 +19,22 @@ def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
+
+
+@contextmanager
+def serving(app):
+    """An application over HTTP, in a thread; yields its address."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        thread.join(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 MODELS = ({"id": "the-base"}, {"id": "variant-0", "parent": "the-base"})

@@ -5,9 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
@@ -16,19 +17,20 @@ from router import Router
 from router.serving.command import main
 
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
+pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from serving_stubs import free_port  # noqa: E402
+from serving_stubs import free_port, serving  # noqa: E402
+from starlette.applications import Starlette  # noqa: E402
+from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
+from starlette.routing import Route  # noqa: E402
 
 TEXTS = [f"{word} number {n}" for n in range(4) for word in ("What is", "Say", "Bonjour")]
+posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 
 @pytest.fixture()
 def upstream():
     """A stub server in a thread; yields its address, the slow prompts it was asked, and who has left."""
-    from starlette.applications import Starlette
-    from starlette.responses import JSONResponse, StreamingResponse
-    from starlette.routing import Route
 
     async def models(_):
         return JSONResponse({"data": [{"id": "tiny"}]})
@@ -56,57 +58,82 @@ def upstream():
 
     asked, left = [], []
     routes = [Route("/v1/models", models), Route("/v1/completions", answer, methods=["POST"])]
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{port}", asked, left
-    server.should_exit = True
-    thread.join()
+    with serving(Starlette(routes=routes)) as address:
+        yield address, asked, left
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_it_serves_reloads_drains_and_tells_that_a_client_has_left(
-    upstream, tiny_base, tiny_library, tmp_path
-):
+@pytest.fixture()
+def router(tiny_base, tiny_library):
+    """A router of several variants for TEXTS."""
     how = {"device": "cpu", "dtype": "float32"}
+    return Router.from_library(tiny_library, base_model=str(tiny_base), **how).fit(TEXTS)
+
+
+@contextmanager
+def started(saved, upstream, *flags):
+    """The command as a process; yields it, a client, and what it wrote to its log once it has ended."""
+    port = free_port()
+    words = ["serve", "--router", saved, "--upstream", upstream, "--port", port, "--device", "cpu", *flags]
+    log = []
+    with tempfile.TemporaryFile("w+") as errors, httpx.Client(timeout=30) as client:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "router", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            stderr=errors,
+        )  # fmt: skip
+        client.base_url = f"http://127.0.0.1:{port}"
+        try:
+            assert " variants" in process.stdout.readline()
+            _until(lambda: _listens(client))
+            yield process, client, log
+        finally:
+            process.kill()
+            process.communicate()
+            errors.seek(0)
+            log += errors.read().splitlines()
+
+
+@posix
+def test_it_serves_reloads_drains_and_tells_that_a_client_has_left(upstream, router, tmp_path):
     upstream, asked, left = upstream
-    router = Router.from_library(tiny_library, base_model=str(tiny_base), **how).fit(TEXTS)
-    saved, port = router.save(tmp_path / "saved"), free_port()
-    words = ["serve", "--router", saved, "--upstream", upstream, "--port", port, "--device", "cpu"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "router", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        assert f"{len(router.variants)} variants" in process.stdout.readline()
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            for text, choice in zip(TEXTS, router.choose(TEXTS), strict=True):
-                answer = _post(client, text)
-                made = router.variants[choice.variant].weights
-                assert answer["model"] == (f"variant-{choice.variant}" if made else "tiny")
-            router.fit(TEXTS[:1]).save(saved)  # one variant
-            process.send_signal(signal.SIGHUP)
-            until = time.monotonic() + 30
-            while _post(client, TEXTS[1])["model"] not in ("variant-0", "tiny") and time.monotonic() < until:
-                time.sleep(0.1)
-            assert _post(client, TEXTS[1])["model"] in ("variant-0", "tiny")
-            body = {"model": "auto", "prompt": "Endless"}
-            with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
-                assert next(answer.iter_raw()).startswith(b"data: 0")
-            with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/completions", json=body, timeout=1)
-            _until(lambda: sorted(left) == ["stream", "whole"])
-            with ThreadPoolExecutor() as pool:
-                slow = pool.submit(_post, client, "Slow")
-                _until(lambda: asked)
-                process.send_signal(signal.SIGTERM)
-                assert slow.result()["model"] in ("variant-0", "tiny")
+    saved = router.save(tmp_path / "saved")
+    with started(saved, upstream) as (process, client, log):
+        for text, choice in zip(TEXTS, router.choose(TEXTS), strict=True):
+            assert _post(client, text)["model"] == _name(router, choice)
+        router.fit(TEXTS[:1]).save(saved)  # one variant
+        process.send_signal(signal.SIGHUP)
+        _until(lambda: _post(client, TEXTS[1])["model"] in ("variant-0", "tiny"))
+        body = {"model": "auto", "prompt": "Endless"}
+        with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+            assert next(answer.iter_raw()).startswith(b"data: 0")
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json=body, timeout=1)
+        _until(lambda: sorted(left) == ["stream", "whole"])
+        with ThreadPoolExecutor() as pool:
+            slow = pool.submit(_post, client, "Slow")
+            _until(lambda: asked)
+            process.send_signal(signal.SIGTERM)
+            assert slow.result()["model"] in ("variant-0", "tiny")
         assert process.wait(20) in (0, -signal.SIGTERM)
-    finally:
-        process.kill()
-        _, errors = process.communicate()
-    assert "Traceback" not in errors and "What is number" not in errors
+    assert not any("Traceback" in line or "What is number" in line for line in log)
+
+
+@posix
+def test_an_open_stream_does_not_hold_up_the_end(upstream, router, tmp_path):
+    upstream, _, left = upstream
+    body = {"model": "auto", "prompt": "Endless", "stream": True}
+    with (
+        started(router.save(tmp_path / "saved"), upstream, "--timeout", 1) as (process, client, _),
+        client.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        chunks = answer.iter_raw()  # held, else httpx closes the connection
+        assert next(chunks).startswith(b"data: 0")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+        _until(lambda: left == ["stream"])
+
+
+def _name(router, choice):
+    return f"variant-{choice.variant}" if router.variants[choice.variant].weights else "tiny"
 
 
 def _until(what):
@@ -116,13 +143,15 @@ def _until(what):
         time.sleep(0.02)
 
 
+def _listens(client):
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
 def _post(client, text):
-    for _ in range(100):  # until it listens
-        try:
-            return client.post("/v1/completions", json={"model": "auto", "prompt": text}).json()
-        except httpx.ConnectError:
-            time.sleep(0.1)
-    raise AssertionError("nobody listens")
+    return client.post("/v1/completions", json={"model": "auto", "prompt": text}).json()
 
 
 def test_what_cannot_start_says_why(capsys, tmp_path, monkeypatch):
