@@ -69,7 +69,7 @@ class Upstream:
 
     def __init__(self, models=MODELS, loras=()):
         self.seen, self.closed, self.broken = [], 0, False
-        self.listed, self.loras = models, loras
+        self.listed, self.loras, self.unloaded = models, loras, set()
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self.models),
@@ -92,6 +92,9 @@ class Upstream:
         self.seen.append((request.url.path, body, dict(request.headers)))
         if self.broken:
             return JSONResponse({"error": "broken"}, 503)
+        if body.get("model") in self.unloaded:  # in vLLM's words
+            about = {"message": f"The model `{body['model']}` does not exist.", "type": "NotFoundError"}
+            return JSONResponse({"error": about | {"param": "model", "code": 404}}, 404)
         if body.get("stream"):
             return StreamingResponse(self.chunks(), media_type="text/event-stream")
         return JSONResponse({"model": body.get("model"), "choices": [{"text": body.get("prompt")}]})

@@ -280,6 +280,21 @@ def test_the_upstreams_errors_come_back_with_their_status():
     talk(work)
 
 
+def test_a_variant_that_the_upstream_has_lost_is_its_own_404_and_the_others_go_on():
+    async def work(client, upstream, _):
+        assert (await client.post("/v1/completions", json=completion("x"))).status_code == 200
+        upstream.unloaded, upstream.listed = {"variant-0"}, ({"id": "the-base"},)
+        for more in ({}, {"stream": True}):
+            answer = await client.post("/v1/completions", json=completion("x", **more))
+            assert answer.status_code == 404 and answer.headers["x-router-model"] == "variant-0"
+            assert answer.json()["error"]["message"] == "The model `variant-0` does not exist."
+        assert (await client.post("/v1/completions", json=completion("y"))).json()["model"] == "the-base"
+        ready = await client.get("/ready")
+        assert ready.status_code == 503 and "variant-0" in ready.json()["error"]["message"]
+
+    talk(work)
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(httpx.ConnectError("no"), 502), (httpx.ReadTimeout("slow"), 504)]
 )
