@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import re
 import zlib
 
 import pytest
@@ -14,6 +15,7 @@ from serving_stubs import LLAMACPP, Two, Upstream  # noqa: E402
 from starlette.responses import JSONResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
+from helpers import ROOT  # noqa: E402
 from router.api import Choice, Router  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
 from router.serving.front import Front  # noqa: E402
@@ -571,6 +573,22 @@ def test_metrics_and_the_last_decisions_hold_no_prompt():
         assert "What was routed where" in (await client.get("/")).text
 
     talk(work)
+
+
+@pytest.mark.parametrize("listed", [Upstream().listed, None])
+def test_the_share_of_the_base_model_can_be_asked_of_the_metrics_as_documented(listed):
+    query = re.search(r"  (.*vector.*)", (ROOT / "docs" / "serving.md").read_text("utf-8"))[1]
+    (pattern,) = re.findall(r'router_requests_total\{variant!~"(.+?)"\}', query)
+
+    async def work(client, *_):
+        for prompt in ("x", "x too", "x again", "y"):
+            await client.post("/v1/completions", json=completion(prompt))
+        text = (await client.get("/metrics")).text
+        counts = dict(re.findall(r'^router_requests_total\{variant="(.+)"\} (.+)$', text, re.M))
+        base = sum(float(count) for name, count in counts.items() if not re.fullmatch(pattern, name))
+        assert base / sum(map(float, counts.values())) == 0.25
+
+    talk(work, upstream=Upstream(listed))
 
 
 def test_the_log_holds_prompts_only_if_it_is_asked_to(caplog):
