@@ -207,6 +207,7 @@ def test_a_compressed_body_for_auto_is_read_and_goes_on_without_its_compression(
         (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 20, "gzip", 400, "expected a body in gzip"),
         (gzip.compress(b'{"model": "auto", "prompt": "' + b"x" * (4 << 20)), "gzip", 413, "at most 4194304"),
     ],
+    ids=["another kind", "not packed", "cut off", "damaged", "too long"],  # gzip's bytes hold the time
 )
 def test_a_body_that_cannot_be_unpacked_is_refused(content, encoding, status, cause):
     async def work(client, upstream, _):
