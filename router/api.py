@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 
 from router.constants import BASE_COLUMN
 from router.errors import InputError
@@ -29,9 +30,6 @@ from router.runs.load import load as load_run
 from router.settings import Settings
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.version import own_version
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ABOUT = "router.json"  # beside FILE in a saved router's folder
 SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed")  # that a saved router keeps
@@ -208,8 +206,6 @@ class Router:
 
     def route(self, texts: Sequence[str]) -> pd.DataFrame:
         """The weights of each text, which sum to 1: a row per text, a column per candidate."""
-        import pandas as pd  # here, since a server has no use for it
-
         queries = _queries(texts, None)
         routing = self._method.route(queries, self._method.encoded(queries))
         return pd.DataFrame(routing.weights, columns=self.candidates)

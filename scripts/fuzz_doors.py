@@ -34,7 +34,7 @@ from router.model.base import Base
 from router.result import Routing
 from router.routing.evidence import Evidence
 from router.routing.fitted import FORMAT, Fitted
-from router.routing.gate import Gate
+from router.routing.gate import PrototypeGate
 from router.routing.prototypes import ModulePrototypes, prototypes
 from router.runs.compare import compare
 from router.runs.explain import explain, open_console, show
@@ -198,7 +198,7 @@ def saved_router() -> None:
     protos = {
         m: ModulePrototypes(torch.eye(WIDTH, 4), torch.full((4,), 0.5), owners.clone()) for m in MODULES
     }
-    gate = Gate().fit(responses, confidence=rng.normal(size=20))
+    gate = PrototypeGate().fit(responses, confidence=rng.normal(size=20))
     means = {m: torch.zeros(WIDTH) for m in MODULES}
     Fitted(NAMES, protos, means, gate, [0, 1], [], [], responses.mean(0)).save(Path())
     about = {

@@ -15,7 +15,7 @@ from helpers import NAMES, write_tiny_library
 from merge.factors import Factors, recompress, weighted_sum
 from router.library.adapters import load_library
 from router.methods.proto_route import ProtoRoute
-from router.routing.gate import Gate
+from router.routing.gate import PrototypeGate
 from router.settings import Settings
 from router.submission import Query
 
@@ -89,8 +89,8 @@ def test_permuted_queries_and_adapters_permute_the_weights(data, n_adapters, n_m
     generic[:, absent] = X[:, absent] = np.nan
     sure, surer = rng.normal(size=40), rng.normal(size=12)
     queries, adapters = (data.draw(st.permutations(range(n))) for n in (12, n_adapters))
-    plain = Gate().fit(generic, confidence=sure).predict_proba(X, surer)
-    moved = Gate().fit(generic[:, adapters], confidence=sure)
+    plain = PrototypeGate().fit(generic, confidence=sure).predict_proba(X, surer)
+    moved = PrototypeGate().fit(generic[:, adapters], confidence=sure)
     found = moved.predict_proba(X[queries][:, adapters], surer[queries])
     np.testing.assert_allclose(found, plain[queries][:, [*adapters, n_adapters]], atol=1e-9)
 

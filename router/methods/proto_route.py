@@ -17,7 +17,7 @@ from router.result import Routing
 from router.routing.calibration import Calibration
 from router.routing.evidence import joined
 from router.routing.fitted import Fitted
-from router.routing.gate import Gate
+from router.routing.gate import PrototypeGate
 from router.routing.probe import Probed, together
 from router.routing.prototypes import prototypes
 from router.submission import Query
@@ -53,7 +53,7 @@ class ProtoRoute(Routed):
             calibration = Calibration(self.base, limit, ahead)
             means = calibration.means(list(protos))
             reference = calibration.responses(self.adapters, protos, means)
-            gate = Gate(self.settings.temperature, self.settings.top_k, self.settings.false_alarm)
+            gate = PrototypeGate(self.settings.temperature, self.settings.top_k, self.settings.false_alarm)
             confidence = calibration.confidence()
             return Fitted.learn(self.adapters, protos, means, gate, reference, confidence, ahead)
 

@@ -28,7 +28,7 @@ from router.model.passes import truncated
 from router.routing.calibration import silent
 from router.routing.clusters import Array
 from router.routing.evidence import Evidence
-from router.routing.gate import Gate
+from router.routing.gate import PrototypeGate
 from router.routing.probe import AHEAD, Probed, probe, unreadable
 from router.routing.prototypes import ModulePrototypes
 
@@ -70,7 +70,7 @@ class Fitted:
     names: list[str]
     prototypes: Mapping[str, ModulePrototypes]
     means: Mapping[str, Tensor]
-    gate: Gate
+    gate: PrototypeGate
     representative: list[int]
     lookalikes: list[int]
     silent: list[int]
@@ -83,7 +83,7 @@ class Fitted:
         adapters: Sequence[Adapter],
         prototypes: Mapping[str, ModulePrototypes],
         means: Mapping[str, Tensor],
-        gate: Gate,
+        gate: PrototypeGate,
         reference: NDArray[np.float32],
         confidence: NDArray[np.float32],
         ahead: int = AHEAD,
@@ -219,7 +219,7 @@ class Fitted:
             "representative": self.representative,
             "lookalikes": self.lookalikes,
             "silent": self.silent,
-            "gate": {name: getattr(self.gate, name) for name in ("temperature", "top_k", "false_alarm")},
+            "gate": self.gate.get_params(),
             "ahead": self.ahead,
         }
         work = folder / f".{FILE}"
@@ -247,7 +247,7 @@ class Fitted:
                 about = parsed((file.metadata() or {}).get("router", "null"), _ABOUT)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             _check(about, tensors, widths)
-            gate = Gate(**about["gate"])
+            gate = PrototypeGate(**about["gate"])
             for name in _LEARNED:
                 setattr(gate, name, tensors[f"gate {name}"].numpy())
             gate.level_ = float(tensors["gate level_"])

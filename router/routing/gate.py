@@ -1,7 +1,6 @@
-"""From responses to weights, on plain arrays.
+"""From responses to weights: a scikit-learn estimator on plain arrays.
 
-It knows no files and no models, so it serves any base model whose responses somebody has measured. Nor does
-it import scikit-learn, which takes a server 100 MiB or so; router/routing/estimator.py makes it an estimator.
+It knows no files and no models, so it serves any base model whose responses somebody has measured.
 Notation: R[q, i, m, v] is the response of query q, adapter i, module m in view v: 0 over the whole prompt,
 1 over its end. Reference queries are generic text, task-like prompts that no adapter was made for.
 """
@@ -14,6 +13,8 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
 
 from router.routing import shortlist
 from router.routing.shortlist import FLOOR, Shortlist, tellers
@@ -29,7 +30,7 @@ _ENTRIES = 1 << 22  # numbers in the arrays of several modules that are fitted a
 _AT_ONCE = 16  # queries
 
 
-class Gate:
+class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     """Soft weights over the adapters and the base model.
 
     `fit` learns how adapters respond to generic text. A query's responses are standardised against it,
@@ -81,7 +82,7 @@ class Gate:
     Example:
         >>> rng = np.random.default_rng(0)
         >>> generic = rng.uniform(0.1, 0.2, (40, 3, 5, 2))  # 40 prompts, 3 adapters, 5 modules
-        >>> gate = Gate(false_alarm=0.1).fit(generic)
+        >>> gate = PrototypeGate(false_alarm=0.1).fit(generic)
         >>> query = generic[:1].copy()
         >>> query[:, 1] *= 2  # the second adapter responds twice as strongly
         >>> gate.predict(query).tolist()
@@ -221,7 +222,7 @@ class Gate:
 
     def decision_function(self, X: ArrayLike) -> Array:
         """Calibrated scores, (queries, adapters), in standard deviations of generic text."""
-        self._check_is_fitted()
+        check_is_fitted(self)
         X = _four_dimensional(X)
         if X.shape[1:] != self.mean_.shape:
             raise ValueError(
@@ -231,12 +232,6 @@ class Gate:
         self._check(X, np.isnan(self.mean_))
         return self._scores(X)
 
-    def _check_is_fitted(self) -> None:
-        if not hasattr(self, "level_"):
-            from sklearn.exceptions import NotFittedError
-
-            raise NotFittedError("expected a gate that was fitted, got a new one; call fit first")
-
     def candidate_scores(self, scores: Array, confidence: ArrayLike | None = None) -> Array:
         """What the choice is made by: scores that compare, (queries, adapters + 1), the base model last.
 
@@ -244,13 +239,13 @@ class Gate:
             scores: what `decision_function` found, (queries, adapters).
             confidence: (queries,) of the base model, as in `fit`.
         """
-        self._check_is_fitted()
+        check_is_fitted(self)
         base = self.level_ + self._standard(confidence, len(scores))[:, None]
         return np.column_stack([base + (scores - base) / self.reach_, base])
 
     def levels(self) -> dict[str, float]:
         """What each of SHARES, and the gate's own `false_alarm`, would add to the base model's score."""
-        self._check_is_fitted()
+        check_is_fitted(self)
         shares = sorted({*SHARES, self.false_alarm})
         return {f"{share:g}": level(self.reference_leads_, share) - self.level_ for share in shares}
 

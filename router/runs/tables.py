@@ -16,7 +16,7 @@ import pandas as pd
 
 from router.errors import InputError
 from router.routing.clusters import Array, Clusters, cluster, losses, mixes
-from router.routing.gate import Gate
+from router.routing.gate import PrototypeGate
 from router.runs.load import Labels, Run, load
 from router.runs.report.data import mix, places_of
 
@@ -188,7 +188,7 @@ def replay(run: Run, temperature: float, top_k: int | None, n_variants: int | No
     assert run.evidence is not None
     scores = run.evidence.candidates.astype(np.float64)
     scores = np.where(np.isnan(scores), -np.inf, scores)  # a duplicate, which has no score of its own
-    weights = Gate(temperature, top_k).weights(scores)
+    weights = PrototypeGate(temperature, top_k).weights(scores)
     clusters = cluster(weights, n_variants, int(run.record["flags"]["seed"]))
     return Outcome(run.keys, run.names, weights, clusters)
 

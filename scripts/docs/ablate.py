@@ -27,7 +27,7 @@ from router.model.answer import encode
 from router.model.base import load_base
 from router.model.passes import truncated
 from router.routing.calibration import Calibration
-from router.routing.gate import SHARES, Gate
+from router.routing.gate import SHARES, PrototypeGate
 from router.routing.probe import AHEAD, END, probe
 from router.routing.prototypes import prototypes
 from scripts.bench.development import SPLITS, Labelled, libraries
@@ -83,9 +83,9 @@ class Measured:
         found = (right[self.splits == split] for split in SPLITS)
         return [float(part.mean()) if len(part) else np.nan for part in found]
 
-    def fitted(self, **settings: Any) -> Gate:
+    def fitted(self, **settings: Any) -> PrototypeGate:
         """A gate with some settings."""
-        return Gate(**settings).fit(self.reference, confidence=self.reference_confidence)
+        return PrototypeGate(**settings).fit(self.reference, confidence=self.reference_confidence)
 
 
 def measured(of: Labelled) -> Measured:
@@ -111,20 +111,20 @@ def measured(of: Labelled) -> Measured:
 
 def scores(of: Measured, keep: Any = slice(None), prompts: Any = slice(None), **settings: Any) -> Array:
     """The scores of a gate with other settings, on some modules, fitted to some generic prompts."""
-    gate = Gate(**settings).fit(of.reference[prompts][:, :, keep])
+    gate = PrototypeGate(**settings).fit(of.reference[prompts][:, :, keep])
     return gate.decision_function(of.responses[:, :, keep])
 
 
-def filtered(of: Measured, weigh: Callable[[Gate], Array]) -> Array:
+def filtered(of: Measured, weigh: Callable[[PrototypeGate], Array]) -> Array:
     """The scores of a gate with another filter."""
-    gate = Gate().fit(of.reference)
+    gate = PrototypeGate().fit(of.reference)
     gate.filter_ = np.where(np.isnan(gate.filter_), np.nan, weigh(gate))
     known, found = gate.decision_function(of.reference), gate.decision_function(of.responses)
     return np.asarray((found - known.mean(0)) / known.std(0, ddof=1))
 
 
 # Weights of modules and views, (adapters, modules, views).
-FILTERS: dict[str, Callable[[Gate], Array]] = {
+FILTERS: dict[str, Callable[[PrototypeGate], Array]] = {
     "equal weights": lambda gate: np.ones(2),
     "equal weights, half for the end and what is written": lambda gate: np.array([1, 0.5]),
     "1 / std": lambda gate: 1 / gate.std_,
@@ -166,7 +166,7 @@ def which(found: Sequence[Measured]) -> list[str]:
         "**as it is**": _highest,
         **{f"filter: {name}": partial(_highest_filtered, weigh=weigh) for name, weigh in FILTERS.items()},
         "without what the base model writes": lambda of: (
-            Gate().fit(of.unwritten[0]).decision_function(of.unwritten[1]).argmax(1)
+            PrototypeGate().fit(of.unwritten[0]).decision_function(of.unwritten[1]).argmax(1)
         ),
         "no calibration: largest mean cosine": lambda of: np.nanmean(of.responses[..., 0], 2).argmax(1),
         "only the first third of the layers": lambda of: scores(of, early(of, 1 / 3)).argmax(1),
@@ -179,7 +179,7 @@ def which(found: Sequence[Measured]) -> list[str]:
 
 def fits(found: Sequence[Measured]) -> list[str]:
     """Whether any adapter fits: the level."""
-    now = Gate().false_alarm
+    now = PrototypeGate().false_alarm
     rows: dict[str, Choose] = {
         **{
             f"false_alarm {share:g}" + (" **(as it is)**" if share == now else ""): partial(
@@ -194,7 +194,7 @@ def fits(found: Sequence[Measured]) -> list[str]:
             for share in (0.1, now, 0.3)
         },
         "as it is, without the base model's confidence": lambda of: (
-            Gate().fit(of.reference).predict(of.responses)
+            PrototypeGate().fit(of.reference).predict(of.responses)
         ),
     }
     return side_by_side(found, rows, SPLITS)
@@ -222,7 +222,7 @@ def _highest(of: Measured, **settings: Any) -> NDArray[np.int64]:
     return np.asarray(scores(of, **settings).argmax(1))
 
 
-def _highest_filtered(of: Measured, weigh: Callable[[Gate], Array]) -> NDArray[np.int64]:
+def _highest_filtered(of: Measured, weigh: Callable[[PrototypeGate], Array]) -> NDArray[np.int64]:
     return np.asarray(filtered(of, weigh).argmax(1))
 
 
@@ -231,7 +231,7 @@ def _decided(of: Measured, **settings: Any) -> NDArray[np.int64]:
 
 
 def _unwritten(of: Measured, **settings: Any) -> NDArray[np.int64]:
-    gate = Gate(**settings).fit(of.unwritten[0], confidence=of.reference_confidence)
+    gate = PrototypeGate(**settings).fit(of.unwritten[0], confidence=of.reference_confidence)
     return gate.predict(of.unwritten[1], of.confidence)
 
 
@@ -292,7 +292,7 @@ def reliability(found: Sequence[Measured], **settings: Any) -> list[str]:
 def temperatures(found: Sequence[Measured]) -> list[str]:
     """How well a softmax of each temperature tells the probability of being right."""
     lines = header(["temperature", *(f"{of.name}: {what}" for of in found for what in ("mean gap", "nats"))])
-    now = Gate().temperature
+    now = PrototypeGate().temperature
     for temperature in (0.1, 0.2, 0.35, 0.5, 0.7, 1.0):
         cells = []
         for of, line in zip(found, reliability(found, temperature=temperature)[2:], strict=True):
@@ -375,7 +375,7 @@ def curve(found: Sequence[Measured]) -> None:
         figure.savefig(CURVE, format="svg", metadata={"Date": None}, bbox_inches="tight")
 
 
-def _sent(of: Measured, gate: Gate, level: float) -> tuple[float, float]:
+def _sent(of: Measured, gate: PrototypeGate, level: float) -> tuple[float, float]:
     """Shares of foreign queries and tasks sent to an adapter, and of other phrasings sent to their own."""
     gate = copy(gate)
     gate.level_ = level

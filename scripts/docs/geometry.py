@@ -18,7 +18,7 @@ from router.library.adapters import load_library
 from router.model.answer import encode
 from router.model.base import EMBEDDED, load_base
 from router.routing.calibration import Calibration
-from router.routing.gate import Gate
+from router.routing.gate import PrototypeGate
 from router.routing.probe import probe
 from router.routing.prototypes import prototypes
 from scripts.bench.score import labelled, routed
@@ -37,7 +37,7 @@ def measured() -> tuple[list[str], list[str], Array, Array]:
     reference = calibration.responses(adapters, protos, means)
     ids = encode(base.tokenizer, list(rows["input"]))
     found = probe(base.model, ids, base.tokenizer.pad_token_id, protos, means, len(adapters)).responses
-    scores = Gate().fit(reference).decision_function(found)
+    scores = PrototypeGate().fit(reference).decision_function(found)
     return [adapter.name for adapter in adapters], list(rows["adapter"]), np.nanmean(found[..., 0], 2), scores
 
 

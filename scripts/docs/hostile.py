@@ -29,7 +29,7 @@ from router.model.passes import batches, forward, truncated
 from router.routing.calibration import Calibration, generic_prompts
 from router.routing.clusters import mixes
 from router.routing.fitted import Fitted
-from router.routing.gate import Gate
+from router.routing.gate import PrototypeGate
 from router.routing.probe import Probed, counted_tokens, probe
 from router.routing.prototypes import of_some, prototypes
 from scripts.bench.development import Labelled, libraries
@@ -205,7 +205,7 @@ def cost(of: Labelled) -> Iterator[tuple[str, float, float, str]]:
     def decided(group: list[int]) -> tuple[Any, Fitted]:
         theirs = of_some(protos, sorted(group), len(every))
         fitted = Fitted.learn(
-            [every[n] for n in group], theirs, means, Gate(), reference[:, group], confidence
+            [every[n] for n in group], theirs, means, PrototypeGate(), reference[:, group], confidence
         )
         weights, _ = fitted.decide(Probed(probed.responses[:, group], probed.confidence))
         return mixes(weights), fitted

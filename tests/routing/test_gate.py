@@ -8,8 +8,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
 
-from router.routing.estimator import PrototypeGate
-from router.routing.gate import TAIL, level
+from router.routing.gate import TAIL, PrototypeGate, level
 from router.settings import Settings
 
 RNG = np.random.default_rng(3)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from router.routing.gate import Gate
+from router.routing.gate import PrototypeGate
 from scripts.bench.development import Labelled
 from scripts.docs import ablate
 
@@ -59,7 +59,7 @@ def test_a_row_has_the_shares_of_all_libraries_side_by_side_and_the_worst(found,
     assert which["gate"] == columns
     assert which["**as it is**"] == ["1.000"] * 7
     now = next(cells for title, cells in fits.items() if "as it is" in title)
-    gate = Gate().fit(found[0].reference, confidence=found[0].reference_confidence)
+    gate = PrototypeGate().fit(found[0].reference, confidence=found[0].reference_confidence)
     raised = (found[0].confidence - found[0].reference_confidence.mean())[24:34]
     level = gate.level_ + raised / found[0].reference_confidence.std(ddof=1)
     left = (gate.decision_function(found[0].responses[24:34]).max(1) <= level).mean()

@@ -260,13 +260,6 @@ def _post(client, text):
     return client.post("/v1/completions", json={"model": "auto", "prompt": text}).json()
 
 
-def test_what_routing_does_without_is_not_imported():
-    code = "import sys, router.serving.front; print(*sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "router.routing.gate" in told.stdout.split()
-    assert not {"pandas", "scipy", "sklearn", "faiss", "matplotlib"} & set(told.stdout.split())
-
-
 def test_what_cannot_start_says_why(capsys, tmp_path, monkeypatch):
     assert main(["--router", str(tmp_path), "--upstream", "localhost:8000"]) == 2
     assert "expected an address" in capsys.readouterr().err

@@ -32,7 +32,7 @@ from router.routing.calibration import Calibration
 from router.routing.clusters import BLOCK, cluster, mixes
 from router.routing.evidence import Evidence
 from router.routing.fitted import Fitted
-from router.routing.gate import Gate
+from router.routing.gate import PrototypeGate
 from router.routing.probe import Probed
 from router.routing.prototypes import prototypes
 from router.routing.shortlist import LARGE
@@ -105,7 +105,7 @@ def library(size: str) -> Found:
         reference = step("calibrate", lambda: calibration.responses(adapters, protos, means))
     who, _ = step("duplicates", lambda: representatives(adapters, reference[..., 0]))
     kept = np.unique(who)
-    gate = step("fit", lambda: Gate().fit(reference[:, kept], confidence=calibration.confidence()))
+    gate = step("fit", lambda: PrototypeGate().fit(reference[:, kept], confidence=calibration.confidence()))
     names = [adapter.name for adapter in adapters]
     fitted = Fitted(names, protos, means, gate, who.tolist(), [], [], reference.mean(0))
     probed = step("probe", lambda: fitted.probe(base.model, rows, base.tokenizer.pad_token_id, None))
@@ -138,7 +138,7 @@ def gate(size: str) -> Found:
     reference = drawn.reference()
     before = peak_mib()
     means, names = reference.mean(0), [f"{n}" for n in range(count)]
-    fit, estimator = spent(partial(Gate().fit, reference))
+    fit, estimator = spent(partial(PrototypeGate().fit, reference))
     del reference
     modules = {f"m{n}": torch.empty(0) for n in range(means.shape[1])}
     protos: Any = modules
@@ -171,7 +171,7 @@ def factor(size: str) -> Found:
     tops = []
     for large in (LARGE, int(size)):
         with patch("router.routing.shortlist.LARGE", large):
-            estimator = Gate().fit(reference)
+            estimator = PrototypeGate().fit(reference)
             tops.append(estimator.predict(responses))
     return {"same": float((tops[0] == tops[1]).mean()), "queries": len(responses)}
 

@@ -32,7 +32,7 @@ from router.per_token import attached, load_experts
 from router.pipeline import Routed
 from router.routing.calibration import Calibration
 from router.routing.clusters import cluster
-from router.routing.gate import Gate
+from router.routing.gate import PrototypeGate
 from router.routing.probe import probe
 from router.routing.prototypes import prototypes
 from router.settings import Settings
@@ -323,7 +323,7 @@ def gate(count: str, size: str) -> dict[str, Any]:
 
     responses = drawn(int(count))
     responses[np.arange(int(count)), rng.integers(n, size=int(count))] *= 1.2  # one that stands out
-    estimator = Gate().fit(drawn(64))
+    estimator = PrototypeGate().fit(drawn(64))
 
     def work() -> None:
         scores = estimator.decision_function(responses)
