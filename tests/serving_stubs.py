@@ -3,8 +3,11 @@
 import asyncio
 import json
 import socket
+import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -16,6 +19,22 @@ def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
+
+
+@contextmanager
+def serving(app):
+    """An application over HTTP, in a thread; yields its address."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        thread.join(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 MODELS = ({"id": "the-base"}, {"id": "variant-0", "parent": "the-base"})
@@ -50,7 +69,7 @@ class Upstream:
 
     def __init__(self, models=MODELS, loras=()):
         self.seen, self.closed, self.broken = [], 0, False
-        self.listed, self.loras = models, loras
+        self.listed, self.loras, self.unloaded = models, loras, set()
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self.models),
@@ -73,6 +92,9 @@ class Upstream:
         self.seen.append((request.url.path, body, dict(request.headers)))
         if self.broken:
             return JSONResponse({"error": "broken"}, 503)
+        if body.get("model") in self.unloaded:  # in vLLM's words
+            about = {"message": f"The model `{body['model']}` does not exist.", "type": "NotFoundError"}
+            return JSONResponse({"error": about | {"param": "model", "code": 404}}, 404)
         if body.get("stream"):
             return StreamingResponse(self.chunks(), media_type="text/event-stream")
         return JSONResponse({"model": body.get("model"), "choices": [{"text": body.get("prompt")}]})

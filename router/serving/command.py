@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="without a byte from upstream (default: 600)",
+        help="without a byte from upstream, and to drain at the end (default: 600)",
     )
     p.add_argument("--log_prompts", action="store_true", help="write prompts to the log")
     return p
@@ -130,7 +130,9 @@ def _serve(args: argparse.Namespace) -> None:
 
         if hasattr(signal, "SIGHUP"):
             loop.add_signal_handler(signal.SIGHUP, renew)
-        config = uvicorn.Config(front.app, args.host, args.port, log_level="warning")
+        config = uvicorn.Config(
+            front.app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=args.timeout
+        )
         print(f"http://{args.host}:{args.port}: {len(front.router.variants)} variants", flush=True)
         await uvicorn.Server(config).serve()  # drains on SIGTERM and Ctrl-C
 

@@ -29,11 +29,14 @@ GGUF, LORAX = "gguf", "lorax"  # folders beside it
 
 
 def vllm(served: Served) -> list[str]:
-    """vLLM's server. One slot more than variants, since without it base rows were wrong on CPUs."""
+    """vLLM's server. One slot more than variants, since without it base rows were wrong on CPUs.
+
+    The modules are named, since it keeps room for adapters at all others too, and computes there.
+    """
     return [
         "vllm", "serve", served.base, *(["--revision", served.revision] if served.revision else []),
         "--dtype", served.dtype, "--enable-lora", "--max-loras", str(len(served.folders) + 1),
-        "--max-lora-rank", str(served_rank(served.rank)),
+        "--max-lora-rank", str(served_rank(served.rank)), "--lora-target-modules", *served.modules,
         "--lora-modules", *(f"{name}={path.resolve()}" for name, path in served.folders.items()),
     ]  # fmt: skip
 

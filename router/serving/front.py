@@ -9,15 +9,18 @@ prefix cache depends on it.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hmac
 import json
 import logging
 import re
 import time
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
+from io import BytesIO
 from pathlib import PurePath
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -45,11 +48,11 @@ REMEMBERED = 10_000  # conversations
 GONE = 499  # the status of a request whose client has left, which nobody sees
 HUB_ID = r"[\w.-]+/[\w.-]+"
 RECENT = 100  # decisions on the page
-# Headers that belong to one connection, or that the body's new length changes.
-_OWN = {
-    "host", "content-length", "connection", "transfer-encoding", "content-encoding", "keep-alive",
-    "accept-encoding",
-}  # fmt: skip
+# Headers of one connection, whichever way they go; and those that httpx says anew, since it makes the request
+# and takes the compression off the response.
+_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
+_OF_REQUEST = _HOP | {"host", "accept-encoding"}
+_OF_RESPONSE = _HOP | {"content-encoding"}
 
 
 class Refused(Exception):
@@ -180,19 +183,36 @@ class Front:
         parts, size = [], 0
         async for part in request.stream():
             size += len(part)
-            if size > self.max_body:
-                raise Refused(413, f"expected a body of at most {self.max_body} bytes, got a longer one")
+            self._measure(size)
             parts.append(part)
         return b"".join(parts)
 
-    @staticmethod
-    def _parsed(body: bytes) -> dict[str, Any]:
+    def _measure(self, size: int) -> None:
+        if size > self.max_body:
+            raise Refused(413, f"expected a body of at most {self.max_body} bytes, got a longer one")
+
+    def _parsed(self, request: Request, body: bytes) -> dict[str, Any]:
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        if encoding == "gzip":
+            body = self._unzipped(body)
+        elif encoding != "identity":
+            raise Refused(415, f"content-encoding: expected gzip or none, got {encoding}")
         try:
             found = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"expected JSON, got something else ({error})") from error
         if not isinstance(found, dict):
             raise Refused(400, f"expected a JSON object, got a {type(found).__name__}")
+        return found
+
+    def _unzipped(self, body: bytes) -> bytes:
+        """A body without its compression, refused as soon as it is too long."""
+        try:
+            with gzip.open(BytesIO(body)) as file:
+                found = file.read(self.max_body + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise Refused(400, f"expected a body in gzip, got something else ({error})") from error
+        self._measure(len(found))
         return found
 
     @staticmethod
@@ -305,7 +325,7 @@ class Front:
     async def route(self, request: Request) -> Response:
         """POST /v1/route: the decision alone."""
         self._admit(request)
-        body = self._parsed(await self._body(request))
+        body = self._parsed(request, await self._body(request))
         decided = await self._decided(self._text(body, "messages" in body))
         return JSONResponse(self._shown(decided.choice, await self._name(decided)))
 
@@ -330,7 +350,7 @@ class Front:
     async def _answered(self, request: Request, raw: bytes) -> Response:
         decision = None
         if request.url.path in ("/v1/completions", "/v1/chat/completions") and request.method == "POST":
-            body = self._parsed(raw)
+            body = self._parsed(request, raw)
             if body.get("model") == AUTO:
                 decision, how = await self._decision(request.url.path, body)
                 raw = json.dumps(body | how).encode()
@@ -362,7 +382,9 @@ class Front:
 
     async def _passed_on(self, request: Request, raw: bytes, decision: dict[str, Any] | None) -> Response:
         # The client's key is for us, if we ask for one, and the upstream may ask for another.
-        left = _OWN | ({"authorization"} if self.api_key or self.ours else set())
+        left = _OF_REQUEST | ({"authorization"} if self.api_key or self.ours else set())
+        if decision is not None:
+            left |= {"content-encoding"}  # its body is written anew
         headers = [(key, value) for key, value in request.headers.raw if key.decode("latin-1") not in left]
         headers += [(key.encode(), value.encode()) for key, value in self.ours.items()]
         url = request.scope["raw_path"].decode("latin-1")
@@ -376,7 +398,7 @@ class Front:
         back = {
             key: value
             for key, value in answer.headers.items()
-            if key not in _OWN and value.isascii()  # a response's headers are
+            if key not in _OF_RESPONSE and value.isascii()  # a response's headers are
         }
         if decision is None:
             return self._streamed(answer, back, start)
@@ -399,6 +421,8 @@ class Front:
     async def _whole(self, answer: httpx.Response) -> bytes:
         try:
             return await answer.aread()
+        except httpx.TimeoutException as error:
+            raise self._gone(error) from error
         except httpx.HTTPError as error:
             self.upstream = None  # it may come back with other adapters
             raise Refused(502, f"the upstream broke off ({type(error).__name__})") from error

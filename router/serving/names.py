@@ -55,7 +55,7 @@ def read_served(folder: Path) -> Served:
         if config := _json(path / CONFIG_FILE, {"r": int, "target_modules": [str]}):
             folders[served(number)] = path
             ranks.append(config["r"])
-            modules |= set(config["target_modules"])
+            modules |= {name.rpartition(".")[2] for name in config["target_modules"]}
     name = str(Path(base["name"]).resolve()) if is_folder(base["name"]) else base["name"]
     return Served(name, base.get("revision"), base["dtype"], folders, max(ranks), sorted(modules))
 

@@ -169,6 +169,10 @@ def main() -> None:
             f"{took['ratio']:.2f}x ({1e3 * (took['routed'] - took['passed']):.0f} ms of CPU; a pass takes "
             f"{1e3 * took['prefill']:.0f} ms)", verdict(took["ratio"] <= 1.2),
         ),
+        *(
+            row(f"gate alone, {adapters} adapters", f"under {limit} ms a query", "[scale.md](scale.md)", "")
+            for adapters, limit in (("1,000", 1), ("10,000", 4))
+        ),
         row(
             f"{AT_ONCE} concurrent requests", "none lost, none with another's variant",
             f"{lost} lost, {swapped} with another's", verdict(not lost + swapped),

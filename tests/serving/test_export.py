@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import subprocess
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ def folders_in(out):
     return sorted(path for path in (out / "variants").iterdir() if path.is_dir())
 
 
+def modules_in(out):
+    """Kinds of modules that the weights of the variants are of."""
+    return {module.rpartition(".")[2] for path in folders_in(out) for module in open_adapter(path).ranks}
+
+
 def test_vllm_gets_every_variant_by_name_and_a_slot_more(out, capsys, tiny_base):
     assert cli(["export", str(out)]) == 0
     words, folders = words_of(out), folders_in(out)
@@ -42,22 +48,32 @@ def test_vllm_gets_every_variant_by_name_and_a_slot_more(out, capsys, tiny_base)
     assert words[words.index("--max-loras") + 1] == str(len(folders) + 1)
     ranks = [json.loads((path / "adapter_config.json").read_text())["r"] for path in folders]
     assert words[words.index("--max-lora-rank") + 1] == str(max(ranks))
+    assert modules_named(words) == sorted(modules_in(out))
     named = dict(word.split("=", 1) for word in words if word.startswith("variant-"))
     assert named == {f"variant-{path.name}": str(path.resolve()) for path in folders} and folders
     assert f"{len(folders)} variants" in capsys.readouterr().out
+
+
+def modules_named(words):
+    start = words.index("--lora-target-modules") + 1
+    return list(takewhile(lambda word: not word.startswith("--"), words[start:]))
 
 
 def test_sglang_gets_ranks_and_modules(out):
     assert main([str(out), "--engine", "sglang"]) == 0
     words = words_of(out)
     assert words[words.index("--max-loras-per-batch") + 1] == str(len(folders_in(out)))
-    start = words.index("--lora-target-modules") + 1
-    modules = {
-        m
-        for path in folders_in(out)
-        for m in json.loads((path / "adapter_config.json").read_text())["target_modules"]
-    }
-    assert set(words[start : start + len(modules)]) == modules
+    assert modules_named(words) == sorted(modules_in(out))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_modules_are_named_by_their_kinds_where_layers_differ(out, engine):
+    names = {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}
+    for path in folders_in(out):
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": sorted(names)}))
+    assert main([str(out), "--engine", engine]) == 0
+    assert modules_named(words_of(out)) == ["q_proj", "up_proj"]
 
 
 def test_lorax_finds_each_variant_by_its_name_in_its_cache(out):

@@ -1,7 +1,10 @@
 """The front: what it passes on, to whom, and what it says in bad weather. The upstream is a small stub."""
 
 import asyncio
+import gzip
 import json
+import re
+import zlib
 
 import pytest
 
@@ -12,6 +15,7 @@ from serving_stubs import LLAMACPP, Two, Upstream  # noqa: E402
 from starlette.responses import JSONResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
+from helpers import ROOT  # noqa: E402
 from router.api import Choice, Router  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
 from router.serving.front import Front  # noqa: E402
@@ -153,6 +157,68 @@ def test_odd_headers_and_names_pass_or_are_quoted():
     talk(work, upstream=upstream)
 
 
+ZIPPED = {"content-encoding": "gzip"}
+
+
+def test_a_compressed_body_of_another_model_arrives_as_it_was_sent():
+    upstream = Upstream()
+
+    async def take(request):
+        upstream.seen.append((request.url.path, await request.body(), dict(request.headers)))
+        return JSONResponse({})
+
+    upstream.app.router.routes[-1] = Route("/v1/{path:path}", take, methods=["POST"])
+
+    async def work(client, upstream, _):
+        whole = gzip.compress(b'{"model": "theirs", "prompt": "x"}')
+        odd = zlib.compress(b"anything at all")
+        for path, content, encoding in (
+            ("/v1/completions", whole, "gzip"),
+            ("/v1/embeddings", whole, "gzip"),
+            ("/v1/embeddings", odd, "deflate"),
+        ):
+            await client.post(path, content=content, headers={"content-encoding": encoding})
+            at, body, headers = upstream.seen[-1]
+            assert (at, body, headers["content-encoding"]) == (path, content, encoding)
+            assert headers["content-length"] == str(len(content))
+
+    talk(work, upstream=upstream)
+
+
+def test_a_compressed_body_for_auto_is_read_and_goes_on_without_its_compression():
+    async def work(client, upstream, _):
+        zipped = gzip.compress(json.dumps(completion("x")).encode())
+        answer = await client.post("/v1/completions", content=zipped, headers=ZIPPED)
+        assert answer.json()["model"] == "variant-0"
+        _, body, headers = upstream.seen[0]
+        assert body == {"model": "variant-0", "prompt": "x"} and "content-encoding" not in headers
+        answer = await client.post("/v1/route", content=zipped, headers=ZIPPED)
+        assert answer.json()["model"] == "variant-0"
+
+    talk(work)
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "status", "cause"),
+    [
+        (gzip.compress(b'{"model": "auto"}'), "br", 415, "expected gzip or none, got br"),
+        (b'{"model": "auto"}', "gzip", 400, "expected a body in gzip"),
+        (gzip.compress(b'{"model": "auto"}')[:-9], "gzip", 400, "expected a body in gzip"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 20, "gzip", 400, "expected a body in gzip"),
+        (gzip.compress(b'{"model": "auto", "prompt": "' + b"x" * (4 << 20)), "gzip", 413, "at most 4194304"),
+    ],
+    ids=["another kind", "not packed", "cut off", "damaged", "too long"],  # gzip's bytes hold the time
+)
+def test_a_body_that_cannot_be_unpacked_is_refused(content, encoding, status, cause):
+    async def work(client, upstream, _):
+        headers = {"content-encoding": encoding}
+        answer = await client.post("/v1/completions", content=content, headers=headers)
+        assert answer.status_code == status and cause in answer.json()["error"]["message"]
+        assert upstream.seen == []
+
+    talk(work)
+
+
 def test_the_upstreams_own_key_is_brought():
     async def work(client, upstream, _):
         await client.post("/v1/completions", json=completion("x"), headers={"authorization": "Bearer mine"})
@@ -217,6 +283,21 @@ def test_the_upstreams_errors_come_back_with_their_status():
     talk(work)
 
 
+def test_a_variant_that_the_upstream_has_lost_is_its_own_404_and_the_others_go_on():
+    async def work(client, upstream, _):
+        assert (await client.post("/v1/completions", json=completion("x"))).status_code == 200
+        upstream.unloaded, upstream.listed = {"variant-0"}, ({"id": "the-base"},)
+        for more in ({}, {"stream": True}):
+            answer = await client.post("/v1/completions", json=completion("x", **more))
+            assert answer.status_code == 404 and answer.headers["x-router-model"] == "variant-0"
+            assert answer.json()["error"]["message"] == "The model `variant-0` does not exist."
+        assert (await client.post("/v1/completions", json=completion("y"))).json()["model"] == "the-base"
+        ready = await client.get("/ready")
+        assert ready.status_code == 503 and "variant-0" in ready.json()["error"]["message"]
+
+    talk(work)
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(httpx.ConnectError("no"), 502), (httpx.ReadTimeout("slow"), 504)]
 )
@@ -260,6 +341,24 @@ def test_an_upstream_that_dies_in_the_middle_and_comes_back_with_other_names():
         assert (await client.post("/v1/completions", json=completion("y"))).json()["model"] == "renamed"
 
     talk(work, upstream=upstream, transport=Mortal(upstream.app))
+
+
+def test_an_upstream_that_stalls_in_the_middle_of_an_answer_is_too_slow():
+    class Half(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            yield b'{"model": '
+            raise httpx.ReadTimeout("slow")
+
+    def answer(request):
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "the-base"}]})
+        return httpx.Response(200, stream=Half())
+
+    async def work(client, *_):
+        answer = await client.post("/v1/completions", json=completion("x"))
+        assert answer.status_code == 504 and "in time" in answer.json()["error"]["message"]
+
+    talk(work, transport=httpx.MockTransport(answer))
 
 
 def test_a_stream_that_breaks_off_ends_and_the_next_request_is_answered():
@@ -475,6 +574,22 @@ def test_metrics_and_the_last_decisions_hold_no_prompt():
         assert "What was routed where" in (await client.get("/")).text
 
     talk(work)
+
+
+@pytest.mark.parametrize("listed", [Upstream().listed, None])
+def test_the_share_of_the_base_model_can_be_asked_of_the_metrics_as_documented(listed):
+    query = re.search(r"  (.*vector.*)", (ROOT / "docs" / "serving.md").read_text("utf-8"))[1]
+    (pattern,) = re.findall(r'router_requests_total\{variant!~"(.+?)"\}', query)
+
+    async def work(client, *_):
+        for prompt in ("x", "x too", "x again", "y"):
+            await client.post("/v1/completions", json=completion(prompt))
+        text = (await client.get("/metrics")).text
+        counts = dict(re.findall(r'^router_requests_total\{variant="(.+)"\} (.+)$', text, re.M))
+        base = sum(float(count) for name, count in counts.items() if not re.fullmatch(pattern, name))
+        assert base / sum(map(float, counts.values())) == 0.25
+
+    talk(work, upstream=Upstream(listed))
 
 
 def test_the_log_holds_prompts_only_if_it_is_asked_to(caplog):

@@ -1,13 +1,11 @@
 """The page of the front in a browser: shares of the variants and the last decisions."""
 
-import threading
-
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
+pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from serving_stubs import Two, Upstream, free_port  # noqa: E402
+from serving_stubs import Two, Upstream, serving  # noqa: E402
 
 from router.serving.front import Front  # noqa: E402
 
@@ -15,16 +13,8 @@ from router.serving.front import Front  # noqa: E402
 @pytest.fixture()
 def address():
     """A front of a stub, in a thread."""
-    front = Front(Two(), "http://upstream", transport=httpx.ASGITransport(Upstream().app))
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(front.app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.05)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with serving(Front(Two(), "http://upstream", transport=httpx.ASGITransport(Upstream().app)).app) as found:
+        yield found
 
 
 def test_the_page_shows_who_answered_and_how_sure_it_was(address, browser):

@@ -5,9 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
@@ -16,35 +17,40 @@ from router import Router
 from router.serving.command import main
 
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
+pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from serving_stubs import free_port  # noqa: E402
+from serving_stubs import Two, free_port, serving  # noqa: E402
+from starlette.applications import Starlette  # noqa: E402
+from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
+from starlette.routing import Route  # noqa: E402
+
+from router.serving.front import Front  # noqa: E402
 
 TEXTS = [f"{word} number {n}" for n in range(4) for word in ("What is", "Say", "Bonjour")]
+posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 
 @pytest.fixture()
 def upstream():
-    """A stub server in a thread; yields its address, the slow prompts it was asked, and who has left."""
-    from starlette.applications import Starlette
-    from starlette.responses import JSONResponse, StreamingResponse
-    from starlette.routing import Route
+    """A stub server; yields its address, the slow prompts that it was asked, and those whose client left."""
 
     async def models(_):
         return JSONResponse({"data": [{"id": "tiny"}]})
 
     async def answer(request):
         body = await request.json()
-        if body["prompt"].startswith("Slow"):
-            asked.append(body["prompt"])
+        prompt = body["prompt"]
+        if prompt.startswith(("Slow", "Endless")):
+            asked.append(prompt)
+        if prompt.startswith("Slow"):
             await asyncio.sleep(0.5)
-        if body["prompt"].startswith("Endless"):
+        if prompt.startswith("Endless"):
             if body.get("stream"):
                 return StreamingResponse(endless(), media_type="text/event-stream")
             while not await request.is_disconnected():
                 await asyncio.sleep(0.01)
-            left.append("whole")
-        return JSONResponse({"model": body["model"]})
+            left.append(prompt)
+        return JSONResponse({"model": body["model"], "choices": [{"text": prompt}]})
 
     async def endless():
         try:
@@ -56,57 +62,184 @@ def upstream():
 
     asked, left = [], []
     routes = [Route("/v1/models", models), Route("/v1/completions", answer, methods=["POST"])]
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{port}", asked, left
-    server.should_exit = True
-    thread.join()
+    with serving(Starlette(routes=routes)) as address:
+        yield address, asked, left
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_it_serves_reloads_drains_and_tells_that_a_client_has_left(
-    upstream, tiny_base, tiny_library, tmp_path
-):
+@pytest.fixture()
+def router(tiny_base, tiny_library):
+    """A router of several variants for TEXTS."""
     how = {"device": "cpu", "dtype": "float32"}
+    return Router.from_library(tiny_library, base_model=str(tiny_base), **how).fit(TEXTS)
+
+
+@contextmanager
+def started(saved, upstream, *flags):
+    """The command as a process; yields it, a client, and what it wrote to its log once it has ended."""
+    port = free_port()
+    words = ["serve", "--router", saved, "--upstream", upstream, "--port", port, "--device", "cpu", *flags]
+    log = []
+    with tempfile.TemporaryFile("w+") as errors, httpx.Client(timeout=30) as client:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "router", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            stderr=errors,
+        )  # fmt: skip
+        client.base_url = f"http://127.0.0.1:{port}"
+        try:
+            assert " variants" in process.stdout.readline()
+            _until(lambda: _listens(client))
+            yield process, client, log
+        finally:
+            process.kill()
+            process.communicate()
+            errors.seek(0)
+            log += errors.read().splitlines()
+
+
+@posix
+def test_it_serves_reloads_drains_and_tells_that_a_client_has_left(upstream, router, tmp_path):
     upstream, asked, left = upstream
-    router = Router.from_library(tiny_library, base_model=str(tiny_base), **how).fit(TEXTS)
-    saved, port = router.save(tmp_path / "saved"), free_port()
-    words = ["serve", "--router", saved, "--upstream", upstream, "--port", port, "--device", "cpu"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "router", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        assert f"{len(router.variants)} variants" in process.stdout.readline()
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            for text, choice in zip(TEXTS, router.choose(TEXTS), strict=True):
-                answer = _post(client, text)
-                made = router.variants[choice.variant].weights
-                assert answer["model"] == (f"variant-{choice.variant}" if made else "tiny")
-            router.fit(TEXTS[:1]).save(saved)  # one variant
-            process.send_signal(signal.SIGHUP)
-            until = time.monotonic() + 30
-            while _post(client, TEXTS[1])["model"] not in ("variant-0", "tiny") and time.monotonic() < until:
-                time.sleep(0.1)
-            assert _post(client, TEXTS[1])["model"] in ("variant-0", "tiny")
-            body = {"model": "auto", "prompt": "Endless"}
-            with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
-                assert next(answer.iter_raw()).startswith(b"data: 0")
-            with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/completions", json=body, timeout=1)
-            _until(lambda: sorted(left) == ["stream", "whole"])
-            with ThreadPoolExecutor() as pool:
-                slow = pool.submit(_post, client, "Slow")
-                _until(lambda: asked)
-                process.send_signal(signal.SIGTERM)
-                assert slow.result()["model"] in ("variant-0", "tiny")
+    saved = router.save(tmp_path / "saved")
+    with started(saved, upstream) as (process, client, log):
+        assert [_post(client, text)["model"] for text in TEXTS] == _names(router, TEXTS)
+        router.fit(TEXTS[:1]).save(saved)  # one variant
+        process.send_signal(signal.SIGHUP)
+        _until(lambda: _post(client, TEXTS[1])["model"] in ("variant-0", "tiny"))
+        body = {"model": "auto", "prompt": "Endless"}
+        with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+            assert next(answer.iter_raw()).startswith(b"data: 0")
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json=body, timeout=1)
+        _until(lambda: sorted(left) == ["Endless", "stream"])
+        with ThreadPoolExecutor() as pool:
+            slow = pool.submit(_post, client, "Slow")
+            _until(lambda: "Slow" in asked)
+            process.send_signal(signal.SIGTERM)
+            assert slow.result()["model"] in ("variant-0", "tiny")
         assert process.wait(20) in (0, -signal.SIGTERM)
-    finally:
-        process.kill()
-        _, errors = process.communicate()
-    assert "Traceback" not in errors and "What is number" not in errors
+    assert not any("Traceback" in line or "What is number" in line for line in log)
+
+
+@posix
+def test_an_open_stream_does_not_hold_up_the_end(upstream, router, tmp_path):
+    upstream, _, left = upstream
+    body = {"model": "auto", "prompt": "Endless", "stream": True}
+    with (
+        started(router.save(tmp_path / "saved"), upstream, "--timeout", 1) as (process, client, _),
+        client.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        chunks = answer.iter_raw()  # held, else httpx closes the connection
+        assert next(chunks).startswith(b"data: 0")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+        _until(lambda: left == ["stream"])
+
+
+def test_a_slow_upstream_holds_up_its_own_request_alone(upstream):
+    address, asked, left = upstream
+    with (
+        serving(Front(Two(), address, timeout=1).app) as front,
+        httpx.Client(base_url=front, timeout=30) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        slow = pool.submit(client.post, "/v1/completions", json={"model": "auto", "prompt": "Endless x"})
+        _until(lambda: asked)
+        assert _post(client, "x")["model"] == "variant-0"
+        assert 'router_requests_total{variant="variant-0"} 2.0' in client.get("/metrics").text
+        answer = slow.result()
+        assert answer.status_code == 504 and "in time" in answer.json()["error"]["message"]
+        _until(lambda: left == ["Endless x"])
+        assert _post(client, "x")["model"] == "variant-0"
+        assert 'router_requests_total{variant="variant-0"} 3.0' in client.get("/metrics").text
+
+
+def test_of_two_hundred_at_once_some_leave_and_the_others_get_their_own_answers(upstream, router, tmp_path):
+    address, asked, left = upstream
+    words = ("What is", "Say", "Bonjour", "Count to")
+    staying = [f"{word} number {n}" for n in range(40) for word in words]
+    early, late = ([f"Endless {when} {n}" for n in range(20)] for when in ("early", "late"))
+    expected = dict(zip(staying, _names(router, staying), strict=True))
+
+    async def work(client):
+        texts = [text for n, own in enumerate(early + late) for text in (*staying[4 * n : 4 * n + 4], own)]
+        assert len(texts) == 200
+        tasks = {text: asyncio.create_task(_ask(client, text)) for text in texts}
+        await asyncio.wait([tasks[text] for text in staying], return_when=asyncio.FIRST_COMPLETED)
+        for text in early:  # most of them wait for their decision
+            tasks[text].cancel()
+        answers = await asyncio.gather(*(tasks[text] for text in staying))
+        while not set(late) <= set(asked):
+            await asyncio.sleep(0.01)
+        for text in late:
+            tasks[text].cancel()
+        return dict(zip(staying, answers, strict=True))
+
+    with started(router.save(tmp_path / "saved"), address) as (_, client, _):
+        assert _at_once(client, work) == expected
+        _until(lambda: sorted(left) == sorted(asked))
+        assert "router_queue 0.0" in client.get("/metrics").text
+        assert _post(client, staying[0])["model"] == expected[staying[0]]
+
+
+@posix
+def test_a_reload_loses_no_request_and_gives_none_anothers_variant(upstream, router, tmp_path):
+    saved = router.save(tmp_path / "saved")
+    old = dict(zip(TEXTS, _names(router, TEXTS), strict=True))
+    router.fit(TEXTS[:1])
+    new = dict(zip(TEXTS, _names(router, TEXTS), strict=True))
+    moved = next(text for text in TEXTS if old[text] != new[text])
+
+    async def work(client):
+        over = asyncio.Event()
+
+        async def go_on(text):
+            while not over.is_set():
+                assert await _ask(client, text) in (old[text], new[text])
+
+        busy = [asyncio.create_task(go_on(text)) for text in TEXTS]
+        assert await _ask(client, moved) == old[moved]
+        router.save(saved)
+        process.send_signal(signal.SIGHUP)
+        while await _ask(client, moved) != new[moved]:
+            pass
+        router.fit(TEXTS).save(saved)
+        assert (await client.post("/admin/reload")).status_code == 200
+        assert await _ask(client, moved) == old[moved]
+        over.set()
+        await asyncio.gather(*busy)
+
+    with started(saved, upstream[0]) as (process, client, _):
+        _at_once(client, work)
+
+
+def _at_once(client, work):
+    """What `work` gives of a client for many requests at a time, of the same server."""
+
+    async def run():
+        limits = httpx.Limits(max_connections=None)
+        async with (
+            asyncio.timeout(60),
+            httpx.AsyncClient(base_url=client.base_url, timeout=30, limits=limits) as many,
+        ):
+            return await work(many)
+
+    return asyncio.run(run())
+
+
+async def _ask(client, text):
+    """The model that answered a text, and no other."""
+    answer = await client.post("/v1/completions", json={"model": "auto", "prompt": text})
+    body = answer.raise_for_status().json()
+    assert body["choices"][0]["text"] == text and body["model"] == body["router"]["model"]
+    return body["model"]
+
+
+def _names(router, texts):
+    return [_name(router, choice) for choice in router.choose(texts)]
+
+
+def _name(router, choice):
+    return f"variant-{choice.variant}" if router.variants[choice.variant].weights else "tiny"
 
 
 def _until(what):
@@ -116,13 +249,15 @@ def _until(what):
         time.sleep(0.02)
 
 
+def _listens(client):
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
 def _post(client, text):
-    for _ in range(100):  # until it listens
-        try:
-            return client.post("/v1/completions", json={"model": "auto", "prompt": text}).json()
-        except httpx.ConnectError:
-            time.sleep(0.1)
-    raise AssertionError("nobody listens")
+    return client.post("/v1/completions", json={"model": "auto", "prompt": text}).json()
 
 
 def test_what_cannot_start_says_why(capsys, tmp_path, monkeypatch):
