@@ -22,7 +22,7 @@ from router.model.answer import Answer
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.pipeline import Routed
 from router.result import Decision
-from router.routing.clusters import Array, Clusters, cluster, mixes, nearest
+from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
 from router.routing.evidence import LOW_MARGIN
 from router.routing.fitted import FORMAT, Fitted
 from router.routing.variants import VARIANTS, Variant, decide
@@ -178,8 +178,7 @@ class Router:
             raise InputError(
                 f"{folder}: expected the adapters of the run, got {', '.join(router.candidates)}"
             )
-        router._clusters = run.clusters
-        router.variants = decide(run.clusters.weights, run.names[:-1])
+        router._decide(run.clusters)
         return router
 
     @property
@@ -235,7 +234,8 @@ class Router:
         """Decides the variants from a sample of the queries to come, such as yesterday's; no labels.
 
         Args:
-            n_variants: how many; None makes as few as the sample's weights allow.
+            n_variants: how many; None makes as few as the sample's weights allow. One that is the base model
+                comes to them if there is none, for texts that no adapter fits.
 
         Raises:
             ValueError: the router was loaded from a saved one, which has no adapters to make variants of.
@@ -243,9 +243,13 @@ class Router:
         if self._folder is not None:
             raise ValueError("a saved router has no adapters to make variants of; use from_library")
         weights = self.route(texts).to_numpy()
-        self._clusters = cluster(weights, n_variants, self._method.settings.seed)
-        self.variants = decide(self._clusters.weights, self.candidates[:-1])
+        self._decide(cluster(weights, n_variants, self._method.settings.seed))
         return self
+
+    def _decide(self, clusters: Clusters) -> None:
+        """Keeps the groups of a sample, with one for the base model, which has no folder and costs nothing."""
+        self._clusters = with_base(clusters)
+        self.variants = decide(self._clusters.weights, self.candidates[:-1])
 
     def save(self, folder: str | Path) -> Path:
         """Writes the router and its variants into a folder, which `load` needs beside the base model alone.

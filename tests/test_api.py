@@ -99,6 +99,17 @@ def test_a_loaded_router_can_be_saved_again(saved, tmp_path):
     assert Router.load(loaded.save(saved), device="cpu").answer(MORE) == loaded.answer(MORE)
 
 
+def test_texts_that_no_adapter_fits_go_to_the_base_model_though_none_of_the_sample_did(router):
+    base = router.route(MORE).idxmax(axis=1) == "base"
+    ours, foreign = (
+        [text for text, one in zip(MORE, base, strict=True) if one == to] for to in (False, True)
+    )
+    assert ours and foreign
+    variants = router.fit(ours).variants
+    assert [variants[choice.variant].weights for choice in router.choose(foreign)] == [{}] * len(foreign)
+    assert all(variants[choice.variant].weights for choice in router.choose(ours))
+
+
 def test_a_save_that_was_stopped_can_be_repeated(saved, tmp_path, monkeypatch):
     loaded = Router.load(saved)
 

@@ -166,6 +166,20 @@ def _joined(weights: Array, made: Clusters) -> Clusters:
     return Clusters(labels, sums[groups] / sums[groups].sum(1, keepdims=True))
 
 
+def with_base(clusters: Clusters) -> Clusters:
+    """The same groups and, if none is the base model's alone, one more that is: queries to come may need it.
+
+    Example:
+        >>> with_base(Clusters(np.array([0]), np.array([[0.5, 0.5, 0.0]]))).weights.tolist()
+        [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
+    """
+    if np.isclose(clusters.weights[:, -1], 1.0).any():
+        return clusters
+    base = np.zeros((1, clusters.weights.shape[1]))
+    base[0, -1] = 1.0
+    return Clusters(clusters.labels, np.concatenate([clusters.weights, base]))
+
+
 def nearest(weights: Array, clusters: Clusters) -> NDArray[np.int64]:
     """The variant that is nearest to each query's mix, (queries,): the one that answers a new query.
 
