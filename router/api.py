@@ -247,7 +247,7 @@ class Router:
         return self
 
     def _decide(self, clusters: Clusters) -> None:
-        """Keeps the groups of a sample, with one for the base model, which has no folder and costs nothing."""
+        """Keeps the groups of a sample and one for the base model, which has no folder and costs nothing."""
         self._clusters = with_base(clusters)
         self.variants = decide(self._clusters.weights, self.candidates[:-1])
 
