@@ -150,6 +150,11 @@ class Fitted:
         return np.isnan(self.reference)
 
     @cached_property
+    def _absent_places(self) -> NDArray[np.int64]:
+        """The same, as places in a flat array."""
+        return np.flatnonzero(self._absent)
+
+    @cached_property
     def _reach(self) -> dict[str, float]:
         """The reach of each adapter that is kept, by name."""
         return {self.names[n]: reach for n, reach in zip(self.kept, self.gate.reach_.tolist(), strict=True)}
@@ -162,7 +167,8 @@ class Fitted:
         responses, confidence = probed
         unread = unreadable(probed, self._absent)
         # One readable prompt tells whether adapters respond where they are silent.
-        if unread.any() or np.isfinite(responses[:1, self._absent]).any():
+        first = responses[:1].reshape(len(responses[:1]), -1)
+        if unread.any() or np.isfinite(first[:, self._absent_places]).any():
             responses, confidence = responses.copy(), confidence.copy()
             responses[:, self._absent] = np.nan
             responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]

@@ -113,14 +113,15 @@ class Probed(NamedTuple):
 def unreadable(probed: Probed, absent: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Which prompts the model has no finite activations for, (prompts,).
 
+    The adapters at a module share its input, so one of them tells of all.
+
     Args:
         absent: (adapters, modules, 2), where there is no prototype, so that no response is expected.
     """
-    out, finite = ~np.isfinite(probed.confidence), np.empty(absent.shape, bool)
-    for n, row in enumerate(probed.responses):
-        np.logical_or(np.isfinite(row, out=finite), absent, out=finite)
-        out[n] |= not finite.all()
-    return np.asarray(out)
+    modules, views = np.indices(absent.shape[1:])
+    told = probed.responses[:, absent.argmin(0), modules, views]  # (prompts, modules, 2)
+    broken = ~np.isfinite(told) & ~absent.all(0)
+    return np.asarray(broken.any((1, 2)) | ~np.isfinite(probed.confidence))
 
 
 def together(model: Any, ahead: int = AHEAD) -> int:

@@ -179,7 +179,8 @@ def test_neither_padding_nor_the_first_of_several_tokens_counts(mask, counted):
 def test_a_prompt_is_unreadable_if_anything_is_not_finite_that_should_be():
     responses, confidence, absent = np.ones((5, 2, 3, 2)), np.zeros(5), np.zeros((2, 3, 2), dtype=bool)
     responses[:, 1, 2], absent[1, 2] = np.nan, True  # no prototype there
-    responses[1, 0, 0, 1], responses[2, 1, 1, 0], confidence[3] = np.nan, np.inf, -np.inf
+    responses[:, 0, 1], absent[0, 1] = np.nan, True
+    responses[1, :, 0, 1], responses[2, 1, 1, 0], confidence[3] = np.nan, np.inf, -np.inf
     found = unreadable(Probed(responses, confidence), absent)
     assert found.tolist() == [False, True, True, True, False]
 
