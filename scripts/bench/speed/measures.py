@@ -105,9 +105,8 @@ def truncation(tokens: str) -> dict[str, Any]:
     passes.MAX_TOKENS = int(tokens) or sys.maxsize  # of generic prompts too
     with tempfile.TemporaryDirectory() as folder:
         method: Routed = _method("proto_route", base, adapters, folder)
-        seconds, routing = timed(lambda: method.route(asked, method.encoded(asked)))
-    seconds -= method.stages.seconds["calibrate"]  # the first of a length computes it
-    return {"seconds": seconds, "top": routing.weights.argmax(1).tolist(), "queries": len(asked)}
+        routing = method.route(asked, method.encoded(asked))
+    return {"top": routing.weights.argmax(1).tolist(), "queries": len(asked)}
 
 
 def _average(base: Base, folder: str) -> Any:

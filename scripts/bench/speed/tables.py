@@ -256,12 +256,12 @@ def _stages(known: Known) -> list[str]:
 
 def _truncation(known: Known) -> list[str]:
     whole = known["truncation 0"][0]
-    lines = header(["tokens read, at most", "the same top candidate", "seconds"], texts=0)
+    lines = header(["tokens read, at most", "the same top candidate"], texts=0)
     for tokens in ("128", "256", "512", "0"):
         found = known[f"truncation {tokens}"][0]
         same = sum(a == b for a, b in zip(found["top"], whole["top"], strict=True))
         name = tokens if tokens != "0" else "all"
-        lines.append(row(name, f"{same} of {whole['queries']}", f"{found['seconds']:.0f}"))
+        lines.append(row(name, f"{same} of {whole['queries']}"))
     return lines
 
 
