@@ -154,22 +154,24 @@ def mean_weights(
         (prompts, adapters); rows sum to 1 if the weights do.
     """
     out = np.zeros((len(rows), n_adapters))
+
+    def read(ids: Tensor, mask: Tensor) -> Array:
+        share = mask / (mask.sum(1, keepdim=True) * max(1, len(experts)))  # (B, T)
+        tally = torch.zeros((len(ids), n_adapters), device=ids.device)
+
+        def noting(expert: Experts, x: Tensor, along: Tensor) -> Tensor:
+            weights = weigh(expert, x, along)  # (B * T, n)
+            per_token = weights.view(*share.shape, -1)
+            tally[:, expert.members] += torch.einsum("bt,btn->bn", share, per_token)
+            return weights
+
+        with attached(model, experts, noting):
+            forward(model, ids, mask)
+        return tally.cpu().numpy()
+
     with torch.inference_mode():
-        for numbers, ids, mask in batches(model, rows, pad_id, "weights"):
-            share = mask / (mask.sum(1, keepdim=True) * max(1, len(experts)))  # (B, T)
-            tally = torch.zeros((len(numbers), n_adapters), device=ids.device)
-
-            def noting(
-                expert: Experts, x: Tensor, along: Tensor, share: Tensor = share, tally: Tensor = tally
-            ) -> Tensor:
-                weights = weigh(expert, x, along)  # (B * T, n)
-                per_token = weights.view(*share.shape, -1)
-                tally[:, expert.members] += torch.einsum("bt,btn->bn", share, per_token)
-                return weights
-
-            with attached(model, experts, noting):
-                forward(model, ids, mask)
-            out[numbers] = tally.cpu().numpy()
+        for numbers, found in batches(model, rows, pad_id, "weights", read):
+            out[numbers] = found
     return out
 
 

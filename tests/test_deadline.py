@@ -40,7 +40,7 @@ def clock(monkeypatch):
 @pytest.fixture()
 def paced(monkeypatch, clock):
     """Lets a batch take so many seconds, and one more for each new token that it may have."""
-    plain, limits = module._if_it_fits, []
+    plain, limits = module.if_it_fits, []
 
     def pace(seconds):
         def slow(way, batch):
@@ -48,7 +48,7 @@ def paced(monkeypatch, clock):
             clock.now += seconds + way.keywords["limit"]
             return plain(way, batch)
 
-        monkeypatch.setattr(module, "_if_it_fits", slow)
+        monkeypatch.setattr(module, "if_it_fits", slow)
         return limits
 
     return pace

@@ -145,7 +145,7 @@ def test_one_run_at_a_time(tmp_path):
 @pytest.mark.parametrize("method", ["proto_route", "average", "arrow"])
 def test_a_run_that_is_killed_after_any_batch_ends_with_the_same_bytes(command, monkeypatch, method):
     _, whole = command(method, "--batch_size", 1, out="whole")
-    plain, left, done = module._if_it_fits, [0], []
+    plain, left, done = module.if_it_fits, [0], []
 
     def limited(way, batch):
         if not left[0]:
@@ -154,7 +154,7 @@ def test_a_run_that_is_killed_after_any_batch_ends_with_the_same_bytes(command, 
         done.append(batch)
         return plain(way, batch)
 
-    monkeypatch.setattr(module, "_if_it_fits", limited)
+    monkeypatch.setattr(module, "if_it_fits", limited)
     for _ in range(len(ROWS)):  # each time one batch more
         left[0] = 1
         try:
@@ -169,7 +169,7 @@ def test_a_run_that_is_killed_after_any_batch_ends_with_the_same_bytes(command, 
 
 
 def test_what_was_answered_is_not_answered_again(command, monkeypatch):
-    plain, done = module._if_it_fits, []
+    plain, done = module.if_it_fits, []
 
     def counted(way, batch):
         if len(done) == 3:
@@ -177,12 +177,12 @@ def test_what_was_answered_is_not_answered_again(command, monkeypatch):
         done.append(batch)
         return plain(way, batch)
 
-    monkeypatch.setattr(module, "_if_it_fits", counted)
+    monkeypatch.setattr(module, "if_it_fits", counted)
     with pytest.raises(Killed):
         command("proto_route", "--batch_size", 1)
     done.clear()
     monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
-    monkeypatch.setattr(module, "_if_it_fits", lambda way, batch: done.append(batch) or plain(way, batch))
+    monkeypatch.setattr(module, "if_it_fits", lambda way, batch: done.append(batch) or plain(way, batch))
     assert command("proto_route", "--batch_size", 1)[0] == 0
     assert len(done) == len(ROWS) - 3
 
@@ -219,31 +219,31 @@ def test_parts_decide_as_the_whole_does(command, monkeypatch):
 
 def test_adapters_in_another_order_are_another_run(tmp_path, tiny_base, tiny_library, monkeypatch, capsys):
     queries = write_queries(tmp_path / "queries.csv")
-    plain = module._if_it_fits
-    monkeypatch.setattr(module, "_if_it_fits", lambda *_: (_ for _ in ()).throw(Killed))
+    plain = module.if_it_fits
+    monkeypatch.setattr(module, "if_it_fits", lambda *_: (_ for _ in ()).throw(Killed))
     words = arguments("proto_route", [queries], tiny_library / "mlp", tiny_base, tmp_path / "out")
     place = words.index(str(tiny_library / "mlp"))
     both = [str(tiny_library / name) for name in ("mlp", "attention")]
     with pytest.raises(Killed):
         main(words[:place] + both + words[place + 1 :])
-    monkeypatch.setattr(module, "_if_it_fits", plain)
+    monkeypatch.setattr(module, "if_it_fits", plain)
     assert main(words[:place] + both[::-1] + words[place + 1 :]) == 2
     assert "differs in adapters" in capsys.readouterr().err
 
 
 def test_a_run_that_was_refused_may_be_run_as_it_was_told_to(command, monkeypatch):
-    monkeypatch.setattr(module, "_if_it_fits", lambda way, batch: [module.FAILED] * len(batch))
+    monkeypatch.setattr(module, "if_it_fits", lambda way, batch: [module.FAILED] * len(batch))
     assert command("proto_route")[0] == 2
     monkeypatch.undo()
     assert command("proto_route", "--max_seq_len", 5)[0] == 0
 
 
 def test_an_unfinished_run_of_another_setting_is_refused_in_a_line(command, capsys, monkeypatch):
-    plain = module._if_it_fits
-    monkeypatch.setattr(module, "_if_it_fits", lambda *_: (_ for _ in ()).throw(Killed))
+    plain = module.if_it_fits
+    monkeypatch.setattr(module, "if_it_fits", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         command("proto_route")
-    monkeypatch.setattr(module, "_if_it_fits", plain)
+    monkeypatch.setattr(module, "if_it_fits", plain)
     capsys.readouterr()
     assert command("proto_route", "--seed", 3)[0] == 2
     assert "differs in seed" in capsys.readouterr().err

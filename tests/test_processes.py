@@ -123,13 +123,13 @@ def test_several_processes_leave_the_files_of_one(started, tmp_path, monkeypatch
     monkeypatch.setattr("router.routing.fitted.AT_ONCE", 20)
     monkeypatch.setattr("router.model.passes.tokens_at_once", lambda *_: 200)
     monkeypatch.setattr("router.routing.probe.batch_tokens", lambda *_: (200, 200))
-    plain, taken = module._if_it_fits, []
+    plain, taken = module.if_it_fits, []
 
     def noting(way, batch):
         taken.append(threading.current_thread().name)
         return plain(way, batch)
 
-    monkeypatch.setattr(module, "_if_it_fits", noting)
+    monkeypatch.setattr(module, "if_it_fits", noting)
     (alone,) = started(method, 1, "one")
     assert set(taken) == {"0"} and "processes" not in alone
     taken.clear()
@@ -144,7 +144,7 @@ def test_several_processes_leave_the_files_of_one(started, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_was_answered_before_a_process_died_is_not_answered_again(started, tmp_path, monkeypatch, count):
-    plain, done = module._if_it_fits, []
+    plain, done = module.if_it_fits, []
 
     def noting(way, batch):
         done.append(threading.current_thread().name)
@@ -155,15 +155,15 @@ def test_what_was_answered_before_a_process_died_is_not_answered_again(started, 
             raise Killed
         return noting(way, batch)
 
-    monkeypatch.setattr(module, "_if_it_fits", noting)
+    monkeypatch.setattr(module, "if_it_fits", noting)
     started("proto_route", 1, "whole")
     whole = len(done)
     done.clear()
-    monkeypatch.setattr(module, "_if_it_fits", dying)
+    monkeypatch.setattr(module, "if_it_fits", dying)
     first, second = started("proto_route", 2, "out")
     assert isinstance(first, threading.BrokenBarrierError) and isinstance(second, Killed)
     assert 2 < len(done) < whole
-    monkeypatch.setattr(module, "_if_it_fits", noting)
+    monkeypatch.setattr(module, "if_it_fits", noting)
     monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
     assert started("proto_route", count, "out")[0]["method"] == "proto_route"
     assert len(done) == whole

@@ -58,21 +58,23 @@ class LoGo(Routed):
         model, n, modules = self.base.model, len(self.adapters), probed(self.adapters)
         count = np.array([len(modules & adapter.folder.shapes.keys()) for adapter in self.adapters])
         total = np.zeros((len(rows), n))
+
+        def read(ids: Tensor, mask: Tensor) -> Array:
+            tally = torch.zeros((len(ids), n), device=ids.device)
+
+            def all_of_them(expert: Experts, x: Tensor, along: Tensor) -> Tensor:
+                if expert.module in modules:
+                    last = along.view(*mask.shape, -1)[:, -1]  # (B, K), padding is on the left
+                    tally[:, expert.members] += norms(expert, last)
+                return x.new_ones(len(x), len(expert.members))
+
+            with attached(model, experts, all_of_them):
+                forward(model, ids, mask)
+            return tally.cpu().numpy()
+
         with torch.inference_mode():
-            for numbers, ids, mask in batches(model, rows, self.tokenizer.pad_token_id, "probe"):
-                tally = torch.zeros((len(numbers), n), device=ids.device)
-
-                def all_of_them(
-                    expert: Experts, x: Tensor, along: Tensor, mask: Tensor = mask, tally: Tensor = tally
-                ) -> Tensor:
-                    if expert.module in modules:
-                        last = along.view(*mask.shape, -1)[:, -1]  # (B, K), padding is on the left
-                        tally[:, expert.members] += norms(expert, last)
-                    return x.new_ones(len(x), len(expert.members))
-
-                with attached(model, experts, all_of_them):
-                    forward(model, ids, mask)
-                total[numbers] = tally.cpu().numpy()
+            for numbers, found in batches(model, rows, self.tokenizer.pad_token_id, "probe", read):
+                total[numbers] = found
         return np.asarray(total / count.clip(1))
 
 

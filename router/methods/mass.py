@@ -90,16 +90,20 @@ def residuals(
         (prompts, adapters, modules); NaN where an adapter does not change a module.
     """
     out = np.full((len(rows), n_adapters, len(spaces)), np.nan)
+
+    def read(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        share = (mask / mask.sum(1, keepdim=True)).float()  # (B, T)
+        means: dict[str, Tensor] = {}
+
+        def note(module: str, x: Tensor) -> None:
+            means[module] = torch.einsum("bt,btd->bd", share, x.float())
+
+        with reading_inputs(model, list(spaces), note):
+            forward(model, ids, mask)
+        return means
+
     with torch.inference_mode():
-        for numbers, ids, mask in batches(model, rows, pad_id, "probe"):
-            share = (mask / mask.sum(1, keepdim=True)).float()  # (B, T)
-            means: dict[str, Tensor] = {}
-
-            def note(module: str, x: Tensor, share: Tensor = share, means: dict[str, Tensor] = means) -> None:
-                means[module] = torch.einsum("bt,btd->bd", share, x.float())
-
-            with reading_inputs(model, list(spaces), note):
-                forward(model, ids, mask)
+        for numbers, means in batches(model, rows, pad_id, "probe", read):
             for m, (module, vhs) in enumerate(spaces.items()):
                 x = means[module]  # (B, d_in)
                 for n, vh in vhs.items():

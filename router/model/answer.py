@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from router.deadline import Deadline
 from router.errors import out_of_memory, printable
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Scoring = Literal["full", "kit"]
+Found = TypeVar("Found")
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = None) -> list[list[int]]:
@@ -342,7 +343,7 @@ def answer(
                 answers.update((n, known.get(queries[n], FAILED)) for n in batch)
                 deadline.unanswered += sum(query not in known for query in asked)
                 batches = rest
-            elif found := _if_it_fits(partial(way, limit=limit), batch):
+            elif found := if_it_fits(partial(way, limit=limit), batch):
                 known.update({q: a for q, a in zip(asked, found, strict=True) if q not in known})
                 answers.update((n, known[queries[n]]) for n in batch)  # the same query, the same answer
                 for n in batch:
@@ -358,7 +359,7 @@ def answer(
                 warn(asked[0], "does not fit into memory")
                 answers[batch[0]], batches = FAILED, rest  # not kept: there may be more memory next time
             else:
-                batches = [half for whole in batches for half in _halves(whole)]
+                batches = [half for whole in batches for half in halves(whole)]
     return [answers[n] for n in range(len(queries))]
 
 
@@ -368,8 +369,8 @@ def _widest(tokenizer: Any, choices: Sequence[str]) -> int:
     return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
 
-def _if_it_fits(way: Callable[[list[int]], list[Answer]], batch: list[int]) -> list[Answer] | None:
-    """A batch's answers; None if memory ran out."""
+def if_it_fits(way: Callable[[list[int]], Found], batch: list[int]) -> Found | None:
+    """What `way` finds for a batch; None if memory ran out."""
     import torch
 
     try:
@@ -382,7 +383,7 @@ def _if_it_fits(way: Callable[[list[int]], list[Answer]], batch: list[int]) -> l
     return None
 
 
-def _halves(batch: list[int]) -> list[list[int]]:
+def halves(batch: list[int]) -> list[list[int]]:
     """The two halves of a batch, or the batch itself if it has one query."""
     middle = len(batch) // 2
     return [half for half in (batch[:middle], batch[middle:]) if half]

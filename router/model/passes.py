@@ -5,15 +5,17 @@ Knows no adapters and no labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from router.model.answer import by_length, pad_left
+from router.model.answer import by_length, halves, if_it_fits, pad_left
 from router.model.device import tokens_at_once
 from router.progress import progress
+
+Found = TypeVar("Found")
 
 MAX_TOKENS = 128  # the most that routing reads of a prompt; docs/speed.md tells what more would change
 
@@ -35,16 +37,39 @@ def truncated(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def batches(
-    model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None, budget: int | None = None
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yields (row numbers, ids, mask) of left-padded batches, ids and mask (B, T); a title shows a bar.
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    title: str | None,
+    read: Callable[[Tensor, Tensor], Found],
+    budget: int | None = None,
+) -> Iterator[tuple[list[int], Found]]:
+    """Yields (row numbers, what was read) of left-padded batches; a title shows a bar.
 
-    A batch has at most `budget` tokens, including padding; None: as many as a pass should take.
+    A batch that does not fit into memory is read in halves, and so are all batches after it.
+
+    Args:
+        read: called with ids and mask of a batch, both (B, T); what it returns is not None.
+        budget: tokens in a batch, at most, including padding; None: as many as a pass should take.
+
+    Raises:
+        Exception: whatever `read` raises; for want of memory only if a single prompt does not fit.
     """
     lengths = [len(row) for row in rows]
+
+    def read_rows(batch: list[int]) -> Found:
+        return read(*pad_left([rows[n] for n in batch], pad_id, model.device))
+
+    waiting = list(by_length(lengths, budget or tokens_at_once(model.device, model.dtype)))
     with progress(total=sum(lengths), desc=title, unit="tok") if title else nullcontext() as bar:
-        for batch in by_length(lengths, budget or tokens_at_once(model.device, model.dtype)):
-            yield batch, *pad_left([rows[n] for n in batch], pad_id, model.device)
+        while waiting:
+            batch, *rest = waiting
+            found = read_rows(batch) if len(batch) == 1 else if_it_fits(read_rows, batch)
+            if found is None:
+                waiting = [half for whole in waiting for half in halves(whole)]
+                continue
+            yield batch, found
+            waiting = rest
             if bar is not None:
                 bar.update(sum(lengths[n] for n in batch))
 

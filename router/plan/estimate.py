@@ -41,6 +41,7 @@ from router.plan.speed import Speed, measure, parameters, skeleton
 from router.routing.calibration import generic_prompts
 from router.routing.clusters import SAMPLE, most_variants
 from router.routing.fitted import at_once
+from router.routing.probe import KEPT
 from router.settings import Settings
 from router.submission import GENERATION, Query, read_queries, read_rows
 
@@ -325,9 +326,12 @@ def _memory(
         for folder in adapters.values():
             columns.update(folder.ranks)
         products = 12 * max(columns.values(), default=0) * work.probed  # three arrays of a batch's tokens
-        # The responses of a batch are added up apart. While it writes, there are its keys and values, too.
+        # The responses of a batch are added up apart. While it writes, there are its keys and values, too, and
+        # the inputs of some tokens at all modules.
         products += at_once(many, modules) * each
-        products += cache_bytes(config, dtype) * work.batch[0] if ahead else 0
+        if ahead:
+            inputs = {m: folder.shapes[m][1] for folder in adapters.values() for m in folder.ranks}
+            products += cache_bytes(config, dtype) * work.batch[0] + KEPT * sum(inputs.values()) * size
         evidence = (4 * (modules + 2 * many) + 8 * many) * queries  # and the weights
         held += own * size + LEARNED * each + OBJECTS * sum(len(folder.ranks) for folder in adapters.values())
         # Calibration holds the responses to generic text and a copy of them, or of some; then come the

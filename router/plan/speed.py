@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,8 +132,8 @@ def _measure(
     protos, means = _drawn(model, adapters, generator)
 
     def read(by: Any) -> None:
-        for _, ids, mask in batches(by, rows, 0, None):
-            forward(by, ids, mask).sum().item()
+        for _, logits in batches(by, rows, 0, None, partial(forward, by)):
+            logits.sum().item()
 
     tokens, short = sum(lengths), truncated(rows)
     with torch.inference_mode():

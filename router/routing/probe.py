@@ -8,8 +8,9 @@ adapter's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from operator import is_not
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from router.routing.prototypes import ModulePrototypes
 
 END = 2  # counted tokens that are the end of a prompt, just before the answer
 AHEAD = 8  # tokens that the base model writes after a prompt, where the settings do not say otherwise
+KEPT = 512  # tokens that are written, at most, whose inputs at all modules are kept until they are needed
 SHARE = 0.5  # of what it writes in the second response; the end of the prompt has the rest
 
 
@@ -41,17 +43,22 @@ def input_means(
     """The mean input of each module over all counted tokens of the prompts, (d_in,) float32."""
     totals: dict[str, Tensor] = {}
     count = 0
+
+    def read(ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], int]:
+        counted = _Counted(counted_tokens(mask))
+        sums: dict[str, Tensor] = {}
+
+        def visit(name: str, x: Tensor) -> None:
+            sums[name] = counted.tokens(name, x).double().sum(0)  # (d_in,)
+
+        with reading_inputs(model, modules, visit):
+            forward(model, ids, mask)
+        return sums, counted.count
+
     with torch.inference_mode():
-        for _, ids, mask in batches(model, rows, pad_id, "centre"):
-            counted = _Counted(counted_tokens(mask))
-
-            def visit(name: str, x: Tensor, counted: _Counted = counted) -> None:
-                part = counted.tokens(name, x).double().sum(0)  # (d_in,)
-                totals[name] = totals[name] + part if name in totals else part
-
-            with reading_inputs(model, modules, visit):
-                forward(model, ids, mask)
-            count += counted.count
+        for _, (sums, some) in batches(model, rows, pad_id, "centre", read):
+            totals = {name: totals[name] + part if totals else part for name, part in sums.items()}
+            count += some
     return {name: (total / count).float() for name, total in totals.items()}
 
 
@@ -144,9 +151,13 @@ def confidence_of(logits: Tensor) -> Tensor:
 def base_confidence(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     """The confidence of the base model at the end of each prompt, (prompts,) float32."""
     found = torch.empty(len(rows))
+
+    def read(ids: Tensor, mask: Tensor) -> Tensor:
+        return confidence_of(forward(model, ids, mask)).cpu()
+
     with torch.inference_mode():
-        for batch, ids, mask in batches(model, rows, pad_id, "confidence"):
-            found[batch] = confidence_of(forward(model, ids, mask)).cpu()
+        for batch, some in batches(model, rows, pad_id, "confidence", read):
+            found[batch] = some
     return found
 
 
@@ -181,20 +192,26 @@ def probe(
     share = SHARE if ahead else 0.0
     out = np.empty((len(rows), n_adapters, len(prototypes), 2), dtype=np.float32)
     confidence = np.empty(len(rows), dtype=np.float32)
+
+    def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        found = _Responses(model, prototypes, means, n_adapters, len(ids))
+        reading = found.of_prompts(counted_tokens(mask), 1 - share)
+        logits, cache = read_prompts(model, ids, mask, ahead, reading)
+        sure, every = confidence_of(logits), torch.ones_like(mask[:, :1])
+        left = ahead
+        while left:
+            steps = min(left, max(1, KEPT // len(ids)))
+            left -= steps
+            with found.of_written(steps, share / ahead):
+                for _ in range(steps):
+                    mask = torch.cat([mask, every], 1)
+                    logits = read_token(model, logits.argmax(-1), mask, cache)
+        return found.sums, sure
+
     with torch.inference_mode():
-        for batch, ids, mask in batches(model, rows, pad_id, title, together(model, ahead)):
-            found = _Responses(model, prototypes, means, n_adapters, len(batch))
-            reading = found.of_prompts(counted_tokens(mask), 1 - share)
-            logits, cache = read_prompts(model, ids, mask, ahead, reading)
-            confidence[batch] = confidence_of(logits).cpu().numpy()
-            if ahead:
-                every = torch.ones_like(mask[:, :1])
-                own = torch.eye(len(batch), device=mask.device) * share / ahead  # (B, B)
-                with found.added(slice(None), every.bool(), torch.stack([torch.zeros_like(own), own])):
-                    for _ in range(ahead):
-                        mask = torch.cat([mask, every], 1)
-                        logits = read_token(model, logits.argmax(-1), mask, cache)
-            out[batch] = found.sums.permute(2, 3, 0, 1).cpu().numpy()
+        for batch, (sums, sure) in batches(model, rows, pad_id, title, read, together(model, ahead)):
+            out[batch] = sums.permute(2, 3, 0, 1).cpu().numpy()
+            confidence[batch] = sure.cpu().numpy()
     for m, proto in enumerate(prototypes.values()):
         columns = np.bincount(proto.owners.cpu().numpy(), minlength=n_adapters)
         out[:, columns == 0, m] = np.nan
@@ -233,17 +250,44 @@ class _Responses:
             views: the weight of each counted token in the two responses of each row, (2, b, T').
         """
         inputs = _Inputs(counted)
-        n_adapters = self.sums.shape[-1]
 
         def visit(name: str, x: Tensor) -> None:
-            proto = self.prototypes[name]
-            centred, size = inputs.centred(name, x, self.means[name])  # (T', d_in), (T',)
-            along = centred.to(proto.directions.dtype) @ proto.directions  # (T', K)
-            squares = along.float().square()
-            cosine = proto.sums(squares.T.contiguous(), n_adapters).sqrt() / size  # (adapters, T')
-            self.sums[self.place[name], :, part] += views @ cosine.T
+            self.sums[self.place[name], :, part] += views @ self._cosines(name, x, inputs).T
 
         return reading_inputs(self.model, list(self.prototypes), visit)
+
+    @contextmanager
+    def of_written(self, tokens: int, share: float) -> Iterator[None]:
+        """Inside the block the model writes a token of each prompt at a time; adds their cosines at its end.
+
+        Inputs are kept until then: one product of many tokens is quicker than many products of a few. No
+        model changes an input later, or it could not be trained.
+
+        Args:
+            tokens: how many it writes for each prompt.
+            share: the weight of each in the second response.
+        """
+        kept: dict[str, list[Tensor]] = {}  # in the order in which the modules run
+        with reading_inputs(
+            self.model, list(self.prototypes), lambda name, x: kept.setdefault(name, []).append(x)
+        ):
+            yield
+        prompts = self.sums.shape[2]
+        inputs = _Inputs(torch.ones(tokens, prompts, dtype=torch.bool, device=self.sums.device))
+        parts: list[Tensor] = []
+        for name, own in kept.items():
+            if len(own) != len(parts) or any(map(is_not, own, parts)):  # several modules share their inputs
+                parts, x = own, torch.cat([part.flatten(0, -2) for part in own])  # (tokens * B, d_in)
+            cosines = self._cosines(name, x, inputs)  # (adapters, tokens * B)
+            self.sums[self.place[name], 1] += share * cosines.view(-1, tokens, prompts).sum(1).T
+
+    def _cosines(self, name: str, x: Tensor, inputs: _Inputs) -> Tensor:
+        """Those of a module's inputs to the adapters' prototypes, (adapters, T')."""
+        proto = self.prototypes[name]
+        centred, size = inputs.centred(name, x, self.means[name])  # (T', d_in), (T',)
+        along = centred.to(proto.directions.dtype) @ proto.directions  # (T', K)
+        squares = along.float().square()
+        return proto.sums(squares.T.contiguous(), self.sums.shape[-1]).sqrt() / size
 
 
 def _averages(counted: Tensor, share: float) -> Tensor:

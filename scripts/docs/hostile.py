@@ -48,19 +48,21 @@ def moments(base: Base) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean (d_in,) and covariance (d_in, d_in) of each linear module's inputs over generic text."""
     rows, shapes = truncated(encode(base.tokenizer, generic_prompts())), linear_shapes(base.model)
     sums = {m: (torch.zeros(d_in), torch.zeros(d_in, d_in)) for m, (_, d_in) in shapes.items()}
-    count = 0
+
+    def read(ids: Tensor, mask: Tensor) -> int:
+        counted = counted_tokens(mask)
+
+        def visit(name: str, x: Tensor) -> None:
+            x = x[counted].float()  # (T', d_in)
+            sums[name][0].add_(x.sum(0))
+            sums[name][1].addmm_(x.T, x)
+
+        with reading_inputs(base.model, list(shapes), visit):
+            forward(base.model, ids, mask)
+        return int(counted.sum())
+
     with torch.inference_mode():
-        for _, ids, mask in batches(base.model, rows, base.tokenizer.pad_token_id, "moments"):
-            counted = counted_tokens(mask)
-
-            def visit(name: str, x: Tensor, counted: Tensor = counted) -> None:
-                x = x[counted].float()  # (T', d_in)
-                sums[name][0].add_(x.sum(0))
-                sums[name][1].addmm_(x.T, x)
-
-            with reading_inputs(base.model, list(shapes), visit):
-                forward(base.model, ids, mask)
-            count += int(counted.sum())
+        count = sum(n for _, n in batches(base.model, rows, base.tokenizer.pad_token_id, "moments", read))
     found = {}
     for name, (total, square) in sums.items():
         mean = total / count

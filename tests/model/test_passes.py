@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from router.model.answer import pad_left
-from router.model.passes import MAX_TOKENS, forward, truncated
+from router.model.passes import MAX_TOKENS, batches, forward, truncated
 
 
 @pytest.mark.parametrize("length", [1, 2, MAX_TOKENS - 1, MAX_TOKENS])
@@ -27,3 +27,34 @@ def test_a_pass_over_a_padded_batch_ends_where_a_plain_model_ends_on_each_prompt
         expected = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows])
     assert found.shape == (3, model.config.vocab_size)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_that_does_not_fit_is_read_in_halves_and_every_row_once(base):
+    rows, tried = [[n] * 3 for n in range(7)], []
+
+    def read(ids, mask):
+        tried.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return ids.tolist()
+
+    found = [
+        pair for numbers, some in batches(base.model, rows, 0, None, read) for pair in zip(numbers, some)
+    ]
+    assert sorted(found) == list(enumerate(rows))
+    assert tried == [7, 3, 1, 2, 2, 2]  # 3 and 4, then all in halves
+
+
+@pytest.mark.parametrize(
+    ("error", "times"), [(torch.OutOfMemoryError("CUDA out of memory."), 3), (RuntimeError("shapes"), 1)]
+)
+def test_what_halves_do_not_help_is_raised(error, times, base):
+    tried = []
+
+    def read(ids, mask):
+        tried.append(len(ids))
+        raise error
+
+    with pytest.raises(RuntimeError) as raised:
+        list(batches(base.model, [[5, 6]] * 4, 0, None, read))
+    assert raised.value is error and tried == [4, 2, 1][:times]

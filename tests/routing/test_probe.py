@@ -118,19 +118,47 @@ def test_the_end_does_not_depend_on_how_long_the_rest_is(base, measured):
     np.testing.assert_allclose(long[0, first, 0], long[0, first, 1], rtol=1e-5)
 
 
-# All prompts in one pass, in several, one at a time; written ahead of together, and not.
-@pytest.mark.parametrize(("a_pass", "together"), [(4096, 4096), (160, 4096), (1, 4096), (160, 160), (1, 1)])
-def test_padding_and_the_order_of_prompts_do_not_matter(a_pass, together, base, measured, monkeypatch):
+# All prompts in one pass, in several, one at a time; written ahead of together, and not; the inputs of all
+# tokens that are written kept until the end, of some, of one.
+@pytest.mark.parametrize(
+    ("a_pass", "together", "kept"),
+    [(4096, 4096, 512), (160, 4096, 21), (1, 4096, 1), (160, 160, 512), (1, 1, 3)],
+)
+def test_padding_and_the_order_of_prompts_do_not_matter(a_pass, together, kept, base, measured, monkeypatch):
     protos, rows = measured
     means = input_means(base.model, rows, 0, list(protos))
     alone = np.concatenate([probe(base.model, [row], 0, protos, means, 3).responses for row in rows])
     monkeypatch.setattr("router.model.device.CPU_TOKENS", a_pass)
     monkeypatch.setattr("router.model.device.BATCH_TOKENS", together)
+    monkeypatch.setattr("router.routing.probe.KEPT", kept)
     for module, mean in input_means(base.model, rows[::-1], 0, list(protos)).items():
         torch.testing.assert_close(mean, means[module], rtol=1e-4, atol=1e-5)
     order = [4, 0, 6, 2, 5, 1, 3]
     found = probe(base.model, [rows[n] for n in order], 0, protos, means, 3).responses
     np.testing.assert_allclose(found, alone[order], rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_that_does_not_fit_into_memory_changes_nothing(base, measured):
+    protos, rows = measured
+    means = input_means(base.model, rows, 0, list(protos))
+    whole = probe(base.model, rows, 0, protos, means, 3)
+
+    def refuse(model, args, kwargs):
+        if len(kwargs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    undo = base.model.register_forward_pre_hook(refuse, with_kwargs=True).remove
+    try:
+        again = input_means(base.model, rows, 0, list(protos))
+        found = probe(base.model, rows, 0, protos, means, 3)
+        confidence = base_confidence(base.model, rows, 0)
+    finally:
+        undo()
+    for module, mean in means.items():
+        torch.testing.assert_close(again[module], mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.responses, whole.responses, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.confidence, whole.confidence, rtol=1e-4)
+    np.testing.assert_allclose(confidence, whole.confidence, rtol=1e-4)
 
 
 def test_adapters_do_not_change_each_others_responses_and_their_size_does_not_either(

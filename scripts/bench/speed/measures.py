@@ -279,8 +279,7 @@ def probing(count: str) -> dict[str, Any]:
 
     def read(part: list[list[int]]) -> None:
         with torch.inference_mode():
-            for _, ids, mask in batches(base.model, part, pad, None):
-                forward(base.model, ids, mask)
+            list(batches(base.model, part, pad, None, partial(forward, base.model)))
 
     def work(part: list[list[int]]) -> None:
         probe(base.model, part, pad, protos, means, len(adapters), None)
@@ -358,8 +357,7 @@ def roofline() -> dict[str, Any]:
 
     def read() -> None:
         with torch.inference_mode():
-            for _, ids, mask in batches(model, rows, base.tokenizer.pad_token_id, None):
-                forward(model, ids, mask)
+            list(batches(model, rows, base.tokenizer.pad_token_id, None, partial(forward, model)))
 
     return {
         "gemm_flops": 2 * 512 * 576 * 1536 / _fastest(lambda: torch.nn.functional.linear(a, w)),
