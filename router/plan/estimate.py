@@ -326,8 +326,8 @@ def _memory(
         for folder in adapters.values():
             columns.update(folder.ranks)
         products = 12 * max(columns.values(), default=0) * work.probed  # three arrays of a batch's tokens
-        # The responses of a batch are added up apart. While it writes, there are its keys and values, too, and
-        # the inputs of some tokens at all modules.
+        # The responses of a batch are added up apart. While it writes, there are its keys and values, too,
+        # and the inputs of some tokens at all modules.
         products += at_once(many, modules) * each
         if ahead:
             inputs = {m: folder.shapes[m][1] for folder in adapters.values() for m in folder.ranks}

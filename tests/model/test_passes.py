@@ -38,9 +38,8 @@ def test_a_batch_that_does_not_fit_is_read_in_halves_and_every_row_once(base):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return ids.tolist()
 
-    found = [
-        pair for numbers, some in batches(base.model, rows, 0, None, read) for pair in zip(numbers, some)
-    ]
+    parts = list(batches(base.model, rows, 0, None, read))
+    found = [pair for numbers, some in parts for pair in zip(numbers, some, strict=True)]
     assert sorted(found) == list(enumerate(rows))
     assert tried == [7, 3, 1, 2, 2, 2]  # 3 and 4, then all in halves
 
