@@ -29,7 +29,7 @@ from router.routing.calibration import silent
 from router.routing.clusters import Array
 from router.routing.evidence import Evidence
 from router.routing.gate import PrototypeGate
-from router.routing.probe import AHEAD, Probed, probe, unreadable
+from router.routing.probe import AHEAD, Probed, probe, telling, unreadable
 from router.routing.prototypes import ModulePrototypes
 
 FILE = "router.safetensors"
@@ -150,9 +150,14 @@ class Fitted:
         return np.isnan(self.reference)
 
     @cached_property
-    def _absent_places(self) -> NDArray[np.int64]:
-        """The same, as places in a flat array."""
-        return np.flatnonzero(self._absent)
+    def _telling(self) -> NDArray[np.int64]:
+        """Which adapter's response tells whether a prompt is readable, (modules, 2)."""
+        return telling(self._absent)
+
+    @cached_property
+    def _expected(self) -> int:
+        """How many responses there are to a prompt."""
+        return int(np.count_nonzero(~self._absent))
 
     @cached_property
     def _reach(self) -> dict[str, float]:
@@ -165,10 +170,9 @@ class Fitted:
         A prompt without finite activations goes to the base model.
         """
         responses, confidence = probed
-        unread = unreadable(probed, self._absent)
+        unread = unreadable(probed, self._telling)
         # One readable prompt tells whether adapters respond where they are silent.
-        first = responses[:1].reshape(len(responses[:1]), -1)
-        if unread.any() or np.isfinite(first[:, self._absent_places]).any():
+        if unread.any() or np.count_nonzero(np.isfinite(responses[:1])) > self._expected:
             responses, confidence = responses.copy(), confidence.copy()
             responses[:, self._absent] = np.nan
             responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]

@@ -117,18 +117,22 @@ class Probed(NamedTuple):
     confidence: NDArray[np.float32]  # (prompts,) of the base model, see `confidence_of`
 
 
-def unreadable(probed: Probed, absent: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which prompts the model has no finite activations for, (prompts,).
+def telling(absent: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The number of an adapter that has a prototype, (modules, 2); -1 where none has.
 
-    The adapters at a module share its input, so one of them tells of all.
+    The adapters at a module share its input, so one of them tells whether a prompt is readable.
 
     Args:
         absent: (adapters, modules, 2), where there is no prototype, so that no response is expected.
     """
-    modules, views = np.indices(absent.shape[1:])
-    told = probed.responses[:, absent.argmin(0), modules, views]  # (prompts, modules, 2)
-    broken = ~np.isfinite(told) & ~absent.all(0)
-    return np.asarray(broken.any((1, 2)) | ~np.isfinite(probed.confidence))
+    return np.where(absent.all(0), -1, absent.argmin(0))
+
+
+def unreadable(probed: Probed, told_by: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which prompts the model has no finite activations for, (prompts,); told_by: see `telling`."""
+    modules, views = np.nonzero(told_by >= 0)
+    told = probed.responses[:, told_by[modules, views], modules, views]  # (prompts, modules and views)
+    return ~(np.isfinite(told).all(1) & np.isfinite(probed.confidence))
 
 
 def together(model: Any, ahead: int = AHEAD) -> int:

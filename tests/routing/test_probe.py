@@ -11,7 +11,15 @@ from transformers import AutoModelForCausalLM
 from helpers import NAMES, write_tiny_adapter
 from router.library.adapters import load_library
 from router.model.answer import encode
-from router.routing.probe import Probed, base_confidence, counted_tokens, input_means, probe, unreadable
+from router.routing.probe import (
+    Probed,
+    base_confidence,
+    counted_tokens,
+    input_means,
+    probe,
+    telling,
+    unreadable,
+)
 from router.routing.prototypes import prototypes
 
 # Of one, two and three tokens (none, one and two are counted beside the first), and longer ones.
@@ -208,8 +216,9 @@ def test_a_prompt_is_unreadable_if_anything_is_not_finite_that_should_be():
     responses, confidence, absent = np.ones((5, 2, 3, 2)), np.zeros(5), np.zeros((2, 3, 2), dtype=bool)
     responses[:, 1, 2], absent[1, 2] = np.nan, True  # no prototype there
     responses[:, 0, 1], absent[0, 1] = np.nan, True
+    responses[:, :, 2, 1], absent[:, 2, 1] = np.nan, True  # of no adapter
     responses[1, :, 0, 1], responses[2, 1, 1, 0], confidence[3] = np.nan, np.inf, -np.inf
-    found = unreadable(Probed(responses, confidence), absent)
+    found = unreadable(Probed(responses, confidence), telling(absent))
     assert found.tolist() == [False, True, True, True, False]
 
 
