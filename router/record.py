@@ -38,6 +38,8 @@ def record(name: str, settings: Settings, stages: Stages, result: Result) -> dic
         "seconds": {stage: round(value, 3) for stage, value in stages.seconds.items()},
         "peak_mib": stages.peak_mib,
     }
+    if stages.peak_gpu_mib:
+        found["peak_gpu_mib"] = stages.peak_gpu_mib
     if planned := kept(settings.output_folder, name, flags):
         found["plan"] = {key: planned[key] for key in RECORDED}
     return found | (_decided(result.decision, settings.apply) if result.decision else {})

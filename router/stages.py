@@ -24,17 +24,28 @@ def peak_mib() -> int:
     return peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
+def peak_gpu_mib() -> int | None:
+    """The most memory that this process's tensors took on its GPUs so far, MiB; None if it uses none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    devices = range(torch.cuda.device_count())
+    return int(sum(map(torch.cuda.max_memory_allocated, devices))) >> 20
+
+
 class Stages:
     """Collects and logs what stages cost. A stage that runs again adds to its seconds.
 
     Attributes:
         seconds: wall time by stage, in order of first use.
         peak_mib: the process's highest resident memory up to the end of each stage, MiB.
+        peak_gpu_mib: the same of its tensors on GPUs; empty without one.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, int] = {}
+        self.peak_gpu_mib: dict[str, int] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -45,6 +56,9 @@ class Stages:
         finally:
             taken = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + taken
-            self.peak_mib[name] = peak_mib()
+            self.peak_mib[name], on_gpu = peak_mib(), peak_gpu_mib()
+            if on_gpu is not None:
+                self.peak_gpu_mib[name] = on_gpu
         if taken >= TOLD:
-            log.info("%s: %.1f s, peak memory %d MiB", name, taken, self.peak_mib[name])
+            also = "" if on_gpu is None else f", {on_gpu} MiB on the GPU"
+            log.info("%s: %.1f s, peak memory %d MiB%s", name, taken, self.peak_mib[name], also)

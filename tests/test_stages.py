@@ -49,3 +49,16 @@ def test_what_does_not_has_none(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "router"), Stages()("short"):
         pass
     assert not caplog.records
+
+
+def test_a_gpu_has_its_own_peak(monkeypatch):
+    """Of two cards that are not here."""
+    used = {0: 3 << 30, 1: 1 << 30}
+    assert not Stages().peak_gpu_mib
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(used))
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", used.get)
+    stages = Stages()
+    with stages("one"):
+        used[1] = 2 << 30
+    assert stages.peak_gpu_mib == {"one": 5 << 10}

@@ -27,7 +27,8 @@ def lines(found: dict[str, Any], limits: Mapping[str, float | None]) -> list[str
     if "calibrate" in found["seconds"]:
         rows.append("calibration is kept on disk: a library seen before does not need it again")
     peak = max(found["peak_mib"].values())
-    rows.append(f"about {peak:.0f} MiB of memory at the peak, {found['disk_mib']} MiB of disk")
+    whose = ", the GPU's counted as the machine's" if found["device"] == "cuda" else ""
+    rows.append(f"about {peak:.0f} MiB of memory at the peak{whose}, {found['disk_mib']} MiB of disk")
     for flag, limit, value, unit in _needs(found, limits):
         verdict = "fits" if value <= limit else "does not fit"
         if math.isinf(value):

@@ -26,7 +26,7 @@ Labels = NDArray[np.int64]
 # Of every run.json, and of one whose method routes.
 RECORD = {
     "method": str, "versions": {"*": str}, "flags": {"dataset_filepaths": [str]}, "seconds": {"*": float},
-    "peak_mib": {"*": float}, "files?": {"*": str}, "left_out?": [str],
+    "peak_mib": {"*": float}, "peak_gpu_mib?": {"*": float}, "files?": {"*": str}, "left_out?": [str],
     "time_limit?": {"minutes": float, "shortened": int, "to_base?": int, "unanswered": int},
     "base?": {"name": str, "revision?": str, "sha256": str, "dtype": str},
     "adapters?": {"*": {"revision?": str, "sha256": str}},

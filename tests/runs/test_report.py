@@ -191,6 +191,14 @@ def test_a_run_without_routing_has_a_report_of_its_answers(small):
     assert page.data["predictions"] == [text[::-1] for text in HOSTILE]
 
 
+def test_what_a_gpu_took_has_a_column(small):
+    assert "on the GPU" not in Page(write_report(small)).words
+    record = json.loads((small / "run.json").read_text())
+    (small / "run.json").write_text(json.dumps(record | {"peak_gpu_mib": {"load": 270, "probe": 3579}}))
+    words = Page(write_report(small)).words
+    assert "on the GPU, MiB" in words and "2,048 3,579" in words and words.count("3,579") == 2
+
+
 def test_the_numbers_are_those_of_the_files(tmp_path):
     out = synthetic(tmp_path, sentences(120))
     run, page = load(out), Page(write_report(out))
