@@ -23,6 +23,22 @@ Array = NDArray[np.float32]
 LOW_MARGIN = 0.5  # standard deviations of generic text
 
 
+def comparable(scores: NDArray[Any], base: NDArray[Any], reach: NDArray[Any]) -> NDArray[Any]:
+    """What each has above the base model, divided by its reach, and the base model's own score.
+
+    Equation 7 in docs/method.md.
+
+    Args:
+        scores: (queries, adapters).
+        base: (queries, 1) the base model's.
+        reach: (adapters,) above 0.
+
+    Returns:
+        (queries, adapters + 1), the base model last.
+    """
+    return np.column_stack([base + (scores - base) / reach, base])
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What was measured of each query, and what the gate made of it; NaN where nothing was.
@@ -64,7 +80,7 @@ class Evidence:
         """(queries, adapters + 1) what the choice was made by: scores that compare, the base model's last."""
         base = self.base_score[:, None]
         reach = np.array([self.reach.get(name, 1.0) for name in self.adapters], dtype=np.float32)
-        return np.column_stack([base + (self.scores - base) / reach, base])
+        return comparable(self.scores, base, reach)
 
     @property
     def margin(self) -> Array:

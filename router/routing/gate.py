@@ -17,6 +17,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from router.routing import shortlist
+from router.routing.evidence import comparable
 from router.routing.shortlist import FLOOR, Shortlist, tellers
 
 Array = NDArray[np.float64]
@@ -241,7 +242,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self)
         base = self.level_ + self._standard(confidence, len(scores))[:, None]
-        return np.column_stack([base + (scores - base) / self.reach_, base])
+        return comparable(scores, base, self.reach_)
 
     def levels(self) -> dict[str, float]:
         """What each of SHARES, and the gate's own `false_alarm`, would add to the base model's score."""
@@ -307,7 +308,7 @@ def level(scores: Array, false_alarm: float) -> float:
 def _matched(means: Array, stds: Array) -> Array:
     """The matched filter in any unit, (adapters, modules, views), NaN without a prototype.
 
-    A module that is silent on generic text has no weight: its responses are rounding. Neither energy nor
+    A module with no response to generic text has no weight: what there is is rounding. Neither energy nor
     deviation counts as less than a tenth of the adapter's median.
     """
     energy = np.exp(2 * means)

@@ -214,7 +214,7 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
         for k, response, score in reasons:
             assert response == pytest.approx(1e4 * evidence.responses[q, k], abs=0.51)
             assert score == pytest.approx(100 * evidence.scores[q, k], abs=0.51)
-    assert page.data["level"] == [250] * 120 and page.data["falseAlarm"] == 0.1
+    assert page.data["baseScore"] == [250] * 120 and page.data["falseAlarm"] == 0.1
     record = json.loads((out / "run.json").read_text())
     own = np.array([list(variant["weights"].values()) for variant in record["variants"]])
     cohesion = 1 - np.abs(run.weights - own[run.labels]).sum(1).mean() / 2

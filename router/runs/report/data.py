@@ -190,7 +190,7 @@ def explained(n_queries: int) -> int:
 
 
 def _reasons(e: Evidence, weights: Array) -> dict[str, Any]:
-    """For each query, the adapters that matter: number, response, score; then the level and the margin."""
+    """For each query, the adapters that matter: number, response, score; the base model's score; margin."""
     scores = e.candidates[:, :-1]
     scored = np.isfinite(scores)  # all but duplicates
     # Those with a weight come first, then those with the highest scores.
@@ -204,7 +204,7 @@ def _reasons(e: Evidence, weights: Array) -> dict[str, Any]:
             [[k, *two] for k, two in zip(row, numbers[q].tolist(), strict=True) if scored[q, k]]
             for q, row in enumerate(order.tolist())
         ],
-        "level": _whole(100 * e.base_score).tolist(),
+        "baseScore": _whole(100 * e.base_score).tolist(),
         "margin": _whole(100 * e.margin).tolist(),
     }
 
