@@ -14,7 +14,7 @@ from scripts.bench import runner
 from scripts.bench.speed import measures, tables
 from scripts.bench.speed.tables import ALL, EIGHTH, FOLDER, SHAPE, SIZES
 
-WHOLE = (f"routed 22 {ALL}", f"static {ALL}", f"kit {EIGHTH}")
+WHOLE = (f"routed 22 {ALL}", f"static {ALL}", f"kit {EIGHTH}", "demo all")
 PARTS = (
     *(f"decode {way}" for way in ("merged", "beside", "arrow", "spectr", "lag")),
     *(f"merge {way} embedded 16" for way in ("ours", "peft")),

@@ -6,6 +6,9 @@ runs find prototypes and calibration on disk, except for a library's first, whos
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -96,6 +99,16 @@ def routed(size: str, every: str) -> dict[str, Any]:
         "seconds": seconds - stages["calibrate"], "stages": stages, "peak_mib": peak_mib(),
         "variants": len(decision.variants), "queries": len(asked),
     }  # fmt: skip
+
+
+def demo(_: str) -> dict[str, Any]:
+    """The command of the demo with nothing on disk but the installed packages, from its start to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "router.main", "-m", "proto_route", "--output_folder", folder]
+        environment = os.environ | {"PROTO_ROUTE_CACHE": f"{folder}/cache"}
+        seconds, _ = timed(lambda: subprocess.run(command, check=True, env=environment))
+        stages = json.loads((Path(folder) / "run.json").read_text("utf-8"))["seconds"]
+    return {"seconds": seconds, "stages": stages}
 
 
 def truncation(tokens: str) -> dict[str, Any]:

@@ -75,7 +75,19 @@ def ratio(
 
 def targets(known: Known) -> Iterator[Measured]:
     """Every line of the table of targets whose measurements are there."""
-    for lines in (_runs, _probing, _writing, _merges, _prototypes, _gate, _memory, _growth, _products):
+    for lines in (
+        _runs,
+        _demo,
+        _probing,
+        _writing,
+        _merges,
+        _prototypes,
+        _gate,
+        _memory,
+        _growth,
+        _products,
+        _same,
+    ):
         try:
             yield from list(lines(known))
         except KeyError:
@@ -92,6 +104,14 @@ def _runs(known: Known) -> Iterator[Measured]:
     yield ratio(
         known, kit, whole, "whole routed run", "the kit's way, every 8th query", "at least 5x faster",
         5, True, scale,
+    )  # fmt: skip
+
+
+def _demo(known: Known) -> Iterator[Measured]:
+    found = values(known, "demo all")
+    yield Measured(
+        "the demo, 306 queries, nothing cached", "a limit, start to end", "at most 60 s", median(found),
+        min(found), max(found), median(found) <= 60, " s",
     )  # fmt: skip
 
 
@@ -174,6 +194,14 @@ def _products(known: Known) -> Iterator[Measured]:
     yield Measured(
         "matrix products", "prediction, torch's profiler", "at least 85 %", share, share, share, share >= 85,
         " %",
+    )  # fmt: skip
+
+
+def _same(known: Known) -> Iterator[Measured]:
+    differ, asked = known[f"same {EIGHTH}"][0]["differ"], known[f"same {EIGHTH}"][0]["queries"]
+    yield Measured(
+        "answers that differ, an adapter added to the weights", "beside them", "none", differ, differ,
+        differ, not differ, f" of {asked}",
     )  # fmt: skip
 
 
