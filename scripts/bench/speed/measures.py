@@ -106,7 +106,7 @@ def demo(_: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "router.main", "-m", "proto_route", "--output_folder", folder]
         environment = os.environ | {"PROTO_ROUTE_CACHE": f"{folder}/cache"}
-        seconds, _ = timed(lambda: subprocess.run(command, check=True, env=environment))
+        seconds = timed(lambda: subprocess.run(command, check=True, env=environment))[0]
         stages = json.loads((Path(folder) / "run.json").read_text("utf-8"))["seconds"]
     return {"seconds": seconds, "stages": stages}
 
