@@ -25,7 +25,7 @@ from router.run import RECORD, RESULTS
 from router.runs.report.page import REPORT
 
 DEMO = [sys.executable, "-m", "router.main", "-m", "proto_route"]
-TIMES = ("seconds", "peak_mib")  # in run.json
+TIMES = ("seconds", "peak_mib", "peak_gpu_mib")  # in run.json
 
 
 def files(out: Path) -> dict[str, bytes]:
