@@ -353,9 +353,10 @@ def _plan(args: argparse.Namespace, settings: Settings) -> int:
     """Prints the plan and keeps it in the output folder; returns 1 if it exceeds a limit, else 0."""
     from router.plan.estimate import keep, plan
     from router.plan.text import fits, lines
-    from router.run import check_outputs
+    from router.run import check_engine, check_outputs
 
     check_outputs(settings)
+    check_engine(args.merging_method, settings, args.time_limit)
     found, limits = plan(args.merging_method, settings), vars(args)
     keep(found, settings.output_folder)
     if not args.quiet:

@@ -240,7 +240,8 @@ class Routed(Merges):
         """Has vLLM or a server answer each query with its variant."""
         settings = self.settings
         how: dict[str, Any] = {
-            "scoring": settings.scoring, "max_new_tokens": settings.max_gen_len, "journal": self.journal
+            "scoring": settings.scoring, "journal": self.journal,
+            "max_new_tokens": self.max_gen_len or settings.max_gen_len,
         }  # fmt: skip
         with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
             if settings.engine == "vllm":
