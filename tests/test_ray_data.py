@@ -1,6 +1,8 @@
 """`proto-route ray`: the rows of a run, in blocks; what is answered is not answered again."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -213,6 +215,18 @@ def test_other_answers_are_not_mixed_in(ray, answering, tmp_path):
     answering.clear()
     assert ray(queries, "--fresh")[0] == 0
     assert len(answering) == 6 and len(rows_of(tmp_path / "ray" / "answers" / "queries")) == 22
+
+
+def test_a_run_that_is_stopped_says_how_it_goes_on(ray, tmp_path, monkeypatch):
+    queries = write_queries(tmp_path / "queries.csv", MANY)
+    monkeypatch.setattr(ray_data, "_answer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # else a test that fails would end all
+    try:
+        code, said = ray(queries)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130 and said.endswith("stopped; the same command goes on where it was\n")
+    assert not (tmp_path / "ray" / ".lock").exists()
 
 
 @pytest.mark.slow
