@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 f"--upstream: expected an address such as http://127.0.0.1:8000, got {args.upstream!r}"
             )
-        with _listening(args.host, args.port) as listener:  # first, since loading takes long
-            _serve(args, listener)
+        _serve(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -111,7 +110,12 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
+def _serve(args: argparse.Namespace) -> None:
+    with _listening(args.host, args.port) as listener:  # first, since loading takes long
+        _serve_at(listener, args)
+
+
+def _serve_at(listener: socket.socket, args: argparse.Namespace) -> None:
     import uvicorn
 
     from router.api import Router
