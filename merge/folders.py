@@ -25,7 +25,7 @@ from merge.factors import Factors, pad
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Ranks that vLLM accepts as max_lora_rank; a rank between two of them is padded up.
+# Ranks that vLLM accepts as max_lora_rank; a rank between two of them is padded up, unless that is too much.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
 PATIENCE = 2.0  # seconds for all regular expressions of an adapter on the names of all its modules
@@ -332,11 +332,16 @@ def write_adapter(
     base_model: str,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
+    max_rank: int | None = None,
 ) -> int:
     """Writes updates as a PEFT folder that PEFT, vLLM and SGLang load as it is.
 
     All modules get one rank: updates of lower rank are padded with zeros. Alpha equals the rank, since
     every scale is in the factors. The pattern fields stay empty, since engines ignore them.
+
+    Args:
+        max_rank: what they are padded to at most, from their highest rank; None pads to a rank that engines
+            accept as their own maximum.
 
     Returns:
         The uniform rank.
@@ -345,6 +350,7 @@ def write_adapter(
         OverflowError: a value is not finite in `dtype`.
     """
     rank = served_rank(max(update.rank for update in updates.values()))
+    rank = rank if max_rank is None else min(rank, max_rank)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

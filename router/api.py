@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -74,6 +75,8 @@ class Router:
         self.variants: list[Variant] = []
         self._clusters: Clusters | None = None
         self._folder: Path | None = None  # of a router that was loaded
+        self._written: Path | None = None  # a temporary folder of the variants, once they have answered
+        self._forget: Callable[[], object] = lambda: None  # removes it
 
     @classmethod
     def from_library(
@@ -248,6 +251,8 @@ class Router:
 
     def _decide(self, clusters: Clusters) -> None:
         """Keeps the groups of a sample and one for the base model, which has no folder and costs nothing."""
+        self._forget()
+        self._written = None
         self._clusters = with_base(clusters)
         self.variants = decide(self._clusters.weights, self.candidates[:-1])
 
@@ -294,7 +299,8 @@ class Router:
         """Answers texts, in order: with generated text or, given choices, with the likeliest of them.
 
         Once `fit` or `load` has decided the variants, these answer; before, they are made for the texts at
-        hand. They are written to a temporary folder; `save` and `python -m router.main` keep them.
+        hand. They are written to a temporary folder, which goes when the router does; `save` and
+        `python -m router.main` keep them.
 
         Args:
             choices: the choices of each text, at least one each.
@@ -303,20 +309,28 @@ class Router:
             The answers; `unknown` where the model's output was not finite or a text did not fit into memory.
         """
         queries = _queries(texts, choices)
-        with tempfile.TemporaryDirectory() as work:
-            if self._clusters is None:
+        if self._clusters is None:
+            with tempfile.TemporaryDirectory() as work:
                 answers = self._method.answer(queries, Path(work)).answers
-            elif self._folder is None:
-                self._method.write_variants(self.variants, Path(work))
-                answers, _ = self._answered(queries, Path(work))
-            else:
-                answers, _ = self.answered(queries)
+        else:
+            answers, _ = self._answered(queries, self._variants())
         if choices is None:
             return [answer.text for answer in answers]
         return [
             answer.text if answer.failed else options[int(answer.text)]
             for options, answer in zip(choices, answers, strict=True)
         ]
+
+    def _variants(self) -> Path:
+        """The folder of the variants, which are written once."""
+        if self._folder is not None:
+            return self._folder / VARIANTS
+        if self._written is None:
+            folder = Path(tempfile.mkdtemp())
+            self._forget = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._method.write_variants(self.variants, folder)
+            self._written = folder
+        return self._written
 
     def answered(self, queries: Sequence[Query]) -> tuple[list[Answer], list[int]]:
         """The answers of a loaded router as a run has them, in order, and the number of each one's variant.

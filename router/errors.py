@@ -28,7 +28,7 @@ def printable(text: str) -> str:
 
 
 class ServerError(InputError):
-    """A server that answers queries has failed. The same command goes on where it was."""
+    """A server that answers queries failed, or is not as a run needs it. Once it is, the run goes on."""
 
 
 def out_of_memory(error: BaseException | None) -> bool:

@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet = args.quiet or not leads()
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         _check_address_space()
         with told_if_memory_runs_out():
@@ -297,9 +297,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = "" if leads() else f"process {os.environ['RANK']}: "
         print(f"error: {where}{error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:  # temporary folders are gone by now
+    except KeyboardInterrupt as stopped:  # temporary folders are gone by now
         again = "the command without --fresh" if args.fresh else "the same command"
-        why = str(stop) or ("another process of the run ended, or torchrun was stopped" if several() else "")
+        why = str(stopped) or (
+            "another process of the run ended, or torchrun was stopped" if several() else ""
+        )
         if leads():
             print(f"stopped{f', since {why}' if why else ''}; {again} goes on where it was", file=sys.stderr)
         return 130
@@ -330,7 +332,7 @@ def _check_address_space() -> None:
         )
 
 
-def _stop(*_: object) -> None:
+def stop(*_: object) -> None:
     """Ends a run on SIGTERM as on Ctrl-C, so that it takes its temporary folders with it."""
     raise KeyboardInterrupt
 
@@ -353,9 +355,10 @@ def _plan(args: argparse.Namespace, settings: Settings) -> int:
     """Prints the plan and keeps it in the output folder; returns 1 if it exceeds a limit, else 0."""
     from router.plan.estimate import keep, plan
     from router.plan.text import fits, lines
-    from router.run import check_outputs
+    from router.run import check_engine, check_outputs
 
     check_outputs(settings)
+    check_engine(args.merging_method, settings, args.time_limit)
     found, limits = plan(args.merging_method, settings), vars(args)
     keep(found, settings.output_folder)
     if not args.quiet:

@@ -240,7 +240,8 @@ class Routed(Merges):
         """Has vLLM or a server answer each query with its variant."""
         settings = self.settings
         how: dict[str, Any] = {
-            "scoring": settings.scoring, "max_new_tokens": settings.max_gen_len, "journal": self.journal
+            "scoring": settings.scoring, "journal": self.journal,
+            "max_new_tokens": self.max_gen_len or settings.max_gen_len,
         }  # fmt: skip
         with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
             if settings.engine == "vllm":
@@ -303,14 +304,14 @@ class Static(Routed):
 
         Besides what is merged already, one module of all adapters is in memory at a time.
         """
-        merged = {}
+        merged, rank = {}, self.settings.variant_rank
         for module in self.shapes:
             owners = [adapter for adapter in self.adapters if module in adapter.folder.shapes]
             if owners:
                 update = self.combine(module, [adapter.read(module) for adapter in owners])
-                update = limited(update, self.settings.variant_rank)
+                update = limited(update, rank)
                 merged[module] = Factors(update.a.float(), update.b.float())
         updates, base = complete(merged, self.shapes), self.base
-        write_adapter(folder / "0", updates, base.name, base.revision, base.model.dtype)
+        write_adapter(folder / "0", updates, base.name, base.revision, base.model.dtype, rank)
         write_card(folder / "0", self.recipe, base, self.adapters)
         return ["0"]

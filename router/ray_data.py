@@ -15,6 +15,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 from router.errors import InputError
 from router.files import is_folder, read_json, replacing, sha256_of, told_if_full
 from router.journal import alone_in
-from router.main import add_settings, settings_of
+from router.main import add_settings, settings_of, stop
 from router.progress import progress
 from router.settings import Settings
 from router.submission import COLUMNS, Query, parse_query, read_queries, submitted
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.quiet:
         os.environ["TQDM_DISABLE"] = "1"
+    signal.signal(signal.SIGTERM, stop)
     try:
         if missing := [name for name in NEEDED if find_spec(name) is None]:
             raise InputError(
@@ -384,6 +386,7 @@ def _answer(
             ray.init(**how)
     except (ConnectionError, ValueError) as error:
         raise InputError(f"--address {args.address}: expected a Ray cluster, but {error}") from error
+    signal.signal(signal.SIGTERM, stop)  # Ray has put its own in place
     try:
         answered = ray.data.from_items(
             [block._asdict() for block in todo], override_num_blocks=len(todo)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from router.constants import ADDRESS, BASE_COLUMN
+from router.constants import ADDRESS, BASE_COLUMN, Engine
 from router.deadline import Deadline
 from router.errors import InputError, ServerError
 from router.files import MARKER, is_ours, remove_ours, replacing, sha256_of, told_if_full, work_folder
@@ -63,7 +63,7 @@ def run(
     with connected(settings.device) as processes:
         with processes.first():
             check_outputs(settings)
-            _check_engine(name, settings, deadline)
+            check_engine(name, settings, time_limit)
             files = {path: read_queries(path) for path in settings.dataset_filepaths}
         with (
             told_if_full(settings.output_folder),
@@ -101,7 +101,7 @@ def _run(
                 deadline.shortened, deadline.unanswered = (sum(each) for each in zip(*told, strict=True))
             if processes.rank:
                 return {}
-            _check_answered(result, deadline)
+            _check_answered(result, deadline, settings.engine)
             found = record(method.get_name(), settings, method.stages, result)
             if isinstance(method, Routed) and method.left_out:
                 found["left_out"] = list(method.left_out)
@@ -133,13 +133,15 @@ def _run(
     return found
 
 
-def _check_answered(result: Result, deadline: Deadline | None) -> None:
+def _check_answered(result: Result, deadline: Deadline | None, engine: Engine) -> None:
     """Refuses a run without a single answer."""
     late = deadline.unanswered if deadline else 0
     if not late and all(answer.failed for answer in result.answers):
+        why, advice = "the model's output is not finite, or memory ran out", "--dtype float32, or "
+        if engine == "openai":
+            why, advice = "the server refused each of them", "a server with a longer context, or "
         raise InputError(
-            "no query could be answered: the model's output is not finite, or memory ran out (see "
-            "the warnings above); try --dtype float32, or a smaller --max_seq_len"
+            f"no query could be answered: {why} (see the warnings above); try {advice}a smaller --max_seq_len"
         )
 
 
@@ -217,8 +219,12 @@ def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> d
     return found
 
 
-def _check_engine(name: str, settings: Settings, deadline: Deadline | None) -> None:
-    """Refuses what another engine than transformers cannot answer."""
+def check_engine(name: str, settings: Settings, time_limit: float | None) -> None:
+    """Refuses what another engine than transformers cannot answer.
+
+    Raises:
+        InputError: it is asked for.
+    """
     engine = settings.engine
     if settings.upstream is not None and engine != "openai":
         raise InputError(f"--upstream: expected --engine openai with it, got --engine {engine}")
@@ -236,7 +242,7 @@ def _check_engine(name: str, settings: Settings, deadline: Deadline | None) -> N
         raise InputError(
             f"--upstream: expected an address such as http://127.0.0.1:8000, got {settings.upstream!r}"
         )
-    if deadline is not None:
+    if time_limit is not None:
         raise InputError(f"--time_limit: expected --engine transformers, since {engine}'s pace is not ours")
     method = load_method(name)
     if not issubclass(method, Routed) or issubclass(method, PerToken):

@@ -1,7 +1,9 @@
 """The Python interface: it does what the command does, and refuses questions that are none."""
 
+import gc
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,30 @@ def test_texts_that_no_adapter_fits_go_to_the_base_model_though_none_of_the_samp
     variants = router.fit(ours).variants
     assert [variants[choice.variant].weights for choice in router.choose(foreign)] == [{}] * len(foreign)
     assert all(variants[choice.variant].weights for choice in router.choose(ours))
+
+
+def test_variants_are_written_once_and_go_with_the_router(tiny_base, tiny_library, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    how = {"device": "cpu", "dtype": "float32", "max_gen_len": 6, "false_alarm": 0.9, "temperature": 3.0}
+    router = Router.from_library(tiny_library, base_model=str(tiny_base), **how).fit(MORE)
+    first = router.answer(TEXTS)
+    (folder,) = temporary.iterdir()
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert written and router.answer(TEXTS) == first
+    assert {path: path.stat().st_mtime_ns for path in temporary.rglob("*") if path != folder} == written
+    router.fit(TEXTS[:1])
+    assert not list(temporary.iterdir())
+    other = router.answer(TEXTS)
+    (again,) = temporary.iterdir()
+    assert {path.name for path in again.iterdir()} == {
+        str(n) for n, variant in enumerate(router.variants) if variant.weights
+    }
+    assert router.answer(TEXTS) == other
+    del router
+    gc.collect()
+    assert not list(temporary.iterdir())
 
 
 def test_a_save_that_was_stopped_can_be_repeated(saved, tmp_path, monkeypatch):

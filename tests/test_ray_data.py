@@ -1,8 +1,11 @@
 """`proto-route ray`: the rows of a run, in blocks; what is answered is not answered again."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import pytest
@@ -215,6 +218,18 @@ def test_other_answers_are_not_mixed_in(ray, answering, tmp_path):
     assert len(answering) == 6 and len(rows_of(tmp_path / "ray" / "answers" / "queries")) == 22
 
 
+def test_a_run_that_is_stopped_says_how_it_goes_on(ray, tmp_path, monkeypatch):
+    queries = write_queries(tmp_path / "queries.csv", MANY)
+    monkeypatch.setattr(ray_data, "_answer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # else a test that fails would end all
+    try:
+        code, said = ray(queries)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130 and said.endswith("stopped; the same command goes on where it was\n")
+    assert not (tmp_path / "ray" / ".lock").exists()
+
+
 @pytest.mark.slow
 def test_two_actors_give_the_rows_of_a_run(words, command, tmp_path):
     queries = write_queries(tmp_path / "queries.csv", MANY)
@@ -233,3 +248,17 @@ def test_two_actors_give_the_rows_of_a_run(words, command, tmp_path):
     (tmp_path / "ray" / "answers" / "queries" / "000002.parquet").unlink()
     code, said = run()
     assert code == 2 and said.startswith("error: ") and str(weights) in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_run_that_is_stopped_while_actors_answer_ends_as_it_says(words, tmp_path):
+    many = [(f"{n:04}", f"{n} is a number", "generation", "") for n in range(4000)]
+    queries = write_queries(tmp_path / "queries.csv", many)
+    started = [sys.executable, "-m", "router", "ray", *words(queries, "--sample", 20, "--quiet")]
+    with subprocess.Popen(started, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list((tmp_path / "ray").glob("answers/queries/*.parquet")):
+            time.sleep(0.1)
+        process.terminate()
+        _, said = process.communicate()
+    assert (process.returncode, said) == (130, "stopped; the same command goes on where it was\n")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import httpx
 
 from merge.folders import WEIGHTS_FILE
-from router.errors import InputError, ServerError
+from router.errors import ServerError
 from router.files import sha256_of
 from router.model.answer import FAILED, Answer, Scoring, endings, likeliest, warn
 from router.routing.variants import served
@@ -30,6 +31,8 @@ AT_ONCE = 16  # requests
 TRIES = 5  # of a request, while the server fails or is busy
 PAUSE = 1.0  # seconds before the second try, twice as long before each further one
 PATIENCE = 600.0  # seconds without a byte from the server
+OURS = "mix-"  # how the names of variants begin that a run loads
+GOES_ON = "the same command goes on where it was"
 
 
 def answer(
@@ -59,8 +62,8 @@ def answer(
         transport: in place of the network, for tests.
 
     Raises:
-        InputError: the server has not the variants and cannot load them, or wants another key.
-        ServerError: it cannot be reached, or fails again and again.
+        ServerError: the server cannot be reached, fails again and again, wants another key, has not the
+            variants and cannot load them, has lost them, or cannot score choices.
     """
     known: MutableMapping[Query, Answer] = {} if journal is None else journal
     key = os.environ.get("PROTO_ROUTE_UPSTREAM_KEY")
@@ -114,9 +117,10 @@ def _scored(
     found = [choice.get("logprobs") or {} for choice in _choices(client, body)]
     each = [one.get("token_logprobs") or [] for one in found]
     if [len(one) for one in each] != [len(prompt) for prompt in prompts]:
-        raise InputError(
+        raise ServerError(
             "--engine openai: expected a log-probability for each token of an echoed prompt, got "
-            f"{sum(map(len, each))} for {sum(map(len, prompts))}; this server cannot score choices"
+            f"{sum(map(len, each))} for {sum(map(len, prompts))}; this server cannot score choices; with one "
+            f"that can, {GOES_ON}"
         )
     return tuple(float(sum(one[len(row) + left_out :])) for one in each)
 
@@ -124,23 +128,29 @@ def _scored(
 def _choices(client: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
     """The completions of a request, in the order of its prompts."""
     response = _sent(client, "POST", "/v1/completions", body)
-    if response.status_code in (401, 403, 404):
-        raise InputError(_told(response, f"to complete with the model {body['model']}"))
+    if response.status_code in (401, 403, 404):  # 404 if it was started anew, without what was loaded
+        raise _unfit(response, f"to complete with the model {body['model']}")
     if response.is_error:
         raise _RefusedError(f"{response.status_code}: {response.text[:300]}")
     try:
         return sorted(response.json()["choices"], key=lambda choice: int(choice["index"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(_told(response, "completions")) from error
+        raise _unfit(response, "completions") from error
 
 
 class _RefusedError(Exception):
     """The server refuses one request for what is in it."""
 
 
-def _told(response: httpx.Response, expected: str) -> str:
+def _unfit(response: httpx.Response, expected: str, advice: str = "see to the server") -> ServerError:
+    """What to do about a server that is not as the run needs it; the run's journal stays."""
+    if response.status_code in (401, 403):
+        advice = "set PROTO_ROUTE_UPSTREAM_KEY to the server's key"
     text = " ".join(response.text.split())[:300]
-    return f"--upstream {response.url}: expected {expected}, got {response.status_code}: {text}"
+    return ServerError(
+        f"--upstream {response.url}: expected {expected}, got {response.status_code}: {text}; {advice}, then "
+        f"{GOES_ON}"
+    )
 
 
 def _sent(client: httpx.Client, method: str, path: str, body: Any = None) -> httpx.Response:
@@ -157,41 +167,46 @@ def _sent(client: httpx.Client, method: str, path: str, body: Any = None) -> htt
             time.sleep(PAUSE * 2**attempt)
     raise ServerError(
         f"--upstream {client.base_url}: expected an answer at {path}, got none in {TRIES} tries ({reason}); "
-        "when the server is well, the same command goes on where it was"
+        f"when the server is well, {GOES_ON}"
     )
 
 
 @contextmanager
 def _loaded(client: httpx.Client, variants: Sequence[Path | None]) -> Iterator[dict[Path | None, str]]:
-    """The server's names of the base model (None) and of each variant, which it loads if it has to."""
+    """The server's names of the base model (None) and of each variant, which it loads if it can.
+
+    No two runs use a name, so that none unloads what another one needs.
+    """
     response = _sent(client, "GET", "/v1/models")
     try:
         listed: dict[str, dict[str, Any]] = {one["id"]: one for one in response.json()["data"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(_told(response, "a list of models")) from error
+        raise _unfit(response, "a list of models") from error
     bases = [name for name, one in listed.items() if not one.get("parent")]
     if not bases:
-        raise InputError(_told(response, "a base model in the list of models"))
+        raise _unfit(response, "a base model in the list of models")
     names: dict[Path | None, str] = {None: bases[0]}
+    paths = [path for path in dict.fromkeys(variants) if path]
+    for name in _left(listed, {path.resolve().parent.parent for path in paths}):
+        _unload(client, name)
     loaded: list[str] = []
+    own = f"{OURS}{secrets.token_hex(6)}"
     try:
-        for path in dict.fromkeys(path for path in variants if path):
-            sha256 = sha256_of(path / WEIGHTS_FILE)
-            name = f"mix-{sha256[:16]}"  # says what is in it, so that it cannot be another run's
-            names[path] = name
-            if name in listed:  # left by a run that was killed, and its folder may be gone
-                _unload(client, name)
+        for path in paths:
+            name = f"{own}-{path.name}"
             body = {"lora_name": name, "lora_path": str(path.resolve())}
             response = _sent(client, "POST", "/v1/load_lora_adapter", body)
             if response.is_success:
                 loaded.append(name)
-            elif response.status_code in (404, 405) and _has(listed, served(int(path.name)), sha256):
+                names[path] = name
+            elif response.status_code in (404, 405) and _has(listed, served(int(path.name)), path):
                 names[path] = served(int(path.name))
             else:
-                raise InputError(
-                    _told(response, f"to load {path.name}")
-                    + "; start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and a --max-lora-rank that is "
-                    "high enough, or serve the variants of an earlier run with the same flags and queries"
+                raise _unfit(
+                    response,
+                    f"to load {path.name}",
+                    "start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and a --max-lora-rank that is high "
+                    "enough, or serve the variants of an earlier run with the same flags and queries",
                 )
         yield names
     finally:
@@ -206,9 +221,15 @@ def _unload(client: httpx.Client, name: str) -> None:
         log.warning("the server still has the adapter %s, which could not be unloaded", name)
 
 
-def _has(listed: dict[str, dict[str, Any]], name: str, sha256: str) -> bool:
+def _left(listed: dict[str, dict[str, Any]], outputs: Collection[Path]) -> list[str]:
+    """The names of what killed runs in these output folders loaded: their folders of variants are gone."""
+    roots = {name: Path(str(one.get("root") or "")) for name, one in listed.items() if name.startswith(OURS)}
+    return [name for name, root in roots.items() if root.parent.parent in outputs and not root.exists()]
+
+
+def _has(listed: dict[str, dict[str, Any]], name: str, variant: Path) -> bool:
     """Whether a server lists a variant and, where its folder can be read, that it is the same one."""
     if name not in listed:
         return False
     weights = Path(str(listed[name].get("root") or "")) / WEIGHTS_FILE
-    return not weights.is_file() or sha256_of(weights) == sha256
+    return not weights.is_file() or sha256_of(weights) == sha256_of(variant / WEIGHTS_FILE)

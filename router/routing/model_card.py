@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData, metadata_load
 
-from merge.folders import CONFIG_FILE, SERVED_RANKS
+from merge.folders import CONFIG_FILE, SERVED_RANKS, served_rank
 from router.constants import BASE_COLUMN
 from router.library.adapters import Adapter
 from router.library.sources import CARD_FILE
@@ -62,7 +62,7 @@ With vLLM, which takes ranks up to {served} (`--variant_rank` keeps a run to tha
 
 ```bash
 vllm serve {quoted}{pinned} --dtype {dtype} --enable-lora \\
-  --lora-modules variant-{number}=variants/{number} --max-lora-rank {rank}
+  --lora-modules variant-{number}=variants/{number} --max-lora-rank {slots}
 ```
 
 ## How it was made
@@ -117,6 +117,7 @@ def card(
         base=base.name,
         what="the weighted sum of its sources' updates" if variant else f"its sources merged by `{name}`",
         rank=config["r"],
+        slots=served_rank(config["r"]),
         alpha=config["lora_alpha"],
         dtype=str(base.model.dtype).removeprefix("torch."),
         targets=", ".join(config["target_modules"]),

@@ -115,7 +115,7 @@ def write_variant(
 ) -> int:  # fmt: skip
     """Materialises a variant as a PEFT folder in the base model's dtype; returns its rank."""
     updates = complete(materialise(variant, adapters, rank), shapes)
-    return write_adapter(path, updates, base.name, base.revision, base.model.dtype)
+    return write_adapter(path, updates, base.name, base.revision, base.model.dtype, rank)
 
 
 def replace_variants(work: Path, output: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -94,7 +95,27 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--{name}: expected a number {what}, got {getattr(args, name)}")
 
 
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that clients can connect to; they wait until it is served.
+
+    Raises:
+        InputError: the port is taken, or there is no such address.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise InputError(
+            f"--port {port}: expected a free port of --host {host}, but {error.strerror}; choose another, or "
+            "stop what listens there"
+        ) from error
+
+
 def _serve(args: argparse.Namespace) -> None:
+    with _listening(args.host, args.port) as listener:  # first, since loading takes long
+        _serve_at(listener, args)
+
+
+def _serve_at(listener: socket.socket, args: argparse.Namespace) -> None:
     import uvicorn
 
     from router.api import Router
@@ -133,8 +154,9 @@ def _serve(args: argparse.Namespace) -> None:
         config = uvicorn.Config(
             front.app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=args.timeout
         )
-        print(f"http://{args.host}:{args.port}: {len(front.router.variants)} variants", flush=True)
-        await uvicorn.Server(config).serve()  # drains on SIGTERM and Ctrl-C
+        port = listener.getsockname()[1]  # --port 0 is any
+        print(f"http://{args.host}:{port}: {len(front.router.variants)} variants", flush=True)
+        await uvicorn.Server(config).serve([listener])  # drains on SIGTERM and Ctrl-C
 
     asyncio.run(run())
 

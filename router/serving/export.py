@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from merge.factors import Factors, recompress
+from merge.factors import Factors
 from merge.folders import AdapterError, open_adapter, served_rank, write_adapter
 from router.errors import InputError
 from router.files import replacing
+from router.routing.variants import limited
 from router.serving.gguf import base_gguf, converted
 from router.serving.names import Served, read_adapters, read_served
 
@@ -79,19 +80,18 @@ ENGINES: dict[str, Callable[[Served], list[str]]] = {
 }  # fmt: skip
 
 
-def recompressed(path: Path, out: Path, rank: int, base: str, dtype: torch.dtype) -> float:
-    """Writes a variant at a lower rank; returns the share of its squared norm that is lost.
+def recompressed(path: Path, out: Path, max_rank: int, base: str, dtype: torch.dtype) -> tuple[int, float]:
+    """Writes a variant at a lower rank; returns that rank and the share of its squared norm that is lost.
 
     The best approximation of each module's update of that rank (Eckart and Young 1936).
     """
     updates: dict[str, Factors] = {}
     lost = total = 0.0
     for module, update in open_adapter(path).read_all():
-        updates[module] = recompress(update, rank) if update.rank > rank else update
+        updates[module] = limited(update, max_rank)
         whole, kept = (_energy(one) for one in (update, updates[module]))
         total, lost = total + whole, lost + max(0.0, whole - kept)
-    write_adapter(out, updates, base, None, dtype)
-    return lost / total if total else 0.0
+    return write_adapter(out, updates, base, None, dtype, max_rank), lost / total if total else 0.0
 
 
 def _energy(update: Factors) -> float:
@@ -125,14 +125,14 @@ def export(
         rank = max(max(open_adapter(path).ranks.values()) for path in adapters.values())
         served, what = replace(served, folders=adapters, rank=rank), "adapters"
     if max_rank is not None and served.rank > max_rank:
-        folders = {}
+        folders, ranks = {}, []
         for own, path in served.folders.items():
             folders[own] = folder / f"{what}-rank-{max_rank}" / path.name
             dtype = getattr(torch, served.dtype)
-            lost = recompressed(path, folders[own], max_rank, served.base, dtype)
-            said.append(f"{own}: rank {max_rank}, {100 * lost:.2f} % of its squared norm lost")
-        rank = max(next(iter(open_adapter(path).ranks.values())) for path in folders.values())
-        served = replace(served, folders=folders, rank=rank)
+            rank, lost = recompressed(path, folders[own], max_rank, served.base, dtype)
+            said.append(f"{own}: rank {rank}, {100 * lost:.2f} % of its squared norm lost")
+            ranks.append(rank)
+        served = replace(served, folders=folders, rank=max(ranks))
     if engine == "llamacpp":
         base = base_gguf(served, gguf)
         files = converted(served, folder / GGUF, llama_cpp)

@@ -19,6 +19,7 @@ import zlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from importlib import resources
 from io import BytesIO
 from pathlib import PurePath
@@ -130,7 +131,7 @@ class Front:
             limits=httpx.Limits(max_connections=None),
         )  # fmt: skip
         self.prober = Prober(self._choose, queue)
-        self.kept: OrderedDict[str, Decided] = OrderedDict()  # by the first message of a conversation
+        self.kept: OrderedDict[bytes, Decided] = OrderedDict()  # by the sha256 of the conversation's text
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.upstream: Upstream | None = None  # once it was asked
         self.registry = CollectorRegistry()
@@ -361,12 +362,13 @@ class Front:
         chats = path.endswith("/chat/completions")
         text, router = self._text(body, chats, -1 if self.reroute else 0), self.router
         chat = chats and not self.reroute
-        decided = self.kept.get(text) if chat else None
+        key = sha256(text.encode("utf-8", "surrogatepass")).digest()  # a prompt may be long
+        decided = self.kept.get(key) if chat else None
         if decided is None:
             decided = await self._decided(text)
         if chat and self.router is router:  # else it was decided by one that has been replaced
-            self.kept[text] = decided
-            self.kept.move_to_end(text)
+            self.kept[key] = decided
+            self.kept.move_to_end(key)
             while len(self.kept) > REMEMBERED:
                 self.kept.popitem(last=False)
         name, choice = await self._name(decided), decided.choice

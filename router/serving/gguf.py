@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
 from merge.folders import open_adapter, write_adapter
 from router.errors import InputError
-from router.files import is_ours, mark, remove_ours
+from router.files import is_ours, mark, remove_ours, work_folder
 from router.hub import HubError, fetch
 from router.model.base import EMBEDDED_ID, embedded_folder, embedded_gguf
 from router.serving.names import Served
@@ -57,12 +56,13 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
         got = f"no {CONVERTER} in {llama_cpp}" if llama_cpp else "none"
         raise InputError(f"--llama_cpp: expected a checkout of llama.cpp, whose converter is run, got {got}")
     base = _config(served)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
-        plain, files = Path(work) / "plain", Path(work) / "files"
+    work = work_folder(out.parent, f".{out.name}.")
+    try:
+        plain, files = work / "plain", work / "files"
         files.mkdir()
         for name, path in served.folders.items():
             # The converter leaves out the scales of rsLoRA and of single modules: they go into the factors.
-            write_adapter(plain, dict(open_adapter(path).read_all()), served.base)
+            write_adapter(plain, dict(open_adapter(path).read_all()), served.base, max_rank=served.rank)
             file = files / f"{quote(name, safe='')}.gguf"
             command = [sys.executable, *map(str, (script, "--base", base, "--outfile", file, plain))]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -72,6 +72,8 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
         remove_ours(out)
         mark(files)
         files.rename(out)
+    finally:
+        remove_ours(work)
     return {name: out / f"{quote(name, safe='')}.gguf" for name in served.folders}
 
 

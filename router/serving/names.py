@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.folders import CONFIG_FILE
+from router.constants import BASE_COLUMN
 from router.errors import InputError
 from router.files import is_folder, read_json
 from router.library.adapters import load_library
@@ -40,12 +41,20 @@ def read_served(folder: Path) -> Served:
     """Reads the variants in the folder of a saved router, or in the output folder of a run.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or the run's method makes none.
     """
     if saved := _json(folder / "router.json", {"variants": list, "base_model": str, "dtype": str}):
         about = saved | {"base": saved | {"name": saved["base_model"]}}
     else:
-        about = _json(folder / "run.json", {"variants?": list, "base?": {"name": str, "dtype": str}}) or {}
+        variant = {"folder?": str, "weights?": {"*": float}}
+        shape = {"variants?": [variant], "base?": {"name": str, "dtype": str}}
+        about = _json(folder / "run.json", shape) or {}
+        for one in about.get("variants") or []:
+            if not one.get("folder") and set(one.get("weights") or {}) - {BASE_COLUMN}:
+                raise InputError(
+                    f"{folder}: expected variants to serve, but the run's method weighs its adapters for "
+                    "each token, so that it has none that a server could load; run proto_route"
+                )
     if not about.get("variants") or not about.get("base"):
         raise InputError(f"{folder}: expected a saved router or a finished run with variants, found neither")
     base = about["base"]
@@ -69,14 +78,17 @@ def read_adapters(folder: Path) -> dict[str, Path]:
     run = _json(folder / "run.json", {"flags": {"adapters": [str]}, "adapters": {"*": {"sha256": str}}})
     if (folder / "router.json").exists() or run is None:
         return {}
-    adapters = load_library(run["flags"]["adapters"])
-    if {adapter.name: adapter.sha256 for adapter in adapters} != {
-        name: about["sha256"] for name, about in run["adapters"].items()
-    }:
-        raise InputError(
-            f"{folder}: expected the adapters of the run in {run['flags']['adapters']}, got others"
-        )
-    return {adapter.name: adapter.folder.path for adapter in adapters}
+    specs = run["flags"]["adapters"]
+    found = {
+        adapter.name: adapter for adapter in load_library(specs, bad=[])
+    }  # what it left out is no matter
+    for name, about in run["adapters"].items():
+        if name not in found or found[name].sha256 != about["sha256"]:
+            raise InputError(
+                f"{folder}: expected the adapters of the run in {', '.join(specs)}, but {name} is not there "
+                "as it was; put it back, or run again"
+            )
+    return {name: found[name].folder.path for name in run["adapters"]}
 
 
 def _json(path: Path, shape: Any) -> Any:

@@ -1,6 +1,7 @@
 """A server in place of the model in this process: the same answers, and what it says in bad weather."""
 
 import json
+import shutil
 import threading
 
 import pytest
@@ -13,7 +14,7 @@ from peft import PeftModel  # noqa: E402
 from helpers import arguments, read_by_id, write_queries, write_tiny_library  # noqa: E402
 from merge.folders import WEIGHTS_FILE  # noqa: E402
 from router.engines import openai  # noqa: E402
-from router.errors import InputError, ServerError  # noqa: E402
+from router.errors import ServerError  # noqa: E402
 from router.main import main  # noqa: E402
 from router.model.answer import encode  # noqa: E402
 from router.submission import Query  # noqa: E402
@@ -205,20 +206,20 @@ def test_a_server_without_run_time_loading_must_have_the_same_variants(base, tmp
     (library / "mlp").rename(variant)
     expected = asked(Server(base), (variant, variant))
     server = Server(base, loads=False)
-    with pytest.raises(InputError, match=r"to load 0, got 404.*VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+    with pytest.raises(ServerError, match=r"to load 0, got 404.*VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         asked(server, (variant, variant))
     server.adapters["variant-0"] = variant
     assert asked(server, (variant, variant)) == expected
     server.adapters["variant-0"] = library / "everything"  # another run's
     assert (variant / WEIGHTS_FILE).is_file()
-    with pytest.raises(InputError, match="to load 0"):
+    with pytest.raises(ServerError, match="to load 0"):
         asked(server, (variant, variant))
 
 
 @pytest.mark.parametrize(
     ("answer", "cause"),
     [
-        (httpx.Response(401, text="wrong key"), "got 401: wrong key"),
+        (httpx.Response(401, text="wrong key"), "got 401: wrong key; set PROTO_ROUTE_UPSTREAM_KEY"),
         (httpx.Response(200, text="<html>"), "expected completions, got 200: <html>"),
         (
             httpx.Response(200, json={"choices": [{"index": n, "text": "x"} for n in range(3)]}),
@@ -231,19 +232,79 @@ def test_what_a_person_can_fix_is_said(base, asked, answer, cause):
         def answered(self, path, body):
             return answer if path == "/v1/completions" else super().answered(path, body)
 
-    with pytest.raises(InputError, match=cause) as caught:
+    with pytest.raises(ServerError, match=cause):
         asked(Odd(base))
-    assert not isinstance(caught.value, ServerError)
 
 
-def test_what_a_killed_run_left_loaded_is_loaded_anew(base, tmp_path, asked):
-    variant = write_tiny_library(tmp_path / "some") / "mlp"
-    variant = variant.rename(tmp_path / "0")
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_lost_the_variants_or_refuses_the_key_costs_no_answer(
+    monkeypatch, tmp_path, base, words, capsys, status
+):
+    class Changed(Server):
+        def answered(self, path, body):
+            if path == "/v1/completions" and sum(one[0] == path for one in self.seen) > 3:
+                return httpx.Response(status, text="no")
+            return super().answered(path, body)
+
+    monkeypatch.setattr(openai, "AT_ONCE", 1)
+    assert run(monkeypatch, Changed(base), tmp_path / "there", words) == 2
+    assert "the same command goes on where it was" in capsys.readouterr().err
+    assert (tmp_path / "there" / ".journal" / "routing.safetensors").exists()
     server = Server(base)
-    expected = asked(server, (variant, variant))
-    name = next(body["lora_name"] for path, body, _ in server.seen if path == "/v1/load_lora_adapter")
-    server.adapters[name] = str(tmp_path / "gone")
-    assert asked(server, (variant, variant)) == expected and not server.adapters
+    assert run(monkeypatch, server, tmp_path / "there", words) == 0
+    assert sum(path == "/v1/completions" for path, *_ in server.seen) == 3  # of six; three were there
+
+
+def test_where_the_server_refuses_every_query_the_run_says_so(monkeypatch, tmp_path, base, words, capsys):
+    class Refusing(Server):
+        def answered(self, path, body):
+            if path == "/v1/completions":
+                return httpx.Response(400, text="maximum context length is 8 tokens")
+            return super().answered(path, body)
+
+    assert run(monkeypatch, Refusing(base), tmp_path / "there", words) == 2
+    said = capsys.readouterr().err
+    assert "the server refused each of them" in said and "dtype" not in said
+
+
+@pytest.fixture()
+def variants(tmp_path):
+    """Makes folders of the same variant, as several runs write it."""
+
+    def write(name):
+        path = tmp_path / name / "0"
+        shutil.copytree(write_tiny_library(tmp_path / f"{name}-library") / "mlp", path)
+        return path, path
+
+    return write
+
+
+def test_a_run_takes_no_adapter_from_another_one_on_the_same_server(monkeypatch, base, asked, variants):
+    class Shared(Server):
+        other = None
+
+        def handle(self, request):
+            if request.url.path == "/v1/completions" and not self.other:
+                self.other = True
+                self.other = asked(self, variants("other"))  # begins and ends while the first one asks
+            return super().handle(request)
+
+    monkeypatch.setattr(openai, "AT_ONCE", 1)
+    expected = asked(Server(base), variants("alone"))
+    server = Shared(base)
+    assert asked(server, variants("first")) == expected == server.other
+    assert not server.adapters
+
+
+def test_what_a_killed_run_left_loaded_is_unloaded_and_what_others_use_is_not(
+    base, tmp_path, asked, variants
+):
+    own, beside = variants("out/.variants.b"), variants("out/.variants.c")[0]
+    others = {"mix-c": str(beside), "mix-d": str(tmp_path / "else" / ".variants.d" / "0"), "theirs": "gone"}
+    server = Server(base)
+    server.adapters = {"mix-a": str(tmp_path / "out" / ".variants.a" / "0"), **others}
+    assert asked(server, own) == asked(Server(base), own)
+    assert server.adapters == others
 
 
 def test_the_servers_key_is_brought(base, asked, monkeypatch):
@@ -262,6 +323,7 @@ def test_the_servers_key_is_brought(base, asked, monkeypatch):
         (["--engine", "openai", "--upstream", "http://server", "-m", "arrow"], "makes variants, got arrow"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_anything_is_loaded(words, flags, cause, capsys):
-    assert main([*words, *flags]) == 2
+@pytest.mark.parametrize("plan", [(), ("--plan",)])
+def test_what_does_not_go_together_is_refused_before_anything_is_loaded(words, flags, plan, cause, capsys):
+    assert main([*words, *flags, *plan]) == 2
     assert cause in capsys.readouterr().err

@@ -287,6 +287,7 @@ def test_a_peer_answers_all_queries_with_one_variant(command, method, tiny_base,
 def test_a_peers_variant_is_recompressed_on_demand(command, tiny_library):
     _, out = command("ties", "--variant_rank", 2, "--max_gen_len", 3)
     found = written(out / "variants" / "0")
+    assert json.loads((out / "variants" / "0" / "adapter_config.json").read_text())["r"] == 2
     for module, parts in by_module(tiny_library).items():
         u, s, vt = np.linalg.svd(ties_by_the_entry(parts))
         np.testing.assert_allclose(found[module], (u[:, :2] * s[:2]) @ vt[:2], atol=1e-4)

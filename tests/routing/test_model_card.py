@@ -124,12 +124,12 @@ def test_the_code_for_peft_and_transformers_gives_the_dense_sum(write, loader, t
     assert (found - plain).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("rank", [None, 1])
-def test_the_command_for_vllm_names_the_rank_and_the_folder(write, tiny_base, rank):
+@pytest.mark.parametrize(("rank", "accepted"), [(None, 8), (1, 1), (3, 8)])
+def test_the_command_for_vllm_names_the_rank_and_the_folder(write, tiny_base, rank, accepted):
     _, text = write(variant_rank=rank)
     assert shlex.split(block(text, "vllm serve", "bash").replace("\\\n", "")) == [
         "vllm", "serve", str(tiny_base), "--dtype", "float32", "--enable-lora",
-        "--lora-modules", "variant-0=variants/0", "--max-lora-rank", str(rank or 8),
+        "--lora-modules", "variant-0=variants/0", "--max-lora-rank", str(accepted),
     ]  # fmt: skip
 
 

@@ -130,6 +130,8 @@ def test_a_written_variant_has_the_asked_rank(tmp_path, base, adapters):
     assert write_variant(tmp_path / "exact", MIXED, adapters, base, shapes) == 8  # 6 + 2, or 4 + 2
     assert write_variant(tmp_path / "one", MIXED, adapters, base, shapes, 1) == 1
     assert {a.shape[0] for a, _ in raw(tmp_path / "one").values()} == {1}
+    assert write_variant(tmp_path / "three", MIXED, adapters, base, shapes, 3) == 3  # padded to no more
+    assert {a.shape[0] for a, _ in raw(tmp_path / "three").values()} == {3}
 
 
 def test_a_written_variant_names_its_base_model_and_revision(tmp_path, base, adapters):

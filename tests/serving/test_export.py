@@ -1,9 +1,12 @@
 """The command that serves variants: exact, runnable, and of the rank that was asked for."""
 
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 from itertools import takewhile
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, write_tiny_adapter
+from helpers import NAMES, ROOT, write_tiny_adapter
 from merge.folders import open_adapter
 from router.api import Router
 from router.cli import main as cli
@@ -197,6 +200,67 @@ def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(out, capsys):
             lost, total = lost + float(values[1:].square().sum()), total + float(values.square().sum())
         assert f"{name}: rank 1, {100 * lost / total:.2f} % of its squared norm lost" in said
     assert f"variants-rank-1/{path.name}" in " ".join(words_of(out))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "llamacpp"])
+def test_no_written_rank_is_above_what_was_asked_for(out, llama_cpp, capsys, engine):
+    words = list(map(str, llama_cpp)) if engine == "llamacpp" else []
+    assert main([str(out), *words, "--max_rank", "3"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "rank 3" in said[-1] and all(": rank 3, " in line for line in said[:-1])
+    files = (
+        (out / "gguf").glob("*.gguf") if engine == "llamacpp" else out.glob("variants-rank-3/*/*.safetensors")
+    )
+    written = [weights for file in files for weights in load_file(file).values()]
+    assert written and {min(weights.shape) for weights in written} == {3}
+    if engine == "vllm":
+        text = words_of(out)
+        assert text[text.index("--max-lora-rank") + 1] == "8"  # the least that it accepts for 3
+
+
+def test_llamacpp_gets_adapters_of_the_rank_that_is_told(out, llama_cpp, tiny_library, capsys):
+    assert main([str(out), *map(str, llama_cpp)]) == 0
+    highest = max(max(open_adapter(tiny_library / name).ranks.values()) for name in NAMES)
+    assert f"rank {highest}, for llamacpp" in capsys.readouterr().out
+    ranks = {
+        min(tensor.shape) for file in (out / "gguf").glob("*.gguf") for tensor in load_file(file).values()
+    }
+    assert max(ranks) == highest
+
+
+def test_what_a_run_left_out_does_not_matter_for_llamacpp(command, tiny_library, llama_cpp, capsys):
+    shutil.copytree(tiny_library / "mlp", tiny_library / "broken")
+    (tiny_library / "broken" / "adapter_model.safetensors").write_bytes(b"half")
+    _, out = command("proto_route", "--skip_bad", "--false_alarm", 0.9, "--temperature", 3.0)
+    shutil.copytree(tiny_library / "mlp", tiny_library / "later")
+    assert main([str(out), *map(str, llama_cpp)]) == 0
+    assert sorted(path.stem for path in (out / "gguf").glob("*.gguf")) == NAMES
+    shutil.rmtree(tiny_library / NAMES[-1])
+    capsys.readouterr()
+    assert main([str(out), *map(str, llama_cpp)]) == 2
+    assert f"but {NAMES[-1]} is not there as it was" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_what_a_killed_export_left_goes_at_the_next_one(out, llama_cpp):
+    script = llama_cpp[3] / "convert_lora_to_gguf.py"
+    script.write_text("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)")
+    words = [sys.executable, "-m", "router", "export", out, *llama_cpp]
+    assert subprocess.run(list(map(str, words)), cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    (left,) = out.glob(".gguf.*")
+    assert list(left.iterdir())
+    (out / ".gguf.theirs").mkdir()
+    (out / ".gguf.theirs" / "mine").touch()
+    script.write_text(CONVERTER)
+    assert main([str(out), *map(str, llama_cpp)]) == 0
+    assert [path.name for path in out.glob(".gguf.*")] == [".gguf.theirs"]
+
+
+def test_a_method_that_weighs_adapters_for_each_token_has_nothing_to_serve(command, capsys):
+    _, out = command("arrow")
+    assert main([str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "weighs its adapters for each token" in said and "base model answers" not in said
 
 
 def test_what_has_no_variants_is_refused_in_a_line(out, capsys, tmp_path):

@@ -101,6 +101,7 @@ def test_a_conversation_stays_with_its_variant_unless_it_is_rerouted(reroute):
         other = "variant-0" if reroute else "the-base"
         assert models == ["variant-0", "the-base" if reroute else "variant-0", other]
         assert front.router.batches[0] == ["x"] and len(front.router.batches) == (3 if reroute else 2)
+        assert {len(key) for key in front.kept} <= {32}  # of the text a hash alone is kept
 
     talk(work, reroute=reroute)
 

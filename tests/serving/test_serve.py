@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -263,8 +264,20 @@ def _post(client, text):
 def test_what_cannot_start_says_why(capsys, tmp_path, monkeypatch):
     assert main(["--router", str(tmp_path), "--upstream", "localhost:8000"]) == 2
     assert "expected an address" in capsys.readouterr().err
-    assert main(["--router", str(tmp_path), "--upstream", "http://127.0.0.1:1"]) == 2
+    assert main(["--router", str(tmp_path), "--upstream", "http://127.0.0.1:1", "--port", "0"]) == 2
     assert "found none" in capsys.readouterr().err
     monkeypatch.setattr("router.serving.command.find_spec", lambda name: None)
     assert main(["--router", str(tmp_path), "--upstream", "http://127.0.0.1:1"]) == 2
     assert "pip install 'proto-route[serve]'" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_named_before_anything_is_announced(capsys, router, tmp_path):
+    saved = router.save(tmp_path / "saved")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        words = ["--router", saved, "--upstream", "http://127.0.0.1:1", "--device", "cpu", "--port", port]
+        assert main(list(map(str, words))) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(f"error: --port {port}: expected a free port")
+    assert main([*map(str, words), "--host", "not an address"]) == 2
+    assert "--host not an address, but" in capsys.readouterr().err
