@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class HubError(Exception):
@@ -29,6 +30,11 @@ def fetch(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = spec.partition("@")
+    # The client lets errors through of what it speaks HTTP with, httpx or httpx2 by its version, which are no
+    # OSErrors; most of hf_xet's are no more than RuntimeErrors.
+    failures: Any = (
+        HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError, *HfHubHTTPError.__bases__
+    )  # fmt: skip
     try:
         found = snapshot_download(
             name,
@@ -36,6 +42,6 @@ def fetch(
             allow_patterns=list(patterns) if patterns else None,
             local_files_only=local_only,
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except failures as error:
         raise HubError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
     return Path(found), name, Path(found).name
