@@ -234,8 +234,9 @@ class Router:
         """Decides the variants from a sample of the queries to come, such as yesterday's; no labels.
 
         Args:
-            n_variants: how many; None makes as few as the sample's weights allow. One that is the base model
-                comes to them if there is none, for texts that no adapter fits.
+            n_variants: how many; None takes what `from_library` was given, or else as few as the sample's
+                weights allow. One that is the base model comes to them if there is none, for texts that no
+                adapter fits.
 
         Raises:
             ValueError: the router was loaded from a saved one, which has no adapters to make variants of.
@@ -243,7 +244,8 @@ class Router:
         if self._folder is not None:
             raise ValueError("a saved router has no adapters to make variants of; use from_library")
         weights = self.route(texts).to_numpy()
-        self._decide(cluster(weights, n_variants, self._method.settings.seed))
+        many = self._method.n_variants if n_variants is None else n_variants
+        self._decide(cluster(weights, many, self._method.settings.seed))
         return self
 
     def _decide(self, clusters: Clusters) -> None:

@@ -348,9 +348,9 @@ def _fit(settings: Settings, texts: Sequence[str], folder: Path) -> None:
     """Decides the variants from some texts, and saves the router with them."""
     from router.api import Router
 
-    how = {name: getattr(settings, name) for name in SETTINGS if name not in ("adapters", "n_variants")}
+    how = {name: getattr(settings, name) for name in SETTINGS if name != "adapters"}
     router = Router.from_library(*settings.adapters, **how)
-    router.fit(texts, settings.n_variants).save(folder)
+    router.fit(texts).save(folder)
     del router
     gc.collect()  # the actors need the room
 

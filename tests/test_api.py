@@ -110,6 +110,15 @@ def test_texts_that_no_adapter_fits_go_to_the_base_model_though_none_of_the_samp
     assert all(variants[choice.variant].weights for choice in router.choose(ours))
 
 
+def test_it_is_fitted_with_as_many_variants_as_it_was_made_for(router, tiny_base, tiny_library):
+    how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "n_variants": 1}
+    one = Router.from_library(tiny_library, **how)
+    own, asked = (router.fit(MORE, many).variants for many in (None, 1))
+    assert own != asked  # else the next lines could not fail
+    assert one.fit(MORE).variants == asked
+    assert one.fit(MORE, 2).variants == router.fit(MORE, 2).variants != asked
+
+
 def test_a_save_that_was_stopped_can_be_repeated(saved, tmp_path, monkeypatch):
     loaded = Router.load(saved)
 
