@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from router.constants import Device
 from router.errors import InputError
 from router.files import is_folder, read_json, replacing, sha256_of, told_if_full
 from router.journal import alone_in
@@ -217,7 +218,7 @@ class Answering:
         base_model, device: as `Router.load` takes them.
     """
 
-    def __init__(self, router: Path, base_model: str | None, device: str) -> None:
+    def __init__(self, router: Path, base_model: str | None, device: Device) -> None:
         self._how = (router, base_model, device)
 
     @cached_property

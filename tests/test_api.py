@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -294,3 +295,51 @@ def test_a_strangers_folder_of_variants_is_left_alone(router, tmp_path):
 def test_wrong_questions_are_refused(router, texts, choices, message):
     with pytest.raises(ValueError, match=message):
         router.answer(texts, choices)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, pd.Series, lambda texts: pd.Series(texts, [7, 7, 7])])
+def test_a_column_of_a_table_is_a_list_of_texts(router, kind):
+    assert router.route(kind(TEXTS)).equals(router.route(TEXTS))
+    choices = [["four", "five"]] * 3
+    assert router.answer(kind(TEXTS), pd.Series(choices)) == router.answer(TEXTS, choices)
+    assert router.answer(TEXTS, np.array(choices)) == router.answer(TEXTS, choices)
+
+
+@pytest.mark.parametrize(
+    ("texts", "got"),
+    [
+        (pd.DataFrame({"input": TEXTS}), "a DataFrame"),  # a list of it would be its columns
+        ({"a": "b"}, "a dict"),
+        (None, "a NoneType"),
+        (["a", None], "a NoneType as number 2"),
+        (pd.Series(["a", np.nan], dtype=object), "a float as number 2"),
+        (np.array([["a"]]), "a ndarray as number 1"),
+        (b"bytes", "a int as number 1"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_named(router, texts, got):
+    with pytest.raises(ValueError, match=f"^expected a list of texts, got {got}$"):
+        router.route(texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("method", "proto", "expected one of .*, proto_route, .* got 'proto'"),
+        ("dtype", "bf16", "--dtype: expected one of auto, float32, bfloat16, float16, got 'bf16'"),
+        ("device", "gpu", "--device: expected one of auto, cpu, cuda, got 'gpu'"),
+        ("device_map", "none", "--device_map: expected one of auto, balanced"),
+        ("apply", "merge", "--apply: expected one of auto, merged, beside, got 'merge'"),
+        ("engine", "vLLM", "--engine: expected one of transformers, vllm, openai, got 'vLLM'"),
+        ("scoring", None, "--scoring: expected one of full, kit, got None"),
+    ],
+)
+def test_a_word_that_no_setting_knows_is_refused_with_those_that_it_does(tiny_library, name, value, expected):
+    with pytest.raises(InputError, match=expected):
+        Router.from_library(tiny_library, **{name: value})
+
+
+def test_a_saved_router_is_not_loaded_in_a_dtype_that_there_is_not(saved):
+    for how in ({"dtype": "bf16"}, {"device": "gpu"}):
+        with pytest.raises(InputError, match="expected one of auto, "):
+            Router.load(saved, **how)
