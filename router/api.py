@@ -166,11 +166,11 @@ class Router:
         run = load_run(folder)
         if run.record["method"] != "proto_route":
             raise InputError(f"{folder}: expected a run of proto_route, got one of {run.record['method']}")
-        flags = {
-            key: value for key, value in run.record["flags"].items() if key in Settings.__dataclass_fields__
-        }
+        if "variants" not in run.record:
+            raise InputError(f"{folder / 'run.json'}: expected the run's variants, found none; run it again")
+        flags = dict(vars(run.settings))
         for key in ("dataset_filepaths", "output_folder", "engine", "upstream"):
-            flags.pop(key, None)
+            del flags[key]
         flags |= {"device": device, "dtype": dtype or run.record["base"]["dtype"]}
         flags["base_model"] = base_model or flags["base_model"]
         router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)

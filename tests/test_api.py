@@ -160,6 +160,31 @@ def test_a_finished_run_is_a_router_that_decides_as_it_did(router, tiny_base, ti
     ]
 
 
+def test_a_record_that_lacks_what_a_router_needs_is_refused_by_what_is_missing(
+    tiny_base, tiny_library, tmp_path
+):
+    queries = write_queries(tmp_path / "queries.csv", [("1", TEXTS[0], "generation", "")])
+    out = tmp_path / "out"
+    assert main(arguments("proto_route", [queries], tiny_library, tiny_base, out)) == 0
+    record = json.loads((out / "run.json").read_text())
+    for change, cause in (
+        (
+            {"flags": {"dataset_filepaths": [str(queries)]}},
+            "run.json: expected the flags of a run .* missing",
+        ),
+        ({"flags": record["flags"] | {"top_k": "3"}}, "top_k: expected a whole number, got a text"),
+        ({"flags": record["flags"] | {"apply": "merge"}}, "--apply: expected one of auto, merged, beside"),
+        ({"variants": None, "base": None}, "expected the run's variants, found none"),
+    ):
+        parts = {key: value for key, value in (record | change).items() if value is not None}
+        (out / "run.json").write_text(json.dumps(parts))
+        with pytest.raises(InputError, match=cause):
+            Router.load(out, device="cpu")
+    parts = record | {"flags": {key: of for key, of in record["flags"].items() if key != "base_model"}}
+    (out / "run.json").write_text(json.dumps(parts))
+    assert Router.load(out, str(tiny_base), "cpu").candidates == [*NAMES, "base"]  # null is the same
+
+
 def test_a_saved_router_cannot_be_fitted_anew(saved):
     with pytest.raises(ValueError, match="no adapters to make variants of"):
         Router.load(saved, device="cpu").fit(TEXTS)
