@@ -241,7 +241,6 @@ def _work(
     batch: tuple[int, int],
 ) -> _Work:  # fmt: skip
     from router.model.passes import truncated
-    from router.routing.calibration import generic_prompts
 
     limit, longest = settings.max_seq_len, settings.max_gen_len
     prompts = _encode(tokenizer, [query.input for query in queries], limit)
