@@ -12,13 +12,14 @@ class HubError(Exception):
 
 
 def fetch(
-    spec: str, patterns: Sequence[str] | None = None, local_only: bool = False
+    spec: str, patterns: Sequence[str] | None = None, local_only: bool = False, without: Sequence[str] = ()
 ) -> tuple[Path, str, str]:
     """Fetches a repository, `ID[@REVISION]`.
 
     Args:
         patterns: the files to fetch; None takes all.
-        local_only: the repository must be in the cache already.
+        local_only: these files must be in the cache already.
+        without: files that are not fetched, whatever `patterns` says.
 
     Returns:
         The repository's folder in the cache, its id, and its commit.
@@ -40,6 +41,7 @@ def fetch(
             name,
             revision=revision or None,
             allow_patterns=list(patterns) if patterns else None,
+            ignore_patterns=list(without) or None,
             local_files_only=local_only,
         )
     except failures as error:

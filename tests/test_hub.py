@@ -33,14 +33,14 @@ def asked(monkeypatch, tmp_path):
 )
 def test_a_repository_has_its_folder_id_and_commit(asked, tmp_path, spec, revision):
     assert fetch(spec, ("*.json",)) == (tmp_path / "snapshots" / COMMIT, "some/model", COMMIT)
-    assert asked == [
-        ("some/model", {"revision": revision, "allow_patterns": ["*.json"], "local_files_only": False})
-    ]
+    how = {"allow_patterns": ["*.json"], "ignore_patterns": None, "local_files_only": False}
+    assert asked == [("some/model", {"revision": revision} | how)]
 
 
 def test_all_files_of_the_cache_alone(asked):
-    fetch("some/model", local_only=True)
-    assert asked == [("some/model", {"revision": None, "allow_patterns": None, "local_files_only": True})]
+    fetch("some/model", local_only=True, without=("a*",))
+    how = {"allow_patterns": None, "ignore_patterns": ["a*"], "local_files_only": True}
+    assert asked == [("some/model", {"revision": None} | how)]
 
 
 ANSWER = SimpleNamespace(headers={}, request=None, status_code=404)

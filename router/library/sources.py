@@ -14,6 +14,7 @@ from router.files import is_folder
 from router.hub import HubError, fetch
 
 CARD_FILE = "README.md"  # an adapter's model card, as on the hub
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 
 
 class Source(NamedTuple):
@@ -68,7 +69,7 @@ def is_here(spec: str) -> bool:
     if _folder(spec):
         return True
     try:
-        fetch(spec, local_only=True)
+        fetch(spec, FILES, local_only=True)
     except HubError:
         return False
     return True
@@ -84,7 +85,7 @@ def from_hub(spec: str, local_only: bool = False) -> Source:
         InputError: the hub cannot provide it.
     """
     try:
-        path, repo, commit = fetch(spec, [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE], local_only)
+        path, repo, commit = fetch(spec, FILES, local_only)
     except HubError as error:
         raise InputError(
             f"--adapters {spec}: no such folder, no such name in {LIBRARY}, and the hub could not give "
