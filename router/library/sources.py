@@ -37,7 +37,7 @@ def find(spec: str, local_only: bool = False) -> Iterator[Source]:
         local_only: nothing is fetched from the hub.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or the folder cannot be read.
     """
     path = _folder(spec)
     if path is None and Path(spec) == LIBRARY:
@@ -48,10 +48,18 @@ def find(spec: str, local_only: bool = False) -> Iterator[Source]:
     if path is None:
         yield from_hub(spec, local_only)
         return
-    if (path / CONFIG_FILE).exists():
+    try:
+        alone = (path / CONFIG_FILE).exists()
+        children = () if alone else path.iterdir()
+        found = sorted(child for child in children if child.is_dir() and not child.name.startswith("."))
+    except OSError as error:
+        raise InputError(
+            f"--adapters {spec}: expected a folder that can be read ({error}); change its permissions, or "
+            "name another"
+        ) from error
+    if alone:
         yield Source(Path(os.path.normpath(path.absolute())).name, path, None)  # links keep their own name
         return
-    found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not found:
         raise InputError(
             f"--adapters {spec}: expected a PEFT folder or a folder of such folders, found neither"
