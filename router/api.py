@@ -9,17 +9,17 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import pandas as pd
 
-from router.constants import BASE_COLUMN
+from router.constants import BASE_COLUMN, Device, Dtype
 from router.errors import InputError
 from router.files import check_shape, is_ours, mark, read_json, remove_ours, replacing
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute
-from router.model.answer import Answer
+from router.model.answer import Answer, Scoring
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.pipeline import Routed
 from router.result import Decision
@@ -36,8 +36,8 @@ ABOUT = "router.json"  # beside FILE in a saved router's folder
 SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed")  # that a saved router keeps
 SHAPE = {
     "base_model": str, "revision?": str, "embedded": bool, "base_sha256": str,
-    "dtype": {"float32", "bfloat16", "float16"},
-    "settings": {"max_seq_len?": int, "max_gen_len": int, "scoring": {"full", "kit"}, "seed": int},
+    "dtype": {*get_args(Dtype)} - {"auto"},
+    "settings": {"max_seq_len?": int, "max_gen_len": int, "scoring": {*get_args(Scoring)}, "seed": int},
     "variants": [{"weights": {"*": float}, "base": float}], "centres": [[float]],
 }  # fmt: skip
 
@@ -96,12 +96,13 @@ class Router:
             settings: any other field of `router.settings.Settings`, with the command line's defaults.
 
         Raises:
-            InputError: an adapter or the base model is missing, broken or does not fit.
-            ValueError: the method does not route.
+            InputError: an adapter or the base model is missing, broken or does not fit, there is no such
+                method, or a setting is another word than it may be.
+            ValueError: the method is one of the starter kit's, which give no weights.
         """
         found = load_method(method)(method)
         if not isinstance(found, Routed):
-            raise ValueError(f"method {method}: expected one that routes, this one only merges")
+            raise ValueError(f"method {method}: expected one that routes, this one is of the starter kit")
         if adapters:
             settings["adapters"] = tuple(map(str, adapters))
         found.settings = Settings(base_model=base_model, **settings)
@@ -113,8 +114,8 @@ class Router:
         cls,
         folder: str | Path,
         base_model: str | None = None,
-        device: str = "auto",
-        dtype: str | None = None,
+        device: Device = "auto",
+        dtype: Dtype | None = None,
     ) -> Router:
         """Loads what `save` wrote, or a finished run of proto_route with its variants.
 
@@ -127,8 +128,8 @@ class Router:
             dtype: None takes the one that was used.
 
         Raises:
-            InputError: there is neither, it is damaged or of another format, or the base model has other
-                weights.
+            InputError: there is neither, it is damaged or of another format, the base model has other
+                weights, or the device or the dtype is another word.
         """
         folder = Path(folder)
         if not (folder / ABOUT).is_file():
@@ -138,8 +139,9 @@ class Router:
         pinned = f"@{about['revision']}" if about.get("revision") else ""
         own = EMBEDDED if about["embedded"] else f"{about['base_model']}{pinned}"
         kept = {key: about["settings"].get(key) for key in SETTINGS}
-        method.settings = Settings(base_model=base_model or own, **kept)
-        base = load_base(str(method.settings.base_model), device, dtype or about["dtype"])
+        kept |= {"base_model": base_model or own, "device": device, "dtype": dtype or about["dtype"]}
+        settings = method.settings = Settings(**kept)
+        base = load_base(str(settings.base_model), settings.device, settings.dtype)
         if base.sha256 != about["base_sha256"]:
             raise InputError(
                 f"--base_model {base.name}: expected the weights that {folder} was made for "
@@ -163,15 +165,15 @@ class Router:
         return router
 
     @classmethod
-    def _of_run(cls, folder: Path, base_model: str | None, device: str, dtype: str | None) -> Router:
+    def _of_run(cls, folder: Path, base_model: str | None, device: Device, dtype: Dtype | None) -> Router:
         run = load_run(folder)
         if run.record["method"] != "proto_route":
             raise InputError(f"{folder}: expected a run of proto_route, got one of {run.record['method']}")
-        flags = {
-            key: value for key, value in run.record["flags"].items() if key in Settings.__dataclass_fields__
-        }
+        if "variants" not in run.record:
+            raise InputError(f"{folder / 'run.json'}: expected the run's variants, found none; run it again")
+        flags = dict(vars(run.settings))
         for key in ("dataset_filepaths", "output_folder", "engine", "upstream"):
-            flags.pop(key, None)
+            del flags[key]
         flags |= {"device": device, "dtype": dtype or run.record["base"]["dtype"]}
         flags["base_model"] = base_model or flags["base_model"]
         router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)
@@ -237,8 +239,9 @@ class Router:
         """Decides the variants from a sample of the queries to come, such as yesterday's; no labels.
 
         Args:
-            n_variants: how many; None makes as few as the sample's weights allow. One that is the base model
-                comes to them if there is none, for texts that no adapter fits.
+            n_variants: how many; None takes what `from_library` was given, or else as few as the sample's
+                weights allow. One that is the base model comes to them if there is none, for texts that no
+                adapter fits.
 
         Raises:
             ValueError: the router was loaded from a saved one, which has no adapters to make variants of.
@@ -246,7 +249,8 @@ class Router:
         if self._folder is not None:
             raise ValueError("a saved router has no adapters to make variants of; use from_library")
         weights = self.route(texts).to_numpy()
-        self._decide(cluster(weights, n_variants, self._method.settings.seed))
+        many = self._method.n_variants if n_variants is None else n_variants
+        self._decide(cluster(weights, many, self._method.settings.seed))
         return self
 
     def _decide(self, clusters: Clusters) -> None:
@@ -375,13 +379,28 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _queries(texts: Sequence[str], choices: Sequence[Sequence[str]] | None) -> list[Query]:
-    if isinstance(texts, str):
-        raise ValueError("expected a list of texts, got one text; put it into a list")
+    texts = _listed(texts, "a list of texts")
     if not texts:
         raise ValueError("expected at least one text, got none")
     if choices is None:
         return [Query(str(n), text, GENERATION) for n, text in enumerate(texts)]
-    if len(choices) != len(texts) or not all(choices) or any(isinstance(one, str) for one in choices):
+    options = [tuple(_listed(of, "for each text a list of choices")) for of in choices]
+    if len(options) != len(texts) or not all(options):
         raise ValueError("expected for each text a list of at least one choice")
-    pairs = zip(texts, choices, strict=True)
-    return [Query(str(n), text, MULTIPLE_CHOICE, tuple(options)) for n, (text, options) in enumerate(pairs)]
+    pairs = zip(texts, options, strict=True)
+    return [Query(str(n), text, MULTIPLE_CHOICE, own) for n, (text, own) in enumerate(pairs)]
+
+
+def _listed(values: Any, what: str) -> list[str]:
+    """The texts of a list, a tuple, an array or a Series.
+
+    Raises:
+        ValueError: it is none of these, or holds something other than texts.
+    """
+    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray, pd.Series)):
+        hint = "; put it into a list" if isinstance(values, str) else ""
+        raise ValueError(f"expected {what}, got a {type(values).__name__}{hint}")
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, str):
+            raise ValueError(f"expected {what}, got a {type(value).__name__} as number {number}")
+    return list(map(str, values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class HubError(Exception):
@@ -11,13 +12,14 @@ class HubError(Exception):
 
 
 def fetch(
-    spec: str, patterns: Sequence[str] | None = None, local_only: bool = False
+    spec: str, patterns: Sequence[str] | None = None, local_only: bool = False, without: Sequence[str] = ()
 ) -> tuple[Path, str, str]:
     """Fetches a repository, `ID[@REVISION]`.
 
     Args:
         patterns: the files to fetch; None takes all.
-        local_only: the repository must be in the cache already.
+        local_only: these files must be in the cache already.
+        without: files that are not fetched, whatever `patterns` says.
 
     Returns:
         The repository's folder in the cache, its id, and its commit.
@@ -29,13 +31,19 @@ def fetch(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = spec.partition("@")
+    # The client lets errors through of what it speaks HTTP with, httpx or httpx2 by its version, which are no
+    # OSErrors; most of hf_xet's are no more than RuntimeErrors.
+    failures: Any = (
+        HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError, *HfHubHTTPError.__bases__
+    )  # fmt: skip
     try:
         found = snapshot_download(
             name,
             revision=revision or None,
             allow_patterns=list(patterns) if patterns else None,
+            ignore_patterns=list(without) or None,
             local_files_only=local_only,
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except failures as error:
         raise HubError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
     return Path(found), name, Path(found).name

@@ -18,14 +18,8 @@ from typing import Any
 from router.errors import InputError, told_if_memory_runs_out
 from router.methods import method_names
 from router.processes import leads, several
-from router.settings import Settings
+from router.settings import WORDS, Settings
 
-DEVICES = ("auto", "cpu", "cuda")
-DEVICE_MAPS = ("none", "auto", "balanced", "balanced_low_0", "sequential")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-SCORINGS = ("full", "kit")
-APPLIES = ("auto", "merged", "beside")
-ENGINES = ("transformers", "vllm", "openai")
 LEAST = 3 << 29  # bytes of address space
 
 
@@ -96,6 +90,9 @@ def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
         if name in wanted:
             p.add_argument(f"--{name}", help=f"{what} (default: {_default(name, none)})", **how)
 
+    def word(name: str, what: str) -> None:
+        setting(name, what, type=_one_of(WORDS[name]), metavar="|".join(WORDS[name]))
+
     setting("dataset_filepaths", "the query files to answer", nargs="+", type=Path, metavar="CSV")
     setting("output_folder", "the folder for the results", type=Path, metavar="DIR")
     setting(
@@ -158,33 +155,28 @@ def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
         type=_integer(1, "auto"),
         metavar="INT|auto",
     )
-    setting("device", "auto uses a GPU if there is one", type=_one_of(DEVICES), metavar="|".join(DEVICES))
+    word("device", "auto uses a GPU if there is one")
+    maps = ("none", *WORDS["device_map"])
     setting(
         "device_map",
         "how accelerate spreads a base model that is too large for one device: over all devices, the memory "
         "and the disk; none does not",
-        type=_none_or(_one_of(DEVICE_MAPS)),
-        metavar="|".join(DEVICE_MAPS),
+        type=_none_or(_one_of(maps)),
+        metavar="|".join(maps),
     )
-    setting(
+    word(
         "dtype",
         "auto uses bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on a CPU",
-        type=_one_of(DTYPES),
-        metavar="|".join(DTYPES),
     )
-    setting(
+    word(
         "apply",
         "add a variant to the weights, of which a copy is kept (merged), or compute it beside them; "
         "auto adds it in float32 where the memory has room for the copy, since other dtypes round the sum",
-        type=_one_of(APPLIES),
-        metavar="|".join(APPLIES),
     )
-    setting(
+    word(
         "engine",
         "what answers: transformers or vLLM in this process, or a server of LoRA adapters that speaks "
         "OpenAI's protocol, such as vLLM's (openai); this process routes in all cases",
-        type=_one_of(ENGINES),
-        metavar="|".join(ENGINES),
     )
     setting(
         "upstream",
@@ -199,12 +191,10 @@ def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
         type=_integer(1, "none"),
         metavar="INT|none",
     )
-    setting(
+    word(
         "scoring",
         "score a choice by the log-probability of all of its tokens (full) "
         "or of all but its first, as the starter kit does (kit)",
-        type=_one_of(SCORINGS),
-        metavar="|".join(SCORINGS),
     )
 
 

@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from router.constants import Device
 from router.errors import InputError
 from router.files import is_folder, read_json, replacing, sha256_of, told_if_full
 from router.journal import alone_in
@@ -219,7 +220,7 @@ class Answering:
         base_model, device: as `Router.load` takes them.
     """
 
-    def __init__(self, router: Path, base_model: str | None, device: str) -> None:
+    def __init__(self, router: Path, base_model: str | None, device: Device) -> None:
         self._how = (router, base_model, device)
 
     @cached_property
@@ -350,9 +351,9 @@ def _fit(settings: Settings, texts: Sequence[str], folder: Path) -> None:
     """Decides the variants from some texts, and saves the router with them."""
     from router.api import Router
 
-    how = {name: getattr(settings, name) for name in SETTINGS if name not in ("adapters", "n_variants")}
+    how = {name: getattr(settings, name) for name in SETTINGS if name != "adapters"}
     router = Router.from_library(*settings.adapters, **how)
-    router.fit(texts, settings.n_variants).save(folder)
+    router.fit(texts).save(folder)
     del router
     gc.collect()  # the actors need the room
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from router.constants import Apply, Engine
+from router.constants import Apply, Device, DeviceMap, Dtype, Engine
+from router.errors import InputError
 from router.model.answer import Scoring
+
+# The words that a setting may be; that of device_map may also be None.
+WORDS: dict[str, tuple[str, ...]] = {
+    "device": get_args(Device), "device_map": get_args(DeviceMap), "dtype": get_args(Dtype),
+    "apply": get_args(Apply), "engine": get_args(Engine), "scoring": get_args(Scoring),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags of a run; see `python -m router.main --help` for what each means."""
+    """The flags of a run; see `python -m router.main --help` for what each means.
+
+    Raises:
+        InputError: one of WORDS is another word.
+    """
 
     dataset_filepaths: tuple[Path, ...] = (Path("data/test.csv"),)
     output_folder: Path = Path("output")
@@ -27,15 +38,21 @@ class Settings:
     ahead: int = 8
     seed: int = 0
     batch_size: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: str | None = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    device_map: DeviceMap | None = None
     apply: Apply = "auto"
     engine: Engine = "transformers"
     upstream: str | None = None
     max_gen_len: int = 64
     max_seq_len: int | None = None
     scoring: Scoring = field(default="full")
+
+    def __post_init__(self) -> None:
+        for name, words in WORDS.items():
+            value = getattr(self, name)
+            if value not in words and (name, value) != ("device_map", None):
+                raise InputError(f"--{name}: expected one of {', '.join(words)}, got {value!r}")
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON values: paths become strings, tuples become lists."""

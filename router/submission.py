@@ -103,6 +103,11 @@ def read_rows(
         problems.append(problem)
 
 
+def adapters_of(label: str) -> list[str]:
+    """The adapters that a label in the column `adapter` names, several as `a+b`."""
+    return label.split("+")
+
+
 def _broken(error: UnicodeDecodeError | csv.Error) -> str:
     """What ended the reading of a CSV file, as far as the csv module says it, and what to do."""
     if "unexpected end of data" in str(error):

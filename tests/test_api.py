@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -136,6 +137,15 @@ def test_variants_are_written_once_and_go_with_the_router(tiny_base, tiny_librar
     assert not list(temporary.iterdir())
 
 
+def test_it_is_fitted_with_as_many_variants_as_it_was_made_for(router, tiny_base, tiny_library):
+    how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "n_variants": 1}
+    one = Router.from_library(tiny_library, **how)
+    own, asked = (router.fit(MORE, many).variants for many in (None, 1))
+    assert own != asked  # else the next lines could not fail
+    assert one.fit(MORE).variants == asked
+    assert one.fit(MORE, 2).variants == router.fit(MORE, 2).variants != asked
+
+
 def test_a_save_that_was_stopped_can_be_repeated(saved, tmp_path, monkeypatch):
     loaded = Router.load(saved)
 
@@ -174,6 +184,31 @@ def test_a_finished_run_is_a_router_that_decides_as_it_did(router, tiny_base, ti
     assert [answer.strip() or "unknown" for answer in Router.load(out, device="cpu").answer(MORE)] == [
         row["prediction"].strip() for row in read_table(out / "queries.csv")
     ]
+
+
+def test_a_record_that_lacks_what_a_router_needs_is_refused_by_what_is_missing(
+    tiny_base, tiny_library, tmp_path
+):
+    queries = write_queries(tmp_path / "queries.csv", [("1", TEXTS[0], "generation", "")])
+    out = tmp_path / "out"
+    assert main(arguments("proto_route", [queries], tiny_library, tiny_base, out)) == 0
+    record = json.loads((out / "run.json").read_text())
+    for change, cause in (
+        (
+            {"flags": {"dataset_filepaths": [str(queries)]}},
+            "run.json: expected the flags of a run .* missing",
+        ),
+        ({"flags": record["flags"] | {"top_k": "3"}}, "top_k: expected a whole number, got a text"),
+        ({"flags": record["flags"] | {"apply": "merge"}}, "--apply: expected one of auto, merged, beside"),
+        ({"variants": None, "base": None}, "expected the run's variants, found none"),
+    ):
+        parts = {key: value for key, value in (record | change).items() if value is not None}
+        (out / "run.json").write_text(json.dumps(parts))
+        with pytest.raises(InputError, match=cause):
+            Router.load(out, device="cpu")
+    parts = record | {"flags": {key: of for key, of in record["flags"].items() if key != "base_model"}}
+    (out / "run.json").write_text(json.dumps(parts))
+    assert Router.load(out, str(tiny_base), "cpu").candidates == [*NAMES, "base"]  # null is the same
 
 
 def test_a_saved_router_cannot_be_fitted_anew(saved):
@@ -311,3 +346,51 @@ def test_a_strangers_folder_of_variants_is_left_alone(router, tmp_path):
 def test_wrong_questions_are_refused(router, texts, choices, message):
     with pytest.raises(ValueError, match=message):
         router.answer(texts, choices)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, pd.Series, lambda texts: pd.Series(texts, [7, 7, 7])])
+def test_a_column_of_a_table_is_a_list_of_texts(router, kind):
+    assert router.route(kind(TEXTS)).equals(router.route(TEXTS))
+    choices = [["four", "five"]] * 3
+    assert router.answer(kind(TEXTS), pd.Series(choices)) == router.answer(TEXTS, choices)
+    assert router.answer(TEXTS, np.array(choices)) == router.answer(TEXTS, choices)
+
+
+@pytest.mark.parametrize(
+    ("texts", "got"),
+    [
+        (pd.DataFrame({"input": TEXTS}), "a DataFrame"),  # a list of it would be its columns
+        ({"a": "b"}, "a dict"),
+        (None, "a NoneType"),
+        (["a", None], "a NoneType as number 2"),
+        (pd.Series(["a", np.nan], dtype=object), "a float as number 2"),
+        (np.array([["a"]]), "a ndarray as number 1"),
+        (b"bytes", "a int as number 1"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_named(router, texts, got):
+    with pytest.raises(ValueError, match=f"^expected a list of texts, got {got}$"):
+        router.route(texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("method", "proto", "expected one of .*, proto_route, .* got 'proto'"),
+        ("dtype", "bf16", "--dtype: expected one of auto, float32, bfloat16, float16, got 'bf16'"),
+        ("device", "gpu", "--device: expected one of auto, cpu, cuda, got 'gpu'"),
+        ("device_map", "none", "--device_map: expected one of auto, balanced"),
+        ("apply", "merge", "--apply: expected one of auto, merged, beside, got 'merge'"),
+        ("engine", "vLLM", "--engine: expected one of transformers, vllm, openai, got 'vLLM'"),
+        ("scoring", None, "--scoring: expected one of full, kit, got None"),
+    ],
+)
+def test_a_word_that_no_setting_knows_is_refused_with_those_that_it_does(tiny_library, name, value, expected):
+    with pytest.raises(InputError, match=expected):
+        Router.from_library(tiny_library, **{name: value})
+
+
+def test_a_saved_router_is_not_loaded_in_a_dtype_that_there_is_not(saved):
+    for how in ({"dtype": "bf16"}, {"device": "gpu"}):
+        with pytest.raises(InputError, match="expected one of auto, "):
+            Router.load(saved, **how)

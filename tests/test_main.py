@@ -139,6 +139,24 @@ def test_oracle_answers_with_each_querys_own_adapter(command, tiny_base, tiny_li
         assert float(row[own[4]]) == 1
 
 
+def test_oracle_gives_a_query_that_needs_several_adapters_their_average(command, tmp_path):
+    rows = [
+        ("1", "a", "generation", "", "mlp"),
+        ("2", "b", "generation", "", "mlp+attention"),
+        ("3", "c", "generation", "", "attention+base+mlp"),
+    ]
+    code, out = command("oracle", "--dataset_filepaths", other_file(tmp_path, "several", rows=rows))
+    assert code == 0
+    for row, shares in zip(
+        read_table(out / "queries.routing.csv"),
+        [{"mlp": 1}, {"mlp": 1 / 2, "attention": 1 / 2}, {"mlp": 1 / 3, "attention": 1 / 3, "base": 1 / 3}],
+        strict=True,
+    ):
+        assert {name: float(row[name]) for name in (*NAMES, "base")} == pytest.approx(
+            dict.fromkeys((*NAMES, "base"), 0) | shares, abs=1e-6
+        )
+
+
 def test_base_answers_with_the_base_model(command, tiny_base):
     _, out = command("base")
     found = [row["prediction"] for row in read_table(out / "queries.csv")]
@@ -298,7 +316,7 @@ REFUSED = {
     ),
     "unknown label": lambda t: (
         "oracle",
-        ["--dataset_filepaths", other_file(t, "odd", rows=[("1", "a", "generation", "", "lyrics")])],
+        ["--dataset_filepaths", other_file(t, "odd", rows=[("1", "a", "generation", "", "mlp+lyrics")])],
         "line 2, column adapter: 'lyrics' is not in the library",
     ),
 }

@@ -6,6 +6,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,7 @@ from merge.folders import WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapte
 from router.constants import BASE_COLUMN
 from router.errors import InputError, out_of_memory
 from router.files import sha256_of
-from router.library.sources import Source, expand, find
+from router.library.sources import CARD_FILE, Source, expand, find
 
 # Columns of the routing table that are no adapter's.
 TAKEN = {
@@ -149,6 +150,13 @@ def load_library(
                         adapter.check_values()
                     found[adapter.name] = adapter
     return _some(found.values(), bad)
+
+
+def card(folder: Path) -> str:
+    """An adapter's model card without its YAML header; empty if there is none."""
+    file = folder / CARD_FILE
+    text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
+    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
 
 
 def check_name(source: Source, others: Container[str]) -> None:

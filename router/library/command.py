@@ -19,7 +19,7 @@ import numpy as np
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
 from router.constants import LIBRARY
 from router.errors import InputError
-from router.library.adapters import Adapter, check_name, opened
+from router.library.adapters import Adapter, card, check_name, opened
 from router.library.duplicates import OVERLAP, SAME, norms_and_cosines, overlaps
 from router.library.sources import CARD_FILE, Source, expand, find, from_hub
 
@@ -202,10 +202,7 @@ def description(report: Report) -> str:
     """The first line of prose in an adapter's model card, or why there is none."""
     if report.path is None:
         return str(report.reason)
-    file = report.path / CARD_FILE
-    text = file.read_text("utf-8", "replace") if file.is_file() else ""
-    prose = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
-    return next((line for line in prose.splitlines() if re.match(r"\w", line)), "(no model card)")
+    return next((line for line in card(report.path).splitlines() if re.match(r"\w", line)), "(no model card)")
 
 
 def as_text(findings: Mapping[str, Any]) -> list[str]:

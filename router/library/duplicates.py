@@ -8,8 +8,8 @@ is taken, since the order is all that a user has said of whom to trust. Knows no
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
-from heapq import merge
 from itertools import groupby
 from operator import itemgetter
 
@@ -134,7 +134,7 @@ def norms_and_cosines(adapters: Sequence[Adapter]) -> tuple[NDArray[np.float64],
     """
     inner = np.zeros((len(adapters), len(adapters)))
     streams = (_numbered(n, adapter) for n, adapter in enumerate(adapters))
-    for _, found in groupby(merge(*streams, key=itemgetter(0, 1)), key=itemgetter(0)):
+    for _, found in groupby(heapq.merge(*streams, key=itemgetter(0, 1)), key=itemgetter(0)):
         _, owners, updates = zip(*found, strict=True)
         inner[np.ix_(owners, owners)] += gram(updates).numpy()
     norms = np.sqrt(inner.diagonal().clip(0))  # rounding may leave a zero just below
@@ -159,7 +159,7 @@ def overlaps(adapters: Sequence[Adapter], modules: Sequence[str] | None = None) 
     """
     inner = np.zeros((len(adapters), len(adapters)))
     streams = (_numbered(n, adapter, modules) for n, adapter in enumerate(adapters))
-    for _, found in groupby(merge(*streams, key=itemgetter(0, 1)), key=itemgetter(0)):
+    for _, found in groupby(heapq.merge(*streams, key=itemgetter(0, 1)), key=itemgetter(0)):
         _, owners, updates = zip(*found, strict=True)
         read = []
         for update in updates:

@@ -14,6 +14,7 @@ from router.files import is_folder
 from router.hub import HubError, fetch
 
 CARD_FILE = "README.md"  # an adapter's model card, as on the hub
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 
 
 class Source(NamedTuple):
@@ -36,7 +37,7 @@ def find(spec: str, local_only: bool = False) -> Iterator[Source]:
         local_only: nothing is fetched from the hub.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or the folder cannot be read.
     """
     path = _folder(spec)
     if path is None and Path(spec) == LIBRARY:
@@ -47,10 +48,18 @@ def find(spec: str, local_only: bool = False) -> Iterator[Source]:
     if path is None:
         yield from_hub(spec, local_only)
         return
-    if (path / CONFIG_FILE).exists():
+    try:
+        alone = (path / CONFIG_FILE).exists()
+        children = () if alone else path.iterdir()
+        found = sorted(child for child in children if child.is_dir() and not child.name.startswith("."))
+    except OSError as error:
+        raise InputError(
+            f"--adapters {spec}: expected a folder that can be read ({error}); change its permissions, or "
+            "name another"
+        ) from error
+    if alone:
         yield Source(Path(os.path.normpath(path.absolute())).name, path, None)  # links keep their own name
         return
-    found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not found:
         raise InputError(
             f"--adapters {spec}: expected a PEFT folder or a folder of such folders, found neither"
@@ -68,7 +77,7 @@ def is_here(spec: str) -> bool:
     if _folder(spec):
         return True
     try:
-        fetch(spec, local_only=True)
+        fetch(spec, FILES, local_only=True)
     except HubError:
         return False
     return True
@@ -84,7 +93,7 @@ def from_hub(spec: str, local_only: bool = False) -> Source:
         InputError: the hub cannot provide it.
     """
     try:
-        path, repo, commit = fetch(spec, [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE], local_only)
+        path, repo, commit = fetch(spec, FILES, local_only)
     except HubError as error:
         raise InputError(
             f"--adapters {spec}: no such folder, no such name in {LIBRARY}, and the hub could not give "

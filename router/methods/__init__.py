@@ -10,6 +10,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
+from router.errors import InputError
+
 if TYPE_CHECKING:
     from router.kit import Merges
 
@@ -23,9 +25,13 @@ def load_method(name: str) -> type[Merges]:
     """The class of one method: the one that its file defines itself.
 
     Raises:
+        InputError: there is no such method.
         ValueError: the file defines no method, or several.
     """
     from router.kit import Merges
+
+    if name not in method_names():
+        raise InputError(f"method: expected one of {', '.join(method_names())}, got {name!r}")
 
     module = import_module(f"{__name__}.{name}")
     found = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +11,7 @@ import numpy as np
 import torch
 
 from router.errors import InputError
-from router.library.adapters import Adapter
-from router.library.sources import CARD_FILE
+from router.library.adapters import Adapter, card
 from router.model.answer import by_length
 from router.pipeline import Routed
 from router.result import Routing
@@ -45,11 +43,7 @@ def encoder_folder() -> Path:
 
 def card_of(adapter: Adapter) -> str:
     """The adapter's model card without its YAML header; the adapter's name where there is none."""
-    card = adapter.folder.path / CARD_FILE
-    if not card.is_file():
-        return adapter.name
-    text = card.read_text("utf-8", errors="replace")
-    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip() or adapter.name
+    return card(adapter.folder.path).strip() or adapter.name
 
 
 class Cards(Routed):

@@ -18,7 +18,7 @@ from router.result import Routing
 from router.routing.clusters import Array
 from router.submission import Query
 
-# The authors' settings (crisostomi/mass): they keep the tasks of at least this weight, the best one in any
+# The authors' settings (crisostomi/mass): they keep the tasks of more than this weight, the best one in any
 # case, and at most three.
 THRESHOLD = 0.2
 MAX_ADAPTERS = 3
@@ -31,7 +31,7 @@ class Mass(Routed):
 
     The residual of task i is `r_i = norm(x - V_i V_i^T x)`, with x the query's features at one layer and V_i
     the right singular vectors of task i's update there. The weights are the softmax of `-r`, z-scored
-    across tasks. Tasks of weight 0.2 or more are selected: at most three, and always the best.
+    across tasks. Tasks of more weight than 0.2 are selected: at most three, and always the best.
 
     The paper is about CLIP. This is how it is transferred to language models:
 

@@ -10,14 +10,17 @@ from router.constants import BASE_COLUMN
 from router.errors import InputError
 from router.pipeline import Routed
 from router.result import Routing
-from router.submission import Query, read_rows
+from router.submission import Query, adapters_of, read_rows
 
 
 class Oracle(Routed):
-    """The best that routing could do: the column `adapter` of the query file names the adapter."""
+    """The best that routing could do: the column `adapter` of the query file names the adapter.
+
+    A query that needs several, as `a+b`, goes to their average, each of the same weight.
+    """
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
-        """Weight 1 for the labelled adapter.
+        """Weight 1 for the labelled adapter, or equal shares for several.
 
         Raises:
             InputError: a query file has no labels, or a label names no adapter of the library.
@@ -30,10 +33,12 @@ class Oracle(Routed):
             for line, row in read_rows(path, ("adapter",))
         )
         for n, (path, line, label) in enumerate(labels):
-            if label not in names:
-                raise InputError(
-                    f"{path}, line {line}, column adapter: {label!r} is not in the library; "
-                    "add it to --adapters"
-                )
-            weights[n, names.index(label)] = 1.0
+            needed = adapters_of(label)
+            for name in needed:
+                if name not in names:
+                    raise InputError(
+                        f"{path}, line {line}, column adapter: {name!r} is not in the library; "
+                        "add it to --adapters"
+                    )
+                weights[n, names.index(name)] += 1 / len(needed)
         return Routing(weights)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from router.errors import InputError, out_of_memory
-from router.files import cache_folder, is_folder, sha256_of, told_if_full
+from router.files import cache_folder, is_folder, read_json, sha256_of, told_if_full
 from router.hub import HubError, fetch
 from router.model.answer import pad_id
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what adapters of the embedded model name as their base
 EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")  # that a base model is read from
+INDEX = {"weight_map": {"*": str}}  # of the files of a model that has several
+OTHERS = ("consolidated*.safetensors",)  # the same weights once more, for Mistral's own programs
 
 
 @dataclass(frozen=True)
@@ -97,20 +100,20 @@ def embedded_folder() -> Path:
 
 
 def _stamps(weights: Path) -> list[tuple[Any, ...]]:
-    """What changes where weights, in a file or in a folder's safetensors files, are replaced."""
-    files = weights.glob("*.safetensors*") if weights.is_dir() else [weights]
+    """What changes where a file, or one of a folder's that a model is read from, is replaced."""
+    files = {file for kind in FILES for file in weights.glob(kind)} if weights.is_dir() else {weights}
     found = ((file.name, file.stat()) for file in sorted(files) if file.is_file())
     return [(name, about.st_ino, about.st_size, about.st_mtime_ns) for name, about in found]
 
 
 def _check_unchanged(weights: Path, before: list[tuple[Any, ...]]) -> None:
-    """Refuses weights that were replaced since: what is kept under their hash would be of others.
+    """Refuses a model that was replaced since: what is kept under its weights' hash would be another's.
 
     Raises:
         InputError: they were.
     """
     if _stamps(weights) != before:
-        raise InputError(f"{weights}: the weights were changed while they were read; run again")
+        raise InputError(f"{weights}: the model was changed while it was read; run again")
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -255,13 +258,30 @@ def _check_finite(model: Any, spec: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, in order of name."""
-    return sorted(folder.glob("*.safetensors"))
+    """The safetensors files that transformers reads of a folder, in order of name.
+
+    One that the configuration names goes first, then `model.safetensors`, then those that an index names.
+
+    Raises:
+        OSError: the configuration or the index cannot be read.
+        ValueError: one of them holds something else.
+    """
+    named = read_json(folder / "config.json", {"transformers_weights?": str}).get("transformers_weights")
+    names = [named] if named else ["model.safetensors", "model.safetensors.index.json"]
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None or file.suffix != ".json":
+        return [file] if file else []
+    return sorted({folder / name for name in read_json(file, INDEX)["weight_map"].values()})
+
+
+def fetched(spec: str, local_only: bool = False) -> tuple[Path, str, str]:
+    """A base model from the hub; as `router.hub.fetch`."""
+    return fetch(spec, FILES, local_only, OTHERS)
 
 
 def _from_hub(spec: str) -> tuple[Path, str, str]:
     try:
-        return fetch(spec, ["*.json", "*.safetensors", "tokenizer*", "*.jinja"])
+        return fetched(spec)
     except HubError as error:
         raise InputError(
             f"--base_model {spec}: expected a folder, `embedded`, or a model on the hub; "

@@ -24,7 +24,7 @@ from merge.folders import WEIGHTS_FILE, AdapterFolder
 from router.constants import COMPETITION_BASE
 from router.errors import InputError
 from router.files import is_folder, read_json, replacing
-from router.hub import HubError, fetch
+from router.hub import HubError
 from router.library.adapters import check_against_base, load_library
 from router.library.sources import expand, is_here
 from router.model.apply import picked
@@ -32,6 +32,7 @@ from router.model.base import (
     EMBEDDED,
     EMBEDDED_ID,
     embedded_folder,
+    fetched,
     linear_shapes,
     weight_files,
 )  # fmt: skip
@@ -167,7 +168,7 @@ class _BaseModel(NamedTuple):
 def _cached(spec: str) -> Path | None:
     """The folder of a hub repository in the local cache, None if it is not there."""
     try:
-        return fetch(spec, local_only=True)[0]
+        return fetched(spec, local_only=True)[0]
     except HubError:
         return None
 
@@ -188,10 +189,10 @@ def _base(spec: str) -> _BaseModel:
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            size = sum(file.stat().st_size for file in weight_files(folder))
         except (OSError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error
-        size = sum(file.stat().st_size for file in weight_files(folder))
         return _BaseModel(config, tokenizer, EMBEDDED_ID if spec == EMBEDDED else spec, size)
     if spec.partition("@")[0] == COMPETITION_BASE:
         return _BaseModel(MistralConfig(), None, spec, 0)  # its defaults are this model's
@@ -242,7 +243,6 @@ def _work(
     batch: tuple[int, int],
 ) -> _Work:  # fmt: skip
     from router.model.passes import truncated
-    from router.routing.calibration import generic_prompts
 
     limit, longest = settings.max_seq_len, settings.max_gen_len
     prompts = _encode(tokenizer, [query.input for query in queries], limit)

@@ -1,1 +1,1 @@
-"""Finished runs: read from their folder, reported, explained and compared. Knows no models."""
+"""Finished runs: read from their folder, reported, explained and compared. Only `--answers` loads a model."""

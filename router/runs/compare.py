@@ -19,7 +19,7 @@ from router.errors import InputError
 from router.files import is_folder
 from router.runs.explain import Rows, called, open_console, section
 from router.runs.load import Run, load
-from router.submission import read_rows
+from router.submission import adapters_of, read_rows
 
 DRAWS = 2000
 WIDTH = 48  # characters of a prediction or a setting shown
@@ -152,7 +152,7 @@ def _routed(queries: Rows, run: str) -> float | None:
     labelled = [query for query in queries if query["label"].get("adapter")]
     if all(query[run] is None for query in labelled):
         return None
-    return float(_mean([query[run] in query["label"]["adapter"].split("+") for query in labelled]))
+    return float(_mean([query[run] in adapters_of(query["label"]["adapter"]) for query in labelled]))
 
 
 def show(found: Mapping[str, Any], console: Console, most: int) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from router.constants import BASE_COLUMN
+from router.constants import BASE_COLUMN, Device
 from router.errors import InputError, printable
 from router.routing.evidence import LOW_MARGIN, Evidence
 from router.runs.load import QueryFile, Run, load
@@ -153,19 +153,30 @@ def _reasons(candidates: Rows, top: dict[str, Any]) -> Iterator[str]:
 
 
 def _base_answer(run: Run, query: Query | None) -> str:
-    """What the base model answers by itself, with the run's settings."""
+    """What the base model answers by itself, with the run's settings; on a CPU where the run's card is gone.
+
+    Raises:
+        InputError: the query's text or the base model is not at hand, or the model has other weights now.
+    """
     if query is None or "base" not in run.record:
         missing = "the query's text" if query is None else "a base model in run.json"
         raise InputError(f"--answers: expected {missing}, found none; leave --answers out")
     from router.model.answer import answer, encode
     from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 
-    recorded, flags = run.record["base"], run.record["flags"]
-    name = EMBEDDED if recorded["name"] == EMBEDDED_ID else recorded["name"]
-    spec = flags["base_model"] or "@".join(filter(None, (name, recorded.get("revision"))))
-    base = load_base(spec, "auto", recorded["dtype"])
-    rows = encode(base.tokenizer, [query.input], flags["max_seq_len"])
-    how = {"scoring": flags["scoring"], "max_new_tokens": flags["max_gen_len"]}
+    recorded = run.record["base"]
+    name, revision = recorded["name"], recorded.get("revision")
+    spec = f"{name}@{revision}" if revision else EMBEDDED if name == EMBEDDED_ID else name
+    device: Device = "cpu" if recorded.get("device") == "cpu" else "auto"
+    settings = replace(run.settings, device=device, dtype=recorded["dtype"])
+    base = load_base(spec, settings.device, settings.dtype, settings.device_map)
+    if base.sha256 != recorded["sha256"]:
+        raise InputError(
+            f"--answers: expected the base model of the run, {spec} (sha256 {recorded['sha256'][:12]}), got "
+            f"other weights ({base.sha256[:12]}); leave --answers out"
+        )
+    rows = encode(base.tokenizer, [query.input], settings.max_seq_len)
+    how: dict[str, Any] = {"scoring": settings.scoring, "max_new_tokens": settings.max_gen_len}
     return answer(base.model, base.tokenizer, [query], rows, **how)[0].text
 
 

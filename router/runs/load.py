@@ -18,6 +18,7 @@ from router.errors import InputError
 from router.files import check_shape, read_json, sha256_of
 from router.routing.clusters import Clusters
 from router.routing.evidence import Evidence, joined
+from router.settings import Settings
 from router.submission import MULTIPLE_CHOICE, Query, read_queries, read_rows
 
 Array = NDArray[np.float64]
@@ -28,8 +29,14 @@ RECORD = {
     "method": str, "versions": {"*": str}, "flags": {"dataset_filepaths": [str]}, "seconds": {"*": float},
     "peak_mib": {"*": float}, "peak_gpu_mib?": {"*": float}, "files?": {"*": str}, "left_out?": [str],
     "time_limit?": {"minutes": float, "shortened": int, "to_base?": int, "unanswered": int},
-    "base?": {"name": str, "revision?": str, "sha256": str, "dtype": str},
+    "base?": {"name": str, "revision?": str, "sha256": str, "dtype": str, "device?": str},
     "adapters?": {"*": {"revision?": str, "sha256": str}},
+}  # fmt: skip
+FLAGS = {  # that `Run.settings` is made of
+    "dataset_filepaths": [str], "output_folder": str, "adapters": [str], "base_model?": str, "skip_bad": bool,
+    "n_variants?": int, "variant_rank?": int, "temperature": float, "top_k": int, "false_alarm": float,
+    "ahead": int, "seed": int, "batch_size?": int, "device": str, "dtype": str, "device_map?": str,
+    "apply": str, "engine": str, "upstream?": str, "max_gen_len": int, "max_seq_len?": int, "scoring": str,
 }  # fmt: skip
 DECIDED = {
     "base": dict,
@@ -120,6 +127,28 @@ class Run:
     def shown(self) -> list[str]:
         """The candidates' names for a reader."""
         return [*self.names[:-1], "base model"] if self.names else []
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the run.
+
+        Raises:
+            InputError: run.json lacks one, or has one that this version does not know.
+        """
+        flags = self.record["flags"]
+        try:
+            check_shape(flags, FLAGS)
+            known = {key: value for key, value in flags.items() if key in Settings.__dataclass_fields__}
+            known |= {
+                "dataset_filepaths": tuple(map(Path, flags["dataset_filepaths"])),
+                "output_folder": Path(flags["output_folder"]),
+                "adapters": tuple(flags["adapters"]),
+            }
+            return Settings(**known)
+        except ValueError as error:
+            raise InputError(
+                f"{self.folder / 'run.json'}: expected the flags of a run ({error}); run it again"
+            ) from error
 
     def sample(self, most: int) -> Run:
         """The run of at most so many of its queries, in order, among them the first of each variant.

@@ -1,8 +1,10 @@
 """The library: found where it is said to be, sound, of one base model."""
 
+import errno
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from helpers import WIDTHS, write_tiny_adapter
 from router.errors import InputError
 from router.library.adapters import base_of, check_against_base, load_library
+from router.library.sources import from_hub, is_here
 from router.routing.prototypes import prototypes
 
 SHAPES = {f"model.layers.{layer}.{kind}": shape for layer in range(2) for kind, shape in WIDTHS.items()}
@@ -125,6 +128,42 @@ def test_a_thousand_adapters_are_opened_in_order(tmp_path):
     for name in reversed(expected):
         (tmp_path / "library" / name).symlink_to(one)
     assert names([tmp_path / "library"]) == expected
+
+
+@pytest.mark.parametrize("call", ["exists", "iterdir", "is_dir"])
+def test_a_folder_that_cannot_be_read_is_refused_in_a_sentence(tiny_library, monkeypatch, call):
+    usual = getattr(Path, call)
+    denied = {
+        "exists": tiny_library / "adapter_config.json", "iterdir": tiny_library,
+        "is_dir": tiny_library / "mlp",
+    }  # fmt: skip
+
+    def called(path):
+        if path == denied[call]:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path)
+
+    monkeypatch.setattr(Path, call, called)
+    cause = f"--adapters {tiny_library}: expected a folder that can be read .*Permission denied.*change its"
+    with pytest.raises(InputError, match=cause):
+        load_library([str(tiny_library)])
+    bad = []  # with --skip_bad it is left out
+    (one,) = load_library([str(tiny_library / "attention"), str(tiny_library)], bad=bad)
+    assert one.name == "attention" and len(bad) == 1
+
+
+def test_what_was_fetched_is_all_that_is_looked_for_in_the_cache(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, **how):
+        asked.append((how["local_files_only"], how["allow_patterns"]))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    from_hub("some/adapter")
+    assert is_here("some/adapter")
+    files = ["adapter_config.json", "adapter_model.safetensors", "README.md"]
+    assert asked == [(False, files), (True, files)]
 
 
 def test_the_default_library_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):

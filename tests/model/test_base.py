@@ -1,12 +1,15 @@
 """The base model: refused where it is damaged or brings code, whole otherwise."""
 
+import hashlib
 import json
 import shutil
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from router.errors import InputError
 from router.model import base as module
@@ -96,12 +99,74 @@ def test_weights_that_are_replaced_while_they_are_read_are_refused(copied, tmp_p
         return found
 
     monkeypatch.setattr(module, "_read", replaced)
-    with pytest.raises(
-        InputError, match=f"--base_model {copied}: .* changed while they were read; run again"
-    ):
+    with pytest.raises(InputError, match=f"--base_model {copied}: .* changed while it was read; run again"):
         load_base(str(copied), "cpu", "float32")
     monkeypatch.undo()
     load_base(str(copied), "cpu", "float32")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_so_is_a_model_whose_other_files_are_replaced(copied, monkeypatch, name):
+    read = module._read
+
+    def replaced(*args, **places):
+        (copied / "new").write_text((copied / name).read_text() + "\n")
+        (copied / "new").replace(copied / name)
+        return read(*args, **places)
+
+    monkeypatch.setattr(module, "_read", replaced)
+    with pytest.raises(InputError, match="changed while it was read; run again"):
+        load_base(str(copied), "cpu", "float32")
+
+
+def sha256(*files):
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@pytest.fixture()
+def shards(tiny_base, tmp_path):
+    """A folder whose weights are in several files."""
+    folder = shutil.copytree(tiny_base, tmp_path / "shards")
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+def test_the_weights_are_those_of_the_files_that_are_read(copied, shards):
+    """Damaged files beside them would be an error if they were read."""
+    files = sorted(shards.glob("*.safetensors"))
+    for folder in (copied, shards):
+        (folder / "consolidated.safetensors").write_bytes(b"damaged")
+    assert load_base(str(shards), "cpu", "float32").sha256 == sha256(*files)
+    for file in files:
+        (copied / file.name).write_bytes(b"damaged")
+    shutil.copy(shards / "model.safetensors.index.json", copied)
+    assert load_base(str(copied), "cpu", "float32").sha256 == sha256(copied / "model.safetensors")
+
+
+def test_a_configuration_may_name_the_weights(copied):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"transformers_weights": "own.safetensors"}))
+    (copied / "model.safetensors").rename(copied / "own.safetensors")
+    (copied / "model.safetensors").write_bytes(b"damaged")
+    assert load_base(str(copied), "cpu", "float32").sha256 == sha256(copied / "own.safetensors")
+
+
+def test_of_a_repository_what_is_read_is_fetched_and_looked_for_in_the_cache(monkeypatch, tmp_path):
+    wanted = {"config.json", "model-1.safetensors", "model.safetensors.index.json", "tokenizer.model"}
+    others = {"README.md", "consolidated.safetensors", "consolidated-1.safetensors", "pytorch_model.bin"}
+    asked = []
+
+    def download(name, **how):
+        patterns = {key: of for key, of in how.items() if key.endswith("_patterns")}
+        asked.append((set(filter_repo_objects(wanted | others, **patterns)), how["local_files_only"]))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for local_only in (False, True):
+        module.fetched("some/model", local_only)
+    assert asked == [(wanted, False), (wanted, True)]
 
 
 def test_an_embedded_model_that_is_replaced_while_it_is_converted_is_not_kept(tmp_path, monkeypatch):
@@ -115,6 +180,6 @@ def test_an_embedded_model_that_is_replaced_while_it_is_converted_is_not_kept(tm
     monkeypatch.setattr(module, "embedded_gguf", lambda: gguf)
     monkeypatch.setattr(module, "cache_folder", lambda: cache)
     monkeypatch.setattr(module, "convert", converted)
-    with pytest.raises(InputError, match=f"{gguf}: the weights were changed while they were read"):
+    with pytest.raises(InputError, match=f"{gguf}: the model was changed while it was read"):
         embedded_folder()
     assert list(cache.iterdir()) == []

@@ -1,13 +1,16 @@
 """One query's story: every number against the run's files, the sentence against runs made by hand."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from helpers import NAMES, NONE, ROOT, read_by_id, write_run
+from router.errors import InputError
 from router.runs.explain import main
 
 WEIGHTS = [0.7, 0.29, 0, 0.01]
@@ -170,6 +173,65 @@ def test_the_base_models_answer_beside_the_variants(capsys, runs):
         expected = read_by_id(without / "queries.csv")[own]["prediction"]
         assert story(capsys, out, own, "--answers")["base_answer"] == expected
     assert "Answer of the base model\n  " in text(capsys, out, "m1", "--answers")
+
+
+@pytest.fixture()
+def copied(runs, tmp_path):
+    """A run whose files may be changed."""
+    return shutil.copytree(runs("proto_route"), tmp_path / "copied")
+
+
+def changed(out, **parts):
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(
+        json.dumps({key: of | parts.get(key, {}) if key in parts else of for key, of in record.items()})
+    )
+
+
+def test_other_weights_than_the_runs_do_not_answer_for_its_base_model(capsys, copied, tiny_base, tmp_path):
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    weights = load_file(tiny_base / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    changed(copied, base={"name": str(other)})
+    assert "other weights" in error(capsys, copied, "g2", "--answers")
+
+
+@pytest.mark.parametrize(
+    ("base", "device", "asked"),
+    [
+        ({"name": "some/base", "revision": "abc"}, "cpu", ("some/base@abc", "cpu", "float16")),
+        ({"name": "HuggingFaceTB/SmolLM2-135M-Instruct"}, "cuda:0", ("embedded", "auto", "float16")),
+        (
+            {"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": "abc"},
+            "cuda:0",
+            ("HuggingFaceTB/SmolLM2-135M-Instruct@abc", "auto", "float16"),
+        ),
+    ],
+)
+def test_the_base_model_is_asked_for_as_the_run_had_it(capsys, copied, monkeypatch, base, device, asked):
+    """`main` may have moved on since, and another dtype or device may give another answer."""
+
+    def load(*how):
+        raise InputError(f"asked for {how}")
+
+    monkeypatch.setattr("router.model.base.load_base", load)
+    changed(copied, base={**base, "dtype": "float16", "device": device}, flags={"base_model": "some/base"})
+    assert f"asked for {(*asked, None)}" in error(capsys, copied, "g2", "--answers")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "cause"),
+    [
+        ("max_gen_len", None, "max_gen_len is missing"),
+        ("max_seq_len", "ten", "max_seq_len: expected a whole number, got a text"),
+        ("scoring", "best", "--scoring: expected one of full, kit, got 'best'"),
+    ],
+)
+def test_a_flag_that_is_missing_or_unknown_is_named(capsys, copied, flag, value, cause):
+    changed(copied, flags={flag: value})
+    told = error(capsys, copied, "g2", "--answers")
+    assert "run.json: expected the flags of a run" in told and cause in told
 
 
 def test_an_id_is_found_or_the_nearest_is_named(capsys, runs, tmp_path):
