@@ -392,7 +392,7 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     f.__name__: f
     for f in (
         routed, static, kit, floor, decode, merge, library_prototypes, gate, matmul_share, roofline,
-        truncation, probing, same, shape,
+        truncation, probing, same, shape, demo,
     )
 }  # fmt: skip
 
