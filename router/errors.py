@@ -46,8 +46,14 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def told_if_memory_runs_out() -> Iterator[None]:
+def told_if_memory_runs_out(
+    less: str = "--dtype bfloat16 (half as much for weights), --apply beside (no copy of them), "
+    "--batch_size 1, a smaller --max_seq_len",
+) -> Iterator[None]:
     """Says which flags need less where the block fails for want of memory.
+
+    Args:
+        less: the flags.
 
     Raises:
         InputError: it does.
@@ -60,7 +66,6 @@ def told_if_memory_runs_out() -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"memory ran out ({reason:.200}); allow more than `ulimit -v` or the container does, or pass "
-            "what needs less: --dtype bfloat16 (half as much for weights), --apply beside (no copy of them), "
-            "--batch_size 1, a smaller --max_seq_len. What was answered is kept: with more memory the same "
-            "command goes on, with other flags and --fresh it starts anew"
+            f"what needs less: {less}. What was answered is kept: with more memory the same command goes on, "
+            "with other flags and --fresh it starts anew"
         ) from error

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from router.constants import Device
-from router.errors import InputError
+from router.errors import InputError, told_if_memory_runs_out
 from router.files import is_folder, read_json, replacing, sha256_of, told_if_full
 from router.journal import alone_in
 from router.main import add_settings, settings_of, stop
@@ -41,6 +41,8 @@ SETTINGS = (
 )  # fmt: skip
 IDENTITY, ROUTER, ANSWERS = "ray.json", "router", "answers"  # in the output folder
 PATIENCE = 10.0  # seconds for a cluster to accept a connection
+LESS = "fewer --actors, --dtype bfloat16 (half as much for weights), a smaller --max_seq_len"
+TRIES = 3  # of a block whose actor dies; without a limit Ray would try for ever
 STORE = 128 << 20  # bytes that Ray keeps for what its processes exchange, which are numbers of rows
 
 
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from router.run import check_outputs  # imports torch
 
         check_outputs(Settings((), args.output))
-        with told_if_full(args.output), alone_in(args.output):
+        with told_if_memory_runs_out(LESS), told_if_full(args.output), alone_in(args.output):
             told = _run(args, settings_of(args))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -142,11 +144,18 @@ def read(path: str, group: int) -> list[Query]:
     In Parquet the choices are a list of texts, or one text as in CSV.
 
     Raises:
-        InputError: a row is no query.
+        InputError: a row is no query, or the file is damaged.
     """
     if _is_csv(path):
         return read_queries(Path(path))
-    rows = _opened(path).read_row_group(group, list(COLUMNS)).to_pylist()
+    from pyarrow import ArrowException
+
+    try:
+        rows = _opened(path).read_row_group(group, list(COLUMNS)).to_pylist()
+    except (OSError, UnicodeDecodeError, ArrowException) as error:
+        raise InputError(
+            f"{path}, row group {group}: expected rows that can be read ({error}); write the file again"
+        ) from error
     found = []
     for number, row in enumerate(rows, 1):
         where = f"{path}, row group {group}, row {number}"
@@ -232,11 +241,19 @@ class Answering:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Answers a block; tells how many queries it has, how many have no answer, and what is wrong."""
         block = Block(**row)
+        part = Path(block.part)
+        tries = part.with_name(f".{part.name}.tries")  # an actor that is killed leaves it
         try:
-            with told_if_full(Path(block.part)):
+            with told_if_memory_runs_out(LESS), told_if_full(part):
+                with tries.open("a") as file:
+                    file.write(".")
+                if tries.stat().st_size > TRIES:
+                    raise InputError(_died(f"{TRIES} times at rows {block.start} to {block.stop - 1}"))
                 failed = self._answer(block)
         except InputError as error:
             return {"rows": 0, "failed": 0, "error": str(error)}
+        finally:
+            tries.unlink(missing_ok=True)
         return {"rows": block.stop - block.start, "failed": failed, "error": ""}
 
     def _answer(self, block: Block) -> int:
@@ -381,7 +398,7 @@ def _answer(
     how: dict[str, Any] = {"address": args.address, "log_to_driver": False, "logging_level": logging.ERROR}
     if args.address == "local":  # one processor more than actors, which Ray's own tasks need
         how |= {"num_cpus": args.actors + 1, "object_store_memory": STORE, "include_dashboard": False}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it calls an error is raised as well
     try:
         with _hushed():
             ray.init(**how)
@@ -404,8 +421,20 @@ def _answer(
                 failed += found["failed"]
                 bar.update(found["rows"])
         return failed
+    except ray.exceptions.RayError as error:
+        if isinstance(error, ray.exceptions.RayTaskError):  # a mistake in the code
+            raise
+        raise InputError(_died(f"({str(error).strip().splitlines()[0]:.200})")) from error
     finally:
         ray.shutdown()
+
+
+def _died(how: str) -> str:
+    """What to say of actors that Ray has lost."""
+    return (
+        f"an actor died {how}, perhaps for want of memory; pass what needs less: {LESS}. What was answered "
+        "is kept: the same command goes on there"
+    )
 
 
 @contextmanager

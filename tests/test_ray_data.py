@@ -128,6 +128,32 @@ def test_a_row_that_is_no_query_is_named(ray, answering, tmp_path, rows, columns
     assert code == 2 and told in said and "Traceback" not in said
 
 
+def test_a_file_whose_pages_are_damaged_is_named(ray, answering, tmp_path):
+    path = write_parquet(tmp_path / "queries.parquet", group=100)
+    of = pq.ParquetFile(path).metadata.row_group(0)
+    pages = [of.column(n) for n in range(of.num_columns) if of.column(n).path_in_schema == "input"]
+    content = bytearray(path.read_bytes())
+    first = pages[0].dictionary_page_offset
+    content[first + 20 : first + pages[0].total_compressed_size] = b"\xff" * (
+        pages[0].total_compressed_size - 20
+    )
+    path.write_bytes(content)
+    code, said = ray(path)
+    assert code == 2 and f"{path}, row group 0: expected rows that can be read" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("call", ["from_library", "load"])  # here, and in an actor
+def test_memory_that_runs_out_is_told_with_what_needs_less(ray, answering, tmp_path, monkeypatch, call):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
+
+    monkeypatch.setattr(f"router.api.Router.{call}", fail)
+    code, said = ray(write_queries(tmp_path / "queries.csv", MANY))
+    assert code == 2 and "memory ran out" in said and "fewer --actors" in said and "Traceback" not in said
+    assert "--apply" not in said  # which this command does not have
+
+
 def test_what_cannot_be_answered_is_refused(ray, answering, tmp_path, monkeypatch):
     queries = write_queries(tmp_path / "queries.csv", MANY)
     pq.write_table(pa.table({"id": ["1"], "text": ["x"]}), tmp_path / "other.parquet")
@@ -262,3 +288,32 @@ def test_a_run_that_is_stopped_while_actors_answer_ends_as_it_says(words, tmp_pa
         process.terminate()
         _, said = process.communicate()
     assert (process.returncode, said) == (130, "stopped; the same command goes on where it was\n")
+
+
+DIES = """
+import os, sys
+from router import ray_data
+
+class Dies:
+    def __init__(self, *how):
+        self.how = how
+
+    def __call__(self, row):
+        from router import ray_data
+
+        ray_data.Answering._answer = lambda *_: os._exit(1)
+        return ray_data.Answering(*self.how)(row)
+
+ray_data.Answering = Dies
+sys.exit(ray_data.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_an_actor_that_dies_again_and_again_ends_the_run_in_a_sentence(words, tmp_path):
+    queries = write_queries(tmp_path / "queries.csv", MANY)
+    started = [sys.executable, "-c", DIES, *words(queries, "--quiet", "--block", 100, "--actors", 1)]
+    done = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback" not in said, said
+    assert "error: an actor died 3 times at rows " in said and "fewer --actors" in said

@@ -180,7 +180,7 @@ def vote_table(run: Run, adapter: str | None = None) -> pd.DataFrame:
 
 def settings_of(run: Run) -> dict[str, Any]:
     """The settings of the run that `replay` can change."""
-    return {name: run.record["flags"][name] for name in ("temperature", "top_k", "n_variants")}
+    return {name: getattr(run.settings, name) for name in ("temperature", "top_k", "n_variants")}
 
 
 def replay(run: Run, temperature: float, top_k: int | None, n_variants: int | None) -> Outcome:
@@ -189,7 +189,7 @@ def replay(run: Run, temperature: float, top_k: int | None, n_variants: int | No
     scores = run.evidence.candidates.astype(np.float64)
     scores = np.where(np.isnan(scores), -np.inf, scores)  # a duplicate, which has no score of its own
     weights = PrototypeGate(temperature, top_k).weights(scores)
-    clusters = cluster(weights, n_variants, int(run.record["flags"]["seed"]))
+    clusters = cluster(weights, n_variants, run.settings.seed)
     return Outcome(run.keys, run.names, weights, clusters)
 
 

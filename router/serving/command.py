@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
-from router.constants import ADDRESS
+from router.constants import ADDRESS, Dtype
 from router.errors import InputError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 NEEDED = ("starlette", "httpx", "uvicorn", "prometheus_client")
 
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="of the base model's copy"
     )
     p.add_argument(
-        "--dtype", choices=DTYPES, help="of the base model's copy (default: as the router was made)"
+        "--dtype", choices=get_args(Dtype), help="of the base model's copy (default: as the router was made)"
     )
     p.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     p.add_argument("--port", type=int, default=8080, help="default: 8080")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from merge.factors import Factors
+from merge.factors import Factors, inner
 from merge.folders import AdapterError, open_adapter, served_rank, write_adapter
 from router.errors import InputError
 from router.files import replacing
@@ -89,15 +89,9 @@ def recompressed(path: Path, out: Path, max_rank: int, base: str, dtype: torch.d
     lost = total = 0.0
     for module, update in open_adapter(path).read_all():
         updates[module] = limited(update, max_rank)
-        whole, kept = (_energy(one) for one in (update, updates[module]))
+        whole, kept = (inner(one, one) for one in (update, updates[module]))
         total, lost = total + whole, lost + max(0.0, whole - kept)
     return write_adapter(out, updates, base, None, dtype, max_rank), lost / total if total else 0.0
-
-
-def _energy(update: Factors) -> float:
-    """The squared Frobenius norm of b a."""
-    a, b = update.a.double(), update.b.double()
-    return float(((a @ a.T) * (b.T @ b)).sum())
 
 
 def export(

@@ -15,6 +15,7 @@ from statistics import fmean
 
 import pandas as pd
 
+from router.submission import adapters_of
 from scripts.bench.markdown import header, row
 
 DATA = Path("data")
@@ -62,7 +63,7 @@ def _holds(text: str, part: str) -> bool:
 
 def routed(top: str, adapter: str) -> bool:
     """Whether the top candidate is the labelled adapter, one of several joined by `+`, or a copy of one."""
-    return top.split(COPY, 1)[0] in adapter.split("+")
+    return top.split(COPY, 1)[0] in adapters_of(adapter)
 
 
 def read_texts(path: Path) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from router.submission import adapters_of
 from scripts.bench import libraries
 from scripts.bench.libraries import Choice
 from scripts.bench.score import labelled
@@ -84,7 +85,7 @@ def _left_out(rows: pd.DataFrame) -> list[Part]:
 
 def _singles(rows: pd.DataFrame) -> list[Part]:
     """Every adapter alone; where the labels name several adapters, those alone."""
-    wanted = [label.split("+") for label in rows["adapter"]]
+    wanted = [adapters_of(label) for label in rows["adapter"]]
     composite = max(map(len, wanted)) > 1
     return [
         Part(name, rows[[not composite or name in some for some in wanted]], libraries.only(name))
