@@ -73,7 +73,7 @@ class Router:
     def __init__(self, method: Routed) -> None:
         self._method = method
         self.variants: list[Variant] = []
-        self._clusters: Clusters | None = None
+        self._centres: Array | None = None  # (variants, candidates) the mean mix that each was made for
         self._folder: Path | None = None  # of a router that was loaded
         self._written: Path | None = None  # a temporary folder of the variants, once they have answered
         self._forget: Callable[[], object] = lambda: None  # removes it
@@ -151,7 +151,7 @@ class Router:
         method.attach(base, [])
         widths = {module: width for module, (_, width) in method.shapes.items()}
         fitted = Fitted.load(folder, base.model.device, base.model.dtype, widths)
-        vars(method)["fitted"] = fitted
+        method.fitted = fitted
         centres, variants = about["centres"], about["variants"]
         if len(centres) != len(variants) or any(len(row) != len(fitted.names) + 1 for row in centres):
             raise InputError(
@@ -160,7 +160,7 @@ class Router:
             )
         router = cls(method)
         router.variants = [Variant(of["weights"], of["base"]) for of in variants]
-        router._clusters = Clusters(np.zeros(0, np.int64), np.array(centres, np.float64))
+        router._centres = np.array(centres, np.float64)
         router._folder = folder
         return router
 
@@ -183,7 +183,7 @@ class Router:
             raise InputError(
                 f"{folder}: expected the adapters of the run, got {', '.join(router.candidates)}"
             )
-        router._decide(run.clusters)
+        router._decide(run.clusters.weights)
         return router
 
     @property
@@ -220,7 +220,9 @@ class Router:
         routing = self._proto.route(queries, self._proto.encoded(queries))
         evidence, names = routing.evidence, self.candidates
         assert evidence is not None  # proto_route keeps it
-        groups = [None] * len(queries) if self._clusters is None else self._nearest(routing.weights).tolist()
+        groups = [None] * len(queries)
+        if self._centres is not None:
+            groups = nearest(routing.weights, self._centres).tolist()
         found = []
         for row, own, margin, group in zip(
             routing.weights, mixes(routing.weights), evidence.margin.tolist(), groups, strict=True
@@ -230,10 +232,6 @@ class Router:
             fits = bool(row.argmax() < len(names) - 1)
             found.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix))
         return found
-
-    def _nearest(self, weights: Array) -> Any:
-        assert self._clusters is not None
-        return nearest(weights, self._clusters)
 
     def fit(self, texts: Sequence[str], n_variants: int | None = None) -> Self:
         """Decides the variants from a sample of the queries to come, such as yesterday's; no labels.
@@ -250,15 +248,15 @@ class Router:
             raise ValueError("a saved router has no adapters to make variants of; use from_library")
         weights = self.route(texts).to_numpy()
         many = self._method.n_variants if n_variants is None else n_variants
-        self._decide(cluster(weights, many, self._method.settings.seed))
+        self._decide(cluster(weights, many, self._method.settings.seed).weights)
         return self
 
-    def _decide(self, clusters: Clusters) -> None:
+    def _decide(self, centres: Array) -> None:
         """Keeps the groups of a sample and one for the base model, which has no folder and costs nothing."""
         self._forget()
         self._written = None
-        self._clusters = with_base(clusters)
-        self.variants = decide(self._clusters.weights, self.candidates[:-1])
+        self._centres = with_base(centres)
+        self.variants = decide(self._centres, self.candidates[:-1])
 
     def save(self, folder: str | Path) -> Path:
         """Writes the router and its variants into a folder, which `load` needs beside the base model alone.
@@ -268,7 +266,7 @@ class Router:
             InputError: something else is in the folder.
         """
         folder, proto = Path(folder), self._proto
-        if self._clusters is None:
+        if self._centres is None:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
         if not is_ours(folder / VARIANTS):
             raise InputError(
@@ -293,7 +291,7 @@ class Router:
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "candidates": self.candidates, "settings": settings,
             "variants": [asdict(variant) for variant in self.variants],
-            "centres": self._clusters.weights.tolist(),
+            "centres": self._centres.tolist(),
         }  # fmt: skip
         with replacing(folder / ABOUT) as file:
             json.dump(about, file, indent=2, ensure_ascii=False)
@@ -313,7 +311,7 @@ class Router:
             The answers; `unknown` where the model's output was not finite or a text did not fit into memory.
         """
         queries = _queries(texts, choices)
-        if self._clusters is None:
+        if self._centres is None:
             with tempfile.TemporaryDirectory() as work:
                 answers = self._method.answer(queries, Path(work)).answers
         else:
@@ -348,10 +346,10 @@ class Router:
 
     def _answered(self, queries: Sequence[Query], folder: Path) -> tuple[list[Answer], list[int]]:
         """Answers with the variants in a folder, by their numbers."""
-        assert self._clusters is not None
+        assert self._centres is not None
         method, rows = self._method, self._method.encoded(queries)
         routing = method.route(queries, rows)
-        clusters = Clusters(nearest(routing.weights, self._clusters), self._clusters.weights)
+        clusters = Clusters(nearest(routing.weights, self._centres), self._centres)
         folders = [str(n) if variant.weights else None for n, variant in enumerate(self.variants)]
         decision = Decision(self._base, method.adapters, routing, clusters, self.variants, folders)
         return method.predict(queries, rows, decision, folder), clusters.labels.tolist()

@@ -166,32 +166,36 @@ def _joined(weights: Array, made: Clusters) -> Clusters:
     return Clusters(labels, sums[groups] / sums[groups].sum(1, keepdims=True))
 
 
-def with_base(clusters: Clusters) -> Clusters:
-    """The same groups and, if none is the base model's alone, one more that is: queries to come may need it.
+def with_base(centres: Array) -> Array:
+    """The mean mixes of groups and, if none is the base model alone, that too: queries to come may need it.
+
+    Args:
+        centres: (variants, candidates), as the weights of `Clusters`.
 
     Example:
-        >>> with_base(Clusters(np.array([0]), np.array([[0.5, 0.5, 0.0]]))).weights.tolist()
+        >>> with_base(np.array([[0.5, 0.5, 0.0]])).tolist()
         [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
     """
-    if np.isclose(clusters.weights[:, -1], 1.0).any():
-        return clusters
-    base = np.zeros((1, clusters.weights.shape[1]))
+    if np.isclose(centres[:, -1], 1.0).any():
+        return centres
+    base = np.zeros((1, centres.shape[1]))
     base[0, -1] = 1.0
-    return Clusters(clusters.labels, np.concatenate([clusters.weights, base]))
+    return np.concatenate([centres, base])
 
 
-def nearest(weights: Array, clusters: Clusters) -> NDArray[np.int64]:
+def nearest(weights: Array, centres: Array) -> NDArray[np.int64]:
     """The variant that is nearest to each query's mix, (queries,): the one that answers a new query.
 
     Args:
         weights: (queries, candidates), rows sum to 1.
+        centres: (variants, candidates), as the weights of `Clusters`.
 
     Example:
-        >>> made = Clusters(np.array([0, 1]), np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]))
-        >>> nearest(np.array([[0.9, 0.1, 0.0], [0.45, 0.45, 0.1]]), made)
+        >>> centres = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+        >>> nearest(np.array([[0.9, 0.1, 0.0], [0.45, 0.45, 0.1]]), centres)
         array([0, 1])
     """
-    return _closest(mixes(weights), clusters.weights)
+    return _closest(mixes(weights), centres)
 
 
 def _closest(points: Array, centres: Array) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from router.routing.clusters import MEAN_LOSS, WORST_LOSS, Clusters, cluster, mixes, most_variants, nearest
+from router.routing.clusters import MEAN_LOSS, WORST_LOSS, cluster, mixes, most_variants, nearest
 
 
 def lost(weights, clusters):
@@ -62,7 +62,7 @@ def test_the_order_of_queries_does_not_matter(n_variants):
 def test_a_later_query_is_answered_by_the_nearest_variant():
     weights, made = random_rows(300, 4, seed=1), random_rows(12, 4, seed=2)
     distances = ((mixes(weights)[:, None] - made[None]) ** 2).sum(2)
-    found = nearest(weights, Clusters(np.arange(12), made))
+    found = nearest(weights, made)
     assert (found == distances.argmin(1)).all() and len(set(found)) > 4
 
 
