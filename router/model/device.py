@@ -21,7 +21,8 @@ CPU_TOKENS, TILE_TOKENS, GPU_TOKENS = 512, 2048, 16384
 BATCH_TOKENS = 4096  # in a batch that generates, including padding and new tokens
 CHOICE_TOKENS = 2048  # in a batch of multiple choice; each choice counts with its prompt
 ROOM = 0.7  # share of a device's memory that the base model, and a copy of its linear layers, may take
-LIMIT = Path("/sys/fs/cgroup/memory.max")  # where Linux has the memory limit of a container, in bytes
+# Where Linux has the memory limit of a container, in bytes: control groups of version 2 and of version 1.
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 MOST = 16  # times as many on a GPU, if its memory allows
 
 
@@ -76,11 +77,11 @@ def memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
     import psutil
 
-    machine = int(psutil.virtual_memory().total)
-    try:
-        return min(machine, int(LIMIT.read_text("utf-8")))  # of a container
-    except (OSError, ValueError):  # there is none, or it says `max`
-        return machine
+    found = int(psutil.virtual_memory().total)
+    for limit in LIMITS:
+        with suppress(OSError, ValueError):  # there is none, or it says `max`
+            found = min(found, int(limit.read_text("utf-8")))
+    return found
 
 
 def keep_freed_memory() -> None:

@@ -51,11 +51,13 @@ def test_batches_grow_with_the_memory_of_a_gpu_and_of_nothing_else(monkeypatch):
     assert batch_tokens(mistral(), CPU, torch.bfloat16) == (4096, 2048)
 
 
-def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("version", [0, 1])
+def test_the_limit_of_a_container_counts(version, tmp_path, monkeypatch):
     whole = device.memory_bytes(CPU)
-    monkeypatch.setattr(device, "LIMIT", tmp_path / "memory.max")
-    for text, expected in ((str(GIB), GIB), ("max", None), (str(1 << 60), None)):
-        device.LIMIT.write_text(text)
+    limits = [tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"]
+    monkeypatch.setattr(device, "LIMITS", limits)
+    for text, expected in ((str(GIB), GIB), ("max", None), (str((1 << 63) - 4096), None)):
+        limits[version].write_text(text)
         assert device.memory_bytes(CPU) == expected or (
             expected is None and device.memory_bytes(CPU) >= whole
         )
