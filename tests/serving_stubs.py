@@ -33,7 +33,7 @@ def serving(app):
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.should_exit = True
+        server.should_exit = server.force_exit = True  # a test that failed may have left a connection
         thread.join()
 
 
