@@ -79,9 +79,8 @@ def read_adapters(folder: Path) -> dict[str, Path]:
     if (folder / "router.json").exists() or run is None:
         return {}
     specs = run["flags"]["adapters"]
-    found = {
-        adapter.name: adapter for adapter in load_library(specs, bad=[])
-    }  # what it left out is no matter
+    # Those that the run left out are no matter.
+    found = {adapter.name: adapter for adapter in load_library(specs, bad=[])}
     for name, about in run["adapters"].items():
         if name not in found or found[name].sha256 != about["sha256"]:
             raise InputError(
