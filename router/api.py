@@ -263,7 +263,7 @@ class Router:
 
         Raises:
             ValueError: `fit` was not called, or the method is not proto_route.
-            InputError: something else is in the folder.
+            InputError: the folder holds `variants` that are not this package's.
         """
         folder, proto = Path(folder), self._proto
         if self._centres is None:

@@ -116,8 +116,8 @@ def summary(found: dict[str, Any]) -> str:
         )
     for name, other in found.get("lookalikes", {}).items():
         lines.append(
-            f"warning: {name} reads what {other} reads and writes something else; {other}, which is listed "
-            "first, answers for both. One may be a copy that was made to do harm"
+            f"warning: {name} reads what {other} reads and writes something else; {other}, listed first or a "
+            "duplicate of the first, answers for both. One may be a copy that was made to do harm"
         )
     for name in found.get("silent", []):
         lines.append(

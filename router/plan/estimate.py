@@ -1,10 +1,11 @@
 """Estimates what a run would take, before anything is loaded or downloaded: `router.main --plan`.
 
-Only the headers of adapters are read, with --skip_bad all of them. Speed is measured, within a minute, on a
-model with the base model's configuration and random weights; a large one gets few layers, and the result is
-scaled to all. Two things cannot be known beforehand: the number of variants and the length of the answers.
-They are taken from an earlier run with the same flags and adapters, if the output folder has one. Else they
-are assumed: two variants more than adapters, and as many answers between 1 and 2 tokens as between 16 and 32.
+Adapters are read once for their hashes, with --skip_bad also for their values. Speed is measured, within a
+minute, on a model with the base model's configuration and random weights; a large one gets few layers, and
+the result is scaled to all. Two things cannot be known beforehand: the number of variants and the length of
+the answers. They are taken from an earlier run with the same flags and adapters, if the output folder has
+one. Else they are assumed: two variants more than adapters, and as many answers between 1 and 2 tokens as
+between 16 and 32.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class _Work:
         chosen: of all choices together.
         answers: of each answer of an earlier run, or of assumed answers.
         batch_size: as in Settings.
-        probed: tokens in a batch that is probed.
+        probed: tokens in a pass of the probe.
         batch: tokens in a batch that generates, and in one of multiple choice, where batch_size is None.
     """
 

@@ -61,7 +61,7 @@ class Calibration:
 
     Args:
         base: the base model.
-        limit: most tokens of a prompt; None keeps all.
+        limit: most tokens of a prompt before it is truncated for routing; None sets no limit.
         ahead: how many tokens the base model writes after a prompt.
     """
 

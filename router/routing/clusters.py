@@ -1,4 +1,4 @@
-"""From weights per query to a few variants: faiss k-means on the gate's weights. Knows no models."""
+"""From weights per query to a few variants: groups of like mixes, by faiss k-means. Knows no models."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ class Evidence:
     Attributes:
         adapters: names, in the order of the columns.
         modules: names, in the order of the columns of `votes`.
-        responses: (queries, adapters) mean response over modules, a cosine in [0, 1].
+        responses: (queries, adapters) mean response of the whole prompt, over the modules that count; a
+            cosine in [0, 1].
         scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for one that
             another adapter represents, or that is silent everywhere, and in a large library for one that is
             not on the query's shortlist; its response is NaN then, too.

@@ -204,7 +204,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return np.asarray(raw / self.scale_)
 
     def votes(self, X: ArrayLike, scores: Array) -> Array:
-        """The best adapter's filtered responses, whose mean makes its score, (queries, modules)."""
+        """The best adapter's filtered responses, (queries, modules); their mean by `scale_` is its score."""
         X, best = np.asarray(X), scores.argmax(1)
         if self.shortlists:
             return self._shortlist.scores_and_votes(X, _parts(X))[1]

@@ -1,4 +1,4 @@
-"""Pictures of a finished run's report, for the docs: `python -m scripts.docs.screenshots output 17`.
+"""Pictures of a finished run's report, for the docs: `python -m scripts.docs.screenshots output 117`.
 
 Takes the page in light and dark, wide and narrow, and for one query what docs/reading-a-run.md walks through.
 Needs Chromium, and playwright from the extra `test`.
