@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -33,10 +33,13 @@ from router.routing.prototypes import prototypes
 from scripts.bench.development import SPLITS, Labelled, libraries
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.score import routed
+from scripts.docs.trials import TOKENS, Pair, Tried, tried
 
 OUT, CURVE, METHOD = Path("docs/ablations.md"), Path("docs/trade.svg"), Path("docs/method.md")
 FITS, NOBODY = SPLITS[:3], SPLITS[3:]  # an adapter is right, or the base model
 WEIGHTS = (0.0, 0.5, 0.7, 0.85, 0.95, 1.0)  # bounds of the reliability table
+SEVERAL, CLOSE = 3, 2.0  # candidates that write, and how far below the best one they may be
+OTHERS = 4  # generic prompts
 # Three kinds of foreign text, by the start of their names in data/eval_foreign.
 KINDS = {
     "chat": ("chat_question", "small_talk"), "few-shot": ("few_shot",), "multiple choice": ("mc_",)
@@ -55,6 +58,7 @@ class Measured:
         reference, responses: of generic prompts and of queries, (prompts, adapters, modules, 2).
         reference_confidence, confidence: of the base model on them, (prompts,).
         unwritten: the same two arrays of responses without what the base model writes.
+        tried: of a query and an adapter, where several are above the base model and close: what it writes.
         labels: the adapter of each query, `base` where none fits.
         splits: of each query, one of SPLITS.
         tasks: of each query.
@@ -68,6 +72,7 @@ class Measured:
     responses: Any
     confidence: Any
     unwritten: tuple[Any, Any]
+    tried: dict[Pair, Tried]
     labels: list[str]
     splits: NDArray[np.str_]
     tasks: NDArray[np.str_]
@@ -95,7 +100,7 @@ def measured(of: Labelled) -> Measured:
     means = calibration.means(list(protos))
     rows, pad = truncated(encode(base.tokenizer, of.rows["input"].tolist())), base.tokenizer.pad_token_id
     reading = partial(probe, base.model, prototypes=protos, means=means, n_adapters=len(adapters), pad_id=pad)
-    return Measured(
+    found = Measured(
         of.name,
         [*(adapter.name for adapter in adapters), BASE_COLUMN],
         list(protos),
@@ -103,10 +108,31 @@ def measured(of: Labelled) -> Measured:
         calibration.confidence(),
         *reading(rows=rows, title=of.name),
         (reading(rows=calibration.rows, ahead=0).responses, reading(rows=rows, ahead=0).responses),
+        {},
         of.rows["adapter"].tolist(),
         of.rows["split"].to_numpy(str),
         of.rows["task"].to_numpy(str),
     )
+    others = calibration.rows[:: len(calibration.rows) // OTHERS]
+    return replace(found, tried=tried(base, adapters, rows, others, close(found)))
+
+
+def close(of: Measured) -> list[Pair]:
+    """Queries that an adapter fits, each with the adapters above the base model that are near the best."""
+    compared = _compared(of)  # (queries, candidates)
+    floor = np.maximum(compared[:, -1], compared.max(1) - CLOSE)  # the lowest that is close
+    found = []
+    for q in np.flatnonzero(np.isin(of.splits, FITS)).tolist():
+        best = np.argsort(-compared[q, :-1])[:SEVERAL]
+        near = [int(k) for k in best if compared[q, k] > floor[q]]
+        found += [(q, k) for k in near if len(near) > 1]
+    return found
+
+
+def _compared(of: Measured) -> Array:
+    """What the choice is made by, the base model last, (queries, candidates)."""
+    gate = of.fitted()
+    return gate.candidate_scores(gate.decision_function(of.responses), of.confidence)
 
 
 def scores(of: Measured, keep: Any = slice(None), prompts: Any = slice(None), **settings: Any) -> Array:
@@ -210,6 +236,35 @@ def reaches(found: Sequence[Measured]) -> list[str]:
         "what the filter predicts": partial(_reaching, power=2),
     }
     return side_by_side(found, rows, FITS)
+
+
+def written(found: Sequence[Measured]) -> list[str]:
+    """Which of those above the base model: what they would write, in parts of a nat beside their scores."""
+    kinds: dict[str, Callable[[Tried], float]] = {
+        "how much likelier it is to the base model than after other prompts": lambda t: t.base - t.elsewhere,
+        "how likely it is to the base model": lambda t: t.base,
+        "how likely it is to the adapter": lambda t: t.own,
+        "how much likelier to the adapter than to the base model": lambda t: t.own - t.base,
+    }
+    rows: dict[str, Choose] = {
+        "nothing **(as it is)**": _decided,
+        **{
+            f"{share:g} of {name}": partial(_told, share=share, kind=kind)
+            for name, kind in kinds.items()
+            for share in (0.02, 0.03, 0.05)
+        },
+    }
+    counts = ", ".join(f"{of.name} {len(of.tried) / np.isin(of.splits, FITS).sum():.2f}" for of in found)
+    return [*side_by_side(found, rows, FITS), "", f"Passes for each query: {counts}."]
+
+
+def _told(of: Measured, share: float, kind: Callable[[Tried], float]) -> NDArray[np.int64]:
+    top, compared = _decided(of).copy(), _compared(of)
+    best = dict.fromkeys((q for q, _ in of.tried), -np.inf)
+    for (q, k), seen in of.tried.items():
+        if (value := compared[q, k] + share * kind(seen)) > best[q]:
+            best[q], top[q] = value, k
+    return top
 
 
 def _reaching(of: Measured, power: float) -> NDArray[np.int64]:
@@ -326,6 +381,7 @@ float32. Made by `python -m scripts.docs.ablate`.
         "Which adapter: the highest score, whatever the level": which,
         "Does any adapter fit: the level": fits,
         "Which of those above the base model: reach": reaches,
+        "Which of those above the base model: what they would write": written,
         "False alarms, promised and measured": promised,
         "The temperature: weights as probabilities": temperatures,
     }
@@ -333,6 +389,12 @@ float32. Made by `python -m scripts.docs.ablate`.
         "Which of those above the base model: reach": (
             "What an adapter has above the base model is divided by its reach. Whether one is above it "
             "stays the same."
+        ),
+        "Which of those above the base model: what they would write": (
+            f"At most {SEVERAL} adapters within {CLOSE:g} of the best write {TOKENS} tokens each. A share of "
+            "the log-probability of what they write, in nats, is added to what the choice is made by. It "
+            f"takes passes with adapters, which the gate does without. The other prompts are {OTHERS} "
+            "generic ones."
         ),
         "False alarms, promised and measured": (
             "The level is set on generic text, by cross-validation. Here is what it lets through of text "

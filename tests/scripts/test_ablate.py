@@ -6,10 +6,16 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from router.library.adapters import load_library
+from router.model.answer import encode, generate
+from router.model.apply import active
+from router.model.base import load_base
 from router.routing.gate import PrototypeGate
 from scripts.bench.development import Labelled
 from scripts.docs import ablate
+from scripts.docs.trials import TOKENS, Tried, tried
 
 MODULES = [f"model.layers.{layer}.mlp.up_proj" for layer in range(6)]
 
@@ -28,7 +34,18 @@ def drawn(name, seed, splits):
     unwritten = reference, responses
     splits = np.array(splits)
     return ablate.Measured(
-        name, candidates, MODULES, reference, sure, responses, confidence, unwritten, labels, splits, tasks
+        name,
+        candidates,
+        MODULES,
+        reference,
+        sure,
+        responses,
+        confidence,
+        unwritten,
+        {},
+        labels,
+        splits,
+        tasks,
     )
 
 
@@ -73,8 +90,8 @@ def test_a_rarer_false_alarm_leaves_more_to_the_base_model(found, tables):
     assert len(rows) == len(ablate.SHARES)
     left = [float(cells[tables[1]["gate"].index("none: one")]) for cells in rows]
     assert all(rare >= common for rare, common in pairwise(left)) and left[0] > left[-1]
-    measured = [float(tables[3][f"{share:g}"][0]) for share in ablate.SHARES]  # of few-shot prompts
-    assert tables[3]["promised"][0] == "few-shot: one" and sorted(measured) == measured
+    measured = [float(tables[4][f"{share:g}"][0]) for share in ablate.SHARES]  # of few-shot prompts
+    assert tables[4]["promised"][0] == "few-shot: one" and sorted(measured) == measured
     assert measured[0] < measured[-1]
 
 
@@ -85,6 +102,52 @@ def test_a_weight_is_compared_with_how_often_it_is_right(found):
     top = one.fitted().predict(one.responses, one.confidence)
     share = np.nanmean(one.shares(top))
     assert cells == ["one", "", "", "", "", f"1.00: {share:.2f}", f"{1 - share:.3f}"]
+
+
+def test_what_candidates_write_counts_where_several_are_close(found):
+    one = found[0]
+    twins = one.responses.copy()
+    twins[:, 1] = twins[:, 0] = twins[:, :2].max(1)  # two adapters that cannot be told apart
+    one = replace(one, responses=twins)
+    pairs = ablate.close(one)
+    assert pairs and {k for _, k in pairs} == {0, 1} and all(one.splits[q] in ablate.FITS for q, _ in pairs)
+    second = replace(one, tried={(q, k): Tried(0.0, 400.0 * k, 0.0) for q, k in pairs})
+    own = one.shares(one.fitted().predict(one.responses, one.confidence))
+    *rows, _, passes = ablate.written([second])
+    share = {row.split("|")[1].strip(): float(row.split("|")[2]) for row in rows[2:]}
+    asked = [q for q, k in pairs if k == 1 and one.splits[q] == "own"]
+    others = [q for q in np.flatnonzero(one.splits == "own") if q not in asked]
+    right = one.right(one.fitted().predict(one.responses, one.confidence))
+    expected = (sum(one.labels[q] == "b" for q in asked) + right[others].sum()) / 12
+    assert share["0.05 of how likely it is to the base model"] == pytest.approx(expected, abs=1e-3)
+    assert (
+        share["nothing **(as it is)**"]
+        == share["0.05 of how likely it is to the adapter"]
+        == pytest.approx(own[0], abs=1e-3)
+    )
+    assert passes == f"Passes for each query: one {len(pairs) / 24:.2f}."
+
+
+def test_what_an_adapter_writes_has_the_likelihood_that_peft_gives_it(tiny_base, tiny_library):
+    base, adapters = load_base(str(tiny_base), dtype="float32"), load_library([str(tiny_library)])
+    rows, others = (
+        encode(base.tokenizer, ["What is it?", "Where was it?"]),
+        encode(base.tokenizer, ["a", "b: c"]),
+    )
+    seen = tried(base, adapters, rows, others, [(0, 2), (1, 0), (1, 2)])
+
+    def likelihood(model, prompt, text):
+        logits = model(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1 : -1]
+        return float(logits.double().log_softmax(-1)[torch.arange(len(text)), list(text)].sum())
+
+    for (q, k), found in seen.items():
+        with torch.inference_mode():
+            with active(base, adapters[k].folder.path, "beside") as model:
+                text = generate(model, base.tokenizer, [rows[q]], TOKENS)[0].ids
+                assert found.own == pytest.approx(likelihood(model, rows[q], text), abs=1e-3)
+            plain = [likelihood(base.model, row, text) for row in (rows[q], *others)]
+        assert found.base == pytest.approx(plain[0], abs=1e-3)
+        assert found.elsewhere == pytest.approx(sum(plain[1:]) / 2, abs=1e-3)
 
 
 def test_the_curve_has_a_line_and_a_point_for_each_library(found, tmp_path, monkeypatch):

@@ -36,11 +36,24 @@ def log_likelihoods(
     """
     forms: list[list[int]] = tokenizer([f"{blank}{t}" for t in texts for blank in ("", " ")],
                                        add_special_tokens=False)["input_ids"]  # fmt: skip
-    both = [[*rows[n // 2], *form] for n, form in enumerate(forms)]
-    found = [0.0] * len(both)
+    prompts = [rows[n // 2] for n in range(len(forms))]
+    found = [
+        sum(logs) / max(1, len(logs))
+        for logs in log_probabilities(model, prompts, forms, tokenizer.pad_token_id)
+    ]
+    best = map(max, found[::2], found[1::2])
+    return [value if text else math.nan for value, text in zip(best, texts, strict=True)]
+
+
+def log_probabilities(
+    model: Any, prompts: Sequence[Sequence[int]], tails: Sequence[Sequence[int]], pad_id: int
+) -> list[list[float]]:
+    """The log-probability, in nats, of each token of a tail after its prompt; both are token ids."""
+    both = [[*prompt, *tail] for prompt, tail in zip(prompts, tails, strict=True)]
+    found: list[list[float]] = [[]] * len(both)
     for batch in by_length([len(row) for row in both], CHOICE_TOKENS):
-        ids, mask = pad_left([both[n] for n in batch], tokenizer.pad_token_id, model.device)
-        widest = max(1, *(len(forms[n]) for n in batch))
+        ids, mask = pad_left([both[n] for n in batch], pad_id, model.device)
+        widest = max(1, *(len(tails[n]) for n in batch))
         with torch.inference_mode():
             logits = model(
                 input_ids=ids,
@@ -50,11 +63,10 @@ def log_likelihoods(
                 logits_to_keep=widest + 1,
             ).logits[:, :-1]  # (B, widest, V)
         for n, one, tokens in zip(batch, logits, ids[:, -widest:], strict=True):
-            size = max(1, len(forms[n]))
-            logs = one[-size:].float().log_softmax(-1).gather(1, tokens[-size:, None])  # (size, 1)
-            found[n] = float(logs.mean())
-    best = map(max, found[::2], found[1::2])
-    return [value if text else math.nan for value, text in zip(best, texts, strict=True)]
+            if size := len(tails[n]):
+                logs = one[-size:].float().log_softmax(-1).gather(1, tokens[-size:, None])  # (size, 1)
+                found[n] = logs.flatten().tolist()
+    return found
 
 
 @contextmanager
