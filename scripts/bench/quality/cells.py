@@ -58,12 +58,13 @@ def answer(library: str, setting: str, method: str, seed: str) -> list[dict[str,
     (labelled,) = (one for one in libraries() if one.name == library)
     base, adapters = load_base(labelled.base), load_library([str(labelled.adapters)])
     return [
-        _answer(part, method_named(method)(method), base, part.library(adapters), seed)
+        answer_part(part, method_named(method)(method), base, part.library(adapters), seed)
         for part in SETTINGS[setting].parts(labelled.rows)
     ]
 
 
-def _answer(part: Part, method: Routed, base: Base, library: list[Adapter], seed: str) -> dict[str, Any]:
+def answer_part(part: Part, method: Routed, base: Base, library: list[Adapter], seed: str) -> dict[str, Any]:
+    """Answers one part of a setting; see `answer`."""
     graded, number = seed == GRADED, 0 if seed == GRADED else int(seed)
     rows = part.rows.assign(label=part.rows["id"], id=range(len(part.rows)))
     # No longer text than the longest target can be right, so nothing is lost by stopping there.
