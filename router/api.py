@@ -308,7 +308,8 @@ class Router:
             choices: the choices of each text, at least one each.
 
         Returns:
-            The answers; `unknown` where the model's output was not finite or a text did not fit into memory.
+            The answers; `unknown` where the model's output was not finite or a text did not fit into memory
+            or the model's context.
         """
         queries = _queries(texts, choices)
         if self._centres is None:
