@@ -296,6 +296,13 @@ def _cuts(rows: Sequence[Sequence[int]], limit: int | None, new: int, model: Any
         )
 
 
+def evenly(queries: Sequence[Query], adapters: Sequence[Adapter]) -> Routing:
+    """The same weight for every adapter, none for the base model."""
+    weights = np.zeros((len(queries), len(adapters) + 1))
+    weights[:, :-1] = 1.0 / len(adapters)
+    return Routing(weights)
+
+
 class Static(Routed):
     """A method that merges all adapters into one variant, whatever the queries.
 
@@ -312,9 +319,7 @@ class Static(Routed):
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Gives every adapter the same weight, hence one variant; the mathematics is in `combine`."""
-        weights = np.zeros((len(queries), len(self.adapters) + 1))
-        weights[:, :-1] = 1.0 / len(self.adapters)
-        return Routing(weights)
+        return evenly(queries, self.adapters)
 
     def write_variants(self, variants: Sequence[Variant], folder: Path) -> list[str | None]:
         """Writes the one variant, number 0, as a PEFT folder in the base model's dtype.
