@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ PREFIX = "base_model.model."
 # Ranks that vLLM accepts as max_lora_rank; a rank between two of them is padded up, unless that is too much.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
-PATIENCE = 2.0  # seconds for all regular expressions of an adapter on the names of all its modules
+PATIENCE = 2.0  # seconds to compile regular expressions of an adapter, and for all on all its modules' names
+LONGEST = 20_000  # characters of one, which take some tenths of a second to compile
+COPIED = 5_000_000  # characters of one whose repeats are written out
 LARGEST = torch.finfo(torch.float32).max  # a larger scale would be infinite
 
 # Initialisations that take a part out of the base model's weights, so that the adapter needs a changed base.
@@ -105,12 +108,13 @@ class _Matcher:
 
         Raises:
             TimeoutError: it takes too long, as one does that was made to hang its reader.
+            regex.error: within the pattern that it is put into, it is no regular expression.
         """
         left = self.until - time.monotonic()
         try:
             if left <= 0:
                 raise TimeoutError
-            return regex.match(pattern, module, timeout=min(0.3, left))
+            return _compiled(pattern).match(module, timeout=min(0.3, left))
         except TimeoutError as error:
             raise TimeoutError(f"the pattern {pattern!r:.80} takes too long on {module!r:.80}") from error
 
@@ -140,6 +144,34 @@ class _Matcher:
         if isinstance(names, str):
             return self.match(rf"(?:{names})\Z", module) is not None
         return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _compiled(pattern: str) -> Any:
+    """A regular expression; raises regex.error if it is none, or nested too deeply."""
+    try:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError) as error:
+        raise regex.error(f"the pattern {pattern!r:.80} is no regular expression ({error})") from error
+
+
+def _check_pattern(pattern: str) -> None:
+    """Refuses a stranger's pattern that would take seconds to compile.
+
+    regex writes out what is repeated: `(...){3}` three times, `(...){3,}` and `(...)+` once more. So nested
+    ones multiply.
+
+    Raises:
+        regex.error: it is no regular expression, or larger than any that names modules.
+    """
+    if len(pattern) > LONGEST:
+        raise regex.error(f"the pattern {pattern!r:.80} is longer than {LONGEST} characters")
+    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "", pattern, flags=re.DOTALL)  # without escapes and sets
+    depth = max(accumulate((one == "(") - (one == ")") for one in plain), default=0)
+    counts = [int(count or 1) + 1 for count in re.findall(r"\+|\{\s*(\d{1,9})", plain)]
+    copies = math.prod(sorted(counts)[-depth - 1 :])  # at most, if the largest are within each other
+    if len(pattern) * copies > COPIED or "#" in plain:  # in a comment, parentheses mean nothing
+        raise regex.error(f"the pattern {pattern!r:.80} repeats too much, or has a comment")
+    _compiled(pattern)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -181,7 +213,7 @@ def open_adapter(path: Path) -> AdapterFolder:
     ranks = {module: shapes[a][0] for module, (a, _) in keys.items()}
     try:
         scales = _scales(path, config, ranks)
-    except TimeoutError as error:
+    except (TimeoutError, regex.error) as error:
         raise AdapterError(f"{path}: in {CONFIG_FILE} {error}; simplify it") from error
     widths = {module: (shapes[b][0], shapes[a][1]) for module, (a, b) in keys.items()}
     return AdapterFolder(path, config, ranks, widths, keys, scales)
@@ -192,7 +224,7 @@ def _scales(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> 
 
     Raises:
         AdapterError: it does not.
-        TimeoutError: its patterns take too long.
+        TimeoutError, regex.error: its patterns take too long, or are none.
     """
     names = _Matcher()
     if left_out := [module for module in ranks if not names.targeted(config, module)]:
@@ -252,29 +284,32 @@ def _read_config(path: Path) -> dict[str, Any]:
         if not isinstance(patterns, dict):
             raise AdapterError(f"{file}: expected {key} to be a JSON object, got {patterns!r}")
         numbers |= {f"{key} of {pattern}": value for pattern, value in patterns.items()}
-        for pattern in patterns:
-            try:
-                regex.compile(pattern)
-            except regex.error as error:
-                raise AdapterError(
-                    f"{file}: {key}: {pattern!r} is no regular expression ({error})"
-                ) from error
+        _check_patterns(file, key, patterns)
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         names = config.get(key)
         if names is not None and not all(isinstance(name, str) for name in _listed(names)):
             raise AdapterError(f"{file}: expected {key} to be names or a pattern, got {names!r:.80}")
-        for pattern in _listed(names) if key == "layers_pattern" else [names]:
-            try:
-                regex.compile(pattern if isinstance(pattern, str) else "")
-            except regex.error as error:
-                raise AdapterError(f"{file}: {key} is no regular expression ({error})") from error
+        if isinstance(names, str) or key == "layers_pattern":  # any other list is of names
+            _check_patterns(file, key, _listed(names or []))
     layers = config.get("layers_to_transform")
     if layers is not None and not all(type(layer) is int for layer in _listed(layers)):
         raise AdapterError(f"{file}: expected layers_to_transform to be numbers, got {layers!r:.80}")
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
-            raise AdapterError(f"{file}: expected {key} to be a positive number, got {value!r:.40}")
+            raise AdapterError(f"{file}: expected {key:.120} to be a positive number, got {value!r:.40}")
     return config
+
+
+def _check_patterns(file: Path, key: str, patterns: Iterable[str]) -> None:
+    """Refuses patterns that are none, or would take too long."""
+    until = time.monotonic() + PATIENCE
+    for pattern in patterns:
+        try:
+            if time.monotonic() > until:
+                raise regex.error("so many patterns take too long")
+            _check_pattern(pattern)
+        except regex.error as error:
+            raise AdapterError(f"{file}: {key}: {error}; simplify it") from error
 
 
 def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:

@@ -97,7 +97,7 @@ class Router:
 
         Raises:
             InputError: an adapter or the base model is missing, broken or does not fit, there is no such
-                method, or a setting is another word than it may be.
+                method, or a setting is another word or seed than it may be.
             ValueError: the method is one of the starter kit's, which give no weights.
         """
         found = load_method(method)(method)
@@ -308,7 +308,8 @@ class Router:
             choices: the choices of each text, at least one each.
 
         Returns:
-            The answers; `unknown` where the model's output was not finite or a text did not fit into memory.
+            The answers; `unknown` where the model's output was not finite or a text did not fit into memory
+            or the model's context.
         """
         queries = _queries(texts, choices)
         if self._centres is None:

@@ -18,7 +18,7 @@ from typing import Any
 from router.errors import InputError, told_if_memory_runs_out
 from router.methods import method_names
 from router.processes import leads, several
-from router.settings import WORDS, Settings
+from router.settings import LARGEST, WORDS, Settings
 
 LEAST = 3 << 29  # bytes of address space
 
@@ -33,8 +33,10 @@ def _integer(least: int, word: str | None = None) -> Callable[[str], int | None]
             value = least - 1
         if value < least:
             raise argparse.ArgumentTypeError(
-                f"expected a whole number from {least}{f' or {word}' if word else ''}, got {text!r}"
+                f"expected a whole number from {least}{f' or {word}' if word else ''}, got {text!r:.40}"
             )
+        if value > LARGEST:
+            raise argparse.ArgumentTypeError(f"expected a number of at most {LARGEST}, got {text!r:.40}")
         return value
 
     return parse
@@ -147,7 +149,12 @@ def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
         metavar="INT",
     )
     setting("top_k", "maximum number of adapters per query, from 1", type=_integer(1), metavar="INT")
-    setting("seed", "seed of the clustering and of dare_ties, from 0", type=_integer(0), metavar="INT")
+    setting(
+        "seed",
+        f"seed of the clustering and of dare_ties, from 0 to {LARGEST}",
+        type=_integer(0),
+        metavar="INT",
+    )
     setting(
         "batch_size",
         "queries per batch, from 1; auto fills batches by tokens",

@@ -23,7 +23,7 @@ from router.errors import InputError
 from router.files import is_folder, remove_ours, work_folder
 from router.kit import Merges
 from router.library.adapters import Adapter, base_of, check_against_base, load_library
-from router.model.answer import FAILED, Answer
+from router.model.answer import FAILED, Answer, positions
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
 from router.progress import progress
@@ -121,7 +121,11 @@ class Routed(Merges):
     def answering(self, queries: Sequence[Query], folder: Path | None = None) -> Iterator[Result]:
         """As `answer`; the variants replace earlier ones once the block has ended without an error."""
         output, rows = folder or self.settings.output_folder, self.encoded(queries)
-        for cut in _cuts(rows, self.max_seq_len or self.settings.max_seq_len, self.base.model.config):
+        limit, new = (
+            self.max_seq_len or self.settings.max_seq_len,
+            self.max_gen_len or self.settings.max_gen_len,
+        )
+        for cut in _cuts(rows, limit, new, self.base.model):
             log.warning("%s", cut)
         routing = self._routing(queries, rows)
         with self.stages("clusters"):
@@ -267,16 +271,36 @@ def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list
     return [found.get(query, FAILED) for query in queries]
 
 
-def _cuts(rows: Sequence[Sequence[int]], limit: int | None, config: Any) -> Iterator[str]:
-    """What is not read of long prompts, and which are longer than the base model's context."""
+def _cuts(rows: Sequence[Sequence[int]], limit: int | None, new: int, model: Any) -> Iterator[str]:
+    """What is not read of long prompts, and which are longer than the base model's context.
+
+    Args:
+        limit: most tokens of a prompt; None keeps all.
+        new: most tokens of an answer.
+    """
     if limit and (long := sum(len(row) >= limit for row in rows)):
         yield f"{long} of {len(rows)} prompts reach --max_seq_len {limit}; what comes after is not read"
-    context = getattr(config, "max_position_embeddings", None)
-    if context and (long := sum(len(row) > context for row in rows)):
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context == positions(model):  # it cannot go beyond; the last new token is not read
+        room = max(1, context + 1 - new)
+        if long := sum(len(row) > room for row in rows):
+            yield (
+                f"{long} of {len(rows)} prompts leave no room for {new} new tokens in the {context} that the "
+                f"base model can read, so answers are shorter, or missing; --max_seq_len {room} reads the "
+                "start of each alone"
+            )
+    elif context and (long := sum(len(row) > context for row in rows)):
         yield (
             f"{long} of {len(rows)} prompts have more than the {context} tokens that the base model was made "
             f"for; --max_seq_len {context} reads the start of each alone"
         )
+
+
+def evenly(queries: Sequence[Query], adapters: Sequence[Adapter]) -> Routing:
+    """The same weight for every adapter, none for the base model."""
+    weights = np.zeros((len(queries), len(adapters) + 1))
+    weights[:, :-1] = 1.0 / len(adapters)
+    return Routing(weights)
 
 
 class Static(Routed):
@@ -295,9 +319,7 @@ class Static(Routed):
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Gives every adapter the same weight, hence one variant; the mathematics is in `combine`."""
-        weights = np.zeros((len(queries), len(self.adapters) + 1))
-        weights[:, :-1] = 1.0 / len(self.adapters)
-        return Routing(weights)
+        return evenly(queries, self.adapters)
 
     def write_variants(self, variants: Sequence[Variant], folder: Path) -> list[str | None]:
         """Writes the one variant, number 0, as a PEFT folder in the base model's dtype.

@@ -31,7 +31,7 @@ from router.files import is_folder, read_json, replacing, sha256_of, told_if_ful
 from router.journal import alone_in
 from router.main import add_settings, settings_of, stop
 from router.progress import progress
-from router.settings import Settings
+from router.settings import LARGEST, Settings
 from router.submission import COLUMNS, Query, parse_query, read_queries, submitted
 
 NEEDED = ("ray", "pyarrow")
@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "missing; install them with: pip install 'proto-route[ray]'"
             )
         for name in ("actors", "sample", "block"):
-            if getattr(args, name) < 1:
-                raise InputError(f"--{name}: expected a whole number from 1, got {getattr(args, name)}")
+            if not 1 <= (value := getattr(args, name)) <= LARGEST:
+                raise InputError(f"--{name}: expected a whole number from 1 to {LARGEST}, got {value!s:.40}")
         from router.run import check_outputs  # imports torch
 
         check_outputs(Settings((), args.output))

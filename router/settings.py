@@ -10,6 +10,7 @@ from router.constants import Apply, Device, DeviceMap, Dtype, Engine
 from router.errors import InputError
 from router.model.answer import Scoring
 
+LARGEST = (1 << 31) - 1  # whole number of a flag; faiss takes no larger seed
 # The words that a setting may be; that of device_map may also be None.
 WORDS: dict[str, tuple[str, ...]] = {
     "device": get_args(Device), "device_map": get_args(DeviceMap), "dtype": get_args(Dtype),
@@ -22,7 +23,7 @@ class Settings:
     """The flags of a run; see `python -m router.main --help` for what each means.
 
     Raises:
-        InputError: one of WORDS is another word.
+        InputError: one of WORDS is another word, or the seed is not from 0 to LARGEST.
     """
 
     dataset_filepaths: tuple[Path, ...] = (Path("data/test.csv"),)
@@ -53,6 +54,8 @@ class Settings:
             value = getattr(self, name)
             if value not in words and (name, value) != ("device_map", None):
                 raise InputError(f"--{name}: expected one of {', '.join(words)}, got {value!r}")
+        if not 0 <= self.seed <= LARGEST:
+            raise InputError(f"--seed: expected a whole number from 0 to {LARGEST}, got {self.seed}")
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON values: paths become strings, tuples become lists."""

@@ -36,6 +36,7 @@ from router.routing.evidence import Evidence
 from router.routing.fitted import FORMAT, Fitted
 from router.routing.gate import PrototypeGate
 from router.routing.prototypes import ModulePrototypes, prototypes
+from router.routing.variants import VARIANTS
 from router.runs.compare import compare
 from router.runs.explain import explain, open_console, show
 from router.runs.load import load
@@ -119,7 +120,7 @@ def run_command(path: Path) -> None:
 
 
 def run_files() -> None:
-    """A finished run on two queries, with its evidence."""
+    """A finished run on two queries, with its evidence and a variant's configuration."""
     queries()
     Path("out").mkdir()
     write_table(Path("out/queries.csv"), ("id", "prediction", "dummy_field"), [(1, "four", 0), (2, "1", 0)])
@@ -135,11 +136,19 @@ def run_files() -> None:
         "base": {"name": "tiny", "revision": None, "sha256": "0" * 64, "dtype": "float32", "device": "cpu"},
         "adapters": {name: {"revision": None, "sha256": "0" * 64} for name in NAMES},
         "variants": [
-            {"folder": None, "queries": 1, "weights": dict(zip([*NAMES, "base"], row[2:], strict=True))}
-            for row in rows
+            {"folder": "variants/0", "queries": 1, "weights": {"one": 0.7, "two": 0.3, "base": 0}},
+            {"folder": None, "queries": 1, "weights": {"base": 1}},
         ],
     }  # fmt: skip
     Path("out/run.json").write_text(json.dumps(record), "utf-8")
+    variant(Path("out"))
+
+
+def variant(out: Path) -> None:
+    """What a server reads of the first variant in a folder."""
+    path = out / VARIANTS / "0" / CONFIG_FILE
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"r": 8, "target_modules": ["q_proj", "v_proj"]}), "utf-8")
 
 
 def open_run(_: Path) -> None:
@@ -190,7 +199,7 @@ def tiny() -> Any:
 
 
 def saved_router() -> None:
-    """A saved router without variants' folders."""
+    """A saved router, with its variant's configuration."""
     tiny()
     rng = np.random.default_rng(0)
     responses = rng.uniform(0.1, 0.2, (20, 2, 2, 2)).astype(np.float32)
@@ -209,6 +218,7 @@ def saved_router() -> None:
         "centres": [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]],
     }  # fmt: skip
     Path(ABOUT).write_text(json.dumps(about), "utf-8")
+    variant(Path())
 
 
 def open_router(_: Path) -> None:
@@ -239,7 +249,7 @@ DOORS = {
     "body": Door(adapters, f"library/one/{WEIGHTS_FILE}", open_library, "body"),
     "card": Door(adapters, f"library/one/{CARD_FILE}", open_cards),
     "command": Door(commands, "*.words", run_command),
-    "run": Door(run_files, "out/*", open_run),
+    "run": Door(run_files, "out/*.*", open_run),
     "journal": Door(journals, ".journal/[!.]*", open_journal),
     "router": Door(saved_router, "router.*", open_router),
 }

@@ -69,7 +69,7 @@ def write_tiny_library(folder):
 # Base models of many families
 
 
-def family(name, vocabulary):
+def family(name, vocabulary, **more):
     """A tiny random model of a family, with two tokens that end a text in its generation config."""
     common = {
         "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -82,6 +82,8 @@ def family(name, vocabulary):
         "gemma3_text": {"sliding_window": 6},
         "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
         "mixtral": {"num_local_experts": 4},
+        "gpt_neo": {"attention_types": [[["global"], 2]]},
+        "gptj": {"rotary_dim": 8},
         "qwen2_moe": {
             "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
             "decoder_sparse_step": 1,
@@ -90,7 +92,7 @@ def family(name, vocabulary):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **common | special.get(name, {}))
+    config = AutoConfig.for_model(name, **common | special.get(name, {}) | more)
     return AutoModelForCausalLM.from_config(config).eval()
 
 

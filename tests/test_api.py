@@ -377,6 +377,7 @@ def test_what_is_no_list_of_texts_is_named(router, texts, got):
     ("name", "value", "expected"),
     [
         ("method", "proto", "expected one of .*, proto_route, .* got 'proto'"),
+        ("seed", 2147483648, "--seed: expected a whole number from 0 to 2147483647, got 2147483648"),
         ("dtype", "bf16", "--dtype: expected one of auto, float32, bfloat16, float16, got 'bf16'"),
         ("device", "gpu", "--device: expected one of auto, cpu, cuda, got 'gpu'"),
         ("device_map", "none", "--device_map: expected one of auto, balanced"),

@@ -14,21 +14,25 @@ PROMPTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "
 CHOICES = ["stone", "pear", "a", "two and two"]
 
 
-@pytest.fixture(params=FAMILIES)
-def folders(request, tmp_path, tiny_base):
-    """A base model and two adapters of all its linear layers, as PEFT saves them."""
+def saved(tmp_path, tiny_base, kind, **config):
+    """The folders of a base model and of two adapters of all its linear layers, as PEFT saves them."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     base = tmp_path / "base"
-    family(request.param, len(tokenizer)).save_pretrained(base)
+    family(kind, len(tokenizer), **config).save_pretrained(base)
     tokenizer.save_pretrained(base)
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_pretrained(base)
         # Mixtral's experts are no linear layers, and PEFT warns of the pattern that it makes for them.
-        targets = ["q_proj", "v_proj"] if request.param == "mixtral" else "all-linear"
-        config = LoraConfig(r=3, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
-        get_peft_model(model, config).save_pretrained(tmp_path / "library" / name)
+        targets = ["q_proj", "v_proj"] if kind == "mixtral" else "all-linear"
+        lora = LoraConfig(r=3, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(model, lora).save_pretrained(tmp_path / "library" / name)
     return base, tmp_path / "library"
+
+
+@pytest.fixture(params=FAMILIES)
+def folders(request, tmp_path, tiny_base):
+    return saved(tmp_path, tiny_base, request.param)
 
 
 def written(model, tokenizer, prompt):
@@ -74,3 +78,44 @@ def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatc
             assert scored == [pytest.approx(expected, abs=1e-4)]
             assert answer == str(expected.index(max(expected)))
     assert mixed
+
+
+@pytest.mark.parametrize("method", ["proto_route", "logo"])  # which read some of a prompt, and all of it
+def test_a_query_that_a_table_of_positions_is_too_short_for_costs_its_own_answer(
+    method, tmp_path, tiny_base, capsys
+):
+    base, library = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
+    texts = {
+        name: (PROMPTS[0] * 8)[:length] for name, length in (("whole", 20), ("near", 138), ("long", 150))
+    }
+    rows = [(name, text, "generation", "") for name, text in texts.items()]
+    queries = write_queries(tmp_path / "queries.csv", rows)
+    words = arguments(method, [queries], library, base, tmp_path / "out")
+    assert main(words) == 0
+    told, answers = capsys.readouterr().err, read_by_id(tmp_path / "out" / "queries.csv")
+    assert [name for name, row in answers.items() if row["prediction"] == "unknown"] == ["long"]
+    assert "query long: does not fit into a context of 140 tokens" in told and "query near" not in told
+    assert "2 of 3 prompts leave no room for 6 new tokens in the 140" in told
+    assert main([*words, *told.split("; ")[1].split()[:2]]) == 0  # --max_seq_len as it says
+    assert "context" not in capsys.readouterr().err
+    answers = read_by_id(tmp_path / "out" / "queries.csv")
+    assert "unknown" not in [row["prediction"] for row in answers.values()]
+
+
+def test_a_base_model_that_has_too_few_positions_for_the_probe_is_refused(tmp_path, tiny_base, capsys):
+    base, library = saved(tmp_path, tiny_base, "opt", max_position_embeddings=130)
+    words = arguments(
+        "proto_route", [write_queries(tmp_path / "queries.csv")], library, base, tmp_path / "out"
+    )
+    assert main(words) == 2
+    assert (
+        "prompts of at most 122 tokens, since the base model has positions for 130 and --ahead takes 8"
+        in (capsys.readouterr().err)
+    )
+    assert main([*words, "--max_seq_len", "122"]) == 0
+
+
+def test_a_plan_measures_no_prompts_beyond_a_table_of_positions(tmp_path, tiny_base):
+    base, library = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
+    queries = write_queries(tmp_path / "queries.csv", [("g", PROMPTS[0] * 8, "generation", "")])
+    assert main([*arguments("proto_route", [queries], library, base, tmp_path / "out"), "--plan"]) == 0

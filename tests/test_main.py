@@ -378,6 +378,12 @@ def test_adapters_of_two_bases_need_a_base_model(capsys, tmp_path, tiny_library)
         (["--variant_rank", "-1"], ["--variant_rank", "whole number from 1 or exact"]),
         (["--top_k", "2.5"], ["--top_k", "whole number from 1,", "'2.5'"]),
         (["--seed", "-1"], ["--seed", "whole number from 0"]),
+        (["--seed", "2147483648"], ["--seed", "at most 2147483647", "'2147483648'"]),
+        *(
+            ([flag, "1" * 31], [flag, "at most 2147483647"])
+            for flag in ("--n_variants", "--variant_rank", "--ahead", "--top_k", "--batch_size")
+        ),
+        *(([flag, "1" * 5000], [flag, "'1111"]) for flag in ("--max_gen_len", "--max_seq_len")),
         (["--batch_size", "all"], ["--batch_size", "whole number from 1 or auto"]),
         (["--max_seq_len", "x"], ["--max_seq_len", "whole number from 1 or none"]),
         (["--temperature", "0"], ["--temperature", "a number above 0", "'0'"]),
@@ -397,7 +403,7 @@ def test_wrong_flags_are_refused_with_what_is_accepted(capsys, flags, accepted):
         main(flags if flags[:1] == ["-m"] or not flags else ["-m", "base", *flags])
     assert caught.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert all(word in error for word in accepted)
+    assert all(word in error for word in accepted) and len(error) < 400
 
 
 def test_the_help_has_the_defaults_of_the_settings(monkeypatch):

@@ -166,7 +166,8 @@ def test_what_cannot_be_answered_is_refused(ray, answering, tmp_path, monkeypatc
         ([queries, "--input", queries, queries], "two files called queries"),
         ([queries, "--address", "127.0.0.1:1"], "HOST:PORT of a Ray cluster that runs"),
         ([queries, "--address", "nonsense"], "--address nonsense: expected local, auto, or HOST:PORT"),
-        ([queries, "--actors", 0], "--actors: expected a whole number from 1, got 0"),
+        ([queries, "--actors", 0], "--actors: expected a whole number from 1 to 2147483647, got 0"),
+        ([queries, "--block", 10**30], "--block: expected a whole number from 1 to 2147483647, got 1000"),
     ):
         code, said = ray(*words)
         assert code == 2 and told in said

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from merge.factors import Factors, inner
 from merge.folders import WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
@@ -49,7 +50,7 @@ class Adapter:
         """
         try:
             return self._finite(module, self.folder.read(module))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(f"adapter {self.name} ({self.folder.path}): cannot be read: {error}") from error
 
     def check_unchanged(self) -> None:
@@ -75,7 +76,7 @@ class Adapter:
         try:
             for module, update in self.folder.read_all():
                 yield module, self._finite(module, update)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(f"adapter {self.name} ({self.folder.path}): cannot be read: {error}") from error
 
     def _finite(self, module: str, update: Factors) -> Factors:

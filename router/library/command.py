@@ -18,7 +18,7 @@ import numpy as np
 
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
 from router.constants import LIBRARY
-from router.errors import InputError
+from router.errors import InputError, printable
 from router.library.adapters import Adapter, card, check_name, opened
 from router.library.duplicates import OVERLAP, SAME, norms_and_cosines, overlaps
 from router.library.sources import CARD_FILE, Source, expand, find, from_hub
@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines = [json.dumps(findings)] if args.json else as_text(findings)
             code = 0 if all(facts["sound"] for facts in findings["adapters"]) else 2
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     for line in lines:  # names and cards may come from a stranger, who must not control the terminal
         print("".join(letter for letter in line if letter.isprintable()))

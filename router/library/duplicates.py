@@ -143,7 +143,7 @@ def norms_and_cosines(adapters: Sequence[Adapter]) -> tuple[NDArray[np.float64],
 
 
 def _read_alike(one: Adapter, other: Adapter) -> bool:
-    modules = sorted(one.folder.shapes)
+    modules = sorted(one.folder.shapes.keys() & other.folder.shapes.keys())  # the others' updates are zero
     return bool(overlaps([one, other], modules[:: -(-len(modules) // SAMPLE)])[0, 1] > OVERLAP)
 
 

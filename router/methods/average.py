@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from router.pipeline import Routed
+from router.pipeline import Routed, evenly
 from router.result import Routing
 from router.submission import Query
 
@@ -16,6 +14,4 @@ class Average(Routed):
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """The same weight for every adapter, none for the base model."""
-        weights = np.zeros((len(queries), len(self.adapters) + 1))
-        weights[:, :-1] = 1.0 / len(self.adapters)
-        return Routing(weights)
+        return evenly(queries, self.adapters)

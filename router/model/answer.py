@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +65,23 @@ def by_length(lengths: Sequence[int], budget: float, rows: int | None = None) ->
         yield batch
 
 
+def positions(model: Any) -> int:
+    """How many positions the model has: as many as its table (OPT, GPT-2), or any number if it computes them.
+
+    One with rotary positions, such as Llama, can go beyond the context that it was made for.
+    """
+    from torch.nn import Embedding
+
+    words, context = model.get_input_embeddings(), getattr(model.config, "max_position_embeddings", None)
+    tables = [of for of in model.modules() if isinstance(of, Embedding) and of is not words]
+    sizes = [
+        of.num_embeddings - getattr(of, "offset", 0) for of in tables
+    ]  # OPT's first rows are no positions
+    # GPT-J has a table too, though of rotary positions.
+    sizes += [len(of) for name, of in model.named_buffers() if name.endswith("embed_positions")]
+    return context if context in sizes else sys.maxsize
+
+
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask of a left-padded batch, both (B, T) int64."""
     import torch
@@ -86,7 +104,7 @@ class Answer:
         ids: generated token ids up to the end-of-sequence token; empty for multiple choice.
         scores: log-probability of each choice in nats; empty for generation.
         failed: whether there is no answer, since the model's output was not finite or the query did not fit
-            into memory; the text is then `unknown`.
+            into memory or the model's context; the text is then `unknown`.
     """
 
     text: str
@@ -137,7 +155,8 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
     Args:
         model: a causal language model, plain or PEFT.
         rows: token ids of each prompt.
-        max_new_tokens: generation stops here or at one of the `end_tokens`.
+        max_new_tokens: generation stops here or at one of the `end_tokens`. The last of them is not read, so
+            the longest prompt and one less have to fit into the model's `positions`.
 
     Returns:
         One answer per row, a failed one where the logits were not finite.
@@ -279,8 +298,9 @@ def answer(
     """Answers queries in order.
 
     Batches hold queries of similar length. If one does not fit into memory, it and all batches after it are
-    split into halves. A query that does not fit alone, or for which the model's output is not finite, has no
-    answer (`Answer.failed`), and a warning names it.
+    split into halves. A query that does not fit alone, or has more tokens than the model has `positions`, or
+    for which the model's output is not finite, has no answer (`Answer.failed`), and a warning names it. One
+    that leaves few positions free gets fewer new tokens.
 
     Args:
         rows: token ids of each query's prompt.
@@ -294,32 +314,44 @@ def answer(
     """
     answers: dict[int, Answer] = {}
     known: MutableMapping[Query, Answer] = {} if journal is None else journal
+    most = positions(model)
 
     def generated(part: list[int], limit: int) -> list[Answer]:
-        return generate(model, tokenizer, [rows[n] for n in part], limit)
+        room = most + 1 - max(len(rows[n]) for n in part)
+        return generate(model, tokenizer, [rows[n] for n in part], min(limit, room))
 
     def chosen(part: list[int], limit: int) -> list[Answer]:
         choices = [queries[n].choices for n in part]
         scored = score_choices(model, tokenizer, [rows[n] for n in part], choices, scoring)
         return [likeliest(scores) for scores in scored]
 
-    written = [n for n, query in enumerate(queries) if query.eval_type == GENERATION]
-    lengths = [len(rows[n]) + max_new_tokens for n in written]
+    reads = [  # tokens of each prompt and its longest choice
+        len(row) + (_widest(tokenizer, query.choices) if query.eval_type == MULTIPLE_CHOICE else 0)
+        for query, row in zip(queries, rows, strict=True)
+    ]
+    for n, query in enumerate(queries):
+        if reads[n] > most:
+            answers[n] = FAILED
+            if takes(0):
+                warn(query, f"does not fit into a context of {most} tokens")
+            progress(len(rows[n]))
+            if deadline:
+                deadline.skip(len(rows[n]))
+    readable = [n for n in range(len(queries)) if n not in answers]
+    written = [n for n in readable if queries[n].eval_type == GENERATION]
+    lengths = [reads[n] + max_new_tokens for n in written]
     write_tokens, choice_tokens = batch_tokens(model, model.device, model.dtype)
     ways = [(generated, written, lengths, write_tokens)]
     # Each choice needs a copy of its prompt's key-value cache and the logits of its own tokens.
-    for count in sorted({len(query.choices) for query in queries if query.eval_type == MULTIPLE_CHOICE}):
-        part = [
-            n
-            for n, query in enumerate(queries)
-            if query.eval_type == MULTIPLE_CHOICE and len(query.choices) == count
-        ]
-        lengths = [len(rows[n]) + _widest(tokenizer, queries[n].choices) for n in part]
-        ways.append((chosen, part, lengths, choice_tokens // count))
+    choosing = [n for n in readable if queries[n].eval_type == MULTIPLE_CHOICE]
+    for count in sorted({len(queries[n].choices) for n in choosing}):
+        part = [n for n in choosing if len(queries[n].choices) == count]
+        ways.append((chosen, part, [reads[n] for n in part], choice_tokens // count))
     for way, part, lengths, budget in ways:
         tokens = math.inf if batch_size else budget
         batches = []
-        for places in by_length(lengths, tokens, batch_size):
+        prompts = [len(rows[n]) for n in part]
+        for places in _apart(by_length(lengths, tokens, batch_size), prompts, lengths, most):
             batch = [part[k] for k in places]
             if takes(sum(lengths[k] for k in places)):
                 batches.append(batch)
@@ -361,6 +393,20 @@ def answer(
             else:
                 batches = [half for whole in batches for half in halves(whole)]
     return [answers[n] for n in range(len(queries))]
+
+
+def _apart(
+    batches: Iterator[list[int]], prompts: Sequence[int], lengths: Sequence[int], most: int
+) -> Iterator[list[int]]:
+    """Yields batches; of one that is wider than `most` tokens, since it is padded, each row for itself.
+
+    Args:
+        prompts: tokens of each row's prompt, which is padded on the left.
+        lengths: these, and what comes after the prompt, which is padded on the right.
+    """
+    for batch in batches:
+        width = max(prompts[n] for n in batch) + max(lengths[n] - prompts[n] for n in batch)
+        yield from [batch] if width <= most else ([n] for n in batch)
 
 
 def _widest(tokenizer: Any, choices: Sequence[str]) -> int:

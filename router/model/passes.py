@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from router.model.answer import by_length, halves, if_it_fits, pad_left
+from router.model.answer import by_length, halves, if_it_fits, pad_left, positions
 from router.model.device import tokens_at_once
 from router.progress import progress
 
@@ -46,7 +46,8 @@ def batches(
 ) -> Iterator[tuple[list[int], Found]]:
     """Yields (row numbers, what was read) of left-padded batches; a title shows a bar.
 
-    A batch that does not fit into memory is read in halves, and so are all batches after it.
+    A batch that does not fit into memory is read in halves, and so are all batches after it. Of a prompt that
+    is longer than the model's `positions`, which has no answer, the start is read.
 
     Args:
         read: called with ids and mask of a batch, both (B, T); what it returns is not None.
@@ -55,6 +56,8 @@ def batches(
     Raises:
         Exception: whatever `read` raises; for want of memory only if a single prompt does not fit.
     """
+    most = positions(model)
+    rows = [row[:most] for row in rows]
     lengths = [len(row) for row in rows]
 
     def read_rows(batch: list[int]) -> Found:

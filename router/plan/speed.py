@@ -119,6 +119,7 @@ def _measure(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from router.model.answer import positions
     from router.model.base import ready
     from router.model.passes import batches, forward, truncated
     from router.routing.probe import probe
@@ -127,15 +128,17 @@ def _measure(
     small.num_hidden_layers = layers
     build: Any = AutoModelForCausalLM.from_config
     model = ready(build(small, dtype=dtype), device)
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(5, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    generator, room = torch.Generator().manual_seed(0), max(1, positions(model) - 4)  # for a step, four times
+    rows = [
+        torch.randint(5, config.vocab_size, (min(n, room),), generator=generator).tolist() for n in lengths
+    ]
     protos, means = _drawn(model, adapters, generator)
 
     def read(by: Any) -> None:
         for _, logits in batches(by, rows, 0, None, partial(forward, by)):
             logits.sum().item()
 
-    tokens, short = sum(lengths), truncated(rows)
+    tokens, short = sum(map(len, rows)), truncated(rows)
     with torch.inference_mode():
         found = {"read": _timed(lambda: read(model)) / tokens}
         seen = _timed(lambda: probe(model, short, 0, protos, means, len(adapters), "measure", ahead))

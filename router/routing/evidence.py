@@ -139,8 +139,8 @@ class Evidence:
                 raise ValueError("expected finite numbers, or none, got endless ones")
         if wrong := [name for name, reach in found.reach.items() if not reach > 0]:
             raise ValueError(f"expected a reach above 0, got {found.reach[wrong[0]]} of {wrong[0]:.60}")
-        if not np.isfinite(found.candidates).any(1).all():
-            raise ValueError("expected a score for each query, got none")
+        if not np.isfinite(found.candidates[:, :-1]).any(1).all():  # these need the base model's score, too
+            raise ValueError("expected an adapter's score for each query, got none")
         return found
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.errors import InputError
+from router.model.answer import positions
 from router.model.cache import read_prompts, read_token
 from router.model.device import batch_tokens, tokens_at_once
 from router.model.hooks import reading_inputs
@@ -192,7 +193,15 @@ def probe(
 
     Returns:
         The responses, and what the same pass tells of the base model.
+
+    Raises:
+        InputError: the model has too few `positions` for a prompt and what is written after it.
     """
+    if (longest := max(map(len, rows), default=0)) + ahead > (most := positions(model)):
+        raise InputError(
+            f"--max_seq_len: expected prompts of at most {most - ahead} tokens, since the base model has "
+            f"positions for {most} and --ahead takes {ahead}, got one of {longest}; pass less of either"
+        )
     share = SHARE if ahead else 0.0
     out = np.empty((len(rows), n_adapters, len(prototypes), 2), dtype=np.float32)
     confidence = np.empty(len(rows), dtype=np.float32)

@@ -155,7 +155,8 @@ def _serve_at(listener: socket.socket, args: argparse.Namespace) -> None:
             front.app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=args.timeout
         )
         port = listener.getsockname()[1]  # --port 0 is any
-        print(f"http://{args.host}:{port}: {len(front.router.variants)} variants", flush=True)
+        count = len(front.router.variants)
+        print(f"http://{args.host}:{port}: {count} variant{'s' * (count != 1)}", flush=True)
         await uvicorn.Server(config).serve([listener])  # drains on SIGTERM and Ctrl-C
 
     asyncio.run(run())

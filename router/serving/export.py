@@ -19,7 +19,7 @@ import torch
 
 from merge.factors import Factors, inner
 from merge.folders import AdapterError, open_adapter, served_rank, write_adapter
-from router.errors import InputError
+from router.errors import InputError, printable
 from router.files import replacing
 from router.routing.variants import limited
 from router.serving.gguf import base_gguf, converted
@@ -137,10 +137,9 @@ def export(
         file.write("#!/bin/sh\n# The base model and the adapters of a router; flags are passed on.\n")
         file.write(f'exec {shlex.join(ENGINES[engine](served))} "$@"\n')
     (folder / SCRIPT).chmod(0o755)
-    return [
-        *said,
-        f"{folder / SCRIPT}: {len(served.folders)} {what} of {name}, rank {served.rank}, for {engine}",
-    ]
+    count = len(served.folders)
+    many = f"{count} {what if count != 1 else what.removesuffix('s')}"
+    return [*said, f"{folder / SCRIPT}: {many} of {name}, rank {served.rank}, for {engine}"]
 
 
 def linked(folders: Mapping[str, Path], out: Path) -> dict[str, Path]:
@@ -174,9 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.max_rank is not None and args.max_rank < 1:
         p.error(f"--max_rank: expected a whole number from 1, got {args.max_rank}")
     try:
-        print("\n".join(export(args.folder, args.engine, args.max_rank, args.llama_cpp, args.gguf)))
+        lines = export(args.folder, args.engine, args.max_rank, args.llama_cpp, args.gguf)
+        print(printable("\n".join(lines)))
     except (InputError, AdapterError, OverflowError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -41,13 +41,13 @@ def read_served(folder: Path) -> Served:
     """Reads the variants in the folder of a saved router, or in the output folder of a run.
 
     Raises:
-        InputError: there are none, or the run's method makes none.
+        InputError: there are none, one is gone, or the run's method makes none.
     """
-    if saved := _json(folder / "router.json", {"variants": list, "base_model": str, "dtype": str}):
+    variants = [{"folder?": str, "weights?": {"*": float}}]
+    if saved := _json(folder / "router.json", {"variants": variants, "base_model": str, "dtype": str}):
         about = saved | {"base": saved | {"name": saved["base_model"]}}
     else:
-        variant = {"folder?": str, "weights?": {"*": float}}
-        shape = {"variants?": [variant], "base?": {"name": str, "dtype": str}}
+        shape = {"variants?": variants, "base?": {"name": str, "dtype": str}}
         about = _json(folder / "run.json", shape) or {}
         for one in about.get("variants") or []:
             if not one.get("folder") and set(one.get("weights") or {}) - {BASE_COLUMN}:
@@ -59,12 +59,19 @@ def read_served(folder: Path) -> Served:
         raise InputError(f"{folder}: expected a saved router or a finished run with variants, found neither")
     base = about["base"]
     folders, ranks, modules = {}, [1], set()
-    for number in range(len(about["variants"])):
+    for number, variant in enumerate(about["variants"]):
         path = folder / VARIANTS / str(number)
-        if config := _json(path / CONFIG_FILE, {"r": int, "target_modules": [str]}):
+        config = _json(path / CONFIG_FILE, {"r": int, "target_modules": [str]})
+        if config:
             folders[served(number)] = path
             ranks.append(config["r"])
             modules |= {name.rpartition(".")[2] for name in config["target_modules"]}
+        elif any(share for own, share in (variant.get("weights") or {}).items() if own != BASE_COLUMN):
+            record, again = ("router.json", "save the router") if saved else ("run.json", "run")
+            raise InputError(
+                f"{path}: expected variant {number}, which {record} names, found none; put its folder "
+                f"back, or {again} again"
+            )
     name = str(Path(base["name"]).resolve()) if is_folder(base["name"]) else base["name"]
     return Served(name, base.get("revision"), base["dtype"], folders, max(ranks), sorted(modules))
 

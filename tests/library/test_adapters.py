@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -216,11 +217,18 @@ def test_a_weight_that_is_not_finite_is_found_on_reading(tiny_library, value):
         list(adapter.read_all())
 
 
-def test_weights_that_vanish_after_the_check_are_named(tiny_library):
+@pytest.mark.parametrize(
+    "spoilt", [Path.unlink, lambda file: os.truncate(file, 3000), lambda file: save_file({}, file)],
+    ids=["gone", "truncated", "others"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "read", [lambda of: list(of.read_all()), lambda of: of.read(min(of.folder.shapes))], ids=["all", "one"]
+)  # fmt: skip
+def test_weights_that_vanish_after_the_check_are_named(tiny_library, spoilt, read):
     (adapter,) = load_library([str(tiny_library / "mlp")])
-    (tiny_library / "mlp" / "adapter_model.safetensors").unlink()
+    spoilt(tiny_library / "mlp" / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"adapter mlp .*cannot be read"):
-        list(adapter.read_all())
+        read(adapter)
 
 
 @pytest.mark.parametrize("error", [LocalEntryNotFoundError("no network"), ConnectionError()])

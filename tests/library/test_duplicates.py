@@ -73,6 +73,19 @@ def flipped(key, tensor):
     return -tensor if "lora_B" in key else tensor
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_module_where_the_update_is_zero_makes_no_difference(base, tmp_path, order):
+    one = adapter(tmp_path / "one", kinds=("self_attn.q_proj",))
+    same = load_file(one.folder.path / "adapter_model.safetensors")
+    more = adapter(
+        tmp_path / "more",
+        lambda key, tensor: same.get(key, tensor * 0 if "lora_B" in key else tensor),
+        kinds=("self_attn.q_proj", "self_attn.v_proj"),
+    )
+    adapters = [one, adapter(tmp_path / "other", seed=2), more][::order]
+    assert representatives(adapters, responses(base, adapters))[0].tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("changes", [(level(1), level(2)), (lambda key, x: x, flipped)], ids=["B", "sign"])
 def test_of_adapters_that_read_alike_and_do_different_things_the_first_answers(base, tmp_path, changes):
     adapters = [adapter(tmp_path / f"{n}", change) for n, change in enumerate(changes)]

@@ -283,7 +283,11 @@ REFUSED = {
     "other_layers": (changed(layers_to_transform=[0]), "", "holds weights of model.layers.1."),
     "excluded": (changed(exclude_modules=["q_proj"]), "", "which target_modules in"),
     "layers_text": (changed(layers_to_transform="all"), "adapter_config.json", "to be numbers, got 'all'"),
-    "layers_pattern": (changed(layers_pattern=["("]), "adapter_config.json", "layers_pattern is no regular"),
+    "layers_pattern": (
+        changed(layers_pattern=["("]),
+        "adapter_config.json",
+        "layers_pattern: the pattern '(' is no",
+    ),
     "longer_than_the_file": (with_header(tensor_of([4], 0, 16)), *LIES),
     "another_size": (with_header(tensor_of([3], 0, 8)), *LIES),
     "overlapping": (with_header(tensor_of([2], 0, 8) | {"b": tensor_of([2], 0, 8).popitem()[1]}), *LIES),
@@ -437,9 +441,21 @@ def test_many_slow_patterns_are_given_up_together(tmp_path, monkeypatch):
     monkeypatch.setattr("merge.folders.time.monotonic", lambda: next(clock) / 10)
     with pytest.raises(AdapterError, match="takes too long"):
         open_adapter(folder)
+    monkeypatch.setattr("merge.folders.time.monotonic", lambda: next(clock) * 3)  # to compile the first
+    with pytest.raises(AdapterError, match="alpha_pattern: so many patterns take too long"):
+        open_adapter(folder)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", r".*\.(q|k|v|o|gate|up|down)_proj", None])
+# As PEFT is given where a few layers of a large model are trained.
+NAMED = "|".join(
+    rf"model\.layers\.\d{{1,2}}\.(mlp|self_attn)\.{kind}{n}_proj" for kind in "qk" for n in range(180)
+)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", r".*\.(q|k|v|o|gate|up|down)_proj", None, rf"{NAMED}|(\w+\.)+(q|k|v|o|gate|up|down)_proj"],
+)
 def test_targets_may_be_all_or_a_pattern(tmp_path, targets):
     assert len(open_adapter(write_tiny_adapter(tmp_path / "a", 1, target_modules=targets)).ranks) == 14
 
@@ -452,11 +468,39 @@ def test_what_is_too_large_for_its_dtype_is_not_written(tmp_path):
     assert not (tmp_path / "not").exists()
 
 
+DEEP = "(" * 5000 + "a" + ")" * 5000
+
+
 @pytest.mark.parametrize(
     ("config", "cause"),
     [
         ({"init_lora_weights": "pissa_niter_4"}, "takes a part out of the base's weights"),
         ({"alpha_pattern": {"(": 4}}, "is no regular expression"),
+        *(
+            (config, f"adapter_config.json: {next(iter(config))}: the pattern '\\(\\(\\(.*recursion")
+            for config in (
+                {"target_modules": DEEP},
+                {"exclude_modules": DEEP},
+                {"layers_pattern": ["x", DEEP]},
+                {"rank_pattern": {DEEP: 4}},
+                {"alpha_pattern": {DEEP: 4}},
+            )
+        ),
+        *(
+            (
+                {"target_modules": pattern},
+                "target_modules: the pattern .* (is longer than 20000|repeats too much)",
+            )
+            for pattern in (
+                "|".join(f"module{n}" for n in range(2000)),
+                "x{99999999}",
+                "(?:(?:ab){999}){999}",
+                "(?:" * 40 + "a" + "b)+" * 40,
+                "(?x)" + "(?: " * 40 + "a" + r"\([)]b) { 1,2}" * 40,
+                "(?x)" + "(?:#)\n" * 40 + "a" + "b)+" * 40,
+                "(?:" * 40 + "a" + "b)(?#)+" * 40,
+            )
+        ),
     ],
 )
 def test_settings_that_would_be_misread_are_refused(tmp_path, config, cause):

@@ -359,6 +359,34 @@ def test_generation_stops_where_transformers_does_in_every_family(base, name):
     assert min(len(own.ids) for own in found) < 10
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neo", "gptj"])
+def test_where_positions_end_so_does_an_answer_and_what_is_longer_has_none(base, name, caplog):
+    """Llama computes its positions, and goes on beyond the 32 tokens that it was made for."""
+    model = family(name, base.model.config.vocab_size, max_position_embeddings=32)
+    model.config.eos_token_id = model.generation_config.eos_token_id = EOS
+    other, end = replace(base, model=model), 99 if name == "llama" else 32
+    queries = generation(*(LONG[:n] for n in (10, 26, 27, 28, 30, 32, 33, 50)))
+    long = "a long choice"
+    queries += [
+        Query(f"c{n}", LONG[:n], "multiple_choice", (choice, "b"))
+        for n, choice in ((10, long), (18, long), (28, "abc"), (20, long), (50, "abc"))
+    ]
+    found = answered(other, queries, max_new_tokens=6)
+    for query, one in zip(queries, found, strict=True):
+        ids = letters(base, query.input)
+        tails = [letters(base, choice) for choice in query.choices]
+        if one.failed:
+            assert len(ids) + max(map(len, tails), default=0) > end
+            assert one.text == "unknown" and f"query {query.id}: does not fit into a context" in caplog.text
+        elif query.choices:
+            expected = [log_probability(other, ids, choice) for choice in query.choices]
+            assert one.scores == pytest.approx(expected, abs=1e-3)
+        else:
+            assert one.ids == greedy(other, ids, min(6, end + 1 - len(ids)))
+    failed = [query.id for query, one in zip(queries, found, strict=True) if one.failed]
+    assert failed == ([] if name == "llama" else ["6", "7", "c20", "c50"])
+
+
 def test_without_a_token_that_ends_a_text_an_answer_has_all_its_tokens(base):
     model = family("llama", base.model.config.vocab_size)
     model.config.eos_token_id = model.generation_config.eos_token_id = None

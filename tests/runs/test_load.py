@@ -112,8 +112,10 @@ BROKEN = {
     "evidence of another shape": (evidence_of(votes=np.zeros((2, 3), np.float32)), "float32 of shape [2, "),
     "evidence of whole numbers": (evidence_of(base_score=np.zeros(2, int)), "expected float32 of shape [2]"),
     "evidence without scores": (
-        evidence_of(scores=np.full((2, 3), np.nan, np.float32), base_score=np.full(2, np.nan, np.float32)),
-        "expected a score for each query",
+        evidence_of(scores=np.array([[1, np.nan, 0], [np.nan] * 3], np.float32)), "an adapter's score",
+    ),
+    "evidence without a score of the base model": (
+        evidence_of(base_score=np.array([1, np.nan], np.float32)), "an adapter's score",
     ),
     "evidence of an adapter without reach": (
         evidence_of(

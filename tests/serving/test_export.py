@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers import NAMES, ROOT, write_tiny_adapter
@@ -267,9 +267,43 @@ def test_what_has_no_variants_is_refused_in_a_line(out, capsys, tmp_path):
     assert main([str(tmp_path / "nothing")]) == 2
     assert "expected a saved router or a finished run" in capsys.readouterr().err
     shutil.rmtree(out / "variants")
+    record = json.loads((out / "run.json").read_text())
+    record["variants"] = [{"folder": None, "queries": 1, "weights": {"base": 1.0}}]
+    (out / "run.json").write_text(json.dumps(record))
     assert main([str(out)]) == 2
     assert "the base model answers all" in capsys.readouterr().err
     (out / "run.json").write_text("{")
     assert main([str(out)]) == 2
     with pytest.raises(SystemExit):
         main([str(out), "--max_rank", "0"])
+
+
+def test_a_variant_whose_folder_is_gone_is_named_with_what_to_do(out, capsys, tmp_path, base, tiny_library):
+    gone = folders_in(out)[-1]
+    shutil.rmtree(gone)
+    assert main([str(out)]) == 2
+    told = (
+        f"{gone}: expected variant {gone.name}, which run.json names, found none; put its folder back, or run"
+    )
+    assert told in capsys.readouterr().err and not (out / "serve.sh").exists()
+    router = Router.from_library(tiny_library, base_model=base.name, device="cpu", dtype="float32")
+    saved = router.fit(["What is two and two?", "Say x", "Bonjour !"]).save(tmp_path / "saved")
+    assert read_served(saved).folders.keys() == {f"variant-{path.name}" for path in folders_in(saved)}
+    shutil.rmtree(folders_in(saved)[0])
+    assert main([str(saved)]) == 2
+    assert "which router.json names, found none; put its folder back, or save" in capsys.readouterr().err
+
+
+def test_a_single_variant_is_told_as_one(command, capsys):
+    _, out = command("average")
+    assert main([str(out)]) == 0
+    assert "serve.sh: 1 variant of " in capsys.readouterr().out
+
+
+def test_a_strangers_words_do_not_control_the_terminal(out, capsys):
+    """A tensor's name says what it likes."""
+    file = folders_in(out)[0] / "adapter_model.safetensors"
+    save_file(load_file(file) | {"\x1b[2Jx": torch.ones(1)}, file)
+    assert main([str(out), "--max_rank", "1"]) == 2
+    error = capsys.readouterr().err
+    assert r"got \x1b[2Jx;" in error and "\x1b" not in error

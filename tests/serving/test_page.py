@@ -10,10 +10,15 @@ from serving_stubs import Two, Upstream, serving  # noqa: E402
 from router.serving.front import Front  # noqa: E402
 
 
+def front(**how):
+    """A front of a stub, in a thread."""
+    how["transport"] = httpx.ASGITransport(Upstream().app)
+    return serving(Front(Two(), "http://upstream", **how).app)
+
+
 @pytest.fixture()
 def address():
-    """A front of a stub, in a thread."""
-    with serving(Front(Two(), "http://upstream", transport=httpx.ASGITransport(Upstream().app)).app) as found:
+    with front() as found:
         yield found
 
 
@@ -32,7 +37,7 @@ def test_the_page_shows_who_answered_and_how_sure_it_was(address, browser):
     ]
     shares = [row.inner_text().split("\t") for row in page.query_selector_all("#shares tbody tr")]
     assert shares == [["variant-0", "2", "67 %"], ["the-base", "1", "33 %"]]
-    assert "33 % left to the base model" in page.inner_text("#summary")
+    assert "33 % left to the base model" in page.inner_text("#summary") and not page.is_visible("#ask")
     page.close()
     assert wrong == []
 
@@ -42,3 +47,29 @@ def test_before_the_first_request_the_page_says_so(address, browser):
     page.goto(address)
     assert page.inner_text("#summary") == "No request yet." and not page.is_visible("#shares")
     page.close()
+
+
+def test_the_page_asks_for_the_key_and_keeps_it_to_itself(browser):
+    def ask(prompt):
+        body, own = {"model": "auto", "prompt": prompt}, {"authorization": "Bearer secret"}
+        httpx.post(f"{address}/v1/completions", json=body, headers=own).raise_for_status()
+
+    with front(api_key="secret") as address:
+        ask("x")
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("#ask")
+        assert page.inner_text("#summary") == "The decisions need the API key."
+        for key in ("wrong", "secret"):
+            assert page.query_selector("#rows tr") is None
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+            page.wait_for_selector("#rows tr" if key == "secret" else "text=This is not the API key.")
+        assert not page.is_visible("#ask")
+        ask("y")
+        page.wait_for_selector("#rows tr:nth-child(2)")  # it goes on looking
+        kept = page.evaluate("[localStorage.length, sessionStorage.length, document.cookie, location.href]")
+        assert kept == [0, 0, "", f"{address}/"]
+        page.reload()
+        page.wait_for_selector("#ask")
+        page.close()
