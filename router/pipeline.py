@@ -121,10 +121,8 @@ class Routed(Merges):
     def answering(self, queries: Sequence[Query], folder: Path | None = None) -> Iterator[Result]:
         """As `answer`; the variants replace earlier ones once the block has ended without an error."""
         output, rows = folder or self.settings.output_folder, self.encoded(queries)
-        limit, new = (
-            self.max_seq_len or self.settings.max_seq_len,
-            self.max_gen_len or self.settings.max_gen_len,
-        )
+        limit = self.max_seq_len or self.settings.max_seq_len
+        new = self.max_gen_len or self.settings.max_gen_len
         for cut in _cuts(rows, limit, new, self.base.model):
             log.warning("%s", cut)
         routing = self._routing(queries, rows)

@@ -1,20 +1,22 @@
 """What an adapter that was made to attract queries costs: `python -m scripts.docs.hostile`.
 
 Puts hostile adapters beside the libraries that are at hand, routes the labelled queries, and writes the table
-into docs/reliability.md. A query that was decided rightly and now goes to a hostile adapter counts as lost
-whole, so a cost is the most that the mean score can fall. Nothing is answered. Reads labels, so nothing that
-routes may import it.
+into docs/reliability.md. A query that was decided rightly and now is not counts as lost whole: with it goes
+what the benchmark's answer to it scored, so the points are the most that the mean score can fall. Nothing is
+answered. Reads labels, so nothing that routes may import it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merge.factors import Factors, inner
@@ -32,8 +34,12 @@ from router.routing.fitted import Fitted
 from router.routing.gate import PrototypeGate
 from router.routing.probe import Probed, counted_tokens, probe
 from router.routing.prototypes import of_some, prototypes
+from scripts.bench import runner
 from scripts.bench.development import Labelled, libraries
 from scripts.bench.markdown import header, insert, row
+from scripts.bench.quality.cells import COLUMNS
+from scripts.bench.quality.cells import FOLDER as CELLS
+from scripts.bench.quality.settings import OURS, QUERIES
 
 OUT, FOLDER = Path("docs/reliability.md"), Path("output/hostile")
 RANK = 16
@@ -184,8 +190,28 @@ def attacks(attacker: Attacker) -> Iterator[tuple[str, dict[str, Updates], bool]
     yield "one of these, listed first", {"turned": turned["turned00"]}, True
 
 
-def cost(of: Labelled) -> Iterator[tuple[str, float, float, str]]:
-    """For each attack: share of queries lost, share that hostile adapters answer, and what the run says."""
+def worth(of: Labelled) -> NDArray[np.float64]:
+    """What the benchmark's answer to each query scored, (queries,); 1 where it is not known."""
+    file = runner.file_of(CELLS, (of.name, QUERIES, OURS, "0"))
+    parts = json.loads(file.read_text("utf-8")) if file.exists() else []
+    place = COLUMNS.index("score")
+    known = {
+        tuple(line[:3]): line[place]
+        for part in parts
+        for line in part["answers"]
+        if not np.isnan(line[place])
+    }
+    keys = zip(of.rows["split"], of.rows["task"], of.rows["id"], strict=True)
+    return np.array([known.get(key, 1.0) for key in keys], dtype=float)
+
+
+def cost(of: Labelled) -> Iterator[tuple[str, float, float, float, str]]:
+    """For each attack what it costs, and what the run says of it.
+
+    Yields:
+        The attack; the share of queries lost; what their answers scored, at most so much of the mean score;
+        the share that hostile adapters answer; the flag.
+    """
     base, own = load_base(of.base, "cpu", "float32"), load_library([str(of.adapters)])
     attacker = Attacker(base, own)
     hostile: dict[str, list[Adapter]] = {}
@@ -220,6 +246,7 @@ def cost(of: Labelled) -> Iterator[tuple[str, float, float, str]]:
         )
 
     weights, fitted = decided(list(range(len(own))))
+    scored = worth(of)
     before, start = right(weights, fitted.names), len(own)
     for title, group in hostile.items():
         members = list(range(start, start + len(group)))
@@ -236,7 +263,8 @@ def cost(of: Labelled) -> Iterator[tuple[str, float, float, str]]:
         aside += ["silent"] * any(n in fitted.silent for n in theirs)
         aside += ["outlier"] * any(_norm(adapter) > OUTLIER * attacker.norm for adapter in group)
         taken = weights[:, theirs].sum(1) > 0.25
-        yield title, float(lost.mean()), float(taken.mean()), ", ".join(aside) or "nothing"
+        points = float((lost * scored).mean())
+        yield title, float(lost.mean()), points, float(taken.mean()), ", ".join(aside) or "nothing"
 
 
 def main() -> None:
@@ -244,11 +272,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.parse_args()
     found = {of.name: list(cost(of)) for of in libraries()}
-    names = [f"{name}: {what}" for name in found for what in ("lost", "taken")]
+    names = [f"{name}: {what}" for name in found for what in ("lost", "points", "taken")]
     lines = header(["attack", "flagged as", *names], 2)
     for group in zip(*found.values(), strict=True):
-        shares = [f"{100 * share:.1f}" for _, lost, taken, _ in group for share in (lost, taken)]
-        lines.append(row(group[0][0], group[-1][3], *shares))
+        shares = [f"{100 * share:.1f}" for _, *costs, _ in group for share in costs]
+        lines.append(row(group[0][0], group[-1][-1], *shares))
     insert(OUT, "hostile", lines)
 
 
