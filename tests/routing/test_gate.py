@@ -464,11 +464,12 @@ def test_top_k_and_temperature():
     assert (cold > warm).all()
 
 
-def test_weights_are_the_softmax_of_the_candidates_that_are_kept():
+@pytest.mark.parametrize(("top_k", "kept"), [(2, ([1, 2, 4], [1, 2, 4])), (3, ([0, 1, 2, 4], [1, 2, 3, 4]))])
+def test_weights_are_the_softmax_of_the_candidates_that_are_kept(top_k, kept):
     candidates = np.array([[1.0, 3.0, 2.0, 0.5, 1.5], [-np.inf, 0.0, -1.0, -3.0, 9.0]])
-    found = PrototypeGate(temperature=0.7, top_k=2).weights(candidates)
-    for row, kept, weights in zip(candidates, ([1, 2, 4], [1, 2, 4]), found, strict=True):
-        top = {k: math.exp(row[k] / 0.7) for k in kept}
+    found = PrototypeGate(temperature=0.7, top_k=top_k).weights(candidates)
+    for row, own, weights in zip(candidates, kept, found, strict=True):
+        top = {k: math.exp(row[k] / 0.7) for k in own}
         expected = [top.get(k, 0.0) / sum(top.values()) for k in range(5)]
         np.testing.assert_allclose(weights, expected, rtol=1e-9)
 
