@@ -260,7 +260,7 @@ def spoil_format(saved, _):
     ("spoil", "cause"),
     [
         (spoil_base, "expected the weights that .* was made for"),
-        (spoil_format, "expected format 4, got 99"),
+        (spoil_format, "expected format 5, got 99"),
         (lambda saved, _: (saved / "router.json").write_text("{"), "expected what Router.save wrote"),
         (lambda saved, _: (saved / "router.safetensors").write_bytes(b"x"), "save it again"),
         (lambda saved, _: (saved / "router.safetensors").unlink(), "save it again"),

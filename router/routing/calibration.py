@@ -27,7 +27,7 @@ from router.routing.prototypes import FORMAT as PROTOTYPES
 from router.routing.prototypes import ModulePrototypes, of_some
 from router.routing.store import content, load, save
 
-FORMAT = 4  # raise it when what is measured changes
+FORMAT = 5  # raise it when what is measured changes
 # A module is silent if generic text has less than this share of chance along what the adapter reads. Trained
 # adapters have 0.6 and more, random ones 1; see docs/method.md.
 SILENT = 0.4

@@ -35,7 +35,7 @@ from router.routing.prototypes import ModulePrototypes
 FILE = "router.safetensors"
 AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
 RESPONSES = 1 << 25  # of a large library fewer prompts, so that there are at most so many responses
-FORMAT = 4  # raise it when a reader of the old one could not use the new one
+FORMAT = 5  # raise it when a reader of the old one could not use the new one
 _LEARNED = (
     "mean_", "std_", "loadings_", "filter_", "scale_", "reach_", "confidence_", "reference_leads_"
 )  # fmt: skip

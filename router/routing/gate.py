@@ -53,8 +53,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     Several adapters may be above the base model, relatives mostly, and their scores do not compare: one that
     reads many modules can be further out on a relative's queries than the relative, which reads few. So what
     an adapter has above the base model is divided by its reach: how far out its own queries are expected. By
-    the filter's own model that is in proportion to `sum(filter (1 - l_i^2) / (exp(2 mean) std))`. The
-    prediction is rough, and its square root is nearest to what was seen (docs/ablations.md). Whether any
+    the filter's own model that is in proportion to `sum(filter (1 - l_i^2) / (exp(2 mean) std))`. Whether any
     adapter is above the base model does not depend on it.
 
     Of more than 256 adapters only a shortlist gets scores (router/routing/shortlist.py). As many, drawn at
@@ -165,7 +164,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             raw = np.concatenate([_nanmean(self._votes(X[part]), 2) for part in _parts(X)])
         self.scale_ = raw.std(0, ddof=1).clip(1e-6)
         shift = _nanmean((self.filter_ * matched * (1 - loadings**2)).sum(2), 1) / self.scale_
-        self.reach_ = np.sqrt(shift / np.exp(np.log(shift).mean())).clip(1 / _FARTHEST, _FARTHEST)
+        self.reach_ = (shift / np.exp(np.log(shift).mean())).clip(1 / _FARTHEST, _FARTHEST)
         self.__dict__.pop("_shortlist", None)
         return self
 

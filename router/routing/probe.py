@@ -1,6 +1,6 @@
 """The base model reads prompts and writes a few tokens: how much each adapter responds to each prompt.
 
-Hooks on the target modules turn the input of every token into one number per adapter and pool it over the
+Hooks on the target modules turn the input of every token into one number per adapter and average it over the
 prompt, and over its end and what is written next; no activation is kept. Padding is not counted, and neither
 is the first token, an attention sink whose norm is tens of times that of other tokens. Knows no labels and no
 adapter's name.
@@ -29,6 +29,7 @@ from router.routing.prototypes import ModulePrototypes
 END = 2  # counted tokens that are the end of a prompt, just before the answer
 AHEAD = 8  # tokens that the base model writes after a prompt, where the settings do not say otherwise
 KEPT = 512  # tokens that are written, at most, whose inputs at all modules are kept until they are needed
+BLOCK = 256  # tokens that a processor centres at once in float32, so that they stay in its caches
 SHARE = 0.5  # of what it writes in the second response; the end of the prompt has the rest
 
 
@@ -92,7 +93,9 @@ class _Counted:
                 f"--adapters: expected adapters of modules that get every token, but {name} gets {len(flat)} "
                 f"of {self.of}, as one of several experts"
             )
-        return flat[self.places]
+        if isinstance(self.places, slice):
+            return flat[self.places]
+        return flat.index_select(0, self.places)  # quicker than flat[self.places]
 
 
 class _Inputs:
@@ -105,15 +108,24 @@ class _Inputs:
     def centred(self, name: str, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """The counted tokens minus the mean, (T', d_in) in x's dtype, and their norms, (T',) float32."""
         if self.seen is None or self.seen[0] is not x or not torch.equal(self.seen[1], mean):
-            less = self.counted.tokens(name, x) - mean  # float32, as the mean is
-            self.seen = x, mean, (less.to(x.dtype), less.norm(dim=1).clamp_min(1e-6))
+            rows = self.counted.tokens(name, x)  # (T', d_in)
+            centred, sizes = torch.empty_like(rows), torch.empty(len(rows), device=x.device)
+            block = BLOCK if x.device.type == "cpu" else len(rows)
+            for some, out, size in zip(
+                *(torch.split(of, block) for of in (rows, centred, sizes)), strict=True
+            ):
+                less = some.float() - mean
+                out.copy_(less)
+                size.copy_(less.norm(dim=1))
+            self.seen = x, mean, (centred, sizes.clamp_min(1e-6))
         return self.seen[2]
 
 
 class Probed(NamedTuple):
     """What the base model tells of prompts."""
 
-    # (prompts, adapters, modules, 2), of the prompt, and of its end and what is next; NaN without a prototype
+    # (prompts, adapters, modules, 2) root mean square cosines, of the prompt, and of its end and what is
+    # next; NaN without a prototype
     responses: NDArray[np.float32]
     confidence: NDArray[np.float32]  # (prompts,) of the base model, see `confidence_of`
 
@@ -178,10 +190,11 @@ def probe(
 ) -> Probed:
     """How strongly a prompt's activations align with an adapter's input subspace, module by module.
 
-    The input of every counted token is centred with `means`. Its weighted cosine to a prototype is
-    `sqrt(sum_j w_j (v_j . x)^2) / norm(x)`, in [0, 1]. A prompt has two responses: the mean over all of its
-    counted tokens; and halfway between the mean over its end, the last END of them, and the mean over the
-    next tokens that the model writes, the likeliest each time, past an end of sequence too.
+    The input of every counted token is centred with `means`. Its weighted squared cosine to a prototype is
+    `sum_j w_j (v_j . x)^2 / norm(x)^2`, in [0, 1]. A prompt has two responses, each the root of a mean of
+    these: of the mean over all of its counted tokens; and of the one halfway between the mean over its end,
+    the last END of them, and the mean over the next tokens that the model writes, the likeliest each time,
+    past an end of sequence too.
 
     Args:
         model: the base model.
@@ -223,7 +236,7 @@ def probe(
 
     with torch.inference_mode():
         for batch, (sums, sure) in batches(model, rows, pad_id, title, read, together(model, ahead)):
-            out[batch] = sums.permute(2, 3, 0, 1).cpu().numpy()
+            out[batch] = sums.sqrt().permute(2, 3, 0, 1).cpu().numpy()
             confidence[batch] = sure.cpu().numpy()
     for m, proto in enumerate(prototypes.values()):
         columns = np.bincount(proto.owners.cpu().numpy(), minlength=n_adapters)
@@ -232,10 +245,10 @@ def probe(
 
 
 class _Responses:
-    """The responses of a batch, added up as the model reads it.
+    """The squared responses of a batch, added up as the model reads it.
 
     Attributes:
-        sums: (modules, 2, B, adapters) float32.
+        sums: (modules, 2, B, adapters) float32, weighted means of squared cosines.
     """
 
     def __init__(
@@ -255,7 +268,7 @@ class _Responses:
         return lambda part: self.added(part, counted[part], _averages(counted[part], share))
 
     def added(self, part: slice, counted: Tensor, views: Tensor) -> AbstractContextManager[None]:
-        """Inside the block, adds the cosines of what the model reads.
+        """Inside the block, adds the squared cosines of what the model reads.
 
         Args:
             part: the rows of the batch that it reads, b of them.
@@ -265,13 +278,13 @@ class _Responses:
         inputs = _Inputs(counted)
 
         def visit(name: str, x: Tensor) -> None:
-            self.sums[self.place[name], :, part] += views @ self._cosines(name, x, inputs).T
+            self.sums[self.place[name], :, part] += views @ self._squares(name, x, inputs).T
 
         return reading_inputs(self.model, list(self.prototypes), visit)
 
     @contextmanager
     def of_written(self, tokens: int, share: float) -> Iterator[None]:
-        """Inside the block the model writes a token of each prompt at a time; adds their cosines at its end.
+        """Inside the block the model writes a token of each prompt at a time; adds their squares at its end.
 
         Inputs are kept until then: one product of many tokens is quicker than many products of a few. No
         model changes an input later, or it could not be trained.
@@ -291,16 +304,16 @@ class _Responses:
         for name, own in kept.items():
             if len(own) != len(parts) or any(map(is_not, own, parts)):  # several modules share their inputs
                 parts, x = own, torch.cat([part.flatten(0, -2) for part in own])  # (tokens * B, d_in)
-            cosines = self._cosines(name, x, inputs)  # (adapters, tokens * B)
-            self.sums[self.place[name], 1] += share * cosines.view(-1, tokens, prompts).sum(1).T
+            squares = self._squares(name, x, inputs)  # (adapters, tokens * B)
+            self.sums[self.place[name], 1] += share * squares.view(-1, tokens, prompts).sum(1).T
 
-    def _cosines(self, name: str, x: Tensor, inputs: _Inputs) -> Tensor:
-        """Those of a module's inputs to the adapters' prototypes, (adapters, T')."""
+    def _squares(self, name: str, x: Tensor, inputs: _Inputs) -> Tensor:
+        """The squared cosines of a module's inputs to the adapters' prototypes, (adapters, T')."""
         proto = self.prototypes[name]
         centred, size = inputs.centred(name, x, self.means[name])  # (T', d_in), (T',)
         along = centred.to(proto.directions.dtype) @ proto.directions  # (T', K)
-        squares = along.float().square()
-        return proto.sums(squares.T.contiguous(), self.sums.shape[-1]).sqrt() / size
+        rows = along.T.to(torch.float32, memory_format=torch.contiguous_format)  # (K, T'), in one copy
+        return proto.sums(rows.square_(), self.sums.shape[-1]) / size.square()
 
 
 def _averages(counted: Tensor, share: float) -> Tensor:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from router.constants import BASE_COLUMN
 from router.files import replacing
@@ -28,7 +31,7 @@ from router.model.base import load_base
 from router.model.passes import truncated
 from router.routing.calibration import Calibration
 from router.routing.gate import SHARES, PrototypeGate
-from router.routing.probe import AHEAD, END, probe
+from router.routing.probe import AHEAD, END, _Responses, probe
 from router.routing.prototypes import prototypes
 from scripts.bench.development import SPLITS, Labelled, libraries
 from scripts.bench.markdown import header, insert, row
@@ -40,6 +43,7 @@ FITS, NOBODY = SPLITS[:3], SPLITS[3:]  # an adapter is right, or the base model
 WEIGHTS = (0.0, 0.5, 0.7, 0.85, 0.95, 1.0)  # bounds of the reliability table
 SEVERAL, CLOSE = 3, 2.0  # candidates that write, and how far below the best one they may be
 OTHERS = 4  # generic prompts
+POWERS = (1, 4)  # of the cosines of tokens, whose mean a response would be the root of
 # Three kinds of foreign text, by the start of their names in data/eval_foreign.
 KINDS = {
     "chat": ("chat_question", "small_talk"), "few-shot": ("few_shot",), "multiple choice": ("mc_",)
@@ -58,6 +62,7 @@ class Measured:
         reference, responses: of generic prompts and of queries, (prompts, adapters, modules, 2).
         reference_confidence, confidence: of the base model on them, (prompts,).
         unwritten: the same two arrays of responses without what the base model writes.
+        powered: these two with the mean of another power of the tokens' cosines, by the power.
         tried: of a query and an adapter, where several are above the base model and close: what it writes.
         labels: the adapter of each query, `base` where none fits.
         splits: of each query, one of SPLITS.
@@ -72,6 +77,7 @@ class Measured:
     responses: Any
     confidence: Any
     unwritten: tuple[Any, Any]
+    powered: dict[int, tuple[Any, Any]]
     tried: dict[Pair, Tried]
     labels: list[str]
     splits: NDArray[np.str_]
@@ -100,6 +106,11 @@ def measured(of: Labelled) -> Measured:
     means = calibration.means(list(protos))
     rows, pad = truncated(encode(base.tokenizer, of.rows["input"].tolist())), base.tokenizer.pad_token_id
     reading = partial(probe, base.model, prototypes=protos, means=means, n_adapters=len(adapters), pad_id=pad)
+    powered = {}
+    for power in POWERS:
+        with _power(power):
+            powers = (reading(rows=some).responses ** (2 / power) for some in (calibration.rows, rows))
+            powered[power] = next(powers), next(powers)
     found = Measured(
         of.name,
         [*(adapter.name for adapter in adapters), BASE_COLUMN],
@@ -108,6 +119,7 @@ def measured(of: Labelled) -> Measured:
         calibration.confidence(),
         *reading(rows=rows, title=of.name),
         (reading(rows=calibration.rows, ahead=0).responses, reading(rows=rows, ahead=0).responses),
+        powered,
         {},
         of.rows["adapter"].tolist(),
         of.rows["split"].to_numpy(str),
@@ -115,6 +127,19 @@ def measured(of: Labelled) -> Measured:
     )
     others = calibration.rows[:: len(calibration.rows) // OTHERS]
     return replace(found, tried=tried(base, adapters, rows, others, close(found)))
+
+
+def _power(power: int) -> AbstractContextManager[object]:
+    """Inside the block, the probe takes the root of the mean of another power of the cosines than the square.
+
+    It takes the square root of the mean, so the rest is left to the caller.
+    """
+
+    class Powered(_Responses):
+        def _squares(self, *args: Any) -> Tensor:
+            return super()._squares(*args) ** (power / 2)
+
+    return patch("router.routing.probe._Responses", Powered)
 
 
 def close(of: Measured) -> list[Pair]:
@@ -194,7 +219,8 @@ def which(found: Sequence[Measured]) -> list[str]:
         "without what the base model writes": lambda of: (
             PrototypeGate().fit(of.unwritten[0]).decision_function(of.unwritten[1]).argmax(1)
         ),
-        "no calibration: largest mean cosine": lambda of: np.nanmean(of.responses[..., 0], 2).argmax(1),
+        **{f"{_mean_of(power)}": partial(_highest_powered, power=power) for power in POWERS},
+        "no calibration: largest mean response": lambda of: np.nanmean(of.responses[..., 0], 2).argmax(1),
         "only the first third of the layers": lambda of: scores(of, early(of, 1 / 3)).argmax(1),
         "only the first two thirds of the layers": lambda of: scores(of, early(of, 2 / 3)).argmax(1),
         "every 2nd generic prompt": partial(_highest, prompts=slice(None, None, 2)),
@@ -219,6 +245,11 @@ def fits(found: Sequence[Measured]) -> list[str]:
             )
             for share in (0.1, now, 0.3)
         },
+        **{
+            f"false_alarm {share:g}, {_mean_of(power)}": partial(_powered, power=power, false_alarm=share)
+            for power in POWERS
+            for share in (0.1, now, 0.3)
+        },
         "as it is, without the base model's confidence": lambda of: (
             PrototypeGate().fit(of.reference).predict(of.responses)
         ),
@@ -230,10 +261,9 @@ def reaches(found: Sequence[Measured]) -> list[str]:
     """Which of several adapters above the base model: powers of the gate's reach."""
     rows: dict[str, Choose] = {
         "the same for all": partial(_reaching, power=0),
-        "the fourth root of what the filter predicts": partial(_reaching, power=0.5),
-        "its root **(as it is)**": partial(_reaching, power=1),
-        "its root to the power of 1.5": partial(_reaching, power=1.5),
-        "what the filter predicts": partial(_reaching, power=2),
+        "the root of what the filter predicts": partial(_reaching, power=0.5),
+        "what the filter predicts **(as it is)**": partial(_reaching, power=1),
+        "its power of 1.5": partial(_reaching, power=1.5),
     }
     return side_by_side(found, rows, FITS)
 
@@ -288,6 +318,21 @@ def _decided(of: Measured, **settings: Any) -> NDArray[np.int64]:
 def _unwritten(of: Measured, **settings: Any) -> NDArray[np.int64]:
     gate = PrototypeGate(**settings).fit(of.unwritten[0], confidence=of.reference_confidence)
     return gate.predict(of.unwritten[1], of.confidence)
+
+
+def _mean_of(power: int) -> str:
+    return "tokens by the mean of their " + ("cosines" if power == 1 else f"cosines' power of {power}")
+
+
+def _highest_powered(of: Measured, power: int) -> NDArray[np.int64]:
+    reference, responses = of.powered[power]
+    return np.asarray(PrototypeGate().fit(reference).decision_function(responses).argmax(1))
+
+
+def _powered(of: Measured, power: int, **settings: Any) -> NDArray[np.int64]:
+    reference, responses = of.powered[power]
+    gate = PrototypeGate(**settings).fit(reference, confidence=of.reference_confidence)
+    return gate.predict(responses, of.confidence)
 
 
 def promised(found: Sequence[Measured]) -> list[str]:

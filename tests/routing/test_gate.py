@@ -402,10 +402,13 @@ def test_an_adapters_own_queries_are_as_far_out_as_its_reach_says():
         X = text.copy()
         X[:, n] = np.sqrt(X[:, n] ** 2 + 1e-4)  # the same for all adapters
         far.append((gate.decision_function(X) - gate.decision_function(text))[:, n].mean())
-    assert gate.reach_.min() > 0.5 and gate.reach_.max() < 2
-    assert np.corrcoef(np.log(far), np.log(gate.reach_))[0, 1] > 0.95
-    slope = np.polyfit(np.log(gate.reach_), np.log(far), 1)[0]
-    assert slope == pytest.approx(2, abs=0.3)  # it is the root of what is expected
+    least, most = gate.reach_ == 0.5, gate.reach_ == 2
+    within = ~(least | most)
+    assert within.sum() > 5 and least.any() and most.any()
+    said, far = np.log(gate.reach_[within]), np.log(far)
+    assert np.corrcoef(said, far[within])[0, 1] > 0.95
+    assert np.polyfit(said, far[within], 1)[0] == pytest.approx(1, abs=0.15)
+    assert far[least].max() < far[within].mean() < far[most].min()
 
 
 def test_reach_decides_between_adapters_and_never_whether_one_fits():

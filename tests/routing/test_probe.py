@@ -71,11 +71,11 @@ def written(model, row, count=8):
     return row
 
 
-def cosine(x, update):
+def squared_cosine(x, update):
     """How much of one token's input lies where an update reads."""
     _, s, vh = np.linalg.svd(update)
     total = sum(s[j] / s.sum() * (vh[j] @ x) ** 2 for j in range(len(s)))
-    return np.sqrt(total) / np.linalg.norm(x)
+    return total / (x @ x)
 
 
 @pytest.fixture()
@@ -101,10 +101,10 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
                 assert np.isnan(found[:, i, m]).all()
                 continue
             for q, x in enumerate(inputs):
-                cosines = [cosine(token - mean, own[module]) for token in x[module]]
-                own_words = [cosine(token - mean, own[module]) for token in ahead[q][module][-8:]]
-                expected = [np.mean(cosines), (np.mean(cosines[-2:]) + np.mean(own_words)) / 2]
-                np.testing.assert_allclose(found[q, i, m], expected, rtol=1e-3, atol=1e-5)
+                squares = [squared_cosine(token - mean, own[module]) for token in x[module]]
+                own_words = [squared_cosine(token - mean, own[module]) for token in ahead[q][module][-8:]]
+                expected = [np.mean(squares), (np.mean(squares[-2:]) + np.mean(own_words)) / 2]
+                np.testing.assert_allclose(found[q, i, m], np.sqrt(expected), rtol=1e-3, atol=1e-5)
 
 
 def test_a_prompt_that_is_no_longer_than_its_end_has_one_response_twice(base, measured):
