@@ -47,7 +47,7 @@ class Evidence:
         adapters: names, in the order of the columns.
         modules: names, in the order of the columns of `votes`.
         responses: (queries, adapters) mean response of the whole prompt, over the modules that count; a
-            cosine in [0, 1].
+            root mean square cosine in [0, 1].
         scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for one that
             another adapter represents, or that is silent everywhere, and in a large library for one that is
             not on the query's shortlist; its response is NaN then, too.

@@ -42,6 +42,7 @@ def drawn(name, seed, splits):
         responses,
         confidence,
         unwritten,
+        dict.fromkeys(ablate.POWERS, unwritten),
         {},
         labels,
         splits,
