@@ -273,14 +273,29 @@ def test_a_loss_in_one_kind_of_foreign_query_is_not_hidden_by_a_gain_in_another(
     ours, base = {"chat": [1, 0], "prose": [1, 1]}, {"chat": [1, 1], "prose": [0, 1]}
     found = answered({(kind, "proto_route"): column for kind, column in ours.items()}
                      | {(kind, "base"): column for kind, column in base.items()})  # fmt: skip
-    told = list(tables._without_adapter(results(foreign=found.assign(found=1.0)), "tiny"))
-    assert [met for *_, met in told] == [True, False, True, False]
-    assert told[1][2] == "-50.0 points (chat)"
+    told = list(tables._without_adapter(results(foreign=found.assign(found=1.0, routed="x")), "tiny"))
+    assert [met for *_, met in told] == [True, False, True, False, True, False]
+    assert told[1][2] == told[3][2] == "-50.0 points (chat)"
+
+
+def test_what_the_base_model_answers_in_another_batch_is_no_loss_by_adapters():
+    found = answered({("chat", "proto_route"): [0, 0, 1, 0], ("chat", "base"): [1, 1, 0, 1]})
+    ours = ["base", "x", "base", "base"]
+    told = list(
+        tables._without_adapter(
+            results(foreign=found.assign(found=1.0, routed=[*ours, *["base"] * 4])), "tiny"
+        )
+    )
+    assert [value for _, aim, value, _ in told if "in every kind" in aim] == [
+        "-50.0 points (chat)", "-25.0 points (chat)",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("left", "kept"), [(1.0, False), (0.8, True), (0.5, False)])
 def test_a_promise_of_false_alarms_is_broken_by_too_few_and_by_too_many(left, kept):
-    found = answered({("chat", "proto_route"): [1, 1], ("chat", "base"): [1, 1]}).assign(found=left)
+    found = answered({("chat", "proto_route"): [1, 1], ("chat", "base"): [1, 1]}).assign(
+        found=left, routed="x"
+    )
     *_, (_, aim, sent, met) = tables._without_adapter(results(foreign=found), "tiny")
     assert "false alarms" in aim and sent == f"{1 - left:.3f}" and met == kept
 
