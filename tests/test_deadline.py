@@ -113,7 +113,7 @@ def test_too_late_for_all_variants_the_base_model_answers_for_some(command, pace
     _, out = command("proto_route", *MANY, out="plain")
     plainly = read_table(out / "queries.csv"), read_table(out / "queries.routing.csv")
     assert len({row["variant"] for row in plainly[1]}) > 2
-    clock.now, swaps[0] = 0, 100
+    clock.now, swaps[0] = 0, 150
     code, out = command("proto_route", *MANY, "--time_limit", 5)
     cut = told(out)
     assert code == 0 and cut["to_base"] > 0 and cut["unanswered"] == 0 and clock.now <= 5 * 60
@@ -134,7 +134,7 @@ def test_too_late_for_all_variants_the_base_model_answers_for_some(command, pace
 def test_what_the_base_model_answered_for_want_of_time_is_not_kept(command, paced, clock, swaps):
     paced(1)
     _, plain = command("proto_route", *MANY, out="plain")
-    clock.now, swaps[0] = 0, 100
+    clock.now, swaps[0] = 0, 150
     with patch("router.run.write_submission", side_effect=OSError(errno.ENOSPC, "No space left on device")):
         code, out = command("proto_route", *MANY, "--time_limit", 5)
     assert code == 2
