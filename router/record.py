@@ -122,7 +122,7 @@ def summary(found: dict[str, Any]) -> str:
     for name in found.get("silent", []):
         lines.append(
             f"warning: {name} reads directions that text hardly has, as an adapter does that is made to "
-            "attract all queries; those of its modules do not count"
+            "attract all queries; it gets no weight"
         )
     if left_out := found.get("left_out"):
         lines += [f"{_count(len(left_out), 'adapter')} left out:", *(f"  {reason}" for reason in left_out)]

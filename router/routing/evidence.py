@@ -49,7 +49,7 @@ class Evidence:
         responses: (queries, adapters) mean response of the whole prompt, over the modules that count; a
             root mean square cosine in [0, 1].
         scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for one that
-            another adapter represents, or that is silent everywhere, and in a large library for one that is
+            another adapter represents, or that is in `silent`, and in a large library for one that is
             not on the query's shortlist; its response is NaN then, too.
         base_score: (queries,) score of the base model, which an adapter's has to exceed: the level, and more
             where the base model is surer of the next token than usual.

@@ -62,8 +62,8 @@ class Fitted:
         representative: for each adapter, the number of the one that stands for all that read alike.
         lookalikes: numbers of those that are no duplicates of their representative.
         silent: numbers of those that are silent at most of their modules.
-        reference: (adapters, modules, 2) mean response to generic text; NaN without a prototype and where an
-            adapter is silent.
+        reference: (adapters, modules, 2) mean response to generic text; NaN without a prototype, where an
+            adapter is silent, and everywhere for one that is silent at most of its modules.
         ahead: how many tokens the base model writes after a prompt, which the gate was fitted with.
     """
 
@@ -103,6 +103,7 @@ class Fitted:
         quiet: NDArray[np.bool_] = silent(reference, widths)  # (adapters, modules)
         there = np.isfinite(reference[0, ..., 0]).sum(1)  # (adapters,)
         most = np.flatnonzero(2 * quiet.sum(1) > there)
+        quiet[most] = True  # the few modules that are left would speak for it all the louder
         if quiet.any():
             reference = reference.copy()
             reference[:, quiet] = np.nan
