@@ -219,7 +219,7 @@ def which(found: Sequence[Measured]) -> list[str]:
         "without what the base model writes": lambda of: (
             PrototypeGate().fit(of.unwritten[0]).decision_function(of.unwritten[1]).argmax(1)
         ),
-        **{f"{_mean_of(power)}": partial(_highest_powered, power=power) for power in POWERS},
+        **{_mean_of(power): partial(_highest_powered, power=power) for power in POWERS},
         "no calibration: largest mean response": lambda of: np.nanmean(of.responses[..., 0], 2).argmax(1),
         "only the first third of the layers": lambda of: scores(of, early(of, 1 / 3)).argmax(1),
         "only the first two thirds of the layers": lambda of: scores(of, early(of, 2 / 3)).argmax(1),
