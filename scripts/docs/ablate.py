@@ -185,6 +185,14 @@ FILTERS: dict[str, Callable[[PrototypeGate], Array]] = {
 }
 
 
+# Other responses, of generic prompts and of queries.
+OTHER: dict[str, Callable[[Measured], tuple[Any, Any]]] = {
+    "without what the base model writes": lambda of: of.unwritten,
+    "tokens by the mean of their cosines": lambda of: of.powered[1],
+    "tokens by the mean of their cosines' power of 4": lambda of: of.powered[4],
+}
+
+
 def early(of: Measured, share: float) -> NDArray[np.bool_]:
     """Which modules are in the first layers."""
     depth = np.array([int(module.split(".")[2]) for module in of.modules])
@@ -216,10 +224,7 @@ def which(found: Sequence[Measured]) -> list[str]:
     rows: dict[str, Choose] = {
         "**as it is**": _highest,
         **{f"filter: {name}": partial(_highest_filtered, weigh=weigh) for name, weigh in FILTERS.items()},
-        "without what the base model writes": lambda of: (
-            PrototypeGate().fit(of.unwritten[0]).decision_function(of.unwritten[1]).argmax(1)
-        ),
-        **{_mean_of(power): partial(_highest_powered, power=power) for power in POWERS},
+        **{name: partial(_highest_other, found=found) for name, found in OTHER.items()},
         "no calibration: largest mean response": lambda of: np.nanmean(of.responses[..., 0], 2).argmax(1),
         "only the first third of the layers": lambda of: scores(of, early(of, 1 / 3)).argmax(1),
         "only the first two thirds of the layers": lambda of: scores(of, early(of, 2 / 3)).argmax(1),
@@ -240,14 +245,8 @@ def fits(found: Sequence[Measured]) -> list[str]:
             for share in SHARES
         },
         **{
-            f"false_alarm {share:g}, without what the base model writes": partial(
-                _unwritten, false_alarm=share
-            )
-            for share in (0.1, now, 0.3)
-        },
-        **{
-            f"false_alarm {share:g}, {_mean_of(power)}": partial(_powered, power=power, false_alarm=share)
-            for power in POWERS
+            f"false_alarm {share:g}, {name}": partial(_other, found=found, false_alarm=share)
+            for name, found in OTHER.items()
             for share in (0.1, now, 0.3)
         },
         "as it is, without the base model's confidence": lambda of: (
@@ -315,24 +314,16 @@ def _decided(of: Measured, **settings: Any) -> NDArray[np.int64]:
     return of.fitted(**settings).predict(of.responses, of.confidence)
 
 
-def _unwritten(of: Measured, **settings: Any) -> NDArray[np.int64]:
-    gate = PrototypeGate(**settings).fit(of.unwritten[0], confidence=of.reference_confidence)
-    return gate.predict(of.unwritten[1], of.confidence)
-
-
-def _mean_of(power: int) -> str:
-    return "tokens by the mean of their " + ("cosines" if power == 1 else f"cosines' power of {power}")
-
-
-def _highest_powered(of: Measured, power: int) -> NDArray[np.int64]:
-    reference, responses = of.powered[power]
-    return np.asarray(PrototypeGate().fit(reference).decision_function(responses).argmax(1))
-
-
-def _powered(of: Measured, power: int, **settings: Any) -> NDArray[np.int64]:
-    reference, responses = of.powered[power]
+def _other(of: Measured, found: Callable[[Measured], tuple[Any, Any]], **settings: Any) -> NDArray[np.int64]:
+    """The choices by other responses, of generic prompts and of queries."""
+    reference, responses = found(of)
     gate = PrototypeGate(**settings).fit(reference, confidence=of.reference_confidence)
     return gate.predict(responses, of.confidence)
+
+
+def _highest_other(of: Measured, found: Callable[[Measured], tuple[Any, Any]]) -> NDArray[np.int64]:
+    reference, responses = found(of)
+    return np.asarray(PrototypeGate().fit(reference).decision_function(responses).argmax(1))
 
 
 def promised(found: Sequence[Measured]) -> list[str]:
