@@ -185,8 +185,8 @@ FILTERS: dict[str, Callable[[PrototypeGate], Array]] = {
 }
 
 
-# Other responses, of generic prompts and of queries.
-OTHER: dict[str, Callable[[Measured], tuple[Any, Any]]] = {
+# Responses in place of those of the probe as it is, of generic prompts and of queries.
+INSTEAD: dict[str, Callable[[Measured], tuple[Any, Any]]] = {
     "without what the base model writes": lambda of: of.unwritten,
     "tokens by the mean of their cosines": lambda of: of.powered[1],
     "tokens by the mean of their cosines' power of 4": lambda of: of.powered[4],
@@ -224,7 +224,7 @@ def which(found: Sequence[Measured]) -> list[str]:
     rows: dict[str, Choose] = {
         "**as it is**": _highest,
         **{f"filter: {name}": partial(_highest_filtered, weigh=weigh) for name, weigh in FILTERS.items()},
-        **{name: partial(_highest_other, found=found) for name, found in OTHER.items()},
+        **{name: partial(_highest_other, found=found) for name, found in INSTEAD.items()},
         "no calibration: largest mean response": lambda of: np.nanmean(of.responses[..., 0], 2).argmax(1),
         "only the first third of the layers": lambda of: scores(of, early(of, 1 / 3)).argmax(1),
         "only the first two thirds of the layers": lambda of: scores(of, early(of, 2 / 3)).argmax(1),
@@ -246,7 +246,7 @@ def fits(found: Sequence[Measured]) -> list[str]:
         },
         **{
             f"false_alarm {share:g}, {name}": partial(_other, found=found, false_alarm=share)
-            for name, found in OTHER.items()
+            for name, found in INSTEAD.items()
             for share in (0.1, now, 0.3)
         },
         "as it is, without the base model's confidence": lambda of: (

@@ -190,5 +190,9 @@ def test_a_library_is_measured_with_its_labels(tiny_base, tiny_library, monkeypa
     of = ablate.measured(Labelled("tiny", tiny_library, str(tiny_base), rows))
     assert of.candidates == ["attention", "everything", "mlp", "base"]
     assert of.responses.shape == (2, 3, len(of.modules), 2) and len(of.reference) == 4
+    # A power mean grows with its power, unless all tokens are alike.
+    for plain, lower, higher in zip((of.reference, of.responses), *of.powered.values(), strict=True):
+        there = np.isfinite(plain)
+        assert (lower[there] < plain[there]).all() and (plain[there] < higher[there]).all()
     own, unseen, mc, none, foreign = of.shares(np.array([2, 0]))
     assert (own, none) == (1, 0) and np.isnan([unseen, mc, foreign]).all()
