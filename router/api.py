@@ -14,7 +14,7 @@ from typing import Any, Self, get_args
 import numpy as np
 import pandas as pd
 
-from router.constants import BASE_COLUMN, Device, Dtype
+from router.constants import BASE_COLUMN, Apply, Device, Dtype
 from router.errors import InputError
 from router.files import check_shape, is_ours, mark, read_json, remove_ours, replacing
 from router.methods import load_method
@@ -33,11 +33,12 @@ from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.version import own_version
 
 ABOUT = "router.json"  # beside FILE in a saved router's folder
-SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed")  # that a saved router keeps
+SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply")  # that a saved router keeps
 SHAPE = {
     "base_model": str, "revision?": str, "embedded": bool, "base_sha256": str,
     "dtype": {*get_args(Dtype)} - {"auto"},
-    "settings": {"max_seq_len?": int, "max_gen_len": int, "scoring": {*get_args(Scoring)}, "seed": int},
+    "settings": {"max_seq_len?": int, "max_gen_len": int, "scoring": {*get_args(Scoring)}, "seed": int,
+                 "apply?": {*get_args(Apply)}},
     "variants": [{"weights": {"*": float}, "base": float}], "centres": [[float]],
 }  # fmt: skip
 
@@ -138,7 +139,7 @@ class Router:
         method = ProtoRoute("proto_route")
         pinned = f"@{about['revision']}" if about.get("revision") else ""
         own = EMBEDDED if about["embedded"] else f"{about['base_model']}{pinned}"
-        kept = {key: about["settings"].get(key) for key in SETTINGS}
+        kept = {key: value for key in SETTINGS if (value := about["settings"].get(key)) is not None}
         kept |= {"base_model": base_model or own, "device": device, "dtype": dtype or about["dtype"]}
         settings = method.settings = Settings(**kept)
         base = load_base(str(settings.base_model), settings.device, settings.dtype)

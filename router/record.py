@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from router.constants import BASE_COLUMN, Apply
+from router.constants import BASE_COLUMN, Apply, Engine
 from router.deadline import told
 from router.model.apply import picked
 from router.model.device import tokens_at_once
@@ -33,7 +33,7 @@ def record(name: str, settings: Settings, stages: Stages, result: Result) -> dic
     flags = settings.plain()
     found: dict[str, Any] = {
         "method": name,
-        "versions": versions(),
+        "versions": versions(settings.engine),
         "flags": flags,
         "seconds": {stage: round(value, 3) for stage, value in stages.seconds.items()},
         "peak_mib": stages.peak_mib,
@@ -45,10 +45,11 @@ def record(name: str, settings: Settings, stages: Stages, result: Result) -> dic
     return found | (_decided(result.decision, settings.apply) if result.decision else {})
 
 
-def versions() -> dict[str, str]:
+def versions(engine: Engine = "transformers") -> dict[str, str]:
     """The versions of this package, of Python, and of the packages that compute."""
     own = {"proto-route": own_version(), "python": platform.python_version()}
-    return own | {package: version(package) for package in PACKAGES}
+    packages = (*PACKAGES, "vllm") if engine == "vllm" else PACKAGES
+    return own | {package: version(package) for package in packages}
 
 
 def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> d
     for path in ("dataset_filepaths", "output_folder", "adapters", "base_model", "upstream"):
         del flags[path]  # what they stand for counts
     asked = hashlib.sha256(repr(queries).encode("utf-8", "surrogatepass")).hexdigest()
-    found = {"method": method.get_name(), "queries": asked, "versions": versions(), **flags}
+    found = {"method": method.get_name(), "queries": asked, "versions": versions(settings.engine), **flags}
     if isinstance(method, Routed):
         model = method.base.model
         device, dtype = model.device, model.dtype

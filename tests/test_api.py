@@ -17,6 +17,7 @@ from router import Router
 from router.errors import InputError
 from router.kit import Merges
 from router.main import main
+from router.model.apply import applied
 
 TEXTS = ["What is two and two?", "1 + 1 =", "Say x"]
 
@@ -79,6 +80,21 @@ def test_a_saved_router_writes_as_many_tokens_ahead_as_it_was_fitted_with(tiny_b
     for router in (reading, writing):
         loaded = Router.load(router.fit(MORE).save(tmp_path / "saved"), device="cpu")
         np.testing.assert_allclose(loaded.route(MORE), router.route(MORE), atol=1e-6)
+
+
+def test_a_saved_router_applies_its_variants_as_it_was_told_to(
+    tiny_base, tiny_library, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr("router.pipeline.applied", lambda base, how: asked.append(how) or applied(base, how))
+    how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "apply": "beside"}
+    folder = Router.from_library(tiny_library, **how).fit(MORE).save(tmp_path / "saved")
+    Router.load(folder, device="cpu").answer(MORE)
+    about = json.loads((folder / "router.json").read_text())
+    del about["settings"]["apply"]  # as an earlier version wrote it
+    (folder / "router.json").write_text(json.dumps(about))
+    Router.load(folder, device="cpu").answer(MORE)
+    assert asked == ["beside", "auto"]
 
 
 def test_a_saved_router_needs_the_base_model_alone(router, saved, tiny_base, tiny_library, tmp_path):

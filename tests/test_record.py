@@ -1,6 +1,6 @@
 """The summary of a run says what its record holds; `run.json` itself is checked in test_main.py."""
 
-from router.record import SHOWN, summary
+from router.record import SHOWN, summary, versions
 
 RECORD = {
     "method": "proto_route", "base": {"name": "some/base"}, "adapters": {"one": {}, "two": {}},
@@ -35,6 +35,11 @@ def test_of_many_variants_the_smallest_are_counted_together():
     assert lines[1 + SHOWN] == f"{SHOWN - 1:7}  {21 - SHOWN:7}  base 1.00"
     rest = sum(variant["queries"] for variant in many[SHOWN:])
     assert lines[2 + SHOWN] == f"and 3 variants with {rest} queries"
+
+
+def test_the_version_of_vllm_is_recorded_where_it_answers(monkeypatch):
+    monkeypatch.setattr("router.record.version", lambda package: f"1 of {package}")
+    assert versions("vllm")["vllm"] == "1 of vllm" and "vllm" not in versions()
 
 
 def test_a_method_that_does_not_route_has_no_variants_and_no_margins():

@@ -128,6 +128,8 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
             found["prototypes"] = found["calibrate"] = 0.0  # kept on disk since then
     changed = {module: shape for folder in used.values() for module, shape in folder.shapes.items()}
     copied = sum(map(math.prod, changed.values())) * dtype.itemsize if apply == "merged" else 0
+    if settings.engine == "vllm":
+        copied = parameters(model) * dtype.itemsize
     ahead = settings.ahead if routed else None
     memory = _memory(base, dtype, parameters(model), copied, work, adapters, ahead)
     size = sum((folder.path / WEIGHTS_FILE).stat().st_size for folder in adapters.values())
@@ -304,7 +306,7 @@ def _memory(
 
     Args:
         dtype: of the base model.
-        copied: bytes of the copy of the weights that variants are added to.
+        copied: bytes of the copy of the weights that variants are added to, or that vLLM loads.
         ahead: how many tokens the base model writes after a prompt in the probe; None where there is none.
     """
     config, size = base.config, dtype.itemsize

@@ -69,6 +69,8 @@ class Calibration:
         self.base, self.ahead = base, ahead
         self.rows = truncated(encode(base.tokenizer, generic_prompts(), limit))
         self.pad, model = base.tokenizer.pad_token_id, base.model
+        # Each number of threads cuts products otherwise, which in bfloat16 moves what is measured.
+        threads = torch.get_num_threads() if model.device.type == "cpu" else None
         what = [
             FORMAT,
             ahead,
@@ -76,6 +78,7 @@ class Calibration:
             base.sha256,
             str(model.dtype),
             model.device.type,
+            threads,
             torch.__version__,
             self.rows,
         ]

@@ -116,7 +116,9 @@ def test_adapters_of_upper_layers_alone_can_be_planned(tmp_path, capsys, tiny_ba
     assert code == 0
 
 
-def test_the_copy_of_the_weights_counts_where_variants_are_merged(capsys, command, monkeypatch):
+def test_the_copy_of_the_weights_counts_where_variants_are_merged_or_vllm_loads_one(
+    capsys, command, monkeypatch
+):
     from router.plan import estimate
 
     seen = {}
@@ -130,10 +132,12 @@ def test_the_copy_of_the_weights_counts_where_variants_are_merged(capsys, comman
         }
 
     monkeypatch.setattr(estimate, "_memory", watched)
-    for how in ("merged", "beside"):
-        _, _, told = planned(capsys, command, "--json", "--apply", how)
-        seen[how] = json.loads(told.out)["peak_mib"]
+    monkeypatch.setattr("router.run.find_spec", lambda name: name)  # as if vLLM were here
+    for name, flag in (("merged", "--apply"), ("beside", "--apply"), ("vllm", "--engine")):
+        _, _, told = planned(capsys, command, "--json", flag, name)
+        seen[name] = json.loads(told.out)["peak_mib"]
     # q, k, v, o, gate, up and down of both layers: all of them are changed by some adapter.
     weights = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 48 * 32)
     assert seen["beside"]["predict"] == 0 and seen["merged"]["load"] == 0
     assert 0 < seen["merged"]["predict"] <= weights and seen["merged"]["predict"] > 0.9 * weights
+    assert seen["vllm"]["load"] == 0 and seen["vllm"]["predict"] > weights  # it loads the embeddings, too

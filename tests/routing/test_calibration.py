@@ -137,6 +137,7 @@ OTHER = {
     "dtype": lambda base, patch: replace(base, model=copy.deepcopy(base.model).bfloat16()),
     "device": lambda base, patch: replace(base, model=copy.deepcopy(base.model).to("meta")),
     "torch": lambda base, patch: patch.setattr("torch.__version__", "2.0.0"),
+    "threads": lambda base, patch: patch.setattr("torch.get_num_threads", lambda: 99),
     "format": lambda base, patch: patch.setattr("router.routing.calibration.FORMAT", 0),
     "prototypes": lambda base, patch: patch.setattr("router.routing.calibration.PROTOTYPES", 0),
 }
