@@ -49,10 +49,11 @@ class Outcome:
 
     def figures(self) -> dict[str, float]:
         """The decision in a few numbers; a shared query is answered with a mix."""
-        lost, tops = losses(self.weights, self.clusters), self.weights.max(1)
+        own = mixes(self.weights)
+        lost, tops = losses(own, self.clusters), self.weights.max(1)
         return {
             "variants": len(self.clusters.weights),
-            "shared queries": int((mixes(self.weights).max(1) < 1).sum()),
+            "shared queries": int((own.max(1) < 1).sum()),
             "top weight, mean": float(tops.mean()),
             "left to the base model": int((self.weights.argmax(1) == len(self.names) - 1).sum()),
             "mean loss": float(lost.mean()),
@@ -122,12 +123,16 @@ def adapter_table(run: Run) -> pd.DataFrame:
 
 
 def variant_table(run: Run) -> pd.DataFrame:
-    """Each variant, largest first: its queries, mix and loss, two typical queries and the farthest."""
-    own, lost = run.clusters.weights, losses(run.weights, run.clusters)
+    """Each variant, largest first: its queries, mix and loss, two typical queries and the farthest.
+
+    The loss is that of the queries' mixes; how typical a query is, of its own weights.
+    """
+    own, apart = run.clusters.weights, losses(run.weights, run.clusters)
+    lost = losses(mixes(run.weights), run.clusters)
     rows = {}
     for n in np.argsort(-np.bincount(run.labels, minlength=len(own)), kind="stable").tolist():
         members = np.flatnonzero(run.labels == n)
-        lines = [run.rows[k].line(SHORT) for k in members[np.argsort(lost[members], kind="stable")]]
+        lines = [run.rows[k].line(SHORT) for k in members[np.argsort(apart[members], kind="stable")]]
         rows[n] = {
             "queries": len(members),
             "mix": mix(run.names, own[n]),
@@ -199,9 +204,10 @@ def figures_table(decisions: dict[Any, Outcome]) -> pd.DataFrame:
 
 
 def loss_curve(decision: Outcome, seed: int = 0) -> pd.DataFrame:
-    """Mean and worst loss of the decision's weights by number of variants."""
-    distinct = len(np.unique(decision.weights.round(6), axis=0))
-    lost = {k: losses(decision.weights, cluster(decision.weights, k, seed)) for k in KS if k <= distinct}
+    """Mean and worst loss of the decision's mixes by number of variants."""
+    own = mixes(decision.weights)
+    distinct = len(np.unique(own.round(6), axis=0))
+    lost = {k: losses(own, cluster(decision.weights, k, seed)) for k in KS if k <= distinct}
     rows = {k: {"mean": each.mean(), "worst": each.max()} for k, each in lost.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variants")
 

@@ -269,7 +269,7 @@ def _roofline(known: Known) -> list[str]:
 
 def _stages(known: Known) -> list[str]:
     names = list(known[f"routed 22 {ALL}"][0]["stages"])
-    lines = header(["adapters", "queries", *names, "sum", "variants", "peak MiB"], texts=0)
+    lines = header(["adapters", "queries", *names, "sum", "number of variants", "peak MiB"], texts=0)
     for job in sorted((j for j in known if j.startswith("routed")), key=lambda j: int(j.split()[1])):
         last, peak = known[job][-1], f"{middle(known, job, 'peak_mib'):.0f}"
         cells = [f"{middle(known, job, f'stages.{name}'):.1f}" for name in names]
