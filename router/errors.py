@@ -31,6 +31,11 @@ class ServerError(InputError):
     """A server that answers queries failed, or is not as a run needs it. Once it is, the run goes on."""
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or else its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether memory ran out, or what caused the error did: the machine's, a card's, or what a limit allows.
 
@@ -63,9 +68,8 @@ def told_if_memory_runs_out(
     except Exception as error:
         if not out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"memory ran out ({reason:.200}); allow more than `ulimit -v` or the container does, or pass "
-            f"what needs less: {less}. What was answered is kept: with more memory the same command goes on, "
+            f"memory ran out ({reason(error):.200}); allow more than `ulimit -v` or the container does, or "
+            f"pass what needs less: {less}. What was answered is kept: with more memory the same command goes on, "
             "with other flags and --fresh it starts anew"
         ) from error

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from router.errors import reason
+
 
 class HubError(Exception):
     """The hub could not provide a repository; the message is the first line of the reason."""
@@ -45,5 +47,5 @@ def fetch(
             local_files_only=local_only,
         )
     except failures as error:
-        raise HubError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        raise HubError(reason(error)) from error
     return Path(found), name, Path(found).name

@@ -278,7 +278,7 @@ def _cuts(rows: Sequence[Sequence[int]], limit: int | None, new: int, model: Any
     """
     if limit and (long := sum(len(row) >= limit for row in rows)):
         yield f"{long} of {len(rows)} prompts reach --max_seq_len {limit}; what comes after is not read"
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context == positions(model):  # it cannot go beyond; the last new token is not read
         room = max(1, context + 1 - new)
         if long := sum(len(row) > room for row in rows):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
-from router.errors import InputError
+from router.errors import InputError, reason
 
 PATIENCE = timedelta(days=7)  # one process may wait long for another; torchrun ends those of one that died
 T = TypeVar("T")
@@ -91,8 +91,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Ended(f"another process of the run has ended ({reason})") from error
+        raise Ended(f"another process of the run has ended ({reason(error)})") from error
 
 
 @contextmanager

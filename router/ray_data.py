@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from router.constants import Device
-from router.errors import InputError, told_if_memory_runs_out
+from router.errors import InputError, reason, told_if_memory_runs_out
 from router.files import is_folder, read_json, replacing, sha256_of, told_if_full
 from router.journal import alone_in
 from router.main import add_settings, settings_of, stop
@@ -424,7 +424,7 @@ def _answer(
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayTaskError):  # a mistake in the code
             raise
-        raise InputError(_died(f"({str(error).strip().splitlines()[0]:.200})")) from error
+        raise InputError(_died(f"({reason(error):.200})")) from error
     finally:
         ray.shutdown()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from router.constants import ADDRESS, BASE_COLUMN, Engine
 from router.deadline import Deadline
-from router.errors import InputError, ServerError
+from router.errors import InputError, ServerError, out_of_memory
 from router.files import MARKER, is_ours, remove_ours, replacing, sha256_of, told_if_full, work_folder
 from router.journal import FOLDER, Journal, alone_in
 from router.kit import Merges
@@ -120,8 +120,9 @@ def _run(
                 (settings.output_folder / name).unlink(missing_ok=True)
     except ServerError:
         raise
-    except InputError:  # what it says to do would be another run
-        journal.discard()
+    except InputError as error:
+        if not out_of_memory(error):  # what it says to do would be another run
+            journal.discard()
         raise
     finally:
         journal.close()

@@ -92,13 +92,22 @@ def family(name, vocabulary, **more):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **common | special.get(name, {}) | more)
+    if name == "gemma3":  # reads pictures, too
+        eyes = {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        }  # fmt: skip
+        config = AutoConfig.for_model(
+            name, text_config=common | {"sliding_window": 6} | more, vision_config=eyes
+        )
+    else:
+        config = AutoConfig.for_model(name, **common | special.get(name, {}) | more)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
 FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "opt", "mixtral",
-    "qwen2_moe",
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "phi3", "gpt_neox", "opt",
+    "mixtral", "qwen2_moe",
 )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def answer(
         InputError: vLLM cannot load the base model, or has no room for it and the variants.
     """
     known: MutableMapping[Query, Answer] = {} if journal is None else journal
-    context = getattr(base.model.config, "max_position_embeddings", None)
+    context = getattr(base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tails: dict[int, list[list[int]]] = {}  # what is read after the prompt of each query that is asked
     longest = 0  # tokens of a prompt and its answer
     for n, (query, row) in enumerate(zip(queries, rows, strict=True)):

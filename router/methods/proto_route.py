@@ -41,17 +41,18 @@ class ProtoRoute(Routed):
         model = self.base.model
         with self.stages("prototypes"):
             protos = prototypes(self.adapters, str(model.device), model.dtype)
-            present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
-        for number, adapter in enumerate(self.adapters):
-            if number not in present:
-                raise InputError(
-                    f"adapter {adapter.name} ({adapter.folder.path}): expected an update, got zero at every "
-                    "module; was it trained? Leave it out of --adapters"
-                )
         with self.stages("calibrate"):
             limit, ahead = self.max_seq_len or self.settings.max_seq_len, self.settings.ahead
             calibration = Calibration(self.base, limit, ahead)
             means = calibration.means(list(protos))
+            protos = {module: protos[module] for module in means}
+            present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
+            for number, adapter in enumerate(self.adapters):
+                if number not in present:
+                    raise InputError(
+                        f"adapter {adapter.name} ({adapter.folder.path}): expected an update of what reads "
+                        "text, got zero at every such module; was it trained? Leave it out of --adapters"
+                    )
             reference = calibration.responses(self.adapters, protos, means)
             gate = PrototypeGate(self.settings.temperature, self.settings.top_k, self.settings.false_alarm)
             confidence = calibration.confidence()

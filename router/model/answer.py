@@ -72,7 +72,8 @@ def positions(model: Any) -> int:
     """
     from torch.nn import Embedding
 
-    words, context = model.get_input_embeddings(), getattr(model.config, "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tables = [of for of in model.modules() if isinstance(of, Embedding) and of is not words]
     sizes = [
         of.num_embeddings - getattr(of, "offset", 0) for of in tables

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from merge.factors import Factors
 from merge.folders import CONFIG_FILE, open_adapter
 from router.constants import Apply
-from router.errors import InputError
+from router.errors import InputError, out_of_memory
 from router.model.base import Base, linear_shapes
 from router.model.device import ROOM, memory_bytes, spread
 from router.model.hooks import Change, changing_outputs
@@ -120,8 +120,8 @@ def _copied(weight: Tensor, module: str) -> Tensor:
     """A copy of a weight that an update can be added to.
 
     Raises:
-        InputError: its values are not those that the layer multiplies with (they are quantised), or there is
-            no memory for it.
+        InputError: its values are not those that the layer multiplies with (they are quantised).
+        MemoryError: there is no memory for it.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.ndim != 2:
         raise InputError(
@@ -130,10 +130,10 @@ def _copied(weight: Tensor, module: str) -> Tensor:
         )
     try:
         return weight.clone()
-    except RuntimeError:  # out of memory; a CPU raises nothing more specific
-        raise InputError(
-            "--apply merged: no memory for a copy of the base model's weights; pass --apply beside"
-        ) from None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryError("no memory for a copy of the base model's weights; pass --apply beside") from error
 
 
 class Beside:

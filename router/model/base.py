@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router.errors import InputError, out_of_memory
+from router.errors import InputError, out_of_memory, reason
 from router.files import cache_folder, is_folder, read_json, sha256_of, told_if_full
 from router.hub import HubError, fetch
 from router.model.answer import pad_id
@@ -151,7 +151,6 @@ def load_base(
         InputError: the model is not here and cannot be fetched, cannot be loaded, is replaced meanwhile, its
             output is not finite, or its device is missing.
     """
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     # On a CPU, torch keeps what it compiled for the last 1024 shapes of products. Since each batch has its
@@ -176,9 +175,8 @@ def load_base(
         tokenizer, model = _read(folder, pick_dtype(dtype, place), again=spec == EMBEDDED, **how)
         sha256 = sha256_of(weights) if spec == EMBEDDED else sha256_of(*weight_files(folder))
         _check_unchanged(weights, before)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error
+    except Exception as error:  # transformers raises whatever a damaged configuration leads to
+        raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = pad_id(tokenizer)
     if model.device.type == "meta":
@@ -223,16 +221,22 @@ def _read(folder: Path, dtype: torch.dtype, again: bool = False, **places: Any) 
     Args:
         again: the folder was converted from the embedded model; if it is damaged, it is converted once more.
         places: where weights go, as `from_pretrained` is told.
+
+    Raises:
+        ValueError: weights are missing, which transformers would draw at random.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        return (
-            AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False),
-            AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **places
-            ),
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            **places,
+        )  # fmt: skip
+        model, about = found
+        if missing := sorted(about["missing_keys"]):
+            raise ValueError(f"its weights lack {missing[0]}, and {len(missing) - 1} more")
+        return tokenizer, model
     except Exception as error:
         if not again or out_of_memory(error):
             raise
@@ -244,9 +248,15 @@ def _check_finite(model: Any, spec: str) -> None:
     """Refuses a model whose output is not finite: weights that are damaged, or too large for the dtype."""
     import torch
 
-    with torch.inference_mode():
-        some = torch.arange(min(8, model.config.vocab_size), device=model.device)
-        logits = model(some[None]).logits  # (1, 8, V)
+    some = torch.arange(min(8, model.get_input_embeddings().num_embeddings), device=model.device)
+    try:
+        with torch.inference_mode():
+            logits = model(some[None]).logits  # (1, 8, V)
+    except Exception as error:
+        raise InputError(
+            f"--base_model {spec}: expected a language model that reads tokens alone, but "
+            f"{type(model).__name__} fails on them: {reason(error)}"
+        ) from error
     if not logits.isfinite().all():
         here = [(name, weight) for name, weight in model.named_parameters() if not weight.is_meta]
         damaged = [name for name, weight in here if not weight.isfinite().all()]

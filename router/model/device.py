@@ -111,6 +111,7 @@ def tokens_at_once(device: torch.device, dtype: torch.dtype) -> int:
 
 def cache_bytes(config: Any, dtype: torch.dtype) -> int:
     """What the keys and values of one token take in a model of this configuration."""
+    config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
@@ -127,7 +128,7 @@ def batch_tokens(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[
     weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
     room = (memory_bytes(device) - 2 * weights) // 2
     each = cache_bytes(model.config, dtype)
-    chosen = each + model.config.vocab_size * (dtype.itemsize + 4)
+    chosen = each + model.config.get_text_config(decoder=True).vocab_size * (dtype.itemsize + 4)
     return _between(BATCH_TOKENS, room // each), _between(CHOICE_TOKENS, room // chosen)
 
 

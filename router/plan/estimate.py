@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from merge.folders import WEIGHTS_FILE, AdapterFolder
 from router.constants import COMPETITION_BASE
-from router.errors import InputError
+from router.errors import InputError, reason
 from router.files import is_folder, read_json, replacing
 from router.hub import HubError
 from router.library.adapters import check_against_base, load_library
@@ -193,9 +193,10 @@ def _base(spec: str) -> _BaseModel:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             size = sum(file.stat().st_size for file in weight_files(folder))
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason}") from error
+        except Exception as error:  # transformers raises whatever a damaged configuration leads to
+            raise InputError(
+                f"--base_model {spec}: cannot be loaded from {folder}: {reason(error)}"
+            ) from error
         return _BaseModel(config, tokenizer, EMBEDDED_ID if spec == EMBEDDED else spec, size)
     if spec.partition("@")[0] == COMPETITION_BASE:
         return _BaseModel(MistralConfig(), None, spec, 0)  # its defaults are this model's
@@ -313,7 +314,7 @@ def _memory(
     weights = n_parameters * size
     tokens = work.batch_size * max(work.written, default=0) if work.batch_size else work.batch[0]
     cache = cache_bytes(config, dtype) * tokens if work.written else 0
-    logits = work.batch[1] * config.vocab_size * size if work.chosen else 0
+    logits = work.batch[1] * config.get_text_config(decoder=True).vocab_size * size if work.chosen else 0
     # The file stays mapped while the weights are made from it.
     found = {"load": LIBRARIES + (base.file_bytes or weights) + weights}
     held = LIBRARIES + weights

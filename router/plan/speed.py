@@ -130,7 +130,10 @@ def _measure(
     model = ready(build(small, dtype=dtype), device)
     generator, room = torch.Generator().manual_seed(0), max(1, positions(model) - 4)  # for a step, four times
     rows = [
-        torch.randint(5, config.vocab_size, (min(n, room),), generator=generator).tolist() for n in lengths
+        torch.randint(
+            5, config.get_text_config(decoder=True).vocab_size, (min(n, room),), generator=generator
+        ).tolist()
+        for n in lengths
     ]
     protos, means = _drawn(model, adapters, generator)
 

@@ -90,12 +90,13 @@ class Calibration:
         return f"{self.folder}/{content(adapter)}.{what}"
 
     def means(self, modules: Sequence[str]) -> dict[str, Tensor]:
-        """The mean input of each module, (d_in,) float32."""
+        """The mean input of each module that text reaches, (d_in,) float32; none that sees pictures alone."""
         known = load(f"{self.folder}/means") or {}
         if missing := [module for module in modules if module not in known]:
+            known |= dict.fromkeys(missing, torch.empty(0))
             known |= input_means(self.base.model, self.rows, self.pad, missing)
             save(f"{self.folder}/means", known)
-        return {module: known[module].to(self.base.model.device) for module in modules}
+        return {module: known[module].to(self.base.model.device) for module in modules if len(known[module])}
 
     def confidence(self) -> NDArray[np.float32]:
         """The base model's confidence at the end of each generic prompt, (generic prompts,)."""

@@ -54,6 +54,40 @@ def test_truncated_weights_are_refused_in_a_sentence(copied):
         load_base(str(copied), "cpu", "float32")
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_weights_that_are_missing_are_named_and_not_drawn_at_random(copied, name):
+    spoilt(copied, lambda tensors: tensors.pop(name))
+    with pytest.raises(InputError, match=f"cannot be loaded from {copied}: its weights lack {name}"):
+        load_base(str(copied), "cpu", "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"hidden_size": "x"}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"dtype": "float99"}),
+        ("config.json", None),
+        ("tokenizer_config.json", None),
+        ("generation_config.json", []),
+    ],
+)
+def test_a_damaged_configuration_is_refused_in_a_sentence(copied, name, change):
+    old = json.loads((copied / name).read_text())
+    (copied / name).write_text(json.dumps(old | change if isinstance(change, dict) else change))
+    with pytest.raises(InputError, match=f"--base_model {copied}: cannot be loaded from"):
+        load_base(str(copied), "cpu", "float32")
+
+
+def test_a_model_that_does_not_read_tokens_alone_is_refused_by_its_kind(copied, monkeypatch):
+    def fails(*args, **kwargs):
+        raise IndexError("index out of range")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", fails)
+    with pytest.raises(InputError, match="reads tokens alone, but LlamaForCausalLM fails on them: index out"):
+        load_base(str(copied), "cpu", "float32")
+
+
 def test_a_models_own_code_is_refused_without_a_question(copied, tmp_path, monkeypatch):
     (copied / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     config = json.loads((copied / "config.json").read_text())

@@ -190,7 +190,7 @@ def _takes(known: Known) -> list[str]:
         *lines, "",
         f"A core reached {core / 1e9:.0f} GFLOP/s in the probe.",
         f"The gate takes {1000 * gate:.2f} ms for a query, {QUERIES * gate / 3600:,.0f} core hours.",
-        f"Base model and prototypes together take {memory[0]:.1f} GiB on every card in bfloat16 with SmolLM2-135M, "
-        f"and {memory[1]:.1f} GiB with Mistral-7B.",
+        f"Base model and prototypes together take {memory[0]:.1f} GiB on every card with SmolLM2-135M, and "
+        f"{memory[1]:.1f} GiB with Mistral-7B, in bfloat16.",
         f"Weights and evidence as they are kept now would take {16 * dense / 1e12:.0f} TB.",
     ]  # fmt: skip
