@@ -97,6 +97,22 @@ class AdapterFolder:
                 yield module, Factors(a, b * self.scale(module))
 
 
+_NAME = re.compile(r"[\w.]*")  # a module's name, as a regular expression
+
+
+def _ends_with(module: str, name: str) -> bool:
+    """Whether a module's name ends with a name, in which a dot stands for any character, as in PEFT.
+
+    Example:
+        >>> [_ends_with("layers.1.q_proj", name) for name in ("q_proj", "1.q_proj", "proj", "layers.1")]
+        [True, True, False, False]
+    """
+    start = len(module) - len(name)
+    if start < 0 or (start and module[start - 1] != "."):
+        return False
+    return all(own in (".", other) for own, other in zip(name, module[start:], strict=True))
+
+
 class _Matcher:
     """Matches a stranger's regular expressions against modules' names, for PATIENCE seconds in all."""
 
@@ -121,7 +137,13 @@ class _Matcher:
     def by_pattern(self, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
         """The value of the first pattern that matches the end of a module's name, as in PEFT."""
         for pattern, value in (patterns or {}).items():
-            if self.match(rf"(.*\.)?({pattern})$", module):
+            if _NAME.fullmatch(pattern):  # there may be one for each module, so this is quick
+                if time.monotonic() > self.until:
+                    raise TimeoutError("so many patterns take too long")
+                found = _ends_with(module, pattern)
+            else:
+                found = bool(self.match(rf"(.*\.)?({pattern})$", module))
+            if found:
                 return value
         return default
 
@@ -304,6 +326,8 @@ def _check_patterns(file: Path, key: str, patterns: Iterable[str]) -> None:
     """Refuses patterns that are none, or would take too long."""
     until = time.monotonic() + PATIENCE
     for pattern in patterns:
+        if _NAME.fullmatch(pattern):
+            continue
         try:
             if time.monotonic() > until:
                 raise regex.error("so many patterns take too long")

@@ -70,6 +70,6 @@ def told_if_memory_runs_out(
             raise
         raise InputError(
             f"memory ran out ({reason(error):.200}); allow more than `ulimit -v` or the container does, or "
-            f"pass what needs less: {less}. What was answered is kept: with more memory the same command goes on, "
-            "with other flags and --fresh it starts anew"
+            f"pass what needs less: {less}. What was answered is kept: with more memory the same command "
+            "goes on, with other flags and --fresh it starts anew"
         ) from error

@@ -53,6 +53,7 @@ class Merges:
         self.max_gen_len: int | None = None
         self.device: Any = None
         self.architecture = "decoder"
+        self._ids: list[str] | None = None  # of the queries in the batch, for warnings; the kit has none
 
     def get_name(self) -> str:
         """The method's name."""
@@ -83,6 +84,12 @@ class Merges:
         """
         if self.deadline:
             self.deadline.begin(sum(map(len, self.encoded(queries))) if self.tokenizer else 0)
+        try:
+            return Result(self._by_batches(queries))
+        finally:
+            self._ids = None
+
+    def _by_batches(self, queries: Sequence[Query]) -> list[Answer]:
         answers: dict[int, Answer] = {}
         size = self.settings.batch_size or KIT_BATCH
         kinds: dict[int, list[int]] = {}  # all queries of a kit batch have equally many choices
@@ -92,6 +99,7 @@ class Merges:
         for choices, members in kinds.items():
             for start in range(0, len(members), size):
                 part = members[start : start + size]
+                self._ids = [queries[n].id for n in part]
                 batch: dict[str, list[Any]] = {"input": [queries[n].input for n in part]}
                 if choices:
                     batch["answer_choices"] = [list(queries[n].choices) for n in part]
@@ -105,21 +113,30 @@ class Merges:
                         found = Answer(text, tuple(ids))
                         # That is all that the kit's call can say of one that failed.
                         answers[n] = FAILED if (found.text, found.ids) == (FAILED.text, ()) else found
-        return Result([answers[n] for n in range(len(queries))])
+        return [answers[n] for n in range(len(queries))]
 
     def predict_multiple_choice(self, batch: Mapping[str, Sequence[Any]]) -> tuple[list[int], list[Any]]:
         """The 0-based index of the likeliest choice, -1 for none, and the choices' scores, for each input."""
-        pairs = zip(batch["input"], batch["answer_choices"], strict=True)
         found = self._answer(
-            [Query(str(n), text, MULTIPLE_CHOICE, tuple(choices)) for n, (text, choices) in enumerate(pairs)]
+            [
+                Query(own, text, MULTIPLE_CHOICE, tuple(choices))
+                for own, text, choices in zip(
+                    self._named(batch), batch["input"], batch["answer_choices"], strict=True
+                )
+            ]
         )
         indices = [-1 if answer.failed else int(answer.text) for answer in found]
         return indices, [answer.scores for answer in found]
 
     def generate(self, batch: Mapping[str, Sequence[Any]]) -> tuple[list[Sequence[int]], list[str]]:
         """The generated token ids and text for each input; no ids and `unknown` where there is no answer."""
-        found = self._answer([Query(str(n), text, GENERATION) for n, text in enumerate(batch["input"])])
+        pairs = zip(self._named(batch), batch["input"], strict=True)
+        found = self._answer([Query(own, text, GENERATION) for own, text in pairs])
         return [answer.ids for answer in found], [answer.text for answer in found]
+
+    def _named(self, batch: Mapping[str, Sequence[Any]]) -> list[str]:
+        """The ids of the queries in a batch, or their numbers where it did not come from a query file."""
+        return self._ids or [str(n) for n in range(len(batch["input"]))]
 
     def _answer(self, queries: Sequence[Query]) -> list[Answer]:
         return self.answer_with(self.base_model, queries, self.encoded(queries))
@@ -129,8 +146,18 @@ class Merges:
         return encode(
             self.tokenizer,
             [query.input for query in queries],
-            self.max_seq_len or self.settings.max_seq_len,
+            self.prompt_tokens,
         )
+
+    @property
+    def new_tokens(self) -> int:
+        """The most tokens of an answer."""
+        return self.max_gen_len or self.settings.max_gen_len
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """The most tokens of a prompt; None keeps all."""
+        return self.max_seq_len or self.settings.max_seq_len
 
     def answer_with(
         self,
@@ -153,7 +180,7 @@ class Merges:
             queries,
             rows,
             scoring=self.settings.scoring,
-            max_new_tokens=self.max_gen_len or self.settings.max_gen_len,
+            max_new_tokens=self.new_tokens,
             batch_size=self.settings.batch_size,
             progress=progress,
             journal=self.journal if keep or self.journal is None else ChainMap({}, self.journal),

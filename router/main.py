@@ -18,7 +18,7 @@ from typing import Any
 from router.errors import InputError, told_if_memory_runs_out
 from router.methods import method_names
 from router.processes import leads, several
-from router.settings import LARGEST, WORDS, Settings
+from router.settings import LARGEST, SMALLEST, WORDS, Settings
 
 LEAST = 3 << 29  # bytes of address space
 
@@ -119,14 +119,14 @@ def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
         "n_variants",
         "number of merged variants, from 1; auto makes as few as the weights allow",
         "auto",
-        type=_integer(1, "auto"),
+        type=_integer(SMALLEST["n_variants"], "auto"),
         metavar="INT|auto",
     )
     setting(
         "variant_rank",
         "recompress variants to at most this rank, from 1; exact does not recompress",
         "exact",
-        type=_integer(1, "exact"),
+        type=_integer(SMALLEST["variant_rank"], "exact"),
         metavar="INT|exact",
     )
     setting(
@@ -145,21 +145,26 @@ def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
         "ahead",
         "tokens that the base model writes after each prompt, for the gate to see what is asked for, from 0; "
         "0 is faster and finds fewer adapters",
-        type=_integer(0),
+        type=_integer(SMALLEST["ahead"]),
         metavar="INT",
     )
-    setting("top_k", "maximum number of adapters per query, from 1", type=_integer(1), metavar="INT")
+    setting(
+        "top_k",
+        "maximum number of adapters per query, from 1",
+        type=_integer(SMALLEST["top_k"]),
+        metavar="INT",
+    )
     setting(
         "seed",
         f"seed of the clustering and of dare_ties, from 0 to {LARGEST}",
-        type=_integer(0),
+        type=_integer(SMALLEST["seed"]),
         metavar="INT",
     )
     setting(
         "batch_size",
         "queries per batch, from 1; auto fills batches by tokens",
         "auto",
-        type=_integer(1, "auto"),
+        type=_integer(SMALLEST["batch_size"], "auto"),
         metavar="INT|auto",
     )
     word("device", "auto uses a GPU if there is one")
@@ -191,11 +196,16 @@ def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
         type=_none_or(str),
         metavar="URL",
     )
-    setting("max_gen_len", "maximum number of new tokens per answer, from 1", type=_integer(1), metavar="INT")
+    setting(
+        "max_gen_len",
+        "maximum number of new tokens per answer, from 1",
+        type=_integer(SMALLEST["max_gen_len"]),
+        metavar="INT",
+    )
     setting(
         "max_seq_len",
         "maximum number of tokens per prompt, from 1; longer prompts keep their start, none keeps all",
-        type=_integer(1, "none"),
+        type=_integer(SMALLEST["max_seq_len"], "none"),
         metavar="INT|none",
     )
     word(

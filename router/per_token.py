@@ -156,18 +156,20 @@ def mean_weights(
     out = np.zeros((len(rows), n_adapters))
 
     def read(ids: Tensor, mask: Tensor) -> Array:
-        share = mask / (mask.sum(1, keepdim=True) * max(1, len(experts)))  # (B, T)
+        share = mask / mask.sum(1, keepdim=True)  # (B, T)
         tally = torch.zeros((len(ids), n_adapters), device=ids.device)
+        reached = set()  # text reaches no module that sees pictures
 
         def noting(expert: Experts, x: Tensor, along: Tensor) -> Tensor:
             weights = weigh(expert, x, along)  # (B * T, n)
             per_token = weights.view(*share.shape, -1)
             tally[:, expert.members] += torch.einsum("bt,btn->bn", share, per_token)
+            reached.add(expert.module)
             return weights
 
         with attached(model, experts, noting):
             forward(model, ids, mask)
-        return tally.cpu().numpy()
+        return (tally / max(1, len(reached))).cpu().numpy()
 
     with torch.inference_mode():
         for numbers, found in batches(model, rows, pad_id, "weights", read):

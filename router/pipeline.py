@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from merge.factors import Factors
 from merge.folders import write_adapter
@@ -28,7 +29,7 @@ from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
 from router.progress import progress
 from router.result import Decision, Result, Routing
-from router.routing.clusters import cluster
+from router.routing.clusters import Array, cluster
 from router.routing.model_card import Recipe, write_card
 from router.routing.variants import (
     Variant,
@@ -121,9 +122,7 @@ class Routed(Merges):
     def answering(self, queries: Sequence[Query], folder: Path | None = None) -> Iterator[Result]:
         """As `answer`; the variants replace earlier ones once the block has ended without an error."""
         output, rows = folder or self.settings.output_folder, self.encoded(queries)
-        limit = self.max_seq_len or self.settings.max_seq_len
-        new = self.max_gen_len or self.settings.max_gen_len
-        for cut in _cuts(rows, limit, new, self.base.model):
+        for cut in _cuts(rows, self.prompt_tokens, self.new_tokens, self.base.model):
             log.warning("%s", cut)
         routing = self._routing(queries, rows)
         with self.stages("clusters"):
@@ -234,7 +233,7 @@ class Routed(Merges):
         """Whether time is too short to apply a variant for these prompts; several processes apply all."""
         if self.deadline is None or self.processes.count > 1:
             return False
-        return self.deadline.spares(sum(map(len, rows)), self.max_gen_len or self.settings.max_gen_len)
+        return self.deadline.spares(sum(map(len, rows)), self.new_tokens)
 
     def _predict_elsewhere(
         self, queries: Sequence[Query], rows: Sequence[Sequence[int]], variants: Sequence[Path | None]
@@ -243,7 +242,7 @@ class Routed(Merges):
         settings = self.settings
         how: dict[str, Any] = {
             "scoring": settings.scoring, "journal": self.journal,
-            "max_new_tokens": self.max_gen_len or settings.max_gen_len,
+            "max_new_tokens": self.new_tokens,
         }  # fmt: skip
         with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
             if settings.engine == "vllm":
@@ -299,6 +298,16 @@ def evenly(queries: Sequence[Query], adapters: Sequence[Adapter]) -> Routing:
     weights = np.zeros((len(queries), len(adapters) + 1))
     weights[:, :-1] = 1.0 / len(adapters)
     return Routing(weights)
+
+
+def largest(values: Array, k: int) -> NDArray[np.bool_]:
+    """Which are among the k largest of their row, (queries, adapters); of equal ones the first.
+
+    Example:
+        >>> largest(np.array([[1.0, 3.0, 3.0, 2.0]]), 2).tolist()
+        [[False, True, True, False]]
+    """
+    return np.asarray((-values).argsort(1, kind="stable").argsort(1) < k)
 
 
 class Static(Routed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,11 @@ WORDS: dict[str, tuple[str, ...]] = {
     "device": get_args(Device), "device_map": get_args(DeviceMap), "dtype": get_args(Dtype),
     "apply": get_args(Apply), "engine": get_args(Engine), "scoring": get_args(Scoring),
 }  # fmt: skip
+# The least that a number may be; that of a setting without a default may also be None.
+SMALLEST = {
+    "n_variants": 1, "variant_rank": 1, "top_k": 1, "ahead": 0, "seed": 0, "batch_size": 1, "max_gen_len": 1,
+    "max_seq_len": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Settings:
     """The flags of a run; see `python -m router.main --help` for what each means.
 
     Raises:
-        InputError: one of WORDS is another word, or the seed is not from 0 to LARGEST.
+        InputError: one of WORDS is another word, or a number is not in its range.
     """
 
     dataset_filepaths: tuple[Path, ...] = (Path("data/test.csv"),)
@@ -54,8 +60,15 @@ class Settings:
             value = getattr(self, name)
             if value not in words and (name, value) != ("device_map", None):
                 raise InputError(f"--{name}: expected one of {', '.join(words)}, got {value!r}")
-        if not 0 <= self.seed <= LARGEST:
-            raise InputError(f"--seed: expected a whole number from 0 to {LARGEST}, got {self.seed}")
+        for name, least in SMALLEST.items():
+            number = getattr(self, name)
+            fits = isinstance(number, Integral) and least <= int(number) <= LARGEST
+            if number is not None and not fits:
+                raise InputError(f"--{name}: expected a whole number from {least} to {LARGEST}, got {number}")
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"--temperature: expected a number above 0, got {self.temperature}")
+        if not 0 < self.false_alarm < 1:
+            raise InputError(f"--false_alarm: expected a number between 0 and 1, got {self.false_alarm}")
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON values: paths become strings, tuples become lists."""

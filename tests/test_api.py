@@ -389,6 +389,16 @@ def test_what_is_no_list_of_texts_is_named(router, texts, got):
         router.route(texts)
 
 
+def test_the_oracle_reads_labels_of_files_and_takes_no_other_texts(tiny_base, tiny_library, tmp_path):
+    queries = write_queries(tmp_path / "queries.csv", [("1", TEXTS[0], "generation", "None", "mlp")])
+    how = {"base_model": str(tiny_base), "device": "cpu", "dataset_filepaths": (queries,)}
+    oracle = Router.from_library(tiny_library, method="oracle", **how)
+    with pytest.raises(
+        InputError, match="expected the queries of --dataset_filepaths, whose labels it reads"
+    ):
+        oracle.route(["some other text"])
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
@@ -400,9 +410,15 @@ def test_what_is_no_list_of_texts_is_named(router, texts, got):
         ("apply", "merge", "--apply: expected one of auto, merged, beside, got 'merge'"),
         ("engine", "vLLM", "--engine: expected one of transformers, vllm, openai, got 'vLLM'"),
         ("scoring", None, "--scoring: expected one of full, kit, got None"),
+        ("ahead", -1, "--ahead: expected a whole number from 0 to 2147483647, got -1"),
+        ("max_seq_len", -3, "--max_seq_len: expected a whole number from 1"),
+        ("batch_size", 2.5, "--batch_size: expected a whole number from 1 .*, got 2.5"),
+        ("variant_rank", 0, "--variant_rank: expected a whole number from 1"),
+        ("temperature", 0.0, "--temperature: expected a number above 0, got 0.0"),
+        ("false_alarm", 1.0, "--false_alarm: expected a number between 0 and 1, got 1.0"),
     ],
 )
-def test_a_word_that_no_setting_knows_is_refused_with_those_that_it_does(tiny_library, name, value, expected):
+def test_a_setting_that_is_no_such_word_or_number_is_refused(tiny_library, name, value, expected):
     with pytest.raises(InputError, match=expected):
         Router.from_library(tiny_library, **{name: value})
 

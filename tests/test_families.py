@@ -6,8 +6,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import FAMILIES, arguments, family, read_by_id, read_table, write_queries
+from router.kit import Merges
 from router.main import main
 from router.model.answer import likeliest
+from router.model.base import load_base
+from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 
 LENGTH = 6  # new tokens, as `arguments` asks for
 PROMPTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "abc"]
@@ -78,6 +81,34 @@ def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatc
             assert scored == [pytest.approx(expected, abs=1e-4)]
             assert answer == str(expected.index(max(expected)))
     assert mixed
+
+
+def test_a_warning_of_a_kit_method_names_the_query_by_its_id(tmp_path, tiny_base, caplog):
+    base, _ = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
+    loaded, method = load_base(str(base), "cpu", "float32"), Merges("kit")
+    method.base_model, method.tokenizer = loaded.model, loaded.tokenizer
+    queries = [
+        Query("short", PROMPTS[0], GENERATION),
+        Query("long", "x" * 150, GENERATION),
+        Query("chosen", "x" * 150, MULTIPLE_CHOICE, ("a", "b")),
+    ]
+    assert [answer.failed for answer in method.answer(queries).answers] == [False, True, True]
+    told = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert told == ["query long", "query chosen"]
+
+
+ROUTERS = ("arrow", "spectr", "lag", "logo", "mass")
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "opt", "qwen2_moe"])  # pictures; tokens in a row; experts
+def test_published_routers_and_merges_take_unusual_families(kind, tmp_path, tiny_base, capsys):
+    base, library = saved(tmp_path, tiny_base, kind)
+    queries = write_queries(tmp_path / "queries.csv", [(text, text, "generation", "") for text in PROMPTS])
+    for method in (*ROUTERS, "average", "ties"):
+        out = tmp_path / method
+        assert main(arguments(method, [queries], library, base, out)) == 0, (method, capsys.readouterr().err)
+        for row in read_table(out / "queries.routing.csv"):
+            assert float(row["one"]) + float(row["two"]) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["proto_route", "logo"])  # which read some of a prompt, and all of it

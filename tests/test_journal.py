@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -272,3 +273,40 @@ def test_sigkill_at_any_moment(tmp_path, tiny_base, tiny_library):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert json.loads((tmp_path / "out" / "run.json").read_text())["method"] == "proto_route"
     assert main(words) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "flags", "told"),
+    [
+        (
+            "config.json",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+            (),
+            "configuration",
+        ),
+        (
+            "tokenizer.json",
+            {"post_processor": None, "normalizer": {"type": "Lowercase"}},
+            (),
+            "configuration",
+        ),
+        ("generation_config.json", {"eos_token_id": 7}, (), "configuration"),
+        (None, {}, ("--dtype", "bfloat16"), "threads"),
+    ],
+)
+def test_an_unfinished_run_of_a_model_that_answers_otherwise_is_refused(
+    file, change, flags, told, tiny_base, tiny_library, tmp_path, capsys, monkeypatch
+):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    queries = write_queries(tmp_path / "queries.csv")
+    words = arguments("proto_route", [queries], tiny_library, base, tmp_path / "out", *flags)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "if_it_fits", lambda *_: (_ for _ in ()).throw(Killed))
+        main(words)
+    if file:
+        old = json.loads((base / file).read_text())
+        (base / file).write_text(json.dumps(old | change))
+    else:
+        monkeypatch.setattr("torch.get_num_threads", lambda: 99)
+    assert main(words) == 2
+    assert f"differs in {told}; choose" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import torch
 from helpers import ROOT, arguments, write_queries
 from merge.folders import AdapterError, open_adapter
 from router.errors import InputError
+from router.journal import Journal
 from router.library.adapters import load_library
 from router.model import base as module
 
@@ -67,6 +68,39 @@ def test_memory_that_runs_out_is_told_and_answers_are_kept(error, command, capsy
     monkeypatch.setattr("router.model.answer.generate", lambda *_: pytest.fail("asked again"))
     assert command("base")[0] == 0
     assert (out / "queries.csv").read_bytes() == (whole / "queries.csv").read_bytes()
+
+
+def test_want_of_memory_for_a_copy_of_the_weights_keeps_the_answers(command, capsys, monkeypatch):
+    flags = ("--batch_size", "1", "--apply", "merged")
+    _, whole = command("average", *flags, out="whole")
+    answered, keep, clone = [], Journal.__setitem__, torch.Tensor.clone
+
+    def stopping(self, *pair):
+        keep(self, *pair)
+        answered.append(pair)
+        if len(answered) == 2:
+            raise KeyboardInterrupt
+
+    def failing(self, *args, **how):
+        if isinstance(self, torch.nn.Parameter):
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+            )
+        return clone(self, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "__setitem__", stopping)
+        assert command("average", *flags)[0] != 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", failing)
+        assert command("average", *flags)[0] == 2
+    assert "error: memory ran out (no memory for a copy" in capsys.readouterr().err
+    monkeypatch.setattr(
+        Journal, "__setitem__", lambda self, *pair: answered.append(pair) or keep(self, *pair)
+    )
+    code, out = command("average", *flags)
+    assert code == 0 and (out / "queries.csv").read_bytes() == (whole / "queries.csv").read_bytes()
+    assert len(answered) == len({query for query, _ in answered}) == 6  # none was asked twice
 
 
 def test_another_error_is_not_taken_for_want_of_memory(command, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from router.errors import InputError
 from router.library.adapters import Adapter, card
 from router.model.answer import by_length
-from router.pipeline import Routed
+from router.pipeline import Routed, largest
 from router.result import Routing
 from router.routing.clusters import Array
 from router.submission import Query
@@ -66,7 +66,7 @@ class Cards(Routed):
             texts = [*map(card_of, self.adapters), *(query.input for query in queries)]
             vectors = embed(texts, encoder_folder(), device)
             cosines = vectors[len(self.adapters) :] @ vectors[: len(self.adapters)].T
-        return Routing(np.column_stack([nearest(cosines), np.zeros(len(queries))]))
+        return Routing(np.column_stack([softmax_of_nearest(cosines), np.zeros(len(queries))]))
 
 
 def embed(texts: Sequence[str], folder: Path, device: str = "cpu") -> Array:
@@ -89,9 +89,8 @@ def embed(texts: Sequence[str], folder: Path, device: str = "cpu") -> Array:
     return out
 
 
-def nearest(cosines: Array) -> Array:
+def softmax_of_nearest(cosines: Array) -> Array:
     """Softmax over each row's TOP_K largest cosines, (queries, adapters)."""
     weights = np.exp((cosines - cosines.max(1, keepdims=True)) / TEMPERATURE)
-    ranks = (-cosines).argsort(1, kind="stable").argsort(1)
-    weights[ranks >= TOP_K] = 0.0
+    weights[~largest(cosines, TOP_K)] = 0.0
     return np.asarray(weights / weights.sum(1, keepdims=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from router.library.adapters import Adapter, last_block
 from router.model.passes import batches, forward
 from router.per_token import Experts, attached, load_experts, norms
-from router.pipeline import Routed
+from router.pipeline import Routed, largest
 from router.result import Routing
 from router.routing.clusters import Array
 from router.submission import Query
@@ -80,7 +80,6 @@ class LoGo(Routed):
 
 def proportional(signals: Array, k: int) -> Array:
     """Each row's k largest signals divided by their sum; equal weights where all are 0."""
-    ranks = (-signals).argsort(1, kind="stable").argsort(1)
-    kept = np.where(ranks < k, signals, 0.0)
+    kept = np.where(largest(signals, k), signals, 0.0)
     kept[kept.sum(1) == 0] = 1.0
     return np.asarray(kept / kept.sum(1, keepdims=True))

@@ -13,7 +13,7 @@ from merge.factors import support
 from router.library.adapters import Adapter, last_block
 from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
-from router.pipeline import Routed
+from router.pipeline import Routed, largest
 from router.result import Routing
 from router.routing.clusters import Array
 from router.submission import Query
@@ -96,7 +96,8 @@ def residuals(
         means: dict[str, Tensor] = {}
 
         def note(module: str, x: Tensor) -> None:
-            means[module] = torch.einsum("bt,btd->bd", share, x.float())
+            tokens = x.view(*mask.shape, -1)  # (B, T, d_in); shared experts get (B * T, d_in)
+            means[module] = torch.einsum("bt,btd->bd", share, tokens.float())
 
         with reading_inputs(model, list(spaces), note):
             forward(model, ids, mask)
@@ -112,16 +113,19 @@ def residuals(
 
 
 def select(left: Array) -> Array:
-    """From residuals (prompts, adapters, modules) to weights (prompts, adapters)."""
+    """From residuals (prompts, adapters, modules) to weights (prompts, adapters).
+
+    Where no adapter has a residual, since none changes the last block, all have the same weight.
+    """
     scores = _standard(-left)
     present = ~np.isnan(scores)
     totals = np.where(present, scores, 0.0).sum(2) / present.sum(2).clip(1)  # (prompts, adapters)
     logits = _standard(np.where(present.any(2), totals, np.nan)) / TEMPERATURE
     logits = np.where(np.isnan(logits), -np.inf, logits)
+    logits[np.isinf(logits).all(1)] = 0.0
     weights = np.exp(logits - logits.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)
-    ranks = (-weights).argsort(1, kind="stable").argsort(1)
-    kept = (ranks == 0) | ((weights > THRESHOLD) & (ranks < MAX_ADAPTERS))
+    kept = largest(weights, 1) | ((weights > THRESHOLD) & largest(weights, MAX_ADAPTERS))
     chosen = np.where(kept, weights, 0.0)
     return np.asarray(chosen / chosen.sum(1, keepdims=True))
 

@@ -10,7 +10,7 @@ from router.constants import BASE_COLUMN
 from router.errors import InputError
 from router.pipeline import Routed
 from router.result import Routing
-from router.submission import Query, adapters_of, read_rows
+from router.submission import Query, adapters_of, read_queries, read_rows
 
 
 class Oracle(Routed):
@@ -23,8 +23,13 @@ class Oracle(Routed):
         """Weight 1 for the labelled adapter, or equal shares for several.
 
         Raises:
-            InputError: a query file has no labels, or a label names no adapter of the library.
+            InputError: a query file has no labels, or a label names no adapter of the library, or the queries
+                are others than those of the query files.
         """
+        if list(queries) != [of for path in self.settings.dataset_filepaths for of in read_queries(path)]:
+            raise InputError(
+                "-m oracle: expected the queries of --dataset_filepaths, whose labels it reads, got others"
+            )
         names = [*(adapter.name for adapter in self.adapters), BASE_COLUMN]
         weights = np.zeros((len(queries), len(names)))
         labels = (

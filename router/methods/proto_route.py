@@ -42,8 +42,8 @@ class ProtoRoute(Routed):
         with self.stages("prototypes"):
             protos = prototypes(self.adapters, str(model.device), model.dtype)
         with self.stages("calibrate"):
-            limit, ahead = self.max_seq_len or self.settings.max_seq_len, self.settings.ahead
-            calibration = Calibration(self.base, limit, ahead)
+            ahead = self.settings.ahead
+            calibration = Calibration(self.base, self.prompt_tokens, ahead)
             means = calibration.means(list(protos))
             protos = {module: protos[module] for module in means}
             present = {owner for proto in protos.values() for owner in proto.owners.tolist()}

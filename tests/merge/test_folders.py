@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import WIDTHS, write_tiny_adapter
 from merge.factors import Factors
-from merge.folders import AdapterError, open_adapter, served_rank, write_adapter
+from merge.folders import CONFIG_FILE, AdapterError, _Matcher, open_adapter, served_rank, write_adapter
 
 Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
@@ -434,7 +435,7 @@ def test_a_pattern_that_hangs_its_reader_is_given_up(tmp_path):
 
 
 def test_many_slow_patterns_are_given_up_together(tmp_path, monkeypatch):
-    folder = write_tiny_adapter(tmp_path / "slow", 1, alpha_pattern={"x": 1, "y": 2})
+    folder = write_tiny_adapter(tmp_path / "slow", 1, alpha_pattern={"x+": 1, "y+": 2})
     clock = iter(range(10**6))
     monkeypatch.setattr("merge.folders.time.monotonic", lambda: next(clock) / 20)  # 28 matches, 0.05 s each
     open_adapter(folder)
@@ -506,3 +507,37 @@ DEEP = "(" * 5000 + "a" + ")" * 5000
 def test_settings_that_would_be_misread_are_refused(tmp_path, config, cause):
     with pytest.raises(AdapterError, match=cause):
         open_adapter(write_tiny_adapter(tmp_path / "odd", 1, **config))
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.self_attn.q_proj", "q_proj", "layers.11.q_proj", "a", "x.q_projx"]
+)
+def test_a_name_as_a_pattern_is_matched_as_peft_does(name):
+    patterns = [
+        "q_proj",
+        "layers.1.self_attn.q_proj",
+        "1.self_attn.q_proj",
+        "1.q_proj",
+        "self_attn",
+        "proj",
+        ".",
+        "",
+    ]
+    patterns += ["layers.1", "layers.1.q_proj", "q.proj", "[q]_proj", r"layers\.\d+\.q_proj"]
+    for pattern in patterns:
+        expected = re.match(rf"(.*\.)?({pattern})$", name) is not None  # peft.utils.get_pattern_key
+        assert (_Matcher().by_pattern({pattern: 1}, name, 0) == 1) == expected, pattern
+
+
+def test_an_adapter_with_a_pattern_for_each_module_needs_no_regular_expressions(tmp_path, monkeypatch):
+    folder = write_tiny_adapter(tmp_path / "each", 1)
+    modules = list(open_adapter(folder).ranks)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config |= {
+        "rank_pattern": dict.fromkeys(modules, 4),
+        "alpha_pattern": {m: n for n, m in enumerate(modules, 1)},
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"r": 9}))
+    monkeypatch.setattr(_Matcher, "match", lambda *_: pytest.fail("slow"))
+    found = open_adapter(folder)
+    assert [found.scale(module) for module in modules] == [n / 4 for n in range(1, len(modules) + 1)]

@@ -18,7 +18,7 @@ from router.errors import InputError
 from router.library.adapters import last_block, load_library
 from router.main import main
 from router.methods import load_method
-from router.methods.cards import card_of, encoder_folder, nearest
+from router.methods.cards import card_of, encoder_folder, softmax_of_nearest
 from router.methods.logo import proportional
 from router.methods.mass import residuals, select, subspaces
 from router.model.answer import encode, pad_left
@@ -443,6 +443,7 @@ def test_mass_leaves_out_who_has_nothing_there_and_takes_one_alone():
     found = select(np.array([[[1.0, np.nan], [2.0, 3.0], nothing[:, 0]]]))
     assert found.shape == (1, 3) and found[0, 2] == 0 and found.sum() == pytest.approx(1)
     assert select(np.array([[[1.0]]])).tolist() == [[1.0]]
+    assert select(np.full((1, 2, 0), np.nan)).tolist() == [[0.5, 0.5]]  # none changes the last block
 
 
 def test_residuals_do_not_depend_on_the_batch(base):
@@ -494,7 +495,7 @@ def test_cards_picks_the_adapter_whose_card_is_about_it(encoder, base, tiny_libr
 
 
 def test_cosines_become_weights_of_the_three_nearest():
-    found = nearest(np.array([[0.5, 0.1, 0.3, 0.0]]))
+    found = softmax_of_nearest(np.array([[0.5, 0.1, 0.3, 0.0]]))
     expected = np.exp(np.array([0.5, 0.1, 0.3]) / 0.2)
     np.testing.assert_allclose(found, [[*(expected / expected.sum()), 0]])
 
