@@ -16,7 +16,16 @@ import pandas as pd
 
 from router.constants import BASE_COLUMN, Apply, Device, Dtype
 from router.errors import InputError
-from router.files import check_shape, is_ours, mark, read_json, remove_ours, replacing
+from router.files import (
+    check_shape,
+    is_ours,
+    mark,
+    read_json,
+    remove_ours,
+    replacing,
+    sha256_of,
+    work_folder,
+)  # fmt: skip
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute
 from router.model.answer import Answer, Scoring
@@ -25,7 +34,7 @@ from router.pipeline import Routed
 from router.result import Decision
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
 from router.routing.evidence import LOW_MARGIN
-from router.routing.fitted import FORMAT, Fitted
+from router.routing.fitted import FILE, FORMAT, Fitted
 from router.routing.variants import VARIANTS, Variant, decide
 from router.runs.load import load as load_run
 from router.settings import Settings
@@ -33,6 +42,7 @@ from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.version import own_version
 
 ABOUT = "router.json"  # beside FILE in a saved router's folder
+WORK = ".router."  # how the name of the folder begins in which a router is written
 SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply")  # that a saved router keeps
 SHAPE = {
     "base_model": str, "revision?": str, "embedded": bool, "base_sha256": str,
@@ -76,6 +86,7 @@ class Router:
         self.variants: list[Variant] = []
         self._centres: Array | None = None  # (variants, candidates) the mean mix that each was made for
         self._folder: Path | None = None  # of a router that was loaded
+        self._seen = ""  # what its ABOUT was then, by its sha256
         self._written: Path | None = None  # a temporary folder of the variants, once they have answered
         self._forget: Callable[[], object] = lambda: None  # removes it
 
@@ -135,6 +146,7 @@ class Router:
         folder = Path(folder)
         if not (folder / ABOUT).is_file():
             return cls._of_run(folder, base_model, device, dtype)
+        seen = sha256_of(folder / ABOUT)
         about = _about(folder / ABOUT)
         method = ProtoRoute("proto_route")
         pinned = f"@{about['revision']}" if about.get("revision") else ""
@@ -162,7 +174,7 @@ class Router:
         router = cls(method)
         router.variants = [Variant(of["weights"], of["base"]) for of in variants]
         router._centres = np.array(centres, np.float64)
-        router._folder = folder
+        router._folder, router._seen = folder, seen
         return router
 
     @classmethod
@@ -262,9 +274,12 @@ class Router:
     def save(self, folder: str | Path) -> Path:
         """Writes the router and its variants into a folder, which `load` needs beside the base model alone.
 
+        All is written before the first file takes the place of an earlier router's.
+
         Raises:
             ValueError: `fit` was not called, or the method is not proto_route.
-            InputError: the folder holds `variants` that are not this package's.
+            InputError: the folder holds `variants` that are not this package's, or a variant is too large for
+                the base model's dtype.
         """
         folder, proto = Path(folder), self._proto
         if self._centres is None:
@@ -273,19 +288,35 @@ class Router:
             raise InputError(
                 f"{folder}: expected no folder `{VARIANTS}` in it, or one of ours; choose another"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ABOUT).unlink(missing_ok=True)  # from here on the folder is no router, until it is this one
-        if self._folder is None or folder.resolve() != self._folder.resolve():
-            remove_ours(folder / VARIANTS)
-            mark(folder / VARIANTS)  # first, so that a save that was killed can be repeated
+        work = work_folder(folder, WORK)
+        try:
             if self._folder is not None:
-                shutil.copytree(self._folder / VARIANTS, folder / VARIANTS, dirs_exist_ok=True)
+                shutil.copytree(self._variants(), work / VARIANTS)
             else:
-                proto.write_variants(self.variants, folder / VARIANTS)
-        proto.fitted.save(folder)
+                try:
+                    proto.write_variants(self.variants, work / VARIANTS)
+                except OverflowError as error:
+                    raise InputError(f"a variant's {error}; pass dtype='float32'") from error
+            mark(work / VARIANTS)
+            proto.fitted.save(work)
+            with replacing(work / ABOUT) as file:
+                json.dump(self._about(), file, indent=2, ensure_ascii=False)
+            (folder / ABOUT).unlink(missing_ok=True)  # from here on it is no router, until it is this one
+            remove_ours(folder / VARIANTS)
+            for name in (VARIANTS, FILE, ABOUT):
+                (work / name).replace(folder / name)
+        finally:
+            remove_ours(work)
+        if self._folder is not None and folder.resolve() == self._folder.resolve():
+            self._seen = sha256_of(folder / ABOUT)
+        return folder
+
+    def _about(self) -> dict[str, Any]:
+        """What router.json holds of this router."""
+        proto, base = self._proto, self._base
         settings = {key: getattr(proto.settings, key) for key in SETTINGS}
-        base = self._base
-        about = {
+        assert self._centres is not None
+        return {
             "format": FORMAT, "proto-route": own_version(), "base_model": base.name,
             "revision": base.revision, "base_sha256": base.sha256,
             "embedded": base.name == EMBEDDED_ID and base.revision is None,
@@ -294,9 +325,6 @@ class Router:
             "variants": [asdict(variant) for variant in self.variants],
             "centres": self._centres.tolist(),
         }  # fmt: skip
-        with replacing(folder / ABOUT) as file:
-            json.dump(about, file, indent=2, ensure_ascii=False)
-        return folder
 
     def answer(self, texts: Sequence[str], choices: Sequence[Sequence[str]] | None = None) -> list[str]:
         """Answers texts, in order: with generated text or, given choices, with the likeliest of them.
@@ -326,8 +354,17 @@ class Router:
         ]
 
     def _variants(self) -> Path:
-        """The folder of the variants, which are written once."""
+        """The folder of the variants, which are written once.
+
+        Raises:
+            InputError: since this router was loaded, another one was saved in its place.
+        """
         if self._folder is not None:
+            if not (self._folder / ABOUT).is_file() or sha256_of(self._folder / ABOUT) != self._seen:
+                raise InputError(
+                    f"{self._folder}: expected the router that was loaded, but another was saved there "
+                    "since; load it again"
+                )
             return self._folder / VARIANTS
         if self._written is None:
             folder = Path(tempfile.mkdtemp())
@@ -341,10 +378,11 @@ class Router:
 
         Raises:
             ValueError: the router was not loaded from a saved one.
+            InputError: another one was saved in its place since.
         """
         if self._folder is None:
             raise ValueError("expected a router that was loaded from a saved one; save it and load it")
-        return self._answered(queries, self._folder / VARIANTS)
+        return self._answered(queries, self._variants())
 
     def _answered(self, queries: Sequence[Query], folder: Path) -> tuple[list[Answer], list[int]]:
         """Answers with the variants in a folder, by their numbers."""

@@ -177,6 +177,29 @@ def test_a_save_that_was_stopped_can_be_repeated(saved, tmp_path, monkeypatch):
     assert files_of(tmp_path / "again") == files_of(saved)
 
 
+def test_a_save_that_fails_leaves_the_router_that_was_there(router, saved, tiny_base, tmp_path):
+    before = files_of(saved)
+    large = write_tiny_adapter(tmp_path / "large" / "one", 1, alpha=1e6)
+    other = Router.from_library(
+        large, base_model=str(tiny_base), device="cpu", dtype="float16", false_alarm=0.9
+    )
+    with pytest.raises(InputError, match=r"a variant's .* pass dtype='float32'"):
+        other.fit(MORE).save(saved)
+    assert files_of(saved) == before
+
+
+def test_a_loaded_router_notices_that_another_took_its_place(router, saved, tiny_base, tiny_library):
+    loaded = Router.load(saved, device="cpu")
+    answers = loaded.answer(MORE)
+    router.fit(MORE).save(saved)  # the same bytes
+    loaded.save(saved)
+    assert loaded.answer(MORE) == answers
+    router.fit(MORE, 1).save(saved)
+    for ask in (lambda: loaded.answer(MORE), lambda: loaded.save(saved)):
+        with pytest.raises(InputError, match=f"{saved}: .* another was saved there since; load it again"):
+            ask()
+
+
 def test_a_choice_says_how_it_was_decided(saved):
     for choice, (_, row) in zip(
         (loaded := Router.load(saved, device="cpu")).choose(MORE), loaded.route(MORE).iterrows(), strict=True
