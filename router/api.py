@@ -35,7 +35,7 @@ from router.result import Decision
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
 from router.routing.evidence import LOW_MARGIN
 from router.routing.fitted import FILE, FORMAT, Fitted
-from router.routing.variants import VARIANTS, Variant, decide
+from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
 from router.settings import Settings
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
@@ -390,7 +390,7 @@ class Router:
         method, rows = self._method, self._method.encoded(queries)
         routing = method.route(queries, rows)
         clusters = Clusters(nearest(routing.weights, self._centres), self._centres)
-        folders = [str(n) if variant.weights else None for n, variant in enumerate(self.variants)]
+        folders = folder_names(self.variants)
         decision = Decision(self._base, method.adapters, routing, clusters, self.variants, folders)
         return method.predict(queries, rows, decision, folder), clusters.labels.tolist()
 

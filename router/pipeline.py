@@ -35,6 +35,7 @@ from router.routing.variants import (
     Variant,
     complete,
     decide,
+    folder_names,
     limited,
     replace_variants,
     write_variant,
@@ -175,7 +176,7 @@ class Routed(Merges):
 
         A variant that is the plain base model has no folder and the name None.
         """
-        names = [str(n) if variant.weights else None for n, variant in enumerate(variants)]
+        names = folder_names(variants)
         pairs = zip(names, progress(variants, desc="variants", unit="variant"), strict=True)
         for name, variant in pairs:
             if name:

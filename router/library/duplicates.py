@@ -21,9 +21,10 @@ from merge.factors import Factors, gram, svd
 from router.library.adapters import Adapter
 from router.progress import progress
 
-# Two adapters may read alike if the root mean square difference of their log responses to generic text is
-# below ALIKE. They do if what they read overlaps by more than OVERLAP. They are duplicates if the cosine of
-# their updates is above SAME. docs/method.md has what adapters have that were trained apart.
+# Two adapters may read alike if they share more than half of the modules of each, and the root mean square
+# difference of their log responses to generic text there is below ALIKE. They do if what they read overlaps
+# by more than OVERLAP. They are duplicates if the cosine of their updates is above SAME. docs/method.md has
+# what adapters have that were trained apart.
 ALIKE = 0.06
 OVERLAP = 0.7
 SAME = 0.99
@@ -49,14 +50,16 @@ def representatives(
     """
     there = ~np.isnan(responses[0])  # (adapters, modules)
     flat = _flat_logs(responses)
+    logs = flat.reshape(len(adapters), *responses[:, 0].shape)  # (adapters, prompts, modules)
     groups: dict[int, list[int]] = {}  # by the first of each
     near = progress(nearby(flat, there), total=len(adapters), desc="duplicates", unit="adapter")
     for n, others in enumerate(near):
-        count = max(1, there[n].sum() * len(responses))
-        pairs = [(np.sqrt(np.square(flat[n] - flat[k]).sum() / count), k) for k in others if k in groups]
-        apart, first = min(pairs, default=(np.inf, -1))
-        if apart < ALIKE and _read_alike(adapters[n], adapters[first]):
-            groups[first].append(n)
+        for first in others:
+            if first in groups:
+                apart = (logs[n] - logs[first])[:, there[n] & there[first]]
+                if np.square(apart).mean() < ALIKE**2 and _read_alike(adapters[n], adapters[first]):
+                    groups[first].append(n)
+                    break
         else:
             groups[n] = [n]
     out, lookalike = np.arange(len(adapters)), np.zeros(len(adapters), bool)
@@ -74,44 +77,36 @@ def representatives(
 
 
 def nearby(flat: NDArray[np.float32], there: NDArray[np.bool_]) -> Iterator[list[int]]:
-    """For each adapter in turn, those of the same modules that may be alike, in ascending order.
+    """For each adapter in turn, those that may be alike where both have a prototype, in ascending order.
 
-    faiss looks for them among sketches, so only few pairs are compared in full. A sketch has the mean log
-    response at each module to each of several groups of prompts. Means, times the root of how many they are
-    of, are a projection, in which two adapters are never farther apart than they are; so none is missed.
+    They share more than half of the modules of each. They are looked for among sketches, so only few pairs
+    are compared in full. A sketch has the mean log response at each module to each of several groups of
+    prompts. Means, times the root of how many they are of, are a projection, in which two adapters are never
+    farther apart than they are; so none is missed.
 
     Args:
-        flat: (adapters, prompts * modules) log responses.
+        flat: (adapters, prompts * modules) log responses, 0 without a prototype.
         there: (adapters, modules) where each has a prototype.
     """
-    import faiss
-
-    n_modules = there.shape[1]
+    n_adapters, n_modules = there.shape
     n_prompts = flat.shape[1] // n_modules
     starts = np.linspace(0, n_prompts, min(n_prompts, max(1, COLUMNS // n_modules)), endpoint=False).astype(
         int
     )
     sizes = np.diff(np.append(starts, n_prompts))
-    sums = np.add.reduceat(flat.reshape(len(flat), n_prompts, n_modules), starts, axis=1, dtype=np.float64)
-    sketches = (sums / np.sqrt(sizes)[:, None]).reshape(len(flat), -1)
-    patterns, kind = np.unique(there, axis=0, return_inverse=True)
-    kind = kind.ravel()  # NumPy 2.0 gives it two dimensions
-    found: list[Iterator[list[int]]] = []
-
-    def of_pattern(members: NDArray[np.int64], radius: float) -> Iterator[list[int]]:
-        points = (sketches[members] - sketches[members].mean(0)).astype(np.float32)
-        index = faiss.IndexFlatL2(points.shape[1])
-        index.add(points)
-        for start in range(0, len(members), BLOCK):
-            ends, _, numbers = index.range_search(points[start : start + BLOCK], radius**2)
-            for own in np.split(numbers, ends[1:-1].astype(int)):
-                yield members[np.sort(own)].tolist()
-
-    for k, pattern in enumerate(patterns):
-        radius = 1.01 * ALIKE * np.sqrt(max(1, n_prompts * pattern.sum()))  # more than what rounding adds
-        found.append(of_pattern(np.flatnonzero(kind == k), radius))
-    for k in kind.tolist():  # those of a pattern come in order
-        yield next(found[k])
+    sums = np.add.reduceat(flat.reshape(n_adapters, n_prompts, n_modules), starts, axis=1, dtype=np.float64)
+    means = sums.sum(0) / there.sum(0).clip(1)  # (groups, modules), taken away for small squares
+    found = np.where(there[:, None], sums - means, 0.0) / np.sqrt(sizes)[:, None]
+    sketches = found.reshape(n_adapters, -1).astype(np.float32)
+    squares, counts = np.square(found).sum(1).astype(np.float32), there.astype(np.float32)
+    for start in range(0, n_adapters, BLOCK):
+        block = slice(start, start + BLOCK)
+        apart = squares[block] @ counts.T + counts[block] @ squares.T - 2 * sketches[block] @ sketches.T
+        shared = counts[block] @ counts.T  # (some, adapters) modules
+        most = np.maximum(counts[block].sum(1)[:, None], counts.sum(1))
+        radius = 1.01 * ALIKE  # more than what rounding adds
+        for row in (apart <= radius**2 * n_prompts * shared) & (2 * shared > most):
+            yield np.flatnonzero(row).tolist()
 
 
 def _flat_logs(responses: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -50,6 +50,11 @@ class Variant:
     base: float
 
 
+def folder_names(variants: Sequence[Variant]) -> list[str | None]:
+    """The name of each variant's folder, its number; None for the plain base model, which has none."""
+    return [str(n) if variant.weights else None for n, variant in enumerate(variants)]
+
+
 def decide(weights: Array, names: Sequence[str]) -> list[Variant]:
     """Turns mean weights into variants.
 

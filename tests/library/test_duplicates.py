@@ -135,6 +135,29 @@ def test_an_adapter_with_another_module_is_no_duplicate(base, tmp_path):
     assert representatives(adapters, responses(base, adapters))[0].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("left_out", ["layers.1.mlp.up_proj", "layers.0.self_attn.q_proj"])
+def test_a_copy_that_leaves_a_module_out_is_a_lookalike(base, tmp_path, left_out):
+    def changed(key, tensor):
+        return None if left_out in key else flipped(key, tensor)
+
+    adapters = [
+        adapter(tmp_path / "other", seed=2),
+        adapter(tmp_path / "one"),
+        adapter(tmp_path / "two", changed),
+    ]
+    numbers, lookalike = representatives(adapters, responses(base, adapters))
+    assert numbers.tolist() == [0, 1, 1] and lookalike.tolist() == [False, False, True]
+
+
+def test_a_copy_is_found_though_another_adapter_responds_more_alike(base, tmp_path):
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two", seed=2)
+    copy = adapter(tmp_path / "copy", flipped, seed=2)
+    flat = np.full((5, 1, 4), 0.2, np.float32)
+    found = np.concatenate([flat, flat * 1.02, flat * 1.009], 1)  # the copy is nearer to one than to two
+    numbers, lookalike = representatives([one, two, copy], found)
+    assert numbers.tolist() == [0, 1, 1] and lookalike.tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize(("noise", "same"), [(0.07, True), (0.2, False)])
 def test_a_copy_with_a_little_noise_is_a_duplicate(base, tmp_path, noise, same):
     def noisy(key, x):
@@ -166,11 +189,13 @@ def test_no_pair_that_is_alike_is_missed_and_few_others_are_looked_at():
     sizes = np.concatenate([sizes, sizes[::2] + rng.normal(0, 0.03, (50, 1, 12))])
     logs = (sizes + rng.normal(0, 0.02, (150, 6, 12))).astype(np.float32)
     there = np.ones((150, 12), bool)
-    there[::7, 0] = False  # two patterns of modules
-    logs[::7, :, 0] = 0
+    there[::7, 0] = False  # three patterns of modules
+    there[::11, 5:] = False
+    logs[~np.broadcast_to(there[:, None], logs.shape)] = 0
     found = list(nearby(logs.reshape(150, -1), there))
-    apart = np.square(logs[:, None] - logs).sum((2, 3)) / (6 * there.sum(1)[:, None])
-    alike = (np.sqrt(apart) < ALIKE) & (there[:, None] == there).all(2)
+    shared = there[:, None] & there
+    apart = (np.square(logs[:, None] - logs) * shared[:, :, None]).sum((2, 3)) / (6 * shared.sum(2).clip(1))
+    alike = (np.sqrt(apart) < ALIKE) & (2 * shared.sum(2) > np.maximum(there.sum(1)[:, None], there.sum(1)))
     assert alike.sum() > 150 + 40  # each with itself, and copies
     assert all(set(np.flatnonzero(row)) <= set(others) for row, others in zip(alike, found, strict=True))
     assert all(others == sorted(others) for others in found)
