@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,10 @@ def record(name: str, settings: Settings, stages: Stages, result: Result) -> dic
 def versions(engine: Engine = "transformers") -> dict[str, str]:
     """The versions of this package, of Python, and of the packages that compute."""
     own = {"proto-route": own_version(), "python": platform.python_version()}
-    packages = (*PACKAGES, "vllm") if engine == "vllm" else PACKAGES
-    return own | {package: version(package) for package in packages}
+    own |= {package: version(package) for package in PACKAGES}
+    if engine == "vllm":  # its build for processors is distributed under another name
+        own |= {name: version(name) for name in packages_distributions().get("vllm", ())}
+    return own
 
 
 def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
