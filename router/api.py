@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import weakref
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from router.constants import BASE_COLUMN, Apply, Device, Dtype
-from router.errors import InputError
+from router.errors import InputError, printable
 from router.files import (
     check_shape,
     is_ours,
@@ -41,11 +42,13 @@ from router.settings import Settings
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.version import own_version
 
+log = logging.getLogger(__name__)
+
 ABOUT = "router.json"  # beside FILE in a saved router's folder
 WORK = ".router."  # how the name of the folder begins in which a router is written
 SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply")  # that a saved router keeps
 SHAPE = {
-    "base_model": str, "revision?": str, "embedded": bool, "base_sha256": str,
+    "base_model": str, "revision?": str, "embedded": bool, "base_sha256": str, "configuration?": str,
     "dtype": {*get_args(Dtype)} - {"auto"},
     "settings": {"max_seq_len?": int, "max_gen_len": int, "scoring": {*get_args(Scoring)}, "seed": int,
                  "apply?": {*get_args(Apply)}},
@@ -141,7 +144,8 @@ class Router:
 
         Raises:
             InputError: there is neither, it is damaged or of another format, the base model has other
-                weights, or the device or the dtype is another word.
+                weights, or the device or the dtype is another word. Another configuration or tokenizer is
+                a warning.
         """
         folder = Path(folder)
         if not (folder / ABOUT).is_file():
@@ -161,6 +165,11 @@ class Router:
                 f"(sha256 {about['base_sha256'][:12]}), got others ({base.sha256[:12]}); pass the base model "
                 "of the router, or make the router anew from the adapters"
             )
+        if about.get("configuration", base.configuration) != base.configuration:
+            log.warning(
+                "%s: the base model's configuration or tokenizer is not the one that this router was saved "
+                "with, so it may choose otherwise", printable(str(folder)),
+            )  # fmt: skip
         method.attach(base, [])
         widths = {module: width for module, (_, width) in method.shapes.items()}
         fitted = Fitted.load(folder, base.model.device, base.model.dtype, widths)
@@ -318,7 +327,7 @@ class Router:
         assert self._centres is not None
         return {
             "format": FORMAT, "proto-route": own_version(), "base_model": base.name,
-            "revision": base.revision, "base_sha256": base.sha256,
+            "revision": base.revision, "base_sha256": base.sha256, "configuration": base.configuration,
             "embedded": base.name == EMBEDDED_ID and base.revision is None,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "candidates": self.candidates, "settings": settings,

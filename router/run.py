@@ -20,7 +20,6 @@ from router.files import MARKER, is_ours, remove_ours, replacing, sha256_of, tol
 from router.journal import FOLDER, Journal, alone_in
 from router.kit import Merges
 from router.methods import load_method
-from router.model.answer import end_tokens
 from router.model.apply import picked
 from router.model.device import batch_tokens, tokens_at_once
 from router.per_token import PerToken
@@ -210,9 +209,7 @@ def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> d
         model = method.base.model
         device, dtype = model.device, model.dtype
         found |= {"dtype": str(dtype), "device": device.type, "base model": method.base.sha256}
-        tokenizer = method.tokenizer
-        told = [model.config.to_json_string(), end_tokens(model, tokenizer), _written_out(tokenizer)]
-        found["configuration"] = hashlib.sha256(repr(told).encode()).hexdigest()
+        found["configuration"] = method.base.configuration
         if device.type == "cpu" and dtype.itemsize < 4:  # each number of threads rounds otherwise
             found["threads"] = torch.get_num_threads()
         # Other batches round otherwise, which decides between answers that are nearly as likely.
@@ -226,12 +223,6 @@ def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> d
         found["base model"] = [settings.base_model, method.base_model_name, method.base_model_revision_id]
         found |= {"models": method.list_models, "code": sha256_of(Path(inspect.getfile(type(method))))}
     return found
-
-
-def _written_out(tokenizer: Any) -> str:
-    """All that a tokenizer does, or its vocabulary where it cannot be written out."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
 
 
 def check_engine(name: str, settings: Settings, time_limit: float | None) -> None:

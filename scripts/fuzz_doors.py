@@ -195,7 +195,13 @@ def tiny() -> Any:
         "num_attention_heads": 2, "num_key_value_heads": 2,
     }  # fmt: skip
     model: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-    return Base(model.eval(), cast(Any, SimpleNamespace(pad_token_id=0)), "tiny", None, "0" * 64)
+    return Base(
+        model.eval(),
+        cast(Any, SimpleNamespace(pad_token_id=0, eos_token_id=None, get_vocab=dict)),
+        "tiny",
+        None,
+        "0" * 64,
+    )
 
 
 def saved_router() -> None:

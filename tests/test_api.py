@@ -177,6 +177,17 @@ def test_a_save_that_was_stopped_can_be_repeated(saved, tmp_path, monkeypatch):
     assert files_of(tmp_path / "again") == files_of(saved)
 
 
+def test_a_base_model_of_another_configuration_is_told(saved, tiny_base, tmp_path, caplog):
+    Router.load(saved, device="cpu")
+    assert "configuration" not in caplog.text
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    (other / "config.json").write_text(json.dumps(config | rope))
+    Router.load(saved, base_model=str(other), device="cpu")
+    assert "the base model's configuration or tokenizer is not the one" in caplog.text
+
+
 def test_a_save_that_fails_leaves_the_router_that_was_there(router, saved, tiny_base, tmp_path):
     before = files_of(saved)
     large = write_tiny_adapter(tmp_path / "large" / "one", 1, alpha=1e6)

@@ -6,13 +6,16 @@ Knows nothing of adapters. The embedded model is SmolLM2-135M-Instruct, which th
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import shutil
 import sys
 import tempfile
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from router.errors import InputError, out_of_memory, reason
 from router.files import cache_folder, is_folder, read_json, sha256_of, told_if_full
 from router.hub import HubError, fetch
-from router.model.answer import pad_id
+from router.model.answer import end_tokens, pad_id
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
 
 if TYPE_CHECKING:
@@ -52,6 +55,17 @@ class Base:
     name: str
     revision: str | None
     sha256: str
+
+    @cached_property
+    def configuration(self) -> str:
+        """A sha256 of what decides beside the weights: configuration, end tokens and tokenizer."""
+        config = json.loads(self.model.config.to_json_string())
+        for key in ("transformers_version", "_name_or_path", "dtype"):  # these decide nothing, or are known
+            config.pop(key, None)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items())
+        told = json.dumps([config, end_tokens(self.model, self.tokenizer), words], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
 
 
 def embedded_gguf() -> Path:
