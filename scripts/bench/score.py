@@ -51,6 +51,18 @@ def score(metric: str, prediction: str, target: str) -> float:
     raise ValueError(f"expected exact, mc, em, contains, rougeL or none, got {metric!r}")
 
 
+def reference(metric: str, target: str) -> str:
+    """The one text of a target that a likelihood is asked of; empty where nobody knows.
+
+    Example:
+        >>> reference("contains", "a|b"), reference("exact", "ls | wc")
+        ('a', 'ls | wc')
+    """
+    if metric == "none":
+        return ""
+    return target.split("|")[0] if metric == "contains" else target
+
+
 def _first_line(text: str) -> str:
     return text.strip().lower().split("\n")[0].strip()
 

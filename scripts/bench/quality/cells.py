@@ -27,7 +27,7 @@ from scripts.bench.development import libraries
 from scripts.bench.quality.likelihood import grading, of_references, with_references
 from scripts.bench.quality.per_query import PerQuery
 from scripts.bench.quality.settings import SETTINGS, Part
-from scripts.bench.score import score
+from scripts.bench.score import reference, score
 from scripts.bench.timer import timed
 
 FOLDER = Path("output/benchmark/quality")
@@ -78,7 +78,7 @@ def answer_part(part: Part, method: Routed, base: Base, library: list[Adapter], 
         torch.manual_seed(number)
         queries = read_queries(file)
         references = [
-            "" if metric == "none" else query.choices[int(target)] if query.choices else target.split("|")[0]
+            query.choices[int(target)] if query.choices and metric != "none" else reference(metric, target)
             for query, target, metric in zip(queries, rows["target"], rows["metric"], strict=True)
         ]
         put_to_it = with_references(queries, references) if graded else queries
