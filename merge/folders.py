@@ -346,7 +346,12 @@ def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tu
                 f"{weights}: expected lora_A and lora_B of linear layers only, got {key}; "
                 "leave the adapter out of --adapters"
             )
-        found.setdefault(match[1], {})[match[2]] = key
+        factors = found.setdefault(match[1], {})
+        if match[2] in factors:
+            raise AdapterError(
+                f"{weights}: expected one lora_{match[2]} of {match[1]}, got {factors[match[2]]} and {key}"
+            )
+        factors[match[2]] = key
     pairs = {}
     for module, keys in found.items():
         if set(keys) != {"A", "B"}:

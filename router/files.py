@@ -138,6 +138,13 @@ def check_shape(value: Any, shape: Any, where: str = "it") -> None:
                 raise ValueError(f"{inside}{name} is missing")
 
 
+def for_others(path: Path) -> None:
+    """Gives a file or folder that was made for its owner alone the rights that the umask leaves others."""
+    mask = os.umask(0o077)  # there is no other way to ask
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
     """Opens a text file that takes its final name only if the block ends without an error."""
@@ -146,7 +153,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             yield file
-        Path(name).chmod(0o644)
+        for_others(Path(name))
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

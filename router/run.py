@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import re
@@ -16,22 +15,32 @@ from typing import Any
 from router.constants import ADDRESS, BASE_COLUMN, Engine
 from router.deadline import Deadline
 from router.errors import InputError, ServerError, out_of_memory
-from router.files import MARKER, is_ours, remove_ours, replacing, sha256_of, told_if_full, work_folder
-from router.journal import FOLDER, Journal, alone_in
+from router.files import (
+    MARKER,
+    is_ours,
+    read_json,
+    remove_ours,
+    replacing,
+    sha256_of,
+    told_if_full,
+    work_folder,
+)  # fmt: skip
+from router.journal import FOLDER, LOCK, Journal, alone_in
 from router.kit import Merges
 from router.methods import load_method
 from router.model.apply import picked
 from router.model.device import batch_tokens, tokens_at_once
 from router.per_token import PerToken
 from router.pipeline import Routed
+from router.plan.estimate import PLAN
 from router.processes import Processes, connected
 from router.record import record, versions
 from router.result import Decision, Result
 from router.routing.store import content
 from router.routing.variants import VARIANTS
-from router.runs.report.page import REPORT, write_report
+from router.runs.report.page import MADE_BY, REPORT, write_report
 from router.settings import Settings
-from router.submission import Query, read_queries, write_submission, write_table
+from router.submission import Query, digest_of, read_queries, write_submission, write_table
 
 RECORD = "run.json"
 RESULTS = ".results."  # how the name of the folder begins in which results are written
@@ -90,6 +99,8 @@ def _run(
     with processes.first():
         _check_places(method, settings, processes)
         method.merge()
+        if isinstance(method, Routed):
+            check_inputs(method)
     queries = [query for part in files.values() for query in part]
     identity = _identity(method, settings, queries) | {"time_limit": deadline and deadline.minutes}
     with processes.first():
@@ -103,6 +114,7 @@ def _run(
                 return {}
             _check_answered(result, deadline, settings.engine)
             found = record(method.get_name(), settings, method.stages, result)
+            found["queries"] = {path.name: digest_of(part) for path, part in files.items()}
             if isinstance(method, Routed) and method.left_out:
                 found["left_out"] = list(method.left_out)
             if processes.count > 1:
@@ -203,8 +215,8 @@ def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> d
     flags = settings.plain()
     for path in ("dataset_filepaths", "output_folder", "adapters", "base_model", "upstream"):
         del flags[path]  # what they stand for counts
-    asked = hashlib.sha256(repr(queries).encode("utf-8", "surrogatepass")).hexdigest()
-    found = {"method": method.get_name(), "queries": asked, "versions": versions(settings.engine), **flags}
+    asked, made_by = digest_of(queries), versions(settings.engine)
+    found = {"method": method.get_name(), "queries": asked, "versions": made_by, **flags}
     if isinstance(method, Routed):
         model = method.base.model
         device, dtype = model.device, model.dtype
@@ -266,11 +278,11 @@ def _outputs(settings: Settings, path: Path) -> tuple[Path, Path, Path]:
 
 
 def check_outputs(settings: Settings) -> None:
-    """Refuses a run that would overwrite its queries, write one file twice, or could not write at all.
+    """Refuses a run that would overwrite its queries or what is not a run's, or could not write all it has.
 
     Raises:
-        InputError: it would, the output folder is a file or cannot be written, or a name is no UTF-8, so that
-            the record could not be written.
+        InputError: it would, the output folder is a file or cannot be written, a result would have the name
+            of another or of a folder, or a name is no UTF-8, so that the record could not be written.
     """
     for flag, value in settings.plain().items():
         for name in value if isinstance(value, list) else [value]:
@@ -282,6 +294,8 @@ def check_outputs(settings: Settings) -> None:
                 ) from error
     folder = place = settings.output_folder.absolute()
     try:
+        if folder.is_symlink() and not folder.exists():
+            raise InputError(f"--output_folder {settings.output_folder}: expected a folder, got a dead link")
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--output_folder {settings.output_folder}: expected a folder, found a file")
         place = next(path for path in (folder, *folder.parents) if path.exists())
@@ -298,7 +312,13 @@ def check_outputs(settings: Settings) -> None:
                 f"--output_folder {settings.output_folder}: expected no folder `{name}` in it, or one of an "
                 "earlier run, since it would be replaced; move it away or choose another folder"
             )
+    if not _of_a_run(folder):
+        raise InputError(
+            f"--output_folder {settings.output_folder}: expected no `{RECORD}` or `{REPORT}` in it, or those "
+            "of an earlier run, since they would be replaced; move them away or choose another folder"
+        )
     queries = {path.resolve() for path in settings.dataset_filepaths}
+    kept = {settings.output_folder / name for name in (RECORD, REPORT, PLAN, VARIANTS, FOLDER, LOCK)}
     written: set[Path] = set()
     for path in settings.dataset_filepaths:
         for output in _outputs(settings, path):
@@ -307,12 +327,52 @@ def check_outputs(settings: Settings) -> None:
                     f"--output_folder {settings.output_folder}: the results would replace the queries in "
                     f"{output}; choose another folder"
                 )
+            if output in kept:
+                raise InputError(
+                    f"--dataset_filepaths: {path} would be answered in {output}, which a run needs for "
+                    "something else; rename it"
+                )
+            if output.is_dir():
+                raise InputError(
+                    f"--output_folder {settings.output_folder}: expected a file or nothing at {output}, got "
+                    "a folder; move it away or choose another output folder"
+                )
             if output in written:
                 raise InputError(
                     f"--dataset_filepaths: {path} and another file would both be answered in {output}; "
                     "rename one"
                 )
             written.add(output)
+
+
+def _of_a_run(folder: Path) -> bool:
+    """Whether the record and the report in a folder are those of a run, or are not there."""
+    record, report = folder / RECORD, folder / REPORT
+    try:
+        if record.exists():
+            read_json(record, {"method": str, "versions": {"*": str}, "flags": dict})
+        elif report.exists():
+            with report.open("rb") as file:
+                return MADE_BY.encode() in file.read(4096)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def check_inputs(method: Routed) -> None:
+    """Refuses a run whose adapters or base model are variants that it would replace.
+
+    Raises:
+        InputError: they are.
+    """
+    own = (method.settings.output_folder / VARIANTS).resolve()
+    inputs = [("--adapters", adapter.folder.path) for adapter in method.adapters]
+    for flag, path in (*inputs, ("--base_model", Path(method.base.name))):
+        if path.resolve().is_relative_to(own):
+            raise InputError(
+                f"{flag} {path}: expected a folder that the run does not replace, got one in {own}; choose "
+                "another --output_folder"
+            )
 
 
 def _write_routing(path: Path, queries: list[Query], decision: Decision, part: slice) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import io
 import re
 import sys
@@ -121,6 +122,11 @@ def _broken(error: UnicodeDecodeError | csv.Error) -> str:
             "one; is a quote before it never closed? Close it, and double those that belong to a text"
         )
     return f"expected CSV in UTF-8, got something else ({error}); save it as UTF-8"
+
+
+def digest_of(queries: Sequence[Query]) -> str:
+    """A sha256 of what is asked."""
+    return hashlib.sha256(repr(list(queries)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def read_queries(path: Path) -> list[Query]:

@@ -27,6 +27,7 @@ from helpers import (
     NAMES,
     ROOT,
     ROWS,
+    files_of,
     read_table,
     variants_in,
     write_queries,
@@ -713,3 +714,61 @@ def test_variants_that_cannot_be_moved_cost_a_warning_and_not_the_answers(
     assert code == 0 and len(read_table(out / "queries.csv")) == len(ROWS)
     assert "could not be kept" in caplog.text and (out / "variants").read_text() == "in the way"
     assert not list(out.glob(".variants.*"))
+
+
+@pytest.mark.parametrize("name", ["run.json", "report.html", "plan.json", ".lock", "variants", ".journal"])
+def test_a_query_file_of_a_name_that_a_run_needs_is_refused_before_anything_is_loaded(
+    name, command, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("router.pipeline.load_library", lambda *_, **__: pytest.fail("loaded"))
+    queries = write_queries(tmp_path / name)
+    assert command("base", "--dataset_filepaths", queries)[0] == 2
+    assert "which a run needs for something else; rename it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["queries.csv", "queries.routing.csv", "run.json", "report.html"])
+def test_a_folder_where_a_result_would_be_is_told_before_anything_is_loaded(
+    name, command, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("router.pipeline.load_library", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "out" / name).mkdir(parents=True)
+    assert command("proto_route")[0] == 2
+    assert "--output_folder" in capsys.readouterr().err
+    assert (tmp_path / "out" / name).is_dir()
+
+
+def test_a_dead_link_is_no_output_folder(command, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    assert command("base")[0] == 2
+    assert "expected a folder, got a dead link" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("run.json", '{"pace": 5}'), ("report.html", "<p>My marathon</p>")]
+)
+def test_a_record_or_report_of_something_else_stays(name, text, command, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(text)
+    assert command("base")[0] == 2
+    assert "expected no `run.json` or `report.html` in it" in capsys.readouterr().err
+    assert (tmp_path / "out" / name).read_text() == text
+
+
+def test_variants_that_are_a_runs_own_adapters_are_not_replaced(command, tmp_path, capsys):
+    _, out = command("oracle")
+    (tmp_path / "linked").symlink_to(next(path for path in (out / "variants").iterdir() if path.is_dir()))
+    before = files_of(out)
+    for adapters in (out / "variants", tmp_path / "linked"):
+        assert command("average", "--adapters", adapters)[0] == 2
+        assert "expected a folder that the run does not replace" in capsys.readouterr().err
+        assert files_of(out) == before
+    assert command("average", "--adapters", out / "variants", out="other")[0] == 0
+
+
+def test_results_have_the_rights_that_the_umask_leaves(command):
+    old = os.umask(0o077)
+    try:
+        _, out = command("proto_route")
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o077 for path in out.rglob("*")} == {0}

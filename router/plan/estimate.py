@@ -218,6 +218,8 @@ def _earlier(name: str, settings: Settings, adapters: list[str]) -> dict[str, An
     try:
         record: dict[str, Any] = read_json(settings.output_folder / "run.json", {})
         same = record["flags"] == settings.plain() and sorted(record["adapters"]) == sorted(adapters)
+        made = record.get("n_variants", 1)
+        same = same and isinstance(made, int) and made > 0
         return record if same and record["method"] == name else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

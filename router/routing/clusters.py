@@ -51,7 +51,7 @@ def mixes(weights: Array) -> Array:
     best, last = weights.argmax(1), weights.shape[1] - 1
     adapters = weights / np.where(best == last, 1.0, 1.0 - weights[:, -1])[:, None]
     adapters[:, -1] = 0.0
-    alone = (best == last) | (adapters.max(1) > PURE)
+    alone = (best == last) | (adapters.max(1) > PURE + 1e-9)  # what rounding adds to a half
     adapters[alone] = 0.0
     adapters[alone, best[alone]] = 1.0
     return np.asarray(adapters)
@@ -86,7 +86,12 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
     if n_variants is not None and n_variants < 1:
         raise ValueError(f"expected at least 1 variant, got {n_variants}")
     if len(weights) > SAMPLE:
-        return _joined(weights, cluster(weights[_sample(weights, seed)], n_variants, seed))
+        return _joined(weights, _clustered(weights[_sample(weights, seed)], n_variants, seed))
+    return _clustered(weights, n_variants, seed)
+
+
+def _clustered(weights: Array, n_variants: int | None, seed: int) -> Clusters:
+    """As `cluster`, of as many queries as there are."""
     best = np.unique(weights.argmax(1))
     if weights.shape[1] > LARGE:  # most candidates are in no query's mix
         used = np.flatnonzero(np.append(weights[:, :-1].max(0, initial=0) > 0, True))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from router.files import parsed
+from router.files import for_others, parsed
 
 Array = NDArray[np.float32]
 
@@ -114,7 +114,7 @@ class Evidence:
         names = json.dumps({name: getattr(self, name) for name in _NAMES})
         part = path.with_suffix(".part")
         save_file(arrays, part, metadata={"names": names})
-        part.chmod(0o644)  # it is written for its owner alone
+        for_others(part)
         part.replace(path)
 
     @staticmethod

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from router.errors import InputError
-from router.files import parsed
+from router.files import for_others, parsed
 from router.library.adapters import Adapter
 from router.library.duplicates import representatives
 from router.model.passes import truncated
@@ -239,7 +239,7 @@ class Fitted:
             work,
             metadata={"router": json.dumps(about)},  # safetensors writes several in no certain order
         )
-        work.chmod(0o644)  # it is written for its owner alone
+        for_others(work)
         work.replace(folder / FILE)
 
     @staticmethod

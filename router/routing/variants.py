@@ -16,7 +16,7 @@ import torch
 
 from merge.factors import Factors, recompress, weighted_sum
 from merge.folders import write_adapter
-from router.files import is_ours, mark, remove_ours
+from router.files import for_others, is_ours, mark, remove_ours
 from router.library.adapters import Adapter
 from router.model.base import Base
 from router.routing.clusters import Array
@@ -134,7 +134,7 @@ def replace_variants(work: Path, output: Path) -> None:
             raise FileExistsError(f"{final} was not written by this program")
         remove_ours(final)
         mark(work)
-        work.chmod(0o755)
+        for_others(work)
         work.rename(final)
     except OSError as error:
         log.warning("%s: the variants could not be kept: %s", final, error)

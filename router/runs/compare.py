@@ -116,7 +116,16 @@ def _labels(paths: Sequence[Path], stems: Sequence[str]) -> dict[tuple[str, str]
             f"--labels {' '.join(map(str, paths))}: expected CSV files named as the query files "
             f"({', '.join(stems)}), or a folder of them; found none"
         )
-    return {(file.stem, row["id"]): row for file in of_runs for _, row in read_rows(file, ("id", "target"))}
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for file in of_runs:
+        for line, row in read_rows(file, ("id", "target")):
+            if (file.stem, row["id"]) in found:
+                raise InputError(
+                    f"--labels: {file}, line {line}: expected one row for each query, got a second one for "
+                    f"{file.stem}:{row['id']:.60}"
+                )
+            found[file.stem, row["id"]] = row
+    return found
 
 
 def _score(queries: Rows) -> dict[str, Any]:
@@ -180,9 +189,10 @@ def _line(text: str) -> str:
 
 def _apart(a: Any, b: Any) -> dict[str, str]:
     """Two values, each on one line from shortly before they differ; of two lists, what only one has."""
-    if isinstance(a, list) and isinstance(b, list) and set(a) != set(b):
-        a, b = ([item for item in own if item not in other] for own, other in ((a, b), (b, a)))
-    a, b = (", ".join(value) if isinstance(value, list) else str(value) for value in (a, b))
+    if isinstance(a, list) and isinstance(b, list):
+        only = [[item for item in own if item not in other] for own, other in ((a, b), (b, a))]
+        a, b = only if any(only) else (a, b)
+    a, b = (", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in (a, b))
     same = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     start = max(0, same - WIDTH // 3)
     return {key: ("..." if start else "") + _line(text[start:]) for key, text in (("a", a), ("b", b))}

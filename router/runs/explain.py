@@ -69,12 +69,13 @@ def explain(folder: Path, name: str, answers: bool = False) -> dict[str, Any]:
 def _find(run: Run, name: str) -> tuple[str, int]:
     """The stem and the row that `ID` or `STEM:ID` stands for."""
     rows = [(stem, n, own) for stem, file in run.files.items() for n, own in enumerate(file.ids)]
-    full = {f"{stem}:{own}": (stem, n) for stem, n, own in rows}
-    found = [key for key, (_, _, own) in zip(full, rows, strict=True) if name in (key, own)]
+    full = [f"{stem}:{own}" for stem, _, own in rows]
+    found = [k for k, (_, _, own) in enumerate(rows) if name in (full[k], own)]
     if len(found) > 1:
-        raise InputError(f"{name!r} stands in {len(found)} query files; say which: {' or '.join(found)}")
+        which = " or ".join(full[k] for k in found)
+        raise InputError(f"{name!r} stands in {len(found)} query files; say which: {which}")
     if found:
-        return full[found[0]]
+        return rows[found[0]][:2]
     meant = get_close_matches(name, [*(own for _, _, own in rows), *full], 1, 0.5) or [rows[0][2]]
     raise InputError(f"{run.folder}: expected the id of a query, such as {meant[0]!r}, got {name!r}")
 

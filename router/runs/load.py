@@ -19,7 +19,7 @@ from router.files import check_shape, read_json, sha256_of
 from router.routing.clusters import Clusters
 from router.routing.evidence import Evidence, joined
 from router.settings import Settings
-from router.submission import MULTIPLE_CHOICE, Query, read_queries, read_rows
+from router.submission import MULTIPLE_CHOICE, Query, digest_of, read_queries, read_rows
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -30,7 +30,7 @@ RECORD = {
     "peak_mib": {"*": float}, "peak_gpu_mib?": {"*": float}, "files?": {"*": str}, "left_out?": [str],
     "time_limit?": {"minutes": float, "shortened": int, "to_base?": int, "unanswered": int},
     "base?": {"name": str, "revision?": str, "sha256": str, "dtype": str, "device?": str},
-    "adapters?": {"*": {"revision?": str, "sha256": str}},
+    "adapters?": {"*": {"revision?": str, "sha256": str}}, "queries?": {"*": str},
 }  # fmt: skip
 FLAGS = {  # that `Run.settings` is made of
     "dataset_filepaths": [str], "output_folder": str, "adapters": [str], "base_model?": str, "skip_bad": bool,
@@ -52,7 +52,7 @@ class QueryFile:
     Attributes:
         path: the query file, as the run was given it.
         ids, predictions: each query's id and the answer to it.
-        queries: what was asked; None if the file, or the query in it, is gone.
+        queries: what was asked; None if the file, or the query in it, is gone or has changed.
         names: the candidates, adapters and then the base model; empty if the method does not route.
         labels: (queries,) number of the variant; empty if the method does not route.
         weights: (queries, candidates).
@@ -277,7 +277,12 @@ def load(folder: Path) -> Run:
 def _load(folder: Path) -> Run:
     record = _record(folder / "run.json")
     for name, digest in (record.get("files") or {}).items():
-        if (folder / name).is_file() and sha256_of(folder / name) != digest:
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder / name}: expected the file that run.json lists, found none; is the folder whole? "
+                "Run it again"
+            )
+        if sha256_of(folder / name) != digest:
             raise InputError(
                 f"{folder / name}: expected the file that the run in run.json wrote, got another; was it "
                 "changed, or a run killed? Run it again"
@@ -293,6 +298,7 @@ def _record(path: Path) -> dict[str, Any]:
     what = f"{path}: expected the record of a finished run"
     try:
         record: dict[str, Any] = read_json(path, RECORD)
+        record = {key: value for key, value in record.items() if value is not None}
         if "variants" in record:
             check_shape(record, DECIDED)
             if not all(row["weights"] for row in record["variants"]):
@@ -308,8 +314,12 @@ def _file(folder: Path, path: Path, record: dict[str, Any]) -> QueryFile:
     if not (answers := list(_rows(folder / path.name, ("id", "prediction")))):
         raise InputError(f"{folder / path.name}: expected at least one answer, found none; run it again")
     ids, predictions = ([row[key] for row in answers] for key in ("id", "prediction"))
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{folder / path.name}: expected each id once, got some twice; run it again")
     try:
-        queries = {query.id: query for query in read_queries(path)}
+        found = read_queries(path)
+        changed = digest_of(found) != record.get("queries", {}).get(path.name, digest_of(found))
+        queries = {} if changed else {query.id: query for query in found}
     except InputError:
         queries = {}
     asked = [queries.get(own) for own in ids]

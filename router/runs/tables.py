@@ -132,6 +132,8 @@ def variant_table(run: Run) -> pd.DataFrame:
     rows = {}
     for n in np.argsort(-np.bincount(run.labels, minlength=len(own)), kind="stable").tolist():
         members = np.flatnonzero(run.labels == n)
+        if not len(members):  # `--time_limit` gave its queries to the base model
+            continue
         lines = [run.rows[k].line(SHORT) for k in members[np.argsort(apart[members], kind="stable")]]
         rows[n] = {
             "queries": len(members),

@@ -541,3 +541,13 @@ def test_an_adapter_with_a_pattern_for_each_module_needs_no_regular_expressions(
     monkeypatch.setattr(_Matcher, "match", lambda *_: pytest.fail("slow"))
     found = open_adapter(folder)
     assert [found.scale(module) for module in modules] == [n / 4 for n in range(1, len(modules) + 1)]
+
+
+def test_two_tensors_for_one_factor_are_refused(tmp_path):
+    folder = write_tiny_adapter(tmp_path / "twice", 1)
+    weights = load_file(folder / "adapter_model.safetensors")
+    key = next(key for key in weights if "lora_B" in key)
+    weights[key.removeprefix("base_model.model.")] = -weights[key]
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="expected one lora_B of model"):
+        open_adapter(folder)

@@ -200,3 +200,15 @@ def test_of_many_candidates_each_that_answers_alone_is_a_group(monkeypatch):
     np.testing.assert_allclose(found.weights[found.labels], weights)
     assert found.labels[0] == 0 and (np.diff(np.unique(found.labels, return_index=True)[1]) > 0).all()
     assert len(cluster(weights, 3, seed=0).weights) == 3
+
+
+def test_two_equal_halves_stay_a_mix_whatever_rounding_adds():
+    base = np.random.default_rng(0).uniform(0.01, 0.3, 2000)
+    weights = np.column_stack([(1 - base) / 2, (1 - base) / 2, base])
+    assert (mixes(weights) == 0).sum(1).tolist() == [1] * len(weights)
+
+
+def test_a_sample_of_more_kinds_than_it_may_have_is_grouped(monkeypatch):
+    monkeypatch.setattr("router.routing.clusters.SAMPLE", 5)
+    weights = np.tile(np.eye(9), (3, 1))  # nine kinds of queries
+    assert cluster(weights, None, seed=0).labels.tolist() == list(range(9)) * 3

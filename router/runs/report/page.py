@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 REPORT = "report.html"
+MADE_BY = "<!-- a report of proto-route -->"  # how it begins, after the doctype
 
 
 def write_report(folder: Path) -> Path:
