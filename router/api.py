@@ -45,6 +45,7 @@ from router.version import own_version
 log = logging.getLogger(__name__)
 
 ABOUT = "router.json"  # beside FILE in a saved router's folder
+ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
 WORK = ".router."  # how the name of the folder begins in which a router is written
 SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply")  # that a saved router keeps
 SHAPE = {
@@ -173,6 +174,8 @@ class Router:
         method.attach(base, [])
         widths = {module: width for module, (_, width) in method.shapes.items()}
         fitted = Fitted.load(folder, base.model.device, base.model.dtype, widths)
+        if not (folder / ABOUT).is_file() or sha256_of(folder / ABOUT) != seen:
+            raise InputError(f"{folder}: a router was saved there while this one was read; load it again")
         method.fitted = fitted
         centres, variants = about["centres"], about["variants"]
         if len(centres) != len(variants) or any(len(row) != len(fitted.names) + 1 for row in centres):
@@ -237,7 +240,15 @@ class Router:
         return pd.DataFrame(routing.weights, columns=self.candidates)
 
     def choose(self, texts: Sequence[str]) -> list[Choice]:
-        """How each text is decided, and which of the variants answers it."""
+        """How each text is decided, and which of the variants answers it.
+
+        Of a very long text the middle is left out before it is tokenised, since routing reads its ends alone.
+        """
+        if self._method.prompt_tokens is None:  # else the end of what is read may be in the middle
+            texts = [
+                text if len(text) <= 2 * ENDS else text[:ENDS] + text[-ENDS:]
+                for text in _listed(texts, "a list of texts")
+            ]
         queries = _queries(texts, None)
         routing = self._proto.route(queries, self._proto.encoded(queries))
         evidence, names = routing.evidence, self.candidates

@@ -161,6 +161,9 @@ def read(path: str, group: int) -> list[Query]:
         where = f"{path}, row group {group}, row {number}"
         if empty := [name for name in COLUMNS[:3] if row[name] is None]:
             raise InputError(f"{where}, column {empty[0]}: expected a value, got none")
+        if other := [name for name in COLUMNS[:3] if not isinstance(row[name], (str, int))]:
+            got = type(row[other[0]]).__name__
+            raise InputError(f"{where}, column {other[0]}: expected a text or a whole number, got {got}")
         choices = row["answer_choices"]
         texts = {name: str(row[name]) for name in COLUMNS[:3]}
         found.append(parse_query({**texts, "answer_choices": "" if choices is None else str(choices)}, where))
@@ -354,7 +357,14 @@ def _begin(args: argparse.Namespace, output: Path, identity: dict[str, Any]) -> 
             raise InputError(f"{file}: {error}; pass --fresh to start anew there") from error
     if known is None:
         for name in (ROUTER, ANSWERS):
-            shutil.rmtree(output / name, ignore_errors=True)
+            try:
+                if (output / name).exists() or (output / name).is_symlink():
+                    shutil.rmtree(output / name)
+            except OSError as error:  # a link, or somebody else's
+                raise InputError(
+                    f"--output {output}: expected a folder `{name}` that can be removed, to start anew, but "
+                    f"{error}; remove it, or choose another folder"
+                ) from error
         with replacing(file) as new:
             json.dump(identity, new, indent=2)
     elif other := [key for key in {**known, **identity} if known.get(key) != identity.get(key)]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,11 +17,12 @@ WORDS: dict[str, tuple[str, ...]] = {
     "device": get_args(Device), "device_map": get_args(DeviceMap), "dtype": get_args(Dtype),
     "apply": get_args(Apply), "engine": get_args(Engine), "scoring": get_args(Scoring),
 }  # fmt: skip
-# The least that a number may be; that of a setting without a default may also be None.
+# The least that a number may be, and which may also be None.
 SMALLEST = {
     "n_variants": 1, "variant_rank": 1, "top_k": 1, "ahead": 0, "seed": 0, "batch_size": 1, "max_gen_len": 1,
     "max_seq_len": 1,
 }  # fmt: skip
+OPTIONAL = ("n_variants", "variant_rank", "batch_size", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,11 @@ class Settings:
         for name, least in SMALLEST.items():
             number = getattr(self, name)
             fits = isinstance(number, Integral) and least <= int(number) <= LARGEST
-            if number is not None and not fits:
+            if not fits and (number is not None or name not in OPTIONAL):
                 raise InputError(f"--{name}: expected a whole number from {least} to {LARGEST}, got {number}")
+        for name in ("temperature", "false_alarm"):
+            if not isinstance(getattr(self, name), Real):
+                raise InputError(f"--{name}: expected a number, got {getattr(self, name)!r}")
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"--temperature: expected a number above 0, got {self.temperature}")
         if not 0 < self.false_alarm < 1:

@@ -7,7 +7,6 @@ log-probabilities of a prompt that is echoed, which vLLM gives; servers that do 
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
@@ -20,7 +19,8 @@ import httpx
 
 from merge.folders import WEIGHTS_FILE
 from router.errors import ServerError
-from router.files import sha256_of
+from router.files import check_shape, sha256_of
+from router.keys import key
 from router.model.answer import FAILED, Answer, Scoring, endings, likeliest, warn
 from router.routing.variants import served
 from router.submission import GENERATION, Query
@@ -66,8 +66,8 @@ def answer(
             variants and cannot load them, has lost them, or cannot score choices.
     """
     known: MutableMapping[Query, Answer] = {} if journal is None else journal
-    key = os.environ.get("PROTO_ROUTE_UPSTREAM_KEY")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    secret = key("PROTO_ROUTE_UPSTREAM_KEY")
+    headers = {"authorization": f"Bearer {secret}"} if secret else {}
     with (
         httpx.Client(
             base_url=upstream, headers=headers, transport=transport,
@@ -103,7 +103,7 @@ def answer(
 def _generated(client: httpx.Client, name: str, row: list[int], max_new_tokens: int) -> str:
     """The greedy continuation of a prompt, without one leading blank."""
     body = {"model": name, "prompt": row, "max_tokens": max_new_tokens, "temperature": 0}
-    return str(_choices(client, body)[0]["text"]).removeprefix(" ")
+    return str(_choices(client, body, {"text": str})[0]["text"]).removeprefix(" ")
 
 
 def _scored(
@@ -114,9 +114,14 @@ def _scored(
     body = {
         "model": name, "prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 0, "temperature": 0
     }  # fmt: skip
-    found = [choice.get("logprobs") or {} for choice in _choices(client, body)]
+    shape = {"logprobs?": {"token_logprobs?": list}}
+    found = [choice.get("logprobs") or {} for choice in _choices(client, body, shape)]
     each = [one.get("token_logprobs") or [] for one in found]
-    if [len(one) for one in each] != [len(prompt) for prompt in prompts]:
+    sound = [  # the first token of a prompt has none
+        len(one) == len(prompt) and all(isinstance(value, (int, float)) for value in one[len(row) :])
+        for one, prompt in zip(each, prompts, strict=False)
+    ]
+    if not all(sound) or len(each) != len(prompts):
         raise ServerError(
             "--engine openai: expected a log-probability for each token of an echoed prompt, got "
             f"{sum(map(len, each))} for {sum(map(len, prompts))}; this server cannot score choices; with one "
@@ -125,16 +130,20 @@ def _scored(
     return tuple(float(sum(one[len(row) + left_out :])) for one in each)
 
 
-def _choices(client: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The completions of a request, in the order of its prompts."""
+def _choices(client: httpx.Client, body: dict[str, Any], shape: Any) -> list[dict[str, Any]]:
+    """The completions of a request, at least one and each of this shape, in the order of its prompts."""
     response = _sent(client, "POST", "/v1/completions", body)
     if response.status_code in (401, 403, 404):  # 404 if it was started anew, without what was loaded
         raise _unfit(response, f"to complete with the model {body['model']}")
     if response.is_error:
         raise _RefusedError(f"{response.status_code}: {response.text[:300]}")
     try:
-        return sorted(response.json()["choices"], key=lambda choice: int(choice["index"]))
-    except (ValueError, KeyError, TypeError) as error:
+        found = response.json()
+        check_shape(found, {"choices": [{"index": int, **shape}]})
+        if not found["choices"]:
+            raise ValueError("none")
+        return sorted(found["choices"], key=lambda choice: int(choice["index"]))
+    except ValueError as error:
         raise _unfit(response, "completions") from error
 
 

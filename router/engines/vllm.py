@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.folders import open_adapter, served_rank
-from router.errors import InputError
+from router.errors import ServerError
 from router.model.answer import FAILED, Answer, Scoring, continuation, end_tokens, endings, likeliest, warn
 from router.model.base import Base
 from router.routing.variants import served
@@ -151,7 +151,10 @@ def _loaded(base: Base, variants: Sequence[Path], longest: int) -> Iterator[Any]
         )  # fmt: skip
     except (ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"--engine vllm: expected it to load {base.name}, it says: {reason}") from error
+        raise ServerError(
+            f"--engine vllm: expected it to load {base.name}, it says: {reason}. What was answered is kept: "
+            "when it can, the same command goes on"
+        ) from error
     try:
         yield llm
     finally:

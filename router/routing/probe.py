@@ -109,7 +109,8 @@ class _Inputs:
         """The counted tokens minus the mean, (T', d_in) in x's dtype, and their norms, (T',) float32."""
         if self.seen is None or self.seen[0] is not x or not torch.equal(self.seen[1], mean):
             rows = self.counted.tokens(name, x)  # (T', d_in)
-            centred, sizes = torch.empty_like(rows), torch.empty(len(rows), device=x.device)
+            centred = torch.empty_like(rows)
+            sizes = torch.empty(len(rows), device=x.device, dtype=torch.float32)
             block = BLOCK if x.device.type == "cpu" else len(rows)
             for some, out, size in zip(
                 *(torch.split(of, block) for of in (rows, centred, sizes)), strict=True
@@ -167,7 +168,7 @@ def confidence_of(logits: Tensor) -> Tensor:
 
 def base_confidence(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     """The confidence of the base model at the end of each prompt, (prompts,) float32."""
-    found = torch.empty(len(rows))
+    found = torch.empty(len(rows), dtype=torch.float32)
 
     def read(ids: Tensor, mask: Tensor) -> Tensor:
         return confidence_of(forward(model, ids, mask)).cpu()
@@ -261,7 +262,9 @@ class _Responses:
     ) -> None:
         self.model, self.prototypes, self.means = model, prototypes, means
         self.place = {name: m for m, name in enumerate(prototypes)}
-        self.sums = torch.zeros((len(prototypes), 2, prompts, n_adapters), device=model.device)
+        # The dtype is named everywhere: while transformers loads a model, another is torch's default.
+        shape = len(prototypes), 2, prompts, n_adapters
+        self.sums = torch.zeros(shape, device=model.device, dtype=torch.float32)
 
     def of_prompts(self, counted: Tensor, share: float) -> Callable[[slice], AbstractContextManager[None]]:
         """What `read_prompts` reads these rows of the batch in, see `_averages`; counted: (B, T)."""
@@ -325,5 +328,5 @@ def _averages(counted: Tensor, share: float) -> Tensor:
     mine = prompt == torch.arange(len(counted), device=counted.device)[:, None]  # (B, T')
     left = counted.flip(1).cumsum(1).flip(1)[counted]  # (T',) 1 for a prompt's last counted token
     views = torch.stack([mine, mine & (left <= END)]).float()
-    of_view = torch.tensor([1, share], device=views.device)[:, None, None]
+    of_view = torch.tensor([1, share], device=views.device, dtype=torch.float32)[:, None, None]
     return of_view * views / views.sum(2, keepdim=True)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
 import re
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
 from router.constants import ADDRESS, Dtype
 from router.errors import InputError
+from router.keys import key
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine alone
 NEEDED = ("starlette", "httpx", "uvicorn", "prometheus_client")
 
 
@@ -111,11 +113,12 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    keys = {name: key(name) for name in ("PROTO_ROUTE_API_KEY", "PROTO_ROUTE_UPSTREAM_KEY")}
     with _listening(args.host, args.port) as listener:  # first, since loading takes long
-        _serve_at(listener, args)
+        _serve_at(listener, args, keys)
 
 
-def _serve_at(listener: socket.socket, args: argparse.Namespace) -> None:
+def _serve_at(listener: socket.socket, args: argparse.Namespace, keys: dict[str, str | None]) -> None:
     import uvicorn
 
     from router.api import Router
@@ -130,9 +133,10 @@ def _serve_at(listener: socket.socket, args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request of ours
     front = Front(
-        load(), args.upstream, load=load, api_key=os.environ.get("PROTO_ROUTE_API_KEY") or None,
+        load(), args.upstream, load=load, api_key=keys["PROTO_ROUTE_API_KEY"],
         reroute=args.reroute, max_body=args.max_body, queue=args.queue, timeout=args.timeout,
-        log_prompts=args.log_prompts, upstream_key=os.environ.get("PROTO_ROUTE_UPSTREAM_KEY") or None,
+        log_prompts=args.log_prompts, upstream_key=keys["PROTO_ROUTE_UPSTREAM_KEY"],
+        hosts=LOOPBACK if args.host in LOOPBACK else None,
     )  # fmt: skip
 
     async def run() -> None:
@@ -159,7 +163,8 @@ def _serve_at(listener: socket.socket, args: argparse.Namespace) -> None:
         print(f"http://{args.host}:{port}: {count} variant{'s' * (count != 1)}", flush=True)
         await uvicorn.Server(config).serve([listener])  # drains on SIGTERM and Ctrl-C
 
-    asyncio.run(run())
+    with suppress(KeyboardInterrupt):  # uvicorn has drained, and raises it once more
+        asyncio.run(run())
 
 
 if __name__ == "__main__":

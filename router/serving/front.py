@@ -17,21 +17,22 @@ import re
 import time
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib import resources
 from io import BytesIO
 from pathlib import PurePath
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -53,7 +54,7 @@ RECENT = 100  # decisions on the page
 # and takes the compression off the response.
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 _OF_REQUEST = _HOP | {"host", "accept-encoding"}
-_OF_RESPONSE = _HOP | {"content-encoding"}
+_OF_RESPONSE = _HOP | {"content-encoding", "set-cookie"}  # cookies, of which there may be several, go apart
 
 
 class Refused(Exception):
@@ -104,6 +105,7 @@ class Front:
         queue: requests that may wait for their decision.
         timeout: seconds without a byte from the upstream.
         log_prompts: whether texts may stand in the log.
+        hosts: names that it answers to where it asks for no key; None answers to any.
         transport: in place of the network, for tests.
     """
 
@@ -120,15 +122,17 @@ class Front:
         queue: int = 1024,
         timeout: float = 600.0,
         log_prompts: bool = False,
+        hosts: Collection[str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.router, self.load, self.api_key, self.reroute = router, load, api_key, reroute
-        self.max_body, self.log_prompts = max_body, log_prompts
+        self.max_body, self.log_prompts, self.hosts = max_body, log_prompts, hosts
         self.ours = {} if upstream_key is None else {"authorization": f"Bearer {upstream_key}"}
         self.renewing = asyncio.Lock()
+        nobody = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # a client's cookies are its own
         self.client = httpx.AsyncClient(
             base_url=upstream, timeout=httpx.Timeout(timeout, connect=10.0), transport=transport,
-            limits=httpx.Limits(max_connections=None),
+            limits=httpx.Limits(max_connections=None), cookies=nobody,
         )  # fmt: skip
         self.prober = Prober(self._choose, queue)
         self.kept: OrderedDict[bytes, Decided] = OrderedDict()  # by the sha256 of the conversation's text
@@ -173,7 +177,16 @@ class Front:
         return JSONResponse(body, error.status, dict(error.headers or {}))
 
     def _admit(self, request: Request) -> None:
+        """Refuses who brings no key, or where none is asked for, a page of another site in a browser here."""
         if self.api_key is None:
+            host, origin = request.headers.get("host", ""), request.headers.get("origin")
+            foreign = origin is not None and urlsplit(origin).netloc != host
+            if foreign or request.headers.get("sec-fetch-site") == "cross-site":
+                raise Refused(403, "origin: expected no page of another site; set PROTO_ROUTE_API_KEY")
+            if self.hosts is not None and urlsplit(f"//{host}").hostname not in self.hosts:
+                raise Refused(
+                    403, f"host: expected {' or '.join(sorted(self.hosts))}, since no key is asked for"
+                )
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode(), self.api_key.encode()):
@@ -182,10 +195,13 @@ class Front:
     async def _body(self, request: Request) -> bytes:
         """The body, refused as soon as it is too long."""
         parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            self._measure(size)
-            parts.append(part)
+        try:
+            async for part in request.stream():
+                size += len(part)
+                self._measure(size)
+                parts.append(part)
+        except ClientDisconnect as error:
+            raise Refused(GONE, "the client has left") from error
         return b"".join(parts)
 
     def _measure(self, size: int) -> None:
@@ -241,23 +257,28 @@ class Front:
         self.seconds.labels("probe").observe(time.perf_counter() - start)
         return found
 
-    async def _name(self, decided: Decided) -> str:
+    def _key(self, request: Request) -> dict[str, str]:
+        """The key that the upstream is to get: ours, or the client's where that is not for us."""
+        theirs = request.headers.get("authorization")
+        return self.ours or ({"authorization": theirs} if theirs and self.api_key is None else {})
+
+    async def _name(self, decided: Decided, key: Mapping[str, str]) -> str:
         """What the upstream calls what answers."""
         if decided.variant:
             return decided.variant
-        base = (await self._known_upstream()).base
+        base = (await self._known_upstream(key)).base
         if base is None:
             raise Refused(502, "the upstream lists no base model at /v1/models")
         return base
 
-    async def _known_upstream(self) -> Upstream:
+    async def _known_upstream(self, key: Mapping[str, str]) -> Upstream:
         """What the upstream serves, as it was when it was first asked."""
         if self.upstream is None:
-            self.upstream = await self._ask_upstream()
+            self.upstream = await self._ask_upstream(key)
         return self.upstream
 
-    async def _ask_upstream(self) -> Upstream:
-        listed = (await self._upstream_models())["data"]
+    async def _ask_upstream(self, key: Mapping[str, str]) -> Upstream:
+        listed = (await self._upstream_models(key))["data"]
         if not listed:
             return Upstream(None, "", None)  # LoRAX loads what a request names, and "" is the base model
         ours = {served(n) for n in range(len(self.router.variants))}
@@ -269,31 +290,37 @@ class Front:
             raise Refused(502, f"the upstream serves {theirs}, the router is of {own}; see --base_model")
         loras = None
         if bases and bases[0].get("owned_by") == "llamacpp":
-            found = await self._asked("/lora-adapters")
-            loras = {unquote(PurePath(one["path"]).stem): one["id"] for one in found or []}
+            found = await self._asked("/lora-adapters", key)
+            try:
+                loras = {unquote(PurePath(one["path"]).stem): int(one["id"]) for one in found or []}
+            except (KeyError, TypeError, ValueError) as error:
+                raise Refused(502, "the upstream does not list its adapters as llama.cpp does") from error
         return Upstream({one["id"] for one in listed}, bases[0]["id"] if bases else None, loras)
 
-    async def _upstream_models(self) -> dict[str, Any]:
-        found: dict[str, Any] = await self._asked("/v1/models") or {"object": "list", "data": []}
+    async def _upstream_models(self, key: Mapping[str, str]) -> dict[str, Any]:
+        found: dict[str, Any] = await self._asked("/v1/models", key) or {"object": "list", "data": []}
         try:
             if not all(isinstance(one["id"], str) for one in found["data"]):
                 raise ValueError("a model without a name")
         except (ValueError, KeyError, TypeError) as error:
-            raise Refused(502, f"the upstream does not list its models: {error!r}") from error
+            raise Refused(502, "the upstream does not list its models as OpenAI does") from error
         return found
 
-    async def _asked(self, path: str) -> Any:
+    async def _asked(self, path: str, key: Mapping[str, str]) -> Any:
         """What the upstream answers to a GET, as JSON values; None where it has no such path."""
         try:
-            response = await self.client.get(path, headers=self.ours)
+            response = await self.client.get(path, headers=key)
             if response.status_code == 404:
                 return None
             response.raise_for_status()
             return response.json()
         except httpx.TransportError as error:
             raise self._gone(error) from error
+        except httpx.HTTPStatusError as error:  # its text has the upstream's address
+            status = error.response.status_code
+            raise Refused(502, f"the upstream answered {status} at {path}") from error
         except (httpx.HTTPError, ValueError) as error:
-            raise Refused(502, f"the upstream does not list its models: {error!r}") from error
+            raise Refused(502, f"the upstream does not answer as expected at {path}") from error
 
     def _gone(self, error: httpx.HTTPError) -> Refused:
         """The upstream is not there; it may come back with other adapters."""
@@ -327,8 +354,8 @@ class Front:
         """POST /v1/route: the decision alone."""
         self._admit(request)
         body = self._parsed(request, await self._body(request))
-        decided = await self._decided(self._text(body, "messages" in body))
-        return JSONResponse(self._shown(decided.choice, await self._name(decided)))
+        decided = await self._decided(self._text(body, "messages" in body, -1 if self.reroute else 0))
+        return JSONResponse(self._shown(decided.choice, await self._name(decided, self._key(request))))
 
     async def forward(self, request: Request) -> Response:
         """Everything else under /v1: passed on; with the model `auto`, under a variant's name."""
@@ -353,11 +380,13 @@ class Front:
         if request.url.path in ("/v1/completions", "/v1/chat/completions") and request.method == "POST":
             body = self._parsed(request, raw)
             if body.get("model") == AUTO:
-                decision, how = await self._decision(request.url.path, body)
+                decision, how = await self._decision(request.url.path, body, self._key(request))
                 raw = json.dumps(body | how).encode()
         return await self._passed_on(request, raw, decision)
 
-    async def _decision(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def _decision(
+        self, path: str, body: dict[str, Any], secret: Mapping[str, str]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The decision for a person, and the fields of the request that tell the upstream."""
         chats = path.endswith("/chat/completions")
         text, router = self._text(body, chats, -1 if self.reroute else 0), self.router
@@ -371,9 +400,9 @@ class Front:
             self.kept.move_to_end(key)
             while len(self.kept) > REMEMBERED:
                 self.kept.popitem(last=False)
-        name, choice = await self._name(decided), decided.choice
+        name, choice = await self._name(decided, secret), decided.choice
         how: dict[str, Any] = {"model": name}
-        if (loras := (await self._known_upstream()).loras) is not None:
+        if (loras := (await self._known_upstream(secret)).loras) is not None:
             how["lora"] = self._scales(decided, loras)
         name = name or BASE_COLUMN
         self.requests.labels(name).inc()
@@ -392,11 +421,24 @@ class Front:
         url = request.scope["raw_path"].decode("latin-1")
         url += f"?{request.url.query}" if request.url.query else ""
         start = time.perf_counter()
-        outgoing = self.client.build_request(request.method, url, content=raw, headers=headers)
+        try:
+            outgoing = self.client.build_request(request.method, url, content=raw, headers=headers)
+        except httpx.InvalidURL as error:
+            raise Refused(414, f"expected a shorter path, or another one ({error})") from error
         try:
             answer = await self.client.send(outgoing, stream=True)
         except httpx.HTTPError as error:
             raise self._gone(error) from error
+        response = await self._response(answer, decision, start)
+        for value in answer.headers.get_list("set-cookie"):
+            if value.isascii():
+                response.headers.append("set-cookie", value)
+        return response
+
+    async def _response(
+        self, answer: httpx.Response, decision: dict[str, Any] | None, start: float
+    ) -> Response:
+        """What the upstream answered, with the decision, if there is one."""
         back = {
             key: value
             for key, value in answer.headers.items()
@@ -451,7 +493,7 @@ class Front:
     async def models(self, request: Request) -> Response:
         """GET /v1/models: the upstream's, and `auto`."""
         self._admit(request)
-        found = await self._upstream_models()
+        found = await self._upstream_models(self._key(request))
         mine = {"id": AUTO, "object": "model", "created": 0, "owned_by": "proto-route"}
         return JSONResponse(found | {"data": [mine, *found["data"]]})
 
@@ -459,9 +501,9 @@ class Front:
         """GET /health: this process lives."""
         return JSONResponse({"status": "ok"})
 
-    async def ready(self, _: Request) -> Response:
+    async def ready(self, request: Request) -> Response:
         """GET /ready: the upstream is there and serves every variant."""
-        found = self.upstream = await self._ask_upstream()
+        found = self.upstream = await self._ask_upstream(self._key(request))
         ours = {served(n) for n, variant in enumerate(self.router.variants) if variant.weights}
         there = found.names if found.loras is None else found.loras.keys()
         missing = ours - there if there is not None else set()
@@ -492,11 +534,18 @@ class Front:
         self._admit(request)
         if self.load is None:
             raise Refused(409, "this server was started without a folder to reload")
+        if self.renewing.locked():
+            raise Refused(409, "not reloaded: it is being loaded already")
+        old = self.router.variants
         try:
             await self.renew()
         except InputError as error:
             raise Refused(409, f"not reloaded: {error}") from error
-        return JSONResponse({"status": "reloaded", "variants": len(self.router.variants)})
+        new = self.router.variants
+        other = [
+            served(n) for n, variant in enumerate(new) if variant.weights and variant not in old[n : n + 1]
+        ]
+        return JSONResponse({"status": "reloaded", "variants": len(new), "changed": other})
 
     async def renew(self) -> None:
         """Puts a newly loaded router in place of the old one."""

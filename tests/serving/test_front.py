@@ -548,7 +548,11 @@ def test_a_reload_takes_the_new_router_and_forgets_conversations():
 
     async def work(client, upstream, front):
         await client.post("/v1/chat/completions", json=chat("x"))
-        assert (await client.post("/admin/reload")).json() == {"status": "reloaded", "variants": 2}
+        assert (await client.post("/admin/reload")).json() == {
+            "status": "reloaded",
+            "variants": 2,
+            "changed": [],
+        }
         assert front.router is new
         await client.post("/v1/chat/completions", json=chat("x"))
         assert [body["model"] for _, body, _ in upstream.seen] == ["variant-0", "the-base"]
