@@ -7,7 +7,7 @@ import os
 from router.errors import InputError
 
 
-def key(name: str) -> str | None:
+def key_of(name: str) -> str | None:
     """The key in an environment variable, without blanks around it; None where there is none.
 
     Raises:

@@ -17,7 +17,10 @@ from router import Router
 from router.errors import InputError
 from router.kit import Merges
 from router.main import main
+from router.model.answer import encode
 from router.model.apply import applied
+from router.model.passes import truncated
+from router.routing.fitted import Fitted
 
 TEXTS = ["What is two and two?", "1 + 1 =", "Say x"]
 
@@ -186,6 +189,32 @@ def test_a_base_model_of_another_configuration_is_told(saved, tiny_base, tmp_pat
     (other / "config.json").write_text(json.dumps(config | rope))
     Router.load(saved, base_model=str(other), device="cpu")
     assert "the base model's configuration or tokenizer is not the one" in caplog.text
+
+
+def test_a_router_that_is_saved_while_it_is_read_is_not_mixed(router, saved, monkeypatch):
+    load = Fitted.load
+
+    def late(folder, *where):
+        router.fit(MORE, 1).save(saved)
+        return load(folder, *where)
+
+    monkeypatch.setattr("router.api.Fitted.load", late)
+    with pytest.raises(InputError, match="a router was saved there while this one was read; load it again"):
+        Router.load(saved, device="cpu")
+
+
+def test_the_middle_of_a_very_long_text_is_not_tokenised(router, monkeypatch):
+    long = "".join(f"{n} is a number. " for n in range(9000))
+    (expected,) = router.choose([long])
+    seen = []
+    monkeypatch.setattr(
+        "router.kit.encode",
+        lambda tokenizer, texts, limit: seen.extend(texts) or encode(tokenizer, texts, limit),
+    )
+    assert router.choose([long]) == [expected]
+    assert len(seen[0]) == 1 << 15 and len(long) > 4 * len(seen[0])
+    (row,) = encode(router._base.tokenizer, [long])
+    assert truncated([row]) == truncated(encode(router._base.tokenizer, seen))  # what routing reads
 
 
 def test_a_save_that_fails_leaves_the_router_that_was_there(router, saved, tiny_base, tmp_path):

@@ -20,7 +20,7 @@ import httpx
 from merge.folders import WEIGHTS_FILE
 from router.errors import ServerError
 from router.files import check_shape, sha256_of
-from router.keys import key
+from router.keys import key_of
 from router.model.answer import FAILED, Answer, Scoring, endings, likeliest, warn
 from router.routing.variants import served
 from router.submission import GENERATION, Query
@@ -66,7 +66,7 @@ def answer(
             variants and cannot load them, has lost them, or cannot score choices.
     """
     known: MutableMapping[Query, Answer] = {} if journal is None else journal
-    secret = key("PROTO_ROUTE_UPSTREAM_KEY")
+    secret = key_of("PROTO_ROUTE_UPSTREAM_KEY")
     headers = {"authorization": f"Bearer {secret}"} if secret else {}
     with (
         httpx.Client(

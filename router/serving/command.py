@@ -17,7 +17,7 @@ from typing import get_args
 
 from router.constants import ADDRESS, Dtype
 from router.errors import InputError
-from router.keys import key
+from router.keys import key_of
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine alone
 NEEDED = ("starlette", "httpx", "uvicorn", "prometheus_client")
@@ -113,7 +113,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    keys = {name: key(name) for name in ("PROTO_ROUTE_API_KEY", "PROTO_ROUTE_UPSTREAM_KEY")}
+    keys = {name: key_of(name) for name in ("PROTO_ROUTE_API_KEY", "PROTO_ROUTE_UPSTREAM_KEY")}
     with _listening(args.host, args.port) as listener:  # first, since loading takes long
         _serve_at(listener, args, keys)
 

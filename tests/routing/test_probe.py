@@ -169,6 +169,21 @@ def test_a_batch_that_does_not_fit_into_memory_changes_nothing(base, measured):
     np.testing.assert_allclose(confidence, whole.confidence, rtol=1e-4)
 
 
+def test_another_default_dtype_as_while_a_model_is_loaded_changes_nothing(base, measured):
+    protos, rows = measured
+    means = input_means(base.model, rows, 0, list(protos))
+    whole = probe(base.model, rows, 0, protos, means, 3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = probe(base.model, rows, 0, protos, means, 3)
+        confidence = base_confidence(base.model, rows, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(found.responses, whole.responses)
+    np.testing.assert_array_equal(found.confidence, whole.confidence)
+    assert confidence.dtype == torch.float32
+
+
 def test_adapters_do_not_change_each_others_responses_and_their_size_does_not_either(
     base, measured, tiny_library, tmp_path
 ):

@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,8 @@ from starlette.routing import Route  # noqa: E402
 
 from helpers import ROOT  # noqa: E402
 from router.api import Choice, Router  # noqa: E402
+from router.errors import InputError  # noqa: E402
+from router.keys import key_of  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
 from router.serving.front import Front  # noqa: E402
 from router.serving.text import NoText, text_of  # noqa: E402
@@ -623,3 +626,106 @@ def test_a_real_router_decides_as_it_does_in_python(tiny_base, tiny_library, tmp
             assert answer["weights"] == pytest.approx(choice.weights, abs=1e-4)
 
     talk(work, loaded)
+
+
+def cookies(request):
+    """An upstream's answer with what it was sent and two cookies."""
+    answer = JSONResponse(
+        {"cookie": request.headers.get("cookie"), "key": request.headers.get("authorization")}
+    )
+    answer.set_cookie("session", "of-alice")
+    answer.set_cookie("other", "b")
+    return answer
+
+
+def test_a_clients_cookies_are_its_own_and_each_of_them_arrives():
+    upstream = Upstream()
+    upstream.app.routes.insert(0, Route("/v1/completions", cookies, methods=["POST"]))
+
+    async def work(client, *_):
+        first = await client.post("/v1/completions", json=completion("x"))
+        assert [value.split(";")[0] for value in first.headers.get_list("set-cookie")] == [
+            "session=of-alice",
+            "other=b",
+        ]
+        client.cookies.clear()
+        second = await client.post("/v1/completions", json=completion("x"))
+        assert second.json()["cookie"] is None
+        own = await client.post("/v1/completions", json=completion("x"), headers={"cookie": "session=of-bob"})
+        assert own.json()["cookie"] == "session=of-bob"
+
+    talk(work, upstream=upstream)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"origin": "http://front"}, 200),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"host": "evil.example"}, 403),
+    ],
+)
+def test_a_page_of_another_site_reaches_nothing_where_no_key_is_asked_for(headers, status):
+    async def work(client, upstream, front):
+        for method, path in (("POST", "/v1/completions"), ("GET", "/recent"), ("POST", "/v1/route")):
+            answer = await client.request(method, path, json=completion("x"), headers=headers)
+            assert answer.status_code == status
+        assert len(upstream.seen) == (status == 200)
+
+    talk(work, hosts=("front",))
+    with_key = headers | {"authorization": "Bearer k"}  # which no page of another site can guess
+
+    async def asked_for_a_key(client, *_):
+        assert (await client.get("/recent", headers=with_key)).status_code == 200
+
+    talk(asked_for_a_key, api_key="k", hosts=("front",))
+
+
+def test_the_clients_key_goes_to_the_upstreams_lists_too():
+    class Asking(Upstream):
+        async def models(self, request):
+            if request.headers.get("authorization") != "Bearer theirs":
+                return JSONResponse({"error": "no key"}, 401)
+            return await super().models(request)
+
+    async def work(client, *_):
+        known = {"headers": {"authorization": "Bearer theirs"}}
+        for path in ("/v1/models", "/ready"):
+            assert (await client.get(path)).status_code == 502
+            assert (await client.get(path, **known)).status_code == 200
+        assert (await client.post("/v1/completions", json=completion("y"), **known)).status_code == 200
+
+    talk(work, upstream=Asking())
+
+
+def test_a_decision_alone_is_rerouted_as_the_answer_is():
+    async def work(client, *_):
+        body = {"messages": chat("x", "answer", "now y")["messages"]}
+        assert (await client.post("/v1/route", json=body)).json()["model"] == "the-base"
+
+    talk(work, reroute=True)
+
+
+def test_a_reload_says_which_variants_the_upstream_must_load_anew_and_is_not_asked_for_twice():
+    new = Two()
+    new.variants = [SimpleNamespace(weights={"two": 1.0}), SimpleNamespace(weights={})]
+
+    async def work(client, _, front):
+        assert (await client.post("/admin/reload")).json()["changed"] == ["variant-0"]
+        async with front.renewing:
+            assert (await client.post("/admin/reload")).status_code == 409
+
+    talk(work, load=lambda: new)
+
+
+@pytest.mark.parametrize("value", ["schl\u00fcssel", "a\nb", "\x00"])
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(value, monkeypatch):
+    monkeypatch.setattr("router.keys.os.environ", {"PROTO_ROUTE_API_KEY": value})
+    with pytest.raises(InputError) as caught:
+        key_of("PROTO_ROUTE_API_KEY")
+    assert value not in str(caught.value)
+    monkeypatch.setattr("router.keys.os.environ", {"PROTO_ROUTE_API_KEY": " secret\n"})
+    assert key_of("PROTO_ROUTE_API_KEY") == "secret" and key_of("ANOTHER") is None
