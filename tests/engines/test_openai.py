@@ -225,6 +225,23 @@ def test_a_server_without_run_time_loading_must_have_the_same_variants(base, tmp
             httpx.Response(200, json={"choices": [{"index": n, "text": "x"} for n in range(3)]}),
             "cannot score",
         ),
+        (httpx.Response(200, json={"choices": []}), "expected completions, got 200"),
+        (httpx.Response(200, json={"choices": [{"index": 0}]}), "expected completions, got 200"),
+        (
+            httpx.Response(200, json={"choices": [{"index": 0, "text": None}]}),
+            "expected completions, got 200",
+        ),
+        (
+            httpx.Response(200, json={"choices": [{"index": 0, "text": "x", "logprobs": "a"}]}),
+            "expected completions, got 200",
+        ),
+        (
+            httpx.Response(
+                200,
+                json={"choices": [{"index": 0, "text": "x", "logprobs": {"token_logprobs": [None] * 99}}]},
+            ),
+            "cannot score",
+        ),
     ],
 )
 def test_what_a_person_can_fix_is_said(base, asked, answer, cause):

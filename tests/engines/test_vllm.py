@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from helpers import arguments, read_by_id, write_queries, write_tiny_library
 from router.engines import vllm
-from router.errors import InputError
+from router.errors import ServerError
 from router.main import main
 from router.model.answer import answer, encode
 from router.model.apply import active
@@ -149,9 +149,22 @@ def test_what_is_in_the_journal_is_not_asked_again_and_what_is_too_long_not_at_a
 def test_why_vllm_does_not_start_is_said(base, monkeypatch):
     monkeypatch.setattr(LLM, "says", "No available memory for the\ncache blocks.")
     with pytest.raises(
-        InputError, match=r"--engine vllm: .* it says: No available memory for the cache blocks"
+        ServerError, match=r"--engine vllm: .* it says: No available memory for the cache blocks"
     ):
         vllm.answer(base, QUERIES[:1], [[5, 6]], [None])
+
+
+def test_a_run_whose_vllm_does_not_start_keeps_its_journal(
+    tmp_path, tiny_base, tiny_library, monkeypatch, capsys
+):
+    queries = write_queries(tmp_path / "queries.csv")
+    words = arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "out", "--engine", "vllm")
+    with monkeypatch.context() as patch:
+        patch.setattr(LLM, "says", "Free memory on device is less than desired.")
+        assert main(words) == 2
+    assert "What was answered is kept: when it can, the same command goes on" in capsys.readouterr().err
+    assert (tmp_path / "out" / ".journal" / "routing.safetensors").is_file()
+    assert main(words) == 0
 
 
 @pytest.mark.parametrize(
