@@ -83,11 +83,15 @@ def parsed(text: str | bytes, shape: Any) -> Any:
         ValueError: it is no JSON, or JSON of another shape.
     """
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=_refused)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     check_shape(found, shape)
     return found
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"expected finite numbers, got {constant}")
 
 
 def check_shape(value: Any, shape: Any, where: str = "it") -> None:

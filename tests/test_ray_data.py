@@ -120,6 +120,11 @@ def test_a_sample_is_drawn_alike_from_all_rows(tmp_path):
     [
         (MANY[:2], {"input": ["a", None]}, "row group 0, row 2, column input: expected a value, got none"),
         (MANY[:2], {"eval_type": ["generation", "poem"]}, "row 2, column eval_type: expected generation or"),
+        (
+            MANY[:2],
+            {"input": [b"a", b"b"]},
+            "row 1, column input: expected a text or a whole number, got bytes",
+        ),
     ],
 )
 def test_a_row_that_is_no_query_is_named(ray, answering, tmp_path, rows, columns, told):
@@ -216,6 +221,16 @@ def test_a_block_that_has_its_answers_is_not_answered_again(ray, answering, tmp_
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == parts
     assert (tmp_path / "ray" / "router" / "router.json").stat().st_mtime_ns == fitted
     assert ray(queries)[0] == 0 and len(answering) == 2
+
+
+def test_answers_that_cannot_be_removed_do_not_pass_for_new_ones(ray, answering, tmp_path):
+    queries = write_queries(tmp_path / "queries.csv", MANY)
+    assert ray(queries)[0] == 0
+    answers = tmp_path / "ray" / "answers"
+    answers.rename(tmp_path / "elsewhere")
+    answers.symlink_to(tmp_path / "elsewhere")
+    code, said = ray(queries, "--fresh")
+    assert code == 2 and "expected a folder `answers` that can be removed" in said and "Traceback" not in said
 
 
 def test_a_run_that_was_killed_while_it_fitted_fits_again(ray, answering, tmp_path):

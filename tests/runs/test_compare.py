@@ -179,3 +179,26 @@ def test_what_a_person_can_mend_is_one_line_and_exit_code_2(capsys, tmp_path, ki
 def test_runs_on_other_query_files(capsys, runs, tmp_path):
     assert main([str(runs("base")), str(write_run(tmp_path / "run", [[1, 0, 0, 0]]))]) == 2
     assert "expected two runs on the same query files, got queries, more in" in capsys.readouterr().err
+
+
+def test_two_labels_of_one_query_are_refused(capsys, tmp_path):
+    one, two = pair(tmp_path, [[1, 0, 0, 0]] * 2)
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder, target in zip(folders, "ab", strict=True):
+        folder.mkdir()
+        write_csv(folder / "run.csv", ("id", "target"), [("q0", target)])
+    assert main([str(one), str(two), "--labels", *map(str, folders)]) == 2
+    assert (
+        "second/run.csv, line 2: expected one row for each query, got a second one" in capsys.readouterr().err
+    )
+
+
+def test_records_with_odd_values_are_compared(capsys, tmp_path):
+    one, two = pair(tmp_path, [[1, 0, 0, 0]] * 2)
+    for out, odd in ((one, [{"a": 1}]), (two, [{"a": 2}, {"b": 3}])):
+        record = json.loads((out / "run.json").read_text())
+        record["flags"]["new"] = odd
+        (out / "run.json").write_text(json.dumps(record | {"left_out": None}))
+    found = compared(capsys, one, two)
+    assert {"setting": "flags.new", "a": [{"a": 1}], "b": [{"a": 2}, {"b": 3}]} in found["settings"]
+    assert main([str(one), str(two)]) == 0

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from helpers import NAMES, NONE, ROOT, read_by_id, write_run
+from helpers import NAMES, NONE, ROOT, arguments, read_by_id, write_queries, write_run
 from router.errors import InputError
+from router.main import main as run
 from router.runs.explain import main
 
 WEIGHTS = [0.7, 0.29, 0, 0.01]
@@ -245,6 +246,16 @@ def test_an_id_is_found_or_the_nearest_is_named(capsys, runs, tmp_path):
     assert "such as 'more:g1', got 'mare:g1'" in error(capsys, out, "mare:g1")
     assert "such as 'g1', got '???'" in error(capsys, out, "???")
     assert "expected the record of a finished run" in error(capsys, tmp_path / "none", "g1")
+
+
+def test_an_id_that_reads_like_another_files_is_told(capsys, tmp_path, tiny_base, tiny_library):
+    one = write_queries(tmp_path / "a.csv", [("b:1", "x", "generation", "")])
+    two = write_queries(tmp_path / "a:b.csv", [("1", "y", "generation", ""), ("2", "z", "generation", "")])
+    out = tmp_path / "out"
+    assert run(arguments("base", [one, two], tiny_library, tiny_base, out)) == 0
+    capsys.readouterr()
+    assert "stands in 2 query files" in error(capsys, out, "a:b:1")
+    assert story(capsys, out, "2")["query"]["input"] == "z"
 
 
 @pytest.mark.parametrize("module", ["router.runs.explain", "router.runs.compare"])

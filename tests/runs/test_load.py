@@ -7,8 +7,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from helpers import NAMES, QUERIES, read_by_id, spoil, write_queries, write_run
+from helpers import NAMES, QUERIES, arguments, read_by_id, spoil, write_queries, write_run
 from router.errors import InputError
+from router.main import main
 from router.runs.load import load
 
 
@@ -85,7 +86,7 @@ BROKEN = {
     "a number for a file": (lambda out: change(out, flags={"dataset_filepaths": [7]}), "1: expected a text"),
     "a long name": (lambda out: change(out, flags={"dataset_filepaths": ["x" * 999]}), "too long"),
     "no name": (lambda out: change(out, flags={"dataset_filepaths": ["a\0b"]}), r"a\x00b: expected a CSV"),
-    "endless": (lambda out: change(out, seconds={"load": float("inf")}), "seconds.'load': expected a number"),
+    "endless": (lambda out: change(out, seconds={"load": float("inf")}), "got Infinity"),
     "an object of variants": (lambda out: change(out, variants={"0": {}}), "variants: expected a list"),
     "a variant of nothing": (
         lambda out: change(out, variants=[{"queries": 1, "weights": {}}] * 2), "a variant has no weights",
@@ -141,3 +142,24 @@ def test_what_does_not_belong_together_is_refused(tmp_path, kind):
     with pytest.raises(InputError) as caught:
         load(out)
     assert BROKEN[kind][1] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_queries_that_changed_since_are_not_shown_as_what_was_asked(tmp_path, tiny_base, tiny_library):
+    queries, out = write_queries(tmp_path / "queries.csv", QUERIES), tmp_path / "out"
+    assert main(arguments("base", [queries], tiny_library, tiny_base, out)) == 0
+    assert [query.input for query in load(out).files["queries"].queries] == [row[1] for row in QUERIES]
+    write_queries(queries, [(own, f"{text}?", *rest) for own, text, *rest in QUERIES])
+    assert load(out).files["queries"].queries == [None] * len(QUERIES)
+
+
+def test_a_missing_file_and_a_repeated_id_are_told(tmp_path, tiny_base, tiny_library):
+    queries, out = write_queries(tmp_path / "queries.csv", QUERIES), tmp_path / "out"
+    assert main(arguments("proto_route", [queries], tiny_library, tiny_base, out)) == 0
+    (out / "queries.evidence.safetensors").rename(tmp_path / "kept")
+    with pytest.raises(InputError, match="expected the file that run.json lists"):
+        load(out)
+    made = write_run(tmp_path / "run", [[1, 0, 0, 0]] * 2)
+    for name in ("run.csv", "run.routing.csv"):
+        spoil(made / name, "q1", "q0")
+    with pytest.raises(InputError, match="expected each id once, got some twice"):
+        load(made)
