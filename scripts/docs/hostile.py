@@ -1,8 +1,8 @@
 """What an adapter that was made to attract queries costs: `python -m scripts.docs.hostile`.
 
 Puts hostile adapters beside the libraries that are at hand, routes the labelled queries, and writes the table
-into docs/reliability.md. A query that was decided rightly and now is not counts as lost whole: with it goes
-what the benchmark's answer to it scored, so the points are the most that the mean score can fall. Nothing is
+into docs/reliability.md. A query that is answered otherwise than before, rightly or not, counts with all that
+the benchmark's answer to it scored, so the points are the most that the mean score can fall. Nothing is
 answered. Reads labels, so nothing that routes may import it.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -209,8 +210,9 @@ def cost(of: Labelled) -> Iterator[tuple[str, float, float, float, str]]:
     """For each attack what it costs, and what the run says of it.
 
     Yields:
-        The attack; the share of queries lost; what their answers scored, at most so much of the mean score;
-        the share that hostile adapters answer; the flag.
+        The attack; the share of queries that were decided rightly and now are not; what the answers scored
+        to queries that are now answered otherwise, the mean over tasks, at most so much of the score; the
+        share that hostile adapters answer; the flag.
     """
     base, own = load_base(of.base, "cpu", "float32"), load_library([str(of.adapters)])
     attacker = Attacker(base, own)
@@ -245,9 +247,10 @@ def cost(of: Labelled) -> Iterator[tuple[str, float, float, float, str]]:
             [row[places[label]] > 0.5 for row, label in zip(weights, of.rows["adapter"], strict=True)]
         )
 
-    weights, fitted = decided(list(range(len(own))))
-    scored = worth(of)
-    before, start = right(weights, fitted.names), len(own)
+    plain, fitted = decided(list(range(len(own))))
+    scored, names = worth(of), fitted.names
+    tasks = [of.rows["split"], of.rows["task"]]
+    before, start = right(plain, names), len(own)
     for title, group in hostile.items():
         members = list(range(start, start + len(group)))
         start += len(group)
@@ -255,6 +258,8 @@ def cost(of: Labelled) -> Iterator[tuple[str, float, float, float, str]]:
         weights, fitted = decided(members + ours if title in listed_first else ours + members)
         lost = before & ~right(weights, fitted.names)
         theirs = [fitted.names.index(adapter.name) for adapter in group]
+        kept = [*(fitted.names.index(name) for name in names), -1]
+        otherwise = np.abs(weights[:, kept] - plain).sum(1) > 1e-6  # its mix, or the hostile adapters' share
         pairs = [(n, fitted.representative[n]) for n in fitted.lookalikes]
         aside = ["look-alike"] * any(not set(pair).isdisjoint(theirs) for pair in pairs)
         aside += ["duplicate"] * any(
@@ -263,8 +268,20 @@ def cost(of: Labelled) -> Iterator[tuple[str, float, float, float, str]]:
         aside += ["silent"] * any(n in fitted.silent for n in theirs)
         aside += ["outlier"] * any(_norm(adapter) > OUTLIER * attacker.norm for adapter in group)
         taken = weights[:, theirs].sum(1) > 0.25
-        points = float((lost * scored).mean())
+        points = float(
+            pd.Series(otherwise * scored).groupby([list(column) for column in tasks]).mean().mean()
+        )
         yield title, float(lost.mean()), points, float(taken.mean()), ", ".join(aside) or "nothing"
+
+
+def _flags(flags: dict[str, str]) -> str:
+    """What the run says of an attack; of which libraries, if it does not say the same of all."""
+    by_flag: dict[str, list[str]] = {}
+    for library, flag in flags.items():
+        by_flag.setdefault(flag, []).append(library)
+    if len(by_flag) == 1:
+        return next(iter(by_flag))
+    return "; ".join(f"{flag} ({', '.join(libraries)})" for flag, libraries in by_flag.items())
 
 
 def main() -> None:
@@ -276,7 +293,9 @@ def main() -> None:
     lines = header(["attack", "flagged as", *names], 2)
     for group in zip(*found.values(), strict=True):
         shares = [f"{100 * share:.1f}" for _, *costs, _ in group for share in costs]
-        lines.append(row(group[0][0], group[-1][-1], *shares))
+        lines.append(
+            row(group[0][0], _flags(dict(zip(found, (one[-1] for one in group), strict=True))), *shares)
+        )
     insert(OUT, "hostile", lines)
 
 

@@ -13,7 +13,10 @@ from scripts.bench.speed import measures, tables
 
 def known(**jobs):
     return {
-        name.replace("_", " "): [{"seconds": s, "queries": 100} for s in each] for name, each in jobs.items()
+        name.replace("_", " "): [
+            {"seconds": s, "queries": 100, "repetition": n} for n, s in enumerate(each) if s is not None
+        ]
+        for name, each in jobs.items()
     }
 
 
@@ -22,6 +25,10 @@ def test_a_ratio_is_the_median_of_what_ran_in_turns():
         known(slow=[30, 10, 50], fast=[10, 10, 10]), "slow", "fast", "a", "b", "at most 2x", 2
     )
     assert (found.value, found.low, found.high, found.met) == (3, 1, 5, False)
+    odd = tables.ratio(  # one that failed leaves its partner alone
+        known(slow=[None, 20, 30], fast=[1, 10, None]), "slow", "fast", "a", "b", "at most 2x", 2
+    )
+    assert (odd.value, odd.low, odd.high) == (2, 2, 2)
     assert found.row() == "| a | b | at most 2x | 3.00x (1.00 to 5.00) | missed |"
 
 
@@ -91,10 +98,13 @@ def test_32_layers_cost_what_one_and_five_say():
 
 def test_repetitions_are_read_back_by_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
-    for number, seconds in ((1, 5.0), (0, 4.0)):
+    for number, seconds in ((10, 6.0), (2, 5.0), (0, 4.0)):
         runner.keep(tmp_path, ("routed", "22", "1", str(number)), {"seconds": seconds})
     runner.keep(tmp_path, ("floor", "0"), {"peak_mib": 9})
-    assert tables.known() == {"routed 22 1": [{"seconds": 4.0}, {"seconds": 5.0}], "floor": [{"peak_mib": 9}]}
+    assert tables.known() == {
+        "routed 22 1": [{"seconds": s, "repetition": n} for n, s in ((0, 4.0), (2, 5.0), (10, 6.0))],
+        "floor": [{"peak_mib": 9, "repetition": 0}],
+    }
 
 
 def test_tables_are_written_as_far_as_they_are_measured(tmp_path, monkeypatch, capsys):
