@@ -128,7 +128,7 @@ class Front:
         self.router, self.load, self.api_key, self.reroute = router, load, api_key, reroute
         self.max_body, self.log_prompts, self.hosts = max_body, log_prompts, hosts
         self.ours = {} if upstream_key is None else {"authorization": f"Bearer {upstream_key}"}
-        self.renewing = asyncio.Lock()
+        self.renewing, self.asking = asyncio.Lock(), asyncio.Lock()
         nobody = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # a client's cookies are its own
         self.client = httpx.AsyncClient(
             base_url=upstream, timeout=httpx.Timeout(timeout, connect=10.0), transport=transport,
@@ -272,10 +272,11 @@ class Front:
         return base
 
     async def _known_upstream(self, key: Mapping[str, str]) -> Upstream:
-        """What the upstream serves, as it was when it was first asked."""
-        if self.upstream is None:
-            self.upstream = await self._ask_upstream(key)
-        return self.upstream
+        """What the upstream serves, as it was when it was first asked, by one request for all that wait."""
+        async with self.asking:
+            if self.upstream is None:
+                self.upstream = await self._ask_upstream(key)
+            return self.upstream
 
     async def _ask_upstream(self, key: Mapping[str, str]) -> Upstream:
         listed = (await self._upstream_models(key))["data"]
