@@ -729,3 +729,21 @@ def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(value, monk
     assert value not in str(caught.value)
     monkeypatch.setattr("router.keys.os.environ", {"PROTO_ROUTE_API_KEY": " secret\n"})
     assert key_of("PROTO_ROUTE_API_KEY") == "secret" and key_of("ANOTHER") is None
+
+
+def test_the_upstream_is_asked_for_its_list_once_for_all_that_wait():
+    class Counting(Upstream):
+        asked = 0
+
+        async def models(self, request):
+            self.asked += 1
+            await asyncio.sleep(0.01)
+            return await super().models(request)
+
+    async def work(client, upstream, _):
+        answers = await asyncio.gather(
+            *(client.post("/v1/completions", json=completion(f"y{n}")) for n in range(9))
+        )
+        assert {answer.status_code for answer in answers} == {200} and upstream.asked == 1
+
+    talk(work, upstream=Counting())
