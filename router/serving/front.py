@@ -128,7 +128,8 @@ class Front:
         self.router, self.load, self.api_key, self.reroute = router, load, api_key, reroute
         self.max_body, self.log_prompts, self.hosts = max_body, log_prompts, hosts
         self.ours = {} if upstream_key is None else {"authorization": f"Bearer {upstream_key}"}
-        self.renewing, self.asking = asyncio.Lock(), asyncio.Lock()
+        self.renewing = asyncio.Lock()
+        self.asking: dict[str, asyncio.Future[Upstream]] = {}  # what the upstream serves, by the key
         nobody = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # a client's cookies are its own
         self.client = httpx.AsyncClient(
             base_url=upstream, timeout=httpx.Timeout(timeout, connect=10.0), transport=transport,
@@ -272,11 +273,19 @@ class Front:
         return base
 
     async def _known_upstream(self, key: Mapping[str, str]) -> Upstream:
-        """What the upstream serves, as it was when it was first asked, by one request for all that wait."""
-        async with self.asking:
-            if self.upstream is None:
-                self.upstream = await self._ask_upstream(key)
-            return self.upstream
+        """What the upstream serves, as it was when it was first asked: once for all that wait with a key."""
+        if self.upstream is None:
+            who = key.get("authorization", "")
+            if who not in self.asking:
+                self.asking[who] = asyncio.ensure_future(self._ask_upstream(key))
+                self.asking[who].add_done_callback(lambda task: self._asked_for(who, task))
+            self.upstream = await asyncio.shield(self.asking[who])  # others may wait when this client leaves
+        return self.upstream
+
+    def _asked_for(self, who: str, task: asyncio.Future[Upstream]) -> None:
+        del self.asking[who]
+        if not task.cancelled():
+            task.exception()  # so that it is not told of as lost, if all that waited have left
 
     async def _ask_upstream(self, key: Mapping[str, str]) -> Upstream:
         listed = (await self._upstream_models(key))["data"]
