@@ -33,9 +33,10 @@ from router.model.answer import Answer, Scoring
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.pipeline import Routed
 from router.result import Decision
+from router.routing import state
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
 from router.routing.evidence import LOW_MARGIN
-from router.routing.fitted import FILE, FORMAT, Fitted
+from router.routing.state import FILE, FORMAT
 from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
 from router.settings import Settings
@@ -173,7 +174,7 @@ class Router:
             )  # fmt: skip
         method.attach(base, [])
         widths = {module: width for module, (_, width) in method.shapes.items()}
-        fitted = Fitted.load(folder, base.model.device, base.model.dtype, widths)
+        fitted = state.load(folder, base.model.device, base.model.dtype, widths)
         if not (folder / ABOUT).is_file() or sha256_of(folder / ABOUT) != seen:
             raise InputError(f"{folder}: a router was saved there while this one was read; load it again")
         method.fitted = fitted
@@ -318,7 +319,7 @@ class Router:
                 except OverflowError as error:
                     raise InputError(f"a variant's {error}; pass dtype='float32'") from error
             mark(work / VARIANTS)
-            proto.fitted.save(work)
+            state.save(proto.fitted, work)
             with replacing(work / ABOUT) as file:
                 json.dump(self._about(), file, indent=2, ensure_ascii=False)
             (folder / ABOUT).unlink(missing_ok=True)  # from here on it is no router, until it is this one

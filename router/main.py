@@ -142,13 +142,6 @@ def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
         metavar="FLOAT",
     )
     setting(
-        "ahead",
-        "tokens that the base model writes after each prompt, for the gate to see what is asked for, from 0; "
-        "0 is faster and finds fewer adapters",
-        type=_integer(SMALLEST["ahead"]),
-        metavar="INT",
-    )
-    setting(
         "top_k",
         "maximum number of adapters per query, from 1",
         type=_integer(SMALLEST["top_k"]),

@@ -36,7 +36,7 @@ from router.submission import COLUMNS, Query, parse_query, read_queries, submitt
 
 NEEDED = ("ray", "pyarrow")
 SETTINGS = (
-    "adapters", "base_model", "skip_bad", "n_variants", "variant_rank", "temperature", "false_alarm", "ahead",
+    "adapters", "base_model", "skip_bad", "n_variants", "variant_rank", "temperature", "false_alarm",
     "top_k", "seed", "device", "dtype", "max_gen_len", "max_seq_len", "scoring",
 )  # fmt: skip
 IDENTITY, ROUTER, ANSWERS = "ray.json", "router", "answers"  # in the output folder

@@ -19,7 +19,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # The least that a number may be, and which may also be None.
 SMALLEST = {
-    "n_variants": 1, "variant_rank": 1, "top_k": 1, "ahead": 0, "seed": 0, "batch_size": 1, "max_gen_len": 1,
+    "n_variants": 1, "variant_rank": 1, "top_k": 1, "seed": 0, "batch_size": 1, "max_gen_len": 1,
     "max_seq_len": 1,
 }  # fmt: skip
 OPTIONAL = ("n_variants", "variant_rank", "batch_size", "max_seq_len")
@@ -42,8 +42,7 @@ class Settings:
     variant_rank: int | None = None
     temperature: float = 0.7
     top_k: int = 3
-    false_alarm: float = 0.2
-    ahead: int = 8
+    false_alarm: float = 0.15
     seed: int = 0
     batch_size: int | None = None
     device: Device = "auto"

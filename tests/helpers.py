@@ -213,6 +213,7 @@ DECIDED = {
     "responses": [0.10, 0.20, 0.05],
     "scores": [3.0, 2.4, -1.0],
     "base_score": 0.8,
+    "residual": 2.0,
     "votes": np.zeros(len(MODULES)),
 }
 

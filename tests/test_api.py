@@ -20,7 +20,7 @@ from router.main import main
 from router.model.answer import encode
 from router.model.apply import applied
 from router.model.passes import truncated
-from router.routing.fitted import Fitted
+from router.routing import state
 
 TEXTS = ["What is two and two?", "1 + 1 =", "Say x"]
 
@@ -71,18 +71,6 @@ MORE = [*TEXTS, "Bonjour !", "x" * 40, "Say x again, and then y."]
 @pytest.fixture()
 def saved(router, tmp_path):
     return router.fit(MORE).save(tmp_path / "saved")
-
-
-def test_a_saved_router_writes_as_many_tokens_ahead_as_it_was_fitted_with(tiny_base, tiny_library, tmp_path):
-    def of(ahead):
-        how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32"}
-        return Router.from_library(tiny_library, **how, ahead=ahead)
-
-    reading, writing = of(0), of(3)
-    assert not np.allclose(reading.route(MORE), writing.route(MORE), atol=1e-6)
-    for router in (reading, writing):
-        loaded = Router.load(router.fit(MORE).save(tmp_path / "saved"), device="cpu")
-        np.testing.assert_allclose(loaded.route(MORE), router.route(MORE), atol=1e-6)
 
 
 def test_a_saved_router_applies_its_variants_as_it_was_told_to(
@@ -192,13 +180,13 @@ def test_a_base_model_of_another_configuration_is_told(saved, tiny_base, tmp_pat
 
 
 def test_a_router_that_is_saved_while_it_is_read_is_not_mixed(router, saved, monkeypatch):
-    load = Fitted.load
+    load = state.load
 
     def late(folder, *where):
         router.fit(MORE, 1).save(saved)
         return load(folder, *where)
 
-    monkeypatch.setattr("router.api.Fitted.load", late)
+    monkeypatch.setattr("router.api.state.load", late)
     with pytest.raises(InputError, match="a router was saved there while this one was read; load it again"):
         Router.load(saved, device="cpu")
 
@@ -339,7 +327,7 @@ def spoil_format(saved, _):
     ("spoil", "cause"),
     [
         (spoil_base, "expected the weights that .* was made for"),
-        (spoil_format, "expected format 5, got 99"),
+        (spoil_format, "expected format 6, got 99"),
         (lambda saved, _: (saved / "router.json").write_text("{"), "expected what Router.save wrote"),
         (lambda saved, _: (saved / "router.safetensors").write_bytes(b"x"), "save it again"),
         (lambda saved, _: (saved / "router.safetensors").unlink(), "save it again"),
@@ -382,7 +370,11 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused_by_what_does_not
         ({f"directions {module}": tensors[f"directions {module}"][:5]}, "expected numbers of shape"),
         ({"gate mean_": tensors["gate mean_"][:, :1]}, "gate mean_: expected numbers of shape"),
         ({"gate level_": tensors["gate level_"] / 0}, "gate level_: expected finite numbers"),
-        ({"gate reach_": 0 * tensors["gate reach_"]}, "gate reach_: expected numbers above 0"),
+        (
+            {"gate residual_scale_": 0 * tensors["gate residual_scale_"]},
+            "residual_scale_: expected numbers above 0",
+        ),
+        ({"gate landmarks_": tensors["gate landmarks_"] + 9}, "landmarks_: expected numbers of 3 adapters"),
         ({"reference": tensors["reference"] / 0}, "a number wherever an adapter is heard"),
     ):
         save_file(
@@ -473,7 +465,6 @@ def test_the_oracle_reads_labels_of_files_and_takes_no_other_texts(tiny_base, ti
         ("apply", "merge", "--apply: expected one of auto, merged, beside, got 'merge'"),
         ("engine", "vLLM", "--engine: expected one of transformers, vllm, openai, got 'vLLM'"),
         ("scoring", None, "--scoring: expected one of full, kit, got None"),
-        ("ahead", -1, "--ahead: expected a whole number from 0 to 2147483647, got -1"),
         ("max_seq_len", -3, "--max_seq_len: expected a whole number from 1"),
         ("batch_size", 2.5, "--batch_size: expected a whole number from 1 .*, got 2.5"),
         ("variant_rank", 0, "--variant_rank: expected a whole number from 1"),

@@ -133,19 +133,6 @@ def test_a_query_that_a_table_of_positions_is_too_short_for_costs_its_own_answer
     assert "unknown" not in [row["prediction"] for row in answers.values()]
 
 
-def test_a_base_model_that_has_too_few_positions_for_the_probe_is_refused(tmp_path, tiny_base, capsys):
-    base, library = saved(tmp_path, tiny_base, "opt", max_position_embeddings=130)
-    words = arguments(
-        "proto_route", [write_queries(tmp_path / "queries.csv")], library, base, tmp_path / "out"
-    )
-    assert main(words) == 2
-    assert (
-        "prompts of at most 122 tokens, since the base model has positions for 130 and --ahead takes 8"
-        in (capsys.readouterr().err)
-    )
-    assert main([*words, "--max_seq_len", "122"]) == 0
-
-
 def test_a_plan_measures_no_prompts_beyond_a_table_of_positions(tmp_path, tiny_base):
     base, library = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
     queries = write_queries(tmp_path / "queries.csv", [("g", PROMPTS[0] * 8, "generation", "")])

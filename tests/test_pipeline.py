@@ -161,8 +161,8 @@ def test_few_prompts_at_a_time_are_routed_as_all_at_once(method, monkeypatch):
 def test_a_large_library_has_evidence_of_its_shortlists(method, monkeypatch):
     found = method("proto_route")
     expected = found.route(QUERIES, found.encoded(QUERIES))
-    for name, value in {"LARGE": 2, "TELLERS": 3, "SHORT": 2}.items():
-        monkeypatch.setattr(f"router.routing.shortlist.{name}", value)
+    for name, value in {"LARGE": 2, "LANDMARKS": 3, "SHORT": 2}.items():
+        monkeypatch.setattr(f"router.routing.large.{name}", value)
     del vars(found)["fitted"]
     routing = found.route(QUERIES, found.encoded(QUERIES))
     listed = np.isfinite(routing.evidence.scores)

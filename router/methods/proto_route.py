@@ -11,14 +11,14 @@ from router.errors import InputError
 from router.library.adapters import Adapter
 from router.model.answer import by_length
 from router.model.base import Base
+from router.model.device import tokens_at_once
 from router.model.passes import truncated
 from router.pipeline import Routed
 from router.result import Routing
 from router.routing.calibration import Calibration
 from router.routing.evidence import joined
 from router.routing.fitted import Fitted
-from router.routing.gate import PrototypeGate
-from router.routing.probe import Probed, together
+from router.routing.probe import Probed
 from router.routing.prototypes import prototypes
 from router.submission import Query
 
@@ -42,8 +42,7 @@ class ProtoRoute(Routed):
         with self.stages("prototypes"):
             protos = prototypes(self.adapters, str(model.device), model.dtype)
         with self.stages("calibrate"):
-            ahead = self.settings.ahead
-            calibration = Calibration(self.base, self.prompt_tokens, ahead)
+            calibration = Calibration(self.base, self.prompt_tokens)
             means = calibration.means(list(protos))
             protos = {module: protos[module] for module in means}
             present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
@@ -54,9 +53,9 @@ class ProtoRoute(Routed):
                         "text, got zero at every such module; was it trained? Leave it out of --adapters"
                     )
             reference = calibration.responses(self.adapters, protos, means)
-            gate = PrototypeGate(self.settings.temperature, self.settings.top_k, self.settings.false_alarm)
+            how = {key: getattr(self.settings, key) for key in ("temperature", "top_k", "false_alarm")}
             confidence = calibration.confidence()
-            return Fitted.learn(self.adapters, protos, means, gate, reference, confidence, ahead)
+            return Fitted.learn(self.adapters, protos, means, reference, confidence, **how)
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""
@@ -93,7 +92,7 @@ class ProtoRoute(Routed):
         lengths = [len(row) for row in truncated(prompts)]
         mine = sorted(
             n
-            for batch in by_length(lengths, together(model, self.fitted.ahead))
+            for batch in by_length(lengths, tokens_at_once(model.device, model.dtype))
             if self.processes.takes(sum(lengths[n] for n in batch))
             for n in batch
         )

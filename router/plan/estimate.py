@@ -43,7 +43,6 @@ from router.plan.speed import Speed, measure, parameters, skeleton
 from router.routing.calibration import generic_prompts
 from router.routing.clusters import SAMPLE, most_variants
 from router.routing.fitted import at_once
-from router.routing.probe import KEPT
 from router.settings import Settings
 from router.submission import GENERATION, Query, read_queries, read_rows
 
@@ -118,7 +117,7 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     work = _work(tokenizer, settings, queries, earlier, probed, batch)
     used = {} if name == "base" else adapters
     apply = picked(model, torch.device(device), dtype, settings.apply)
-    speed = measure(config, parameters(model), device, dtype, apply, used, work.prompts, settings.ahead)
+    speed = measure(config, parameters(model), device, dtype, apply, used, work.prompts)
     ways = {"likely": variants}
     if routed and not earlier and not settings.n_variants:
         ways |= {"low": max(1, variants // 2), "high": most}
@@ -130,8 +129,7 @@ def plan(name: str, settings: Settings) -> dict[str, Any]:
     copied = sum(map(math.prod, changed.values())) * dtype.itemsize if apply == "merged" else 0
     if settings.engine == "vllm":
         copied = parameters(model) * dtype.itemsize
-    ahead = settings.ahead if routed else None
-    memory = _memory(base, dtype, parameters(model), copied, work, adapters, ahead)
+    memory = _memory(base, dtype, parameters(model), copied, work, adapters, bool(routed))
     size = sum((folder.path / WEIGHTS_FILE).stat().st_size for folder in adapters.values())
     return {
         "method": name,
@@ -303,14 +301,14 @@ def _memory(
     copied: int,
     work: _Work,
     adapters: dict[str, AdapterFolder],
-    ahead: int | None,
+    routed: bool,
 ) -> dict[str, float]:
     """Peak resident memory by stage, MiB, on a CPU.
 
     Args:
         dtype: of the base model.
         copied: bytes of the copy of the weights that variants are added to, or that vLLM loads.
-        ahead: how many tokens the base model writes after a prompt in the probe; None where there is none.
+        routed: whether there is a probe.
     """
     config, size = base.config, dtype.itemsize
     weights = n_parameters * size
@@ -320,7 +318,7 @@ def _memory(
     # The file stays mapped while the weights are made from it.
     found = {"load": LIBRARIES + (base.file_bytes or weights) + weights}
     held = LIBRARIES + weights
-    if ahead is not None:
+    if routed:
         own = sum(
             rank * folder.shapes[m][1] for folder in adapters.values() for m, rank in folder.ranks.items()
         )
@@ -332,12 +330,7 @@ def _memory(
         for folder in adapters.values():
             columns.update(folder.ranks)
         products = 12 * max(columns.values(), default=0) * work.probed  # three arrays of a batch's tokens
-        # The responses of a batch are added up apart. While it writes, there are its keys and values, too,
-        # and the inputs of some tokens at all modules.
-        products += at_once(many, modules) * each
-        if ahead:
-            inputs = {m: folder.shapes[m][1] for folder in adapters.values() for m in folder.ranks}
-            products += cache_bytes(config, dtype) * work.batch[0] + KEPT * sum(inputs.values()) * size
+        products += at_once(many, modules) * each  # the responses of a batch are added up apart
         evidence = (4 * (modules + 2 * many) + 8 * many) * queries  # and the weights
         held += own * size + LEARNED * each + OBJECTS * sum(len(folder.ranks) for folder in adapters.values())
         # Calibration holds the responses to generic text and a copy of them, or of some; then come the

@@ -80,14 +80,12 @@ def measure(
     apply: Literal["merged", "beside"],
     adapters: dict[str, AdapterFolder],
     lengths: Sequence[int],
-    ahead: int,
 ) -> Speed:
     """Measures a model with as many layers as LARGEST allows and one with half of them, and scales to all.
 
     Args:
         n_parameters: of the model with all its layers.
         lengths: tokens of each prompt; a sample is measured.
-        ahead: how many tokens the base model writes after a prompt in the probe.
     """
     import numpy as np
 
@@ -95,7 +93,7 @@ def measure(
     most = min(layers, max(2, LARGEST * layers // n_parameters))
     sample = [int(n) for n in np.quantile(lengths or [1], (np.arange(PROMPTS) + 0.5) / PROMPTS)]
     least = max(1, most // 2)
-    few, more = (_measure(config, n, device, dtype, apply, adapters, sample, ahead) for n in (least, most))
+    few, more = (_measure(config, n, device, dtype, apply, adapters, sample) for n in (least, most))
     step = (layers - least) / max(1, most - least)
     scaled = {key: few[key] + max(0.0, more[key] - few[key]) * step for key in few}
     return Speed(**scaled, prototypes=_decomposed(middle(adapters)) if adapters else 0.0)
@@ -114,7 +112,6 @@ def _measure(
     apply: Literal["merged", "beside"],
     adapters: dict[str, AdapterFolder],
     lengths: list[int],
-    ahead: int,
 ) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
@@ -144,7 +141,7 @@ def _measure(
     tokens, short = sum(map(len, rows)), truncated(rows)
     with torch.inference_mode():
         found = {"read": _timed(lambda: read(model)) / tokens}
-        seen = _timed(lambda: probe(model, short, 0, protos, means, len(adapters), "measure", ahead))
+        seen = _timed(lambda: probe(model, short, 0, protos, means, len(adapters), "measure"))
         found["probe"] = seen / sum(map(len, short))
         with _one_active(model, apply, adapters) as (by, found["swap"]):
             found["read_active"] = _timed(lambda: read(by)) / tokens

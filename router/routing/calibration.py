@@ -22,15 +22,16 @@ from router.library.adapters import Adapter
 from router.model.answer import encode
 from router.model.base import Base
 from router.model.passes import truncated
-from router.routing.probe import AHEAD, base_confidence, input_means, probe
+from router.routing.probe import input_means, probe
 from router.routing.prototypes import FORMAT as PROTOTYPES
 from router.routing.prototypes import ModulePrototypes, of_some
 from router.routing.store import content, load, save
 
-FORMAT = 5  # raise it when what is measured changes
+FORMAT = 6  # raise it when what is measured changes
 # A module is silent if generic text has less than this share of chance along what the adapter reads. Trained
 # adapters have 0.6 and more, random ones 1; see docs/method.md.
 SILENT = 0.4
+CONFIDENCE = " confidence"  # no module is called so
 
 
 def generic_prompts() -> list[str]:
@@ -62,18 +63,16 @@ class Calibration:
     Args:
         base: the base model.
         limit: most tokens of a prompt before it is truncated for routing; None sets no limit.
-        ahead: how many tokens the base model writes after a prompt.
     """
 
-    def __init__(self, base: Base, limit: int | None = None, ahead: int = AHEAD) -> None:
-        self.base, self.ahead = base, ahead
+    def __init__(self, base: Base, limit: int | None = None) -> None:
+        self.base = base
         self.rows = truncated(encode(base.tokenizer, generic_prompts(), limit))
         self.pad, model = base.tokenizer.pad_token_id, base.model
         # Each number of threads cuts products otherwise, which in bfloat16 moves what is measured.
         threads = torch.get_num_threads() if model.device.type == "cpu" else None
         what = [
             FORMAT,
-            ahead,
             PROTOTYPES,
             base.sha256,
             str(model.dtype),
@@ -91,21 +90,24 @@ class Calibration:
 
     def means(self, modules: Sequence[str]) -> dict[str, Tensor]:
         """The mean input of each module that text reaches, (d_in,) float32; none that sees pictures alone."""
-        known = load(f"{self.folder}/means") or {}
-        if missing := [module for module in modules if module not in known]:
-            known |= dict.fromkeys(missing, torch.empty(0))
-            known |= input_means(self.base.model, self.rows, self.pad, missing)
-            save(f"{self.folder}/means", known)
+        known = self._read(modules)
         return {module: known[module].to(self.base.model.device) for module in modules if len(known[module])}
 
     def confidence(self) -> NDArray[np.float32]:
         """The base model's confidence at the end of each generic prompt, (generic prompts,)."""
-        known = load(f"{self.folder}/base")
-        if known is None:
-            known = {"confidence": base_confidence(self.base.model, self.rows, self.pad)}
-            save(f"{self.folder}/base", known)
-        confidence: NDArray[np.float32] = known["confidence"].numpy()
+        confidence: NDArray[np.float32] = self._read([])[CONFIDENCE].numpy()
         return confidence
+
+    def _read(self, modules: Sequence[str]) -> dict[str, Tensor]:
+        """One pass over the generic prompts, unless all that it would tell is known."""
+        known = load(f"{self.folder}/means") or {}
+        missing = [module for module in modules if module not in known]
+        if missing or CONFIDENCE not in known:
+            known |= dict.fromkeys(missing, torch.empty(0))
+            means, known[CONFIDENCE] = input_means(self.base.model, self.rows, self.pad, missing)
+            known |= means
+            save(f"{self.folder}/means", known)
+        return known
 
     def responses(
         self,
@@ -131,7 +133,7 @@ class Calibration:
         if new:
             theirs = of_some(protos, new, len(adapters))
             found = probe(
-                self.base.model, self.rows, self.pad, theirs, means, len(new), "calibrate", self.ahead
+                self.base.model, self.rows, self.pad, theirs, means, len(new), "calibrate"
             ).responses
             for k, n in enumerate(new):
                 own = {

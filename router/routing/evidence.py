@@ -23,22 +23,6 @@ Array = NDArray[np.float32]
 LOW_MARGIN = 0.5  # standard deviations of generic text
 
 
-def comparable(scores: NDArray[Any], base: NDArray[Any], reach: NDArray[Any]) -> NDArray[Any]:
-    """What each has above the base model, divided by its reach, and the base model's own score.
-
-    Equation 7 in docs/method.md.
-
-    Args:
-        scores: (queries, adapters).
-        base: (queries, 1) the base model's.
-        reach: (adapters,) above 0.
-
-    Returns:
-        (queries, adapters + 1), the base model last.
-    """
-    return np.column_stack([base + (scores - base) / reach, base])
-
-
 @dataclass(frozen=True)
 class Evidence:
     """What was measured of each query, and what the gate made of it; NaN where nothing was.
@@ -51,15 +35,13 @@ class Evidence:
         scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for one that
             another adapter represents, or that is in `silent`, and in a large library for one that is
             not on the query's shortlist; its response is NaN then, too.
-        base_score: (queries,) score of the base model, which an adapter's has to exceed: the level, and more
-            where the base model is surer of the next token than usual.
-        votes: (queries, modules) the standardised response, at each module, of the adapter with the
-            highest score, times the module's weight; NaN where it has no prototype.
+        base_score: (queries,) score of the base model, which an adapter's has to exceed; see equation 6.
+        residual: (queries,) what generic text does not explain of the highest score, in standard deviations.
+        votes: (queries, modules) what each module says for the adapter with the highest score, which is their
+            mean; NaN where it has no prototype.
         duplicates: adapters that are another one in another size, with the representative of each.
         lookalikes: adapters that read what another one reads and write something else, with that one.
         silent: adapters that read directions which text hardly has, at most of their modules.
-        reach: how far above the base model an adapter's own queries are expected, relative to the others'; 1
-            for one that is not named.
         levels: what each of several rates of false alarms, written as a number, would add to the base model's
             scores.
     """
@@ -69,19 +51,17 @@ class Evidence:
     responses: Array
     scores: Array
     base_score: Array
+    residual: Array
     votes: Array
     duplicates: dict[str, str] = field(default_factory=dict)
     lookalikes: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
-    reach: dict[str, float] = field(default_factory=dict)
     levels: dict[str, float] = field(default_factory=dict)
 
     @property
     def candidates(self) -> Array:
         """(queries, adapters + 1) what the choice was made by: scores that compare, the base model's last."""
-        base = self.base_score[:, None]
-        reach = np.array([self.reach.get(name, 1.0) for name in self.adapters], dtype=np.float32)
-        return comparable(self.scores, base, reach)
+        return np.column_stack([self.scores, self.base_score])
 
     @property
     def margin(self) -> Array:
@@ -131,23 +111,23 @@ class Evidence:
         queries, adapters = len(found.base_score), len(found.adapters)
         for array, *shape in (
             (found.responses, queries, adapters), (found.scores, queries, adapters),
-            (found.base_score, queries), (found.votes, queries, len(found.modules)),
+            (found.base_score, queries), (found.residual, queries),
+            (found.votes, queries, len(found.modules)),
         ):  # fmt: skip
             if array.dtype != np.float32 or list(array.shape) != shape:
                 raise ValueError(f"expected float32 of shape {shape}, got {array.dtype} of {array.shape}")
             if np.isinf(array).any():
                 raise ValueError("expected finite numbers, or none, got endless ones")
-        if wrong := [name for name, reach in found.reach.items() if not reach > 0]:
-            raise ValueError(f"expected a reach above 0, got {found.reach[wrong[0]]} of {wrong[0]:.60}")
-        if not np.isfinite(found.candidates[:, :-1]).any(1).all():  # these need the base model's score, too
+        scored = np.isfinite(found.scores).any(1) & np.isfinite(found.base_score)
+        if not scored.all():
             raise ValueError("expected an adapter's score for each query, got none")
         return found
 
 
-_NAMES = ("adapters", "modules", "duplicates", "lookalikes", "silent", "reach", "levels")
+_NAMES = ("adapters", "modules", "duplicates", "lookalikes", "silent", "levels")
 _SHAPE = {
     "adapters": [str], "modules": [str], "duplicates?": {"*": str}, "lookalikes?": {"*": str},
-    "silent?": [str], "reach?": {"*": float}, "levels?": {"*": float},
+    "silent?": [str], "levels?": {"*": float},
 }  # fmt: skip
 _ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]
 

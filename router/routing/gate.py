@@ -2,64 +2,65 @@
 
 It knows no files and no models, so it serves any base model whose responses somebody has measured.
 Notation: R[q, i, m, v] is the response of query q, adapter i, module m in view v: 0 over the whole prompt,
-1 over its end. Reference queries are generic text, task-like prompts that no adapter was made for.
+1 over its end. Reference queries are generic text, task-like prompts that no adapter was made for. Equations
+are those of docs/method.md.
 """
 
 from __future__ import annotations
 
-import warnings
-from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import eigh
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from router.routing import shortlist
-from router.routing.evidence import comparable
-from router.routing.shortlist import FLOOR, Shortlist, tellers
-
 Array = NDArray[np.float64]
-FOLDS = 5  # of the cross-validation that places the base model's score
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)  # false alarms that are shown side by side
+FOLDS = 5  # of the cross-validation that places the level
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # false alarms that are shown side by side
 TAIL = 0.2  # share of the reference queries that an exponential tail is fitted to
-_HIGHEST = 0.97  # loading: an adapter is never all common factor
-_FARTHEST = 2.0  # reach: an adapter that was made to have little of it gains no more than this
-_STEPS = 50  # of the iteration for loadings; more change no choice on the libraries that were measured
-_ENTRIES = 1 << 22  # numbers in the arrays of several modules that are fitted at once
-_AT_ONCE = 16  # queries
+FACTORS = 16  # most directions in which adapters respond alike at a module, in a view
+SHRINK = 0.3  # share of independence in the adapters' correlations
+RIDGE = 1.0  # of the regression on generic text, relative to the mean of the kernel's diagonal
+RESIDUAL = 0.5  # share of the second score in the lead of an adapter
+DOUBT = 0.5  # share of the base model's confidence that counts against an adapter
+FLOOR = 1e-6  # responses are cosines; below this they are noise
+
+
+class Judged(NamedTuple):
+    """What a fitted gate makes of queries.
+
+    Attributes:
+        scores: (queries, adapters) in standard deviations of generic text; minus infinity for one that is not
+            on the query's shortlist.
+        residual: (queries,) of the adapter with the highest score, in the same unit.
+        votes: (queries, modules) of that adapter, which has their mean as its score; NaN without a prototype.
+    """
+
+    scores: Array
+    residual: Array
+    votes: Array
 
 
 class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     """Soft weights over the adapters and the base model.
 
-    `fit` learns how adapters respond to generic text. A query's responses are standardised against it,
-    adapter by adapter, module by module and view by view: `z = (log R - mean) / std`. What all adapters
-    respond to alike, because the query is unlike generic text as such, is taken out. It is the factor f of a
-    one-factor model of generic text, `z_i = l_i f + e_i`, estimated from all adapters (Thomson's regression
-    scores); an adapter that has no part in it, such as a random one, changes nothing. The rest,
-    `z_i - l_i f`, is averaged over an adapter's modules and views with the weights of a matched filter, and
-    standardised again: the score. A query of the adapter is taken to add the same to every `R^2`, which
-    raises `log R` by a share of `1 / R^2`, so the weights are `1 / (exp(2 mean) std)`: what is small and
-    steady on generic text says most.
+    `fit` learns how adapters respond to generic text. A query's log responses are standardised against it
+    (equation 2). At each module and view, what the adapters respond to alike is taken out: the first
+    principal components of generic text (equation 3). The rest is summed over an adapter's modules and views
+    with the weights of a matched filter, and standardised again: the score (equation 4), by which one adapter
+    is chosen among all.
 
-    The base model is a candidate too. Its score is a level plus its own confidence of the next token,
-    standardised on generic text: where it is surer than usual, an adapter has to stand out more. The level is
-    such that a share `false_alarm` of generic text still goes to an adapter. It is found by cross-validation:
-    every reference query is scored by a gate that was fitted without it. Beyond the highest fifth the tail is
-    taken as exponential (peaks over threshold), so that few reference queries can promise a rare false alarm.
+    Whether it fits is asked with a second score as well (equation 5): what generic text does not explain of
+    the first. All standardised responses of a query are one point. Kernel ridge regression predicts its score
+    from the point's inner products with those of generic text; what is left is standardised by its
+    leave-one-out deviation. So what texts have in common across modules, views and adapters does not count.
 
-    Several adapters may be above the base model, relatives mostly, and their scores do not compare: one that
-    reads many modules can be further out on a relative's queries than the relative, which reads few. So what
-    an adapter has above the base model is divided by its reach: how far out its own queries are expected. By
-    the filter's own model that is in proportion to `sum(filter (1 - l_i^2) / (exp(2 mean) std))`. Whether any
-    adapter is above the base model does not depend on it.
-
-    Of more than 256 adapters only a shortlist gets scores (router/routing/shortlist.py). As many, drawn at
-    random, tell the common factor; the others' loadings follow from their correlations with these (Nystrom).
-    A few pairs of a module and a view, which make up much of each adapter's score, say who is on a query's
-    shortlist. These get their scores as above, but in float32. The others have minus infinity.
+    The base model is a candidate too. An adapter leads it by the mean of its two scores, less a share of the
+    base model's confidence in the next token, less a level (equation 6). The level is such that a share
+    `false_alarm` of generic text still goes to an adapter, when each text is judged by a gate that was fitted
+    without it.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
@@ -67,17 +68,19 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         false_alarm: share of text that belongs to no adapter and may still be sent to one, in (0, 1).
 
     Attributes:
-        mean_, std_: (adapters, modules, views) of the log response over the reference queries.
-        loadings_: (adapters, modules, views) of the common factor, in [0, 1); 0 without a prototype.
-        filter_: (adapters, modules, views) weights in the score; their sum over views is 1 on average over an
-            adapter's modules.
-        scale_: (adapters,) deviation of an adapter's mean vote, whose mean is 0, over the reference queries.
-        reach_: (adapters,) how far above the base model an adapter's own queries are expected, relative to
-            the other adapters, in [0.5, 2].
+        mean_, std_: (adapters, modules, 2) of the log response over the reference queries, NaN without a
+            prototype.
+        filter_: (adapters, modules, 2) weights in the score, 0 without a prototype.
+        landmarks_: (landmarks,) numbers of the adapters that tell what all respond to alike.
+        axes_: (landmarks, modules, 2, FACTORS) the principal directions among them, 0 without a prototype.
+        loadings_: (adapters, modules, 2, FACTORS) how much of each is taken out of an adapter's responses.
+        reference_: (reference queries, landmarks, modules, 2) float32 standardised log responses, 0 without a
+            prototype.
+        coefficients_: (reference queries, adapters) of the regression of the scores on generic text.
+        residual_scale_: (adapters,) deviation of its leave-one-out residuals.
         confidence_: (2,) mean and deviation of the base model's confidence over the reference queries.
-        reference_leads_: (reference queries,) cross-validated score of the best adapter, less the base
-            model's standardised confidence.
-        level_: score of the base model where its confidence is as usual.
+        reference_leads_: (reference queries,) cross-validated lead of the best adapter, before the level.
+        level_: what a lead has to exceed.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -89,12 +92,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         [1]
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.7,
-        top_k: int | None = 3,
-        false_alarm: float = 0.2,
-    ) -> None:
+    def __init__(self, temperature: float = 0.7, top_k: int | None = 3, false_alarm: float = 0.15) -> None:
         self.temperature = temperature
         self.top_k = top_k
         self.false_alarm = false_alarm
@@ -119,109 +117,119 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             raise ValueError("expected at least 1 adapter, got none")
         if not 0 < self.false_alarm < 1:
             raise ValueError(f"expected a false_alarm between 0 and 1, got {self.false_alarm}")
-        self._check(X, np.isnan(_logs(X[:1])[0]))
-        held = np.empty(len(X))
+        _check(X, absent := np.isnan(X[0]))
+        if (empty := absent.all((1, 2))).any():
+            raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
+        sure = np.zeros(len(X)) if confidence is None else _confidences(confidence, len(X))
+        leads = np.empty(len(X))
         folds = min(FOLDS, len(X) // 2)
         for fold in range(folds):
             out = np.arange(len(X)) % folds == fold
-            held[out] = self._learn(X[~out])._scores(X[out]).max(1)
+            leads[out] = _lead(self._learn(X[~out]).judge(X[out]))
         self._learn(X)
-        sure = np.zeros(len(X)) if confidence is None else _confidences(confidence, len(X))
         self.confidence_ = np.array([sure.mean(), max(sure.std(ddof=1), 1e-3)])
-        self.reference_leads_ = held - self._standard(confidence, len(X))
+        self.reference_leads_ = leads - self._doubt(confidence, len(X))
         self.level_ = level(self.reference_leads_, self.false_alarm)
         return self
 
-    def _standard(self, confidence: ArrayLike | None, n_queries: int) -> Array:
-        """The base model's confidence in standard deviations of generic text, (queries,)."""
-        if confidence is None:
-            return np.zeros(n_queries)
-        found = (_confidences(confidence, n_queries) - self.confidence_[0]) / self.confidence_[1]
-        return np.asarray(found)
+    def _landmarks(self, n_adapters: int) -> NDArray[np.int64]:
+        """The adapters that tell what all respond to alike: here, all."""
+        return np.arange(n_adapters)
 
     def _learn(self, X: NDArray[Any]) -> Self:
-        """Learns means, deviations, loadings and the scale of the scores."""
-        flat = X.reshape(*X.shape[:2], -1)  # (reference queries, adapters, modules * views)
-        means, stds, loadings = np.empty((3, *flat.shape[1:]))
-        telling = tellers(flat.shape[1])
-        some = max(1, _ENTRIES // (flat.shape[1] * max(len(flat), len(telling))))
-        for start in range(0, flat.shape[2], some):  # of many adapters, all at once would fill the memory
-            part = slice(start, start + some)
-            logs = _logs(flat[:, :, part])
-            means[:, part], stds[:, part] = logs.mean(0), logs.std(0, ddof=1).clip(1e-3)
-            z = ((logs - means[:, part]) / stds[:, part]).transpose(2, 0, 1)
-            loadings[:, part] = _loadings(z, telling).T
-        means, stds, loadings = (of.reshape(X.shape[1:]) for of in (means, stds, loadings))
-        if (empty := np.isnan(means).all((1, 2))).any():
-            raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
-        self.n_adapters_, self.n_modules_ = X.shape[1:3]
-        self.mean_, self.std_, self.loadings_ = means, stds, loadings
-        matched = _matched(means, stds)
-        self.filter_ = matched / _nanmean(matched.sum(2), 1)[:, None, None]
-        if self.shortlists:
-            raw = Shortlist(means, stds, loadings, self.filter_, np.ones(len(means))).all(X, _parts(X))
-        else:
-            raw = np.concatenate([_nanmean(self._votes(X[part]), 2) for part in _parts(X)])
-        self.scale_ = raw.std(0, ddof=1).clip(1e-6)
-        shift = _nanmean((self.filter_ * matched * (1 - loadings**2)).sum(2), 1) / self.scale_
-        self.reach_ = (shift / np.exp(np.log(shift).mean())).clip(1 / _FARTHEST, _FARTHEST)
-        self.__dict__.pop("_shortlist", None)
+        """Learns all but the level; module by module, as many adapters would fill the memory."""
+        n_queries, self.n_adapters_, self.n_modules_ = X.shape[:3]
+        modules = range(self.n_modules_)
+        self.mean_, self.std_ = np.empty((2, *X.shape[1:]))
+        for m in modules:
+            logs = _logs(X[:, :, m])
+            self.mean_[:, m], self.std_[:, m] = logs.mean(0), logs.std(0, ddof=1).clip(1e-3)
+        self.filter_ = _matched(self.mean_, self.std_)
+        who = self.landmarks_ = self._landmarks(self.n_adapters_)
+        self.axes_ = np.zeros((len(who), *X.shape[2:], FACTORS))
+        self.loadings_ = np.zeros((*X.shape[1:], FACTORS))
+        self.reference_ = np.empty((n_queries, len(who), *X.shape[2:]), np.float32)
+        scores = np.zeros(X.shape[:2])
+        for m in modules:
+            z = np.nan_to_num(
+                (_logs(X[:, :, m]) - self.mean_[:, m]) / self.std_[:, m]
+            )  # (queries, adapters, 2)
+            self.reference_[:, :, m] = z[:, who]
+            for v in range(2):
+                one = np.ascontiguousarray(z[..., v])
+                axes, loadings, noise = _common(one, who)
+                self.axes_[:, m, v, : axes.shape[1]] = axes
+                self.loadings_[:, m, v, : axes.shape[1]] = loadings
+                self.filter_[:, m, v] /= noise
+                scores += (one - one[:, who] @ axes @ loadings.T) * self.filter_[:, m, v]
+        # Of an adapter that responds to all text alike, there is rounding alone.
+        scale = np.maximum(scores.std(0, ddof=1), 1e-6 * self.filter_.sum((1, 2)))  # (adapters,)
+        self.filter_ /= scale[:, None, None]
+        points = self.reference_.reshape(n_queries, -1)
+        kernel = (points @ points.T).astype(np.float64)
+        ridge = RIDGE * np.trace(kernel) / n_queries
+        inverse = np.linalg.inv(kernel + ridge * np.eye(n_queries))
+        self.coefficients_ = inverse @ (scores / scale)
+        # With H = K (K + a I)^-1, what is left of a text that was left out is (s - H s) / (1 - h).
+        left = self.coefficients_ / np.diag(inverse)[:, None]
+        self.residual_scale_ = left.std(0, ddof=1).clip(1e-6)
         return self
 
-    @property
-    def shortlists(self) -> bool:
-        """Whether there are so many adapters that only a shortlist of them gets scores."""
-        return len(self.mean_) > shortlist.LARGE
+    def _standard(self, X: NDArray[Any], who: Any = slice(None)) -> Array:
+        """Standardised log responses of some adapters (equation 2), (queries, some, modules, 2)."""
+        return np.asarray(np.nan_to_num((_logs(X[:, who]) - self.mean_[who]) / self.std_[who]))
 
-    @cached_property
-    def _shortlist(self) -> Shortlist:
-        return Shortlist(self.mean_, self.std_, self.loadings_, self.filter_, self.scale_)
+    def _factors(self, z: Array) -> Array:
+        """What the landmarks' responses have of each factor, (modules, 2, queries, FACTORS).
 
-    @staticmethod
-    def _check(X: NDArray[Any], absent: NDArray[np.bool_]) -> None:
-        """Refuses values that are not finite where an adapter has a prototype, and finite ones elsewhere."""
-        found = np.empty(absent.shape, bool)  # used again and again, since a large one takes time to get
-        for row in X if X.dtype.kind == "f" else X.astype(np.float64):
-            if np.equal(np.isfinite(row, out=found), absent, out=found).any():
-                raise ValueError(
-                    "expected finite responses, NaN at the same adapters and modules for all queries: "
-                    "those without a prototype"
-                )
-
-    def _votes(self, X: ArrayLike) -> Array:
-        """Standardised responses less what is common, filtered over views, (queries, adapters, modules)."""
-        z: Array = (_logs(X) - self.mean_) / self.std_
-        weights = self.loadings_ / (1 - self.loadings_**2)
-        factor = (np.nan_to_num(z) * weights).sum(1) / (1 + (self.loadings_ * weights).sum(0))
-        return np.asarray(((z - self.loadings_ * factor[:, None]) * self.filter_).sum(-1))
-
-    def _scores(self, X: NDArray[Any]) -> Array:
-        if self.shortlists:
-            return self._shortlist.scores_and_votes(X, _parts(X))[0]
-        found = [_nanmean(self._votes(X[part]), 2) for part in _parts(X)]
-        raw = np.concatenate(found) if found else np.empty((0, self.n_adapters_))
-        return np.asarray(raw / self.scale_)
-
-    def votes(self, X: ArrayLike, scores: Array) -> Array:
-        """The best adapter's filtered responses, (queries, modules); their mean by `scale_` is its score."""
-        X, best = np.asarray(X), scores.argmax(1)
-        if self.shortlists:
-            return self._shortlist.scores_and_votes(X, _parts(X))[1]
-        found = [self._votes(X[part])[np.arange(len(best[part])), best[part]] for part in _parts(X)]
-        return np.concatenate(found) if found else np.empty((0, self.n_modules_))
-
-    def scores_and_votes(self, X: NDArray[Any]) -> tuple[Array, Array]:
-        """What `decision_function` and `votes` find, of responses that are known to be finite.
-
-        Of many adapters, looking whether they are takes as long as scoring.
+        Args:
+            z: (queries, landmarks, modules, 2) standardised.
         """
-        if self.shortlists:
-            return self._shortlist.scores_and_votes(X, _parts(X))
-        scores = self._scores(X)
-        return scores, self.votes(X, scores)
+        by_column = np.ascontiguousarray(z.transpose(2, 3, 0, 1))  # as a product of matrices needs it
+        return np.asarray(by_column @ self.axes_.transpose(1, 2, 0, 3))
+
+    def _residual(self, z: Array, scores: Array, best: NDArray[np.int64]) -> Array:
+        """What generic text does not explain of the best scores (equation 5), (queries,).
+
+        Args:
+            z: (queries, landmarks, modules, 2) standardised.
+            scores: (queries,) of the best adapters.
+        """
+        points = self.reference_.reshape(len(self.reference_), -1)  # (reference queries, all entries)
+        alike = z.reshape(-1, points.shape[1]).astype(np.float32) @ points.T
+        explained = (alike * self.coefficients_.T[best]).sum(1)
+        return np.asarray((scores - explained) / self.residual_scale_[best])
+
+    def judge(self, X: NDArray[Any]) -> Judged:
+        """Both scores of responses that are known to be finite where there is a prototype.
+
+        Args:
+            X: (queries, adapters, modules, 2).
+        """
+        z = self._standard(X)
+        alike = self._factors(z) @ self.loadings_.transpose(1, 2, 3, 0)  # (modules, 2, queries, adapters)
+        specific = z - alike.transpose(2, 3, 0, 1)
+        scores = (specific * self.filter_).sum((2, 3))
+        rows, best = np.arange(len(X)), scores.argmax(1)
+        votes = self._votes(specific[rows, best], best)
+        return Judged(scores, self._residual(z, scores[rows, best], best), votes)
+
+    def _votes(self, specific: Array, best: NDArray[np.int64]) -> Array:
+        """What each module says for the best adapters, (queries, modules); NaN without a prototype.
+
+        Args:
+            specific: (queries, modules, 2) of these adapters, from equation 3.
+        """
+        there = ~np.isnan(self.mean_[best, :, 0])  # (queries, modules)
+        votes = (specific * self.filter_[best]).sum(-1) * there.sum(1, keepdims=True)
+        return np.where(there, votes, np.nan)
 
     def decision_function(self, X: ArrayLike) -> Array:
         """Calibrated scores, (queries, adapters), in standard deviations of generic text."""
+        return self.judge(self._checked(X)).scores
+
+    def _checked(self, X: ArrayLike) -> NDArray[Any]:
+        """Responses that are known to be of this library."""
         check_is_fitted(self)
         X = _four_dimensional(X)
         if X.shape[1:] != self.mean_.shape:
@@ -229,22 +237,30 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
                 f"expected responses of {self.n_adapters_} adapters at {self.n_modules_} modules, "
                 f"got {X.shape[1]} and {X.shape[2]}"
             )
-        self._check(X, np.isnan(self.mean_))
-        return self._scores(X)
+        _check(X, np.isnan(self.mean_))
+        return X
 
-    def candidate_scores(self, scores: Array, confidence: ArrayLike | None = None) -> Array:
-        """What the choice is made by: scores that compare, (queries, adapters + 1), the base model last.
+    def _doubt(self, confidence: ArrayLike | None, n_queries: int) -> Array:
+        """What the base model's confidence counts against an adapter, (queries,)."""
+        if confidence is None:
+            return np.zeros(n_queries)
+        usual, spread = self.confidence_
+        return np.asarray(DOUBT * (_confidences(confidence, n_queries) - usual) / spread)
+
+    def candidate_scores(self, judged: Judged, confidence: ArrayLike | None = None) -> Array:
+        """Scores that compare, (queries, adapters + 1), the base model last (equation 6).
+
+        The base model's is as far below the best adapter's as that one leads.
 
         Args:
-            scores: what `decision_function` found, (queries, adapters).
             confidence: (queries,) of the base model, as in `fit`.
         """
         check_is_fitted(self)
-        base = self.level_ + self._standard(confidence, len(scores))[:, None]
-        return comparable(scores, base, self.reach_)
+        lead = _lead(judged) - self._doubt(confidence, len(judged.scores)) - self.level_
+        return np.column_stack([judged.scores, judged.scores.max(1, initial=-np.inf) - lead])
 
     def levels(self) -> dict[str, float]:
-        """What each of SHARES, and the gate's own `false_alarm`, would add to the base model's score."""
+        """How far above its own level the gate would set each of SHARES, and its own `false_alarm`."""
         check_is_fitted(self)
         shares = sorted({*SHARES, self.false_alarm})
         return {f"{share:g}": level(self.reference_leads_, share) - self.level_ for share in shares}
@@ -276,36 +292,41 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     def predict_proba(self, X: ArrayLike, confidence: ArrayLike | None = None) -> Array:
         """Weights, (queries, adapters + 1); rows sum to 1, the last column is the base model."""
-        return self.weights(self.candidate_scores(self.decision_function(X), confidence))
+        return self.weights(self.candidate_scores(self.judge(self._checked(X)), confidence))
 
     def predict(self, X: ArrayLike, confidence: ArrayLike | None = None) -> NDArray[np.int64]:
         """The top candidate of each query; the number of adapters means the base model."""
         return np.asarray(self.predict_proba(X, confidence).argmax(1))
 
 
-def level(scores: Array, false_alarm: float) -> float:
-    """The level that a share `false_alarm` of such scores exceeds.
+def level(leads: Array, false_alarm: float) -> float:
+    """The level that a share `false_alarm` of such leads exceeds (equation 7).
 
-    Up to a share of TAIL it is read off the scores. A rarer one is read off the exponential that has the mean
-    excess of the highest scores: generalised Pareto with shape 0 (Pickands 1975).
+    Up to a share of TAIL it is read off the leads. A rarer one is read off the exponential that has the mean
+    excess of the highest: generalised Pareto with shape 0 (Pickands 1975).
 
     Args:
-        scores: (n,) of text that belongs to no adapter.
+        leads: (n,) of text that belongs to no adapter.
         false_alarm: in (0, 1).
 
     Example:
         >>> level(np.arange(101.0), 0.5)
         50.0
     """
-    start = float(np.quantile(scores, 1 - max(TAIL, false_alarm)))
-    if false_alarm >= TAIL or not (scores > start).any():
+    start = float(np.quantile(leads, 1 - max(TAIL, false_alarm)))
+    if false_alarm >= TAIL or not (leads > start).any():
         return start
-    excess = float((scores[scores > start] - start).mean())
+    excess = float((leads[leads > start] - start).mean())
     return start + excess * float(np.log(TAIL / false_alarm))
 
 
+def _lead(judged: Judged) -> Array:
+    """How far the best adapter leads, before doubt and level, (queries,)."""
+    return (1 - RESIDUAL) * judged.scores.max(1, initial=-np.inf) + RESIDUAL * judged.residual
+
+
 def _matched(means: Array, stds: Array) -> Array:
-    """The matched filter in any unit, (adapters, modules, views), NaN without a prototype.
+    """The matched filter in any unit, (adapters, modules, 2); 0 without a prototype (equation 4).
 
     A module with no response to generic text has no weight: what there is is rounding. Neither energy nor
     deviation counts as less than a tenth of the adapter's median.
@@ -315,61 +336,46 @@ def _matched(means: Array, stds: Array) -> Array:
     weights = 1 / (np.maximum(energy, low[0]) * np.maximum(stds, low[1]))
     heard = means > np.log(10 * FLOOR)
     heard |= ~heard.any((1, 2), keepdims=True)  # an adapter that is silent everywhere
-    return np.where(np.isnan(means), np.nan, weights * heard)
+    return np.nan_to_num(weights * heard)
 
 
-def _loadings(z: Array, telling: NDArray[np.int64]) -> Array:
-    """Loadings of one common factor at each of several modules, (modules, adapters), from its tellers.
+def _common(z: Array, who: NDArray[np.int64]) -> tuple[Array, Array, float]:
+    """What adapters respond to alike at one module, in one view (equation 3).
 
-    Another adapter's loading is what one of theirs would be that correlates with them as it does: at a fixed
-    point of `_axes`, `l_i |l|^2 = sum_j r_ij l_j` with l_i^2 in place of r_ii.
-    """
-    if len(telling) == z.shape[2]:
-        return _axes(z)
-    filled = np.nan_to_num(z)
-    theirs = _axes(z[:, :, telling])
-    correlation = (filled.transpose(0, 2, 1) @ filled[:, :, telling]).clip(0) / (z.shape[1] - 1)
-    sizes = np.square(theirs).sum(1, keepdims=True).clip(1e-12)
-    found = ((correlation @ theirs[:, :, None])[:, :, 0] / sizes).clip(0, _HIGHEST)
-    found[:, telling] = theirs
-    return np.asarray(found)
-
-
-def _axes(z: Array) -> Array:
-    """Loadings of one common factor at each of several modules, (modules, adapters), by principal axes.
-
-    Negative correlations count as none, so the factor is something that adapters share and loadings
-    are not negative. Two adapters have the root of their correlation, one alone has 0.
+    Their correlations are taken as a few principal components and noise, which is the same for all
+    (probabilistic PCA, Tipping and Bishop 1999), and moved towards independence by SHRINK.
 
     Args:
-        z: (modules, queries, adapters) standardised, NaN without a prototype.
+        z: (queries, adapters) standardised, 0 without a prototype.
+        who: the landmarks among them, whose components these are.
+
+    Returns:
+        (landmarks, r) directions, (adapters, r) how much of each is taken out, and the noise;
+        r is at most FACTORS.
     """
-    filled, there = np.nan_to_num(z), ~np.isnan(z[:, 0])
-    correlation = (filled.transpose(0, 2, 1) @ filled).clip(0) / (z.shape[1] - 1)  # (modules, n, n)
-    axis = there / np.sqrt(there.sum(1, keepdims=True).clip(1))
-    loadings = np.sqrt(0.5) * there
-    diagonal = np.arange(z.shape[2])
-    for _ in range(_STEPS):
-        correlation[:, diagonal, diagonal] = loadings**2
-        axis = (correlation @ axis[:, :, None])[:, :, 0]
-        size = np.linalg.norm(axis, axis=1, keepdims=True).clip(1e-12)
-        axis /= size
-        loadings = (np.sqrt(size) * axis).clip(max=_HIGHEST)
-    return np.asarray(loadings)
+    theirs, freedom = z[:, who], len(z) - 1
+    wide = len(who) > len(z)
+    square = (theirs @ theirs.T if wide else theirs.T @ theirs) / freedom
+    size = len(square)
+    values, vectors = eigh(square, subset_by_index=[max(0, size - FACTORS), size - 1])
+    values = values.clip(1e-12)
+    axes = theirs.T @ vectors / np.sqrt(freedom * values) if wide else vectors
+    rest = (np.trace(square) - values.sum()) / max(1, theirs.any(0).sum() - FACTORS)
+    noise = float((1 - SHRINK) * max(rest, 0.0) + SHRINK)
+    taken = 1 - noise / ((1 - SHRINK) * values + SHRINK)
+    loadings = z.T @ (theirs @ axes) / (freedom * values) * taken.clip(0)
+    return axes, loadings, noise
 
 
-def _nanmean(values: Array, axis: int) -> Array:
-    """Mean over an axis without NaN; NaN, and no warning, where nothing is left."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        mean: Array = np.nanmean(values, axis=axis)
-    return mean
-
-
-def _parts(X: NDArray[Any]) -> list[slice]:
-    """Some queries at a time: responses to many queries of many adapters are large, and float64 is larger."""
-    some = max(1, min(_AT_ONCE, _ENTRIES // max(1, X[:1].size)))
-    return [slice(start, start + some) for start in range(0, len(X), some)]
+def _check(X: NDArray[Any], absent: NDArray[np.bool_]) -> None:
+    """Refuses values that are not finite where an adapter has a prototype, and finite ones elsewhere."""
+    found = np.empty(absent.shape, bool)  # used again and again, since a large one takes time to get
+    for row in X:
+        if np.equal(np.isfinite(row, out=found), absent, out=found).any():
+            raise ValueError(
+                "expected finite responses, NaN at the same adapters and modules for all queries: "
+                "those without a prototype"
+            )
 
 
 def _confidences(values: ArrayLike, n_queries: int) -> Array:
@@ -381,11 +387,11 @@ def _confidences(values: ArrayLike, n_queries: int) -> Array:
 
 def _four_dimensional(X: ArrayLike) -> NDArray[Any]:
     X = np.asarray(X)
+    X = X if X.dtype.kind == "f" else X.astype(np.float64)
     if X.ndim != 4 or X.shape[3] != 2:
         raise ValueError(f"expected responses of shape (queries, adapters, modules, 2), got {X.shape}")
     return X
 
 
 def _logs(X: ArrayLike) -> Array:
-    logs: Array = np.log(np.asarray(X, dtype=np.float64).clip(FLOOR))
-    return logs
+    return np.asarray(np.log(np.asarray(X, dtype=np.float64).clip(FLOOR)))

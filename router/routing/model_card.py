@@ -71,7 +71,7 @@ vllm serve {quoted}{pinned} --dtype {dtype} --enable-lora \\
 
 ```
 -m {method} --seed {seed} --n_variants {n_variants} --variant_rank {variant_rank} \\
-  --temperature {temperature} --false_alarm {false_alarm} --ahead {ahead} --top_k {top_k} \\
+  --temperature {temperature} --false_alarm {false_alarm} --top_k {top_k} \\
   --device {device} --dtype {dtype}
 ```
 """
@@ -134,7 +134,6 @@ def card(
         temperature=settings.temperature,
         top_k=settings.top_k,
         false_alarm=settings.false_alarm,
-        ahead=settings.ahead,
         device=base.model.device.type,
     )
 

@@ -20,7 +20,7 @@ from torch.nn.functional import embedding_bag
 from merge.factors import stacks, svd
 from router.library.adapters import Adapter
 from router.progress import progress
-from router.routing.store import content, load, save
+from router.routing.store import content, kept
 
 FORMAT = 1  # raise it when prototypes are computed in another way
 
@@ -71,7 +71,7 @@ def prototypes(
     owners = {m: torch.empty(most, dtype=torch.long) for m, most in room.items()}
     used = dict.fromkeys(room, 0)
     for owner, adapter in enumerate(progress(adapters, desc="prototypes", unit="adapter")):
-        known = _own(adapter, dtype)
+        known = _kept(adapter, dtype)
         for module in {key.rpartition(".")[0] for key in known}:
             v, start = known[f"{module}.directions"], used[module]
             used[module] = end = start + v.shape[1]
@@ -110,20 +110,26 @@ def of_some(
     return found
 
 
-def _own(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
-    """An adapter's directions (d_in, k) and weights (k,) by module, from disk if it was seen before."""
-    name = f"prototypes/{FORMAT}-torch{torch.__version__}-{dtype}/{content(adapter)}"
-    if (known := load(name)) is not None:
-        return known
-    known = {}
+def subspaces(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """An adapter's directions (d_in, k) and weights (k,) by module, float32: the SVD of its updates."""
+    found = {}
     for modules, stack in stacks(adapter.read_all()):
         _, s, vh = svd(stack)  # (modules, k), (modules, k, d_in)
         shares = s / s.sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
         for module, share, v in zip(modules, shares, vh.mT, strict=True):
             keep = share > 1e-6  # below that it is rounding, not a direction
             if keep.any():
-                known[f"{module}.directions"] = v[:, keep].to(dtype)
-                known[f"{module}.weights"] = share[keep]
+                found[module] = v[:, keep], share[keep]
     adapter.check_unchanged()
-    save(name, known)
-    return known
+    return found
+
+
+def _kept(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same from disk, if the adapter was seen before; directions in `dtype`."""
+
+    def make() -> dict[str, Tensor]:
+        parts = subspaces(adapter)
+        known = {f"{module}.directions": v.to(dtype) for module, (v, _) in parts.items()}
+        return known | {f"{module}.weights": share for module, (_, share) in parts.items()}
+
+    return kept(f"prototypes/{FORMAT}-torch{torch.__version__}-{dtype}/{content(adapter)}", make)

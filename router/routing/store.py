@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +25,14 @@ def content(adapter: Adapter) -> str:
     """A name made from an adapter's weights and its configuration, which holds its scale."""
     config = (adapter.folder.path / CONFIG_FILE).read_bytes()
     return hashlib.sha256(adapter.sha256.encode() + config).hexdigest()[:32]
+
+
+def kept(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors kept under a name, made and kept if there are none."""
+    if (known := load(name)) is None:
+        known = make()
+        save(name, known)
+    return known
 
 
 def load(name: str) -> dict[str, Tensor] | None:

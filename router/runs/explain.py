@@ -35,9 +35,8 @@ BAR = 20  # characters of the longest bar
 Rows = list[dict[str, Any]]
 THIRDS = ("first third of the layers", "middle third", "last third")
 LEGEND = """response: root mean square cosine to the prototype; score: calibrated response, in standard
-deviations of generic text (a duplicate has none), beyond the base model's in units of the
-adapter's reach; of the base model the level that an adapter has to exceed; weight: softmax of
-the scores"""
+deviations of generic text (a duplicate has none); of the base model what an adapter has to
+exceed; weight: softmax of the scores"""
 
 
 def explain(folder: Path, name: str, answers: bool = False) -> dict[str, Any]:

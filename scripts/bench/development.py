@@ -1,8 +1,9 @@
 """The libraries that choices are made on, with labelled queries: those of them that are at hand.
 
-No constant is chosen by one library. Two are in every clone: `data/library`, and the foreign queries of
-data/eval_foreign that no adapter of any was made for. The others are found where they were made: `families`
-and `otherbase` by `python -m scripts.library.development`, `second` beside the repository.
+No constant is chosen by the libraries that it is shown on. `data/library` is in every clone, and so are the
+foreign queries of data/eval_foreign that no adapter of any was made for. `families` and `otherbase` are made
+by `python -m scripts.library.development`; `second`, `devset_b` and `devset_c` stand beside the repository,
+and so do the FLAN queries. `devset_c` has a base model of its own, made by `base.sh` in its folder.
 """
 
 from __future__ import annotations
@@ -19,9 +20,16 @@ from scripts.bench.score import labelled, read_texts
 
 COMMITTED = "committed"  # data/library
 BUILT = Path("output/development")
-SECOND = Path("../shared/devset")
-# own phrasing, other phrasings, multiple choice, none of the library's tasks, and of no library's
-SPLITS = ("own", "unseen", "mc", "none", "foreign")
+SHARED = Path("../shared")
+BESIDE = {"second": "devset", "devset_b": "devset_b", "devset_c": "devset_c"}
+# own and other phrasings, multiple choice, none of the library's tasks, of no library's, and FLAN's
+SPLITS = ("own", "unseen", "mc", "none", "foreign", "flan")
+# FLAN's tasks that are an adapter's very skill: they are no foreign queries of these libraries.
+KIN = {
+    "second": ("sst2", "yelp_polarity_reviews", "e2e_nlg"),
+    "devset_b": ("wmt16_translate_csen", "wmt16_translate_fien"),
+    COMMITTED: ("wmt16_translate_csen", "wmt16_translate_fien"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,26 +52,31 @@ class Labelled:
 
 def libraries() -> Iterator[Labelled]:
     """Those at hand, the committed one last."""
-    if SECOND.is_dir():
-        yield _of_folder("second", SECOND)
+    for name, folder in BESIDE.items():
+        base = BUILT / name / "base"
+        if (SHARED / folder).is_dir() and (name != "devset_c" or base.is_dir()):
+            yield _of_folder(name, SHARED / folder, base)
     for name in ("families", "otherbase"):
         if (BUILT / name / "queries.csv").exists():
-            yield _of_folder(name, BUILT / name)
+            yield _of_folder(name, BUILT / name, BUILT / name / "base")
     own, unseen = labelled("eval"), labelled("eval_unseen")
     foreign = unseen["adapter"] == BASE_COLUMN
     rows = [own.assign(split="own"), unseen.assign(split=foreign.map({True: "none", False: "unseen"}))]
     yield _of(COMMITTED, LIBRARY, EMBEDDED, pd.concat(rows).assign(metric="exact"))
 
 
-def _of_folder(name: str, folder: Path) -> Labelled:
-    """A library in a folder of its own: library/, queries.csv, labels.csv, and base/ if it has its own."""
+def _of_folder(name: str, folder: Path, base: Path) -> Labelled:
+    """A library in a folder: library/, queries.csv, labels.csv; base: its base model, if it is there."""
     rows = read_texts(folder / "queries.csv").merge(read_texts(folder / "labels.csv"), on="id")
     rows["adapter"] = rows["task"].where(rows["split"] != "none", BASE_COLUMN)
-    base = folder / "base"
     return _of(name, folder / "library", str(base) if base.is_dir() else EMBEDDED, rows)
 
 
 def _of(name: str, adapters: Path, base: str, rows: pd.DataFrame) -> Labelled:
     columns = ["id", "task", "split", "input", "eval_type", "answer_choices", "target", "metric", "adapter"]
-    foreign = labelled("eval_foreign").assign(split="foreign")
-    return Labelled(name, adapters, base, pd.concat([rows, foreign], ignore_index=True)[columns])
+    parts = [rows, labelled("eval_foreign").assign(split="foreign")]
+    if (folder := SHARED / "foreign48").is_dir():
+        flan = read_texts(folder / "queries.csv").merge(read_texts(folder / "labels.csv"), on="id")
+        flan = flan[~flan["task"].isin(KIN.get(name, ()))]
+        parts.append(flan.assign(id="flan " + flan["id"], split="flan", adapter=BASE_COLUMN))
+    return Labelled(name, adapters, base, pd.concat(parts, ignore_index=True)[columns])

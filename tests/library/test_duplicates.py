@@ -30,7 +30,7 @@ def adapter(folder, change=lambda key, tensor: tensor, seed=1, kinds=KINDS, **co
 
 def responses(base, adapters):
     protos, rows = prototypes(adapters), encode(base.tokenizer, TEXTS)
-    means = input_means(base.model, rows, 0, list(protos))
+    means, _ = input_means(base.model, rows, 0, list(protos))
     return probe(base.model, rows, 0, protos, means, len(adapters)).responses[..., 0]
 
 

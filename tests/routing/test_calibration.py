@@ -45,7 +45,7 @@ def fresh(base, adapters, limit=None):
     """The same without a calibration."""
     rows = encode(base.tokenizer, TEXTS, limit)
     modules = sorted({module for adapter in adapters for module in adapter.folder.shapes})
-    means, protos = input_means(base.model, rows, 0, modules), prototypes(adapters)
+    (means, _), protos = input_means(base.model, rows, 0, modules), prototypes(adapters)
     responses = probe(base.model, rows, 0, {m: protos[m] for m in modules}, means, len(adapters)).responses
     means = {module: mean.numpy() for module, mean in means.items()}
     return means | {"responses": responses}

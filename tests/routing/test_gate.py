@@ -8,7 +8,8 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
 
-from router.routing.gate import TAIL, PrototypeGate, level
+from router.routing.gate import DOUBT, FACTORS, RIDGE, SHRINK, TAIL, PrototypeGate, level
+from router.routing.large import LargeGate, gate_for
 from router.settings import Settings
 
 RNG = np.random.default_rng(3)
@@ -44,63 +45,60 @@ def library(n, seed=0, modules=6, common=(0, 0.6)):
     return draw
 
 
-# The docstring once more: one number after the other, the factor model by eigenvectors and a linear solver.
+# The docstring once more, column by column, with dense covariances and a linear solver.
 
 
-def loadings_of(z):
-    """Principal axes until nothing changes: (queries, adapters) standardised -> (adapters,)."""
-    correlation = np.array([
-        [max(0.0, sum(a * b for a, b in zip(one, other, strict=True)) / (len(z) - 1)) for other in z.T]
-        for one in z.T
-    ])  # fmt: skip
-    found, before = np.full(z.shape[1], math.sqrt(0.5)), np.zeros(z.shape[1])
-    while np.abs(found - before).max() > 1e-13:
-        before = found
-        np.fill_diagonal(correlation, found**2)
-        values, vectors = np.linalg.eigh(correlation)
-        found = np.minimum(0.97, math.sqrt(values[-1]) * np.abs(vectors[:, -1]))
-    return found
+def covariance_of(z):
+    """What the adapters' responses to generic text have in common: a few components, noise, independence."""
+    values, vectors = np.linalg.eigh(z.T @ z / (len(z) - 1))
+    few = min(FACTORS, len(values))
+    noise = values[:-few].mean() if few < len(values) else 0.0
+    values = np.where(np.arange(len(values)) < len(values) - few, noise, values)
+    return (1 - SHRINK) * (vectors * values) @ vectors.T + SHRINK * np.eye(len(values))
 
 
 def votes_by_loops(reference, X):
-    """Standardised responses less what is common, filtered, of the reference and of X, (queries, adapters,
-    modules)."""
-    both = [np.full(part.shape[:3], np.nan) for part in (reference, X)]
-    counts = np.full((reference.shape[1], reference.shape[2]), np.nan)  # of both views together
+    """Responses less what is common, filtered, of the reference and of X, (queries, adapters, modules).
+
+    Also all that is standardised of each, (queries, adapters, modules, 2).
+    """
+    votes = [np.full(part.shape[:3], np.nan) for part in (reference, X)]
+    points = [np.zeros(part.shape) for part in (reference, X)]
     for m in range(reference.shape[2]):
         there = [i for i in range(reference.shape[1]) if not math.isnan(reference[0, i, m, 0])]
-        if not there:
-            continue
-        own = [np.zeros((len(part), len(there))) for part in (reference, X)]
-        counts[there, m] = 0
-        for v in range(2):
-            logs = [
-                np.array([[math.log(part[q, i, m, v]) for i in there] for q in range(len(part))])
-                for part in (reference, X)
-            ]
-            mean = logs[0].sum(0) / len(reference)
-            std = np.sqrt(((logs[0] - mean) ** 2).sum(0) / (len(reference) - 1))
+        for part in votes:
+            part[:, there, m] = 0
+        for v in range(2) if there else ():
+            logs = [np.log(part[:, there, m, v]) for part in (reference, X)]
+            mean, std = logs[0].mean(0), logs[0].std(0, ddof=1)
             zs = [(part - mean) / std for part in logs]
-            share = loadings_of(zs[0])
-            model = np.outer(share, share) + np.diag(1 - share**2)  # of generic text
+            covariance = covariance_of(zs[0])
             # A rise d of R^2 raises log R by d / (2 R^2), and z by d / (2 R^2 std).
-            rises = np.array([1 / (2 * math.exp(mean[k]) ** 2 * std[k]) for k in range(len(there))])
-            counts[there, m] += rises
+            rises = 1 / (2 * np.exp(mean) ** 2 * std)
             for k, z in enumerate(zs):
-                for q, one in enumerate(z):
-                    factor = share @ np.linalg.solve(model, one)  # the regression of f on z
-                    own[k][q] += rises * (one - share * factor)
-        for k in range(2):
-            both[k][:, there, m] = own[k]
-    return [part / np.nanmean(counts, 1)[:, None] for part in both]
+                points[k][:, there, m, v] = z
+                votes[k][:, there, m] += rises * np.linalg.solve(covariance, z.T).T
+    return votes, points
 
 
-def scores_by_loops(reference, X):
-    known, found = (
-        np.array([[np.mean(row[~np.isnan(row)]) for row in query] for query in votes])
-        for votes in votes_by_loops(reference, X)
-    )
-    return (found - known.mean(0)) / known.std(0, ddof=1)
+def judged_by_loops(reference, X):
+    """Scores (queries, adapters), and residuals of all of them."""
+    (known, found), (Z, z) = votes_by_loops(reference, X)
+    known, found = np.nansum(known, 2), np.nansum(found, 2)
+    scale = known.std(0, ddof=1)
+    known, found = known / scale, found / scale
+    Z, z = Z.reshape(len(Z), -1), z.reshape(len(z), -1)
+
+    def slopes(keep):  # ridge regression of the scores on all that is standardised
+        ridge = RIDGE * (Z**2).sum() / len(Z)
+        return np.linalg.solve(Z[keep].T @ Z[keep] + ridge * np.eye(Z.shape[1]), Z[keep].T @ known[keep])
+
+    left = [known[g] - Z[g] @ slopes(np.arange(len(Z)) != g) for g in range(len(Z))]
+    return found, (found - z @ slopes(np.arange(len(Z)) >= 0)) / np.std(left, 0, ddof=1)
+
+
+def of_best(scores, values):
+    return values[np.arange(len(scores)), scores.argmax(1)]
 
 
 def with_gaps(X):
@@ -113,50 +111,56 @@ def with_gaps(X):
 
 
 @pytest.mark.parametrize("gaps", [False, True])
-def test_scores_are_those_of_the_formula(gaps, monkeypatch):
-    monkeypatch.setattr("router.routing.gate._STEPS", 2000)  # few adapters and little text take many
+def test_both_scores_are_those_of_the_dense_formula(gaps):
     draw = library(8, modules=4, common=(0.5, 0.9))
     reference, X = draw(60, 0), draw(20, 1)
     if gaps:
         reference, X = with_gaps(reference), with_gaps(X)
-        monkeypatch.setattr("router.routing.gate._ENTRIES", 1)  # one module after the other
     gate = PrototypeGate().fit(reference)
-    expected = scores_by_loops(reference, X)
-    np.testing.assert_allclose(gate.decision_function(X), expected, atol=1e-9)
-    votes = votes_by_loops(reference, X)[1]
-    best = gate.decision_function(X).argmax(1)
-    found = gate.votes(X, gate.decision_function(X))
-    np.testing.assert_allclose(found, votes[np.arange(20), best], atol=1e-9)
+    scores, residuals = judged_by_loops(reference, X)
+    found = gate.judge(X)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-9)
+    np.testing.assert_allclose(gate.decision_function(X), scores, atol=1e-9)
+    np.testing.assert_allclose(found.residual, of_best(scores, residuals), atol=1e-4)  # float32
+    np.testing.assert_allclose(np.nanmean(found.votes, 1), scores.max(1), atol=1e-9)
+    known, votes = (part.transpose(0, 2, 1) for part in votes_by_loops(reference, X)[0])
+    parts = votes / np.nansum(known, 1).std(0, ddof=1)
+    there = (~np.isnan(parts)).sum(1, keepdims=True)
+    expected = np.stack([(parts * there)[q, :, scores[q].argmax()] for q in range(20)])
+    np.testing.assert_allclose(found.votes, expected, atol=1e-9)
 
 
-def test_its_own_number_of_steps_is_enough_where_there_is_something_to_find():
-    draw = library(12, modules=3, common=(0.3, 0.9))
-    reference, X = draw(160, 0), draw(20, 1)
-    found = PrototypeGate().fit(reference).decision_function(X)
-    np.testing.assert_allclose(found, scores_by_loops(reference, X), atol=0.01)
-
-
-def test_the_base_models_score_is_the_level_of_scores_by_gates_that_had_not_seen_the_text(monkeypatch):
-    monkeypatch.setattr("router.routing.gate._STEPS", 2000)
+def test_the_level_is_that_of_leads_by_gates_that_had_not_seen_the_text():
     reference = library(5, modules=3, common=(0.5, 0.9))(50, 0)
     expected = np.empty(50)
     for fold in range(5):
         out = np.arange(50) % 5 == fold
-        expected[out] = scores_by_loops(reference[~out], reference[out]).max(1)
+        scores, residuals = judged_by_loops(reference[~out], reference[out])
+        expected[out] = (scores.max(1) + of_best(scores, residuals)) / 2
     for false_alarm in (0.05, 0.1, 0.4):
         gate = PrototypeGate(false_alarm=false_alarm).fit(reference)
-        np.testing.assert_allclose(gate.reference_leads_, expected, atol=1e-9)
-        assert gate.level_ == pytest.approx(level(expected, false_alarm))
-        candidates = gate.candidate_scores(gate.decision_function(reference))
-        assert candidates.shape == (50, 6) and (candidates[:, -1] == gate.level_).all()
+        np.testing.assert_allclose(gate.reference_leads_, expected, atol=1e-4)
+        assert gate.level_ == pytest.approx(level(expected, false_alarm), abs=1e-4)
+
+
+def test_the_base_model_is_as_far_below_the_best_adapter_as_that_one_leads():
+    gate = PrototypeGate().fit(GENERIC, confidence=RNG.normal(size=200))
+    judged, sure = gate.judge(queries(2, 0.1, n=200)), RNG.normal(size=200)
+    found = gate.candidate_scores(judged, sure)
+    assert found.shape == (200, 7)
+    np.testing.assert_array_equal(found[:, :-1], judged.scores)
+    doubt = DOUBT * (sure - gate.confidence_[0]) / gate.confidence_[1]
+    lead = (judged.scores.max(1) + judged.residual) / 2 - doubt - gate.level_
+    np.testing.assert_allclose(found[:, :-1].max(1) - found[:, -1], lead)
+    sent = gate.predict(queries(2, 0.1, n=200), sure) < 6
+    np.testing.assert_array_equal(sent, lead > 0)
+    assert 0 < sent.mean() < 1
 
 
 def test_the_mean_of_the_votes_is_the_score():
     gate, X = PrototypeGate().fit(with_gaps(GENERIC)), with_gaps(queries(4, 0.3))
-    scores = gate.decision_function(X)
-    best = scores.argmax(1)
-    mean = np.nanmean(gate.votes(X, scores), 1)
-    np.testing.assert_allclose(mean / gate.scale_[best], scores.max(1))
+    judged = gate.judge(X)
+    np.testing.assert_allclose(np.nanmean(judged.votes, 1), judged.scores.max(1))
 
 
 def test_scores_of_generic_text_have_mean_0_and_deviation_1():
@@ -169,9 +173,8 @@ def test_scores_of_generic_text_have_mean_0_and_deviation_1():
 
 
 def large(monkeypatch, **sizes):
-    """Makes a library of more than 5 adapters a large one."""
-    for name, value in {"LARGE": 5, **sizes}.items():
-        monkeypatch.setattr(f"router.routing.shortlist.{name}", value)
+    for name, value in sizes.items():
+        monkeypatch.setattr(f"router.routing.large.{name}", value)
 
 
 @pytest.mark.parametrize("gaps", [False, True])
@@ -181,20 +184,17 @@ def test_on_a_shortlist_the_scores_are_those_of_any_other_library(gaps, monkeypa
     if gaps:
         reference, X = with_gaps(reference), with_gaps(X)
     plain = PrototypeGate().fit(reference)
-    expected = plain.decision_function(X)
-    large(monkeypatch, TELLERS=20, SHORT=20)
-    gate = PrototypeGate().fit(reference)
-    assert gate.shortlists
-    np.testing.assert_allclose(gate.decision_function(X), expected, atol=1e-3)
-    np.testing.assert_allclose(gate.votes(X, expected), plain.votes(X, expected), atol=1e-3)
-    for one, other in zip(gate.scores_and_votes(X), plain.scores_and_votes(X), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-3)
-    assert gate.level_ == pytest.approx(plain.level_, abs=1e-3)
-    monkeypatch.setattr("router.routing.shortlist.SHORT", 4)
-    found = PrototypeGate().fit(reference).decision_function(X)
+    expected = plain.judge(X)
+    large(monkeypatch, LANDMARKS=20, SHORT=20)
+    gate = LargeGate().fit(reference)
+    for one, other in zip(gate.judge(X), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    assert gate.level_ == pytest.approx(plain.level_, abs=1e-6)
+    large(monkeypatch, SHORT=4)
+    found = LargeGate().fit(reference).judge(X).scores
     listed = np.isfinite(found)
     assert (listed.sum(1) == 4).all() and (found[~listed] == -np.inf).all()
-    np.testing.assert_allclose(found[listed], expected[listed], atol=1e-3)
+    np.testing.assert_allclose(found[listed], expected.scores[listed], atol=1e-6)
 
 
 def test_the_shortlist_has_the_best_adapter_though_it_changes_few_modules(monkeypatch):
@@ -206,8 +206,8 @@ def test_the_shortlist_has_the_best_adapter_though_it_changes_few_modules(monkey
     for part in (reference, X):
         part[:, some] = np.nan
     expected = PrototypeGate().fit(reference).decision_function(X)
-    large(monkeypatch, TELLERS=60, SHORT=10)
-    gate = PrototypeGate().fit(reference)
+    large(monkeypatch, LANDMARKS=60, SHORT=10)
+    gate = LargeGate().fit(reference)
     best = expected.argmax(1)
     found = gate.decision_function(X)
     assert (best == np.arange(120) % 60).mean() > 0.9
@@ -217,16 +217,21 @@ def test_the_shortlist_has_the_best_adapter_though_it_changes_few_modules(monkey
     assert ((weights[:, :-1] > 0) <= np.isfinite(found)).all()
 
 
-def test_a_few_adapters_tell_what_all_of_a_large_library_respond_to_alike(monkeypatch):
+def test_a_few_landmarks_tell_what_all_of_a_large_library_respond_to_alike(monkeypatch):
     draw = library(120, modules=3, common=(0.3, 0.9))
     reference, X = draw(160, 0), draw(40, 1)
-    full = PrototypeGate().fit(reference)
-    large(monkeypatch, TELLERS=40, SHORT=120)
-    gate = PrototypeGate().fit(reference)
-    assert np.abs(gate.loadings_ - full.loadings_).max() < 0.25
-    assert np.abs(gate.loadings_ - full.loadings_).mean() < 0.05
-    both = gate.decision_function(X), full.decision_function(X)
-    assert np.abs(both[0] - both[1]).mean() < 0.1 and (both[0].argmax(1) == both[1].argmax(1)).mean() > 0.9
+    X[np.arange(40), np.arange(40)] *= 1.3
+    full = PrototypeGate().fit(reference).judge(X)
+    large(monkeypatch, LANDMARKS=40, SHORT=120)
+    few = LargeGate().fit(reference).judge(X)
+    assert np.corrcoef(few.scores.ravel(), full.scores.ravel())[0, 1] > 0.95
+    assert (few.scores.argmax(1) == full.scores.argmax(1)).mean() > 0.8
+    assert np.corrcoef(few.residual, full.residual)[0, 1] > 0.9
+
+
+def test_only_a_library_of_more_than_256_is_large():
+    assert type(gate_for(256)) is PrototypeGate and type(gate_for(257, top_k=2)) is LargeGate
+    assert gate_for(257, top_k=2).get_params()["top_k"] == 2
 
 
 # What all adapters share.
@@ -246,18 +251,6 @@ def test_what_all_adapters_respond_to_alike_is_taken_out():
         assert gate.predict(strange) == 2
 
 
-def test_adapters_that_do_not_agree_have_no_common_factor():
-    rng = np.random.default_rng(0)
-    one = rng.normal(size=(50, 1, 4, 2))
-    generic = np.exp(np.concatenate([one, -one], 1))  # one rises where the other falls
-    gate = PrototypeGate().fit(generic)
-    assert not gate.loadings_.any()
-    z = (np.log(generic) - np.log(generic).mean(0)) / np.log(generic).std(0, ddof=1)
-    rises = np.exp(-2 * np.log(generic).mean(0)) / np.log(generic).std(0, ddof=1)
-    raw = (z * rises).sum((2, 3))
-    np.testing.assert_allclose(gate.decision_function(generic), raw / raw.std(0, ddof=1), atol=1e-9)
-
-
 def test_a_random_adapter_more_changes_the_others_scores_little():
     draw = library(8, common=(0, 0.9))
     reference, X = draw(160, 0), draw(50, 1)
@@ -268,7 +261,7 @@ def test_a_random_adapter_more_changes_the_others_scores_little():
 
     plain = PrototypeGate().fit(reference).decision_function(X)
     found = PrototypeGate().fit(more(reference)).decision_function(more(X))[:, :-1]
-    assert np.abs(found - plain).max() < 0.25 and np.sqrt(np.square(found - plain).mean()) < 0.05
+    assert np.abs(found - plain).max() < 0.3 and np.sqrt(np.square(found - plain).mean()) < 0.1
 
 
 # The level of the base model.
@@ -334,11 +327,9 @@ def test_generic_text_passes_the_base_model_as_often_as_promised(n):
         draw = library(n, seed)
         reference, fresh = draw(160, 0), draw(400, 1)
         gate = PrototypeGate().fit(reference)
-        scores = gate.decision_function(fresh).max(1)
-        own = gate.decision_function(reference).max(1)
-        held.append([(scores > level(gate.reference_leads_, share)).mean() for share in promised])
-        seen.append([(scores > level(own, share)).mean() for share in promised])
-        assert (gate.predict(fresh) < n).mean() == held[-1][2]  # 0.2 is the default
+        leads, own = (of.scores.max(1) + of.residual for of in (gate.judge(fresh), gate.judge(reference)))
+        held.append([(leads / 2 > level(gate.reference_leads_, share)).mean() for share in promised])
+        seen.append([(leads > level(own, share)).mean() for share in promised])
     found = np.mean(held, 0) / promised
     assert (found > 0.5).all() and (found < 2).all(), found
     if n == 200:
@@ -394,56 +385,23 @@ def test_how_wide_a_prototype_is_does_not_matter_for_its_score():
     np.testing.assert_allclose(scaled, plain, atol=1e-9)
 
 
-def test_an_adapters_own_queries_are_as_far_out_as_its_reach_says():
-    draw = library(12, modules=8)
-    gate, text = PrototypeGate().fit(draw(400, 0)), draw(400, 1)
-    far = []
-    for n in range(12):
-        X = text.copy()
-        X[:, n] = np.sqrt(X[:, n] ** 2 + 1e-4)  # the same for all adapters
-        far.append((gate.decision_function(X) - gate.decision_function(text))[:, n].mean())
-    least, most = gate.reach_ == 0.5, gate.reach_ == 2
-    within = ~(least | most)
-    assert within.sum() > 5 and least.any() and most.any()
-    said, far = np.log(gate.reach_[within]), np.log(far)
-    assert np.corrcoef(said, far[within])[0, 1] > 0.95
-    assert np.polyfit(said, far[within], 1)[0] == pytest.approx(1, abs=0.15)
-    assert far[least].max() < far[within].mean() < far[most].min()
-
-
-def test_reach_decides_between_adapters_and_never_whether_one_fits():
-    scores, confidence = RNG.normal(3, 3, (200, 6)), RNG.normal(size=200)
-    gate = PrototypeGate().fit(GENERIC, confidence=RNG.normal(size=200))
-    gate.reach_ = np.array([0.5, 0.7, 1.0, 1.0, 1.5, 2.0])
-    found = gate.candidate_scores(scores, confidence)
-    base = found[:, -1:]
-    np.testing.assert_array_equal(found[:, :-1] > base, scores > base)
-    both = (scores[:, [0, 5]] > base).all(1)  # a query that is twice as far out counts half
-    assert (
-        both.any()
-        and (
-            (found[both, 0] > found[both, 5]) == (4 * scores[both, 0] - scores[both, 5] > 3 * base[both, 0])
-        ).all()
-    )
-
-
 def test_the_order_of_adapters_and_modules_does_not_matter():
     X, adapters, modules = queries(2, 0.3), np.array([3, 1, 5, 0, 2, 4]), np.arange(10)[::-1]
     plain = PrototypeGate().fit(GENERIC).predict_proba(X)
     moved = PrototypeGate().fit(GENERIC[:, adapters][:, :, modules])
     found = moved.predict_proba(X[:, adapters][:, :, modules])
-    np.testing.assert_allclose(found, plain[:, [*adapters, 6]], atol=1e-9)
+    np.testing.assert_allclose(found, plain[:, [*adapters, 6]], atol=1e-6)  # in float32
 
 
 def test_a_query_is_judged_alone():
     gate, X = PrototypeGate().fit(GENERIC), queries(1, 0.3)
-    np.testing.assert_allclose(gate.predict_proba(X)[:1], gate.predict_proba(X[:1]), atol=1e-12)
+    np.testing.assert_allclose(gate.predict_proba(X)[:1], gate.predict_proba(X[:1]), atol=1e-6)
 
 
 def test_no_queries_have_no_weights():
     gate = PrototypeGate().fit(GENERIC)
     assert gate.predict_proba(GENERIC[:0]).shape == (0, 7) and gate.predict(GENERIC[:0]).shape == (0,)
-    assert gate.votes(GENERIC[:0], np.empty((0, 6))).shape == (0, 10)
+    assert gate.judge(GENERIC[:0]).votes.shape == (0, 10)
 
 
 def test_adapters_with_few_modules_are_comparable():
@@ -491,7 +449,7 @@ def test_a_view_that_varies_much_on_generic_text_says_little():
     for of, seed in ((generic, 0), (X, 1)):
         of[..., 1] = np.random.default_rng(seed).lognormal(-2.0, 4.0, of.shape[:3])  # was 0.2
     found = PrototypeGate().fit(generic)
-    assert found.filter_[..., 1].max() < 0.2 and found.filter_[..., 0].mean() > 0.9
+    assert found.filter_[..., 1].mean() < 0.1 * found.filter_[..., 0].mean()
     assert (found.predict(X) == 2).mean() > 0.9
 
 
@@ -569,8 +527,8 @@ class MatrixGate(PrototypeGate):
     def fit(self, X, y=None):
         return super().fit(cube(X), y)
 
-    def decision_function(self, X):
-        return super().decision_function(cube(X))
+    def _checked(self, X):
+        return super()._checked(cube(X))
 
 
 def cube(X):
@@ -703,16 +661,11 @@ def test_the_base_model_rises_with_its_confidence_and_the_promise_is_kept():
     assert again[0] == pytest.approx(again[1])  # only how unusual a confidence is counts
     plain = PrototypeGate(false_alarm=0.2).fit(X).reference_leads_
     gate.fit(X, confidence=sure)
-    found = gate.reference_leads_
-    np.testing.assert_allclose(found, plain - (sure - sure.mean()) / sure.std(ddof=1), atol=1e-9)
+    doubt = DOUBT * (sure - sure.mean()) / sure.std(ddof=1)
+    np.testing.assert_allclose(gate.reference_leads_, plain - doubt, atol=1e-9)
     fresh, confidence = generic(2000)
     alarms = (gate.predict(fresh, confidence) < 8).mean()
     assert 0.1 < alarms < 0.4
-    scores = gate.decision_function(fresh)
-    found = gate.candidate_scores(scores, confidence)[:, -1]
-    expected = gate.level_ + (confidence - sure.mean()) / sure.std(ddof=1)
-    np.testing.assert_allclose(found, expected, atol=1e-9)
-    np.testing.assert_array_equal(gate.candidate_scores(scores)[:, -1], np.full(2000, gate.level_))
 
 
 @pytest.mark.parametrize("confidence", [[0.0] * 3, [np.nan] * 40, [[0.0]] * 40])

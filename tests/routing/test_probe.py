@@ -13,7 +13,6 @@ from router.library.adapters import load_library
 from router.model.answer import encode
 from router.routing.probe import (
     Probed,
-    base_confidence,
     counted_tokens,
     input_means,
     probe,
@@ -62,15 +61,6 @@ def inputs_of(model, row, modules):
     return {module: x[1:] if len(row) > 1 else x for module, x in seen.items()}
 
 
-def written(model, row, count=8):
-    """What the model writes after one prompt alone, the likeliest token each time."""
-    row = list(row)
-    with torch.no_grad():
-        for _ in range(count):
-            row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
-    return row
-
-
 def squared_cosine(x, update):
     """How much of one token's input lies where an update reads."""
     _, s, vh = np.linalg.svd(update)
@@ -87,11 +77,10 @@ def measured(base, tiny_library):
 def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured, tiny_library):
     protos, rows = measured
     assert [len(row) for row in rows][:3] == [1, 2, 3]
-    means = input_means(base.model, rows, 0, list(protos))
+    means, _ = input_means(base.model, rows, 0, list(protos))
     found = probe(base.model, rows, 0, protos, means, 3).responses
     assert found.shape == (len(TEXTS), 3, 14, 2) and found.dtype == np.float32
     inputs = [inputs_of(plain, row, list(protos)) for row in rows]
-    ahead = [inputs_of(plain, written(plain, row), list(protos)) for row in rows]
     updates = [updates_of(tiny_library / name) for name in NAMES]
     for m, module in enumerate(protos):
         mean = np.concatenate([x[module] for x in inputs]).mean(0)
@@ -102,15 +91,14 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
                 continue
             for q, x in enumerate(inputs):
                 squares = [squared_cosine(token - mean, own[module]) for token in x[module]]
-                own_words = [squared_cosine(token - mean, own[module]) for token in ahead[q][module][-8:]]
-                expected = [np.mean(squares), (np.mean(squares[-2:]) + np.mean(own_words)) / 2]
+                expected = [np.mean(squares), np.mean(squares[-2:])]
                 np.testing.assert_allclose(found[q, i, m], np.sqrt(expected), rtol=1e-3, atol=1e-5)
 
 
 def test_a_prompt_that_is_no_longer_than_its_end_has_one_response_twice(base, measured):
     protos, rows = measured
-    means = input_means(base.model, rows, 0, list(protos))
-    found = probe(base.model, rows, 0, protos, means, 3, ahead=0).responses
+    means, _ = input_means(base.model, rows, 0, list(protos))
+    found = probe(base.model, rows, 0, protos, means, 3).responses
     same = [np.allclose(*np.nan_to_num(one.T), atol=1e-6) for one in found]
     assert same == [len(row) <= 2 + 1 for row in rows] == [True] * 3 + [False] * 4
 
@@ -119,27 +107,20 @@ def test_the_end_does_not_depend_on_how_long_the_rest_is(base, measured):
     """Both views of a repeated token: with the same inputs at all places, there is nothing to tell apart."""
     protos, _ = measured
     means = {module: torch.zeros(len(proto.directions)) for module, proto in protos.items()}
-    (long,) = probe(base.model, [[7] * 9], 0, protos, means, 3, ahead=0).responses
-    (short,) = probe(base.model, [[7] * 4], 0, protos, means, 3, ahead=0).responses
+    (long,) = probe(base.model, [[7] * 9], 0, protos, means, 3).responses
+    (short,) = probe(base.model, [[7] * 4], 0, protos, means, 3).responses
     first = list(protos).index("model.layers.0.self_attn.q_proj")  # it reads the embeddings alone
     np.testing.assert_allclose(long[0, first], short[0, first], rtol=1e-5)
     np.testing.assert_allclose(long[0, first, 0], long[0, first, 1], rtol=1e-5)
 
 
-# All prompts in one pass, in several, one at a time; written ahead of together, and not; the inputs of all
-# tokens that are written kept until the end, of some, of one.
-@pytest.mark.parametrize(
-    ("a_pass", "together", "kept"),
-    [(4096, 4096, 512), (160, 4096, 21), (1, 4096, 1), (160, 160, 512), (1, 1, 3)],
-)
-def test_padding_and_the_order_of_prompts_do_not_matter(a_pass, together, kept, base, measured, monkeypatch):
+@pytest.mark.parametrize("a_pass", [4096, 160, 1])  # all prompts in one pass, in several, one at a time
+def test_padding_and_the_order_of_prompts_do_not_matter(a_pass, base, measured, monkeypatch):
     protos, rows = measured
-    means = input_means(base.model, rows, 0, list(protos))
+    means, _ = input_means(base.model, rows, 0, list(protos))
     alone = np.concatenate([probe(base.model, [row], 0, protos, means, 3).responses for row in rows])
     monkeypatch.setattr("router.model.device.CPU_TOKENS", a_pass)
-    monkeypatch.setattr("router.model.device.BATCH_TOKENS", together)
-    monkeypatch.setattr("router.routing.probe.KEPT", kept)
-    for module, mean in input_means(base.model, rows[::-1], 0, list(protos)).items():
+    for module, mean in input_means(base.model, rows[::-1], 0, list(protos))[0].items():
         torch.testing.assert_close(mean, means[module], rtol=1e-4, atol=1e-5)
     order = [4, 0, 6, 2, 5, 1, 3]
     found = probe(base.model, [rows[n] for n in order], 0, protos, means, 3).responses
@@ -148,7 +129,7 @@ def test_padding_and_the_order_of_prompts_do_not_matter(a_pass, together, kept, 
 
 def test_a_batch_that_does_not_fit_into_memory_changes_nothing(base, measured):
     protos, rows = measured
-    means = input_means(base.model, rows, 0, list(protos))
+    means, _ = input_means(base.model, rows, 0, list(protos))
     whole = probe(base.model, rows, 0, protos, means, 3)
 
     def refuse(model, args, kwargs):
@@ -157,9 +138,8 @@ def test_a_batch_that_does_not_fit_into_memory_changes_nothing(base, measured):
 
     undo = base.model.register_forward_pre_hook(refuse, with_kwargs=True).remove
     try:
-        again = input_means(base.model, rows, 0, list(protos))
+        again, confidence = input_means(base.model, rows, 0, list(protos))
         found = probe(base.model, rows, 0, protos, means, 3)
-        confidence = base_confidence(base.model, rows, 0)
     finally:
         undo()
     for module, mean in means.items():
@@ -171,12 +151,12 @@ def test_a_batch_that_does_not_fit_into_memory_changes_nothing(base, measured):
 
 def test_another_default_dtype_as_while_a_model_is_loaded_changes_nothing(base, measured):
     protos, rows = measured
-    means = input_means(base.model, rows, 0, list(protos))
+    means, _ = input_means(base.model, rows, 0, list(protos))
     whole = probe(base.model, rows, 0, protos, means, 3)
     torch.set_default_dtype(torch.bfloat16)
     try:
         found = probe(base.model, rows, 0, protos, means, 3)
-        confidence = base_confidence(base.model, rows, 0)
+        _, confidence = input_means(base.model, rows, 0, list(protos))
     finally:
         torch.set_default_dtype(torch.float32)
     np.testing.assert_array_equal(found.responses, whole.responses)
@@ -188,7 +168,7 @@ def test_adapters_do_not_change_each_others_responses_and_their_size_does_not_ei
     base, measured, tiny_library, tmp_path
 ):
     protos, rows = measured
-    means = input_means(base.model, rows, 0, list(protos))
+    means, _ = input_means(base.model, rows, 0, list(protos))
     whole = probe(base.model, rows, 0, protos, means, 3).responses
     write_tiny_adapter(tmp_path / "library2" / "everything", 2, 2, alpha=40)  # twenty times as large
     alone = prototypes(load_library([str(tmp_path / "library2")]))
@@ -209,7 +189,8 @@ def test_modules_do_not_change_each_others_responses(base, measured):
 
 def test_responses_are_cosines(base, measured):
     protos, rows = measured
-    found = probe(base.model, rows, 0, protos, input_means(base.model, rows, 0, list(protos)), 3).responses
+    means, _ = input_means(base.model, rows, 0, list(protos))
+    found = probe(base.model, rows, 0, protos, means, 3).responses
     there = found[~np.isnan(found)]
     assert there.min() >= 0 and there.max() <= 1 + 1e-5
 
@@ -241,9 +222,10 @@ def test_the_confidence_is_that_of_the_whole_model(base, adapters):
     """Prompt by prompt, without a batch: the log-probability of the likeliest next token."""
     protos = prototypes(adapters)
     rows = [[7, 9, 11], [5] * 9, [200, 3]]
-    found = probe(base.model, rows, 0, protos, input_means(base.model, rows, 0, list(protos)), 3).confidence
+    means, again = input_means(base.model, rows, 0, list(protos))
+    found = probe(base.model, rows, 0, protos, means, 3).confidence
     with torch.inference_mode():
         for row, confidence in zip(rows, found, strict=True):
             logits = base.model(input_ids=torch.tensor([row])).logits[0, -1].double()
             assert confidence == pytest.approx(float(logits.max() - logits.logsumexp(-1)), abs=1e-5)
-    torch.testing.assert_close(base_confidence(base.model, rows, 0), torch.from_numpy(found))
+    torch.testing.assert_close(again, torch.from_numpy(found))

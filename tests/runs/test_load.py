@@ -118,15 +118,6 @@ BROKEN = {
     "evidence without a score of the base model": (
         evidence_of(base_score=np.array([1, np.nan], np.float32)), "an adapter's score",
     ),
-    "evidence of an adapter without reach": (
-        evidence_of(
-            names=json.dumps({
-                "adapters": ["one", "two", "three"], "modules": [f"m{n}" for n in range(12)],
-                "reach": {"two": 0},
-            })
-        ),
-        "expected a reach above 0, got 0 of two",
-    ),
     "endless evidence": (evidence_of(votes=np.full((2, 12), np.inf, np.float32)), "expected finite numbers"),
     "evidence without names": (evidence_of(names="7"), "expected an object, got a whole number"),
     "other adapters": (lambda out: other_evidence(out, 2, "abc"), "expected the adapters and queries"),

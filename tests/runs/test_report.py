@@ -41,7 +41,7 @@ def evidence_of(n, rng, level):
     votes = rng.normal(2, 1, size=(n, len(MODULES)))
     votes[:, 1] = np.nan
     responses = rng.uniform(0.03, 0.1, size=scores.shape)
-    return Evidence(ADAPTERS, MODULES, responses, scores, np.full(n, level), votes)
+    return Evidence(ADAPTERS, MODULES, responses, scores, np.full(n, level), scores.max(1), votes)
 
 
 def close(candidates):
@@ -170,8 +170,8 @@ def test_a_real_run_has_its_report(command, capsys, method):
 
 
 def test_a_large_library_is_reported_by_its_shortlists(command, capsys, monkeypatch):
-    for name, value in {"LARGE": 2, "TELLERS": 3, "SHORT": 2}.items():
-        monkeypatch.setattr(f"router.routing.shortlist.{name}", value)
+    for name, value in {"LARGE": 2, "LANDMARKS": 3, "SHORT": 2}.items():
+        monkeypatch.setattr(f"router.routing.large.{name}", value)
     code, out = command("proto_route")
     assert code == 0
     page = Page(out / "report.html")

@@ -1,0 +1,156 @@
+"""A fitted library as a file: all that a query needs to be routed, beside the base model.
+
+No adapter and no generic text is in it. Safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from router.errors import InputError
+from router.files import for_others, parsed
+from router.routing.fitted import Fitted
+from router.routing.gate import FACTORS
+from router.routing.large import gate_for
+from router.routing.prototypes import ModulePrototypes
+
+FILE = "router.safetensors"
+FORMAT = 6  # raise it when a reader of the old one could not use the new one
+# The gate's arrays, a letter an axis: adapters, modules, views, factors, landmarks, generic prompts.
+_LEARNED = {
+    "mean_": "amv", "std_": "amv", "filter_": "amv", "landmarks_": "l", "axes_": "lmvf", "loadings_": "amvf",
+    "reference_": "glmv", "coefficients_": "ga", "residual_scale_": "a", "confidence_": "v",
+    "reference_leads_": "g",
+}  # fmt: skip
+_ABOUT = {
+    "names": [str], "modules": [str], "representative": [int], "lookalikes": [int], "silent": [int],
+    "gate": {"temperature": float, "top_k?": int, "false_alarm": float},
+}  # fmt: skip
+
+
+def save(fitted: Fitted, folder: Path) -> None:
+    """Writes `router.safetensors` into a folder."""
+    tensors = {f"mean {module}": mean for module, mean in fitted.means.items()}
+    for module, proto in fitted.prototypes.items():
+        for part in ("directions", "weights", "owners"):
+            tensors[f"{part} {module}"] = getattr(proto, part)
+    arrays = {f"gate {name}": getattr(fitted.gate, name) for name in _LEARNED}
+    arrays |= {"gate level_": np.array([fitted.gate.level_]), "reference": fitted.reference}
+    tensors |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    about = {
+        "names": fitted.names,
+        "modules": list(fitted.prototypes),
+        "representative": fitted.representative,
+        "lookalikes": fitted.lookalikes,
+        "silent": fitted.silent,
+        "gate": fitted.gate.get_params(),
+    }
+    work = folder / f".{FILE}"
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        work,
+        metadata={"router": json.dumps(about)},  # safetensors writes several in no certain order
+    )
+    for_others(work)
+    work.replace(folder / FILE)
+
+
+def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping[str, int]) -> Fitted:
+    """Reads what `save` wrote.
+
+    Args:
+        device, dtype: of the base model.
+        widths: d_in of its linear layers by module name.
+
+    Raises:
+        InputError: the file is missing or damaged, or made for another base model.
+    """
+    try:
+        with safe_open(folder / FILE, framework="pt") as file:
+            about = parsed((file.metadata() or {}).get("router", "null"), _ABOUT)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        _check(about, tensors, widths)
+        gate = gate_for(len(tensors["gate mean_"]), **about["gate"])
+        for name in _LEARNED:
+            setattr(gate, name, tensors[f"gate {name}"].numpy())
+        gate.level_ = float(tensors["gate level_"])
+        gate.n_adapters_, gate.n_modules_ = gate.mean_.shape[:2]
+        modules = about["modules"]
+        return Fitted(
+            about["names"],
+            {
+                m: ModulePrototypes(
+                    tensors[f"directions {m}"].to(device, dtype),
+                    tensors[f"weights {m}"].to(device),
+                    tensors[f"owners {m}"].to(device),
+                )
+                for m in modules
+            },
+            {m: tensors[f"mean {m}"].to(device) for m in modules},
+            gate,
+            about["representative"],
+            about["lookalikes"],
+            about["silent"],
+            tensors["reference"].numpy(),
+        )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{folder / FILE}: expected what Router.save wrote, got something else ({error}); save it again"
+        ) from error
+
+
+def _check(about: Mapping[str, Any], tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
+    """Refuses what does not fit together, or not to the base model.
+
+    Raises:
+        ValueError: something does not; the message says what.
+        KeyError: a tensor is missing.
+    """
+    n, representative, modules = len(about["names"]), about["representative"], about["modules"]
+    numbers = {*representative, *about["lookalikes"], *about["silent"]}
+    if len(representative) != n or not n or not numbers <= set(range(n)):
+        raise ValueError(f"expected a representative for each of {n} adapters, got {representative!s:.80}")
+    gate = about["gate"]
+    if not (gate["temperature"] > 0 and 0 < gate["false_alarm"] < 1 and (gate["top_k"] or 1) >= 1):
+        raise ValueError(f"expected settings of a gate in their ranges, got {gate!s:.80}")
+    there = np.zeros((n, len(modules)), bool)  # which adapter has a prototype where
+    shapes: dict[str, tuple[int, ...]] = {"reference": (n, len(modules), 2), "gate level_": (1,)}
+    for m, module in enumerate(modules):
+        owners = tensors[f"owners {module}"]
+        shapes[f"directions {module}"] = widths.get(module, 0), len(owners)
+        shapes |= {f"weights {module}": (len(owners),), f"mean {module}": (widths.get(module, 0),)}
+        if owners.dtype != torch.int64 or not torch.equal(owners, owners.sort()[0].clamp(0, n - 1)):
+            raise ValueError(f"owners {module}: expected numbers of adapters in ascending order")
+        there[owners.numpy(), m] = True
+    heard = tensors["reference"].isfinite().numpy()  # (adapters, modules, 2)
+    if heard.shape != (n, len(modules), 2) or (heard != heard[..., :1] & there[..., None]).any():
+        raise ValueError("reference: expected numbers where an adapter has a prototype, and nowhere else")
+    kept = sorted(set(representative) & set(np.flatnonzero(heard.any((1, 2))).tolist()))
+    if not kept:
+        raise ValueError("reference: expected a number wherever an adapter is heard, got none")
+    sizes = {"a": len(kept), "m": len(modules), "v": 2, "f": FACTORS}
+    sizes |= {"l": len(tensors["gate landmarks_"]), "g": len(tensors["gate reference_leads_"])}
+    shapes |= {f"gate {name}": tuple(sizes[axis] for axis in axes) for name, axes in _LEARNED.items()}
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape or (
+            not tensors[name].is_floating_point() and name != "gate landmarks_"
+        ):
+            raise ValueError(f"{name}: expected numbers of shape {shape}, got {tuple(tensors[name].shape)}")
+        if name not in ("reference", "gate mean_", "gate std_") and not tensors[name].isfinite().all():
+            raise ValueError(f"{name}: expected finite numbers")
+    who = tensors["gate landmarks_"]
+    if who.dtype != torch.int64 or not ((who >= 0) & (who < len(kept))).all():
+        raise ValueError(f"gate landmarks_: expected numbers of {len(kept)} adapters")
+    if not (tensors["gate residual_scale_"] > 0).all():
+        raise ValueError("gate residual_scale_: expected numbers above 0")
+    if (tensors["gate mean_"].isfinite().numpy() != heard[kept]).any():
+        raise ValueError("gate mean_: expected a number wherever an adapter is heard, and nowhere else")
