@@ -15,9 +15,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args
 
-from router.constants import Apply, Device, DeviceMap, Dtype, Engine
+from router.constants import Apply, Device, DeviceMap, Dtype, Engine, Scoring
 from router.errors import InputError
-from router.model.answer import Scoring
 
 LARGEST = (1 << 31) - 1  # whole number of a flag; faiss takes no larger seed
 
