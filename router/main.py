@@ -26,17 +26,17 @@ LEAST = 3 << 29  # bytes of address space
 def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
     """Adds the flags of these settings. One that is not given is None; its default is in `Settings`."""
     for setting in fields(Settings):
-        if setting.name not in wanted:
-            continue
-        kind: Kind = setting.metadata["kind"]
-        default: Any = setting.default
-        how: dict[str, Any] = {"type": kind.parse, "metavar": kind.metavar}
-        if kind.read is bool:
-            how = {"action": "store_const", "const": True}
-        elif kind.many:
-            how |= {"nargs": "+"}
-        shown = " ".join(map(str, default)) if kind.many else kind.none if default is None else default
-        p.add_argument(f"--{setting.name}", help=f"{kind.help} (default: {shown})", **how)
+        if setting.name in wanted:
+            _add(p, setting.name, setting.metadata["kind"], setting.default)
+
+
+def _add(p: argparse.ArgumentParser, name: str, kind: Kind, default: Any = None) -> None:
+    how: dict[str, Any] = {"type": kind.parse, "metavar": kind.metavar, "nargs": "+" if kind.many else None}
+    if kind.read is bool:
+        how = {"action": "store_const", "const": True}
+    shown = " ".join(map(str, default)) if kind.many else default
+    shown = kind.none or "none" if default is None else shown
+    p.add_argument(f"--{name}", help=f"{kind.help} (default: {shown})", **how)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -52,7 +52,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def parser() -> argparse.ArgumentParser:
     """The flags. One that is not given is None; its default is in `Settings`."""
     module = Path(sys.argv[0]).name == "main.py"  # as `python -m` says it
-    methods, limit = one_of(tuple(method_names()), "the method"), above_zero("a limit")
+    methods = one_of(tuple(method_names()), "the method")
     p = argparse.ArgumentParser(
         prog="python -m router.main" if module else "proto-route run",
         description="Answers unlabelled queries with a routed mixture of LoRA adapters.",
@@ -71,16 +71,16 @@ def parser() -> argparse.ArgumentParser:
         help="instead of running, print what the run would take: adapters, seconds and memory by stage, "
         "downloads; exit with code 1 if that exceeds a limit",
     )
-    p.add_argument(
-        "--time_limit",
-        type=limit.parse,
-        metavar="MINUTES",
-        help="answers get shorter, the base model answers in place of small variants, and the last answers "
-        "are left out, so that the results are written by then; checked by --plan; above 0 (default: none)",
+    _add(
+        p,
+        "time_limit",
+        above_zero(
+            "answers get shorter, the base model answers in place of small variants, and the last answers "
+            "are left out, so that the results are written by then; checked by --plan",
+            "MINUTES",
+        ),
     )
-    p.add_argument(
-        "--memory_limit", type=limit.parse, metavar="GIB", help="checked by --plan, above 0 (default: none)"
-    )
+    _add(p, "memory_limit", above_zero("checked by --plan", "GIB"))
     output = p.add_mutually_exclusive_group()
     output.add_argument("--quiet", action="store_true", help="print nothing but errors")
     output.add_argument("--json", action="store_true", help="print the record of the run, as in run.json")
@@ -105,20 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--memory_limit: expected --plan with it, which compares; a run has no such limit")
     if args.plan and several():
         p.error("--plan: expected one process, whose pace it measures; leave torchrun out")
-    quiet = args.quiet or not leads()
-    if quiet:
+    if args.quiet or not leads():
         os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, stop)
     try:
         _check_address_space()
         with told_if_memory_runs_out():
-            if args.plan:
-                return _plan(args, settings_of(args))
-            from router.record import summary  # imports torch
-            from router.run import run
-
-            with _logging("WARNING" if quiet else "INFO"):
-                record = run(args.merging_method, settings_of(args), args.fresh, args.time_limit, began)
+            settings = settings_of(args)
+            return _plan(args, settings) if args.plan else _run(args, settings, began)
     except InputError as error:
         where = "" if leads() else f"process {os.environ['RANK']}: "
         print(f"error: {where}{error}", file=sys.stderr)
@@ -131,12 +125,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if leads():
             print(f"stopped{f', since {why}' if why else ''}; {again} goes on where it was", file=sys.stderr)
         return 130
-    if not leads():
-        return 0
-    if args.json:
-        print(json.dumps(record, ensure_ascii=False))
-    elif not args.quiet:
-        print(summary(record), flush=True)
+
+
+def _run(args: argparse.Namespace, settings: Settings, began: float) -> int:
+    """Answers the queries and prints a summary of the run; of several processes the first one prints."""
+    from router.record import summary  # imports torch
+    from router.run import run
+
+    quiet = args.quiet or not leads()
+    with _logging("WARNING" if quiet else "INFO"):
+        record = run(args.merging_method, settings, args.fresh, args.time_limit, began)
+    if not quiet:
+        print(json.dumps(record, ensure_ascii=False) if args.json else summary(record), flush=True)
     return 0
 
 
