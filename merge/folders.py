@@ -10,9 +10,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,10 @@ PREFIX = "base_model.model."
 # Ranks that vLLM accepts as max_lora_rank; a rank between two of them is padded up, unless that is too much.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
-PATIENCE = 2.0  # seconds to compile regular expressions of an adapter, and for all on all its modules' names
-LONGEST = 20_000  # characters of one, which take some tenths of a second to compile
-COPIED = 5_000_000  # characters of one whose repeats are written out
+CONFIG_BYTES = 4 << 20  # of a configuration file, at most
+LARGEST_RANK = 1 << 14
+PATIENCE = 2.0  # seconds for the regular expressions of an adapter, on all its modules' names
+LONGEST = 20_000  # characters of all of them, which take some tenths of a second to compile
 LARGEST = torch.finfo(torch.float32).max  # a larger scale would be infinite
 
 # Initialisations that take a part out of the base model's weights, so that the adapter needs a changed base.
@@ -98,6 +98,7 @@ class AdapterFolder:
 
 
 _NAME = re.compile(r"[\w.]*")  # a module's name, as a regular expression
+_REPEATS = re.compile(r"#|\)\s*[+*{]|\{[^}]*\d{3}")  # of groups or large, or a comment that might hide one
 
 
 def _ends_with(module: str, name: str) -> bool:
@@ -110,7 +111,7 @@ def _ends_with(module: str, name: str) -> bool:
     start = len(module) - len(name)
     if start < 0 or (start and module[start - 1] != "."):
         return False
-    return all(own in (".", other) for own, other in zip(name, module[start:], strict=True))
+    return all(letter in (".", other) for letter, other in zip(name, module[start:], strict=True))
 
 
 class _Matcher:
@@ -130,20 +131,15 @@ class _Matcher:
         try:
             if left <= 0:
                 raise TimeoutError
-            return _compiled(pattern).match(module, timeout=min(0.3, left))
+            return regex.match(pattern, module, timeout=min(0.3, left))
         except TimeoutError as error:
             raise TimeoutError(f"the pattern {pattern!r:.80} takes too long on {module!r:.80}") from error
 
     def by_pattern(self, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
         """The value of the first pattern that matches the end of a module's name, as in PEFT."""
         for pattern, value in (patterns or {}).items():
-            if _NAME.fullmatch(pattern):  # there may be one for each module, so this is quick
-                if time.monotonic() > self.until:
-                    raise TimeoutError("so many patterns take too long")
-                found = _ends_with(module, pattern)
-            else:
-                found = bool(self.match(rf"(.*\.)?({pattern})$", module))
-            if found:
+            plain = _NAME.fullmatch(pattern)  # there may be one for each module, so this is quick
+            if _ends_with(module, pattern) if plain else self.match(rf"(.*\.)?({pattern})$", module):
                 return value
         return default
 
@@ -158,7 +154,7 @@ class _Matcher:
             return self.named(targets, module)
         patterns = _listed(config.get("layers_pattern") or r"[^.]*\.[^.]*")
         numbers = (self.match(rf"(?:^|.*?\.){of}\.(?P<idx>\d{{1,9}})\.", module) for of in patterns)
-        number = next((int(found["idx"]) for found in numbers if found), None)
+        number = next((int(match["idx"]) for match in numbers if match), None)
         return self.named(targets, module) and number in _listed(layers)
 
     def named(self, names: str | list[str], module: str) -> bool:
@@ -166,34 +162,6 @@ class _Matcher:
         if isinstance(names, str):
             return self.match(rf"(?:{names})\Z", module) is not None
         return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _compiled(pattern: str) -> Any:
-    """A regular expression; raises regex.error if it is none, or nested too deeply."""
-    try:
-        return regex.compile(pattern)
-    except (regex.error, RecursionError) as error:
-        raise regex.error(f"the pattern {pattern!r:.80} is no regular expression ({error})") from error
-
-
-def _check_pattern(pattern: str) -> None:
-    """Refuses a stranger's pattern that would take seconds to compile.
-
-    regex writes out what is repeated: `(...){3}` three times, `(...){3,}` and `(...)+` once more. So nested
-    ones multiply.
-
-    Raises:
-        regex.error: it is no regular expression, or larger than any that names modules.
-    """
-    if len(pattern) > LONGEST:
-        raise regex.error(f"the pattern {pattern!r:.80} is longer than {LONGEST} characters")
-    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "", pattern, flags=re.DOTALL)  # without escapes and sets
-    depth = max(accumulate((one == "(") - (one == ")") for one in plain), default=0)
-    counts = [int(count or 1) + 1 for count in re.findall(r"\+|\{\s*(\d{1,9})", plain)]
-    copies = math.prod(sorted(counts)[-depth - 1 :])  # at most, if the largest are within each other
-    if len(pattern) * copies > COPIED or "#" in plain:  # in a comment, parentheses mean nothing
-        raise regex.error(f"the pattern {pattern!r:.80} repeats too much, or has a comment")
-    _compiled(pattern)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -272,13 +240,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():  # a pipe would wait for ever
         raise AdapterError(f"{path}: expected a PEFT folder with {CONFIG_FILE}, found none there")
     try:
+        if file.stat().st_size > CONFIG_BYTES:
+            raise ValueError(f"more than {CONFIG_BYTES >> 20} MiB")
         config = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise AdapterError(f"{file}: expected a readable file, but {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{file}: expected JSON, got something else ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file}: expected JSON that can be read, got something else ({error})") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{file}: expected a JSON object, got a {type(config).__name__}")
+    _check_kind(path, config)
+    _check_values(file, config)
+    return config
+
+
+def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses what is more than plain LoRA on the unchanged base model."""
     if config.get("peft_type") != "LORA":
         raise AdapterError(
             f"{path}: expected a LoRA adapter, got peft_type {config.get('peft_type')!r}; "
@@ -288,52 +263,63 @@ def _read_config(path: Path) -> dict[str, Any]:
         value = config.get(key, plain)
         if value != plain and value not in (None, [], {}, False):
             raise AdapterError(
-                f"{path}: expected plain LoRA, got {key} = {value!r}, which would be lost in a merge; "
+                f"{path}: expected plain LoRA, got {key} = {value!r:.80}, which would be lost in a merge; "
                 "leave the adapter out of --adapters"
             )
     initial = str(config.get("init_lora_weights")).lower()
     if initial.startswith(_CHANGES_BASE):
-        does, advice = "takes a part out of", f"to convert it to plain LoRA, {_CONVERT}"
-        if initial.startswith("loftq"):
-            does, advice = "quantises", "leave the adapter out of --adapters"
+        loftq = initial.startswith("loftq")
+        advice = (
+            "leave the adapter out of --adapters" if loftq else f"to convert it to plain LoRA, {_CONVERT}"
+        )
         raise AdapterError(
             f"{path}: expected an adapter of the unchanged base model, got init_lora_weights = "
-            f"{initial!r:.80}, which {does} the base's weights; {advice}"
+            f"{initial!r:.80}, which {'quantises' if loftq else 'takes a part out of'} the base's weights; "
+            f"{advice}"
         )
+
+
+def _check_values(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuses values that PEFT would not take, and patterns that would take seconds to compile."""
     numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
+    patterns: list[str] = []
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise AdapterError(f"{file}: expected {key} to be a JSON object, got {patterns!r}")
-        numbers |= {f"{key} of {pattern}": value for pattern, value in patterns.items()}
-        _check_patterns(file, key, patterns)
+        values = config.get(key) or {}
+        if not isinstance(values, dict):
+            raise AdapterError(f"{file}: expected {key} to be a JSON object, got {values!r:.80}")
+        numbers |= {f"{key} of {pattern}": value for pattern, value in values.items()}
+        patterns += values
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
-        names = config.get(key)
-        if names is not None and not all(isinstance(name, str) for name in _listed(names)):
+        names = config.get(key) or []
+        if not all(isinstance(name, str) for name in _listed(names)):
             raise AdapterError(f"{file}: expected {key} to be names or a pattern, got {names!r:.80}")
         if isinstance(names, str) or key == "layers_pattern":  # any other list is of names
-            _check_patterns(file, key, _listed(names or []))
+            patterns += _listed(names)
     layers = config.get("layers_to_transform")
     if layers is not None and not all(type(layer) is int for layer in _listed(layers)):
         raise AdapterError(f"{file}: expected layers_to_transform to be numbers, got {layers!r:.80}")
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
             raise AdapterError(f"{file}: expected {key:.120} to be a positive number, got {value!r:.40}")
-    return config
+    _check_patterns(file, [pattern for pattern in patterns if not _NAME.fullmatch(pattern)])
 
 
-def _check_patterns(file: Path, key: str, patterns: Iterable[str]) -> None:
-    """Refuses patterns that are none, or would take too long."""
-    until = time.monotonic() + PATIENCE
+def _check_patterns(file: Path, patterns: Sequence[str]) -> None:
+    """Refuses a stranger's regular expressions that are none, or that could take long to compile.
+
+    regex writes out what is repeated, so nested repeats multiply.
+    """
     for pattern in patterns:
-        if _NAME.fullmatch(pattern):
-            continue
+        plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "", pattern, flags=re.DOTALL)  # without escapes and sets
+        if _REPEATS.search(plain) or sum(map(len, patterns)) > LONGEST:
+            raise AdapterError(
+                f"{file}: expected patterns of {LONGEST:,} characters in all, without repeated groups, "
+                f"comments or counts above 99, got {pattern!r:.80}; simplify it"
+            )
         try:
-            if time.monotonic() > until:
-                raise regex.error("so many patterns take too long")
-            _check_pattern(pattern)
-        except regex.error as error:
-            raise AdapterError(f"{file}: {key}: {error}; simplify it") from error
+            regex.compile(pattern)
+        except (regex.error, RecursionError) as error:
+            raise AdapterError(f"{file}: {pattern!r:.80} is no regular expression ({error})") from error
 
 
 def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
@@ -362,6 +348,8 @@ def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tu
                 f"{weights}: {module}: expected factors (r, d_in) and (d_out, r) of a linear layer, "
                 f"got {a} and {b}"
             )
+        if a[0] > LARGEST_RANK:
+            raise AdapterError(f"{weights}: {module}: expected a rank of at most {LARGEST_RANK}, got {a[0]}")
         pairs[module] = (keys["A"], keys["B"])
     if not pairs:
         raise AdapterError(f"{weights}: expected LoRA weights, the file holds none")

@@ -14,7 +14,7 @@ COMMANDS = {
     "run": ("router.main", "answer queries with a routed mixture of adapters"),
     "explain": ("router.runs.explain", "explain why one query of a finished run got its answer"),
     "compare": ("router.runs.compare", "show what changed between two finished runs"),
-    "library": ("router.library.command", "check, list or add adapters"),
+    "library": ("router.library.command", "check a library of adapters"),
     "export": ("router.serving.export", "write the command that serves a router's variants"),
     "serve": ("router.serving.command", "route requests for the model `auto` in front of such a server"),
     "ray": ("router.ray_data", "answer many queries with Ray Data, on one machine or a cluster"),

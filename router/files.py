@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from router.errors import InputError
 
 MARKER = ".proto-route"  # the mark of a folder, a file in it
+JSON_BYTES = 64 << 20  # of a JSON file, at most
 LARGEST = sys.float_info.max
 # What a person calls the kinds of JSON values; a number is finite, and a whole one fits into 64 bits.
 CALLED = {
@@ -71,8 +72,10 @@ def read_json(path: Path, shape: Any) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it holds no JSON, or JSON of another shape.
+        ValueError: it has more than JSON_BYTES, or holds no JSON, or JSON of another shape.
     """
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(f"expected at most {JSON_BYTES >> 20} MiB")
     return parsed(path.read_text("utf-8"), shape)
 
 

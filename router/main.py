@@ -3,217 +3,48 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from router.errors import InputError, told_if_memory_runs_out
 from router.methods import method_names
 from router.processes import leads, several
-from router.settings import LARGEST, SMALLEST, WORDS, Settings
+from router.settings import Kind, Settings, above_zero, one_of
 
 LEAST = 3 << 29  # bytes of address space
 
 
-def _integer(least: int, word: str | None = None) -> Callable[[str], int | None]:
-    def parse(text: str) -> int | None:
-        if text == word:
-            return None
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number from {least}{f' or {word}' if word else ''}, got {text!r:.40}"
-            )
-        if value > LARGEST:
-            raise argparse.ArgumentTypeError(f"expected a number of at most {LARGEST}, got {text!r:.40}")
-        return value
-
-    return parse
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
-    return value
-
-
-def _one_of(accepted: Sequence[str]) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text in accepted:
-            return text
-        close = difflib.get_close_matches(text, accepted, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(accepted)}, got {text!r}{hint}")
-
-    return parse
-
-
-def _none_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: None if text == "none" else parse(text)
-
-
-def _default(name: str, none: str) -> str:
-    """A setting's default as the help text shows it; `none` is the wording for None."""
-    value = Settings.__dataclass_fields__[name].default
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return none if value is None else str(value)
-
-
 def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
     """Adds the flags of these settings. One that is not given is None; its default is in `Settings`."""
+    for setting in fields(Settings):
+        if setting.name in wanted:
+            _add(p, setting.name, setting.metadata["kind"], setting.default)
 
-    def setting(name: str, what: str, none: str = "none", **how: Any) -> None:
-        if name in wanted:
-            p.add_argument(f"--{name}", help=f"{what} (default: {_default(name, none)})", **how)
 
-    def word(name: str, what: str) -> None:
-        setting(name, what, type=_one_of(WORDS[name]), metavar="|".join(WORDS[name]))
-
-    setting("dataset_filepaths", "the query files to answer", nargs="+", type=Path, metavar="CSV")
-    setting("output_folder", "the folder for the results", type=Path, metavar="DIR")
-    setting(
-        "adapters",
-        "adapters, folders of adapter folders, or the word competition",
-        nargs="+",
-        metavar="NAME_OR_FOLDER_OR_HUB_ID",
-    )
-    setting(
-        "base_model",
-        "the base model",
-        "the one that the adapters name; embedded if that is SmolLM2-135M-Instruct",
-        metavar="embedded|FOLDER|HUB_ID[@REVISION]",
-    )
-    setting(
-        "skip_bad",
-        "go on without adapters that are missing, broken, of an unsupported kind or of another base model, "
-        "and list them; else the first one ends the run",
-        action="store_true",
-    )
-    setting(
-        "n_variants",
-        "number of merged variants, from 1; auto makes as few as the weights allow",
-        "auto",
-        type=_integer(SMALLEST["n_variants"], "auto"),
-        metavar="INT|auto",
-    )
-    setting(
-        "variant_rank",
-        "recompress variants to at most this rank, from 1; exact does not recompress",
-        "exact",
-        type=_integer(SMALLEST["variant_rank"], "exact"),
-        metavar="INT|exact",
-    )
-    setting(
-        "temperature",
-        "temperature of the gate's softmax, in standard deviations of generic text, above 0",
-        type=_above_zero,
-        metavar="FLOAT",
-    )
-    setting(
-        "false_alarm",
-        "share of generic text, which no adapter fits, that may be sent to one, between 0 and 1",
-        type=_share,
-        metavar="FLOAT",
-    )
-    setting(
-        "top_k",
-        "maximum number of adapters per query, from 1",
-        type=_integer(SMALLEST["top_k"]),
-        metavar="INT",
-    )
-    setting(
-        "seed",
-        f"seed of the clustering and of dare_ties, from 0 to {LARGEST}",
-        type=_integer(SMALLEST["seed"]),
-        metavar="INT",
-    )
-    setting(
-        "batch_size",
-        "queries per batch, from 1; auto fills batches by tokens",
-        "auto",
-        type=_integer(SMALLEST["batch_size"], "auto"),
-        metavar="INT|auto",
-    )
-    word("device", "auto uses a GPU if there is one")
-    maps = ("none", *WORDS["device_map"])
-    setting(
-        "device_map",
-        "how accelerate spreads a base model that is too large for one device: over all devices, the memory "
-        "and the disk; none does not",
-        type=_none_or(_one_of(maps)),
-        metavar="|".join(maps),
-    )
-    word(
-        "dtype",
-        "auto uses bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on a CPU",
-    )
-    word(
-        "apply",
-        "add a variant to the weights, of which a copy is kept (merged), or compute it beside them; "
-        "auto adds it in float32 where the memory has room for the copy, since other dtypes round the sum",
-    )
-    word(
-        "engine",
-        "what answers: transformers or vLLM in this process, or a server of LoRA adapters that speaks "
-        "OpenAI's protocol, such as vLLM's (openai); this process routes in all cases",
-    )
-    setting(
-        "upstream",
-        "the server of --engine openai, such as http://127.0.0.1:8000",
-        type=_none_or(str),
-        metavar="URL",
-    )
-    setting(
-        "max_gen_len",
-        "maximum number of new tokens per answer, from 1",
-        type=_integer(SMALLEST["max_gen_len"]),
-        metavar="INT",
-    )
-    setting(
-        "max_seq_len",
-        "maximum number of tokens per prompt, from 1; longer prompts keep their start, none keeps all",
-        type=_integer(SMALLEST["max_seq_len"], "none"),
-        metavar="INT|none",
-    )
-    word(
-        "scoring",
-        "score a choice by the log-probability of all of its tokens (full) "
-        "or of all but its first, as the starter kit does (kit)",
-    )
+def _add(p: argparse.ArgumentParser, name: str, kind: Kind, default: Any = None) -> None:
+    how: dict[str, Any] = {"type": kind.parse, "metavar": kind.metavar, "nargs": "+" if kind.many else None}
+    if kind.read is bool:
+        how = {"action": "store_const", "const": True}
+    shown = " ".join(map(str, default)) if kind.many else default
+    shown = kind.none or "none" if default is None else shown
+    p.add_argument(f"--{name}", help=f"{kind.help} (default: {shown})", **how)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that were given as flags, and the defaults of the others."""
     given: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in vars(args).items()
-        if value is not None and key in Settings.__dataclass_fields__
+        name: tuple(value) if isinstance(value, list) else value
+        for setting in fields(Settings)
+        if (value := getattr(args, name := setting.name, None)) is not None
     }
     return Settings(**given)
 
@@ -221,19 +52,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def parser() -> argparse.ArgumentParser:
     """The flags. One that is not given is None; its default is in `Settings`."""
     module = Path(sys.argv[0]).name == "main.py"  # as `python -m` says it
+    methods = one_of(tuple(method_names()), "the method")
     p = argparse.ArgumentParser(
         prog="python -m router.main" if module else "proto-route run",
         description="Answers unlabelled queries with a routed mixture of LoRA adapters.",
     )
-    p.add_argument(
-        "-m",
-        "--merging_method",
-        type=_one_of(method_names()),
-        metavar="NAME",
-        help=f"one of {', '.join(method_names())}",
-    )
+    p.add_argument("-m", "--merging_method", type=methods.parse, metavar="NAME", help=methods.expected)
     p.add_argument("--list_methods", action="store_true", help="print the names of all methods and exit")
-    add_settings(p, Settings.__dataclass_fields__)
+    add_settings(p, [setting.name for setting in fields(Settings)])
     p.add_argument(
         "--fresh",
         action="store_true",
@@ -245,16 +71,16 @@ def parser() -> argparse.ArgumentParser:
         help="instead of running, print what the run would take: adapters, seconds and memory by stage, "
         "downloads; exit with code 1 if that exceeds a limit",
     )
-    p.add_argument(
-        "--time_limit",
-        type=_above_zero,
-        metavar="MINUTES",
-        help="answers get shorter, the base model answers in place of small variants, and the last answers "
-        "are left out, so that the results are written by then; checked by --plan; above 0 (default: none)",
+    _add(
+        p,
+        "time_limit",
+        above_zero(
+            "answers get shorter, the base model answers in place of small variants, and the last answers "
+            "are left out, so that the results are written by then; checked by --plan",
+            "MINUTES",
+        ),
     )
-    p.add_argument(
-        "--memory_limit", type=_above_zero, metavar="GIB", help="checked by --plan, above 0 (default: none)"
-    )
+    _add(p, "memory_limit", above_zero("checked by --plan", "GIB"))
     output = p.add_mutually_exclusive_group()
     output.add_argument("--quiet", action="store_true", help="print nothing but errors")
     output.add_argument("--json", action="store_true", help="print the record of the run, as in run.json")
@@ -279,20 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--memory_limit: expected --plan with it, which compares; a run has no such limit")
     if args.plan and several():
         p.error("--plan: expected one process, whose pace it measures; leave torchrun out")
-    quiet = args.quiet or not leads()
-    if quiet:
+    if args.quiet or not leads():
         os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, stop)
     try:
         _check_address_space()
         with told_if_memory_runs_out():
-            if args.plan:
-                return _plan(args, settings_of(args))
-            from router.record import summary  # imports torch
-            from router.run import run
-
-            with _logging("WARNING" if quiet else "INFO"):
-                record = run(args.merging_method, settings_of(args), args.fresh, args.time_limit, began)
+            settings = settings_of(args)
+            return _plan(args, settings) if args.plan else _run(args, settings, began)
     except InputError as error:
         where = "" if leads() else f"process {os.environ['RANK']}: "
         print(f"error: {where}{error}", file=sys.stderr)
@@ -305,12 +125,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if leads():
             print(f"stopped{f', since {why}' if why else ''}; {again} goes on where it was", file=sys.stderr)
         return 130
-    if not leads():
-        return 0
-    if args.json:
-        print(json.dumps(record, ensure_ascii=False))
-    elif not args.quiet:
-        print(summary(record), flush=True)
+
+
+def _run(args: argparse.Namespace, settings: Settings, began: float) -> int:
+    """Answers the queries and prints a summary of the run; of several processes the first one prints."""
+    from router.record import summary  # imports torch
+    from router.run import run
+
+    quiet = args.quiet or not leads()
+    with _logging("WARNING" if quiet else "INFO"):
+        record = run(args.merging_method, settings, args.fresh, args.time_limit, began)
+    if not quiet:
+        print(json.dumps(record, ensure_ascii=False) if args.json else summary(record), flush=True)
     return 0
 
 

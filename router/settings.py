@@ -1,84 +1,254 @@
-"""The settings of a run: the command line's flags and their defaults."""
+"""The settings of a run. Each stands here once, with its default, its range and its help.
+
+The command line's flags, run.json, Ray's flags and the model cards derive from the fields of `Settings`.
+"""
+# ruff: noqa: RUF009
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import argparse
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from math import inf
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args
 
-from router.constants import Apply, Device, DeviceMap, Dtype, Engine
+from router.constants import Apply, Device, DeviceMap, Dtype, Engine, Scoring
 from router.errors import InputError
-from router.model.answer import Scoring
 
 LARGEST = (1 << 31) - 1  # whole number of a flag; faiss takes no larger seed
-# The words that a setting may be; that of device_map may also be None.
-WORDS: dict[str, tuple[str, ...]] = {
-    "device": get_args(Device), "device_map": get_args(DeviceMap), "dtype": get_args(Dtype),
-    "apply": get_args(Apply), "engine": get_args(Engine), "scoring": get_args(Scoring),
-}  # fmt: skip
-# The least that a number may be, and which may also be None.
-SMALLEST = {
-    "n_variants": 1, "variant_rank": 1, "top_k": 1, "seed": 0, "batch_size": 1, "max_gen_len": 1,
-    "max_seq_len": 1,
-}  # fmt: skip
-OPTIONAL = ("n_variants", "variant_rank", "batch_size", "max_seq_len")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which values a setting takes, and how they are written as a flag.
+
+    Attributes:
+        help: what the setting does.
+        expected: its values in words.
+        metavar: its values in the usage line.
+        read: makes a value of a word of the command line, or raises ValueError.
+        fits: whether a value is one of them.
+        none: how None is written; "" where the setting is never None.
+        many: whether the setting is a tuple of such values.
+        choices: all values, where they are words.
+    """
+
+    help: str
+    expected: str
+    metavar: str
+    read: Callable[[str], Any]
+    fits: Callable[[Any], bool]
+    none: str = ""
+    many: bool = False
+    choices: tuple[str, ...] = ()
+
+    def parse(self, text: str) -> Any:
+        """The value that a word of the command line stands for.
+
+        Raises:
+            ArgumentTypeError: it stands for none.
+        """
+        if self.none and text == self.none:
+            return None
+        try:
+            value = self.read(text)
+        except ValueError:
+            value = None
+        if not self.fits(value):
+            close = difflib.get_close_matches(text, self.choices, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text!r:.40}{hint}")
+        return value
+
+    def takes(self, value: Any) -> bool:
+        """Whether the setting may have this value."""
+        if value is None:
+            return bool(self.none)
+        if self.many:
+            return isinstance(value, tuple) and all(map(self.fits, value))
+        return self.fits(value)
+
+
+def _setting(default: Any, kind: Kind) -> Any:
+    return field(default=default, metadata={"kind": kind})
+
+
+def _whole(default: int | None, least: int, help: str, none: str = "", more: str = "") -> Any:
+    """A setting that is a whole number from `least` to LARGEST; `more` ends its help."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= LARGEST
+
+    help = f"{help}, from {least}{more and f'; {more}'}"
+    expected = f"a whole number from {least} to {LARGEST}{none and f' or {none}'}"
+    return _setting(default, Kind(help, expected, f"INT{none and f'|{none}'}", int, fits, none))
+
+
+def above_zero(help: str, metavar: str = "FLOAT", below: float = inf) -> Kind:
+    """A finite number above 0 and below another."""
+    where = "above 0" if below == inf else f"between 0 and {below:g}"
+    return Kind(
+        help=f"{help}, {where}",
+        expected=f"a number {where}",
+        metavar=metavar,
+        read=float,
+        fits=lambda value: isinstance(value, Real) and 0 < float(value) < below,
+    )
+
+
+def one_of(choices: tuple[str, ...], help: str, none: str = "", metavar: str = "") -> Kind:
+    """One of some words."""
+    shown = (none, *choices) if none else choices
+    metavar = metavar or "|".join(shown)
+    return Kind(help, f"one of {', '.join(shown)}", metavar, str, choices.__contains__, none, choices=choices)
+
+
+def _text(metavar: str, help: str, none: str = "", many: bool = False, read: type = str) -> Kind:
+    """A text or a path, or several."""
+    expected = f"{'texts' if many else 'a text'}{none and f' or {none}'}"
+    return Kind(help, expected, metavar, read, lambda value: isinstance(value, read), none, many)
+
+
+def _switch(help: str) -> Kind:
+    """True if the flag is given, else False."""
+    return Kind(help, "true or false", "", bool, lambda value: isinstance(value, bool))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags of a run; see `python -m router.main --help` for what each means.
+    """The settings of a run; `python -m router.main --help` prints what each means.
 
     Raises:
-        InputError: one of WORDS is another word, or a number is not in its range.
+        InputError: one has a value that it does not take.
     """
 
-    dataset_filepaths: tuple[Path, ...] = (Path("data/test.csv"),)
-    output_folder: Path = Path("output")
-    adapters: tuple[str, ...] = ("data/library",)
-    base_model: str | None = None
-    skip_bad: bool = False
-    n_variants: int | None = None
-    variant_rank: int | None = None
-    temperature: float = 0.7
-    top_k: int = 3
-    false_alarm: float = 0.15
-    seed: int = 0
-    batch_size: int | None = None
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    device_map: DeviceMap | None = None
-    apply: Apply = "auto"
-    engine: Engine = "transformers"
-    upstream: str | None = None
-    max_gen_len: int = 64
-    max_seq_len: int | None = None
-    scoring: Scoring = field(default="full")
+    dataset_filepaths: tuple[Path, ...] = _setting(
+        (Path("data/test.csv"),), _text("CSV", "the query files to answer", many=True, read=Path)
+    )
+    output_folder: Path = _setting(Path("output"), _text("DIR", "the folder for the results", read=Path))
+    adapters: tuple[str, ...] = _setting(
+        ("data/library",),
+        _text(
+            "NAME_OR_FOLDER_OR_HUB_ID",
+            "adapters, folders of adapter folders, or the word competition",
+            many=True,
+        ),
+    )
+    base_model: str | None = _setting(
+        None,
+        _text(
+            "embedded|FOLDER|HUB_ID[@REVISION]",
+            "the base model",
+            "the one that the adapters name; embedded if that is SmolLM2-135M-Instruct",
+        ),
+    )
+    skip_bad: bool = _setting(
+        False,
+        _switch(
+            "go on without adapters that are missing, broken, of an unsupported kind or of another base "
+            "model, and list them; else the first one ends the run"
+        ),
+    )
+    n_variants: int | None = _whole(
+        None, 1, "number of merged variants", "auto", "auto makes as few as the weights allow"
+    )
+    variant_rank: int | None = _whole(
+        None, 1, "recompress variants to at most this rank", "exact", "exact does not recompress"
+    )
+    temperature: float = _setting(
+        0.7, above_zero("temperature of the gate's softmax, in standard deviations of generic text")
+    )
+    top_k: int = _whole(3, 1, "maximum number of adapters per query")
+    false_alarm: float = _setting(
+        0.15, above_zero("share of generic text, which no adapter fits, that may be sent to one", below=1)
+    )
+    seed: int = _whole(0, 0, "seed of the clustering and of dare_ties")
+    batch_size: int | None = _whole(None, 1, "queries per batch", "auto", "auto fills batches by tokens")
+    device: Device = _setting("auto", one_of(get_args(Device), "auto uses a GPU if there is one"))
+    dtype: Dtype = _setting(
+        "auto",
+        one_of(
+            get_args(Dtype),
+            "auto uses bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on "
+            "a CPU",
+        ),
+    )
+    device_map: DeviceMap | None = _setting(
+        None,
+        one_of(
+            get_args(DeviceMap),
+            "how accelerate spreads a base model that is too large for one device: over all devices, the "
+            "memory and the disk; none does not",
+            "none",
+        ),
+    )
+    apply: Apply = _setting(
+        "auto",
+        one_of(
+            get_args(Apply),
+            "add a variant to the weights, of which a copy is kept (merged), or compute it beside them; auto "
+            "adds it in float32 where the memory has room for the copy, since other dtypes round the sum",
+        ),
+    )
+    engine: Engine = _setting(
+        "transformers",
+        one_of(
+            get_args(Engine),
+            "what answers: transformers or vLLM in this process, or a server of LoRA adapters that speaks "
+            "OpenAI's protocol, such as vLLM's (openai); this process routes in all cases",
+        ),
+    )
+    upstream: str | None = _setting(
+        None, _text("URL", "the server of --engine openai, such as http://127.0.0.1:8000", "none")
+    )
+    max_gen_len: int = _whole(64, 1, "maximum number of new tokens per answer")
+    max_seq_len: int | None = _whole(
+        None, 1, "maximum number of tokens per prompt", "none", "longer ones keep their start, none keeps all"
+    )
+    scoring: Scoring = _setting(
+        "full",
+        one_of(
+            get_args(Scoring),
+            "score a choice by the log-probability of all of its tokens (full) or of all but its first, as "
+            "the starter kit does (kit)",
+        ),
+    )
 
     def __post_init__(self) -> None:
-        for name, words in WORDS.items():
-            value = getattr(self, name)
-            if value not in words and (name, value) != ("device_map", None):
-                raise InputError(f"--{name}: expected one of {', '.join(words)}, got {value!r}")
-        for name, least in SMALLEST.items():
-            number = getattr(self, name)
-            fits = isinstance(number, Integral) and least <= int(number) <= LARGEST
-            if not fits and (number is not None or name not in OPTIONAL):
-                raise InputError(f"--{name}: expected a whole number from {least} to {LARGEST}, got {number}")
-        for name in ("temperature", "false_alarm"):
-            if not isinstance(getattr(self, name), Real):
-                raise InputError(f"--{name}: expected a number, got {getattr(self, name)!r}")
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(f"--temperature: expected a number above 0, got {self.temperature}")
-        if not 0 < self.false_alarm < 1:
-            raise InputError(f"--false_alarm: expected a number between 0 and 1, got {self.false_alarm}")
+        for setting in fields(self):
+            kind, value = setting.metadata["kind"], getattr(self, setting.name)
+            if not kind.takes(value):
+                raise InputError(f"--{setting.name}: expected {kind.expected}, got {value!r:.60}")
 
     def plain(self) -> dict[str, Any]:
-        """The settings as JSON values: paths become strings, tuples become lists."""
+        """The settings as JSON values: paths become texts, tuples become lists."""
         return {key: _plain(value) for key, value in vars(self).items()}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings that `plain` gave; what is no setting of this version is left out.
+
+        Raises:
+            InputError: one is missing, or has a value that it does not take.
+        """
+        known = {}
+        for setting in fields(cls):
+            if setting.name not in values:
+                raise InputError(f"{setting.name} is missing")
+            known[setting.name] = _from_plain(setting.metadata["kind"], values[setting.name])
+        return cls(**known)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _from_plain(kind: Kind, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_plain(kind, item) for item in value)
+    return Path(value) if kind.read is Path and isinstance(value, str) else value

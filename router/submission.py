@@ -9,15 +9,12 @@ import ast
 import csv
 import hashlib
 import io
-import re
-import sys
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from router.errors import InputError
 from router.files import replacing
@@ -27,8 +24,6 @@ EVAL_TYPES = (GENERATION, MULTIPLE_CHOICE)
 COLUMNS = ("id", "input", "eval_type", "answer_choices")
 UNKNOWN = "unknown"
 SHOWN = 20  # problems of a file that are told at once
-# A whole number that Python refuses to read.
-LONG = re.compile(rf"\d[\d_]{{{sys.int_info.default_max_str_digits - 1},}}")
 
 
 @dataclass(frozen=True)
@@ -53,13 +48,15 @@ def read_rows(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV file as dictionaries, with the line on which each ends.
 
+    pandas cannot read them: it names no lines, fills rows that are too short, and takes text after a quote.
+
     Args:
         problems: takes what is wrong with a row that is too long or too short, which is left out, and where
-            the file is no CSV in UTF-8 any more, which ends it.
+            the file is no CSV in UTF-8 any more, which ends it. None raises the first problem.
 
     Raises:
-        InputError: there is no such file, a needed column is missing, or, without `problems`, a row is too
-            long or too short, or the file is not CSV in UTF-8.
+        InputError: there is no such file, its header lacks a needed column or has one twice, or there is a
+            problem and no list for it.
     """
     csv.field_size_limit(1 << 30)
     line = 0
@@ -68,60 +65,48 @@ def read_rows(
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             header = list(reader.fieldnames or ())
+            _check_header(path, header, needed)
             line = reader.line_num
-            missing = [name for name in needed if name not in header]
-            if missing:
-                shown = ", ".join(header)[:300]
-                wide = "; is it UTF-16? Save it as UTF-8" if "\0" in "".join(header) else ""
-                raise InputError(
-                    f"{path}: expected the columns {', '.join(needed)}; "
-                    f"{', '.join(missing)} is missing (found: {shown or 'nothing'}){wide}"
-                )
-            if twice := sorted({name for name in header if header.count(name) > 1}):
-                raise InputError(f"{path}: the column {twice[0]!r} stands twice in the header; rename one")
             for row in reader:
                 line = reader.line_num
                 if None in row or None in row.values():
-                    problem = (
-                        f"{path}, line {line}: expected {len(header)} fields, "
-                        f"got {'more' if None in row else 'fewer'}; is a quote missing?"
-                    )
-                    if problems is None:
-                        raise InputError(problem)
-                    problems.append(problem)
-                    continue
-                yield line, row
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: expected a CSV file, found none; check --dataset_filepaths") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: expected a CSV file, found a folder; name the files in it") from error
+                    got = "more" if None in row else "fewer"
+                    where = f"{path}, line {line}"
+                    _add(problems, f"{where}: expected {len(header)} fields, got {got}; is a quote missing?")
+                else:
+                    yield line, row
     except OSError as error:
-        raise InputError(f"{path}: expected a readable CSV file, but {error.strerror}") from error
+        raise InputError(
+            f"{path}: expected a CSV file ({error.strerror}); check --dataset_filepaths"
+        ) from error
     except (UnicodeDecodeError, csv.Error) as error:
-        problem = f"{path}, after line {line}: {_broken(error)}"
-        if problems is None:
-            raise InputError(problem) from error
-        problems.append(problem)
+        _add(
+            problems,
+            f"{path}, after line {line}: expected CSV in UTF-8, each quote closed, and doubled within a text "
+            f"({error})",
+        )
+
+
+def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:
+    if missing := [name for name in needed if name not in header]:
+        found = ", ".join(header)[:300].replace("\0", "") or "nothing"
+        raise InputError(
+            f"{path}: expected the columns {', '.join(needed)}; {', '.join(missing)} is missing "
+            f"(found: {found}); is it CSV in UTF-8?"
+        )
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise InputError(f"{path}: the column {twice[0]!r} stands twice in the header; rename one")
+
+
+def _add(problems: list[str] | None, problem: str) -> None:
+    if problems is None:
+        raise InputError(problem)
+    problems.append(problem)
 
 
 def adapters_of(label: str) -> list[str]:
     """The adapters that a label in the column `adapter` names, several as `a+b`."""
     return label.split("+")
-
-
-def _broken(error: UnicodeDecodeError | csv.Error) -> str:
-    """What ended the reading of a CSV file, as far as the csv module says it, and what to do."""
-    if "unexpected end of data" in str(error):
-        return (
-            "expected each quote to be closed, but one that the next row opens is not; close it, and double "
-            "those that belong to a text"
-        )
-    if "expected after" in str(error):
-        return (
-            "expected a comma or the end of the row after a closing quote, but in the next row text follows "
-            "one; is a quote before it never closed? Close it, and double those that belong to a text"
-        )
-    return f"expected CSV in UTF-8, got something else ({error}); save it as UTF-8"
 
 
 def digest_of(queries: Sequence[Query]) -> str:
@@ -186,52 +171,28 @@ def parse_query(row: Mapping[str, str], where: str) -> Query:
     return Query(row["id"], row["input"], row["eval_type"], choices)
 
 
-def _run_together(text: str) -> bool:
-    """Whether two texts follow each other without a comma, as NumPy prints a list; Python would join them."""
-    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
-    kinds = [kind for kind in kinds if kind != tokenize.NL]
-    return any(one == other == tokenize.STRING for one, other in pairwise(kinds))
-
-
-def _long_numbers_as_texts(text: str) -> str:
-    """The same Python literal with a text in place of each whole number that Python refuses to read."""
-    words: list[str] = []
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        word = token.string
-        if token.type == tokenize.NUMBER and LONG.fullmatch(word):
-            sign = words.pop() if words[-1:] == ["-"] else ""
-            word = repr(sign + word.replace("_", ""))
-        words.append(word)
-    return " ".join(words)
-
-
 def _choices(text: str, where: str) -> tuple[str, ...]:
     literal = text.strip()
     if literal in ("", "None", "nan"):
         return ()
     try:
-        if LONG.search(literal):
-            literal = _long_numbers_as_texts(literal)
         with warnings.catch_warnings():  # a stray backslash in a choice is the author's business
             warnings.simplefilter("ignore", SyntaxWarning)
             value = ast.literal_eval(literal)
-        if _run_together(literal):
-            value = None
-    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
-        value = None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, int, float)) for v in value):
-        raise InputError(
-            f"{where}, column answer_choices: expected a Python list of texts such as "
-            f"\"['yes', 'no']\", got {text[:60]!r}"
+        tokens = tokenize.generate_tokens(io.StringIO(literal).readline)
+        n_texts = sum(token.type == tokenize.STRING for token in tokens)
+        fits = isinstance(value, (list, tuple)) and all(
+            isinstance(choice, (str, int, float)) for choice in value
         )
-    return tuple(map(_written, value))
-
-
-def _written(choice: Any) -> str:
-    try:
-        return str(choice)
-    except ValueError:  # a whole number of thousands of digits
-        return hex(choice)
+        # Two texts without a comma between them, as NumPy prints a list, are one to Python.
+        if fits and n_texts == sum(isinstance(choice, str) for choice in value):
+            return tuple(map(str, value))
+    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
+        pass  # a whole number of more than 4,300 digits among them
+    raise InputError(
+        f"{where}, column answer_choices: expected a Python list of texts such as \"['yes', 'no']\", "
+        f"got {text[:60]!r}"
+    )
 
 
 class _UnixLines:

@@ -24,9 +24,9 @@ from router.constants import LIBRARY
 from router.errors import InputError
 from router.hub import HubError
 from router.journal import Journal
+from router.library.adapters import card as text_of
 from router.library.adapters import load_library
-from router.library.command import check, description
-from router.library.command import found as reports
+from router.library.command import check
 from router.library.sources import CARD_FILE
 from router.methods.cards import card_of
 from router.model.answer import Answer
@@ -80,9 +80,10 @@ def open_library(_: Path) -> None:
 
 def open_cards(path: Path) -> None:
     """Reads a model card in both places that do."""
-    for report in reports(["library"]):
-        description(report)
-        card_of(cast(Any, SimpleNamespace(name="x", folder=report)))
+    for name in NAMES:
+        folder = Path("library", name)
+        text_of(folder)
+        card_of(cast(Any, SimpleNamespace(name="x", folder=SimpleNamespace(path=folder))))
 
 
 COMMANDS = [
@@ -90,7 +91,7 @@ COMMANDS = [
     "run\n-m\nbase\n--temperature\n0.5\n--false_alarm\n0.1\n--n_variants\nauto\n--time_limit\n5\n--quiet",
     "run\n-m\nties\n--plan\n--memory_limit\n4\n--time_limit\n5\n--adapters\nlibrary\none\n--base_model\ntiny@1",
     "explain\nout\n7\n--json", "compare\nout\nother\n--labels\nlabels\n--show\n3", "report\nout",
-    "library\ncheck\nlibrary\n--json", "library\nadd\nsome/adapter@1\n--to\nlibrary", "--version",
+    "library\ncheck\nlibrary\n--json", "--version",
     "export\nout\n--engine\nsglang\n--max_rank\n8",
     "serve\n--router\nout\n--upstream\nhttp://localhost:8000/v1\n--port\n80\n--timeout\n2.5\n--queue\n9",
 ]  # fmt: skip

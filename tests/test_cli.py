@@ -35,11 +35,10 @@ def test_compare_compares_runs(capsys, run_folder):
     assert json.loads(capsys.readouterr().out)["moved"] == 0
 
 
-def test_library_lists_adapters(capsys, tiny_library):
-    assert main(["library", "list", str(tiny_library)]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        "attention", "everything", "mlp",
-    ]  # fmt: skip
+def test_library_checks_adapters(capsys, tiny_library):
+    assert main(["library", "check", str(tiny_library), "--json"]) == 0
+    names = [facts["name"] for facts in json.loads(capsys.readouterr().out)["adapters"]]
+    assert names == ["attention", "everything", "mlp"]
 
 
 def test_report_makes_the_page_again(capsys, run_folder):

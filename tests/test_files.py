@@ -55,6 +55,13 @@ def test_what_is_no_json_is_a_value_error(tmp_path, text):
         read_json(tmp_path / "a.json", {})
 
 
+def test_json_of_gigabytes_is_a_value_error(tmp_path):
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(3 << 30)  # of holes
+    with pytest.raises(ValueError, match="MiB"):
+        read_json(tmp_path / "a.json", {})
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "new" / "out.csv"

@@ -123,7 +123,7 @@ def test_tables(finished):
     assert sum(map(len, parts)) >= 2
     curve = tables.loss_curve(tables.decided(run))
     assert curve["mean"].iloc[-1] <= curve["mean"].iloc[0] and (curve["mean"] <= curve["worst"]).all()
-    with pytest.raises(tables.NotShown, match="expected one of the adapters"):
+    with pytest.raises(tables.NotShown, match="adapters"):
         tables.vote_table(run, "nobody")
 
 
@@ -149,7 +149,7 @@ def test_a_run_is_found_from_a_folder_below_and_what_is_missing_is_told(finished
     assert run.rows[0].line(70) == ROWS[0][1] and run.keys[0] == "queries:g1" and not run.notes
     with pytest.raises(tables.NotShown, match="found no run"):
         tables.open_run("nowhere")
-    with pytest.raises(tables.NotShown, match="the method base keeps none"):
+    with pytest.raises(tables.NotShown, match="method base"):
         tables.open_run("out")
     shutil.move(tmp_path / "queries.csv", tmp_path / "gone.csv")
     run = tables.open_run("out", evidence=False)

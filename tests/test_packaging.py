@@ -112,13 +112,21 @@ def test_all_files_state_the_same_version_and_date():
     assert f"\nversion: {version}\ndate-released: {newest[2]}\n" in texts["CITATION.cff"]
 
 
-def test_hooks_and_the_hosted_workflow_run_what_the_test_script_runs():
-    script = (ROOT / "scripts" / "test.sh").read_text("utf-8")
-    linters = set(re.findall(r"^\.venv/bin/(ruff \w+|mypy|vulture)", script, re.M))
-    hooks = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
-    assert set(re.findall(r"entry: \.venv/bin/(ruff \w+|mypy|vulture)", hooks)) == linters != set()
+def test_hooks_pin_the_linters_of_the_test_script():
+    script, pinned, hooks = (
+        (ROOT / name).read_text("utf-8")
+        for name in ("scripts/test.sh", "scripts/constraints.txt", ".pre-commit-config.yaml")
+    )
+    linters = set(re.findall(r"^\.venv/bin/(ruff \w+|vulture)", script, re.M))
+    assert set(re.findall(r"entry: (ruff \w+|vulture)", hooks)) == linters != set()
+    versions = set(re.findall(r"\w+==[\d.]+", hooks))
+    assert versions <= set(pinned.split()) and ".venv" not in hooks
+
+
+def test_the_hosted_workflow_runs_the_readmes_commands():
+    commands = re.findall(r"^bash scripts/\w+\.sh$", (ROOT / "README.md").read_text("utf-8"), re.M)
     workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text("utf-8")
-    assert "- run: bash scripts/test.sh" in workflow
+    assert re.findall(r"- run: (.*)", workflow) == commands != []
 
 
 # Modules that Python does not have on Windows, and names in others that it has not.

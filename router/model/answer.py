@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from router.constants import Scoring as Scoring
 from router.deadline import Deadline
 from router.errors import out_of_memory, printable
 from router.model.device import batch_tokens
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Scoring = Literal["full", "kit"]
 Found = TypeVar("Found")
 
 

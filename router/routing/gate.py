@@ -322,7 +322,7 @@ def level(leads: Array, false_alarm: float) -> float:
 
 def _lead(judged: Judged) -> Array:
     """How far the best adapter leads, before doubt and level, (queries,)."""
-    return (1 - RESIDUAL) * judged.scores.max(1, initial=-np.inf) + RESIDUAL * judged.residual
+    return np.asarray((1 - RESIDUAL) * judged.scores.max(1, initial=-np.inf) + RESIDUAL * judged.residual)
 
 
 def _matched(means: Array, stds: Array) -> Array:
@@ -336,7 +336,7 @@ def _matched(means: Array, stds: Array) -> Array:
     weights = 1 / (np.maximum(energy, low[0]) * np.maximum(stds, low[1]))
     heard = means > np.log(10 * FLOOR)
     heard |= ~heard.any((1, 2), keepdims=True)  # an adapter that is silent everywhere
-    return np.nan_to_num(weights * heard)
+    return np.asarray(np.nan_to_num(weights * heard))
 
 
 def _common(z: Array, who: NDArray[np.int64]) -> tuple[Array, Array, float]:

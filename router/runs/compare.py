@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -21,8 +21,24 @@ from router.runs.explain import Rows, called, open_console, section
 from router.runs.load import Run, load
 from router.submission import adapters_of, read_rows
 
+PARTS = ("flags", "base", "versions")  # of a record that decide a run
 DRAWS = 2000
 WIDTH = 48  # characters of a prediction or a setting shown
+
+
+class Pair(NamedTuple):
+    """A query as two runs answered it: the predictions `a` and `b`, and each run's top candidate.
+
+    The label is its row of labels, empty if it has none.
+    """
+
+    file: str
+    id: str
+    a: str
+    b: str
+    source: str | None
+    target: str | None
+    label: dict[str, str]
 
 
 def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
@@ -36,15 +52,15 @@ def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
         InputError: a folder holds no finished run, the queries differ, or there are no labels.
     """
     one, two = load(a), load(b)
-    queries = _queries(one, two, _labels(labels, list(one.files)) if labels else {})
+    pairs = _pairs(one, two, _labels(labels, list(one.files)) if labels else {})
     moves: dict[tuple[str, str], list[str]] = {}
-    for query in queries:
-        if query["from"] != query["to"]:
-            moves.setdefault((called(query["from"]), called(query["to"])), []).append(query["id"])
+    for pair in pairs:
+        if pair.source != pair.target:
+            moves.setdefault((called(pair.source), called(pair.target)), []).append(pair.id)
     return {
         "a": str(a),
         "b": str(b),
-        "queries": len(queries),
+        "queries": len(pairs),
         "settings": _settings(one.record, two.record),
         "moved": sum(map(len, moves.values())),
         "moves": [
@@ -52,20 +68,19 @@ def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
             for (source, target), ids in sorted(moves.items(), key=lambda move: -len(move[1]))
         ],
         "changes": [
-            {"id": query["id"], "a": query["a"], "b": query["b"], "label": query["label"].get("target")}
-            for query in queries
-            if query["a"] != query["b"]
+            {"id": pair.id, "a": pair.a, "b": pair.b, "label": pair.label.get("target")}
+            for pair in pairs
+            if pair.a != pair.b
         ],
-        "score": _score(queries) if labels else None,
+        "score": _score(pairs) if labels else None,
     }
 
 
-def _queries(one: Run, two: Run, labels: Mapping[tuple[str, str], dict[str, str]]) -> Rows:
-    """Each query with both predictions and top candidates, and its row of labels, empty if it has none."""
+def _pairs(one: Run, two: Run, labels: Mapping[tuple[str, str], dict[str, str]]) -> list[Pair]:
     if one.files.keys() != two.files.keys():
         got = " and ".join(f"{', '.join(run.files)} in {run.folder}" for run in (one, two))
         raise InputError(f"expected two runs on the same query files, got {got}")
-    rows = []
+    pairs = []
     for stem, mine in one.files.items():
         theirs = two.files[stem]
         if alone := sorted(set(mine.ids) ^ set(theirs.ids)):
@@ -73,38 +88,33 @@ def _queries(one: Run, two: Run, labels: Mapping[tuple[str, str], dict[str, str]
                 f"{mine.path.name}: expected the same ids in both runs, but {len(alone)} are in one alone, "
                 f"such as {alone[0]!r}; run both on one query file"
             )
-        before, after = (
-            dict(zip(f.ids, zip(f.queries, f.predictions, f.top, strict=True), strict=True))
-            for f in (mine, theirs)
-        )
-        for own, (asked, a, source) in before.items():
-            other, b, target = after[own]
+        place, tops, others = {name: n for n, name in enumerate(theirs.ids)}, mine.top, theirs.top
+        for n, name in enumerate(mine.ids):
+            k = place[name]
+            asked, other = mine.queries[n], theirs.queries[k]
             if asked and other and asked != other:
                 raise InputError(
-                    f"expected two runs on the same queries, but {own!r} is another in {mine.path} than in "
+                    f"expected two runs on the same queries, but {name!r} is another in {mine.path} than in "
                     f"{theirs.path}; run both on one query file"
                 )
-            rows.append(
-                {"file": stem, "id": f"{stem}:{own}" if len(one.files) > 1 else own, "a": a, "b": b,
-                 "from": source, "to": target, "label": labels.get((stem, own), {})}
-            )  # fmt: skip
-    return rows
+            full, label = f"{stem}:{name}" if len(one.files) > 1 else name, labels.get((stem, name), {})
+            answers = mine.predictions[n], theirs.predictions[k]
+            pairs.append(Pair(stem, full, *answers, tops[n], others[k], label))
+    return pairs
 
 
 def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> Rows:
     """What decides a run, as far as the two records differ."""
-    flat = []
-    for record in (a, b):
-        found = {"method": record["method"]}
-        for part in ("flags", "base", "versions"):
-            found |= {f"{part}.{name}": value for name, value in record.get(part, {}).items()}
-        found["adapters"] = [f"{name} {of['sha256'][:12]}" for name, of in record.get("adapters", {}).items()]
-        flat.append(found)
-    own, other = flat
+    one, two = (
+        {"method": record["method"]}
+        | {f"{part}.{name}": value for part in PARTS for name, value in record.get(part, {}).items()}
+        | {"adapters": [f"{name} {of['sha256'][:12]}" for name, of in record.get("adapters", {}).items()]}
+        for record in (a, b)
+    )
     return [
-        {"setting": name, "a": own.get(name), "b": other.get(name)}
-        for name in dict.fromkeys([*own, *other])
-        if own.get(name) != other.get(name) and name != "flags.output_folder"
+        {"setting": name, "a": one.get(name), "b": two.get(name)}
+        for name in one | two
+        if one.get(name) != two.get(name) and name != "flags.output_folder"
     ]
 
 
@@ -128,16 +138,17 @@ def _labels(paths: Sequence[Path], stems: Sequence[str]) -> dict[tuple[str, str]
     return found
 
 
-def _score(queries: Rows) -> dict[str, Any]:
+def _score(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Shares of right answers, their means over files, and the interval of the paired difference."""
     rng, files, drawn = np.random.default_rng(0), [], []
-    for stem in dict.fromkeys(query["file"] for query in queries):
-        mine = [query for query in queries if query["file"] == stem and query["label"]]
+    for stem in dict.fromkeys(pair.file for pair in pairs):
+        mine = [pair for pair in pairs if pair.file == stem and pair.label]
         if not mine:
             continue
-        right = np.array([[q[run].strip() == q["label"]["target"] for run in "ab"] for q in mine], float)
+        right = np.array([[text.strip() == p.label["target"] for text in (p.a, p.b)] for p in mine], float)
         a, b = right.mean(0).tolist()
-        routes = {"routed a": _routed(mine, "from"), "routed b": _routed(mine, "to")}
+        tops = {"routed a": [p.source for p in mine], "routed b": [p.target for p in mine]}
+        routes = {key: _routed(mine, of) for key, of in tops.items()}
         files.append({"file": stem, "queries": len(mine), "a": a, "b": b, **routes})
         # To draw queries with replacement is to draw how many were lost, equal and gained.
         steps = np.array([-1, 0, 1])
@@ -156,12 +167,12 @@ def _mean(values: Sequence[float | None]) -> Any:
     return sum(there) / len(there) if there else None
 
 
-def _routed(queries: Rows, run: str) -> float | None:
+def _routed(pairs: Sequence[Pair], tops: Sequence[str | None]) -> float | None:
     """How often the top candidate is a labelled adapter; None if there is none, as in a static merge."""
-    labelled = [query for query in queries if query["label"].get("adapter")]
-    if all(query[run] is None for query in labelled):
-        return None
-    return float(_mean([query[run] in adapters_of(query["label"]["adapter"]) for query in labelled]))
+    labels = [pair.label.get("adapter") for pair in pairs]
+    right = [top in adapters_of(label) for label, top in zip(labels, tops, strict=True) if label]
+    known = any(top for label, top in zip(labels, tops, strict=True) if label)
+    return float(_mean(right)) if known else None
 
 
 def show(found: Mapping[str, Any], console: Console, most: int) -> None:

@@ -32,12 +32,6 @@ RECORD = {
     "base?": {"name": str, "revision?": str, "sha256": str, "dtype": str, "device?": str},
     "adapters?": {"*": {"revision?": str, "sha256": str}}, "queries?": {"*": str},
 }  # fmt: skip
-FLAGS = {  # that `Run.settings` is made of
-    "dataset_filepaths": [str], "output_folder": str, "adapters": [str], "base_model?": str, "skip_bad": bool,
-    "n_variants?": int, "variant_rank?": int, "temperature": float, "top_k": int, "false_alarm": float,
-    "seed": int, "batch_size?": int, "device": str, "dtype": str, "device_map?": str,
-    "apply": str, "engine": str, "upstream?": str, "max_gen_len": int, "max_seq_len?": int, "scoring": str,
-}  # fmt: skip
 DECIDED = {
     "base": dict,
     "adapters": dict,
@@ -135,17 +129,9 @@ class Run:
         Raises:
             InputError: run.json lacks one, or has one that this version does not know.
         """
-        flags = self.record["flags"]
         try:
-            check_shape(flags, FLAGS)
-            known = {key: value for key, value in flags.items() if key in Settings.__dataclass_fields__}
-            known |= {
-                "dataset_filepaths": tuple(map(Path, flags["dataset_filepaths"])),
-                "output_folder": Path(flags["output_folder"]),
-                "adapters": tuple(flags["adapters"]),
-            }
-            return Settings(**known)
-        except ValueError as error:
+            return Settings.from_plain(self.record["flags"])
+        except InputError as error:
             raise InputError(
                 f"{self.folder / 'run.json'}: expected the flags of a run ({error}); run it again"
             ) from error

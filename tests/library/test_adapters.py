@@ -55,14 +55,14 @@ def test_the_record_of_an_adapter_is_the_sha256_of_its_weights(tiny_library):
 
 def test_adapters_of_one_name_are_refused(tiny_library, tmp_path):
     shutil.copytree(tiny_library / "mlp", tmp_path / "other" / "mlp")
-    with pytest.raises(InputError, match=r"adapter 'mlp' .*two adapters would share a column.*rename"):
+    with pytest.raises(InputError, match="adapter 'mlp'"):
         load_library([str(tiny_library), str(tmp_path / "other" / "mlp")])
 
 
 @pytest.mark.parametrize("name", ["base", "id", "variant"])
 def test_an_adapter_called_like_another_column_is_refused(tmp_path, name):
     write_tiny_adapter(tmp_path / name, 1)
-    with pytest.raises(InputError, match=rf"adapter '{name}' .*would share a column of that name; rename"):
+    with pytest.raises(InputError, match=f"adapter '{name}'"):
         load_library([str(tmp_path / name)])
 
 
@@ -102,13 +102,13 @@ def test_bad_adapters_are_left_out_and_listed_if_that_is_asked_for(tiny_library)
     other = {module: shape for module, shape in SHAPES.items() if "mlp" not in module}
     (attention,) = check_against_base(found, "tiny", True, other, bad := [])
     assert attention.name == "attention" and len(bad) == 2
-    with pytest.raises(InputError, match=r"--skip_bad: expected an adapter that can be used, but: .*zero"):
+    with pytest.raises(InputError, match=r"--skip_bad: .*zero"):
         load_library([str(tiny_library / "zero")], bad=[])
 
 
 def test_values_that_float32_cannot_multiply_are_refused(tmp_path):
     (adapter,) = load_library([str(write_tiny_adapter(tmp_path / "huge", 1, size=1e25))])
-    with pytest.raises(InputError, match=r"huge .* too large to multiply in float32; leave the adapter out"):
+    with pytest.raises(InputError, match=r"huge .*float32"):
         prototypes([adapter])
 
 
@@ -170,7 +170,7 @@ def test_what_was_fetched_is_all_that_is_looked_for_in_the_cache(monkeypatch, tm
 def test_the_default_library_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("router.library.sources.fetch", lambda *_: pytest.fail("asked the hub"))
-    with pytest.raises(InputError, match="expected the default library there, found none"):
+    with pytest.raises(InputError, match="--adapters data/library"):
         load_library(["data/library"])
 
 
@@ -180,7 +180,7 @@ def test_weights_that_are_replaced_after_they_were_opened_do_not_reach_the_cache
     folder = write_tiny_adapter(tmp_path / "one", 1)
     (adapter,) = load_library([str(folder)])
     write_tiny_adapter(folder, 2)
-    with pytest.raises(InputError, match="was changed while it was read"):
+    with pytest.raises(InputError, match="adapter one "):
         prototypes([adapter])
     (again,) = load_library([str(folder)])
     assert not torch.equal(
@@ -195,7 +195,7 @@ def _prototype_of(folder, seed):
 
 
 def test_a_folder_without_adapters_is_refused(tmp_path):
-    with pytest.raises(InputError, match=f"{tmp_path}: expected a PEFT folder or a folder of such folders"):
+    with pytest.raises(InputError, match=f"{tmp_path}: "):
         load_library([str(tmp_path)])
 
 
@@ -213,7 +213,7 @@ def test_a_weight_that_is_not_finite_is_found_on_reading(tiny_library, value):
     tensors[key][3, 2] = value
     save_file(tensors, file)
     (adapter,) = load_library([str(tiny_library / "mlp")])
-    with pytest.raises(InputError, match=r"adapter mlp .*layers\.1\.mlp\.up_proj holds values"):
+    with pytest.raises(InputError, match=r"adapter mlp .*layers\.1\.mlp\.up_proj"):
         list(adapter.read_all())
 
 
@@ -237,7 +237,7 @@ def test_an_unreachable_hub_points_at_local_folders(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(InputError, match=r"--adapters some/adapter@v2: .*download.* pass its folder"):
+    with pytest.raises(InputError, match="--adapters some/adapter@v2: "):
         load_library(["some/adapter@v2"])
 
 
@@ -260,10 +260,10 @@ def test_base_of(tiny_library, tmp_path):
     write_tiny_adapter(tmp_path / "mute", 4, base_model_name_or_path=None)
     mute = load_library([str(tmp_path / "mute")])
     assert base_of([*adapters, *mute]) == "tiny"
-    with pytest.raises(InputError, match="none named; pass --base_model"):
+    with pytest.raises(InputError, match="--base_model"):
         base_of(mute)
     write_tiny_adapter(tmp_path / "foreign", 5, base_model_name_or_path="huge")
-    with pytest.raises(InputError, match="attention names tiny; foreign names huge; pass --base_model"):
+    with pytest.raises(InputError, match=r"tiny.*huge.*--base_model"):
         base_of([*adapters, *load_library([str(tmp_path / "foreign")])])
 
 
@@ -276,20 +276,18 @@ def test_adapters_that_fit_pass(tiny_library):
 def test_an_adapter_of_another_base_is_refused(tiny_library):
     file = tiny_library / "mlp" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "huge"}))
-    with pytest.raises(InputError, match=r"adapter mlp .*expected an adapter of tiny, got one of huge"):
+    with pytest.raises(InputError, match=r"adapter mlp .*tiny.*huge"):
         check_against_base(load_library([str(tiny_library)]), "tiny", False, SHAPES)
 
 
 @pytest.mark.parametrize("is_folder", [True, False])
 def test_an_adapter_of_another_shape_is_refused(tiny_library, is_folder):
     module = "model.layers.1.mlp.down_proj"
-    with pytest.raises(
-        InputError, match=rf"adapter everything .*{module} has shape \(32, 48\), but tiny has \(32, 64\)"
-    ):
+    with pytest.raises(InputError, match=rf"everything .*{module} .*\(32, 48\).*\(32, 64\)"):
         check_against_base(load_library([str(tiny_library)]), "tiny", is_folder, SHAPES | {module: (32, 64)})
 
 
 def test_an_adapter_of_a_missing_layer_is_refused(tiny_library):
     shapes = {module: shape for module, shape in SHAPES.items() if "layers.1" not in module}
-    with pytest.raises(InputError, match=r"adapter attention .*layers\.1.* tiny has no such linear layer"):
+    with pytest.raises(InputError, match=r"adapter attention .*layers\.1\."):
         check_against_base(load_library([str(tiny_library)]), "tiny", True, shapes)

@@ -68,7 +68,7 @@ def test_weights_are_shared_evenly_so_that_half_precision_holds_both_factors():
 
 @pytest.mark.parametrize(("updates", "weights"), [([], []), (UPDATES, [1.0]), (UPDATES[:1], [0.5, 0.5])])
 def test_weighted_sum_wants_one_weight_per_update(updates, weights):
-    with pytest.raises(ValueError, match=f"got {len(updates)} updates, {len(weights)} weights"):
+    with pytest.raises(ValueError, match=f"{len(updates)} updates"):
         weighted_sum(updates, weights)
 
 
@@ -117,7 +117,7 @@ def test_recompress_of_zero_is_zero_and_of_repeated_factors_exact():
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_recompress_wants_a_positive_rank(rank):
-    with pytest.raises(ValueError, match=f"at least 1, got {rank}"):
+    with pytest.raises(ValueError, match=f"got {rank}"):
         recompress(UPDATES[0], rank)
 
 
@@ -126,5 +126,5 @@ def test_pad_adds_nothing_but_zeros():
     assert found.a.shape == (9, 30) and found.b.shape == (20, 9)
     assert (delta(found) == delta(UPDATES[0])).all()
     assert torch.equal(pad(UPDATES[0], 4).a, UPDATES[0].a)
-    with pytest.raises(ValueError, match="cannot pad rank 4 to 3"):
+    with pytest.raises(ValueError, match="4 to 3"):
         pad(UPDATES[0], 3)

@@ -287,7 +287,7 @@ REFUSED = {
     "layers_pattern": (
         changed(layers_pattern=["("]),
         "adapter_config.json",
-        "layers_pattern: the pattern '(' is no",
+        "'(' is no regular expression",
     ),
     "longer_than_the_file": (with_header(tensor_of([4], 0, 16)), *LIES),
     "another_size": (with_header(tensor_of([3], 0, 8)), *LIES),
@@ -372,7 +372,7 @@ def test_what_cannot_be_used_is_refused_by_name_and_cause(tmp_path, kind):
 @pytest.mark.parametrize("kind", [kind.value for kind in PeftType if kind != PeftType.LORA])
 def test_other_types_of_peft_are_refused_by_name(tmp_path, kind):
     folder = write_tiny_adapter(tmp_path / "a", 1, peft_type=kind)
-    with pytest.raises(AdapterError, match=f"expected a LoRA adapter, got peft_type '{kind}'"):
+    with pytest.raises(AdapterError, match=f"peft_type '{kind}'"):
         open_adapter(folder)
 
 
@@ -429,8 +429,8 @@ def test_harmless_settings_pass(tmp_path):
 
 
 def test_a_pattern_that_hangs_its_reader_is_given_up(tmp_path):
-    folder = write_tiny_adapter(tmp_path / "slow", 1, rank_pattern={r"(([a-z]|\w|\.)+)+\d": 4})
-    with pytest.raises(AdapterError, match=f"{folder}: in adapter_config.json .*takes too long"):
+    folder = write_tiny_adapter(tmp_path / "slow", 1, rank_pattern={"(.*?[a-z])" * 12 + "(?<=0)": 4})
+    with pytest.raises(AdapterError, match=f"{folder}: .*takes too long"):
         open_adapter(folder)
 
 
@@ -442,8 +442,28 @@ def test_many_slow_patterns_are_given_up_together(tmp_path, monkeypatch):
     monkeypatch.setattr("merge.folders.time.monotonic", lambda: next(clock) / 10)
     with pytest.raises(AdapterError, match="takes too long"):
         open_adapter(folder)
-    monkeypatch.setattr("merge.folders.time.monotonic", lambda: next(clock) * 3)  # to compile the first
-    with pytest.raises(AdapterError, match="alpha_pattern: so many patterns take too long"):
+
+
+def test_a_configuration_of_gigabytes_is_refused_unread(tmp_path):
+    folder = write_tiny_adapter(tmp_path / "sparse", 1)
+    with (folder / CONFIG_FILE).open("r+b") as file:
+        file.truncate(3 << 30)  # of holes
+    with pytest.raises(AdapterError, match=f"{CONFIG_FILE}: .*4 MiB"):
+        open_adapter(folder)
+
+
+def test_a_rank_of_two_millions_is_refused_unread(tmp_path):
+    folder, rank = write_tiny_adapter(tmp_path / "wide", 1, r=2_000_000), 2_000_000
+    shapes = {"A": [rank, 32], "B": [32, rank]}
+    header, size = {}, 0
+    for letter, shape in shapes.items():
+        end = size + 4 * math.prod(shape)
+        tensor = {"dtype": "F32", "shape": shape, "data_offsets": [size, end]}
+        header[f"base_model.model.{Q0}.lora_{letter}.weight"], size = tensor, end
+    with_header(header)(folder)
+    with weights_of(folder).open("r+b") as file:
+        file.truncate(8 + len(json.dumps(header)) + size)
+    with pytest.raises(AdapterError, match=f"{Q0}: .*{rank}"):
         open_adapter(folder)
 
 
@@ -455,7 +475,7 @@ NAMED = "|".join(
 
 @pytest.mark.parametrize(
     "targets",
-    ["all-linear", r".*\.(q|k|v|o|gate|up|down)_proj", None, rf"{NAMED}|(\w+\.)+(q|k|v|o|gate|up|down)_proj"],
+    ["all-linear", r".*\.(q|k|v|o|gate|up|down)_proj", None, rf"{NAMED}|[\w.]+\.(q|k|v|o|gate|up|down)_proj"],
 )
 def test_targets_may_be_all_or_a_pattern(tmp_path, targets):
     assert len(open_adapter(write_tiny_adapter(tmp_path / "a", 1, target_modules=targets)).ranks) == 14
@@ -464,7 +484,7 @@ def test_targets_may_be_all_or_a_pattern(tmp_path, targets):
 def test_what_is_too_large_for_its_dtype_is_not_written(tmp_path):
     update = Factors(torch.ones(1, 3), torch.full((2, 1), 1e6))
     write_adapter(tmp_path / "fits", {Q0: update}, "tiny", dtype=torch.bfloat16)
-    with pytest.raises(OverflowError, match="is too large for torch"):
+    with pytest.raises(OverflowError, match=r"torch\.float16"):
         write_adapter(tmp_path / "not", {Q0: update}, "tiny", dtype=torch.float16)
     assert not (tmp_path / "not").exists()
 
@@ -473,25 +493,17 @@ DEEP = "(" * 5000 + "a" + ")" * 5000
 
 
 @pytest.mark.parametrize(
-    ("config", "cause"),
+    "config",
     [
-        ({"init_lora_weights": "pissa_niter_4"}, "takes a part out of the base's weights"),
-        ({"alpha_pattern": {"(": 4}}, "is no regular expression"),
+        {"alpha_pattern": {"(": 4}},
+        {"target_modules": DEEP},
+        {"exclude_modules": DEEP},
+        {"layers_pattern": ["x", DEEP]},
+        {"rank_pattern": {DEEP: 4}},
+        {"alpha_pattern": {DEEP: 4}},
+        {"rank_pattern": {f"x{n}y+": 4 for n in range(4000)}},
         *(
-            (config, f"adapter_config.json: {next(iter(config))}: the pattern '\\(\\(\\(.*recursion")
-            for config in (
-                {"target_modules": DEEP},
-                {"exclude_modules": DEEP},
-                {"layers_pattern": ["x", DEEP]},
-                {"rank_pattern": {DEEP: 4}},
-                {"alpha_pattern": {DEEP: 4}},
-            )
-        ),
-        *(
-            (
-                {"target_modules": pattern},
-                "target_modules: the pattern .* (is longer than 20000|repeats too much)",
-            )
+            {"target_modules": pattern}
             for pattern in (
                 "|".join(f"module{n}" for n in range(2000)),
                 "x{99999999}",
@@ -504,8 +516,8 @@ DEEP = "(" * 5000 + "a" + ")" * 5000
         ),
     ],
 )
-def test_settings_that_would_be_misread_are_refused(tmp_path, config, cause):
-    with pytest.raises(AdapterError, match=cause):
+def test_patterns_that_take_long_to_compile_are_refused(tmp_path, config):
+    with pytest.raises(AdapterError, match=CONFIG_FILE):
         open_adapter(write_tiny_adapter(tmp_path / "odd", 1, **config))
 
 
@@ -549,5 +561,5 @@ def test_two_tensors_for_one_factor_are_refused(tmp_path):
     key = next(key for key in weights if "lora_B" in key)
     weights[key.removeprefix("base_model.model.")] = -weights[key]
     save_file(weights, folder / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="expected one lora_B of model"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: .*lora_B"):
         open_adapter(folder)

@@ -28,6 +28,7 @@ def text(capsys, *argv):
 
 
 def error(capsys, *argv):
+    capsys.readouterr()  # a slow run before it says how long its stages took
     assert main([*map(str, argv)]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
@@ -222,17 +223,12 @@ def test_the_base_model_is_asked_for_as_the_run_had_it(capsys, copied, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "cause"),
-    [
-        ("max_gen_len", None, "max_gen_len is missing"),
-        ("max_seq_len", "ten", "max_seq_len: expected a whole number, got a text"),
-        ("scoring", "best", "--scoring: expected one of full, kit, got 'best'"),
-    ],
+    ("flag", "value"), [("max_gen_len", None), ("max_seq_len", "ten"), ("scoring", "best"), ("adapters", [7])]
 )
-def test_a_flag_that_is_missing_or_unknown_is_named(capsys, copied, flag, value, cause):
+def test_a_flag_that_is_missing_or_unknown_is_named(capsys, copied, flag, value):
     changed(copied, flags={flag: value})
     told = error(capsys, copied, "g2", "--answers")
-    assert "run.json: expected the flags of a run" in told and cause in told
+    assert "run.json" in told and f"--{flag}: " in told and "got" in told
 
 
 def test_an_id_is_found_or_the_nearest_is_named(capsys, runs, tmp_path):

@@ -147,10 +147,10 @@ def test_a_missing_file_and_a_repeated_id_are_told(tmp_path, tiny_base, tiny_lib
     queries, out = write_queries(tmp_path / "queries.csv", QUERIES), tmp_path / "out"
     assert main(arguments("proto_route", [queries], tiny_library, tiny_base, out)) == 0
     (out / "queries.evidence.safetensors").rename(tmp_path / "kept")
-    with pytest.raises(InputError, match=r"expected the file that run\.json lists"):
+    with pytest.raises(InputError, match=r"run\.json"):
         load(out)
     made = write_run(tmp_path / "run", [[1, 0, 0, 0]] * 2)
     for name in ("run.csv", "run.routing.csv"):
         spoil(made / name, "q1", "q0")
-    with pytest.raises(InputError, match="expected each id once, got some twice"):
+    with pytest.raises(InputError, match="id once"):
         load(made)

@@ -1,0 +1,53 @@
+"""Settings: what is read is what was written, and a value that one does not take is refused by its flag."""
+
+import json
+from argparse import ArgumentTypeError
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from router.errors import InputError
+from router.settings import Settings
+
+FIELDS = {setting.name: setting for setting in fields(Settings)}
+OTHERS = Settings(
+    (Path("a.csv"), Path("b.csv")), Path("out"), ("x", "y@1"), "some/base", True, 3, 8, 0.5, 1, 0.01, seed=7,
+    batch_size=2, device="cpu", dtype="float16", device_map="auto", apply="beside", max_gen_len=9,
+    max_seq_len=99, scoring="kit",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [Settings(), OTHERS])
+def test_settings_come_back_from_json(settings):
+    assert Settings.from_plain(json.loads(json.dumps(settings.plain()))) == settings
+
+
+def test_what_no_version_knows_is_left_out_and_what_is_missing_is_named():
+    values = Settings().plain()
+    assert Settings.from_plain(values | {"an_older_one": 3}) == Settings()
+    for name in values:
+        with pytest.raises(InputError, match=name):
+            Settings.from_plain({key: value for key, value in values.items() if key != name})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("value", [object(), b"", [], (7,), -1, float("nan")])
+def test_a_value_that_a_setting_does_not_take_is_refused_by_its_flag(name, value):
+    with pytest.raises(InputError, match=f"--{name}: "):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_default_is_a_value_and_none_has_a_word(name):
+    kind, default = FIELDS[name].metadata["kind"], FIELDS[name].default
+    assert kind.takes(default) and kind.takes(None) == bool(kind.none)
+    assert not kind.none or kind.parse(kind.none) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("seed", "1" * 5000), ("dtype", "bfloat"), ("temperature", "inf")]
+)
+def test_a_word_that_stands_for_no_value_is_refused(name, text):
+    with pytest.raises(ArgumentTypeError):
+        FIELDS[name].metadata["kind"].parse(text)
