@@ -42,9 +42,9 @@ STATIC = ["average", "dare_ties", "iso_c", "knots", "task_arithmetic", "ties", "
 STAGES = {
     "base": ["load", "predict"],
     "proto_route": ["load", "calibrate", "route", "variants", "predict"],
-    **dict.fromkeys([*STATIC, "oracle", "cards"], ["load", "variants", "predict"]),
-    **dict.fromkeys(["logo", "mass"], ["load", "route", "variants", "predict"]),
-    **dict.fromkeys(["arrow", "lag", "spectr"], ["load", "route", "predict"]),
+    **{name: ["load", "variants", "predict"] for name in (*STATIC, "oracle", "cards")},
+    **{name: ["load", "route", "variants", "predict"] for name in ("logo", "mass")},
+    **{name: ["load", "route", "predict"] for name in ("arrow", "lag", "spectr")},
 }
 
 
