@@ -44,7 +44,7 @@ SETTINGS = (
 IDENTITY, ROUTER, ANSWERS = "ray.json", "router", "answers"  # in the output folder
 LESS = "fewer --actors, --dtype bfloat16 (half as much for weights), a smaller --max_seq_len"
 PATIENCE = 10.0  # seconds for a cluster to accept a connection; Ray itself tries for minutes
-RESTARTS = 2  # of an actor that dies; without a limit Ray would try for ever
+TRIES = 3  # of a block whose actor dies; without a limit Ray would try for ever
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_settings(p, SETTINGS)
     p.add_argument("--fresh", action="store_true", help="start anew where earlier answers are")
-    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    p.add_argument("--quiet", action="store_true", help="print no progress and no summary")
     return p
 
 
@@ -151,6 +151,15 @@ def blocks(path: Path, output: Path, size: int) -> Iterator[tuple[Path, list[Que
         yield output / ANSWERS / path.stem / f"{number:06}.parquet", block
 
 
+def table(part: Path, queries: Sequence[Query]) -> Any:
+    """A block as an actor gets it, a pyarrow table with the columns `part` and those of a query."""
+    from pyarrow import Table, list_, schema, string
+
+    columns = {"part": string(), "id": string(), "input": string(), "eval_type": string()}
+    rows = [{"part": str(part), **asdict(query)} for query in queries]
+    return Table.from_pylist(rows, schema({**columns, "choices": list_(string())}))
+
+
 class Answering:
     """An actor of Ray's, which answers blocks with a saved router.
 
@@ -169,7 +178,7 @@ class Answering:
         return Router.load(*self._how)
 
     def __call__(self, block: Any) -> dict[str, list[Any]]:
-        """Answers a block, a pyarrow table with the columns `part` and those of a query.
+        """Answers a block, as `table` makes it.
 
         Returns:
             `rows` and `failed`, how many queries it has and how many of them have no answer, and `error`.
@@ -177,11 +186,18 @@ class Answering:
         rows = block.to_pylist()
         part = Path(rows[0]["part"])
         queries = [Query(row["id"], row["input"], row["eval_type"], tuple(row["choices"])) for row in rows]
+        tries = part.with_name(f".{part.name}.tries")  # an actor that is killed leaves it
         try:
             with told_if_memory_runs_out(LESS), told_if_full(part):
+                with tries.open("a") as file:
+                    file.write(".")
+                if tries.stat().st_size > TRIES:
+                    raise _died(f"{TRIES} times at {part}")
                 return {"rows": [len(rows)], "failed": [self._answer(queries, part)], "error": [""]}
         except InputError as error:
             return {"rows": [0], "failed": [0], "error": [str(error)]}
+        finally:
+            tries.unlink(missing_ok=True)
 
     def _answer(self, queries: list[Query], part: Path) -> int:
         import pyarrow
@@ -197,6 +213,13 @@ class Answering:
         write_table(pyarrow.table(columns), new)
         new.replace(part)  # last, so that what has its name is whole
         return sum(answer.failed for answer in answers)
+
+
+def _died(how: str) -> InputError:
+    return InputError(
+        f"an actor died {how}, perhaps for want of memory; pass what needs less: {LESS}. What was answered "
+        "is kept: the same command goes on there"
+    )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -315,24 +338,17 @@ def _answer(
 ) -> tuple[int, int]:
     """Has the actors answer blocks; returns how many queries these have, and how many have no answer."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"  # else it warns of actors that might restart
     how: dict[str, Any] = {"address": args.address, "log_to_driver": False, "logging_level": logging.ERROR}
     if args.address == "local":  # Ray listens on all network interfaces; nobody else has the token
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         how |= {"num_cpus": args.actors + 1, "include_dashboard": False}  # one for Ray's own tasks
-    import pyarrow
     import ray  # reads the environment
     import ray.data
 
     from router.model.device import pick_device
 
-    names = ("part", "id", "input", "eval_type")
-    schema = pyarrow.schema([*((name, pyarrow.string()) for name in names),
-                             ("choices", pyarrow.list_(pyarrow.string()))])  # fmt: skip
-
-    def put(part: Path, queries: list[Query]) -> Any:
-        rows = [asdict(query) | {"part": str(part)} for query in queries]
-        return ray.put(pyarrow.Table.from_pylist(rows, schema))
-
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it calls an error is raised as well
     base = settings.base_model
     base = str(Path(base).absolute()) if base and is_folder(base) else base
     actor: Any = Answering  # Ray's types know functions alone
@@ -342,12 +358,13 @@ def _answer(
         raise InputError(f"--address {args.address}: expected a Ray cluster, but {error}") from error
     signal.signal(signal.SIGTERM, stop)  # Ray has put its own in place
     try:
-        counts, refs = zip(*((len(queries), put(part, queries)) for part, queries in todo), strict=True)
+        # Ray keeps them in its store, and on the disk what has no room there.
+        counts, refs = zip(*((len(block), ray.put(table(part, block))) for part, block in todo), strict=True)
         answered = ray.data.from_arrow_refs(list(refs)).map_batches(
-            actor, fn_constructor_args=(router, base, settings.device), batch_size=None, batch_format="pyarrow",
+            actor, fn_constructor_args=(router, base, settings.device),
+            batch_size=None, batch_format="pyarrow",  # whole blocks
             num_cpus=1, num_gpus=int(pick_device(settings.device) == "cuda") or None,
             compute=ray.data.ActorPoolStrategy(size=min(args.actors, len(refs))),
-            max_restarts=RESTARTS, max_task_retries=RESTARTS,
         )  # fmt: skip
         failed = 0
         with progress(total=sum(counts), desc="answer", unit="query") as bar:
@@ -360,10 +377,7 @@ def _answer(
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayTaskError):  # a mistake in the code
             raise
-        raise InputError(
-            f"an actor died ({reason(error):.200}), perhaps for want of memory; pass what needs less: {LESS}. "
-            "What was answered is kept: the same command goes on there"
-        ) from error
+        raise _died(f"({reason(error):.200})") from error
     finally:
         ray.shutdown()
 
