@@ -17,7 +17,6 @@ import random
 import secrets
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -43,7 +42,6 @@ SETTINGS = (
 )  # fmt: skip
 IDENTITY, ROUTER, ANSWERS = "ray.json", "router", "answers"  # in the output folder
 LESS = "fewer --actors, --dtype bfloat16 (half as much for weights), a smaller --max_seq_len"
-PATIENCE = 10.0  # seconds for a cluster to accept a connection; Ray itself tries for minutes
 TRIES = 3  # of a block whose actor dies; without a limit Ray would try for ever
 
 
@@ -54,27 +52,27 @@ def parser() -> argparse.ArgumentParser:
         description="Answers many queries with Ray Data: proto_route, fitted to a sample of them.",
     )
 
-    def number(name: str, default: int, what: str) -> None:
-        p.add_argument(f"--{name}", type=int, default=default, help=f"{what}, from 1 (default: {default})")
-
-    p.add_argument(
-        "--input", type=Path, nargs="+", required=True, metavar="PARQUET|CSV",
+    add = p.add_argument
+    add(
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PARQUET|CSV",
         help="the query files to answer",
-    )  # fmt: skip
-    p.add_argument(
-        "--output", "--output_folder", type=Path, required=True, metavar="DIR",
-        help="the folder for the router and the answers, which all machines share",
-    )  # fmt: skip
-    number("actors", 2, "processes that answer")
-    number("sample", 10_000, "queries that decide the variants")
-    number("block", 1_000, "queries that are kept together")
-    p.add_argument(
-        "--address", default="local", metavar="local|auto|HOST:PORT",
-        help="of a Ray cluster that runs (default: local, this machine alone)",
-    )  # fmt: skip
+    )
+    shared = "the folder for the router and the answers, which all machines share"
+    add("--output", "--output_folder", type=Path, required=True, metavar="DIR", help=shared)
+    add("--actors", type=int, default=2, help="processes that answer, from 1 (default: 2)")
+    add(
+        "--sample", type=int, default=10_000, help="queries that decide the variants, from 1 (default: 10000)"
+    )
+    add("--block", type=int, default=1_000, help="queries that are kept together, from 1 (default: 1000)")
+    where = "of a Ray cluster that runs (default: local, this machine alone)"
+    add("--address", default="local", metavar="local|auto|HOST:PORT", help=where)
     add_settings(p, SETTINGS)
-    p.add_argument("--fresh", action="store_true", help="start anew where earlier answers are")
-    p.add_argument("--quiet", action="store_true", help="print no progress and no summary")
+    add("--fresh", action="store_true", help="start anew where earlier answers are")
+    add("--quiet", action="store_true", help="print no progress and no summary")
     return p
 
 
@@ -223,7 +221,7 @@ def _died(how: str) -> InputError:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses flags out of range, files that are missing, and an output folder of somebody else's."""
+    """Refuses missing packages and files, and flags out of range."""
     from router.run import check_outputs  # imports torch
 
     if missing := [name for name in NEEDED if find_spec(name) is None]:
@@ -241,20 +239,6 @@ def _check(args: argparse.Namespace) -> None:
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise InputError(f"--input: two files called {twice[0]} would be answered in one folder; rename one")
     check_outputs(Settings((), args.output))
-    if not (args.output / IDENTITY).is_file() and any((args.output / n).exists() for n in (ROUTER, ANSWERS)):
-        raise InputError(
-            f"--output {args.output}: expected an empty folder, or what an earlier `proto-route ray` left; "
-            "found another's; choose another folder"
-        )
-    if args.address not in ("local", "auto"):
-        host, _, port = args.address.rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), PATIENCE).close()
-        except (OSError, OverflowError, ValueError) as error:
-            raise InputError(
-                f"--address {args.address}: expected local, auto, or HOST:PORT of a Ray cluster that runs "
-                f"({error})"
-            ) from error
 
 
 def _run(args: argparse.Namespace, settings: Settings) -> str:
@@ -298,8 +282,14 @@ def _identity(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
 
 
 def _begin(args: argparse.Namespace, output: Path, identity: dict[str, Any]) -> None:
-    """Keeps what the answers depend on, or refuses to go on with other answers."""
-    file = output / IDENTITY
+    """Keeps what the answers depend on; refuses to go on with other answers, or in somebody else's folder."""
+    file, folders = output / IDENTITY, (output / ROUTER, output / ANSWERS)
+    ours = file.is_file() and not any(folder.is_symlink() for folder in folders)
+    if not ours and any(os.path.lexists(folder) for folder in folders):
+        raise InputError(
+            f"--output {output}: expected no `{ROUTER}` and `{ANSWERS}` in it, or what an earlier "
+            "`proto-route ray` left; choose another folder"
+        )
     if file.is_file() and not args.fresh:
         try:
             known = read_json(file, {})
@@ -311,15 +301,8 @@ def _begin(args: argparse.Namespace, output: Path, identity: dict[str, Any]) -> 
                 "or pass --fresh to start anew there"
             )
         return
-    for folder in (output / ROUTER, output / ANSWERS):
-        try:
-            if folder.exists() or folder.is_symlink():
-                shutil.rmtree(folder)
-        except OSError as error:  # a link, or somebody else's
-            raise InputError(
-                f"--output {output}: expected a folder `{folder.name}` that can be removed, to start anew, "
-                f"but {error}; remove it, or choose another folder"
-            ) from error
+    for folder in filter(Path.exists, folders):
+        shutil.rmtree(folder)
     with replacing(file) as new:
         json.dump(identity, new, indent=2)
 

