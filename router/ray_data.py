@@ -17,6 +17,7 @@ import random
 import secrets
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -221,7 +222,7 @@ def _died(how: str) -> InputError:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses missing packages and files, and flags out of range."""
+    """Refuses missing packages, files and clusters, and flags out of range."""
     from router.run import check_outputs  # imports torch
 
     if missing := [name for name in NEEDED if find_spec(name) is None]:
@@ -239,6 +240,14 @@ def _check(args: argparse.Namespace) -> None:
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise InputError(f"--input: two files called {twice[0]} would be answered in one folder; rename one")
     check_outputs(Settings((), args.output))
+    if args.address not in ("local", "auto"):
+        host, _, port = args.address.rpartition(":")
+        try:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError, ValueError) as error:
+            raise InputError(
+                f"--address {args.address}: expected a Ray cluster that runs there ({error})"
+            ) from error
 
 
 def _run(args: argparse.Namespace, settings: Settings) -> str:

@@ -163,6 +163,8 @@ def test_what_cannot_be_answered_is_refused(ray, answering, queries, tmp_path, m
         ([tmp_path / "no.parquet"], "no.parquet"),
         ([tmp_path / "none.csv"], "--input"),
         ([queries, "--input", queries, queries], "--input"),
+        ([queries, "--address", "127.0.0.1:1"], "--address"),
+        ([queries, "--address", "nonsense"], "--address"),
         ([queries, "--actors", 0], "--actors"),
         ([queries, "--block", 10**30], "--block"),
     ):
