@@ -255,7 +255,6 @@ def _run(args: argparse.Namespace, settings: Settings) -> str:
     output = args.output.absolute()
     _begin(args, output, _identity(args, settings))
     if not (output / ROUTER / "router.json").is_file():
-        shutil.rmtree(output / ROUTER, ignore_errors=True)  # of a run that was killed while it fitted
         texts = sample(chain.from_iterable(map(read, args.input)), args.sample, settings.seed)
         if not texts:
             raise InputError(f"--input {args.input[0]}: expected at least one query, found none")
@@ -299,7 +298,7 @@ def _begin(args: argparse.Namespace, output: Path, identity: dict[str, Any]) -> 
             f"--output {output}: expected no `{ROUTER}` and `{ANSWERS}` in it, or what an earlier "
             "`proto-route ray` left; choose another folder"
         )
-    if file.is_file() and not args.fresh:
+    if (output / ROUTER / "router.json").is_file() and not args.fresh:  # else nothing is answered
         try:
             known = read_json(file, {})
         except ValueError as error:

@@ -188,7 +188,8 @@ def test_folders_of_somebody_else_are_left_alone(ray, answering, queries, tmp_pa
     assert list((tmp_path / "elsewhere" / "queries").iterdir())
 
 
-def test_the_rows_are_those_of_a_run(ray, answering, queries, command, tmp_path):
+def test_the_rows_are_those_of_a_run(ray, answering, command, tmp_path):
+    queries = write_queries(tmp_path / "queries.csv", MANY)  # the command's
     assert command("proto_route") == (0, tmp_path / "out")
     code, said = ray(queries)
     assert code == 0 and "23 queries" in said
@@ -258,7 +259,8 @@ def test_a_run_that_is_stopped_says_how_it_goes_on(ray, queries, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_two_actors_give_the_rows_of_a_run(words, queries, command, tmp_path):
+def test_two_actors_give_the_rows_of_a_run(words, command, tmp_path):
+    queries = write_queries(tmp_path / "queries.csv", MANY)  # the command's
     assert command("proto_route")[0] == 0
 
     def run():
