@@ -179,17 +179,17 @@ def _logging(level: str) -> Iterator[None]:
 
 def _plan(args: argparse.Namespace, settings: Settings) -> int:
     """Prints the plan and keeps it in the output folder; returns 1 if it exceeds a limit, else 0."""
-    from router.plan.estimate import keep, plan
-    from router.plan.text import fits, lines
+    from router.plan import against, keep, lines, plan
     from router.run import check_engine, check_outputs
 
     check_outputs(settings)
     check_engine(args.merging_method, settings, args.time_limit)
-    found, limits = plan(args.merging_method, settings), vars(args)
+    found = plan(args.merging_method, settings)
     keep(found, settings.output_folder)
+    verdicts = against(found, vars(args))
     if not args.quiet:
-        print(json.dumps(found) if args.json else "\n".join(lines(found, limits)))
-    return 0 if fits(found, limits) else 1
+        print(json.dumps(found) if args.json else "\n".join([*lines(found), *verdicts]))
+    return 0 if all(verdicts.values()) else 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from router.constants import BASE_COLUMN, Apply, Engine
 from router.deadline import told
 from router.model.apply import picked
 from router.model.device import tokens_at_once
-from router.plan.estimate import RECORDED, kept
 from router.result import Decision, Result
 from router.routing.evidence import LOW_MARGIN
 from router.runs.report.page import REPORT
@@ -30,18 +29,15 @@ def record(name: str, settings: Settings, stages: Stages, result: Result) -> dic
     Args:
         name: the method.
     """
-    flags = settings.plain()
     found: dict[str, Any] = {
         "method": name,
         "versions": versions(settings.engine),
-        "flags": flags,
+        "flags": settings.plain(),
         "seconds": {stage: round(value, 3) for stage, value in stages.seconds.items()},
         "peak_mib": stages.peak_mib,
     }
     if stages.peak_gpu_mib:
         found["peak_gpu_mib"] = stages.peak_gpu_mib
-    if planned := kept(settings.output_folder, name, flags):
-        found["plan"] = {key: planned[key] for key in RECORDED}
     return found | (_decided(result.decision, settings.apply) if result.decision else {})
 
 

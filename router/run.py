@@ -32,7 +32,7 @@ from router.model.apply import picked
 from router.model.device import batch_tokens, tokens_at_once
 from router.per_token import PerToken
 from router.pipeline import Routed
-from router.plan.estimate import PLAN
+from router.plan import PLAN
 from router.processes import Processes, connected
 from router.record import record, versions
 from router.result import Decision, Result

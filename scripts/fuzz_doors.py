@@ -107,7 +107,7 @@ def commands() -> None:
 def run_command(path: Path) -> None:
     """A command up to where it would load a model, ask the hub or serve."""
     words = path.read_bytes().replace(b"\0", b"").decode("utf-8", "surrogateescape").split("\n")
-    heavy = "router.run._run", "router.plan.estimate.plan", "router.serving.command._serve"
+    heavy = "router.run._run", "router.plan.plan", "router.serving.command._serve"
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ))
         stack.enter_context(patch("router.library.sources.fetch", side_effect=HubError("offline")))

@@ -44,13 +44,12 @@ def make(folder: Path, layers: int, adapters: int, **config: Any) -> None:
         OSError: the disk has no room for them.
     """
     from router.model.base import linear_shapes
-    from router.plan.speed import parameters
     from scripts.bench.libraries import uniform
     from scripts.bench.speed import shape
 
     model = shape.build(layers, **config)
     updates = adapters * shape.RANK * sum(d_out + d_in for d_out, d_in in linear_shapes(model).values())
-    needed, free = ROOM * 2 * (parameters(model) + updates), shutil.disk_usage(folder).free
+    needed, free = ROOM * 2 * (model.num_parameters() + updates), shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{folder}: expected {needed / 1e9:.0f} GB for a model, found {free / 1e9:.0f}")
     model.save_pretrained(folder / "base", max_shard_size="5GB")

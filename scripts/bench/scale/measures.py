@@ -27,7 +27,7 @@ from router.library.duplicates import representatives
 from router.model.answer import encode
 from router.model.base import EMBEDDED, Base, linear_shapes, load_base
 from router.model.passes import truncated
-from router.plan.estimate import plan
+from router.plan import plan
 from router.routing.calibration import Calibration
 from router.routing.clusters import BLOCK, cluster, mixes
 from router.routing.evidence import Evidence
@@ -129,7 +129,7 @@ def planned(size: str) -> Found:
         write_table(queries, ["id", "input", "eval_type", "answer_choices"], table)
         specs = tuple(str(folder / f"{n:05}") for n in range(int(size)))
         found = plan("proto_route", Settings((queries,), Path(work) / "output", specs, EMBEDDED))
-    return {"peak_mib": max(found["peak_mib"][stage] for stage in ("load", "probe"))}
+    return {"peak_mib": max(found["peak_mib"][stage] for stage in ("load", "route"))}
 
 
 def gate(size: str) -> Found:

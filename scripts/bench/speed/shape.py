@@ -21,8 +21,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from router.model.apply import active
 from router.model.base import linear_shapes, ready
-from router.model.cache import read_prompts
-from router.plan.speed import step
+from router.model.cache import read_prompts, read_token
 from router.routing.probe import input_means, probe
 from router.routing.prototypes import prototypes
 from router.routing.variants import Variant, write_variant
@@ -59,6 +58,20 @@ def seconds(work: Callable[[], Any], times: int = 3) -> float:
         work()
         found.append(time.process_time() - start)
     return median(found[1:]) / torch.get_num_threads()
+
+
+def step(model: Any) -> Callable[[], Any]:
+    """A step in which WRITING rows write one token each, after prompts of LENGTH tokens."""
+    ids = torch.full((WRITING, LENGTH), 5, device=model.device)
+    mask = torch.ones_like(ids)
+    _, cache = read_prompts(model, ids, mask, 64)
+
+    def one() -> Any:
+        nonlocal mask
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        return read_token(model, ids[:, 0], mask, cache)
+
+    return one
 
 
 def shape(layers: str) -> dict[str, Any]:
@@ -102,7 +115,7 @@ def shape(layers: str) -> dict[str, Any]:
         }
         with torch.inference_mode(), active(base, folder / "variant") as variant:
             found["read"] = seconds(lambda: read_prompts(variant, rows, mask, 1)) / tokens
-            found["write"] = seconds(step(variant, LENGTH, WRITING), STEPS)
+            found["write"] = seconds(step(variant), STEPS)
     block = torch.randn(64 << 20)
     found["gemm_flops"] = 2 * tokens * up.numel() / seconds(lambda: torch.nn.functional.linear(x, up), 9)
     found["bytes"] = block.numel() * 4 / seconds(block.sum, 9)

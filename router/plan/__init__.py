@@ -1,1 +1,0 @@
-"""Seconds and memory of a run, before anything is loaded."""

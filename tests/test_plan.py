@@ -1,0 +1,115 @@
+"""The plan of a run: what it tells of files that a test can weigh itself, and what limits do."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers import NAMES, ROWS, write_tiny_adapter
+from router.main import main
+from router.methods import method_names
+
+
+@pytest.fixture()
+def planned(capsys, command):
+    """Plans a run; returns the exit code, the output folder, and what was printed."""
+
+    def run(*flags, method="proto_route"):
+        capsys.readouterr()
+        return *command(method, "--plan", *flags), capsys.readouterr()
+
+    return run
+
+
+def test_a_plan_tells_of_adapters_queries_and_stages(planned, tiny_base):
+    code, out, said = planned("--json")
+    found = json.loads(said.out)
+    assert code == 0 and [path.name for path in out.iterdir()] == ["plan.json"]
+    assert json.loads((out / "plan.json").read_text()) == found
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    assert found["prompt_tokens"] == sum(len(tokenizer(row[1])["input_ids"]) for row in ROWS)
+    assert {name: (of["rank"], of["modules"]) for name, of in found["adapters"].items()} == {
+        "attention": (4, 8), "everything": (2, 14), "mlp": (6, 6),
+    }  # fmt: skip
+    assert list(found["adapters"]) == NAMES and found["download"] == {"adapters": [], "base": []}
+    assert all(value >= 0 for value in found["seconds"].values())
+    assert found["total_seconds"] == pytest.approx(sum(found["seconds"].values()), abs=0.5)
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_base).parameters()) * 4 / 2**20
+    assert weights < found["peak_mib"]["load"] <= found["peak_mib"]["predict"]
+
+
+STATIC = ["average", "dare_ties", "iso_c", "knots", "task_arithmetic", "ties", "tsv"]
+STAGES = {
+    "base": ["load", "predict"],
+    "proto_route": ["load", "calibrate", "route", "variants", "predict"],
+    **{name: ["load", "variants", "predict"] for name in (*STATIC, "oracle", "cards")},
+    **{name: ["load", "route", "variants", "predict"] for name in ("logo", "mass")},
+    **{name: ["load", "route", "predict"] for name in ("arrow", "lag", "spectr")},
+}
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_can_be_planned(planned, method):
+    code, out, said = planned(method=method)
+    found = json.loads((out / "plan.json").read_text())
+    assert code == 0 and list(found["seconds"]) == STAGES[method]
+    assert all(f"{stage} " in said.out for stage in STAGES[method])
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (("--time_limit", 1000, "--memory_limit", 1000), 0),
+        (("--time_limit", 0.001), 1),
+        (("--memory_limit", 0.001), 1),
+    ],
+)
+def test_limits_decide_the_exit_code(planned, flags, code):
+    found, _, said = planned(*flags)
+    lines = [line for line in said.out.splitlines() if line.startswith("--")]
+    assert found == code and len(lines) == len(flags) / 2
+    assert all(("does not fit" in line) == bool(code) for line in lines)
+
+
+def test_limits_without_a_plan_are_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["-m", "base", "--memory_limit", "5"])
+    assert caught.value.code == 2 and "--plan" in capsys.readouterr().err
+
+
+def test_what_is_not_here_would_be_downloaded(planned, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    missing = ("--adapters", "nobody/such-adapter@0000000")
+    code, _, said = planned(*missing)
+    assert code == 0 and "to download: nobody/such-adapter@0000000" in said.out
+    assert planned(*missing, "--time_limit", "1000")[0] == 1  # nobody knows
+    code, _, said = planned("--base_model", "nobody/such-model")
+    assert code == 2 and "nobody/such-model" in said.err
+
+
+def test_a_broken_adapter_is_refused_as_by_the_run(planned, tiny_library):
+    (tiny_library / "mlp" / "adapter_model.safetensors").write_bytes(b"broken")
+    code, out, said = planned()
+    assert code == 2 and "mlp" in said.err and not out.exists()
+
+
+def test_flags_change_the_plan(planned):
+    found = json.loads(planned("--json", "--n_variants", 1, "--max_seq_len", 5)[2].out)
+    assert found["n_variants"] == 1 and found["prompt_tokens"] <= 5 * len(ROWS)
+
+
+def test_adapters_of_upper_layers_alone_can_be_planned(tmp_path, planned):
+    write_tiny_adapter(tmp_path / "upper" / "one", 0, layers=(1,), layers_to_transform=[1])
+    assert planned("--adapters", tmp_path / "upper")[0] == 0
+
+
+def test_copies_of_the_weights_count(planned, monkeypatch):
+    monkeypatch.setattr("router.run.find_spec", lambda name: name)  # as if vLLM were here
+    peak = {
+        name: json.loads(planned("--json", flag, name)[2].out)["peak_mib"]["predict"]
+        for name, flag in (("merged", "--apply"), ("beside", "--apply"), ("vllm", "--engine"))
+    }
+    # q, k, v, o, gate, up and down of both layers: all of them are changed by some adapter.
+    changed = 2 * 4 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 48 * 32) / 2**20
+    assert peak["merged"] - peak["beside"] == pytest.approx(changed, abs=0.02)
+    assert peak["vllm"] > peak["merged"]  # it loads the embeddings, too
