@@ -14,10 +14,10 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from helpers import ROOT, arguments, write_queries, write_tiny_library
+from helpers import ROOT, WIDTHS, arguments, write_queries, write_tiny_adapter
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
 from router.api import Router
 from router.cli import main as command
@@ -40,7 +40,7 @@ CARD = "README.md"
 QUERIES = [Query("1", "Two and two?", "generation"), Query("2", "a\nb", "multiple_choice", ("x", "y"))]
 SECONDS, BYTES = 10, 2 << 30  # of a case, and of memory beyond what the process has
 COMMANDS = [
-    "run -m proto_route --dataset_filepaths queries.csv --output_folder out --top_k 2 --dtype float32 --quiet",
+    "run -m proto_route --dataset_filepaths queries.csv --output_folder out --top_k 2 --dtype float32",
     "run -m base --temperature 0.5 --false_alarm 0.1 --n_variants auto --time_limit 5 --base_model tiny@1",
     "explain out 7 --json", "compare out other --labels labels --show 3", "report out",
     "library check library --json", "export out --engine vllm --max_rank 8", "--version",
@@ -50,10 +50,10 @@ COMMANDS = [
 
 DEEP = 100_000
 NEW = [
-    b"", b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"\r", b'"', b"\\ud800", b"\xed\xa0\x80", b"<script>", b"\x1b[2J",
-    b"null", b"true", b"-1", b"0", b"0.5", b"1e999", b"NaN", b"9" * 30, b"1" * 5000, b'""', b'"x"', b"../..",
-    b"x" * 70_000, b"(a+)+$", b"[]", b"[1]", b'["x"]', b"[[]]", b"{}", b'{"x": 1}', b"[" * DEEP, b"(" * DEEP,
-    b'{"a":' * DEEP, b"[" * 300 + b"]" * 300, "\u202e".encode(),
+    b"", b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"\r", b'"', b"\\ud800", b"\xed\xa0\x80", b"<script>",
+    b"\x1b[2J", b"null", b"true", b"-1", b"0", b"0.5", b"1e999", b"NaN", b"9" * 30, b"1" * 5000, b'""', b'"x"',
+    b"../..", b"x" * 70_000, b"(a+)+$", b"[]", b"[1]", b'["x"]', b"[[]]", b"{}", b'{"x": 1}',
+    b"[" * DEEP, b"(" * DEEP, b'{"a":' * DEEP, b"[" * 300 + b"]" * 300, "\u202e".encode(),
 ]  # fmt: skip
 # Strings, numbers and words; flat lists; flat objects; cells; any bytes.
 TOKENS = rb'"(?:[^"\\]|\\.)*"|[\w.+-]+', rb"\[[^\[\]]*\]", rb"\{[^{}]*\}", rb"(?<=,)[^,\n]*(?=[,\n])", rb""
@@ -63,7 +63,7 @@ DAMAGES = st.lists(
         st.sampled_from(range(len(TOKENS))),
         PLACE,
         st.sampled_from([0, 1, 12, 1 << 30]),  # bytes that go, where they are no token
-        st.integers(0, len(NEW) - 1) | st.binary(min_size=1, max_size=4) | st.tuples(PLACE, st.just(1000)),
+        st.integers(0, len(NEW) - 1) | st.binary(min_size=1, max_size=4) | st.tuples(PLACE, st.just(100)),
     ),
     min_size=1,
     max_size=3,
@@ -110,9 +110,9 @@ def open_library(folder):
 
 def open_run(folder):
     """Reads a finished run in every way that needs no model."""
+    read_served(folder)
     for words in ("explain", "out", "g1", "--json"), ("compare", "out", "out"), ("report", "out"):
         assert command([str(folder) if word == "out" else word for word in words]) in (0, 2), words
-    read_served(folder)
 
 
 def open_journal(folder):
@@ -148,13 +148,13 @@ DOORS = {
 def sound(tiny_base, tmp_path_factory):
     """Folders of sound files, by door."""
     folder = tmp_path_factory.mktemp("sound")
-    library = write_tiny_library(folder / "library")
-    (library / "attention").rename(library / "one")
+    library = folder / "library"
+    write_tiny_adapter(library / "one", 1, kinds=tuple(WIDTHS)[:2], layers=(0,))
+    write_tiny_adapter(library / "two", 2, rank=2, layers=(0,))
     shutil.copy(ROOT / "data" / "library" / "chain_sum" / CARD, library / "one")
     (folder / "queries").mkdir()
     queries = write_queries(folder / "queries" / "queries.csv")
     assert run(arguments("proto_route", [queries], library, tiny_base, folder / "run", "--quiet")) == 0
-    (folder / "run" / "report.html").unlink()  # nothing reads it
     Router.from_library(library, base_model=str(tiny_base)).fit(["a", "b"]).save(folder / "router")
     (folder / "journal").mkdir()
     journal = Journal(folder / "journal", {"method": "base"})
@@ -193,8 +193,8 @@ def cases(pytestconfig):
     """So many cases of a test: the same ones each time, or new ones."""
     new = pytestconfig.getoption("--all")
     return settings(
-        max_examples=10_000 if new else 200, derandomize=not new, deadline=timedelta(seconds=SECONDS),
-        suppress_health_check=list(HealthCheck),
+        max_examples=10_000 if new else 100, derandomize=not new, deadline=timedelta(seconds=SECONDS),
+        phases=[Phase.reuse, Phase.generate], suppress_health_check=list(HealthCheck),
     )  # fmt: skip
 
 
@@ -202,9 +202,9 @@ def cases(pytestconfig):
 @pytest.mark.parametrize("name", DOORS)
 def test_damaged_files_are_read_or_refused(name, sound, limited, cases):
     opened, pattern = DOORS[name]
-    before = contents(sound[name])
-    targets = sorted(path.relative_to(sound[name]) for path in sound[name].glob(pattern))
     opened(sound[name])
+    before = contents(sound[name])
+    targets = [path for path in before if path.match(pattern) and path.name != "report.html"]
 
     @cases
     @given(st.sampled_from(targets), DAMAGES, PARTS)
@@ -235,7 +235,7 @@ def test_damaged_commands_run_or_are_refused(tmp_path, monkeypatch, cases):
         words = damaged(line.replace(" ", "\n").encode(), damages).replace(b"\0", b"")
         try:
             code = command(
-                [word.lstrip("/") for word in words.decode("utf-8", "surrogateescape").split("\n")]
+                [word.lstrip("/") for word in words.decode("utf-8", "surrogateescape").split("\n")[:100]]
             )
         except SystemExit as end:  # argparse's
             code = end.code
