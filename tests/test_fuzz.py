@@ -51,8 +51,8 @@ COMMANDS = [
 DEEP = 100_000
 NEW = [
     b"", b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"\r", b'"', b"\\ud800", b"\xed\xa0\x80", b"<script>",
-    b"\x1b[2J", b"null", b"true", b"-1", b"0", b"0.5", b"1e999", b"NaN", b"9" * 30, b"1" * 5000, b'""', b'"x"',
-    b"../..", b"x" * 70_000, b"(a+)+$", b"[]", b"[1]", b'["x"]', b"[[]]", b"{}", b'{"x": 1}',
+    b"\x1b[2J", b"null", b"true", b"-1", b"0", b"0.5", b"1e999", b"NaN", b"9" * 30, b"1" * 5000,
+    b'""', b'"x"', b"../..", b"x" * 70_000, b"(a+)+$", b"[]", b"[1]", b'["x"]', b"[[]]", b"{}", b'{"x": 1}',
     b"[" * DEEP, b"(" * DEEP, b'{"a":' * DEEP, b"[" * 300 + b"]" * 300, "\u202e".encode(),
 ]  # fmt: skip
 # Strings, numbers and words; flat lists; flat objects; cells; any bytes.
