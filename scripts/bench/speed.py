@@ -195,7 +195,7 @@ def lines(known: Known) -> list[Line]:
             probes("mistral"),
         ),
         Line(
-            f"routed run, {asked:.0f} queries, 22 adapters", "one static average, merged before", 1.5,
+            f"routed run, {asked:.0f} queries, 22 adapters", "one static average, merged into the weights", 1.5,
             ratios(known, "routed 22", "static"),
         ),
         Line(
