@@ -195,8 +195,8 @@ def lines(known: Known) -> list[Line]:
             probes("mistral"),
         ),
         Line(
-            f"routed run, {asked:.0f} queries, 22 adapters", "one static average, merged into the weights", 1.5,
-            ratios(known, "routed 22", "static"),
+            f"routed run, {asked:.0f} queries, 22 adapters", "one static average, merged into the weights",
+            1.5, ratios(known, "routed 22", "static"),
         ),
         Line(
             f"routed run, {few:.0f} queries, {LARGEST} adapters", "16 adapters", 1.25,
