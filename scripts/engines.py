@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,8 +20,8 @@ from gguf.quants import dequantize
 from peft import PeftModel
 
 from router.api import Router
-from router.engines import openai, vllm
-from router.model.answer import Answer, answer, encode
+from router.engines import vllm
+from router.model.answer import answer, encode
 from router.model.apply import active
 from router.model.base import EMBEDDED, embedded_gguf, load_base
 from router.serving.names import read_adapters
@@ -129,25 +128,10 @@ def check(work: Path, front: str) -> int:
     return elsewhere + different + (chunks < 2)
 
 
-def check_same(work: Path, server: str) -> int:
-    """Compares the answers of a run with those of a server, and the scores of choices; how many differ."""
-    return _compare(work, "there", "openai", lambda base, *of: openai.answer(server, base.tokenizer, *of))
-
-
 def check_within(work: Path, _: str) -> int:
-    """As `check_same`, with vLLM in this process."""
-    return _compare(work, "within", "vllm", vllm.answer)
-
-
-def _compare(work: Path, name: str, engine: str, ask: Callable[..., list[Answer]]) -> int:
-    """Compares a run with one that another engine has answered; returns how many differ.
-
-    Args:
-        name: of the other run's folder.
-        ask: has the engine answer queries, as `router.engines.vllm.answer`.
-    """
+    """Compares a run with one that vLLM has answered, and the scores of choices; how many answers differ."""
     here, there = (
-        read_texts(work / one / "mixed.csv").set_index("id")["prediction"] for one in ("here", name)
+        read_texts(work / one / "mixed.csv").set_index("id")["prediction"] for one in ("here", "within")
     )
     labels = read_texts(work / "here" / "mixed.routing.csv").set_index("id")["variant"]
     queries = read_queries(work / "mixed.csv")
@@ -157,17 +141,17 @@ def _compare(work: Path, name: str, engine: str, ask: Callable[..., list[Answer]
     rows = encode(base.tokenizer, [query.input for query in chosen])
     folders = [work / "here" / "variants" / labels[query.id] for query in chosen]
     paths = [folder if folder.is_dir() else None for folder in folders]
-    served = ask(base, chosen, rows, paths)
+    served = vllm.answer(base, chosen, rows, paths)
     apart, ties = 0.0, 0
-    for query, ids, path, found in zip(chosen, rows, paths, served, strict=True):
+    for query, ids, path, answered in zip(chosen, rows, paths, served, strict=True):
         with active(base, path, "merged") as model:
             (own,) = answer(model, base.tokenizer, [query], [ids])
-        apart = max(apart, *(abs(a - b) for a, b in zip(own.scores, found.scores, strict=True)))
-        first, second, *_ = sorted(own.scores, reverse=True)
-        ties += first - second < TIE
+        apart = max(apart, *(abs(a - b) for a, b in zip(own.scores, answered.scores, strict=True)))
+        best, next_best, *_ = sorted(own.scores, reverse=True)
+        ties += best - next_best < TIE
     different = sum(bool(here[query.id] != there[query.id]) for query in queries)
     print(
-        f"a run with --engine {engine}: {len(queries)} queries, {len(chosen)} of multiple choice: "
+        f"a run with --engine vllm: {len(queries)} queries, {len(chosen)} of multiple choice: "
         f"{different} answers differ; scores within {apart:.1e}; {ties} near-ties (two choices within "
         f"{TIE:g})"
     )
@@ -227,7 +211,7 @@ def check_mixes(work: Path, front: str) -> int:
 
 
 WRITES = {"queries": write_queries, "litellm": write_litellm, "gguf": write_gguf}
-CHECKS = {"check": check, "same": check_same, "within": check_within, "mixes": check_mixes}
+CHECKS = {"check": check, "within": check_within, "mixes": check_mixes}
 
 
 def main() -> None:

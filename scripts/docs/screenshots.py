@@ -12,18 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from router.runs.report.page import REPORT
-
 PICTURES = Path("docs/img")
-HEIGHT = 2000
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
 def opened(browser: Any, report: Path, width: int, scheme: str = "light") -> Any:
     """The report in a window of that width."""
-    page = browser.new_context(
-        viewport={"width": width, "height": HEIGHT}, color_scheme=scheme, reduced_motion="reduce"
-    ).new_page()
+    window = {"width": width, "height": 2000}
+    page = browser.new_page(viewport=window, color_scheme=scheme, reduced_motion="reduce")
     page.goto(report.resolve().as_uri())
     page.wait_for_selector("#rows tr")
     return page
@@ -34,30 +30,29 @@ def walk(page: Any, name: str) -> None:
     page.fill("#by-text", name)
     page.wait_for_timeout(500)  # the page waits until typing ends
     openers = page.locator("#rows .opener")
-    mine = [n for n, own in enumerate(openers.all_inner_texts()) if own.strip() == name]
-    if not mine:
+    texts = [text.strip() for text in openers.all_inner_texts()]
+    if name not in texts:
         sys.exit(f"expected the id of a query of the run, got {name!r}")
-    number = openers.nth(mine[0]).get_attribute("data-toggle")
+    number = openers.nth(texts.index(name)).get_attribute("data-toggle")
     page.focus("#map")
-    for key in ["Home"] + ["PageDown"] * mine[0]:
+    for key in ["Home"] + ["PageDown"] * texts.index(name):
         page.keyboard.press(key)
-    _shot(page, "walk-map.png", ["#map", "#shown"])
+    _shot(page, "walk-map.png", "#map", "#shown")
     page.locator(f'[data-toggle="{number}"]').click()
-    _shot(page, "walk-why.png", [f'tr[data-row="{number}"]', f"#why-{number}"])
-    _shot(page, "walk-variants.png", ["#variants-title", "#variants .grid"])
+    _shot(page, "walk-why.png", f'tr[data-row="{number}"]', f"#why-{number}")
+    _shot(page, "walk-variants.png", "#variants-title", "#variants .grid")
     top = page.locator(f'tr[data-row="{number}"] td:nth-child(4)').inner_text().strip()
-    page.select_option(
-        "#layers-group", page.locator("#layers-group option", has_text=top).first.get_attribute("value")
-    )
-    _shot(page, "walk-layers.png", ["#layers"])
+    group = page.locator("#layers-group option", has_text=top).first.get_attribute("value")
+    page.select_option("#layers-group", group)
+    _shot(page, "walk-layers.png", "#layers")
 
 
-def _shot(page: Any, name: str, parts: list[str]) -> None:
-    """A picture of the rectangle around elements, with a margin."""
+def _shot(page: Any, name: str, *parts: str) -> None:
+    """A picture of the rectangle around elements, with a margin of 8 pixels."""
     boxes = [page.locator(part).bounding_box() for part in parts]
-    left, top = max(0, min(b["x"] for b in boxes) - 8), min(b["y"] for b in boxes) - 8
-    right = max(b["x"] + b["width"] for b in boxes) + 8
-    bottom = max(b["y"] + b["height"] for b in boxes) + 8
+    left, top = max(0, min(box["x"] for box in boxes) - 8), min(box["y"] for box in boxes) - 8
+    sides = ("x", "width"), ("y", "height")
+    right, bottom = (max(box[at] + box[size] for box in boxes) + 8 for at, size in sides)
     scrolled = page.evaluate("window.scrollY")  # the picture is of the whole page, the boxes of the window
     clip = {"x": left, "y": top + scrolled, "width": right - left, "height": bottom - top}
     page.screenshot(path=PICTURES / name, clip=clip, full_page=True)
@@ -75,13 +70,14 @@ def main() -> None:
     if chromium is None:
         sys.exit("expected Chromium, found none; install it")
     PICTURES.mkdir(parents=True, exist_ok=True)
+    report = args.output / "report.html"
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
         for scheme in ("light", "dark"):
             for width in (1280, 390):
-                page = opened(browser, args.output / REPORT, width, scheme)
+                page = opened(browser, report, width, scheme)
                 page.screenshot(path=PICTURES / f"report-{scheme}-{width}.png")
-        walk(opened(browser, args.output / REPORT, 1280), args.id)
+        walk(opened(browser, report, 1280), args.id)
         browser.close()
 
 

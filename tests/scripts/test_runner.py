@@ -1,12 +1,10 @@
 """What is missing is run, in processes of their own, and nothing twice; on a benchmark of three lines."""
 
-import json
 import os
 
 import pytest
-import torch
 
-from scripts.bench import runner, timer
+from scripts.bench import runner
 
 BENCH = """
 import os, sys
@@ -55,21 +53,3 @@ def test_several_at_a_time_share_the_cores(bench, monkeypatch):
     filled(bench, "three 0")
     threads = {word: threads for _, (word, _, threads) in runner.kept(bench)}
     assert threads == {"one": "3", "two": "3", "three": None}
-
-
-def test_a_file_is_whole_or_not_there(bench):
-    with pytest.raises(TypeError):
-        runner.keep(bench, ("one", "0"), [1, object()])
-    assert not list(bench.rglob("*.json"))
-    runner.keep(bench, ("one", "0"), {"seconds": 1})
-    assert json.loads((bench / "one" / "0.json").read_text()) == {"seconds": 1}
-
-
-def test_the_timer_calls_once_or_so_often_after_warming_up(monkeypatch):
-    clock, calls = iter(range(0, 1000, 3)), []
-    monkeypatch.setattr(timer, "timer", lambda: next(clock))
-    assert timer.timed(lambda: calls.append(1) or "found") == (3, "found")
-    assert len(calls) == 1
-    found = timer.repeated(lambda: calls.append(1), 5)
-    assert len(calls) == 1 + 6 and found.times == [3] * 5 and found.median == 3
-    assert found.task_spec.num_threads == torch.get_num_threads()
