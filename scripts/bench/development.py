@@ -77,6 +77,7 @@ def _of(name: str, adapters: Path, base: str, rows: pd.DataFrame) -> Labelled:
     parts = [rows, labelled("eval_foreign").assign(split="foreign")]
     if (folder := SHARED / "foreign48").is_dir():
         flan = read_texts(folder / "queries.csv").merge(read_texts(folder / "labels.csv"), on="id")
+        flan["metric"] = flan["metric"].replace({"rouge": "rougeL", "bleu": "rougeL"})
         flan = flan[~flan["task"].isin(KIN.get(name, ()))]
         parts.append(flan.assign(id="flan " + flan["id"], split="flan", adapter=BASE_COLUMN))
     return Labelled(name, adapters, base, pd.concat(parts, ignore_index=True)[columns])

@@ -1,0 +1,320 @@
+"""How well queries are answered, library by library: `python -m scripts.bench.quality --all`.
+
+Every method answers the labelled queries of every library in a process of its own. Its answers are kept under
+output/benchmark/quality, so a benchmark that was stopped goes on where it stood; delete a file there to run
+that part again. Decoys are routed and not answered. Writes the tables of docs/results.md.
+
+A score is the mean over tasks of the mean score of an answer. Intervals are the middle 95 % of 2,000
+bootstrap draws of queries within each task; methods are compared on the same draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from router.constants import BASE_COLUMN
+from router.library.adapters import load_library
+from router.methods import load_method, method_names
+from router.model.base import load_base
+from router.routing.gate import PrototypeGate
+from router.settings import Settings
+from router.stages import peak_mib
+from router.submission import read_queries
+from scripts.bench import libraries as made
+from scripts.bench import runner
+from scripts.bench.development import COMMITTED, SPLITS, Labelled, libraries
+from scripts.bench.libraries import Choice
+from scripts.bench.markdown import header, insert, row
+from scripts.bench.score import routed, score
+from scripts.bench.timer import timed
+
+FOLDER, QUALITY, PAGE = (
+    Path("output/benchmark/quality"),
+    Path("output/benchmark/quality.csv"),
+    Path("docs/results.md"),
+)
+OURS, QUERIES = "proto_route", "queries"
+METHODS = (OURS, "base", "oracle")
+FLAN = 5  # rows of each FLAN task with one right answer, since the others would make all answers long
+DRAWS = 2000
+SHOWN = {
+    "own": "own phrasing", "unseen": "other phrasings", "mc": "multiple choice", "none": "no adapter fits",
+    "foreign": "foreign queries", "flan": "FLAN tasks",
+}  # fmt: skip
+DECOYS: dict[str, tuple[str, Choice]] = {
+    "random": ("30 random adapters added", made.with_random),
+    "rescaled": ("duplicates at 4 and 1/4 of the size added", made.with_rescaled),
+    "duplicates": ("every adapter twice", made.with_duplicates),
+    "grown": ("library grown to 200", made.grown),
+}
+COLUMNS = ("split", "task", "id", "adapter", "score", "routed", "weight")
+Value = tuple[float, float, float]  # a statistic, and its interval
+Verdict = tuple[str, str, str, bool]  # setting, target, measured, met
+
+
+def asked(of: Labelled) -> pd.DataFrame:
+    """The queries that are asked of a library: all, but of FLAN a few with one right answer."""
+    flan = of.rows["split"] == "flan"
+    few = of.rows[flan & (of.rows["metric"] == "em")].groupby("task").head(FLAN)
+    return pd.concat([of.rows[~flan], few], ignore_index=True)
+
+
+def answer(library: str, setting: str, name: str) -> dict[str, Any]:
+    """What a method makes of a library's queries: costs, and under `answers` rows of COLUMNS.
+
+    Args:
+        setting: QUERIES, or one of DECOYS, whose queries are routed alone, so that their score is NaN.
+    """
+    (of,) = (one for one in libraries() if one.name == library)
+    base, adapters = load_base(of.base), load_library([str(of.adapters)])
+    if setting != QUERIES:
+        adapters = DECOYS[setting][1](adapters)
+    rows = asked(of)
+    rows = rows.assign(label=rows["id"], id=range(len(rows)))
+    # No longer text than the longest target can be right, so nothing is lost by stopping there.
+    longest = max(map(len, base.tokenizer(list(rows["target"]))["input_ids"])) + 1
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "queries.csv"
+        rows.to_csv(file, index=False, quoting=csv.QUOTE_ALL)
+        method = load_method(name)(name)
+        method.settings = Settings(dataset_filepaths=(file,), output_folder=Path(folder), max_gen_len=longest)
+        queries = read_queries(file)
+
+        def work() -> Any:
+            method.attach(base, adapters)
+            return (
+                method.answer(queries)
+                if setting == QUERIES
+                else method.route(queries, method.encoded(queries))
+            )
+
+        seconds, result = timed(work)
+    routing = result.decision.routing if setting == QUERIES else result
+    texts = [one.text for one in result.answers] if setting == QUERIES else [None] * len(rows)
+    names = [*(adapter.name for adapter in adapters), BASE_COLUMN]
+    tops = zip(routing.weights.argmax(1).tolist(), routing.weights.max(1).tolist(), strict=True)
+    lines: Any = rows.itertuples()
+    return {
+        "seconds": round(seconds, 2),
+        "peak_mib": peak_mib(),
+        "threads": torch.get_num_threads(),
+        "variants": len(result.decision.variants) if setting == QUERIES else 0,
+        "answers": [
+            [
+                line.split, line.task, line.label, line.adapter,
+                math.nan if text is None else round(score(line.metric, text, line.target), 4),
+                names[top], round(weight, 4),
+            ]
+            for line, text, (top, weight) in zip(lines, texts, tops, strict=True)
+        ],
+    }  # fmt: skip
+
+
+class Scores:
+    """One figure of all methods in one split of a library, with bootstrap draws that they share.
+
+    Attributes:
+        tasks: (tasks, methods) mean of the column.
+        drawn: (draws, methods) mean over tasks in each draw.
+    """
+
+    def __init__(self, found: pd.DataFrame, column: str = "score") -> None:
+        known = found.dropna(subset=[column])  # not where nobody knows the right answer
+        table = known.pivot_table(index=["task", "id"], columns="method", values=column, aggfunc="mean")
+        self.tasks = table.groupby(level="task").mean()
+        rng = np.random.default_rng(0)
+        drawn = []
+        for _, part in table.groupby(level="task"):
+            picks = rng.integers(len(part), size=(DRAWS, len(part)))
+            drawn.append(part.to_numpy()[picks].mean(1))  # (draws, methods)
+        self.drawn = pd.DataFrame(np.mean(drawn, 0), columns=table.columns)
+
+    def value(self, statistic: Callable[[Any], float]) -> Value:
+        """A statistic of the methods' means, and its interval."""
+        low, high = np.quantile([statistic(drawn) for _, drawn in self.drawn.iterrows()], [0.025, 0.975])
+        return float(statistic(self.tasks.mean())), float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is on disk.
+
+    Attributes:
+        answers: one row an answer: COLUMNS, and library, setting, method, and whether it was routed well.
+        costs: one row a run: library, setting, method, seconds, peak_mib, variants.
+    """
+
+    answers: pd.DataFrame
+    costs: pd.DataFrame
+
+    @property
+    def libraries(self) -> list[str]:
+        """Their names, those that no constant was chosen on first."""
+        return sorted(self.answers["library"].unique(), key=lambda name: (name == COMMITTED, name))
+
+    def of(self, library: str, split: str, *methods: str, setting: str = QUERIES) -> pd.DataFrame:
+        """The answers of these methods in one split; none if a method is missing."""
+        a = self.answers
+        found = a[
+            (a.library == library) & (a.split == split) & (a.setting == setting) & a.method.isin(methods)
+        ]
+        return found if set(methods) <= set(found.method) else found[:0]
+
+
+def read() -> Results:
+    """Reads all that was kept.
+
+    Raises:
+        SystemExit: there is nothing.
+    """
+    answers, costs = [], []
+    for (library, setting, method), found in runner.kept(FOLDER):
+        where = {"library": library, "setting": setting, "method": method}
+        answers.append(pd.DataFrame(found.pop("answers"), columns=list(COLUMNS)).assign(**where))
+        costs.append(where | found)
+    if not answers:
+        raise SystemExit(f"nothing in {FOLDER} yet; pass --all, or names")
+    table = pd.concat(answers, ignore_index=True)
+    pairs = zip(table.routed, table.adapter, strict=True)
+    return Results(
+        table.assign(right=[float(routed(top, adapter)) for top, adapter in pairs]), pd.DataFrame(costs)
+    )
+
+
+def methods_table(results: Results) -> list[str]:
+    """The score of each method in each split of each library, and how often it is routed well."""
+    lines = header(["library", "method", *SHOWN.values()], texts=2)
+    for library in results.libraries:
+        for method in METHODS:
+            cells = []
+            for split in SHOWN:
+                found = results.of(library, split, method)
+                known = found.dropna(subset=["score"])
+                cell = f"{known.groupby('task').score.mean().mean():.3f}" if len(known) else ""
+                right = (
+                    f" ({found.groupby('task').right.mean().mean():.2f})"
+                    if method == OURS and len(found)
+                    else ""
+                )
+                cells.append(cell + right)
+            lines.append(row(library, f"`{method}`", *cells))
+    return lines
+
+
+def targets(results: Results, library: str) -> Iterator[Verdict]:
+    """What was aimed at, and what came."""
+    for split, share in (("own", 0.98), ("unseen", 0.80), ("mc", 0.92)):
+        if len(found := results.of(library, split, OURS, "oracle")):
+            value = Scores(found).value(lambda s: s[OURS] / s["oracle"])
+            yield (
+                SHOWN[split],
+                f"at least {share:.2f} of the oracle's score",
+                _share(value),
+                value[0] >= share,
+            )
+    if len(found := results.of(library, "own", OURS)):
+        right = found.groupby("task").right.mean().mean()
+        least = 0.9 if library == "families" else 0.98
+        yield SHOWN["own"], "right adapter at least 0.98 (families 0.90)", f"{right:.3f}", right >= least
+    for split in SPLITS[3:]:
+        if len(found := results.of(library, split, OURS, "base")):
+            scores = Scores(found)
+            value = scores.value(lambda s: s[OURS] - s["base"])
+            yield SHOWN[split], "at most 1 point below the base model", _points(value), value[0] >= -0.01
+            lost = (scores.tasks[OURS] - scores.tasks["base"]).sort_values()
+            text = f"{100 * lost.iloc[0]:+.1f} points ({lost.index[0]})"
+            yield SHOWN[split], "each kind at most 3 below", text, lost.iloc[0] >= -0.03
+    sent = [1 - part.right.mean() for split in SPLITS[3:] if len(part := results.of(library, split, OURS))]
+    if sent:
+        rate, promised = float(np.mean(sent)), PrototypeGate().false_alarm
+        aim = f"false alarms within a factor of 2 of the {promised:g} promised"
+        yield "all foreign kinds", aim, f"{rate:.3f}", 1 / 2 <= rate / promised <= 2
+    for name, (title, _) in DECOYS.items():
+        plain, decoyed = (
+            results.answers[
+                (results.answers.library == library)
+                & (results.answers.setting == setting)
+                & (results.answers.method == OURS)
+            ]
+            for setting in (QUERIES, name)
+        )
+        if len(plain) and len(decoyed):
+            change = [
+                100
+                * (decoyed[decoyed.split == split].right.mean() - plain[plain.split == split].right.mean())
+                for split in plain.split.unique()
+            ]
+            text = f"{np.mean(change):+.1f} points routed rightly; worst split {min(change):+.1f}"
+            yield title, "costs at most 0.5 points", text, float(np.mean(change)) >= -0.5
+
+
+def _share(value: Value) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*value)
+
+
+def _points(value: Value) -> str:
+    return "{:+.1f} ({:+.1f} to {:+.1f}) points".format(*(100 * v for v in value))
+
+
+def targets_table(results: Results) -> list[str]:
+    """Targets, and what came in each library."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for library in results.libraries:
+        for setting, target, measured, met in targets(results, library):
+            cell = f"{measured}{'' if met else ' **missed**'}"
+            found.setdefault((setting, target), {})[library] = cell
+    return [
+        *header(["setting", "target", *results.libraries], texts=2),
+        *(row(*key, *(cells.get(name, "") for name in results.libraries)) for key, cells in found.items()),
+    ]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="all settings and METHODS; hours on two cores")
+    here = [library.name for library in libraries()]
+    parser.add_argument("--libraries", nargs="+", choices=here, default=here, help="only these libraries")
+    parser.add_argument(
+        "--settings", nargs="+", choices=(QUERIES, *DECOYS), default=[], help="only these settings"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=method_names(), default=METHODS, help="only these methods"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes at a time, which share the cores (default 1)"
+    )
+    parser.add_argument("--cell", nargs=3, metavar=("LIBRARY", "SETTING", "METHOD"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        runner.keep(FOLDER, tuple(args.cell), answer(*args.cell))
+        return
+    wanted = [
+        (library, setting, method)
+        for setting in ((QUERIES, *DECOYS) if args.all else args.settings)
+        for method in (args.methods if setting == QUERIES else (OURS,))
+        for library in (args.libraries if setting == QUERIES else [args.libraries[0]])
+    ]
+    failed = runner.fill("scripts.bench.quality", FOLDER, wanted, args.jobs)
+    results = read()
+    results.answers.to_csv(QUALITY, index=False)
+    insert(PAGE, "methods", methods_table(results))
+    insert(PAGE, "targets", targets_table(results))
+    if failed:
+        sys.exit("these did not finish: " + ", ".join(map("/".join, failed)))
+
+
+if __name__ == "__main__":
+    main()
