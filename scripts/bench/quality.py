@@ -88,7 +88,7 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "queries.csv"
         rows.to_csv(file, index=False, quoting=csv.QUOTE_ALL)
-        method = load_method(name)(name)
+        method: Any = load_method(name)(name)
         method.settings = Settings(dataset_filepaths=(file,), output_folder=Path(folder), max_gen_len=longest)
         queries = read_queries(file)
 

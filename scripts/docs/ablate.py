@@ -32,10 +32,10 @@ from router.routing.gate import SHARES, PrototypeGate
 from router.routing.probe import probe
 from router.routing.prototypes import prototypes
 from scripts.bench.development import SPLITS, Labelled, libraries
-from scripts.bench.markdown import header, insert, row
+from scripts.bench.markdown import header, row
 from scripts.bench.score import routed
 
-OUT, METHOD, KEPT = Path("docs/ablations.md"), Path("docs/method.md"), Path("output/benchmark/responses")
+OUT, KEPT = Path("docs/ablations.md"), Path("output/benchmark/responses")
 FITS, NOBODY = SPLITS[:3], SPLITS[3:]  # an adapter is right, or the base model
 DTYPES: dict[str, Dtype] = {"devset_c": "bfloat16"}  # the larger model
 HARM = 0.05  # share of foreign queries that are sent to an adapter, where methods are compared
@@ -296,6 +296,10 @@ phrasing.
             operating,
             f"Sent rightly of {', '.join(FITS)}; left to the base model of {', '.join(NOBODY)}.",
         ),
+        "How sure": (
+            reliability,
+            "The mean weight of the top candidates in a range, and how often these are right.",
+        ),
         "The temperature": (
             temperatures,
             "The mean gap between the weight of the top candidate and how often it is right.",
@@ -313,7 +317,6 @@ def main() -> None:
     found = [measured(of) for of in libraries()]
     with replacing(OUT) as file:
         file.write("\n".join(page(found)))
-    insert(METHOD, "reliability", reliability(found))
 
 
 if __name__ == "__main__":
