@@ -63,7 +63,7 @@ class Upstream:
     """What a server does, with a list of what reached it.
 
     Args:
-        models: that it lists; None for a server without such a list.
+        models: that it lists.
         loras: the names of llama.cpp's adapters.
     """
 
@@ -79,8 +79,6 @@ class Upstream:
         )
 
     async def models(self, _):
-        if self.listed is None:
-            return JSONResponse({"error": "not found"}, 404)
         return JSONResponse({"object": "list", "data": self.listed})
 
     async def adapters(self, _):
