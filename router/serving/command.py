@@ -109,11 +109,17 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _log_of(file: Path) -> RotatingFileHandler:
+def decisions_to(file: Path) -> RotatingFileHandler:
+    """A file that starts anew at a size, and keeps some older ones.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
-        return RotatingFileHandler(file, maxBytes=FILE_SIZE, backupCount=FILES, encoding="utf-8")
+        file.open("a").close()
     except OSError as error:
         raise InputError(f"--decisions {file}: expected a file to write to, but {error.strerror}") from error
+    return RotatingFileHandler(file, maxBytes=FILE_SIZE, backupCount=FILES, encoding="utf-8", delay=True)
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -143,10 +149,11 @@ def _front(args: argparse.Namespace) -> Front:
         log.warning(
             "--host %s: whoever reaches this machine can use the front; set PROTO_ROUTE_API_KEY", args.host
         )
+    decisions = decisions_to(args.decisions) if args.decisions else None
     return Front(
         load(), args.upstream, load=load, api_key=api_key, upstream_key=key_of("PROTO_ROUTE_UPSTREAM_KEY"),
         reroute=args.reroute, max_body=args.max_body, queue=args.queue, timeout=args.timeout,
-        log_prompts=args.log_prompts, decisions=_log_of(args.decisions) if args.decisions else None,
+        log_prompts=args.log_prompts, decisions=decisions,
         hosts=LOOPBACK if here else None,
     )  # fmt: skip
 

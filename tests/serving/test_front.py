@@ -11,7 +11,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 pytest.importorskip("starlette", reason="needs the extra serve")
 
-from serving_stubs import LLAMACPP, Two, Upstream  # noqa: E402
+from serving_stubs import LLAMACPP, Two, Upstream, chat, completion, talk  # noqa: E402
 from starlette.responses import JSONResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
@@ -20,28 +20,7 @@ from router.api import Choice, Router  # noqa: E402
 from router.errors import InputError  # noqa: E402
 from router.keys import key_of  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
-from router.serving.front import Front  # noqa: E402
 from router.serving.text import NoText, text_of  # noqa: E402
-
-
-def talk(work, router=None, upstream=None, **how):
-    """Runs `work(client, upstream, front)` against a front of a stub."""
-    upstream = upstream or Upstream()
-    transport = how.pop("transport", None) or httpx.ASGITransport(upstream.app)
-
-    async def run():
-        front = Front(router or Two(), "http://upstream", transport=transport, **how)
-        async with (
-            front._lifespan(front.app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(front.app), base_url="http://front") as client,
-        ):
-            return await work(client, upstream, front)
-
-    return asyncio.run(run())
-
-
-def completion(prompt, **more):
-    return {"model": "auto", "prompt": prompt, **more}
 
 
 def test_auto_is_answered_by_the_variant_and_another_model_passes_untouched():
@@ -87,12 +66,6 @@ def test_a_stream_passes_chunk_by_chunk_with_the_decision_in_its_headers():
         assert upstream.closed == 1
 
     talk(work)
-
-
-def chat(*messages, **more):
-    roles = ["user", "assistant"] * len(messages)
-    listed = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
-    return {"model": "auto", "messages": listed, **more}
 
 
 @pytest.mark.parametrize("reroute", [False, True])
