@@ -185,7 +185,6 @@ async def _served(front: Front, listener: socket.socket, timeout: float) -> None
 
 def impatient(timeout: float) -> type[H11Protocol]:
     """uvicorn's protocol, which by itself waits for ever for the rest of a request's headers."""
-    import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):
@@ -195,7 +194,8 @@ def impatient(timeout: float) -> type[H11Protocol]:
 
         def look(self, last: RequestResponseCycle | None) -> None:
             """Closes the connection if no request has come since the last look."""
-            if self.conn.their_state is h11.IDLE and self.cycle is last:
+            busy = self.cycle is not None and not self.cycle.response_complete
+            if not busy and self.cycle is last:
                 self.transport.close()
             elif not self.transport.is_closing():
                 self.loop.call_later(timeout, self.look, self.cycle)

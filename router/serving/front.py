@@ -8,12 +8,10 @@ first user message, as plain text, so it stays with its variant: the server's pr
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import re
 import time
-import zlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -29,7 +27,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -38,6 +36,7 @@ from router.errors import InputError, printable
 from router.routing.variants import served
 from router.serving.names import AUTO
 from router.serving.prober import Prober
+from router.serving.request import GONE, admit, as_error, as_json, body_of, left, object_of
 from router.serving.text import NoText, text_of
 from router.serving.upstream import CANARY, Serves, Upstream, end_to_end, variants_of
 
@@ -45,9 +44,9 @@ log = logging.getLogger(__name__)
 REMEMBERED = 10_000  # conversations
 RECENT = 100  # decisions on the page
 READY = 30.0  # seconds that the canaries' result holds
-GONE = 499  # the status of a request whose client has left, which nobody sees
 ROUTED = ("/v1/completions", "/v1/chat/completions")
-FORM = re.compile(rb'name="?model"?\s+%b\s' % AUTO.encode())  # in a request that is no JSON
+# In a body that is no JSON: a form, or what another reader takes for JSON.
+FOR_AUTO = re.compile(rb'name="?model"?\s+auto\s|"model"\s*:\s*"auto"')
 MODEL = {"id": AUTO, "object": "model", "created": 0, "owned_by": "proto-route"}
 PAGE_POLICY = "default-src 'self' 'unsafe-inline'; img-src data:"
 
@@ -59,19 +58,6 @@ class Decided(NamedTuple):
     variant: str | None  # None for the plain base model
 
 
-def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(json.dumps(content), status, headers, "application/json")
-
-
-def _error(_: Request, error: Exception) -> Response:
-    """OpenAI's error object."""
-    status, message, headers = 500, "the front failed; its log says why", None
-    if isinstance(error, HTTPException):
-        status, message, headers = error.status_code, error.detail, error.headers
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return _json({"error": {"message": message, "type": kind, "code": status}}, status, headers)
-
-
 def _told(shown: Mapping[str, Any]) -> dict[str, str]:
     """A decision as headers."""
     return {
@@ -79,12 +65,6 @@ def _told(shown: Mapping[str, Any]) -> dict[str, str]:
         "x-router-weights": json.dumps(shown["weights"]), "x-router-margin": str(shown["margin"]),
         "x-router-fits": str(shown["fits"]).lower(),
     }  # fmt: skip
-
-
-async def _left(request: Request) -> None:
-    """Ends when the client of a request, whose body has been read, has left."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _text(body: Mapping[str, Any], chat: bool, message: int = 0) -> str:
@@ -162,7 +142,7 @@ class Front:
                 Route("/v1/{path:path}", self.forward, methods=["GET", "POST", "DELETE"]),
             ],
             lifespan=self._lifespan,
-            exception_handlers={HTTPException: _error, Exception: _error},
+            exception_handlers={HTTPException: as_error, Exception: as_error},
         )
         self.app.router.redirect_slashes = False  # it would make an address of the header `host`
 
@@ -171,64 +151,11 @@ class Front:
         async with self.upstream.client:
             yield
 
-    def _admit(self, request: Request) -> None:
-        """Refuses who brings no key, or where none is asked for, a page of another site in a browser here."""
-        if self.api_key is None:
-            host, origin = request.headers.get("host", ""), request.headers.get("origin")
-            foreign = origin is not None and origin.partition("://")[2] != host
-            if foreign or request.headers.get("sec-fetch-site") == "cross-site":
-                raise HTTPException(403, "origin: expected no page of another site; set PROTO_ROUTE_API_KEY")
-            name = re.sub(r":\d*$", "", host.lower()).strip("[]")  # without the port
-            if self.hosts is not None and name not in self.hosts:
-                names = " or ".join(sorted(self.hosts))
-                raise HTTPException(403, f"host: expected {names}, since no key is asked for")
-            return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
-            raise HTTPException(401, "authorization: expected the API key of this server as a bearer token")
-
     def _key(self, request: Request) -> str:
         """The header for the upstream: with its own key, or the client's where that is not for this front."""
         if self.upstream_key is not None:
             return f"Bearer {self.upstream_key}"
         return request.headers.get("authorization", "") if self.api_key is None else ""
-
-    async def _body(self, request: Request) -> bytes:
-        """The body, refused as soon as it is too long or takes too long."""
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self.timeout):
-                async for part in request.stream():
-                    body += part
-                    self._measure(body)
-        except TimeoutError as error:
-            late = f"expected the whole request within {self.timeout:g} seconds"
-            raise HTTPException(408, late, {"connection": "close"}) from error
-        except ClientDisconnect as error:
-            raise HTTPException(GONE, "the client has left") from error
-        return bytes(body)
-
-    def _measure(self, body: bytes | bytearray) -> None:
-        if len(body) > self.max_body:
-            raise HTTPException(413, f"expected a body of at most {self.max_body} bytes, got a longer one")
-
-    def _parsed(self, request: Request, body: bytes) -> dict[str, Any]:
-        encoding = request.headers.get("content-encoding", "identity").lower()
-        if encoding not in ("gzip", "identity"):
-            raise HTTPException(415, f"content-encoding: expected gzip or none, got {encoding}")
-        try:
-            if encoding == "gzip":
-                unpacker = zlib.decompressobj(wbits=31)
-                body = unpacker.decompress(body, self.max_body + 1)
-                self._measure(body)
-                if not unpacker.eof:
-                    raise ValueError("gzip that is cut off")
-            found = json.loads(body)
-        except (ValueError, RecursionError, zlib.error) as error:
-            raise HTTPException(400, f"expected JSON, got something else ({error})") from error
-        if not isinstance(found, dict):
-            raise HTTPException(400, f"expected a JSON object, got a {type(found).__name__}")
-        return found
 
     def _choose(self, texts: Sequence[str]) -> list[Decided]:
         router = self.router
@@ -278,19 +205,19 @@ class Front:
 
     async def route(self, request: Request) -> Response:
         """POST /v1/route: the decision alone."""
-        self._admit(request)
-        body = self._parsed(request, await self._body(request))
+        admit(request, self.api_key, self.hosts)
+        body = object_of(request, await body_of(request, self.max_body, self.timeout))
         decided = await self._decided(_text(body, "messages" in body, self.message))
-        return _json(self._shown(decided.choice, await self._name(decided, self._key(request))))
+        return as_json(self._shown(decided.choice, await self._name(decided, self._key(request))))
 
     async def forward(self, request: Request) -> Response:
-        """Everything else under /v1: passed on; with the model `auto` under a variant's name, or refused."""
-        self._admit(request)
+        """All else under /v1: passed on; with the model `auto` under a variant's name, or refused."""
+        admit(request, self.api_key, self.hosts)
         if {".", ".."} & set(unquote(request.scope["raw_path"].decode("latin-1")).split("/")):
             raise HTTPException(404, "expected a path without steps upwards")
-        raw = await self._body(request)
+        raw = await body_of(request, self.max_body, self.timeout)
         answering = asyncio.ensure_future(self._answered(request, raw))
-        leaving = asyncio.ensure_future(_left(request))
+        leaving = asyncio.ensure_future(left(request))
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
@@ -304,11 +231,11 @@ class Front:
         path, body = request.scope["path"], {}
         routes = request.method == "POST" and path in ROUTED
         try:
-            body = self._parsed(request, raw)
+            body = object_of(request, raw)
         except HTTPException as error:
             if routes or error.status_code != 400:
                 raise
-            body = {"model": AUTO} if FORM.search(raw) else {}
+            body = {"model": AUTO} if FOR_AUTO.search(raw) else {}
         if body.get("model") != AUTO:
             return await self._passed_on(request, raw)
         if not routes:
@@ -380,8 +307,8 @@ class Front:
             less.add(b"authorization")
         if self.upstream_key:
             ours.append((b"authorization", self._key(request).encode()))
-        if shown:  # the body is written anew
-            less |= {b"content-encoding", b"x-request-id"}
+        if shown:
+            less.add(b"x-request-id")
             ours.append((b"x-request-id", shown["request_id"].encode("latin-1")))
         query = request.scope["query_string"]
         target = request.scope["raw_path"] + (b"?" + query if query else b"")
@@ -420,44 +347,37 @@ class Front:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: the upstream's, and `auto`."""
-        self._admit(request)
+        admit(request, self.api_key, self.hosts)
         found = await self.upstream.models(self._key(request))
         try:
-            return _json(found | {"data": [MODEL, *found["data"]]})
+            return as_json(found | {"data": [MODEL, *found["data"]]})
         except RecursionError as error:
             raise HTTPException(502, "expected the upstream's models as OpenAI lists them") from error
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/auto."""
-        self._admit(request)
-        return _json(MODEL)
+        admit(request, self.api_key, self.hosts)
+        return as_json(MODEL)
 
     async def health(self, _: Request) -> Response:
         """GET /health: this process lives."""
-        return _json({"status": "ok"})
+        return as_json({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
         """GET /ready: the router decides, the upstream is there, and every variant answers a canary there."""
         key, router = self._key(request), self.router
         self.upstream.asked.clear()
         serves = await self.upstream.known(key, router)
-        there, ours = serves.names, variants_of(router)
-        needed = ours
-        if serves.loras is not None:
-            there = set(serves.loras)
-            needed = (
-                ours if ours <= there else set(router.candidates[:-1])
-            )  # it mixes the adapters themselves
-        if missing := needed - there:
+        asked, missing = serves.needed(router)
+        if missing:
             raise HTTPException(503, f"the upstream does not serve {', '.join(sorted(missing))}")
-        asked = needed if serves.base is None or serves.loras is not None else needed | {serves.base}
         async with self.trying:
             if self.tried[0] != (router, serves, key) or time.monotonic() > self.tried[1] + READY:
                 wrong = await self._wrong(asked, serves, key)
                 self.tried = (router, serves, key), time.monotonic(), wrong
         if self.tried[2]:
             raise HTTPException(503, self.tried[2])
-        return _json({"status": "ready", "variants": len(ours)})
+        return as_json({"status": "ready", "variants": len(variants_of(router))})
 
     async def _wrong(self, names: Collection[str], serves: Serves, key: str) -> str:
         """Why no request, or none for one of these names, would be answered; "" if all would."""
@@ -475,8 +395,8 @@ class Front:
 
     async def last_decisions(self, request: Request) -> Response:
         """GET /recent: the last decisions, newest first; no prompts."""
-        self._admit(request)
-        return _json(list(self.recent))
+        admit(request, self.api_key, self.hosts)
+        return as_json(list(self.recent))
 
     async def page(self, _: Request) -> Response:
         """GET /: a small page that shows the last decisions."""
@@ -485,7 +405,7 @@ class Front:
 
     async def reload(self, request: Request) -> Response:
         """POST /admin/reload: loads the router anew; requests go on with the old one meanwhile."""
-        self._admit(request)
+        admit(request, self.api_key, self.hosts)
         if self.load is None:
             raise HTTPException(409, "this server was started without a folder to reload")
         if self.renewing.locked():
@@ -499,7 +419,7 @@ class Front:
         other = [
             served(n) for n, variant in enumerate(new) if variant.weights and variant not in old[n : n + 1]
         ]
-        return _json({"status": "reloaded", "variants": len(new), "changed": other})
+        return as_json({"status": "reloaded", "variants": len(new), "changed": other})
 
     async def renew(self) -> None:
         """Puts a newly loaded router in place of the old one."""
@@ -508,3 +428,4 @@ class Front:
             self.router = await asyncio.to_thread(self.load)
             self.upstream.asked.clear()
             self.kept.clear()
+            self.tried = None, 0.0, ""

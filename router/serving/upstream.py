@@ -50,6 +50,15 @@ class Serves(NamedTuple):
         """
         return [{"id": n, "scale": mix.get(name, 0.0)} for name, n in (self.loras or {}).items()]
 
+    def needed(self, router: Router) -> tuple[set[str], set[str]]:
+        """The models, or of llama.cpp the adapters, that answer for a router; and those that are missing."""
+        ours = variants_of(router)
+        if self.loras is None:
+            return ours | ({self.base} if self.base else set()), ours - self.names
+        if not ours <= self.loras.keys():  # it mixes the adapters themselves
+            ours = set(router.candidates[:-1])
+        return ours, ours - self.loras.keys()
+
 
 def variants_of(router: Router) -> set[str]:
     """The names of the variants that a server has to have."""

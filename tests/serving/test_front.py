@@ -135,59 +135,12 @@ def test_odd_headers_and_names_pass_or_are_quoted():
     talk(work, upstream=upstream)
 
 
-ZIPPED = {"content-encoding": "gzip"}
-
-
-def test_a_compressed_body_of_another_model_arrives_as_it_was_sent():
-    upstream = Upstream()
-
-    async def take(request):
-        upstream.seen.append((request.url.path, await request.body(), dict(request.headers)))
-        return JSONResponse({})
-
-    upstream.app.router.routes[-1] = Route("/v1/{path:path}", take, methods=["POST"])
-
+def test_a_compressed_body_is_refused():
     async def work(client, upstream, _):
-        whole = gzip.compress(b'{"model": "theirs", "prompt": "x"}')
-        for path in ("/v1/completions", "/v1/embeddings"):
-            await client.post(path, content=whole, headers=ZIPPED)
-            at, body, headers = upstream.seen[-1]
-            assert (at, body, headers["content-encoding"]) == (path, whole, "gzip")
-            assert headers["content-length"] == str(len(whole))
-
-    talk(work, upstream=upstream)
-
-
-def test_a_compressed_body_for_auto_is_read_and_goes_on_without_its_compression():
-    async def work(client, upstream, _):
-        zipped = gzip.compress(json.dumps(completion("x")).encode())
-        answer = await client.post("/v1/completions", content=zipped, headers=ZIPPED)
-        assert answer.json()["model"] == "variant-0"
-        _, body, headers = upstream.seen[0]
-        assert body == {"model": "variant-0", "prompt": "x"} and "content-encoding" not in headers
-        answer = await client.post("/v1/route", content=zipped, headers=ZIPPED)
-        assert answer.json()["model"] == "variant-0"
-
-    talk(work)
-
-
-@pytest.mark.parametrize(
-    ("content", "encoding", "status", "cause"),
-    [
-        (gzip.compress(b'{"model": "auto"}'), "br", 415, "got br"),
-        (b'{"model": "auto"}', "gzip", 400, "expected JSON"),
-        (gzip.compress(b'{"model": "auto"}')[:-9], "gzip", 400, "expected JSON"),
-        (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 20, "gzip", 400, "expected JSON"),
-        (gzip.compress(b'{"model": "auto", "prompt": "' + b"x" * (4 << 20)), "gzip", 413, "at most 4194304"),
-    ],
-    ids=["another kind", "not packed", "cut off", "damaged", "too long"],  # gzip's bytes hold the time
-)
-def test_a_body_that_cannot_be_unpacked_is_refused(content, encoding, status, cause):
-    async def work(client, upstream, _):
-        headers = {"content-encoding": encoding}
-        answer = await client.post("/v1/completions", content=content, headers=headers)
-        assert answer.status_code == status and cause in answer.json()["error"]["message"]
-        assert upstream.seen == []
+        zipped = gzip.compress(b'{"model": "auto", "prompt": "x"}')
+        for path in ("/v1/completions", "/v1/embeddings", "/v1/route"):
+            answer = await client.post(path, content=zipped, headers={"content-encoding": "gzip"})
+            assert answer.status_code == 415 and upstream.seen == []
 
     talk(work)
 

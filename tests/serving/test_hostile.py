@@ -99,6 +99,7 @@ def test_auto_is_never_passed_on_unrouted(path):
         for method, content, encoding in (
             ("POST", body, "identity"), ("GET", body, "identity"), ("POST", form, "identity"),
             ("POST", body.decode().encode("utf-16"), "identity"), ("POST", body, "br"),
+            ("POST", body[:-1] + b', "a": ' + b"[" * 9999 + b"]" * 9999 + b"}", "identity"),
         ):  # fmt: skip
             answer = await client.request(
                 method, path, content=content, headers={"content-encoding": encoding}
