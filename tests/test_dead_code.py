@@ -15,6 +15,7 @@ FROM_OUTSIDE = {
     "_render_traceback_",  # IPython's
     "filters",  # jinja2's
     "eos_token",  # transformers'
+    "redirect_slashes",  # Starlette's
     "__annotations__",  # pdoc reads it
     "hook", "async_pre_call_hook", "user_api_key_dict", "call_type",  # LiteLLM's
     # The starter kit's contract, for methods that were written for it.

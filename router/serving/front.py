@@ -75,7 +75,7 @@ def _text(body: Mapping[str, Any], chat: bool, message: int = 0) -> str:
 
 
 class Front:
-    """The front of one server.
+    """The front of one server. What is not listed here is a flag of `proto-route serve`.
 
     Args:
         router: decides; its variants are served by the upstream as `variant-N`.
@@ -83,11 +83,6 @@ class Front:
         load: makes a new router when a reload is asked for; None refuses it.
         api_key: that clients have to bring; None asks for none.
         upstream_key: that the upstream asks for; None passes on what the client sent.
-        reroute: whether a conversation is routed by its last message instead of its first.
-        max_body: bytes of a request.
-        queue: requests that may wait for their decision.
-        timeout: seconds without a byte from the upstream, and for a client to send its request.
-        log_prompts: whether texts may stand in the log and among the decisions.
         decisions: takes one line of JSON a routed request.
         hosts: names that it answers to where it asks for no key; None answers to any.
         transport: in place of the network, for tests.
@@ -298,7 +293,8 @@ class Front:
             response = await self._whole(answer, shown, start)
         told = _told(shown) if shown else {}
         response.headers.update(told)
-        response.raw_headers += end_to_end(answer.headers.raw, {b"content-encoding", *map(str.encode, told)})
+        for key, value in end_to_end(answer.headers.raw, {b"content-encoding", *map(str.encode, told)}):
+            response.headers.append(key.decode("latin-1"), value.decode("latin-1"))
         return response
 
     async def _sent(self, request: Request, raw: bytes, shown: dict[str, Any] | None) -> httpx.Response:

@@ -60,10 +60,7 @@ def read_served(folder: Path) -> Served:
             modules |= {module.rpartition(".")[2] for module in own}
         elif any(share for name, share in (variant.get("weights") or {}).items() if name != BASE_COLUMN):
             if record.name == "run.json" and not variant.get("folder"):
-                raise InputError(
-                    f"{folder}: expected variants to serve, but the run's method weighs its adapters for "
-                    "each token, so that it has none that a server could load; run proto_route"
-                )
+                raise InputError(f"{folder}: its method weighs adapters for each token, which no server does")
             raise InputError(
                 f"{path}: expected variant {number}, which {record.name} names, found none; put its folder "
                 "back, or make it again"

@@ -19,7 +19,7 @@ from router.files import is_folder
 from router.routing.variants import served
 
 CANARY = "The capital of France is"  # what every variant is asked for one token of
-PATIENCE = 30.0  # seconds that a canary may take
+PATIENCE = 60.0  # seconds that a canary may take
 KEYS = 1000  # clients' keys with which the server has been asked what it serves
 HUB_ID = r"[\w.-]+/[\w.-]+"
 # Headers of one connection (RFC 9110, section 7.6.1), and the length, which is counted anew.

@@ -47,14 +47,6 @@ def test_auto_is_answered_by_the_variant_and_another_model_passes_untouched():
     talk(work)
 
 
-def test_models_are_the_upstreams_and_auto():
-    async def work(client, *_):
-        found = (await client.get("/v1/models")).json()
-        assert [one["id"] for one in found["data"]] == ["auto", "the-base", "variant-0"]
-
-    talk(work)
-
-
 def test_a_stream_passes_chunk_by_chunk_with_the_decision_in_its_headers():
     async def work(client, upstream, _):
         async with client.stream("POST", "/v1/completions", json=completion("x", stream=True)) as answer:
@@ -436,21 +428,6 @@ def test_a_queue_that_is_full_says_when_to_try_again(monkeypatch):
         assert {answer.status_code for answer in answers} == {200, 429}
 
     talk(work, queue=4)
-
-
-def test_a_failing_probe_is_an_error_of_its_requests_alone():
-    class Failing(Two):
-        def choose(self, texts):
-            if "bad x" in texts:
-                raise RuntimeError("out of memory")
-            return super().choose(texts)
-
-    async def work(client, *_):
-        with pytest.raises(RuntimeError, match="out of memory"):  # a server answers with 500
-            await client.post("/v1/completions", json=completion("bad x"))
-        assert (await client.post("/v1/completions", json=completion("x"))).status_code == 200
-
-    talk(work, Failing())
 
 
 def test_a_reload_takes_the_new_router_and_forgets_conversations():

@@ -134,7 +134,8 @@ def test_auto_is_a_model_like_others():
     async def work(client, upstream, _):
         found = (await client.get("/v1/models/auto")).json()
         assert (found["id"], found["object"]) == ("auto", "model") and upstream.seen == []
-        assert found in (await client.get("/v1/models")).json()["data"]
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert listed[0] == found and [one["id"] for one in listed[1:]] == ["the-base", "variant-0"]
 
     talk(work)
 
