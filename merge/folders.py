@@ -386,7 +386,7 @@ def write_adapter(
     dtype: torch.dtype = torch.float32,
     max_rank: int | None = None,
 ) -> int:
-    """Writes updates as a PEFT folder that PEFT, vLLM and SGLang load as it is.
+    """Writes updates as a PEFT folder that PEFT and the serving engines load as it is.
 
     All modules get one rank: updates of lower rank are padded with zeros. Alpha equals the rank, since
     every scale is in the factors. The pattern fields stay empty, since engines ignore them.

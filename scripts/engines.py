@@ -147,7 +147,7 @@ def check_within(work: Path, _: str) -> int:
         with active(base, path, "merged") as model:
             (own,) = answer(model, base.tokenizer, [query], [ids])
         apart = max(apart, *(abs(a - b) for a, b in zip(own.scores, answered.scores, strict=True)))
-        best, next_best, *_ = sorted(own.scores, reverse=True)
+        best, next_best = sorted(own.scores, reverse=True)[:2]
         ties += best - next_best < TIE
     different = sum(bool(here[query.id] != there[query.id]) for query in queries)
     print(

@@ -7,12 +7,14 @@ import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import httpx
 import uvicorn
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from router.api import Choice
+from router.serving.front import Front
 
 
 def free_port():
@@ -22,10 +24,10 @@ def free_port():
 
 
 @contextmanager
-def serving(app):
+def serving(app, **how):
     """An application over HTTP, in a thread; yields its address."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", **how))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():
@@ -63,7 +65,7 @@ class Upstream:
     """What a server does, with a list of what reached it.
 
     Args:
-        models: that it lists; None for a server without such a list.
+        models: that it lists.
         loras: the names of llama.cpp's adapters.
     """
 
@@ -79,8 +81,6 @@ class Upstream:
         )
 
     async def models(self, _):
-        if self.listed is None:
-            return JSONResponse({"error": "not found"}, 404)
         return JSONResponse({"object": "list", "data": self.listed})
 
     async def adapters(self, _):
@@ -97,7 +97,8 @@ class Upstream:
             return JSONResponse({"error": about | {"param": "model", "code": 404}}, 404)
         if body.get("stream"):
             return StreamingResponse(self.chunks(), media_type="text/event-stream")
-        return JSONResponse({"model": body.get("model"), "choices": [{"text": body.get("prompt")}]})
+        found = {"model": body.get("model"), "choices": [{"text": body.get("prompt")}]}
+        return Response(json.dumps(found), media_type="application/json")
 
     async def chunks(self):
         try:
@@ -106,3 +107,36 @@ class Upstream:
                 await asyncio.sleep(0)
         finally:
             self.closed += 1
+
+
+def talk(work, router=None, upstream=None, quiet=False, **how):
+    """Runs `work(client, upstream, front)` against a front of a stub.
+
+    Args:
+        quiet: the client gets a status of 500 as a server gives it, not the error.
+    """
+    upstream = upstream or Upstream()
+    transport = how.pop("transport", None) or httpx.ASGITransport(upstream.app)
+
+    async def run():
+        front = Front(router or Two(), "http://upstream", transport=transport, **how)
+        async with (
+            front._lifespan(front.app),
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(front.app, raise_app_exceptions=not quiet),
+                base_url="http://front",
+            ) as client,
+        ):
+            return await work(client, upstream, front)
+
+    return asyncio.run(run())
+
+
+def completion(prompt, **more):
+    return {"model": "auto", "prompt": prompt, **more}
+
+
+def chat(*messages, **more):
+    roles = ["user", "assistant"] * len(messages)
+    listed = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
+    return {"model": "auto", "messages": listed, **more}

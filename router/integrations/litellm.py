@@ -20,7 +20,7 @@ from router.constants import BASE_COLUMN
 from router.errors import InputError
 from router.routing.variants import served
 from router.serving.names import AUTO
-from router.serving.prober import Full, Prober
+from router.serving.prober import Prober
 from router.serving.text import NoText, text_of
 
 FOLDER = "PROTO_ROUTE_ROUTER"
@@ -57,7 +57,7 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
             raise HTTPException(400, str(error)) from error
         except InputError as error:
             raise HTTPException(500, f"{FOLDER}: {error}") from error
-        except Full as error:
+        except asyncio.QueueFull as error:
             raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error
         return data | {"model": self._name(choice)}
 
@@ -71,7 +71,7 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
                     self.router = await asyncio.to_thread(Router.load, folder)
                 if not self.router.variants:
                     raise InputError("expected a router with variants; decide them with Router.fit")
-                self._prober = await Prober(self._choose, WAITING).__aenter__()
+                self._prober = Prober(self._choose, WAITING)
         return self._prober
 
     def _choose(self, texts: Sequence[str]) -> list[Choice]:

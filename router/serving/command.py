@@ -9,18 +9,39 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
+from logging.handlers import RotatingFileHandler
+from math import inf
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from router.constants import ADDRESS, Dtype
 from router.errors import InputError
 from router.keys import key_of
 
+if TYPE_CHECKING:
+    from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+    from router.serving.front import Front
+
+log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine alone
 NEEDED = ("starlette", "httpx", "uvicorn", "prometheus_client")
+FILE_SIZE, FILES = 64 << 20, 9  # bytes of a file of decisions, and how many older ones are kept
+
+
+def number(kind: type, least: float, most: float = inf) -> Callable[[str], float]:
+    """A reader of a flag's number within bounds."""
+
+    def read(text: str) -> float:
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from {least} to {most}, got {text}")
+        return value  # type: ignore[no-any-return]
+
+    read.__name__ = "number"  # argparse says it of what is none
+    return read
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,34 +50,23 @@ def parser() -> argparse.ArgumentParser:
         prog="proto-route serve",
         description="An OpenAI-compatible front: requests for the model `auto` go to the variant that fits.",
     )
-    p.add_argument(
-        "--router", type=Path, required=True, metavar="DIR", help="a saved router, or a finished run"
-    )
-    p.add_argument("--upstream", required=True, metavar="URL", help="the server that serves the variants")
-    p.add_argument("--base_model", metavar="embedded|FOLDER|HUB_ID", help="in place of the router's own")
-    p.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="of the base model's copy"
-    )
-    p.add_argument(
-        "--dtype", choices=get_args(Dtype), help="of the base model's copy (default: as the router was made)"
-    )
-    p.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
-    p.add_argument("--port", type=int, default=8080, help="default: 8080")
-    p.add_argument("--reroute", action="store_true", help="route each message of a conversation anew")
-    p.add_argument(
-        "--max_body", type=int, default=4 << 20, metavar="BYTES", help="of a request (default: 4 MiB)"
-    )
-    p.add_argument(
-        "--queue", type=int, default=1024, help="requests that may wait to be routed (default: 1024)"
-    )
-    p.add_argument(
-        "--timeout",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="without a byte from upstream, and to drain at the end (default: 600)",
-    )
-    p.add_argument("--log_prompts", action="store_true", help="write prompts to the log")
+    add, count = p.add_argument, number(int, 1)
+    add("--router", type=Path, required=True, metavar="DIR", help="a saved router, or a finished run")
+    add("--upstream", required=True, metavar="URL", help="the server that serves the variants")
+    add("--base_model", metavar="embedded|FOLDER|HUB_ID", help="in place of the router's own")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="of the base model's copy")
+    add("--dtype", choices=get_args(Dtype), help="of the base model's copy (default: the router's)")
+    add("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    add("--port", type=number(int, 0, 65535), default=8080, help="default: 8080")
+    add("--reroute", action="store_true", help="route each message of a conversation anew")
+    add("--max_body", type=count, default=4 << 20, metavar="BYTES", help="of a request (default: 4 MiB)")
+    add("--queue", type=count, default=1024, help="requests that may wait to be routed (default: 1024)")
+    add(
+        "--timeout", type=number(float, 0.001), default=600.0, metavar="SECONDS",
+        help="without a byte from upstream, for a request to arrive, to drain at the end (default: 600)",
+    )  # fmt: skip
+    add("--decisions", type=Path, metavar="FILE", help="write each decision as a line of JSON")
+    add("--log_prompts", action="store_true", help="write prompts to the log, and to --decisions")
     return p
 
 
@@ -73,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"proto-route serve: expected the packages of the extra `serve`, {', '.join(missing)} is "
                 "missing; install them with: pip install 'proto-route[serve]'"
             )
-        _check(args)
         if not re.fullmatch(ADDRESS, args.upstream):
             raise InputError(
                 f"--upstream: expected an address such as http://127.0.0.1:8000, got {args.upstream!r}"
@@ -83,18 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuses numbers out of their range."""
-    for name, what, fine in (
-        ("port", "from 0 to 65535", 0 <= args.port < 1 << 16),
-        ("queue", "from 1", args.queue >= 1),
-        ("max_body", "from 1", args.max_body >= 1),
-        ("timeout", "above 0", args.timeout > 0),
-    ):
-        if not fine:
-            raise InputError(f"--{name}: expected a number {what}, got {getattr(args, name)}")
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -112,15 +109,32 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def decisions_to(file: Path) -> RotatingFileHandler:
+    """A file that starts anew at a size, and keeps some older ones.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise InputError(f"--decisions {file}: expected a file to write to, but {error.strerror}") from error
+    return RotatingFileHandler(file, maxBytes=FILE_SIZE, backupCount=FILES, encoding="utf-8", delay=True)
+
+
 def _serve(args: argparse.Namespace) -> None:
-    keys = {name: key_of(name) for name in ("PROTO_ROUTE_API_KEY", "PROTO_ROUTE_UPSTREAM_KEY")}
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request of the front
     with _listening(args.host, args.port) as listener:  # first, since loading takes long
-        _serve_at(listener, args, keys)
+        front = _front(args)
+        count = len(front.router.variants)
+        port = listener.getsockname()[1]  # --port 0 is any
+        print(f"http://{args.host}:{port}: {count} variant{'s' * (count != 1)}", flush=True)
+        with suppress(KeyboardInterrupt):  # uvicorn has drained, and raises it once more
+            asyncio.run(_served(front, listener, args.timeout))
 
 
-def _serve_at(listener: socket.socket, args: argparse.Namespace, keys: dict[str, str | None]) -> None:
-    import uvicorn
-
+def _front(args: argparse.Namespace) -> Front:
     from router.api import Router
     from router.serving.front import Front
 
@@ -130,41 +144,63 @@ def _serve_at(listener: socket.socket, args: argparse.Namespace, keys: dict[str,
             raise InputError(f"--router {args.router}: expected a router with variants, found none")
         return found
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request of ours
-    front = Front(
-        load(), args.upstream, load=load, api_key=keys["PROTO_ROUTE_API_KEY"],
+    api_key, here = key_of("PROTO_ROUTE_API_KEY"), args.host in LOOPBACK
+    if api_key is None and not here:
+        log.warning(
+            "--host %s: whoever reaches this machine can use the front; set PROTO_ROUTE_API_KEY", args.host
+        )
+    decisions = decisions_to(args.decisions) if args.decisions else None
+    return Front(
+        load(), args.upstream, load=load, api_key=api_key, upstream_key=key_of("PROTO_ROUTE_UPSTREAM_KEY"),
         reroute=args.reroute, max_body=args.max_body, queue=args.queue, timeout=args.timeout,
-        log_prompts=args.log_prompts, upstream_key=keys["PROTO_ROUTE_UPSTREAM_KEY"],
-        hosts=LOOPBACK if args.host in LOOPBACK else None,
+        log_prompts=args.log_prompts, decisions=decisions,
+        hosts=LOOPBACK if here else None,
     )  # fmt: skip
 
-    async def run() -> None:
-        loop, renewals = asyncio.get_running_loop(), set()
 
-        async def renewed() -> None:
-            try:
-                await front.renew()
-            except InputError as error:
-                logging.getLogger("router").error("the router was not reloaded: %s", error)
+async def _served(front: Front, listener: socket.socket, timeout: float) -> None:
+    import uvicorn
 
-        def renew() -> None:
-            task = loop.create_task(renewed())
-            renewals.add(task)  # a task that nobody holds may vanish
-            task.add_done_callback(renewals.discard)
+    loop, renewals = asyncio.get_running_loop(), set()
 
-        if hasattr(signal, "SIGHUP"):
-            loop.add_signal_handler(signal.SIGHUP, renew)
-        config = uvicorn.Config(
-            front.app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=args.timeout
-        )
-        port = listener.getsockname()[1]  # --port 0 is any
-        count = len(front.router.variants)
-        print(f"http://{args.host}:{port}: {count} variant{'s' * (count != 1)}", flush=True)
-        await uvicorn.Server(config).serve([listener])  # drains on SIGTERM and Ctrl-C
+    async def renewed() -> None:
+        try:
+            await front.renew()
+        except InputError as error:
+            log.error("the router was not reloaded: %s", error)
 
-    with suppress(KeyboardInterrupt):  # uvicorn has drained, and raises it once more
-        asyncio.run(run())
+    def renew() -> None:
+        task = loop.create_task(renewed())
+        renewals.add(task)  # a task that nobody holds may vanish
+        task.add_done_callback(renewals.discard)
+
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, renew)
+    config = uvicorn.Config(
+        front.app, log_level="warning", http=impatient(timeout),
+        timeout_graceful_shutdown=timeout,  # type: ignore[arg-type]
+    )  # fmt: skip
+    await uvicorn.Server(config).serve([listener])  # drains on SIGTERM and Ctrl-C
+
+
+def impatient(timeout: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which by itself waits for ever for the rest of a request's headers."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.loop.call_later(timeout, self.look, None)
+
+        def look(self, last: RequestResponseCycle | None) -> None:
+            """Closes the connection if no request has come since the last look."""
+            busy = self.cycle is not None and not self.cycle.response_complete
+            if not busy and self.cycle is last:
+                self.transport.close()
+            elif not self.transport.is_closing():
+                self.loop.call_later(timeout, self.look, self.cycle)
+
+    return Impatient
 
 
 if __name__ == "__main__":

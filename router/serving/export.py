@@ -1,17 +1,15 @@
 """`proto-route export FOLDER --engine vllm`: the command that serves a router's variants.
 
-Writes `serve.sh` beside the variants, which vLLM, SGLang and LoRAX load as they are. llama.cpp gets GGUF
-files, of the adapters themselves where they are at hand, since it mixes them anew for each request. Loads no
-model.
+Writes `serve.sh` beside the variants, which vLLM loads as they are. llama.cpp gets GGUF files, of the
+adapters themselves where they are at hand, since it mixes them anew for each request. Loads no model.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +24,8 @@ from router.serving.gguf import base_gguf, converted
 from router.serving.names import Served, read_adapters, read_served
 
 SCRIPT = "serve.sh"
-GGUF, LORAX = "gguf", "lorax"  # folders beside it
+GGUF = "gguf"  # a folder beside it
+HEAD = "#!/bin/sh\n# The base model and the adapters of a router; flags are passed on.\n"
 
 
 def vllm(served: Served) -> list[str]:
@@ -42,42 +41,16 @@ def vllm(served: Served) -> list[str]:
     ]  # fmt: skip
 
 
-def sglang(served: Served) -> list[str]:
-    """SGLang's server."""
-    return [
-        "python", "-m", "sglang.launch_server", "--model-path", served.base,
-        *(["--revision", served.revision] if served.revision else []),
-        "--dtype", served.dtype, "--enable-lora", "--max-loras-per-batch", str(len(served.folders)),
-        "--max-lora-rank", str(served.rank), "--lora-target-modules", *served.modules,
-        "--lora-paths", *(f"{name}={path.resolve()}" for name, path in served.folders.items()),
-    ]  # fmt: skip
-
-
-def lorax(served: Served) -> list[str]:
-    """LoRAX's server. It looks for a local adapter by its name in the hub's cache."""
-    return [
-        "lorax-launcher", "--model-id", served.base,
-        *(["--revision", served.revision] if served.revision else []),
-        *(["--dtype", served.dtype] if served.dtype != "float32" else []),  # it knows the 16-bit types alone
-        "--adapter-source", "local",
-        "--huggingface-hub-cache", str(next(iter(served.folders.values())).parent.absolute()),
-    ]  # fmt: skip
-
-
 def llamacpp(served: Served) -> list[str]:
     """llama.cpp's server. Each request says how much of which adapter it gets; without, it gets none.
 
     `--lora` with `--lora-init-without-apply` would give such a request all of them, at full scale.
     """
-    return [
-        "llama-server", "--model", served.base,
-        *(word for path in served.folders.values() for word in ("--lora-scaled", f"{path.resolve()}:0")),
-    ]  # fmt: skip
+    scaled = [("--lora-scaled", f"{path.resolve()}:0") for path in served.folders.values()]
+    return ["llama-server", "--model", served.base, *(word for pair in scaled for word in pair)]
 
 
-ENGINES: dict[str, Callable[[Served], list[str]]] = {
-    "vllm": vllm, "sglang": sglang, "lorax": lorax, "llamacpp": llamacpp,
-}  # fmt: skip
+ENGINES: dict[str, Callable[[Served], list[str]]] = {"vllm": vllm, "llamacpp": llamacpp}
 
 
 def recompressed(path: Path, out: Path, max_rank: int, base: str, dtype: torch.dtype) -> tuple[int, float]:
@@ -109,8 +82,12 @@ def export(
         gguf: the base model for llama.cpp; None takes the file of the embedded one.
 
     Raises:
-        InputError: there are no variants in the folder, or nothing that llama.cpp's files can be made with.
+        InputError: there are no variants in the folder, or nothing that llama.cpp's files can be made with;
+            or `serve.sh` is somebody else's.
     """
+    script = folder / SCRIPT
+    if script.exists() and not script.read_bytes().startswith(HEAD.encode()):
+        raise InputError(f"{script}: expected no such file, or one of an earlier export; move it away")
     served, said = read_served(folder), []
     if not served.folders:
         raise InputError(f"{folder}: expected variants to serve, but the base model answers all by itself")
@@ -131,25 +108,12 @@ def export(
         base = base_gguf(served, gguf)
         files = converted(served, folder / GGUF, llama_cpp)
         served = replace(served, base=str(base.resolve()), folders=files)
-    elif engine == "lorax":
-        served = replace(served, folders=linked(served.folders, folder / LORAX))
-    with replacing(folder / SCRIPT) as file:
-        file.write("#!/bin/sh\n# The base model and the adapters of a router; flags are passed on.\n")
-        file.write(f'exec {shlex.join(ENGINES[engine](served))} "$@"\n')
-    (folder / SCRIPT).chmod(0o755)
+    with replacing(script) as file:
+        file.write(f'{HEAD}exec {shlex.join(ENGINES[engine](served))} "$@"\n')
+    script.chmod(0o755)
     count = len(served.folders)
     many = f"{count} {what if count != 1 else what.removesuffix('s')}"
-    return [*said, f"{folder / SCRIPT}: {many} of {name}, rank {served.rank}, for {engine}"]
-
-
-def linked(folders: Mapping[str, Path], out: Path) -> dict[str, Path]:
-    """Links folders into another one, under their names."""
-    out.mkdir(exist_ok=True)
-    found = {name: out / name for name in folders}
-    for name, path in folders.items():
-        found[name].unlink(missing_ok=True)
-        found[name].symlink_to(os.path.relpath(path, out))
-    return found
+    return [*said, f"{script}: {many} of {name}, rank {served.rank}, for {engine}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,16 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(
         prog="proto-route export", description="Writes the command that serves a router's variants."
     )
-    p.add_argument("folder", type=Path, metavar="DIR", help="a saved router, or the output folder of a run")
-    p.add_argument("--engine", choices=ENGINES, default="vllm", help="the server (default: vllm)")
-    p.add_argument("--max_rank", type=int, metavar="INT", help="recompress adapters of a higher rank")
-    p.add_argument(
-        "--llama_cpp",
-        type=Path,
-        metavar="DIR",
-        help="a checkout of llama.cpp, for its convert_lora_to_gguf.py",
-    )
-    p.add_argument(
+    add = p.add_argument
+    add("folder", type=Path, metavar="DIR", help="a saved router, or the output folder of a run")
+    add("--engine", choices=ENGINES, default="vllm", help="the server (default: vllm)")
+    add("--max_rank", type=int, metavar="INT", help="recompress adapters of a higher rank")
+    add("--llama_cpp", type=Path, metavar="DIR", help="a checkout of llama.cpp, for its converter")
+    add(
         "--gguf", type=Path, metavar="FILE", help="the base model for llama.cpp (default: the embedded one's)"
     )
     args = p.parse_args(argv)

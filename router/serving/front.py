@@ -1,73 +1,54 @@
 """A thin OpenAI-compatible front: routes requests for the model `auto`, and passes all others on untouched.
 
-It names a variant; the server behind it (vLLM, SGLang, LoRAX) has that variant as a LoRA adapter of this
-name. llama.cpp's server takes scales instead of a name, so it is sent each request's own mix of adapters. A
-conversation is routed by its first user message, as plain text, so it stays with its variant: the server's
-prefix cache depends on it.
+It names a variant, which the server behind it has as a LoRA adapter of this name. llama.cpp's server takes
+scales instead of a name, so it is sent each request's own mix of adapters. A conversation is routed by its
+first user message, as plain text, so it stays with its variant: the server's prefix cache depends on it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gzip
-import hmac
 import json
 import logging
 import re
 import time
-import zlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib import resources
-from io import BytesIO
-from pathlib import PurePath
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
+from uuid import uuid4
 
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from router.api import Choice, Router
-from router.constants import BASE_COLUMN
-from router.errors import InputError
-from router.files import is_folder
+from router.errors import InputError, printable
 from router.routing.variants import served
 from router.serving.names import AUTO
-from router.serving.prober import Full, Prober
+from router.serving.prober import Prober
+from router.serving.request import GONE, admit, as_error, as_json, body_of, left, object_of
 from router.serving.text import NoText, text_of
+from router.serving.upstream import CANARY, Serves, Upstream, end_to_end, variants_of
 
 log = logging.getLogger(__name__)
 REMEMBERED = 10_000  # conversations
-GONE = 499  # the status of a request whose client has left, which nobody sees
-HUB_ID = r"[\w.-]+/[\w.-]+"
 RECENT = 100  # decisions on the page
-# Headers of one connection, whichever way they go; and those that httpx says anew, since it makes the request
-# and takes the compression off the response.
-_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
-_OF_REQUEST = _HOP | {"host", "accept-encoding"}
-_OF_RESPONSE = _HOP | {"content-encoding", "set-cookie"}  # cookies, of which there may be several, go apart
-
-
-class Refused(Exception):
-    """A request that is not passed on.
-
-    Args:
-        status: of HTTP.
-        message: what was expected and what came.
-    """
-
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers
+READY = 30.0  # seconds that the canaries' result holds
+ROUTED = ("/v1/completions", "/v1/chat/completions")
+# In a body that is no JSON: a form, or what another reader takes for JSON.
+FOR_AUTO = re.compile(rb'name="?model"?\s+auto\s|"model"\s*:\s*"auto"')
+MODEL = {"id": AUTO, "object": "model", "created": 0, "owned_by": "proto-route"}
+PAGE_POLICY = "default-src 'self' 'unsafe-inline'; img-src data:"
 
 
 class Decided(NamedTuple):
@@ -77,34 +58,32 @@ class Decided(NamedTuple):
     variant: str | None  # None for the plain base model
 
 
-class Upstream(NamedTuple):
-    """What the upstream serves."""
+def _told(shown: Mapping[str, Any]) -> dict[str, str]:
+    """A decision as headers."""
+    return {
+        "x-request-id": shown["request_id"], "x-router-model": quote(shown["model"], safe="/:@ "),
+        "x-router-weights": json.dumps(shown["weights"]), "x-router-margin": str(shown["margin"]),
+        "x-router-fits": str(shown["fits"]).lower(),
+    }  # fmt: skip
 
-    names: set[str] | None  # at /v1/models; None where it has no such list, as LoRAX
-    base: str | None  # what it calls the base model; None where it lists none
-    loras: dict[str, int] | None  # llama.cpp's adapters and their ids; None where a name chooses one
 
-
-async def _left(request: Request) -> None:
-    """Ends when the client of a request, whose body has been read, has left."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _text(body: Mapping[str, Any], chat: bool, message: int = 0) -> str:
+    try:
+        return text_of(body, chat, message)
+    except NoText as error:
+        raise HTTPException(400, str(error)) from error
 
 
 class Front:
-    """The front of one upstream.
+    """The front of one server. What is not listed here is a flag of `proto-route serve`.
 
     Args:
         router: decides; its variants are served by the upstream as `variant-N`.
-        upstream: its address.
+        upstream: the server's address.
         load: makes a new router when a reload is asked for; None refuses it.
         api_key: that clients have to bring; None asks for none.
         upstream_key: that the upstream asks for; None passes on what the client sent.
-        reroute: whether a conversation is routed by its last message instead of its first.
-        max_body: bytes of a request.
-        queue: requests that may wait for their decision.
-        timeout: seconds without a byte from the upstream.
-        log_prompts: whether texts may stand in the log.
+        decisions: takes one line of JSON a routed request.
         hosts: names that it answers to where it asks for no key; None answers to any.
         transport: in place of the network, for tests.
     """
@@ -122,32 +101,27 @@ class Front:
         queue: int = 1024,
         timeout: float = 600.0,
         log_prompts: bool = False,
+        decisions: logging.Handler | None = None,
         hosts: Collection[str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.router, self.load, self.api_key, self.reroute = router, load, api_key, reroute
-        self.max_body, self.log_prompts, self.hosts = max_body, log_prompts, hosts
-        self.ours = {} if upstream_key is None else {"authorization": f"Bearer {upstream_key}"}
-        self.renewing = asyncio.Lock()
-        self.asking: dict[str, asyncio.Future[Upstream]] = {}  # what the upstream serves, by the key
-        nobody = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # a client's cookies are its own
-        self.client = httpx.AsyncClient(
-            base_url=upstream, timeout=httpx.Timeout(timeout, connect=10.0), transport=transport,
-            limits=httpx.Limits(max_connections=None), cookies=nobody,
-        )  # fmt: skip
+        self.router, self.load, self.api_key, self.upstream_key = router, load, api_key, upstream_key
+        self.max_body, self.timeout, self.hosts = max_body, timeout, hosts
+        self.log_prompts, self.decisions = log_prompts, decisions
+        self.message = -1 if reroute else 0  # the user message that decides
+        self.renewing, self.trying = asyncio.Lock(), asyncio.Lock()
+        self.upstream = Upstream(upstream, timeout, transport)
         self.prober = Prober(self._choose, queue)
         self.kept: OrderedDict[bytes, Decided] = OrderedDict()  # by the sha256 of the conversation's text
+        self.tried: tuple[Any, float, str] = None, 0.0, ""  # what canaries were sent to, when, what was wrong
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
-        self.upstream: Upstream | None = None  # once it was asked
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "router_requests", "Routed requests by variant.", ["variant"], registry=self.registry
-        )
+        self.registry = own = CollectorRegistry()
+        self.requests = Counter("router_requests", "Routed requests by variant.", ["variant"], registry=own)
         self.seconds = Histogram(
-            "router_seconds", "Seconds by stage.", ["stage"], registry=self.registry,
+            "router_seconds", "Seconds by stage.", ["stage"], registry=own,
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
         )  # fmt: skip
-        waiting = Gauge("router_queue", "Requests that wait for their decision.", registry=self.registry)
+        waiting = Gauge("router_queue", "Requests that wait for their decision.", registry=own)
         waiting.set_function(lambda: self.prober.waiting)
         self.app = Starlette(
             routes=[
@@ -155,90 +129,28 @@ class Front:
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/metrics", self.metrics),
-                Route("/recent", self.decisions),
+                Route("/recent", self.last_decisions),
                 Route("/v1/models", self.models),
+                Route(f"/v1/models/{AUTO}", self.model),
                 Route("/v1/route", self.route, methods=["POST"]),
                 Route("/admin/reload", self.reload, methods=["POST"]),
                 Route("/v1/{path:path}", self.forward, methods=["GET", "POST", "DELETE"]),
             ],
             lifespan=self._lifespan,
-            exception_handlers={Refused: self._refusal},
+            exception_handlers={HTTPException: as_error, Exception: as_error},
         )
+        self.app.router.redirect_slashes = False  # it would make an address of the header `host`
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        async with self.client, self.prober:
+        async with self.upstream.client:
             yield
 
-    @staticmethod
-    def _refusal(_: Request, error: Exception) -> Response:
-        assert isinstance(error, Refused)
-        kind = "invalid_request_error" if error.status < 500 else "server_error"
-        body = {"error": {"message": str(error), "type": kind, "code": error.status}}
-        return JSONResponse(body, error.status, dict(error.headers or {}))
-
-    def _admit(self, request: Request) -> None:
-        """Refuses who brings no key, or where none is asked for, a page of another site in a browser here."""
-        if self.api_key is None:
-            host, origin = request.headers.get("host", ""), request.headers.get("origin")
-            foreign = origin is not None and urlsplit(origin).netloc != host
-            if foreign or request.headers.get("sec-fetch-site") == "cross-site":
-                raise Refused(403, "origin: expected no page of another site; set PROTO_ROUTE_API_KEY")
-            if self.hosts is not None and urlsplit(f"//{host}").hostname not in self.hosts:
-                raise Refused(
-                    403, f"host: expected {' or '.join(sorted(self.hosts))}, since no key is asked for"
-                )
-            return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
-            raise Refused(401, "authorization: expected the API key of this server as a bearer token")
-
-    async def _body(self, request: Request) -> bytes:
-        """The body, refused as soon as it is too long."""
-        parts, size = [], 0
-        try:
-            async for part in request.stream():
-                size += len(part)
-                self._measure(size)
-                parts.append(part)
-        except ClientDisconnect as error:
-            raise Refused(GONE, "the client has left") from error
-        return b"".join(parts)
-
-    def _measure(self, size: int) -> None:
-        if size > self.max_body:
-            raise Refused(413, f"expected a body of at most {self.max_body} bytes, got a longer one")
-
-    def _parsed(self, request: Request, body: bytes) -> dict[str, Any]:
-        encoding = request.headers.get("content-encoding", "identity").lower()
-        if encoding == "gzip":
-            body = self._unzipped(body)
-        elif encoding != "identity":
-            raise Refused(415, f"content-encoding: expected gzip or none, got {encoding}")
-        try:
-            found = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise Refused(400, f"expected JSON, got something else ({error})") from error
-        if not isinstance(found, dict):
-            raise Refused(400, f"expected a JSON object, got a {type(found).__name__}")
-        return found
-
-    def _unzipped(self, body: bytes) -> bytes:
-        """A body without its compression, refused as soon as it is too long."""
-        try:
-            with gzip.open(BytesIO(body)) as file:
-                found = file.read(self.max_body + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise Refused(400, f"expected a body in gzip, got something else ({error})") from error
-        self._measure(len(found))
-        return found
-
-    @staticmethod
-    def _text(body: Mapping[str, Any], chat: bool, message: int = 0) -> str:
-        try:
-            return text_of(body, chat, message)
-        except NoText as error:
-            raise Refused(400, str(error)) from error
+    def _key(self, request: Request) -> str:
+        """The header for the upstream: with its own key, or the client's where that is not for this front."""
+        if self.upstream_key is not None:
+            return f"Bearer {self.upstream_key}"
+        return request.headers.get("authorization", "") if self.api_key is None else ""
 
     def _choose(self, texts: Sequence[str]) -> list[Decided]:
         router = self.router
@@ -253,104 +165,30 @@ class Front:
         start = time.perf_counter()
         try:
             found: Decided = await self.prober(text)
-        except Full as error:
-            raise Refused(429, "too many requests wait; try again", {"retry-after": "1"}) from error
+        except asyncio.QueueFull as error:
+            raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error
+        except IndexError as error:  # it spells a token that the base model has no embedding of
+            raise HTTPException(400, "expected a text that the base model can read") from error
         self.seconds.labels("probe").observe(time.perf_counter() - start)
         return found
 
-    def _key(self, request: Request) -> dict[str, str]:
-        """The key that the upstream is to get: ours, or the client's where that is not for us."""
-        theirs = request.headers.get("authorization")
-        return self.ours or ({"authorization": theirs} if theirs and self.api_key is None else {})
-
-    async def _name(self, decided: Decided, key: Mapping[str, str]) -> str:
+    async def _name(self, decided: Decided, key: str) -> str:
         """What the upstream calls what answers."""
-        if decided.variant:
-            return decided.variant
-        base = (await self._known_upstream(key)).base
-        if base is None:
-            raise Refused(502, "the upstream lists no base model at /v1/models")
-        return base
-
-    async def _known_upstream(self, key: Mapping[str, str]) -> Upstream:
-        """What the upstream serves, as it was when it was first asked: once for all that wait with a key."""
-        if self.upstream is None:
-            who = key.get("authorization", "")
-            if who not in self.asking:
-                self.asking[who] = asyncio.ensure_future(self._ask_upstream(key))
-                self.asking[who].add_done_callback(lambda task: self._asked_for(who, task))
-            self.upstream = await asyncio.shield(self.asking[who])  # others may wait when this client leaves
-        return self.upstream
-
-    def _asked_for(self, who: str, task: asyncio.Future[Upstream]) -> None:
-        del self.asking[who]
-        if not task.cancelled():
-            task.exception()  # so that it is not told of as lost, if all that waited have left
-
-    async def _ask_upstream(self, key: Mapping[str, str]) -> Upstream:
-        listed = (await self._upstream_models(key))["data"]
-        if not listed:
-            return Upstream(None, "", None)  # LoRAX loads what a request names, and "" is the base model
-        ours = {served(n) for n in range(len(self.router.variants))}
-        # An adapter has a parent; the base model has none.
-        bases = [one for one in listed if one["id"] not in ours and not one.get("parent")]
-        theirs, own = (str(bases[0].get("root") or bases[0]["id"]) if bases else ""), self.router.base_model
-        on_hub = all(re.fullmatch(HUB_ID, one) for one in (theirs, own)) and not is_folder(own)
-        if on_hub and theirs.casefold() != own.casefold():
-            raise Refused(502, f"the upstream serves {theirs}, the router is of {own}; see --base_model")
-        loras = None
-        if bases and bases[0].get("owned_by") == "llamacpp":
-            found = await self._asked("/lora-adapters", key)
-            try:
-                loras = {unquote(PurePath(one["path"]).stem): int(one["id"]) for one in found or []}
-            except (KeyError, TypeError, ValueError) as error:
-                raise Refused(502, "the upstream does not list its adapters as llama.cpp does") from error
-        return Upstream({one["id"] for one in listed}, bases[0]["id"] if bases else None, loras)
-
-    async def _upstream_models(self, key: Mapping[str, str]) -> dict[str, Any]:
-        found: dict[str, Any] = await self._asked("/v1/models", key) or {"object": "list", "data": []}
-        try:
-            if not all(isinstance(one["id"], str) for one in found["data"]):
-                raise ValueError("a model without a name")
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refused(502, "the upstream does not list its models as OpenAI does") from error
-        return found
-
-    async def _asked(self, path: str, key: Mapping[str, str]) -> Any:
-        """What the upstream answers to a GET, as JSON values; None where it has no such path."""
-        try:
-            response = await self.client.get(path, headers=key)
-            if response.status_code == 404:
-                return None
-            response.raise_for_status()
-            return response.json()
-        except httpx.TransportError as error:
-            raise self._gone(error) from error
-        except httpx.HTTPStatusError as error:  # its text has the upstream's address
-            status = error.response.status_code
-            raise Refused(502, f"the upstream answered {status} at {path}") from error
-        except (httpx.HTTPError, ValueError) as error:
-            raise Refused(502, f"the upstream does not answer as expected at {path}") from error
-
-    def _gone(self, error: httpx.HTTPError) -> Refused:
-        """The upstream is not there; it may come back with other adapters."""
-        self.upstream = None
-        if isinstance(error, httpx.TimeoutException):
-            return Refused(504, f"the upstream did not answer in time ({type(error).__name__})")
-        return Refused(502, f"the upstream cannot be reached ({type(error).__name__})")
+        name = decided.variant or (await self.upstream.known(key, self.router)).base
+        if name is None:
+            raise HTTPException(502, "the upstream lists no base model at /v1/models")
+        return name
 
     @staticmethod
-    def _scales(decided: Decided, loras: Mapping[str, int]) -> list[dict[str, Any]]:
-        """The scale of each of llama.cpp's adapters: the request's own mix, or else its variant.
-
-        All are named, since a request that names none may meet the cache of another's adapters.
-        """
+    def _scales(decided: Decided, serves: Serves) -> list[dict[str, Any]]:
+        """The scales of llama.cpp's adapters: the request's own mix, or else its variant."""
+        there = (serves.loras or {}).keys()
         mix = decided.choice.mix
-        if not mix.keys() <= loras.keys():
+        if not mix.keys() <= there:
             mix = {decided.variant: 1.0} if decided.variant else {}
-        if missing := sorted(mix.keys() - loras.keys()):
-            raise Refused(502, f"the upstream has no adapter {', '.join(missing)}; export the router again")
-        return [{"id": number, "scale": mix.get(name, 0.0)} for name, number in loras.items()]
+        if missing := sorted(mix.keys() - there):
+            raise HTTPException(502, f"the upstream lacks {', '.join(missing)}; export the router again")
+        return serves.scales(mix)
 
     @staticmethod
     def _shown(choice: Choice, name: str) -> dict[str, Any]:
@@ -362,205 +200,228 @@ class Front:
 
     async def route(self, request: Request) -> Response:
         """POST /v1/route: the decision alone."""
-        self._admit(request)
-        body = self._parsed(request, await self._body(request))
-        decided = await self._decided(self._text(body, "messages" in body, -1 if self.reroute else 0))
-        return JSONResponse(self._shown(decided.choice, await self._name(decided, self._key(request))))
+        admit(request, self.api_key, self.hosts)
+        body = object_of(request, await body_of(request, self.max_body, self.timeout))
+        decided = await self._decided(_text(body, "messages" in body, self.message))
+        return as_json(self._shown(decided.choice, await self._name(decided, self._key(request))))
 
     async def forward(self, request: Request) -> Response:
-        """Everything else under /v1: passed on; with the model `auto`, under a variant's name."""
-        self._admit(request)
-        steps = re.split("/|%2f", request.scope["raw_path"].decode("latin-1").lower())
-        if {".", "..", "%2e", "%2e%2e", ".%2e", "%2e."} & set(steps):
-            raise Refused(404, "expected a path without steps upwards")
-        raw = await self._body(request)
+        """All else under /v1: passed on; with the model `auto` under a variant's name, or refused."""
+        admit(request, self.api_key, self.hosts)
+        if {".", ".."} & set(unquote(request.scope["raw_path"].decode("latin-1")).split("/")):
+            raise HTTPException(404, "expected a path without steps upwards")
+        raw = await body_of(request, self.max_body, self.timeout)
         answering = asyncio.ensure_future(self._answered(request, raw))
-        leaving = asyncio.ensure_future(_left(request))
+        leaving = asyncio.ensure_future(left(request))
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
-                raise Refused(GONE, "the client has left")
+                raise HTTPException(GONE, "the client has left")
             return answering.result()
         finally:
             for task in (answering, leaving):
                 task.cancel()  # the upstream hears of it
 
     async def _answered(self, request: Request, raw: bytes) -> Response:
-        decision = None
-        if request.url.path in ("/v1/completions", "/v1/chat/completions") and request.method == "POST":
-            body = self._parsed(request, raw)
-            if body.get("model") == AUTO:
-                decision, how = await self._decision(request.url.path, body, self._key(request))
-                raw = json.dumps(body | how).encode()
-        return await self._passed_on(request, raw, decision)
+        path, body = request.scope["path"], {}
+        routes = request.method == "POST" and path in ROUTED
+        try:
+            body = object_of(request, raw)
+        except HTTPException as error:
+            if routes or error.status_code != 400:
+                raise
+            body = {"model": AUTO} if FOR_AUTO.search(raw) else {}
+        if body.get("model") != AUTO:
+            return await self._passed_on(request, raw)
+        if not routes:
+            raise HTTPException(400, f"model {AUTO}: expected a POST to {' or '.join(ROUTED)}, got {path}")
+        shown, fields = await self._decision(request, body)
+        try:
+            raw = json.dumps(body | fields).encode()
+        except RecursionError as error:
+            raise HTTPException(400, "expected JSON that is nested less deeply") from error
+        return await self._passed_on(request, raw, shown)
 
     async def _decision(
-        self, path: str, body: dict[str, Any], secret: Mapping[str, str]
+        self, request: Request, body: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The decision for a person, and the fields of the request that tell the upstream."""
-        chats = path.endswith("/chat/completions")
-        text, router = self._text(body, chats, -1 if self.reroute else 0), self.router
-        chat = chats and not self.reroute
-        key = sha256(text.encode("utf-8", "surrogatepass")).digest()  # a prompt may be long
-        decided = self.kept.get(key) if chat else None
-        if decided is None:
-            decided = await self._decided(text)
-        if chat and self.router is router:  # else it was decided by one that has been replaced
+        """The decision as it is shown, and the fields of the request that tell the upstream."""
+        chats, key = request.scope["path"].endswith("/chat/completions"), self._key(request)
+        text = _text(body, chats, self.message)
+        decided = await (self._kept(text) if chats and not self.message else self._decided(text))
+        name = await self._name(decided, key)
+        fields: dict[str, Any] = {"model": name}
+        if (serves := await self.upstream.known(key, self.router)).loras is not None:
+            fields["lora"] = self._scales(decided, serves)
+        self.requests.labels(name).inc()
+        number = request.headers.get("x-request-id", "")[:128] or uuid4().hex
+        shown = self._shown(decided.choice, name) | {"request_id": number}
+        self._write_down(shown, text)
+        return shown, fields
+
+    async def _kept(self, text: str) -> Decided:
+        """The decision on a conversation, as it was when it began."""
+        router, key = self.router, sha256(text.encode("utf-8", "surrogatepass")).digest()
+        decided = self.kept.get(key) or await self._decided(text)
+        if self.router is router:  # else it was decided by one that has been replaced
             self.kept[key] = decided
             self.kept.move_to_end(key)
             while len(self.kept) > REMEMBERED:
                 self.kept.popitem(last=False)
-        name, choice = await self._name(decided, secret), decided.choice
-        how: dict[str, Any] = {"model": name}
-        if (loras := (await self._known_upstream(secret)).loras) is not None:
-            how["lora"] = self._scales(decided, loras)
-        name = name or BASE_COLUMN
-        self.requests.labels(name).inc()
-        found = self._shown(choice, name)
-        self.recent.appendleft(found | {"at": time.time()})
-        log.info("%s margin %.2f%s", name, choice.margin, f" {text!r}" if self.log_prompts else "")
-        return found, how
+        return decided
 
-    async def _passed_on(self, request: Request, raw: bytes, decision: dict[str, Any] | None) -> Response:
-        # The client's key is for us, if we ask for one, and the upstream may ask for another.
-        left = _OF_REQUEST | ({"authorization"} if self.api_key or self.ours else set())
-        if decision is not None:
-            left |= {"content-encoding"}  # its body is written anew
-        headers = [(key, value) for key, value in request.headers.raw if key.decode("latin-1") not in left]
-        headers += [(key.encode(), value.encode()) for key, value in self.ours.items()]
-        url = request.scope["raw_path"].decode("latin-1")
-        url += f"?{request.url.query}" if request.url.query else ""
+    def _write_down(self, shown: dict[str, Any], text: str) -> None:
+        """A decision goes to the page, to the log and to the file of decisions."""
+        now = round(time.time(), 3)
+        self.recent.appendleft(shown | {"at": now})
+        spelt = f" {text!r}" if self.log_prompts else ""
+        log.info("%s margin %.2f%s", printable(shown["model"]), shown["margin"], spelt)
+        if self.decisions is not None:
+            line = {"time": now, "request_id": shown["request_id"], "variant": shown["model"]}
+            line |= {key: shown[key] for key in ("weights", "margin", "fits")}
+            line |= {"prompt": text} if self.log_prompts else {}
+            self.decisions.handle(logging.makeLogRecord({"msg": json.dumps(line)}))
+
+    async def _passed_on(self, request: Request, raw: bytes, shown: dict[str, Any] | None = None) -> Response:
+        """What the upstream answers to a request, with the decision on it."""
         start = time.perf_counter()
-        try:
-            outgoing = self.client.build_request(request.method, url, content=raw, headers=headers)
-        except httpx.InvalidURL as error:
-            raise Refused(414, f"expected a shorter path, or another one ({error})") from error
-        try:
-            answer = await self.client.send(outgoing, stream=True)
-        except httpx.HTTPError as error:
-            raise self._gone(error) from error
-        response = await self._response(answer, decision, start)
-        for value in answer.headers.get_list("set-cookie"):
-            if value.isascii():
-                response.headers.append("set-cookie", value)
+        answer = await self._sent(request, raw, shown)
+        streams = "event-stream" in answer.headers.get("content-type", "") or answer.status_code >= 400
+        if shown is None or streams:
+            response = self._streamed(answer, start)
+        else:
+            response = await self._whole(answer, shown, start)
+        told = _told(shown) if shown else {}
+        response.headers.update(told)
+        for key, value in end_to_end(answer.headers.raw, {b"content-encoding", *map(str.encode, told)}):
+            response.headers.append(key.decode("latin-1"), value.decode("latin-1"))
         return response
 
-    async def _response(
-        self, answer: httpx.Response, decision: dict[str, Any] | None, start: float
-    ) -> Response:
-        """What the upstream answered, with the decision, if there is one."""
-        back = {
-            key: value
-            for key, value in answer.headers.items()
-            if key not in _OF_RESPONSE and value.isascii()  # a response's headers are
-        }
-        if decision is None:
-            return self._streamed(answer, back, start)
-        back |= {
-            "x-router-model": quote(decision["model"], safe="/:@ "),
-            "x-router-weights": json.dumps(decision["weights"]),
-            "x-router-margin": str(decision["margin"]), "x-router-fits": str(decision["fits"]).lower(),
-        }  # fmt: skip
-        if "event-stream" in answer.headers.get("content-type", "") or answer.status_code >= 400:
-            return self._streamed(answer, back, start)
-        whole = await self._whole(answer)
-        self.seconds.labels("upstream").observe(time.perf_counter() - start)
-        try:
-            found = json.loads(whole)
-            whole = json.dumps(found | {"router": decision}).encode()
-        except (ValueError, TypeError):
-            pass  # not JSON, so it goes back as it came
-        return Response(whole, answer.status_code, back)
+    async def _sent(self, request: Request, raw: bytes, shown: dict[str, Any] | None) -> httpx.Response:
+        less, ours = {b"host", b"accept-encoding"}, []  # httpx says both anew
+        if self.api_key or self.upstream_key:  # the client's key is for this front
+            less.add(b"authorization")
+        if self.upstream_key:
+            ours.append((b"authorization", self._key(request).encode()))
+        if shown:
+            less.add(b"x-request-id")
+            ours.append((b"x-request-id", shown["request_id"].encode("latin-1")))
+        query = request.scope["query_string"]
+        target = request.scope["raw_path"] + (b"?" + query if query else b"")
+        headers = end_to_end(request.headers.raw, less) + ours
+        return await self.upstream.send(request.method, target.decode("latin-1"), headers, raw)
 
-    async def _whole(self, answer: httpx.Response) -> bytes:
+    async def _whole(self, answer: httpx.Response, shown: dict[str, Any], start: float) -> Response:
+        """An answer with the decision as one more field; as it came where it is no object of JSON."""
         try:
-            return await answer.aread()
-        except httpx.TimeoutException as error:
-            raise self._gone(error) from error
+            whole = await answer.aread()
         except httpx.HTTPError as error:
-            self.upstream = None  # it may come back with other adapters
-            raise Refused(502, f"the upstream broke off ({type(error).__name__})") from error
+            raise self.upstream.away(error, "broke off") from error
         finally:
             await answer.aclose()
+        self.seconds.labels("upstream").observe(time.perf_counter() - start)
+        with suppress(ValueError, TypeError, RecursionError):
+            whole = json.dumps(json.loads(whole) | {"router": shown}).encode()
+        return Response(whole, answer.status_code)
 
-    def _streamed(self, answer: httpx.Response, headers: dict[str, str], start: float) -> Response:
+    def _streamed(self, answer: httpx.Response, start: float) -> Response:
+        """An answer that passes chunk by chunk."""
+
         async def chunks() -> AsyncIterator[bytes]:
             try:
                 async for chunk in answer.aiter_bytes():
                     yield chunk
-            except httpx.HTTPError:
-                self.upstream = None
+            except httpx.HTTPError as error:
+                self.upstream.away(error)
                 raise
             finally:  # also when the client has gone: the upstream hears of it
                 await asyncio.shield(answer.aclose())
                 self.seconds.labels("upstream").observe(time.perf_counter() - start)
 
         # The task closes it where the body was never asked for.
-        return StreamingResponse(
-            chunks(), answer.status_code, headers, background=BackgroundTask(answer.aclose)
-        )  # fmt: skip
+        return StreamingResponse(chunks(), answer.status_code, background=BackgroundTask(answer.aclose))
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: the upstream's, and `auto`."""
-        self._admit(request)
-        found = await self._upstream_models(self._key(request))
-        mine = {"id": AUTO, "object": "model", "created": 0, "owned_by": "proto-route"}
-        return JSONResponse(found | {"data": [mine, *found["data"]]})
+        admit(request, self.api_key, self.hosts)
+        found = await self.upstream.models(self._key(request))
+        try:
+            return as_json(found | {"data": [MODEL, *found["data"]]})
+        except RecursionError as error:
+            raise HTTPException(502, "expected the upstream's models as OpenAI lists them") from error
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/auto."""
+        admit(request, self.api_key, self.hosts)
+        return as_json(MODEL)
 
     async def health(self, _: Request) -> Response:
         """GET /health: this process lives."""
-        return JSONResponse({"status": "ok"})
+        return as_json({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """GET /ready: the upstream is there and serves every variant."""
-        found = self.upstream = await self._ask_upstream(self._key(request))
-        ours = {served(n) for n, variant in enumerate(self.router.variants) if variant.weights}
-        there = found.names if found.loras is None else found.loras.keys()
-        missing = ours - there if there is not None else set()
-        if missing and found.loras is not None:  # it mixes the adapters themselves
-            missing = set(self.router.candidates[:-1]) - found.loras.keys()
+        """GET /ready: the router decides, the upstream is there, and every variant answers a canary there."""
+        key, router = self._key(request), self.router
+        self.upstream.asked.clear()
+        serves = await self.upstream.known(key, router)
+        asked, missing = serves.needed(router)
         if missing:
-            raise Refused(503, f"the upstream does not serve {', '.join(sorted(missing))}")
-        return JSONResponse({"status": "ready", "variants": len(ours)})
+            raise HTTPException(503, f"the upstream does not serve {', '.join(sorted(missing))}")
+        async with self.trying:
+            if self.tried[0] != (router, serves, key) or time.monotonic() > self.tried[1] + READY:
+                wrong = await self._wrong(asked, serves, key)
+                self.tried = (router, serves, key), time.monotonic(), wrong
+        if self.tried[2]:
+            raise HTTPException(503, self.tried[2])
+        return as_json({"status": "ready", "variants": len(variants_of(router))})
+
+    async def _wrong(self, names: Collection[str], serves: Serves, key: str) -> str:
+        """Why no request, or none for one of these names, would be answered; "" if all would."""
+        try:
+            await self.prober(CANARY)
+        except Exception as error:
+            log.warning("the router does not decide: %r", error)
+            return "the router does not decide; the log of the front says why"
+        silent = await self.upstream.silent(names, serves, key)
+        return f"the upstream does not answer for {', '.join(silent)}" if silent else ""
 
     async def metrics(self, _: Request) -> Response:
         """GET /metrics, for Prometheus."""
         return Response(generate_latest(self.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    async def decisions(self, request: Request) -> Response:
+    async def last_decisions(self, request: Request) -> Response:
         """GET /recent: the last decisions, newest first; no prompts."""
-        self._admit(request)
-        return JSONResponse(list(self.recent))
+        admit(request, self.api_key, self.hosts)
+        return as_json(list(self.recent))
 
     async def page(self, _: Request) -> Response:
         """GET /: a small page that shows the last decisions."""
         text = resources.files("router.serving").joinpath("page.html").read_text("utf-8")
-        return HTMLResponse(
-            text, headers={"content-security-policy": "default-src 'self' 'unsafe-inline'; img-src data:"}
-        )
+        return HTMLResponse(text, headers={"content-security-policy": PAGE_POLICY})
 
     async def reload(self, request: Request) -> Response:
         """POST /admin/reload: loads the router anew; requests go on with the old one meanwhile."""
-        self._admit(request)
+        admit(request, self.api_key, self.hosts)
         if self.load is None:
-            raise Refused(409, "this server was started without a folder to reload")
+            raise HTTPException(409, "this server was started without a folder to reload")
         if self.renewing.locked():
-            raise Refused(409, "not reloaded: it is being loaded already")
+            raise HTTPException(409, "not reloaded: it is being loaded already")
         old = self.router.variants
         try:
             await self.renew()
         except InputError as error:
-            raise Refused(409, f"not reloaded: {error}") from error
+            raise HTTPException(409, f"not reloaded: {error}") from error
         new = self.router.variants
         other = [
             served(n) for n, variant in enumerate(new) if variant.weights and variant not in old[n : n + 1]
         ]
-        return JSONResponse({"status": "reloaded", "variants": len(new), "changed": other})
+        return as_json({"status": "reloaded", "variants": len(new), "changed": other})
 
     async def renew(self) -> None:
         """Puts a newly loaded router in place of the old one."""
         assert self.load is not None
         async with self.renewing:  # one at a time, since each loads a model
             self.router = await asyncio.to_thread(self.load)
-            self.upstream = None
+            self.upstream.asked.clear()
             self.kept.clear()
+            self.tried = None, 0.0, ""

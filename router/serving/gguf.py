@@ -29,8 +29,7 @@ def base_gguf(served: Served, given: Path | None) -> Path:
     if given is None and served.base == EMBEDDED_ID:
         return embedded_gguf()
     if given is None or not given.is_file():
-        got = f"no such file: {given}" if given else "none"
-        raise InputError(f"--gguf: expected {served.base} as a GGUF file, got {got}")
+        raise InputError(f"--gguf: expected {served.base} as a GGUF file, got {given or 'none'}")
     return given
 
 
@@ -47,12 +46,9 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
         InputError: the folder is somebody else's, there is no converter, or it fails.
     """
     if not is_ours(out):
-        raise InputError(
-            f"{out}: expected no such folder, or one of an earlier export, since it would be replaced; "
-            "move it away"
-        )
-    script = llama_cpp / CONVERTER if llama_cpp else None
-    if script is None or not script.is_file():
+        raise InputError(f"{out}: expected no such folder, or one of an earlier export; move it away")
+    script = (llama_cpp or Path()) / CONVERTER
+    if llama_cpp is None or not script.is_file():
         got = f"no {CONVERTER} in {llama_cpp}" if llama_cpp else "none"
         raise InputError(f"--llama_cpp: expected a checkout of llama.cpp, whose converter is run, got {got}")
     base = _config(served)
@@ -63,7 +59,7 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
         for name, path in served.folders.items():
             # The converter leaves out the scales of rsLoRA and of single modules: they go into the factors.
             write_adapter(plain, dict(open_adapter(path).read_all()), served.base, max_rank=served.rank)
-            file = files / f"{quote(name, safe='')}.gguf"
+            file = files / _file(name)
             command = [sys.executable, *map(str, (script, "--base", base, "--outfile", file, plain))]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode or not file.is_file():
@@ -74,7 +70,11 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
         files.rename(out)
     finally:
         remove_ours(work)
-    return {name: out / f"{quote(name, safe='')}.gguf" for name in served.folders}
+    return {name: out / _file(name) for name in served.folders}
+
+
+def _file(name: str) -> str:
+    return f"{quote(name, safe='')}.gguf"
 
 
 def _config(served: Served) -> Path:

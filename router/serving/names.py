@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from merge.folders import CONFIG_FILE
-from router.constants import BASE_COLUMN
+from merge.folders import CONFIG_FILE, AdapterError, AdapterFolder, open_adapter
+from router.constants import BASE_COLUMN, Dtype
 from router.errors import InputError
 from router.files import is_folder, read_json
 from router.library.adapters import load_library
 from router.routing.variants import VARIANTS, served
 
 AUTO = "auto"  # the model that a client names to have its request routed
+# A run may come from a stranger, and its words go to a command line: none of them is a flag or a pattern.
+PLAIN = re.compile(r"[\w/][\w./-]*", re.ASCII)
+DTYPES = {*get_args(Dtype)} - {"auto"}
+MADE = [{"folder?": str, "weights?": {"*": float}}]
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,12 @@ class Served:
     """The variants of a saved router or a finished run, as a server needs them.
 
     Attributes:
-        base: name of the base model.
+        base: name of the base model; of a folder, the whole path.
         revision: its commit on the hub, None elsewhere.
         dtype: as transformers calls it.
         folders: of the variants that have one, by their names on the server.
         rank: the highest rank among them.
-        modules: kinds of modules that any of them changes.
+        modules: kinds of modules that any of them changes, from the names of the weights.
     """
 
     base: str
@@ -41,39 +46,53 @@ def read_served(folder: Path) -> Served:
     """Reads the variants in the folder of a saved router, or in the output folder of a run.
 
     Raises:
-        InputError: there are none, one is gone, or the run's method makes none.
+        InputError: there are none, one is gone or damaged, the run's method makes none, or a name is not
+            plain.
     """
-    variants = [{"folder?": str, "weights?": {"*": float}}]
-    if saved := _json(folder / "router.json", {"variants": variants, "base_model": str, "dtype": str}):
-        about = saved | {"base": saved | {"name": saved["base_model"]}}
-    else:
-        shape = {"variants?": variants, "base?": {"name": str, "dtype": str}}
-        about = _json(folder / "run.json", shape) or {}
-        for one in about.get("variants") or []:
-            if not one.get("folder") and set(one.get("weights") or {}) - {BASE_COLUMN}:
-                raise InputError(
-                    f"{folder}: expected variants to serve, but the run's method weighs its adapters for "
-                    "each token, so that it has none that a server could load; run proto_route"
-                )
-    if not about.get("variants") or not about.get("base"):
-        raise InputError(f"{folder}: expected a saved router or a finished run with variants, found neither")
-    base = about["base"]
+    record, base, variants = _made(folder)
     folders, ranks, modules = {}, [1], set()
-    for number, variant in enumerate(about["variants"]):
+    for number, variant in enumerate(variants):
         path = folder / VARIANTS / str(number)
-        config = _json(path / CONFIG_FILE, {"r": int, "target_modules": [str]})
-        if config:
+        if (path / CONFIG_FILE).exists():
+            own = _opened(path).ranks
             folders[served(number)] = path
-            ranks.append(config["r"])
-            modules |= {name.rpartition(".")[2] for name in config["target_modules"]}
-        elif any(share for own, share in (variant.get("weights") or {}).items() if own != BASE_COLUMN):
-            record, again = ("router.json", "save the router") if saved else ("run.json", "run")
+            ranks += own.values()
+            modules |= {module.rpartition(".")[2] for module in own}
+        elif any(share for name, share in (variant.get("weights") or {}).items() if name != BASE_COLUMN):
+            if record.name == "run.json" and not variant.get("folder"):
+                raise InputError(f"{folder}: its method weighs adapters for each token, which no server does")
             raise InputError(
-                f"{path}: expected variant {number}, which {record} names, found none; put its folder "
-                f"back, or {again} again"
+                f"{path}: expected variant {number}, which {record.name} names, found none; put its folder "
+                "back, or make it again"
             )
-    name = str(Path(base["name"]).resolve()) if is_folder(base["name"]) else base["name"]
-    return Served(name, base.get("revision"), base["dtype"], folders, max(ranks), sorted(modules))
+    known, revision = is_folder(base["name"]), base.get("revision")
+    for word in (*modules, revision or "main", "folder" if known else base["name"]):
+        if not PLAIN.fullmatch(word):
+            raise InputError(
+                f"{record}: expected plain names of its base model and of its variants' modules, got "
+                f"{word!r:.80}; do not serve what a stranger made like this"
+            )
+    name = str(Path(base["name"]).resolve()) if known else base["name"]
+    return Served(name, revision, base["dtype"], folders, max(ranks), sorted(modules))
+
+
+def _made(folder: Path) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """The record of a saved router or of a run, and what it says of the base model and of the variants."""
+    saved = {"base_model": str, "revision?": str, "dtype": DTYPES, "variants": MADE}
+    if about := _json(folder / "router.json", saved):
+        return folder / "router.json", about | {"name": about["base_model"]}, about["variants"]
+    run = {"base?": {"name": str, "revision?": str, "dtype": DTYPES}, "variants?": MADE}
+    about = _json(folder / "run.json", run) or {}
+    if not about.get("base") or not about.get("variants"):
+        raise InputError(f"{folder}: expected a saved router or a finished run with variants, found neither")
+    return folder / "run.json", about["base"], about["variants"]
+
+
+def _opened(path: Path) -> AdapterFolder:
+    try:
+        return open_adapter(path)
+    except AdapterError as error:
+        raise InputError(str(error)) from error
 
 
 def read_adapters(folder: Path) -> dict[str, Path]:

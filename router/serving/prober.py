@@ -11,12 +11,8 @@ WINDOW = 0.005  # seconds that texts wait for more; one that waits alone does no
 MOST = 64  # texts in one pass
 
 
-class Full(Exception):
-    """More texts wait than may."""
-
-
 class Prober:
-    """A queue in front of one thread that decides.
+    """A queue in front of one thread that decides. It belongs to the loop in which it is first called.
 
     Args:
         decide: one decision per text.
@@ -34,26 +30,16 @@ class Prober:
         """How many texts wait."""
         return self._queue.qsize()
 
-    async def __aenter__(self) -> Prober:
-        self._task = asyncio.create_task(self._work())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._task:
-            self._task.cancel()
-        self._thread.shutdown(wait=True)
-
     async def __call__(self, text: str) -> Any:
-        """The decision on a text.
+        """The decision on a text, or the error of `decide` on this text alone.
 
         Raises:
-            Full: too many wait.
+            asyncio.QueueFull: too many wait.
         """
+        if self._task is None:
+            self._task = asyncio.create_task(self._work())
         found = asyncio.get_running_loop().create_future()
-        try:
-            self._queue.put_nowait((text, found))
-        except asyncio.QueueFull as error:
-            raise Full from error
+        self._queue.put_nowait((text, found))
         return await found
 
     async def _work(self) -> None:
@@ -68,12 +54,19 @@ class Prober:
             batch = [(text, found) for text, found in batch if not found.cancelled()]  # clients that left
             if not batch:
                 continue
-            try:
-                decided = await loop.run_in_executor(self._thread, self.decide, [text for text, _ in batch])
-                for (_, found), one in zip(batch, decided, strict=True):
-                    if not found.done():
-                        found.set_result(one)
-            except Exception as error:
-                for _, found in batch:
-                    if not found.done():
-                        found.set_exception(error)
+            texts = [text for text, _ in batch]
+            decided = await loop.run_in_executor(self._thread, self._each, texts)
+            for (_, found), one in zip(batch, decided, strict=True):
+                if found.done():
+                    continue
+                if isinstance(one, Exception):
+                    found.set_exception(one)
+                else:
+                    found.set_result(one)
+
+    def _each(self, texts: Sequence[str]) -> list[Any]:
+        """A decision per text, or the error where there is none; each is tried alone where a batch fails."""
+        try:
+            return [one for _, one in zip(texts, self.decide(texts), strict=True)]
+        except Exception as error:
+            return [error] if len(texts) == 1 else [self._each([text])[0] for text in texts]

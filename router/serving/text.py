@@ -28,12 +28,9 @@ def text_of(body: Mapping[str, Any], chat: bool, message: int = 0) -> str:
         'Hello'
     """
     if chat:
-        messages = body.get("messages")
-        users = [
-            one
-            for one in (messages if isinstance(messages, list) else [])
-            if isinstance(one, dict) and one.get("role") == "user"
-        ]
+        given = body.get("messages")
+        messages = given if isinstance(given, list) else []
+        users = [one for one in messages if isinstance(one, dict) and one.get("role") == "user"]
         if not users:
             raise NoText("messages: expected a list with a message of the role user, found none")
         content = users[message].get("content")

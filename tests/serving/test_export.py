@@ -62,32 +62,53 @@ def modules_named(words):
     return list(takewhile(lambda word: not word.startswith("--"), words[start:]))
 
 
-def test_sglang_gets_ranks_and_modules(out):
-    assert main([str(out), "--engine", "sglang"]) == 0
-    words = words_of(out)
-    assert words[words.index("--max-loras-per-batch") + 1] == str(len(folders_in(out)))
-    assert modules_named(words) == sorted(modules_in(out))
+def variant_config(out, **fields):
+    """Changes the configuration of the first variant."""
+    file = folders_in(out)[0] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_modules_are_named_by_their_kinds_where_layers_differ(out, engine):
-    names = {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}
-    for path in folders_in(out):
-        config = json.loads((path / "adapter_config.json").read_text())
-        (path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": sorted(names)}))
-    assert main([str(out), "--engine", engine]) == 0
-    assert modules_named(words_of(out)) == ["q_proj", "up_proj"]
+@pytest.mark.parametrize("more", [["!x"], ["--trust-remote-code"], ["@args"]])
+def test_modules_come_from_the_weights(out, more):
+    config = json.loads((folders_in(out)[0] / "adapter_config.json").read_text())
+    variant_config(out, target_modules=[*config["target_modules"], *more])
+    assert main([str(out)]) == 0
+    assert modules_named(words_of(out)) == sorted(modules_in(out))
 
 
-def test_lorax_finds_each_variant_by_its_name_in_its_cache(out):
-    assert main([str(out), "--engine", "lorax"]) == 0
-    words = words_of(out)
-    cache = Path(words[words.index("--huggingface-hub-cache") + 1])
-    assert words[words.index("--adapter-source") + 1] == "local"
-    assert {path.name: path.resolve() for path in cache.iterdir()} == {
-        f"variant-{path.name}": path for path in folders_in(out)
+def test_a_module_that_is_called_like_a_flag_is_refused(out, capsys):
+    file = folders_in(out)[0] / "adapter_model.safetensors"
+    odd = {
+        f"base_model.model.layers.0.--trust-remote-code.lora_{side}.weight": torch.ones(shape)
+        for side, shape in (("A", (8, 4)), ("B", (4, 8)))
     }
-    assert main([str(out), "--engine", "lorax"]) == 0  # a second time, over the first
+    save_file(odd, file)
+    variant_config(out, target_modules=["--trust-remote-code"], r=8, lora_alpha=8)
+    assert main([str(out)]) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err and not (out / "serve.sh").exists()
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"name": "--config=evil.yaml"}, {"name": "a b"}, {"name": "@args"},
+        {"revision": "--trust-remote-code"}, {"dtype": "--trust-remote-code"}, {"dtype": "nn"},
+    ],
+)  # fmt: skip
+def test_no_word_of_a_strangers_run_is_a_flag(out, capsys, base):
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"base": record["base"] | base}))
+    assert main([str(out)]) == 2
+    assert "run.json" in capsys.readouterr().err and not (out / "serve.sh").exists()
+
+
+def test_a_script_of_somebody_else_is_left_alone(out, capsys):
+    (out / "serve.sh").write_text("#!/bin/sh\necho mine\n")
+    assert main([str(out)]) == 2
+    assert "serve.sh" in capsys.readouterr().err
+    assert (out / "serve.sh").read_text() == "#!/bin/sh\necho mine\n"
+    (out / "serve.sh").unlink()
+    assert main([str(out)]) == main([str(out)]) == 0  # over an earlier export's
 
 
 CONVERTER = """
@@ -260,7 +281,7 @@ def test_a_method_that_weighs_adapters_for_each_token_has_nothing_to_serve(comma
     _, out = command("arrow")
     assert main([str(out)]) == 2
     said = capsys.readouterr().err
-    assert "weighs its adapters for each token" in said and "base model answers" not in said
+    assert "for each token" in said and "base model answers" not in said
 
 
 def test_what_has_no_variants_is_refused_in_a_line(out, capsys, tmp_path):
@@ -282,22 +303,14 @@ def test_a_variant_whose_folder_is_gone_is_named_with_what_to_do(out, capsys, tm
     gone = folders_in(out)[-1]
     shutil.rmtree(gone)
     assert main([str(out)]) == 2
-    told = (
-        f"{gone}: expected variant {gone.name}, which run.json names, found none; put its folder back, or run"
-    )
-    assert told in capsys.readouterr().err and not (out / "serve.sh").exists()
+    assert f"{gone}: expected variant {gone.name}" in capsys.readouterr().err
+    assert not (out / "serve.sh").exists()
     router = Router.from_library(tiny_library, base_model=base.name, device="cpu", dtype="float32")
     saved = router.fit(["What is two and two?", "Say x", "Bonjour !"]).save(tmp_path / "saved")
     assert read_served(saved).folders.keys() == {f"variant-{path.name}" for path in folders_in(saved)}
     shutil.rmtree(folders_in(saved)[0])
     assert main([str(saved)]) == 2
-    assert "which router.json names, found none; put its folder back, or save" in capsys.readouterr().err
-
-
-def test_a_single_variant_is_told_as_one(command, capsys):
-    _, out = command("average")
-    assert main([str(out)]) == 0
-    assert "serve.sh: 1 variant of " in capsys.readouterr().out
+    assert "router.json" in capsys.readouterr().err
 
 
 def test_a_strangers_words_do_not_control_the_terminal(out, capsys):

@@ -1,0 +1,335 @@
+"""What odd and hostile clients and servers send to the front: an error object, and nobody else is harmed."""
+
+import asyncio
+import json
+import socket
+import time
+from logging.handlers import RotatingFileHandler
+
+import pytest
+
+httpx = pytest.importorskip("httpx", reason="needs the extra serve")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+from serving_stubs import Two, Upstream, chat, completion, serving, talk  # noqa: E402
+from starlette.responses import JSONResponse, Response  # noqa: E402
+from starlette.routing import Route  # noqa: E402
+
+from router.serving import command  # noqa: E402
+from router.serving.front import Front  # noqa: E402
+
+
+def is_error(answer, *statuses):
+    """Whether an answer is OpenAI's error object."""
+    about = answer.json()["error"]
+    assert answer.status_code in statuses and about["code"] == answer.status_code
+    return about.keys() == {"message", "type", "code"}
+
+
+@pytest.mark.parametrize(
+    "headers", [{"origin": "http://["}, {"host": "["}, {"host": "[", "origin": "http://["}]
+)
+@pytest.mark.parametrize("hosts", [("front",), None])
+def test_broken_addresses_in_headers(headers, hosts):
+    async def work(client, upstream, _):
+        for path in ("/v1/completions", "/v1/route", "/v1/models", "/none"):
+            answer = await client.post(path, json=completion("x"), headers=headers)
+            assert answer.status_code < 500
+            assert hosts is None or is_error(answer, 403, 404, 405)
+
+    talk(work, hosts=hosts)
+
+
+@pytest.mark.parametrize("host", ["front", "FRONT:80", "[::1]:8080", "[::1]"])
+def test_a_host_is_known_with_and_without_its_port(host):
+    async def work(client, *_):
+        assert (await client.get("/recent", headers={"host": host})).status_code == 200
+
+    talk(work, hosts=("front", "::1"))
+
+
+DEEP = b'{"a":' * 990 + b"1" + b"}" * 990
+
+
+def test_an_upstream_that_answers_nested_json():
+    upstream = Upstream()
+
+    async def deep(_):
+        return Response(DEEP, media_type="application/json")
+
+    upstream.app.routes.insert(0, Route("/v1/completions", deep, methods=["POST"]))
+
+    async def work(client, *_):
+        answer = await client.post("/v1/completions", json=completion("x"))
+        assert answer.status_code == 200 and answer.content == DEEP  # as it came
+
+    talk(work, upstream=upstream)
+    listed = b'{"data": [{"id": "the-base", "a": ' + DEEP + b"}]}"
+    other = Upstream()
+    other.app.routes.insert(0, Route("/v1/models", lambda _: Response(listed)))
+
+    async def lists(client, *_):
+        assert is_error(await client.get("/v1/models"), 502)
+
+    talk(lists, upstream=other)
+
+
+def test_a_request_of_nested_json():
+    async def work(client, upstream, _):
+        for depth in (900, 960, 990, 2000):
+            body = b'{"model": "auto", "prompt": "x", "a": ' + b"[" * depth + b"]" * depth + b"}"
+            answer = await client.post("/v1/completions", content=body)
+            assert answer.status_code == 200 or is_error(answer, 400)
+
+    talk(work)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/completions/", "/v1//completions", "/v1/embeddings", "/v1/rerank", "/v1/chat/completions/",
+        "/v1/completions%2f", "/v1/responses", "/v1/Completions",
+    ],
+)  # fmt: skip
+def test_auto_is_never_passed_on_unrouted(path):
+    form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nauto\r\n--b--\r\n'
+
+    async def work(client, upstream, _):
+        body = json.dumps(chat("x") | completion("x")).encode()
+        for method, content, encoding in (
+            ("POST", body, "identity"), ("GET", body, "identity"), ("POST", form, "identity"),
+            ("POST", body.decode().encode("utf-16"), "identity"), ("POST", body, "br"),
+            ("POST", body[:-1] + b', "a": ' + b"[" * 9999 + b"]" * 9999 + b"}", "identity"),
+        ):  # fmt: skip
+            answer = await client.request(
+                method, path, content=content, headers={"content-encoding": encoding}
+            )
+            assert is_error(answer, 400, 415)
+        assert upstream.seen == []
+        for content in (b"", b"no JSON", b"[1]", b'{"model": "theirs"}'):
+            assert (await client.post(path, content=content)).status_code != 400
+
+    upstream = Upstream()
+    upstream.app.routes[-1] = Route("/v1/{path:path}", lambda _: JSONResponse({}), methods=["GET", "POST"])
+    talk(work, upstream=upstream)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("PUT", "/v1/completions", 405), ("OPTIONS", "/v1/models", 405), ("BREW", "/v1/completions", 405),
+        ("GET", "/none", 404), ("POST", "//v1/completions", 404), ("GET", "/health/", 404),
+        ("GET", "/v1/route/../../x", 404), ("PATCH", "/", 405),
+    ],
+)  # fmt: skip
+def test_odd_methods_and_paths_get_an_error_object(method, path, status):
+    async def work(client, upstream, _):
+        url = httpx.URL("http://front").copy_with(raw_path=path.encode())
+        assert is_error(await client.request(method, url), status) and upstream.seen == []
+
+    talk(work)
+
+
+def test_auto_is_a_model_like_others():
+    async def work(client, upstream, _):
+        found = (await client.get("/v1/models/auto")).json()
+        assert (found["id"], found["object"]) == ("auto", "model") and upstream.seen == []
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert listed[0] == found and [one["id"] for one in listed[1:]] == ["the-base", "variant-0"]
+
+    talk(work)
+
+
+def test_headers_of_one_connection_are_not_forwarded():
+    upstream = Upstream()
+    hop = {
+        "connection": "x-mine, close", "x-mine": "1", "keep-alive": "timeout=5", "te": "x", "trailer": "x",
+        "upgrade": "h2c", "proxy-authorization": "Basic c2VjcmV0", "proxy-connection": "close",
+    }  # fmt: skip
+
+    async def answer(request):
+        upstream.seen.append((request.url.path, {}, dict(request.headers)))
+        back = hop | {"proxy-authenticate": "Basic", "x-theirs": "yes"}
+        return JSONResponse({"choices": []}, headers=back)
+
+    upstream.app.routes.insert(0, Route("/v1/{path:path}", answer, methods=["POST"]))
+
+    async def work(client, *_):
+        for body in (completion("x"), {"model": "theirs", "prompt": "x"}):
+            found = await client.post("/v1/completions", json=body, headers=hop | {"x-ours": "yes"})
+            sent = upstream.seen[-1][2]
+            assert sent.pop("connection", "keep-alive") == "keep-alive"  # httpx's own
+            assert not sent.keys() & hop.keys() and sent["x-ours"] == "yes"
+            assert not found.headers.keys() & (hop.keys() | {"proxy-authenticate"})
+            assert found.headers["x-theirs"] == "yes"
+
+    listed = Upstream()
+    upstream.app.routes.insert(0, Route("/v1/models", listed.models))
+    talk(work, upstream=upstream)
+
+
+def told_of(address, *parts):
+    """What a server answers to a request in parts, until it closes the connection; and the seconds."""
+    start = time.monotonic()
+    with socket.create_connection(address, timeout=20) as one:
+        for part in parts:
+            one.sendall(part)
+            time.sleep(0.1)
+        found = b""
+        while more := one.recv(4096):
+            found += more
+    return found, time.monotonic() - start
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: front\r\nContent-Length: 100\r\n\r\n"
+
+
+@pytest.mark.parametrize("parts", [(), (HEAD[:30],), (HEAD, b'{"model": '), (HEAD[:9], HEAD[9:], b"x")])
+def test_half_a_request_is_cut_at_the_time_limit(parts):
+    app = Front(Two(), "http://upstream", timeout=0.5, transport=httpx.ASGITransport(Upstream().app)).app
+    with serving(app, http=command.impatient(0.5)) as address:
+        url = httpx.URL(address)
+        found, seconds = told_of((url.host, url.port), *parts)
+        assert 0.4 < seconds < 5
+        assert (b" 408 " in found) == (b"".join(parts)[: len(HEAD)] == HEAD)
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_a_kept_connection_is_not_cut_while_it_is_used():
+    app = Front(Two(), "http://upstream", transport=httpx.ASGITransport(Upstream().app)).app
+    with serving(app, http=command.impatient(0.3)) as address, httpx.Client(base_url=address) as client:
+        for _ in range(8):
+            assert client.post("/v1/completions", json=completion("x")).json()["model"] == "variant-0"
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("host", "key", "warns"), [
+    ("0.0.0.0", None, True), ("0.0.0.0", "k", False), ("127.0.0.1", None, False),
+])  # fmt: skip
+def test_a_front_for_all_without_a_key_warns(host, key, warns, monkeypatch, caplog, tmp_path):
+    monkeypatch.delenv("PROTO_ROUTE_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("PROTO_ROUTE_API_KEY", key)
+    words = ["--router", tmp_path, "--upstream", "http://127.0.0.1:1", "--host", host, "--port", 0]
+    assert command.main(list(map(str, words))) == 2  # there is no router
+    assert ("PROTO_ROUTE_API_KEY" in caplog.text) == warns
+
+
+def test_one_clients_prompt_fails_alone():
+    class Odd(Two):
+        def choose(self, texts):
+            for word, error in (("[PAD]", IndexError), ("boom", RuntimeError)):
+                if any(word in text for text in texts):
+                    raise error("index out of range in self")
+            return super().choose(texts)
+
+    async def work(client, upstream, front):
+        async def ask(n):
+            prompt = f"x {n}" + {7: " [PAD]", 9: " boom"}.get(n, "")
+            return await client.post("/v1/completions", json=completion(prompt))
+
+        answers = await asyncio.gather(*map(ask, range(60)))
+        codes = [answer.status_code for answer in answers]
+        assert codes[7] == 400 and codes[9] == 500 and codes.count(200) == 58
+        assert is_error(answers[7], 400) and is_error(answers[9], 500)
+        assert all(
+            answer.json()["choices"][0]["text"] == f"x {n}"
+            for n, answer in enumerate(answers)
+            if codes[n] == 200
+        )
+
+    talk(work, Odd(), quiet=True)
+
+
+def test_ready_asks_the_router_and_each_variant(monkeypatch):
+    upstream = Upstream(({"id": "the-base"}, {"id": "variant-0"}, {"id": "variant-1"}))
+    router = Two()
+    router.variants[1].weights = {"two": 1.0}
+
+    async def work(client, upstream, front):
+        assert (await client.get("/ready")).status_code == 200
+        assert {body["model"] for _, body, _ in upstream.seen} == {"the-base", "variant-0", "variant-1"}
+        assert {body["max_tokens"] for _, body, _ in upstream.seen} == {1}
+        for _ in range(5):
+            await client.get("/ready")
+        assert len(upstream.seen) == 3 and len(router.batches) == 1  # not again so soon
+        monkeypatch.setattr("router.serving.front.READY", 0.0)
+        upstream.unloaded = {"variant-1"}
+        answer = await client.get("/ready")
+        assert is_error(answer, 503) and "variant-1" in answer.json()["error"]["message"]
+        assert "variant-0" not in answer.json()["error"]["message"]
+        upstream.unloaded = set()
+        assert (await client.get("/ready")).status_code == 200
+
+        def gone(texts):
+            raise FileNotFoundError("the adapters are gone")
+
+        router.choose = gone
+        assert is_error(await client.get("/ready"), 503)
+
+    talk(work, router, upstream)
+
+
+def test_ready_of_llamacpp_asks_each_adapter():
+    async def work(client, upstream, _):
+        assert (await client.get("/ready")).status_code == 200
+        scales = [{one["id"]: one["scale"] for one in body["lora"]} for _, body, _ in upstream.seen]
+        assert sorted(scales, key=str) == [{0: 0.0, 1: 1.0}, {0: 1.0, 1: 0.0}]
+
+    talk(work, upstream=Upstream(({"id": "base.gguf", "owned_by": "llamacpp"},), ("one", "two")))
+
+
+def written(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_decisions_are_written_a_line_each(prompts, tmp_path):
+    file = tmp_path / "decisions.jsonl"
+
+    async def work(client, upstream, _):
+        known = {"x-request-id": "mine"}
+        body = json.dumps(completion("x\n\ud83d"))  # half a character
+        first = await client.post("/v1/completions", content=body, headers=known)
+        second = await client.post("/v1/completions", json=completion("y"))
+        await client.post("/v1/completions", json={"model": "theirs", "prompt": "x"})
+        assert first.headers["x-request-id"] == upstream.seen[0][2]["x-request-id"] == "mine"
+        lines = written(file)
+        assert [line["request_id"] for line in lines] == ["mine", second.headers["x-request-id"]]
+        assert abs(lines[0].pop("time") - time.time()) < 60
+        text = {"prompt": "x\n\ud83d"} if prompts else {}
+        assert lines[0] == text | {
+            "request_id": "mine", "variant": "variant-0", "weights": {"one": 0.9, "base": 0.1}, "margin": 2.0,
+            "fits": True,
+        }  # fmt: skip
+
+    handler = RotatingFileHandler(file, encoding="utf-8")
+    talk(work, decisions=handler, log_prompts=prompts)
+    handler.close()
+
+
+def test_decisions_are_rotated_by_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "FILE_SIZE", 1000)
+    handler = command.decisions_to(tmp_path / "decisions.jsonl")
+
+    async def work(client, *_):
+        for n in range(40):
+            await client.post("/v1/completions", json=completion(f"x {n}"))
+
+    talk(work, decisions=handler)
+    handler.close()
+    files = list(tmp_path.iterdir())
+    assert len(files) > 2 and all(file.stat().st_size <= 1000 and written(file) for file in files)
+
+
+def test_decisions_that_cannot_be_written_are_refused(tmp_path, capsys):
+    words = ["--router", tmp_path, "--upstream", "http://127.0.0.1:1", "--port", 0]
+    assert command.main(list(map(str, [*words, "--decisions", tmp_path / "none" / "file"]))) == 2
+    assert "--decisions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--port=-1", "--queue=0", "--max_body=x", "--timeout=nan", "--timeout=0"])
+def test_numbers_out_of_range_are_refused(flag, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(["--router", "r", "--upstream", "http://127.0.0.1:1", flag])
+    assert caught.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
