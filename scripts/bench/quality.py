@@ -37,7 +37,7 @@ from scripts.bench import runner
 from scripts.bench.development import COMMITTED, SPLITS, Labelled, libraries
 from scripts.bench.libraries import Choice
 from scripts.bench.markdown import header, insert, row
-from scripts.bench.score import routed, score
+from scripts.bench.score import read_texts, routed, score
 from scripts.bench.timer import timed
 
 FOLDER, QUALITY, PAGE = (
@@ -64,11 +64,29 @@ Value = tuple[float, float, float]  # a statistic, and its interval
 Verdict = tuple[str, str, str, bool]  # setting, target, measured, met
 
 
-def asked(of: Labelled) -> pd.DataFrame:
-    """The queries that are asked of a library: all, but of FLAN a few with one right answer."""
+def asked(of: Labelled, method: str = OURS) -> pd.DataFrame:
+    """The queries that a method answers: of FLAN a few with one right answer.
+
+    The oracle is asked where an adapter fits and the base model where none does, unless the answers to a
+    library's queries came with it.
+    """
     flan = of.rows["split"] == "flan"
     few = of.rows[flan & (of.rows["metric"] == "em")].groupby("task").head(FLAN)
-    return pd.concat([of.rows[~flan], few], ignore_index=True)
+    rows = pd.concat([of.rows[~flan], few], ignore_index=True)
+    there = ["none"] if brought(of, method) is not None else []
+    splits = {"oracle": SPLITS[:3], "base": [split for split in SPLITS[3:] if split not in there]}
+    return rows[rows["split"].isin(splits.get(method, SPLITS))].reset_index(drop=True)
+
+
+def brought(of: Labelled, method: str) -> pd.DataFrame | None:
+    """The answers of a method that came with a library, as rows of COLUMNS; None if it brought none."""
+    file = of.adapters.parent / "reference" / f"{method}.csv"
+    if not file.exists():
+        return None
+    rows = of.rows[~of.rows["split"].isin(["foreign", "flan"])].merge(read_texts(file), on="id")
+    scores = [score(*one) for one in zip(rows["metric"], rows["prediction"], rows["target"], strict=True)]
+    tops = rows["adapter"] if method == "oracle" else BASE_COLUMN
+    return rows.assign(score=scores, routed=tops, weight=1.0)[list(COLUMNS)]
 
 
 def answer(library: str, setting: str, name: str) -> dict[str, Any]:
@@ -81,7 +99,7 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
     base, adapters = load_base(of.base), load_library([str(of.adapters)])
     if setting != QUERIES:
         adapters = DECOYS[setting][1](adapters)
-    rows = asked(of)
+    rows = asked(of, name)
     rows = rows.assign(label=rows["id"], id=range(len(rows)))
     # No longer text than the longest target can be right, so nothing is lost by stopping there.
     longest = max(map(len, base.tokenizer(list(rows["target"]))["input_ids"])) + 1
@@ -184,7 +202,11 @@ def read() -> Results:
         where = {"library": library, "setting": setting, "method": method}
         answers.append(pd.DataFrame(found.pop("answers"), columns=list(COLUMNS)).assign(**where))
         costs.append(where | found)
-    if not answers:
+    for of in libraries():
+        for method in ("base", "oracle"):
+            if (found := brought(of, method)) is not None:
+                answers.append(found.assign(library=of.name, setting=QUERIES, method=method))
+    if not costs:
         raise SystemExit(f"nothing in {FOLDER} yet; pass --all, or names")
     table = pd.concat(answers, ignore_index=True)
     pairs = zip(table.routed, table.adapter, strict=True)
@@ -285,8 +307,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--all", action="store_true", help="all settings and METHODS; hours on two cores")
-    here = [library.name for library in libraries()]
-    parser.add_argument("--libraries", nargs="+", choices=here, default=here, help="only these libraries")
+    here = {library.name: library for library in libraries()}
+    parser.add_argument(
+        "--libraries", nargs="+", choices=here, default=list(here), help="only these libraries"
+    )
     parser.add_argument(
         "--settings", nargs="+", choices=(QUERIES, *DECOYS), default=[], help="only these settings"
     )
@@ -306,6 +330,7 @@ def main() -> None:
         for setting in ((QUERIES, *DECOYS) if args.all else args.settings)
         for method in (args.methods if setting == QUERIES else (OURS,))
         for library in (args.libraries if setting == QUERIES else [args.libraries[0]])
+        if method != "oracle" or brought(here[library], method) is None
     ]
     failed = runner.fill("scripts.bench.quality", FOLDER, wanted, args.jobs)
     results = read()
