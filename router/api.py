@@ -197,7 +197,7 @@ class Router:
         if "variants" not in run.record:
             raise InputError(f"{folder / 'run.json'}: expected the run's variants, found none; run it again")
         flags = dict(vars(run.settings))
-        for key in ("dataset_filepaths", "output_folder", "engine", "upstream"):
+        for key in ("dataset_filepaths", "output_folder", "engine"):
             del flags[key]
         flags |= {"device": device, "dtype": dtype or run.record["base"]["dtype"]}
         flags["base_model"] = base_model or flags["base_model"]

@@ -187,14 +187,7 @@ def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
     )
     word(
         "engine",
-        "what answers: transformers or vLLM in this process, or a server of LoRA adapters that speaks "
-        "OpenAI's protocol, such as vLLM's (openai); this process routes in all cases",
-    )
-    setting(
-        "upstream",
-        "the server of --engine openai, such as http://127.0.0.1:8000",
-        type=_none_or(str),
-        metavar="URL",
+        "what answers in this process, which routes in both cases: transformers or vLLM",
     )
     setting(
         "max_gen_len",

@@ -239,24 +239,16 @@ class Routed(Merges):
     def _predict_elsewhere(
         self, queries: Sequence[Query], rows: Sequence[Sequence[int]], variants: Sequence[Path | None]
     ) -> list[Answer]:
-        """Has vLLM or a server answer each query with its variant."""
+        """Has vLLM answer each query with its variant."""
         settings = self.settings
         how: dict[str, Any] = {
             "scoring": settings.scoring, "journal": self.journal,
             "max_new_tokens": self.new_tokens,
         }  # fmt: skip
         with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
-            if settings.engine == "vllm":
-                from router.engines import vllm  # needs vLLM
+            from router.engines import vllm  # needs vLLM
 
-                return vllm.answer(self.base, queries, rows, variants, progress=bar.update, **how)
-            from router.engines import openai  # needs the extra serve
-
-            if settings.upstream is None:
-                raise InputError("--engine openai: expected the address of a server in --upstream, got none")
-            return openai.answer(
-                settings.upstream, self.tokenizer, queries, rows, variants, progress=bar.update, **how
-            )
+            return vllm.answer(self.base, queries, rows, variants, progress=bar.update, **how)
 
 
 def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list[Answer]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from router.constants import ADDRESS, BASE_COLUMN, Engine
+from router.constants import BASE_COLUMN
 from router.deadline import Deadline
 from router.errors import InputError, ServerError, out_of_memory
 from router.files import (
@@ -112,7 +111,7 @@ def _run(
                 deadline.shortened, deadline.unanswered = (sum(each) for each in zip(*told, strict=True))
             if processes.rank:
                 return {}
-            _check_answered(result, deadline, settings.engine)
+            _check_answered(result, deadline)
             found = record(method.get_name(), settings, method.stages, result)
             found["queries"] = {path.name: digest_of(part) for path, part in files.items()}
             if isinstance(method, Routed) and method.left_out:
@@ -130,10 +129,10 @@ def _run(
             # From here on the folder holds no finished run, until it holds this one.
             for name in (RECORD, REPORT):
                 (settings.output_folder / name).unlink(missing_ok=True)
-    except ServerError:
-        raise
     except InputError as error:
-        if not out_of_memory(error):  # what it says to do would be another run
+        if not (
+            isinstance(error, ServerError) or out_of_memory(error)
+        ):  # what it says to do would be another run
             journal.discard()
         raise
     finally:
@@ -146,15 +145,13 @@ def _run(
     return found
 
 
-def _check_answered(result: Result, deadline: Deadline | None, engine: Engine) -> None:
+def _check_answered(result: Result, deadline: Deadline | None) -> None:
     """Refuses a run without a single answer."""
     late = deadline.unanswered if deadline else 0
     if not late and all(answer.failed for answer in result.answers):
-        why, advice = "the model's output is not finite, or memory ran out", "--dtype float32, or "
-        if engine == "openai":
-            why, advice = "the server refused each of them", "a server with a longer context, or "
         raise InputError(
-            f"no query could be answered: {why} (see the warnings above); try {advice}a smaller --max_seq_len"
+            "no query could be answered: the model's output is not finite, or memory ran out (see the warnings "
+            "above); try --dtype float32, or a smaller --max_seq_len"
         )
 
 
@@ -213,7 +210,7 @@ def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> d
     import torch
 
     flags = settings.plain()
-    for path in ("dataset_filepaths", "output_folder", "adapters", "base_model", "upstream"):
+    for path in ("dataset_filepaths", "output_folder", "adapters", "base_model"):
         del flags[path]  # what they stand for counts
     asked, made_by = digest_of(queries), versions(settings.engine)
     found = {"method": method.get_name(), "queries": asked, "versions": made_by, **flags}
@@ -244,8 +241,6 @@ def check_engine(name: str, settings: Settings, time_limit: float | None) -> Non
         InputError: it is asked for.
     """
     engine = settings.engine
-    if settings.upstream is not None and engine != "openai":
-        raise InputError(f"--upstream: expected --engine openai with it, got --engine {engine}")
     if engine == "transformers":
         return
     if engine == "vllm" and find_spec("vllm") is None:
@@ -254,12 +249,6 @@ def check_engine(name: str, settings: Settings, time_limit: float | None) -> Non
         )
     if engine == "vllm" and settings.device_map:
         raise InputError("--device_map: expected --engine transformers, since vLLM places the model itself")
-    if engine == "openai" and find_spec("httpx") is None:
-        raise InputError("--engine openai: expected httpx, found none; pip install 'proto-route[serve]'")
-    if engine == "openai" and not re.fullmatch(ADDRESS, settings.upstream or ""):
-        raise InputError(
-            f"--upstream: expected an address such as http://127.0.0.1:8000, got {settings.upstream!r}"
-        )
     if time_limit is not None:
         raise InputError(f"--time_limit: expected --engine transformers, since {engine}'s pace is not ours")
     method = load_method(name)

@@ -51,7 +51,6 @@ class Settings:
     device_map: DeviceMap | None = None
     apply: Apply = "auto"
     engine: Engine = "transformers"
-    upstream: str | None = None
     max_gen_len: int = 64
     max_seq_len: int | None = None
     scoring: Scoring = field(default="full")

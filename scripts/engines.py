@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 from peft import PeftModel
 
 from router.api import Router
-from router.engines import openai, vllm
+from router.engines import vllm
 from router.model.answer import Answer, answer, encode
 from router.model.apply import active
 from router.model.base import EMBEDDED, embedded_gguf, load_base
@@ -129,13 +129,8 @@ def check(work: Path, front: str) -> int:
     return elsewhere + different + (chunks < 2)
 
 
-def check_same(work: Path, server: str) -> int:
-    """Compares the answers of a run with those of a server, and the scores of choices; how many differ."""
-    return _compare(work, "there", "openai", lambda base, *of: openai.answer(server, base.tokenizer, *of))
-
-
 def check_within(work: Path, _: str) -> int:
-    """As `check_same`, with vLLM in this process."""
+    """Compares the answers of a run with those of vLLM in this process; how many differ."""
     return _compare(work, "within", "vllm", vllm.answer)
 
 
@@ -227,7 +222,7 @@ def check_mixes(work: Path, front: str) -> int:
 
 
 WRITES = {"queries": write_queries, "litellm": write_litellm, "gguf": write_gguf}
-CHECKS = {"check": check, "same": check_same, "within": check_within, "mixes": check_mixes}
+CHECKS = {"check": check, "within": check_within, "mixes": check_mixes}
 
 
 def main() -> None:

@@ -77,9 +77,6 @@ PROTO_ROUTE_ROUTER=$work/output "$work/litellm/bin/litellm" \
 started+=($!)
 "$python" -m scripts.engines check "$work" http://127.0.0.1:8091
 
-"$python" -m router run "${run[@]}" --dataset_filepaths "$work/mixed.csv" --output_folder "$work/there" --fresh \
-  --engine openai --upstream http://127.0.0.1:8000
-"$python" -m scripts.engines same "$work" http://127.0.0.1:8000
 stop
 
 "$work/vllm/bin/python" -m router run "${run[@]}" --dataset_filepaths "$work/mixed.csv" --output_folder "$work/within" \

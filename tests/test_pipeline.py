@@ -8,7 +8,6 @@ import pytest
 
 from helpers import variants_in
 from router.methods import load_method
-from router.model.answer import FAILED
 from router.settings import Settings
 from router.submission import Query
 
@@ -94,23 +93,6 @@ def test_prompts_are_cut_where_the_settings_say(method):
     assert found.encoded(QUERIES) == [row[:7] for row in whole] and len(whole[3]) > 7
     found.max_seq_len = 5  # as a method of the starter kit sets it
     assert found.encoded(QUERIES) == [row[:5] for row in whole]
-
-
-def test_a_server_writes_as_many_tokens_as_the_method_says(method, monkeypatch):
-    engine = pytest.importorskip("router.engines.openai", reason="needs the extra serve")
-    limits = []
-
-    def answer(upstream, tokenizer, queries, *_, max_new_tokens, **how):
-        limits.append(max_new_tokens)
-        return [FAILED] * len(queries)
-
-    monkeypatch.setattr(engine, "answer", answer)
-    found = method("average")
-    found.settings = replace(found.settings, engine="openai", upstream="http://server")
-    found.answer(QUERIES)
-    found.max_gen_len = 3  # as a method of the starter kit sets it
-    found.answer(QUERIES)
-    assert limits == [4, 3]
 
 
 def test_what_is_cut_of_long_prompts_is_told(method, caplog):

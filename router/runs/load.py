@@ -36,7 +36,7 @@ FLAGS = {  # that `Run.settings` is made of
     "dataset_filepaths": [str], "output_folder": str, "adapters": [str], "base_model?": str, "skip_bad": bool,
     "n_variants?": int, "variant_rank?": int, "temperature": float, "top_k": int, "false_alarm": float,
     "ahead": int, "seed": int, "batch_size?": int, "device": str, "dtype": str, "device_map?": str,
-    "apply": str, "engine": str, "upstream?": str, "max_gen_len": int, "max_seq_len?": int, "scoring": str,
+    "apply": str, "engine": str, "max_gen_len": int, "max_seq_len?": int, "scoring": str,
 }  # fmt: skip
 DECIDED = {
     "base": dict,

@@ -170,7 +170,6 @@ def test_a_run_whose_vllm_does_not_start_keeps_its_journal(
 @pytest.mark.parametrize(
     ("flags", "cause"),
     [
-        (["--upstream", "http://server"], "--upstream: expected --engine openai with it, got --engine vllm"),
         (["--device_map", "auto"], "--device_map: expected --engine transformers"),
         (["--time_limit", "9"], "--time_limit: expected --engine transformers, since vllm's pace"),
         (["-m", "arrow"], "--engine vllm: expected a method that makes variants, got arrow"),
