@@ -11,6 +11,7 @@ DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]  # how a
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Apply = Literal["auto", "merged", "beside"]  # how a variant is applied: router/model/apply.py
 Engine = Literal["transformers", "vllm"]  # what answers
+ADDRESS = r"https?://[^\s/:]+(:\d+)?(/\S*)?"  # of a server
 BASE_COLUMN = "base"  # the null candidate in routing tables: the base model without any adapter
 
 COMPETITION = "competition"

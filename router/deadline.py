@@ -10,9 +10,8 @@ writes nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 RESERVE = 0.05  # share of the time that is kept for writing the results
 FEWEST = 8  # new tokens; below that an answer is hardly one
@@ -27,7 +26,6 @@ class Deadline:
         began: by the clock; None is now.
 
     Attributes:
-        shortened: queries that were given fewer new tokens than were asked for.
         to_base: numbers of the queries that the base model answered in place of a variant.
         unanswered: queries that were left out.
     """
@@ -40,7 +38,7 @@ class Deadline:
         self._end = (clock() if began is None else began) + 60 * minutes * (1 - RESERVE)
         self._begun, self._total, self._done, self._work = clock(), 0, 0, 0.0
         self._variants, self._applied, self._applying = 0, 0, 0.0
-        self.shortened = self.unanswered = 0
+        self.unanswered = 0
         self.to_base: list[int] = []
 
     def begin(self, tokens: int, variants: int = 0) -> None:
@@ -118,12 +116,3 @@ class Deadline:
         needed = (now - self._begun) / self._work * left  # at full length
         share = (self._end - now) / needed if needed > 0 else 1.0
         return most if share >= 1 else max(min(FEWEST, most), int(most * share))
-
-
-def told(cut: Mapping[str, Any]) -> str:
-    """What was cut, as run.json has it, in words."""
-    return (
-        f"to end within {cut['minutes']:g} minutes, queries with a shorter answer: {cut['shortened']}, "
-        f"with one of the base model in place of a small variant: {cut.get('to_base', 0)}, "
-        f"with none: {cut['unanswered']}"
-    )

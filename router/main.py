@@ -305,10 +305,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if leads():
             print(f"stopped{f', since {why}' if why else ''}; {again} goes on where it was", file=sys.stderr)
         return 130
-    if not leads():
+    if record is None:
         return 0
     if args.json:
-        print(json.dumps(record, ensure_ascii=False))
+        print(record.text())
     elif not args.quiet:
         print(summary(record), flush=True)
     return 0

@@ -20,9 +20,10 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize
 from peft import PeftModel
 
+from router.answering import answered_by_vllm
 from router.api import Router
-from router.engines import vllm
-from router.model.answer import Answer, answer, encode
+from router.context import Context
+from router.model.answer import Answer, answers, encode
 from router.model.apply import active
 from router.model.base import EMBEDDED, embedded_gguf, load_base
 from router.serving.names import read_adapters
@@ -131,7 +132,7 @@ def check(work: Path, front: str) -> int:
 
 def check_within(work: Path, _: str) -> int:
     """Compares the answers of a run with those of vLLM in this process; how many differ."""
-    return _compare(work, "within", "vllm", vllm.answer)
+    return _compare(work, "within", "vllm", answered_by_vllm)
 
 
 def _compare(work: Path, name: str, engine: str, ask: Callable[..., list[Answer]]) -> int:
@@ -139,7 +140,7 @@ def _compare(work: Path, name: str, engine: str, ask: Callable[..., list[Answer]
 
     Args:
         name: of the other run's folder.
-        ask: has the engine answer queries, as `router.engines.vllm.answer`.
+        ask: has the engine answer queries, as `answered_by_vllm`.
     """
     here, there = (
         read_texts(work / one / "mixed.csv").set_index("id")["prediction"] for one in ("here", name)
@@ -152,11 +153,11 @@ def _compare(work: Path, name: str, engine: str, ask: Callable[..., list[Answer]
     rows = encode(base.tokenizer, [query.input for query in chosen])
     folders = [work / "here" / "variants" / labels[query.id] for query in chosen]
     paths = [folder if folder.is_dir() else None for folder in folders]
-    served = ask(base, chosen, rows, paths)
+    served = ask(base, chosen, rows, paths, Context())
     apart, ties = 0.0, 0
     for query, ids, path, found in zip(chosen, rows, paths, served, strict=True):
         with active(base, path, "merged") as model:
-            (own,) = answer(model, base.tokenizer, [query], [ids])
+            (own,) = answers(model, base.tokenizer, [ids], [query.choices])
         apart = max(apart, *(abs(a - b) for a, b in zip(own.scores, found.scores, strict=True)))
         first, second, *_ = sorted(own.scores, reverse=True)
         ties += first - second < TIE

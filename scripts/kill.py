@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from router.journal import FOLDER
-from router.pipeline import WORK
-from router.run import RECORD, RESULTS
-from router.runs.report.page import REPORT
+from router.record import RECORD, REPORT
+from router.run import COMMIT, WORK
 
 DEMO = [sys.executable, "-m", "router.main", "-m", "proto_route"]
 TIMES = ("seconds", "peak_mib", "peak_gpu_mib")  # in run.json
@@ -57,7 +56,7 @@ def stage(out: Path, before: dict[str, int], told: str) -> str:
     new = [name for name in now if name not in before]
     if (out / RECORD).exists():
         return "report"
-    if any(name.startswith(RESULTS) for name in new):
+    if COMMIT in new:
         return "results"
     if any(name.startswith(WORK) for name in new):
         return "answers" if now.get(FOLDER, 0) > before.get(FOLDER, 0) else "variants"

@@ -12,7 +12,7 @@ from router.cli import main
 from router.deadline import FEWEST, RESERVE, Deadline
 from router.model import answer as module
 from router.model.apply import Merged
-from router.pipeline import Routed
+from router.pipeline import route
 
 
 class Clock:
@@ -179,17 +179,30 @@ def test_a_variant_that_takes_longer_to_answer_than_to_apply_is_always_applied()
     assert deadline.spares(41, 64)
 
 
-def test_a_run_that_had_no_time_at_all_still_has_a_submission(command, paced, clock, monkeypatch):
-    limits, merge = paced(1), Routed.merge
+def test_a_limit_shorter_than_routing_is_refused_and_the_routing_is_kept(
+    command, paced, clock, monkeypatch, capsys
+):
+    limits = paced(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("router.run.route", lambda *of: (route(*of), setattr(clock, "now", 61))[0])
+        code, out = command("proto_route", "--time_limit", 1)
+    assert code == 2 and limits == [] and "--time_limit 1: " in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {".journal"}
+    clock.now = 0
+    monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
+    assert command("proto_route", "--time_limit", 1)[0] == 0 and limits
 
-    def slow(self):
-        clock.now += 61  # loading alone takes longer
-        return merge(self)
 
-    monkeypatch.setattr(Routed, "merge", slow)
-    code, out = command("base", "--time_limit", 1)
-    assert code == 0 and limits == []
-    assert {row["prediction"] for row in read_table(out / "queries.csv")} == {"unknown"}
+def test_what_the_limit_cut_is_counted_after_a_kill_too(command, paced, clock, monkeypatch):
+    paced(0)
+    cut = ("base", "--batch_size", 1, "--max_gen_len", 100, "--time_limit", 6)
+    with monkeypatch.context() as patch:
+        patch.setattr("router.run._commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert command(*cut)[0] == 130
+    clock.now = 0
+    monkeypatch.setattr(module, "generate", lambda *_: pytest.fail("asked again"))
+    code, out = command(*cut)
+    assert code == 0 and told(out)["shortened"] > 0
 
 
 def test_the_pace_decides():

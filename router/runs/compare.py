@@ -45,7 +45,7 @@ def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
         "a": str(a),
         "b": str(b),
         "queries": len(queries),
-        "settings": _settings(one.record, two.record),
+        "settings": _settings(one.record.plain(), two.record.plain()),
         "moved": sum(map(len, moves.values())),
         "moves": [
             {"from": source, "to": target, "queries": len(ids), "ids": ids}

@@ -40,8 +40,7 @@ RULES = {
 def unsure(of: Labelled, base: Base, adapters: Sequence[Any]) -> Part:
     """Queries that go to adapters, none of which has much of the weight; evenly drawn."""
     rows = of.rows[of.rows["split"].isin(FITS)].reset_index(drop=True)
-    method = method_named("proto_route")("proto_route")
-    method.attach(base, adapters)
+    method = method_named("proto_route")("proto_route", base, adapters)
     texts = rows["input"].tolist()
     queries = [Query(str(n), text, GENERATION) for n, text in enumerate(texts)]
     chosen = between(method.route(queries, encode(base.tokenizer, texts)).weights)

@@ -75,7 +75,7 @@ def ours(name: str, updates: list[Any]) -> Tensor:
     from router.methods import load_method
 
     method: Any = load_method(name)
-    combiner = method()
+    combiner = method.__new__(method)
     combiner.settings = SimpleNamespace(seed=0)
     (merged,) = whole([combiner.combine(MODULE, updates)])
     return merged

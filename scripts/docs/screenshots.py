@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from router.runs.report.page import REPORT
+from router.record import REPORT
 
 PICTURES = Path("docs/img")
 HEIGHT = 2000

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
+from helpers import method_of
+from router.context import Context
 from router.library.adapters import load_library
-from router.methods import load_method
 from router.methods.proto_route import ProtoRoute
 from router.model.answer import encode
 from router.model.base import load_base
@@ -143,9 +144,7 @@ def test_the_reference_is_graded_under_the_variant_that_answers(tiny_base, tiny_
     queries = [Query("0", "one two", GENERATION), Query("1", "three", GENERATION)]
     told = {}
     for name in ("base", "average"):
-        method = load_method(name)(name)
-        method.settings = Settings(output_folder=tmp_path, max_gen_len=2)
-        method.attach(base, adapters)
+        method = method_of(name, base, adapters, output_folder=tmp_path, max_gen_len=2)
         result, rows = method.answer(queries), method.encoded(queries)
         told[name] = of_references(
             method, queries, rows, ["four", "five six"], result.decision, tmp_path / "variants"
@@ -189,12 +188,11 @@ def test_a_mix_for_every_query_answers_as_one_variant_for_every_query_does(tiny_
     queries = [query for n in range(3) for query in read_queries(_renumbered(file, n))]
     told = []
     for kind in (PerQuery, ProtoRoute):
-        method = kind("proto_route")
-        method.settings = Settings(
+        settings = Settings(
             dataset_filepaths=(file,), output_folder=tmp_path / "out", n_variants=len(queries), max_gen_len=5,
             temperature=3.0,
         )  # fmt: skip
-        method.attach(base, adapters)
+        method = kind("proto_route", base, adapters, Context(settings))
         told.append(method.answer(queries).answers)
     assert [answer.text for answer in told[0]] == [answer.text for answer in told[1]]
 

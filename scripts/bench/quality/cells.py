@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from router.constants import BASE_COLUMN
+from router.context import Context
 from router.library.adapters import Adapter, load_library
 from router.methods import load_method
 from router.model.base import Base, load_base
@@ -58,12 +59,12 @@ def answer(library: str, setting: str, method: str, seed: str) -> list[dict[str,
     (labelled,) = (one for one in libraries() if one.name == library)
     base, adapters = load_base(labelled.base), load_library([str(labelled.adapters)])
     return [
-        answer_part(part, method_named(method)(method), base, part.library(adapters), seed)
+        answer_part(part, method, base, part.library(adapters), seed)
         for part in SETTINGS[setting].parts(labelled.rows)
     ]
 
 
-def answer_part(part: Part, method: Routed, base: Base, library: list[Adapter], seed: str) -> dict[str, Any]:
+def answer_part(part: Part, name: str, base: Base, library: list[Adapter], seed: str) -> dict[str, Any]:
     """Answers one part of a setting; see `answer`."""
     graded, number = seed == GRADED, 0 if seed == GRADED else int(seed)
     rows = part.rows.assign(label=part.rows["id"], id=range(len(part.rows)))
@@ -72,9 +73,8 @@ def answer_part(part: Part, method: Routed, base: Base, library: list[Adapter], 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "queries.csv"
         rows.to_csv(file, index=False, quoting=csv.QUOTE_ALL)
-        method.settings = Settings(
-            dataset_filepaths=(file,), output_folder=Path(folder), seed=number, max_gen_len=longest
-        )
+        settings = Settings((file,), Path(folder), seed=number, max_gen_len=longest)
+        method: Routed = method_named(name)(name, base, library, Context(settings))
         torch.manual_seed(number)
         queries = read_queries(file)
         references = [
@@ -84,7 +84,6 @@ def answer_part(part: Part, method: Routed, base: Base, library: list[Adapter], 
         put_to_it = with_references(queries, references) if graded else queries
 
         def work() -> Result:
-            method.attach(base, library)
             with grading(method) if graded else nullcontext():
                 return method.answer(put_to_it)
 

@@ -58,9 +58,9 @@ class PerQuery(ProtoRoute):
 
     def _write(self, rows: Sequence[Sequence[int]]) -> list[Answer]:
         """As `router.model.answer.generate`, but by transformers, which keeps a batch whole."""
-        ids, mask = pad_left(rows, self.tokenizer.pad_token_id, self.base_model.device)
+        ids, mask = pad_left(rows, self.tokenizer.pad_token_id, self.base.model.device)
         with torch.inference_mode():
-            out = self.base_model.generate(
+            out = self.base.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=self.settings.max_gen_len,

@@ -23,11 +23,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from merge.factors import Factors, recompress, weighted_sum
 from merge.folders import WEIGHTS_FILE, write_adapter
+from router.answering import answered
 from router.constants import LIBRARY, Apply
+from router.context import Context
 from router.library.adapters import Adapter, load_library
 from router.methods import load_method
 from router.model import passes
-from router.model.answer import answer, encode, generate
+from router.model.answer import encode, generate
 from router.model.apply import Beside, active
 from router.model.base import EMBEDDED, Base, linear_shapes, load_base
 from router.model.passes import batches, forward
@@ -79,10 +81,8 @@ def uniform(base: Base, rank: int = 8) -> list[Adapter]:
 
 
 def _method(name: str, base: Base, adapters: Sequence[Adapter], folder: str | Path) -> Any:
-    method: Any = load_method(name)(name)
-    method.settings = Settings(output_folder=Path(folder))
-    method.attach(base, adapters)
-    return method
+    method: Any = load_method(name)
+    return method(name, base, adapters, Context(Settings(output_folder=Path(folder))))
 
 
 def routed(size: str, every: str) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def static(every: str) -> dict[str, Any]:
     base, asked = load_base(EMBEDDED), queries(int(every))
     with tempfile.TemporaryDirectory() as folder:
         model = _average(base, folder)
-        seconds, _ = timed(lambda: answer(model, base.tokenizer, asked, prompts(base, asked)))
+        seconds, _ = timed(lambda: answered(model, base.tokenizer, asked, prompts(base, asked), Context()))
     return {"seconds": seconds, "peak_mib": peak_mib(), "queries": len(asked)}
 
 
@@ -315,7 +315,9 @@ def same(every: str) -> dict[str, Any]:
         ways: tuple[Apply, ...] = ("merged", "beside")
         for how in ways:
             with active(base, path, how) as model:
-                seconds, found = timed(lambda: answer(model, base.tokenizer, asked, prompts(base, asked)))
+                seconds, found = timed(
+                    lambda: answered(model, base.tokenizer, asked, prompts(base, asked), Context())
+                )
             taken.append(seconds)
             told.append([one.text for one in found])
     differ = sum(one != two for one, two in zip(*told, strict=True))
@@ -353,7 +355,7 @@ def matmul_share(every: str) -> dict[str, Any]:
         active(base, _one(base, adapter, folder)) as model,
         profile(activities=[ProfilerActivity.CPU]) as seen,
     ):
-        answer(model, base.tokenizer, asked, prompts(base, asked))
+        answered(model, base.tokenizer, asked, prompts(base, asked), Context())
     events = {event.key: event.self_cpu_time_total / 1e6 for event in seen.key_averages()}
     largest = sorted(events.items(), key=lambda event: -event[1])[:14]
     return {"seconds": sum(events.values()), "operators": {key: round(value, 3) for key, value in largest}}
