@@ -81,8 +81,10 @@ def answered_by_vllm(
     known, settings = _known(context), context.settings
     asked = list({query: n for n, query in enumerate(queries) if query not in known}.values())
     bar(sum(map(len, rows)) - sum(len(rows[n]) for n in asked))
-    how = {"scoring": settings.scoring, "max_new_tokens": settings.max_gen_len}
-    for done in ask(base, rows, _options(queries), variants, asked, **how):
+    for done in ask(
+        base, rows, _options(queries), variants, asked, scoring=settings.scoring,
+        max_new_tokens=settings.max_gen_len,
+    ):  # fmt: skip
         bar(_keep(done, queries, rows, known))
     return [known[query] for query in queries]
 

@@ -100,7 +100,7 @@ class Routed(ABC):
         self.tokenizer: Any = base.tokenizer
         self.shapes = linear_shapes(base.model)
 
-    @classmethod
+    @classmethod  # noqa: B027
     def check(cls) -> None:
         """Refuses a run for which something is missing, before anything is loaded."""
 

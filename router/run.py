@@ -175,8 +175,8 @@ def _check_answered(result: Result, deadline: Deadline | None) -> None:
         return
     if deadline and deadline.unanswered:
         raise InputError(
-            f"--time_limit {deadline.minutes:g}: expected time for an answer, but loading and routing took all of "
-            "it; the routing is kept: the same command goes on there, or pass a longer limit and --fresh"
+            f"--time_limit {deadline.minutes:g}: expected time for an answer, but loading and routing took all "
+            "of it; the routing is kept: the same command goes on there, or pass a longer limit and --fresh"
         )
     raise InputError(
         "no query could be answered: the model's output is not finite, or memory ran out (see the warnings "
@@ -299,9 +299,9 @@ def check_outputs(settings: Settings) -> None:
             _refuse(folder, PLAN)
     for path in settings.dataset_filepaths:
         for output in (folder / name for name in _outputs(path)):
-            if output.is_symlink() or output.exists():
-                if not output.is_file() or sha256_of(output) not in known.get(output.name, ()):
-                    _refuse(folder, output.name)
+            there = output.is_symlink() or output.exists()
+            if there and not (output.is_file() and sha256_of(output) in known.get(output.name, ())):
+                _refuse(folder, output.name)
 
 
 def _refuse(folder: Path, name: str) -> NoReturn:
@@ -312,7 +312,7 @@ def _refuse(folder: Path, name: str) -> NoReturn:
 
 
 def _check_names(settings: Settings) -> None:
-    """Refuses names that are not in UTF-8, results of one name, or of that of queries or of what a run needs."""
+    """Refuses names not in UTF-8, and results of one name, or of that of queries or of what a run needs."""
     for flag, value in settings.plain().items():
         for text in value if isinstance(value, list) else [value]:
             try:
@@ -332,8 +332,8 @@ def _check_names(settings: Settings) -> None:
                 )
             if name in taken:
                 raise InputError(
-                    f"--dataset_filepaths: {path} would be answered in {output}, which a run or another query "
-                    "file needs; rename it"
+                    f"--dataset_filepaths: {path} would be answered in {output}, which a run or another file "
+                    "needs; rename it"
                 )
             taken.add(name)
 

@@ -63,7 +63,9 @@ def answer(
         InputError: vLLM cannot load the base model, or has no room for it and the variants.
     """
     context = getattr(base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    tails = {n: endings(base.tokenizer, choices[n]) if choices[n] else [[]] for n in asked}
+    tails: dict[int, list[list[int]]] = {
+        n: endings(base.tokenizer, choices[n]) if choices[n] else [[]] for n in asked
+    }
     reads = {n: len(rows[n]) + max(map(len, tails[n])) for n in asked}
     if long := [n for n in asked if context and reads[n] >= context]:
         yield Done(long, [FAILED] * len(long), 1.0, f"does not fit into a context of {context} tokens")

@@ -561,12 +561,8 @@ def test_a_run_without_variants_clears_those_of_an_earlier_one(finish):
 @pytest.mark.parametrize("name", PER_TOKEN)
 def test_the_kits_two_calls_work(name, tiny_base, tiny_library, tmp_path):
     router = all_merge_handlers()[name](name)
-    router.settings = Settings(
-        output_folder=tmp_path / "out",
-        max_gen_len=3,
-        base_model=str(tiny_base),
-        adapters=(str(tiny_library),),
-    )
+    how = {"output_folder": tmp_path / "out", "base_model": str(tiny_base), "max_gen_len": 3}
+    router.settings = Settings(adapters=(str(tiny_library),), **how)
     router.merge()
     ids, texts = router.generate({"input": TEXTS[:2]})
     assert len(ids) == len(texts) == 2

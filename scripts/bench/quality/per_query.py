@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +59,10 @@ class PerQuery(ProtoRoute):
 
     def _write(self, rows: Sequence[Sequence[int]]) -> list[Answer]:
         """As `router.model.answer.generate`, but by transformers, which keeps a batch whole."""
-        ids, mask = pad_left(rows, self.tokenizer.pad_token_id, self.base.model.device)
+        model: Any = self.base.model
+        ids, mask = pad_left(rows, self.tokenizer.pad_token_id, model.device)
         with torch.inference_mode():
-            out = self.base.model.generate(
+            out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=self.settings.max_gen_len,

@@ -179,7 +179,7 @@ def floor() -> dict[str, Any]:
     longest = sorted(asked, key=lambda query: -len(query.input))
     largest = [*longest[:8], *[query for query in longest if query.eval_type == MULTIPLE_CHOICE][:8]]
     with tempfile.TemporaryDirectory() as folder, active(base, _one(base, library(1)[0], folder)) as model:
-        answer(model, base.tokenizer, largest, prompts(base, largest))
+        answered(model, base.tokenizer, largest, prompts(base, largest), Context())
     return {"peak_mib": peak_mib()}
 
 
