@@ -6,7 +6,6 @@ Here alone the model's batches meet the journal, the deadline, the other process
 from __future__ import annotations
 
 import logging
-from collections import ChainMap
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ def answered(
     rows: Rows,
     context: Context,
     bar: Callable[[int], object] = lambda tokens: None,
-    keep: bool = True,
 ) -> list[Answer]:
     """Answers queries in order, with whichever adapter is active.
 
@@ -37,10 +35,9 @@ def answered(
 
     Args:
         bar: told how many tokens of prompts are done.
-        keep: whether the journal keeps the answers.
     """
     deadline, processes, settings = context.deadline, context.processes, context.settings
-    known, options, most = _known(context, keep), _options(queries), settings.max_gen_len
+    known, options, most = _known(context), _options(queries), settings.max_gen_len
     batches, left_out = batched(model, tokenizer, rows, options, most, settings.batch_size)
     for n, why in left_out.items():
         if not processes.rank:
@@ -89,11 +86,9 @@ def answered_by_vllm(
     return [known[query] for query in queries]
 
 
-def _known(context: Context, keep: bool = True) -> MutableMapping[Query, Answer]:
-    """The answers so far; what is added is kept, or is not."""
-    if context.journal is None:
-        return {}
-    return context.journal if keep else ChainMap({}, context.journal)
+def _known(context: Context) -> MutableMapping[Query, Answer]:
+    """The answers so far; the journal, if there is one, keeps what is added."""
+    return {} if context.journal is None else context.journal
 
 
 def _options(queries: Sequence[Query]) -> list[tuple[str, ...]]:

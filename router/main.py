@@ -249,8 +249,8 @@ def parser() -> argparse.ArgumentParser:
         "--time_limit",
         type=_above_zero,
         metavar="MINUTES",
-        help="answers get shorter, the base model answers in place of small variants, and the last answers "
-        "are left out, so that the results are written by then; checked by --plan; above 0 (default: none)",
+        help="answers get shorter, and the last ones are left out, so that the results are written by then; "
+        "checked by --plan; above 0 (default: none)",
     )
     p.add_argument(
         "--memory_limit", type=_above_zero, metavar="GIB", help="checked by --plan, above 0 (default: none)"

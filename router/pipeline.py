@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,61 +158,32 @@ class Routed(ABC):
         queries: Sequence[Query],
         rows: Rows,
         bar: Callable[[int], object] = lambda tokens: None,
-        keep: bool = True,
     ) -> list[Answer]:
         """Answers queries in order with one model; see `answered`."""
-        return answered(model, self.tokenizer, queries, rows, self.context, bar, keep)
+        return answered(model, self.tokenizer, queries, rows, self.context, bar)
 
-    def predict(
-        self, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path
-    ) -> list[Answer]:  # fmt: skip
+    def predict(self, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path) -> list[Answer]:
         """Answers each query with its variant, in order; what another process answers has failed.
 
         Args:
             folder: holds the variants' folders.
         """
-        paths, labels = (
-            [folder / name if name else None for name in decision.folders],
-            decision.clusters.labels,
-        )
-        deadline, groups = (
-            self.context.deadline,
-            {n: np.flatnonzero(labels == n).tolist() for n in set(labels)},
-        )
+        labels = decision.clusters.labels
+        paths = [folder / name if name else None for name in decision.folders]
         answers: dict[int, Answer] = {}
-        late: list[int] = []  # whose variants time is too short for
         with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
             if self.settings.engine == "vllm":
                 variants = [paths[n] for n in labels]
                 return answered_by_vllm(self.base, queries, rows, variants, self.context, bar.update)
-
-            def ask(model: Any, members: Sequence[int], keep: bool = True) -> None:
-                asked, ids = [queries[m] for m in members], [rows[m] for m in members]
-                found = self.answer_with(model, asked, ids, bar.update, keep)
-                answers.update(zip(members, found, strict=True))
-
             with applied(self.base, self.settings.apply) as models:
                 for n in swap_order(paths):
-                    if n not in groups:  # a variant that was made for other queries
+                    members = np.flatnonzero(labels == n).tolist()
+                    if not members:  # a variant that was made for other queries
                         continue
-                    if paths[n] and self._spares([rows[m] for m in groups[n]]):
-                        late += groups[n]
-                        continue
-                    with deadline.applying() if deadline and paths[n] else nullcontext():
-                        model = models.activate(paths[n])
-                    ask(model, groups[n])
-                if deadline and late:
-                    journal = self.context.journal
-                    new = [m for m in late if journal is None or queries[m] not in journal]
-                    ask(models.activate(None), late, keep=False)
-                    deadline.to_base = [m for m in new if not answers[m].failed]
+                    model, ids = models.activate(paths[n]), [rows[m] for m in members]
+                    found = self.answer_with(model, [queries[m] for m in members], ids, bar.update)
+                    answers.update(zip(members, found, strict=True))
         return [answers[m] for m in range(len(queries))]
-
-    def _spares(self, rows: Rows) -> bool:
-        """Whether time is too short to apply a variant for these prompts; several processes apply all."""
-        if self.context.deadline is None or self.context.processes.count > 1:
-            return False
-        return self.context.deadline.spares(sum(map(len, rows)), self.settings.max_gen_len)
 
     def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
         """Takes all steps at once.
@@ -270,14 +240,11 @@ def answer(
     """Answers each query with its variant, out of the folder that holds them."""
     deadline, processes = method.context.deadline, method.context.processes
     if deadline:
-        used = sum(decision.folders[n] is not None for n in set(decision.clusters.labels.tolist()))
-        deadline.begin(sum(map(len, rows)), used)
+        deadline.begin(sum(map(len, rows)))
     with method.stages("predict"):
         parts = processes.gathered(method.predict(queries, rows, decision, folder))
     if deadline:
         deadline.unanswered = sum(processes.gathered(deadline.unanswered))
-        if deadline.to_base:
-            decision = decision.with_base(deadline.to_base)
     return Result(_joined(queries, parts), decision)
 
 

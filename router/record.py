@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import FiniteFloat
 
 from router.constants import BASE_COLUMN, Engine
-from router.files import record_of
+from router.files import record_of, typed
 from router.routing.evidence import LOW_MARGIN
 from router.version import own_version
 
@@ -81,12 +81,11 @@ class TimeLimit:
     minutes: FiniteFloat
     shortened: int
     unanswered: int
-    to_base: int = 0
 
     def __str__(self) -> str:
         return (
             f"to end within {self.minutes:g} minutes, queries with a shorter answer: {self.shortened}, with "
-            f"one of the base model in place of a small variant: {self.to_base}, with none: {self.unanswered}"
+            f"none: {self.unanswered}"
         )
 
 
@@ -110,8 +109,8 @@ class Record:
     method: str
     versions: dict[str, str]
     flags: dict[str, Any]
-    seconds: dict[str, FiniteFloat]
-    peak_mib: dict[str, FiniteFloat]
+    seconds: dict[str, FiniteFloat] = field(default_factory=dict)
+    peak_mib: dict[str, FiniteFloat] = field(default_factory=dict)
     peak_gpu_mib: dict[str, FiniteFloat] = field(default_factory=dict)
     base: BaseRecord | None = None
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
@@ -143,7 +142,8 @@ class Record:
             OSError: it cannot be read.
             ValueError: it is no record.
         """
-        return record_of(Record, path.read_bytes())
+        found = record_of(dict[str, Any], path.read_bytes())
+        return typed(Record, {key: value for key, value in found.items() if value is not None})
 
     @property
     def paths(self) -> list[Path]:

