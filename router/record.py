@@ -151,8 +151,9 @@ class Record:
         return list(map(Path, self.flags["dataset_filepaths"]))
 
     def plain(self) -> dict[str, Any]:
-        """The record as JSON values, without what is empty."""
-        return {key: value for key, value in asdict(self).items() if value not in (None, {}, [])}
+        """The record as JSON values; what such a run does not have is left out."""
+        always = ("seconds", "peak_mib")
+        return {key: value for key, value in asdict(self).items() if value or value == 0 or key in always}
 
     def text(self, indent: int | None = None) -> str:
         """The record in JSON."""

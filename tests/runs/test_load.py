@@ -86,7 +86,7 @@ BROKEN = {
     "a deep record": (lambda out: (out / "run.json").write_text("[" * 100_000), "it is nested too deeply"),
     "a list": (lambda out: change(out, flags=[]), "flags: "),
     "no files": (lambda out: change(out, flags={"dataset_filepaths": []}), "names of query"),
-    "a number for a file": (lambda out: change(out, flags={"dataset_filepaths": [7]}), "flags.dataset_filepaths"),
+    "a number for a file": (lambda out: change(out, flags={"dataset_filepaths": [7]}), "flags.dataset_"),
     "a long name": (lambda out: change(out, flags={"dataset_filepaths": ["x" * 999]}), "too long"),
     "no name": (lambda out: change(out, flags={"dataset_filepaths": ["a\0b"]}), r"a\x00b: expected a CSV"),
     "endless": (lambda out: change(out, seconds={"load": float("inf")}), "got Infinity"),
