@@ -27,6 +27,7 @@ from helpers import (
     NAMES,
     ROOT,
     ROWS,
+    arguments,
     files_of,
     read_table,
     variants_in,
@@ -532,7 +533,7 @@ def test_a_run_that_was_killed_between_its_files_is_no_finished_run(command, mon
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(SystemExit):
         command("oracle")
-    with pytest.raises(InputError, match="run.json: "):
+    with pytest.raises(InputError, match=r"run\.json: "):
         load(out)
     monkeypatch.undo()
     assert command("oracle")[0] == 0 and load(out).record.method == "oracle"
