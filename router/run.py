@@ -347,10 +347,10 @@ def _check_names(settings: Settings) -> None:
 def _check_folder(folder: Path) -> None:
     """Refuses an output folder that cannot be written."""
     where = f"--output_folder {folder}"
-    if folder.is_symlink() and not folder.exists():
-        raise InputError(f"{where}: expected a folder, got a dead link")
     place = folder.absolute()
     try:
+        if folder.is_symlink() and not folder.exists():
+            raise InputError(f"{where}: expected a folder, got a dead link")
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{where}: expected a folder, found a file")
         place = next(path for path in (place, *place.parents) if path.exists())
