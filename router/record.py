@@ -67,11 +67,11 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class VariantRecord:
-    """A variant: its folder, None where nothing was written; how many queries it answered; its mix."""
+    """A variant: how many queries it answered, its mix, and its folder, None where nothing was written."""
 
-    folder: str | None
     queries: int
     weights: dict[str, FiniteFloat]
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _decided(decision: Decision) -> dict[str, Any]:
         "adapters": {of.name: AdapterRecord(of.sha256, of.revision) for of in decision.adapters},
         "n_variants": len(decision.variants),
         "variants": [
-            VariantRecord(folder and f"variants/{folder}", count, {**of.weights, BASE_COLUMN: of.base})
+            VariantRecord(count, {**of.weights, BASE_COLUMN: of.base}, folder and f"variants/{folder}")
             for of, folder, count in rows
         ],
     }
