@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from router.constants import BASE_COLUMN, Apply, Device, Dtype
+from router.context import Context
 from router.errors import InputError, printable
 from router.files import (
     check_shape,
@@ -32,6 +33,7 @@ from router.methods.proto_route import ProtoRoute
 from router.model.answer import Answer, Scoring
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.pipeline import Routed
+from router.pipeline import load as load_library_and_base
 from router.result import Decision
 from router.routing import state
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
@@ -117,14 +119,15 @@ class Router:
                 method, or a setting is another word or seed than it may be.
             ValueError: the method is one of the starter kit's, which give no weights.
         """
-        found = load_method(method)(method)
-        if not isinstance(found, Routed):
+        made = load_method(method)
+        if not issubclass(made, Routed):
             raise ValueError(f"method {method}: expected one that routes, this one is of the starter kit")
         if adapters:
             settings["adapters"] = tuple(map(str, adapters))
-        found.settings = Settings(base_model=base_model, **settings)
-        found.merge()
-        return cls(found)
+        context = Context(Settings(base_model=base_model, **settings))
+        made.check()
+        loaded = load_library_and_base(context)
+        return cls(made(method, loaded.base, loaded.adapters, context))
 
     @classmethod
     def load(
@@ -154,12 +157,11 @@ class Router:
             return cls._of_run(folder, base_model, device, dtype)
         seen = sha256_of(folder / ABOUT)
         about = _about(folder / ABOUT)
-        method = ProtoRoute("proto_route")
         pinned = f"@{about['revision']}" if about.get("revision") else ""
         own = EMBEDDED if about["embedded"] else f"{about['base_model']}{pinned}"
         kept = {key: value for key in SETTINGS if (value := about["settings"].get(key)) is not None}
         kept |= {"base_model": base_model or own, "device": device, "dtype": dtype or about["dtype"]}
-        settings = method.settings = Settings(**kept)
+        settings = Settings(**kept)
         base = load_base(str(settings.base_model), settings.device, settings.dtype)
         if base.sha256 != about["base_sha256"]:
             raise InputError(
@@ -172,7 +174,7 @@ class Router:
                 "%s: the base model's configuration or tokenizer is not the one that this router was saved "
                 "with, so it may choose otherwise", printable(str(folder)),
             )  # fmt: skip
-        method.attach(base, [])
+        method = ProtoRoute("proto_route", base, [], Context(settings))
         widths = {module: width for module, (_, width) in method.shapes.items()}
         fitted = state.load(folder, base.model.device, base.model.dtype, widths)
         if not (folder / ABOUT).is_file() or sha256_of(folder / ABOUT) != seen:
@@ -193,17 +195,18 @@ class Router:
     @classmethod
     def _of_run(cls, folder: Path, base_model: str | None, device: Device, dtype: Dtype | None) -> Router:
         run = load_run(folder)
-        if run.record["method"] != "proto_route":
-            raise InputError(f"{folder}: expected a run of proto_route, got one of {run.record['method']}")
-        if "variants" not in run.record:
+        record = run.record
+        if record.method != "proto_route":
+            raise InputError(f"{folder}: expected a run of proto_route, got one of {record.method}")
+        if record.base is None:
             raise InputError(f"{folder / 'run.json'}: expected the run's variants, found none; run it again")
         flags = dict(vars(run.settings))
-        for key in ("dataset_filepaths", "output_folder", "engine", "upstream"):
+        for key in ("dataset_filepaths", "output_folder", "engine"):
             del flags[key]
-        flags |= {"device": device, "dtype": dtype or run.record["base"]["dtype"]}
+        flags |= {"device": device, "dtype": dtype or record.base.dtype}
         flags["base_model"] = base_model or flags["base_model"]
         router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)
-        if router._base.sha256 != run.record["base"]["sha256"]:
+        if router._base.sha256 != record.base.sha256:
             raise InputError(f"{folder}: expected the base model of the run, got one with other weights")
         if router.candidates != run.names:
             raise InputError(
@@ -219,7 +222,7 @@ class Router:
     @property
     def _proto(self) -> ProtoRoute:
         if not isinstance(self._method, ProtoRoute):
-            raise ValueError(f"method {self._method.get_name()}: expected proto_route, which can be saved")
+            raise ValueError(f"method {self._method.name}: expected proto_route, which can be saved")
         return self._method
 
     @property
@@ -245,7 +248,7 @@ class Router:
 
         Of a very long text the middle is left out before it is tokenised, since routing reads its ends alone.
         """
-        if self._method.prompt_tokens is None:  # else the end of what is read may be in the middle
+        if self._method.settings.max_seq_len is None:  # else the end of what is read may be in the middle
             texts = [
                 text if len(text) <= 2 * ENDS else text[:ENDS] + text[-ENDS:]
                 for text in _listed(texts, "a list of texts")

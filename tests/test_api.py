@@ -463,7 +463,7 @@ def test_the_oracle_reads_labels_of_files_and_takes_no_other_texts(tiny_base, ti
         ("device", "gpu", "--device: expected one of auto, cpu, cuda, got 'gpu'"),
         ("device_map", "none", "--device_map: expected one of auto, balanced"),
         ("apply", "merge", "--apply: expected one of auto, merged, beside, got 'merge'"),
-        ("engine", "vLLM", "--engine: expected one of transformers, vllm, openai, got 'vLLM'"),
+        ("engine", "vLLM", "--engine: expected one of transformers, vllm, got 'vLLM'"),
         ("scoring", None, "--scoring: expected one of full, kit, got None"),
         ("max_seq_len", -3, "--max_seq_len: expected a whole number from 1"),
         ("batch_size", 2.5, "--batch_size: expected a whole number from 1 .*, got 2.5"),
