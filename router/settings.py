@@ -229,9 +229,10 @@ class Settings:
         """
         known = {}
         for setting in fields(cls):
-            if setting.name not in values:
+            value = values.get(setting.name)
+            if value is None and setting.default is not None:
                 raise InputError(f"{setting.name} is missing")
-            known[setting.name] = _from_plain(setting.metadata["kind"], values[setting.name])
+            known[setting.name] = _from_plain(setting.metadata["kind"], value)
         return cls(**known)
 
 

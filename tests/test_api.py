@@ -196,7 +196,7 @@ def test_the_middle_of_a_very_long_text_is_not_tokenised(router, monkeypatch):
     (expected,) = router.choose([long])
     seen = []
     monkeypatch.setattr(
-        "router.kit.encode",
+        "router.pipeline.encode",
         lambda tokenizer, texts, limit: seen.extend(texts) or encode(tokenizer, texts, limit),
     )
     assert router.choose([long]) == [expected]
@@ -265,7 +265,7 @@ def test_a_record_that_lacks_what_a_router_needs_is_refused_by_what_is_missing(
             {"flags": {"dataset_filepaths": [str(queries)]}},
             "run.json: expected the flags of a run .* missing",
         ),
-        ({"flags": record["flags"] | {"top_k": "3"}}, "top_k: expected a whole number, got a text"),
+        ({"flags": record["flags"] | {"top_k": "3"}}, "--top_k: expected a whole number from 1 to"),
         ({"flags": record["flags"] | {"apply": "merge"}}, "--apply: expected one of auto, merged, beside"),
         ({"variants": None, "base": None}, "expected the run's variants, found none"),
     ):
@@ -461,7 +461,7 @@ def test_the_oracle_reads_labels_of_files_and_takes_no_other_texts(tiny_base, ti
         ("seed", 2147483648, "--seed: expected a whole number from 0 to 2147483647, got 2147483648"),
         ("dtype", "bf16", "--dtype: expected one of auto, float32, bfloat16, float16, got 'bf16'"),
         ("device", "gpu", "--device: expected one of auto, cpu, cuda, got 'gpu'"),
-        ("device_map", "none", "--device_map: expected one of auto, balanced"),
+        ("device_map", "none", "--device_map: expected one of none, auto, balanced"),
         ("apply", "merge", "--apply: expected one of auto, merged, beside, got 'merge'"),
         ("engine", "vLLM", "--engine: expected one of transformers, vllm, got 'vLLM'"),
         ("scoring", None, "--scoring: expected one of full, kit, got None"),

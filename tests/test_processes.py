@@ -125,7 +125,7 @@ def test_a_batch_is_taken_by_one_process_and_all_have_about_as_much():
 def test_several_processes_leave_the_files_of_one(started, tmp_path, monkeypatch, method):
     monkeypatch.setattr("router.routing.fitted.AT_ONCE", 20)
     monkeypatch.setattr("router.model.passes.tokens_at_once", lambda *_: 200)
-    monkeypatch.setattr("router.routing.probe.batch_tokens", lambda *_: (200, 200))
+    monkeypatch.setattr("router.methods.proto_route.tokens_at_once", lambda *_: 200)
     plain, taken = module.if_it_fits, []
 
     def noting(way, batch):
