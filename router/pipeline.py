@@ -326,6 +326,8 @@ class Static(Routed):
                 update = self.combine(module, [adapter.read(module) for adapter in owners])
                 update = limited(update, rank)
                 merged[module] = Factors(update.a.float(), update.b.float())
+        for adapter in self.adapters:
+            adapter.check_unchanged()
         updates, base = complete(merged, self.shapes), self.base
         write_adapter(folder / "0", updates, base.name, base.revision, base.model.dtype, rank)
         write_card(folder / "0", self.recipe, base, self.adapters)
