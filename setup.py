@@ -34,6 +34,7 @@ setup(
         "numpy>=2.0",
         "regex>=2024.4",  # patterns of strangers, with a time limit
         "psutil>=5.9",
+        "pydantic>=2.10",  # reads typed records
         "scipy>=1.13",
         "threadpoolctl>=3.1",
         "tqdm>=4.66",

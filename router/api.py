@@ -6,18 +6,22 @@ import json
 import logging
 import shutil
 import tempfile
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self, TypeVar, cast, get_args
 
 import numpy as np
 import pandas as pd
 
 from router.constants import BASE_COLUMN, Apply, Device, Dtype
+from router.context import Context
 from router.errors import InputError, printable
 from router.files import (
+    MARKER,
     check_shape,
     is_ours,
     mark,
@@ -32,6 +36,7 @@ from router.methods.proto_route import ProtoRoute
 from router.model.answer import Answer, Scoring
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.pipeline import Routed
+from router.pipeline import load as load_library_and_base
 from router.result import Decision
 from router.routing import state
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
@@ -54,8 +59,20 @@ SHAPE = {
     "dtype": {*get_args(Dtype)} - {"auto"},
     "settings": {"max_seq_len?": int, "max_gen_len": int, "scoring": {*get_args(Scoring)}, "seed": int,
                  "apply?": {*get_args(Apply)}},
-    "variants": [{"weights": {"*": float}, "base": float}], "centres": [[float]],
+    "variants": [{"weights": {"*": float}, "base": float}], "centres": [[float]], "files": {"*": str},
 }  # fmt: skip
+Work = TypeVar("Work", bound=Callable[..., Any])
+
+
+def _one_at_a_time(work: Work) -> Work:
+    """A method that waits while another thread is in one: there is one model and one set of hooks."""
+
+    @wraps(work)
+    def waiting(self: Any, *args: Any, **how: Any) -> Any:
+        with self._lock:
+            return work(self, *args, **how)
+
+    return cast(Work, waiting)
 
 
 @dataclass(frozen=True)
@@ -82,12 +99,15 @@ class Choice:
 class Router:
     """A loaded library of adapters and its base model, ready to route queries.
 
+    Threads may share a router; its work is done for one of them after the other.
+
     Attributes:
         variants: what queries are answered with, once `fit` or `load` has decided that; else empty.
     """
 
     def __init__(self, method: Routed) -> None:
         self._method = method
+        self._lock = threading.RLock()
         self.variants: list[Variant] = []
         self._centres: Array | None = None  # (variants, candidates) the mean mix that each was made for
         self._folder: Path | None = None  # of a router that was loaded
@@ -117,14 +137,15 @@ class Router:
                 method, or a setting is another word or seed than it may be.
             ValueError: the method is one of the starter kit's, which give no weights.
         """
-        found = load_method(method)(method)
-        if not isinstance(found, Routed):
+        made = load_method(method)
+        if not issubclass(made, Routed):
             raise ValueError(f"method {method}: expected one that routes, this one is of the starter kit")
         if adapters:
             settings["adapters"] = tuple(map(str, adapters))
-        found.settings = Settings(base_model=base_model, **settings)
-        found.merge()
-        return cls(found)
+        context = Context(Settings(base_model=base_model, **settings))
+        made.check()
+        loaded = load_library_and_base(context)
+        return cls(made(method, loaded.base, loaded.adapters, context))
 
     @classmethod
     def load(
@@ -154,12 +175,11 @@ class Router:
             return cls._of_run(folder, base_model, device, dtype)
         seen = sha256_of(folder / ABOUT)
         about = _about(folder / ABOUT)
-        method = ProtoRoute("proto_route")
         pinned = f"@{about['revision']}" if about.get("revision") else ""
         own = EMBEDDED if about["embedded"] else f"{about['base_model']}{pinned}"
         kept = {key: value for key in SETTINGS if (value := about["settings"].get(key)) is not None}
         kept |= {"base_model": base_model or own, "device": device, "dtype": dtype or about["dtype"]}
-        settings = method.settings = Settings(**kept)
+        settings = Settings(**kept)
         base = load_base(str(settings.base_model), settings.device, settings.dtype)
         if base.sha256 != about["base_sha256"]:
             raise InputError(
@@ -172,8 +192,13 @@ class Router:
                 "%s: the base model's configuration or tokenizer is not the one that this router was saved "
                 "with, so it may choose otherwise", printable(str(folder)),
             )  # fmt: skip
-        method.attach(base, [])
+        method = ProtoRoute("proto_route", base, [], Context(settings))
         widths = {module: width for module, (_, width) in method.shapes.items()}
+        if wrong := _changed(folder, about["files"]):
+            raise InputError(
+                f"{folder / wrong}: expected the file that was saved with this router, got another or none; "
+                "save the router again"
+            )
         fitted = state.load(folder, base.model.device, base.model.dtype, widths)
         if not (folder / ABOUT).is_file() or sha256_of(folder / ABOUT) != seen:
             raise InputError(f"{folder}: a router was saved there while this one was read; load it again")
@@ -193,23 +218,31 @@ class Router:
     @classmethod
     def _of_run(cls, folder: Path, base_model: str | None, device: Device, dtype: Dtype | None) -> Router:
         run = load_run(folder)
-        if run.record["method"] != "proto_route":
-            raise InputError(f"{folder}: expected a run of proto_route, got one of {run.record['method']}")
-        if "variants" not in run.record:
+        record = run.record
+        if record.method != "proto_route":
+            raise InputError(f"{folder}: expected a run of proto_route, got one of {record.method}")
+        if record.base is None:
             raise InputError(f"{folder / 'run.json'}: expected the run's variants, found none; run it again")
         flags = dict(vars(run.settings))
-        for key in ("dataset_filepaths", "output_folder", "engine", "upstream"):
+        for key in ("dataset_filepaths", "output_folder", "engine"):
             del flags[key]
-        flags |= {"device": device, "dtype": dtype or run.record["base"]["dtype"]}
+        flags |= {"device": device, "dtype": dtype or record.base.dtype}
         flags["base_model"] = base_model or flags["base_model"]
         router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)
-        if router._base.sha256 != run.record["base"]["sha256"]:
+        if router._base.sha256 != record.base.sha256:
             raise InputError(f"{folder}: expected the base model of the run, got one with other weights")
         if router.candidates != run.names:
             raise InputError(
                 f"{folder}: expected the adapters of the run, got {', '.join(router.candidates)}"
             )
+        for adapter in router._method.adapters:
+            if adapter.sha256 != record.adapters[adapter.name].sha256:
+                raise InputError(
+                    f"{folder}: expected the adapters of the run, but {adapter.name} "
+                    f"({adapter.folder.path}) has other weights now; run again"
+                )
         router._decide(run.clusters.weights)
+        _ = router._proto.fitted  # now, not with the first request
         return router
 
     @property
@@ -219,7 +252,7 @@ class Router:
     @property
     def _proto(self) -> ProtoRoute:
         if not isinstance(self._method, ProtoRoute):
-            raise ValueError(f"method {self._method.get_name()}: expected proto_route, which can be saved")
+            raise ValueError(f"method {self._method.name}: expected proto_route, which can be saved")
         return self._method
 
     @property
@@ -234,18 +267,20 @@ class Router:
             return [*self._proto.fitted.names, BASE_COLUMN]
         return [*(adapter.name for adapter in self._method.adapters), BASE_COLUMN]
 
+    @_one_at_a_time
     def route(self, texts: Sequence[str]) -> pd.DataFrame:
         """The weights of each text, which sum to 1: a row per text, a column per candidate."""
         queries = _queries(texts, None)
         routing = self._method.route(queries, self._method.encoded(queries))
         return pd.DataFrame(routing.weights, columns=self.candidates)
 
+    @_one_at_a_time
     def choose(self, texts: Sequence[str]) -> list[Choice]:
         """How each text is decided, and which of the variants answers it.
 
         Of a very long text the middle is left out before it is tokenised, since routing reads its ends alone.
         """
-        if self._method.prompt_tokens is None:  # else the end of what is read may be in the middle
+        if self._method.settings.max_seq_len is None:  # else the end of what is read may be in the middle
             texts = [
                 text if len(text) <= 2 * ENDS else text[:ENDS] + text[-ENDS:]
                 for text in _listed(texts, "a list of texts")
@@ -267,6 +302,7 @@ class Router:
             found.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix))
         return found
 
+    @_one_at_a_time
     def fit(self, texts: Sequence[str], n_variants: int | None = None) -> Self:
         """Decides the variants from a sample of the queries to come, such as yesterday's; no labels.
 
@@ -292,6 +328,7 @@ class Router:
         self._centres = with_base(centres)
         self.variants = decide(self._centres, self.candidates[:-1])
 
+    @_one_at_a_time
     def save(self, folder: str | Path) -> Path:
         """Writes the router and its variants into a folder, which `load` needs beside the base model alone.
 
@@ -299,16 +336,13 @@ class Router:
 
         Raises:
             ValueError: `fit` was not called, or the method is not proto_route.
-            InputError: the folder holds `variants` that are not this package's, or a variant is too large for
-                the base model's dtype.
+            InputError: the folder holds files of these names that no router left there, a variant is too
+                large for the base model's dtype, or an adapter has other weights now.
         """
         folder, proto = Path(folder), self._proto
         if self._centres is None:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
-        if not is_ours(folder / VARIANTS):
-            raise InputError(
-                f"{folder}: expected no folder `{VARIANTS}` in it, or one of ours; choose another"
-            )
+        _check_replaceable(folder)
         work = work_folder(folder, WORK)
         try:
             if self._folder is not None:
@@ -321,7 +355,7 @@ class Router:
             mark(work / VARIANTS)
             state.save(proto.fitted, work)
             with replacing(work / ABOUT) as file:
-                json.dump(self._about(), file, indent=2, ensure_ascii=False)
+                json.dump(self._about() | {"files": _hashes(work)}, file, indent=2, ensure_ascii=False)
             (folder / ABOUT).unlink(missing_ok=True)  # from here on it is no router, until it is this one
             remove_ours(folder / VARIANTS)
             for name in (VARIANTS, FILE, ABOUT):
@@ -347,6 +381,7 @@ class Router:
             "centres": self._centres.tolist(),
         }  # fmt: skip
 
+    @_one_at_a_time
     def answer(self, texts: Sequence[str], choices: Sequence[Sequence[str]] | None = None) -> list[str]:
         """Answers texts, in order: with generated text or, given choices, with the likeliest of them.
 
@@ -394,6 +429,7 @@ class Router:
             self._written = folder
         return self._written
 
+    @_one_at_a_time
     def answered(self, queries: Sequence[Query]) -> tuple[list[Answer], list[int]]:
         """The answers of a loaded router as a run has them, in order, and the number of each one's variant.
 
@@ -414,6 +450,48 @@ class Router:
         folders = folder_names(self.variants)
         decision = Decision(self._base, method.adapters, routing, clusters, self.variants, folders)
         return method.predict(queries, rows, decision, folder), clusters.labels.tolist()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a saved router but ABOUT, by its path in the folder."""
+    paths = [folder / FILE, *sorted(path for path in (folder / VARIANTS).rglob("*") if path.is_file())]
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths if path.name != MARKER}
+
+
+def _changed(folder: Path, files: Mapping[str, str]) -> str | None:
+    """A file of a saved router that is not as it was saved, or gone; None if all are there."""
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != digest:
+            return name
+    return None
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuses a folder in which a router would replace what no router left there.
+
+    Raises:
+        InputError: it would.
+    """
+    try:
+        about = read_json(folder / ABOUT, {"format": int, "proto-route": str})
+    except FileNotFoundError:
+        about = {}
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder / ABOUT}: expected none, or that of a router ({error}); move it away"
+        ) from error
+    files = about.get("files", {})
+    foreign = [VARIANTS] if not is_ours(folder / VARIANTS) else []
+    if (folder / FILE).exists() and (
+        not about or ("files" in about and _changed(folder, {FILE: files.get(FILE, "")}))
+    ):
+        foreign.append(FILE)
+    if foreign:
+        raise InputError(
+            f"{folder}: expected no {foreign[0]} in it but what a router left there, since it would be "
+            "replaced; move it away or choose another folder"
+        )
 
 
 def _about(path: Path) -> dict[str, Any]:

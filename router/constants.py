@@ -10,10 +10,9 @@ Device = Literal["auto", "cpu", "cuda"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]  # how accelerate spreads a base model
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Apply = Literal["auto", "merged", "beside"]  # how a variant is applied: router/model/apply.py
-Engine = Literal["transformers", "vllm", "openai"]  # what answers: a library in this process, or a server
-Scoring = Literal[
-    "full", "kit"
-]  # of a choice: by all of its tokens, or by all but its first, as the kit does
+Engine = Literal["transformers", "vllm"]  # what answers
+# Of a choice: by all of its tokens, or by all but its first, as the kit does.
+Scoring = Literal["full", "kit"]
 ADDRESS = r"https?://[^\s/:]+(:\d+)?(/\S*)?"  # of a server
 BASE_COLUMN = "base"  # the null candidate in routing tables: the base model without any adapter
 

@@ -1,18 +1,13 @@
-"""A run that must end in time: answers get shorter, then variants fewer, and at last queries are left out.
+"""A run that must end in time: answers get shorter, and at last queries are left out.
 
-The order is: shorter answers first, down to FEWEST new tokens. Where even these are too slow, the base
-model answers the queries of a variant that would take longer to apply than to answer with. Those of a larger
-variant stay with it, since the base model would need as long and answer them worse. Past the deadline no
-further query is answered, so that a full submission is always written. Multiple choice is not shortened; it
-writes nothing.
+Answers are cut down to FEWEST new tokens. Past the deadline no further query is answered, so that a full
+submission is always written. Multiple choice is not shortened; it writes nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 RESERVE = 0.05  # share of the time that is kept for writing the results
 FEWEST = 8  # new tokens; below that an answer is hardly one
@@ -27,64 +22,19 @@ class Deadline:
         began: by the clock; None is now.
 
     Attributes:
-        shortened: queries that were given fewer new tokens than were asked for.
-        to_base: numbers of the queries that the base model answered in place of a variant.
         unanswered: queries that were left out.
     """
 
     def __init__(
         self, minutes: float, clock: Callable[[], float] = time.monotonic, began: float | None = None
     ) -> None:
-        self._clock = clock
-        self.minutes = minutes
+        self._clock, self.minutes, self.unanswered = clock, minutes, 0
         self._end = (clock() if began is None else began) + 60 * minutes * (1 - RESERVE)
-        self._begun, self._total, self._done, self._work = clock(), 0, 0, 0.0
-        self._variants, self._applied, self._applying = 0, 0, 0.0
-        self.shortened = self.unanswered = 0
-        self.to_base: list[int] = []
+        self.begin(0)
 
-    def begin(self, tokens: int, variants: int = 0) -> None:
-        """Answering begins: prompts of so many tokens, with so many variants that have to be applied."""
+    def begin(self, tokens: int) -> None:
+        """Answering begins: prompts of so many tokens."""
         self._begun, self._total, self._done, self._work = self._clock(), tokens, 0, 0.0
-        self._variants, self._applied, self._applying = variants, 0, 0.0
-
-    @contextmanager
-    def applying(self) -> Iterator[None]:
-        """The block applies the next variant."""
-        before = self._clock()
-        yield
-        self._applying += self._clock() - before
-        self._applied += 1
-
-    def spares(self, tokens: int, most: int) -> bool:
-        """Whether the next variant, which answers prompts of so many tokens, is better not applied.
-
-        Args:
-            most: how many new tokens an answer may have.
-
-        Example:
-            >>> now = [0.0]
-            >>> deadline = Deadline(10, lambda: now[0])  # 570 seconds, less what is kept for writing
-            >>> deadline.begin(1000, variants=3)
-            >>> with deadline.applying():
-            ...     now[0] = 100.0
-            >>> now[0] = 300.0
-            >>> deadline.note(200)  # 800 tokens more take 100 seconds at an eighth of the length
-            >>> deadline.spares(400, 64), deadline.spares(400, 64)  # of the other two only one is in time
-            (True, False)
-        """
-        left = self._end - self._clock()
-        if left > 0 and not (self._applied and self._work):
-            return False  # nothing is known yet
-        if left > 0:
-            apply = self._applying / self._applied
-            answering = self._clock() - self._begun - self._applying
-            pace = answering / self._work * min(1.0, FEWEST / most)  # seconds for a token of the prompts
-            needed = apply * (self._variants - self._applied) + pace * (self._total - self._done)
-            if needed <= left or apply <= pace * tokens:
-                return False
-        self._variants -= 1
-        return True
 
     def note(self, tokens: int, share: float = 1.0) -> None:
         """Prompts of so many tokens have been answered, with this share of the new tokens asked for."""
@@ -92,7 +42,7 @@ class Deadline:
         self._work += share * tokens
 
     def skip(self, tokens: int) -> None:
-        """Prompts of so many tokens had been answered before, which took no time now."""
+        """Prompts of so many tokens need no time: they had been answered before, or are another process's."""
         self._total -= tokens
 
     def new_tokens(self, most: int) -> int:
@@ -118,12 +68,3 @@ class Deadline:
         needed = (now - self._begun) / self._work * left  # at full length
         share = (self._end - now) / needed if needed > 0 else 1.0
         return most if share >= 1 else max(min(FEWEST, most), int(most * share))
-
-
-def told(cut: Mapping[str, Any]) -> str:
-    """What was cut, as run.json has it, in words."""
-    return (
-        f"to end within {cut['minutes']:g} minutes, queries with a shorter answer: {cut['shortened']}, "
-        f"with one of the base model in place of a small variant: {cut.get('to_base', 0)}, "
-        f"with none: {cut['unanswered']}"
-    )

@@ -27,10 +27,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-class ServerError(InputError):
-    """A server that answers queries failed, or is not as a run needs it. Once it is, the run goes on."""
-
-
 def reason(error: BaseException) -> str:
     """The first line of what an error says, or else its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

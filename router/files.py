@@ -15,10 +15,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from router.errors import InputError
+
+T = TypeVar("T")
 
 MARKER = ".proto-route"  # the mark of a folder, a file in it
 JSON_BYTES = 64 << 20  # of a JSON file, at most
@@ -91,6 +94,46 @@ def parsed(text: str | bytes, shape: Any) -> Any:
         raise ValueError("it is nested too deeply") from error
     check_shape(found, shape)
     return found
+
+
+def record_of(kind: type[T], text: str | bytes) -> T:
+    """A typed record from its JSON text; keys that it does not have are left out.
+
+    Raises:
+        ValueError: the text is no JSON, or lacks something or has it in another type; the message says where.
+
+    Example:
+        >>> record_of(dict[str, int], '{"a": 1}')
+        {'a': 1}
+        >>> record_of(dict[str, int], '{"a": "x"}')
+        Traceback (most recent call last):
+        ...
+        ValueError: a: Input should be a valid integer, unable to parse string as an integer
+    """
+    return typed(kind, parsed(text, object))
+
+
+def typed(kind: type[T], value: Any) -> T:
+    """The same of JSON values.
+
+    Raises:
+        ValueError: something is missing, or of another type; the message says where.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_python(value)  # type: ignore[arg-type, no-any-return]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}") from error
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def _refused(constant: str) -> None:

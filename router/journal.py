@@ -22,14 +22,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from router.errors import InputError
-from router.files import check_shape, is_ours, mark, parsed, read_json, remove_ours, replacing
+from router.files import is_ours, mark, record_of, remove_ours, replacing
 from router.model.answer import Answer
 from router.result import Routing
 from router.routing.evidence import Evidence
 from router.submission import Query
 
 FOLDER, LOCK = ".journal", ".lock"
-ANSWER = {"text": str, "ids": [int], "scores": list, "failed?": bool}
 SYNCED = 5.0  # seconds between two calls of fsync at least; the machine may lose what came after the last
 
 
@@ -79,8 +78,8 @@ class Journal(MutableMapping[Query, Answer]):
         rank: of this process. The others open the journal once the first one has.
 
     Raises:
-        InputError: what is there is no journal, or of a run with another identity, or the first process's
-            journal is not there.
+        InputError: what is there is no journal, or of a run with another identity that has answers or a
+            routing, or cannot be read, or the first process's journal is not there.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any], fresh: bool = False, rank: int = 0) -> None:
@@ -89,36 +88,50 @@ class Journal(MutableMapping[Query, Answer]):
             self.discard()
         self._answers: dict[Query, Answer] = {}
         self._synced = time.monotonic()
-        self._check(json.loads(json.dumps(identity)))
+        if not is_ours(self.folder):
+            raise InputError(f"{self.folder}: expected the journal of a run, or none; move it away")
+        self._begin(json.loads(json.dumps(identity)))
         own = self.folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
         own.touch()
-        ends = {path: self._read(path) for path in sorted(self.folder.glob("answers*.jsonl"))}
+        ends = {path: self._read(path) for path in self._files()}
         self._file: IO[bytes] = own.open("r+b")
         self._file.truncate(ends[own])
         self._file.seek(ends[own])
 
-    def _check(self, identity: dict[str, Any]) -> None:
-        if not is_ours(self.folder):
-            raise InputError(f"{self.folder}: expected the journal of a run, or none; move it away")
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("answers*.jsonl"))
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        """Goes on with what is there, or starts anew where there is nothing, or nothing of this identity."""
         file = self.folder / "identity.json"
         try:
-            known = read_json(file, {})
+            known = record_of(dict[str, Any], file.read_bytes())
         except (FileNotFoundError, ValueError) as error:  # none yet, or damaged
             if self.rank:
                 raise InputError(
                     f"--output_folder {self.folder.parent}: expected one folder for all processes, but here "
                     "the first one's journal is not in it; choose a folder that all machines share"
                 ) from error
-            self.discard()
-            mark(self.folder)
-            with replacing(file) as new:
-                json.dump(identity, new)
+            known = {}
+        other = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
+        if not other:
             return
-        if other := [key for key in {**known, **identity} if known.get(key) != identity.get(key)]:
+        if known and not self._hopeless():
             raise InputError(
                 f"--output_folder {self.folder.parent}: holds an unfinished run that differs in "
                 f"{', '.join(other)}; choose another folder, or pass --fresh to start anew there"
             )
+        self.discard()
+        mark(self.folder)
+        with replacing(file) as new:
+            json.dump(identity, new)
+
+    def _hopeless(self) -> bool:
+        """Whether all that was asked has failed, so that other flags are to be tried."""
+        for path in self._files():
+            self._read(path)
+        found, self._answers = list(self._answers.values()), {}
+        return bool(found) and all(answer.failed for answer in found)
 
     def _read(self, path: Path) -> int:
         """Reads whole lines and returns where the last of them ends; a killed run may leave half a one."""
@@ -128,13 +141,10 @@ class Journal(MutableMapping[Query, Answer]):
                 try:
                     if not line.endswith(b"\n"):
                         break
-                    query, answer = parsed(line, [{}])
-                    check_shape(answer, ANSWER)
-                    query["choices"] = tuple(query["choices"])
-                    answer |= {key: tuple(answer[key]) for key in ("ids", "scores")}
-                    self._answers[Query(**query)] = Answer(**answer)
-                except (ValueError, TypeError, KeyError):
+                    query, answer = record_of(tuple[Query, Answer], line)
+                except ValueError:
                     break
+                self._answers[query] = answer
                 end += len(line)
         return end
 

@@ -75,8 +75,8 @@ def parser() -> argparse.ArgumentParser:
         p,
         "time_limit",
         above_zero(
-            "answers get shorter, the base model answers in place of small variants, and the last answers "
-            "are left out, so that the results are written by then; checked by --plan",
+            "answers get shorter, and the last ones are left out, so that the results are written by then; "
+            "checked by --plan",
             "MINUTES",
         ),
     )
@@ -135,8 +135,10 @@ def _run(args: argparse.Namespace, settings: Settings, began: float) -> int:
     quiet = args.quiet or not leads()
     with _logging("WARNING" if quiet else "INFO"):
         record = run(args.merging_method, settings, args.fresh, args.time_limit, began)
-    if not quiet:
-        print(json.dumps(record, ensure_ascii=False) if args.json else summary(record), flush=True)
+    if record and not quiet:
+        print(record.text() if args.json else summary(record), flush=True)
+    elif record and args.json:
+        print(record.text(), flush=True)
     return 0
 
 

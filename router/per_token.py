@@ -28,7 +28,6 @@ from torch import Tensor
 from merge.factors import support
 from router.library.adapters import Adapter
 from router.model.answer import Answer
-from router.model.base import Base
 from router.model.hooks import Change, changing_outputs
 from router.model.passes import batches, forward
 from router.pipeline import Routed
@@ -185,11 +184,6 @@ class PerToken(Routed):
     weights, averaged over its prompt's tokens and all modules; a separate pass before the answers
     measures them. The base model has no weight of its own, since its output is always there in full.
     """
-
-    def attach(self, base: Base, adapters: Sequence[Adapter]) -> None:
-        """As in `Routed`; also forgets the experts of an earlier library."""
-        super().attach(base, adapters)
-        vars(self).pop("experts", None)
 
     @cached_property
     def experts(self) -> dict[str, Experts]:

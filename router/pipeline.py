@@ -1,4 +1,4 @@
-"""The routed pipeline: route, cluster, write variants, answer.
+"""The steps of a run that routes: load, route, group, write, answer. router/run.py takes them in this order.
 
 A method that routes is one file in router/methods/. It subclasses `Routed` and gives each query its weights;
 or `Static` and merges all adapters' updates of one module into one; or `PerToken` (router/per_token.py) and
@@ -8,44 +8,34 @@ scores a module's adapters for each token.
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from merge.factors import Factors
 from merge.folders import write_adapter
+from router.answering import Rows, answered, answered_by_vllm
 from router.constants import COMPETITION, COMPETITION_BASE
+from router.context import Context
 from router.errors import InputError
-from router.files import is_folder, remove_ours, work_folder
-from router.kit import Merges
+from router.files import is_folder
 from router.library.adapters import Adapter, base_of, check_against_base, load_library
-from router.model.answer import FAILED, Answer, positions
+from router.model.answer import FAILED, Answer, encode, positions
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
 from router.progress import progress
 from router.result import Decision, Result, Routing
-from router.routing.clusters import Array, cluster
+from router.routing.clusters import Array, Clusters, cluster
 from router.routing.model_card import Recipe, write_card
-from router.routing.variants import (
-    Variant,
-    complete,
-    decide,
-    folder_names,
-    limited,
-    replace_variants,
-    write_variant,
-)
+from router.routing.variants import VARIANTS, Variant, complete, decide, folder_names, limited, write_variant
 from router.settings import Settings
 from router.submission import Query
 
 log = logging.getLogger(__name__)
-
-WORK = ".variants."  # how the name of the folder begins in which variants are written
 
 
 def default_base(settings: Settings, adapters: Sequence[Adapter]) -> str:
@@ -60,43 +50,61 @@ def default_base(settings: Settings, adapters: Sequence[Adapter]) -> str:
     return EMBEDDED if name.casefold() == EMBEDDED_ID.casefold() else name
 
 
-class Routed(Merges):
-    """A method that gives every query its weights; clusters and variants do the rest.
-
-    Attributes, after `merge`:
-        base: the loaded base model.
-        adapters: the library.
-        shapes: (d_out, d_in) of the base model's linear layers.
-        left_out: with --skip_bad, why an adapter is not in the library, a line for each.
-    """
+class Loaded(NamedTuple):
+    """A library and the base model that it belongs to."""
 
     base: Base
     adapters: list[Adapter]
-    shapes: dict[str, tuple[int, int]]
-    left_out: Sequence[str] = ()
+    left_out: list[str]  # with --skip_bad, why an adapter is not in the library, a line for each
 
-    def merge(self) -> Any:
-        """Loads the library, then the base model that it belongs to, and checks that they fit."""
-        bad: list[str] | None = [] if self.settings.skip_bad else None
-        with self.stages("load"):
-            adapters = load_library(self.settings.adapters, bad=bad)
-            spec, how = self.settings.base_model or default_base(self.settings, adapters), self.settings
-            self.attach(load_base(spec, how.device, how.dtype, how.device_map), adapters)
-            local = spec != EMBEDDED and is_folder(spec)
-            self.adapters = check_against_base(adapters, self.base.name, local, self.shapes, bad)
-        self.left_out = bad or []
-        for reason in self.left_out:
-            log.warning("left out: %s", reason)
-        return self.base.model
 
-    def attach(self, base: Base, adapters: Sequence[Adapter]) -> None:
-        """Takes a base model and a library that are loaded already, in place of `merge`."""
-        self.base, self.adapters = base, list(adapters)
-        self.base_model, self.tokenizer = base.model, base.tokenizer
+def load(context: Context) -> Loaded:
+    """Loads the library, then the base model that it belongs to, and checks that they fit.
+
+    Raises:
+        InputError: one of them is missing or broken, or they do not fit.
+    """
+    settings = context.settings
+    bad: list[str] | None = [] if settings.skip_bad else None
+    with context.stages("load"):
+        adapters = load_library(settings.adapters, bad=bad)
+        spec = settings.base_model or default_base(settings, adapters)
+        base = load_base(spec, settings.device, settings.dtype, settings.device_map)
+        local = spec != EMBEDDED and is_folder(spec)
+        adapters = check_against_base(adapters, base.name, local, linear_shapes(base.model), bad)
+    for reason in bad or []:
+        log.warning("left out: %s", reason)
+    return Loaded(base, adapters, bad or [])
+
+
+class Routed(ABC):
+    """A method that gives every query its weights; clusters and variants do the rest.
+
+    Args:
+        name: as `-m` takes it.
+        base: the loaded base model.
+        adapters: the library.
+        context: what the run has.
+
+    Attributes:
+        shapes: (d_out, d_in) of the base model's linear layers.
+    """
+
+    def __init__(
+        self, name: str, base: Base, adapters: Sequence[Adapter], context: Context | None = None
+    ) -> None:
+        self.name, self.base, self.adapters = name, base, list(adapters)
+        self.context = context or Context()
+        self.settings, self.stages = self.context.settings, self.context.stages
+        self.tokenizer: Any = base.tokenizer
         self.shapes = linear_shapes(base.model)
 
+    @classmethod  # noqa: B027
+    def check(cls) -> None:
+        """Refuses a run for which something is missing, before anything is loaded."""
+
     @abstractmethod
-    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+    def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """The weights of each query, with evidence if the method keeps any.
 
         Args:
@@ -112,64 +120,23 @@ class Routed(Merges):
     def recipe(self) -> Recipe:
         """What a model card says about the method."""
         about = " ".join((type(self).__doc__ or "").partition("\n\n")[0].split())
-        return Recipe(self.get_name(), about, self.settings)
+        return Recipe(self.name, about, self.settings)
 
-    def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
-        """Routes, clusters, writes variants and answers, in this order."""
-        with self.answering(queries, folder) as result:
-            return result
-
-    @contextmanager
-    def answering(self, queries: Sequence[Query], folder: Path | None = None) -> Iterator[Result]:
-        """As `answer`; the variants replace earlier ones once the block has ended without an error."""
-        output, rows = folder or self.settings.output_folder, self.encoded(queries)
-        for cut in _cuts(rows, self.prompt_tokens, self.new_tokens, self.base.model):
-            log.warning("%s", cut)
-        routing = self._routing(queries, rows)
-        with self.stages("clusters"):
-            clusters = self.processes.decided(
-                lambda: cluster(routing.weights, self.n_variants, self.settings.seed)
-            )
-            variants = decide(clusters.weights, [adapter.name for adapter in self.adapters])
-        work = self.processes.decided(lambda: work_folder(output, WORK))
-        try:
-            with self.stages("variants"):
-                try:
-                    folders = self.processes.decided(lambda: self.write_variants(variants, work))
-                except OverflowError as error:
-                    raise InputError(f"a variant's {error}; pass --dtype float32") from error
-            decision = Decision(self.base, self.adapters, routing, clusters, variants, folders)
-            if self.deadline:
-                used = sum(folders[n] is not None for n in set(clusters.labels.tolist()))
-                self.deadline.begin(sum(map(len, rows)), used)
-            with self.stages("predict"):
-                parts = self.processes.gathered(self.predict(queries, rows, decision, work))
-            if self.deadline and self.deadline.to_base:
-                decision = decision.with_base(self.deadline.to_base)
-            yield Result(_joined(queries, parts), decision)
-            if not self.processes.rank:
-                replace_variants(work, output)
-        finally:
-            if not self.processes.rank:
-                remove_ours(work)
-
-    def _routing(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
-        """The routing that the journal kept, or else a new one, which it keeps."""
-        if kept := self.kept("routing", len(queries)):
-            return kept
-        routing = self.route(queries, rows)
-        if self.journal is not None:
-            self.journal.keep("routing", routing)
-        return routing
+    def encoded(self, queries: Sequence[Query]) -> list[list[int]]:
+        """The token ids of each query's prompt, cut to --max_seq_len."""
+        return encode(self.tokenizer, [query.input for query in queries], self.settings.max_seq_len)
 
     def kept(self, name: str, count: int) -> Routing | None:
         """The routing of so many queries, if the journal kept one; the same in all processes."""
-        journal = self.journal
-        return None if journal is None else self.processes.decided(lambda: journal.kept(name, count))
+        journal = self.context.journal
+        if journal is None:
+            return None
+        return self.context.processes.decided(lambda: journal.kept(name, count))
 
-    def _answer(self, queries: Sequence[Query]) -> list[Answer]:
-        """The kit's two calls route the batch that they are given."""
-        return self.answer(queries).answers
+    def keep(self, name: str, routing: Routing) -> None:
+        """Has the journal keep a routing, if there is one."""
+        if self.context.journal is not None:
+            self.context.journal.keep(name, routing)
 
     def write_variants(self, variants: Sequence[Variant], folder: Path) -> list[str | None]:
         """Writes each variant as a PEFT folder, named by its number; returns the names.
@@ -185,78 +152,100 @@ class Routed(Merges):
                 write_card(path, self.recipe, self.base, self.adapters, variant)
         return names
 
-    def predict(
+    def answer_with(
         self,
+        model: Any,
         queries: Sequence[Query],
-        rows: Sequence[Sequence[int]],
-        decision: Decision,
-        folder: Path,
+        rows: Rows,
+        bar: Callable[[int], object] = lambda tokens: None,
     ) -> list[Answer]:
-        """Answers each query with its variant, in the order of the queries; `FAILED` is another process's.
+        """Answers queries in order with one model; see `answered`."""
+        return answered(model, self.tokenizer, queries, rows, self.context, bar)
+
+    def predict(self, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path) -> list[Answer]:
+        """Answers each query with its variant, in order; what another process answers has failed.
 
         Args:
-            rows: token ids of each query's prompt.
             folder: holds the variants' folders.
         """
-        answers: dict[int, Answer] = {}
-        rest: list[int] = []
+        labels = decision.clusters.labels
         paths = [folder / name if name else None for name in decision.folders]
-        if self.settings.engine != "transformers":
-            return self._predict_elsewhere(queries, rows, [paths[n] for n in decision.clusters.labels])
-        with (
-            progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar,
-            applied(self.base, self.settings.apply) as models,
-        ):
-            for n in swap_order(paths):
-                members = np.flatnonzero(decision.clusters.labels == n).tolist()
-                if not members:  # a variant that was made for other queries
-                    continue
-                if paths[n] and self._spares([rows[m] for m in members]):
-                    rest += members
-                    continue
-                with self.deadline.applying() if self.deadline and paths[n] else nullcontext():
-                    model = models.activate(paths[n])
-                part = self.answer_with(
-                    model, [queries[m] for m in members], [rows[m] for m in members], bar.update
-                )
-                answers.update(zip(members, part, strict=True))
-            if self.deadline and rest:
-                base = models.activate(None)
-                new = [n for n in rest if self.journal is None or queries[n] not in self.journal]
-                part = self.answer_with(
-                    base, [queries[n] for n in rest], [rows[n] for n in rest], bar.update, keep=False
-                )
-                answers.update(zip(rest, part, strict=True))
-                self.deadline.to_base = [n for n in new if not answers[n].failed]
-        return [answers[n] for n in range(len(queries))]
-
-    def _spares(self, rows: Sequence[Sequence[int]]) -> bool:
-        """Whether time is too short to apply a variant for these prompts; several processes apply all."""
-        if self.deadline is None or self.processes.count > 1:
-            return False
-        return self.deadline.spares(sum(map(len, rows)), self.new_tokens)
-
-    def _predict_elsewhere(
-        self, queries: Sequence[Query], rows: Sequence[Sequence[int]], variants: Sequence[Path | None]
-    ) -> list[Answer]:
-        """Has vLLM or a server answer each query with its variant."""
-        settings = self.settings
-        how: dict[str, Any] = {
-            "scoring": settings.scoring, "journal": self.journal,
-            "max_new_tokens": self.new_tokens,
-        }  # fmt: skip
+        answers: dict[int, Answer] = {}
         with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
-            if settings.engine == "vllm":
-                from router.engines import vllm  # needs vLLM
+            if self.settings.engine == "vllm":
+                variants = [paths[n] for n in labels]
+                return answered_by_vllm(self.base, queries, rows, variants, self.context, bar.update)
+            with applied(self.base, self.settings.apply) as models:
+                for n in swap_order(paths):
+                    members = np.flatnonzero(labels == n).tolist()
+                    if not members:  # a variant that was made for other queries
+                        continue
+                    model, ids = models.activate(paths[n]), [rows[m] for m in members]
+                    found = self.answer_with(model, [queries[m] for m in members], ids, bar.update)
+                    answers.update(zip(members, found, strict=True))
+        return [answers[m] for m in range(len(queries))]
 
-                return vllm.answer(self.base, queries, rows, variants, progress=bar.update, **how)
-            from router.engines import openai  # needs the extra serve
+    def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
+        """Takes all steps at once.
 
-            if settings.upstream is None:
-                raise InputError("--engine openai: expected the address of a server in --upstream, got none")
-            return openai.answer(
-                settings.upstream, self.tokenizer, queries, rows, variants, progress=bar.update, **how
-            )
+        Args:
+            folder: for the variants; None takes the one in the output folder.
+        """
+        rows, routing = route(self, queries)
+        clusters, variants = group(self, routing)
+        folder = folder or self.settings.output_folder / VARIANTS
+        decision = write(self, routing, clusters, variants, folder)
+        return answer(self, queries, rows, decision, folder)
+
+
+def route(method: Routed, queries: Sequence[Query]) -> tuple[list[list[int]], Routing]:
+    """Tokenises each prompt, once, and weighs the candidates; what the journal kept is not routed again."""
+    rows = method.encoded(queries)
+    for cut in _cuts(rows, method.settings, method.base.model):
+        log.warning("%s", cut)
+    if (routing := method.kept("routing", len(queries))) is None:
+        routing = method.route(queries, rows)
+        method.keep("routing", routing)
+    return rows, routing
+
+
+def group(method: Routed, routing: Routing) -> tuple[Clusters, list[Variant]]:
+    """Groups queries of similar weights, and decides the variant of each group."""
+    with method.stages("clusters"):
+        clusters = method.context.processes.decided(
+            lambda: cluster(routing.weights, method.n_variants, method.settings.seed)
+        )
+        return clusters, decide(clusters.weights, [adapter.name for adapter in method.adapters])
+
+
+def write(
+    method: Routed, routing: Routing, clusters: Clusters, variants: list[Variant], folder: Path
+) -> Decision:  # fmt: skip
+    """Writes the variants into a folder.
+
+    Raises:
+        InputError: one of them is too large for the base model's dtype.
+    """
+    with method.stages("variants"):
+        try:
+            folders = method.context.processes.decided(lambda: method.write_variants(variants, folder))
+        except OverflowError as error:
+            raise InputError(f"a variant's {error}; pass --dtype float32, and --fresh") from error
+    return Decision(method.base, method.adapters, routing, clusters, variants, folders)
+
+
+def answer(
+    method: Routed, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path
+) -> Result:  # fmt: skip
+    """Answers each query with its variant, out of the folder that holds them."""
+    deadline, processes = method.context.deadline, method.context.processes
+    if deadline:
+        deadline.begin(sum(map(len, rows)))
+    with method.stages("predict"):
+        parts = processes.gathered(method.predict(queries, rows, decision, folder))
+    if deadline:
+        deadline.unanswered = sum(processes.gathered(deadline.unanswered))
+    return Result(_joined(queries, parts), decision)
 
 
 def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list[Answer]:
@@ -269,13 +258,9 @@ def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list
     return [found.get(query, FAILED) for query in queries]
 
 
-def _cuts(rows: Sequence[Sequence[int]], limit: int | None, new: int, model: Any) -> Iterator[str]:
-    """What is not read of long prompts, and which are longer than the base model's context.
-
-    Args:
-        limit: most tokens of a prompt; None keeps all.
-        new: most tokens of an answer.
-    """
+def _cuts(rows: Rows, settings: Settings, model: Any) -> Iterator[str]:
+    """What is not read of long prompts, and which are longer than the base model's context."""
+    limit, new = settings.max_seq_len, settings.max_gen_len
     if limit and (long := sum(len(row) >= limit for row in rows)):
         yield f"{long} of {len(rows)} prompts reach --max_seq_len {limit}; what comes after is not read"
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -325,7 +310,7 @@ class Static(Routed):
         The result must not depend on the updates' order beyond rounding.
         """
 
-    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+    def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """Gives every adapter the same weight, hence one variant; the mathematics is in `combine`."""
         return evenly(queries, self.adapters)
 
@@ -341,6 +326,8 @@ class Static(Routed):
                 update = self.combine(module, [adapter.read(module) for adapter in owners])
                 update = limited(update, rank)
                 merged[module] = Factors(update.a.float(), update.b.float())
+        for adapter in self.adapters:
+            adapter.check_unchanged()
         updates, base = complete(merged, self.shapes), self.base
         write_adapter(folder / "0", updates, base.name, base.revision, base.model.dtype, rank)
         write_card(folder / "0", self.recipe, base, self.adapters)

@@ -2,43 +2,184 @@
 
 from __future__ import annotations
 
+import json
 import platform
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import packages_distributions, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import FiniteFloat
 
-from router.constants import BASE_COLUMN, Apply, Engine
-from router.deadline import told
-from router.model.apply import picked
-from router.model.device import tokens_at_once
-from router.result import Decision, Result
+from router.constants import BASE_COLUMN, Engine
+from router.files import record_of, typed
 from router.routing.evidence import LOW_MARGIN
-from router.runs.report.page import REPORT
-from router.settings import Settings
-from router.stages import Stages
 from router.version import own_version
 
+if TYPE_CHECKING:
+    from router.context import Context
+    from router.model.base import Base
+    from router.result import Decision
+
+RECORD, REPORT = "run.json", "report.html"
 SHOWN = 12  # variants in the summary
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "scikit-learn", "faiss-cpu", "numpy")
 
 
-def record(name: str, settings: Settings, stages: Stages, result: Result) -> dict[str, Any]:
-    """What run.json holds: everything needed to repeat the run, and what it cost.
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base model; `tokens_at_once` and `apply` decide how its sums round."""
+
+    name: str
+    sha256: str
+    dtype: str
+    revision: str | None = None
+    device: str | None = None
+    tokens_at_once: int | None = None
+    apply: str | None = None
+
+    @staticmethod
+    def of(base: Base, apply: Any) -> BaseRecord:
+        """That of a loaded model, on which variants are applied so."""
+        from router.model.apply import picked
+        from router.model.device import tokens_at_once
+
+        device, dtype = base.model.device, base.model.dtype
+        return BaseRecord(
+            base.name,
+            base.sha256,
+            str(dtype).removeprefix("torch."),
+            base.revision,
+            str(device),
+            tokens_at_once(device, dtype),
+            picked(base.model, device, dtype, apply),
+        )
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """An adapter of the library."""
+
+    sha256: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class VariantRecord:
+    """A variant: how many queries it answered, its mix, and its folder, None where nothing was written."""
+
+    queries: int
+    weights: dict[str, FiniteFloat]
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """What --time_limit cut: numbers of queries."""
+
+    minutes: FiniteFloat
+    shortened: int
+    unanswered: int
+
+    def __str__(self) -> str:
+        return (
+            f"to end within {self.minutes:g} minutes, queries with a shorter answer: {self.shortened}, with "
+            f"none: {self.unanswered}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What run.json holds: all that is needed to repeat the run, and what it cost.
+
+    Attributes:
+        flags: as `Settings.plain` has them.
+        seconds, peak_mib, peak_gpu_mib: as `Stages` has them.
+        base, adapters, variants: of a method that routes.
+        low_margin, lookalikes, silent: of one that keeps evidence; the first counts queries.
+        queries: a sha256 of each query file's queries, by the file's name.
+        left_out: with --skip_bad, why an adapter is not in the library.
+        files: a sha256 of each result, by its name.
+
+    Raises:
+        ValueError: something is missing.
+    """
+
+    method: str
+    versions: dict[str, str]
+    flags: dict[str, Any]
+    seconds: dict[str, FiniteFloat] = field(default_factory=dict)
+    peak_mib: dict[str, FiniteFloat] = field(default_factory=dict)
+    peak_gpu_mib: dict[str, FiniteFloat] = field(default_factory=dict)
+    base: BaseRecord | None = None
+    adapters: dict[str, AdapterRecord] = field(default_factory=dict)
+    n_variants: int | None = None
+    low_margin: int | None = None
+    lookalikes: dict[str, str] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+    variants: list[VariantRecord] = field(default_factory=list)
+    queries: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    processes: int | None = None
+    time_limit: TimeLimit | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = self.flags.get("dataset_filepaths")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("expected the names of query files in flags.dataset_filepaths")
+        if self.variants and not (self.base and self.adapters):
+            raise ValueError("expected the base model and the adapters of its variants")
+        if not all(variant.weights for variant in self.variants):
+            raise ValueError("a variant has no weights")
+
+    @staticmethod
+    def read(path: Path) -> Record:
+        """Reads run.json.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is no record.
+        """
+        found = record_of(dict[str, Any], path.read_bytes())
+        return typed(Record, {key: value for key, value in found.items() if value is not None})
+
+    @property
+    def paths(self) -> list[Path]:
+        """The query files, as the run was given them."""
+        return list(map(Path, self.flags["dataset_filepaths"]))
+
+    def plain(self) -> dict[str, Any]:
+        """The record as JSON values; what such a run does not have is left out."""
+        always = ("seconds", "peak_mib")
+        return {key: value for key, value in asdict(self).items() if value or value == 0 or key in always}
+
+    def text(self, indent: int | None = None) -> str:
+        """The record in JSON."""
+        return json.dumps(self.plain(), indent=indent, ensure_ascii=False)
+
+
+def record(name: str, context: Context, decision: Decision | None, **more: Any) -> Record:
+    """The record of a run.
 
     Args:
         name: the method.
+        decision: how queries were routed; None of a method that does not route.
+        more: further fields.
     """
-    found: dict[str, Any] = {
-        "method": name,
-        "versions": versions(settings.engine),
-        "flags": settings.plain(),
-        "seconds": {stage: round(value, 3) for stage, value in stages.seconds.items()},
-        "peak_mib": stages.peak_mib,
-    }
-    if stages.peak_gpu_mib:
-        found["peak_gpu_mib"] = stages.peak_gpu_mib
-    return found | (_decided(result.decision, settings.apply) if result.decision else {})
+    stages, settings = context.stages, context.settings
+    if decision:
+        more |= _decided(decision) | {"base": BaseRecord.of(decision.base, settings.apply)}
+    return Record(
+        method=name,
+        versions=versions(settings.engine),
+        flags=settings.plain(),
+        seconds={stage: round(value, 3) for stage, value in stages.seconds.items()},
+        peak_mib=dict(stages.peak_mib),
+        peak_gpu_mib=dict(stages.peak_gpu_mib),
+        **more,
+    )
 
 
 def versions(engine: Engine = "transformers") -> dict[str, str]:
@@ -50,88 +191,68 @@ def versions(engine: Engine = "transformers") -> dict[str, str]:
     return own
 
 
-def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
-    base, evidence = decision.base, decision.routing.evidence
-    device, dtype = base.model.device, base.model.dtype
-    counts = np.bincount(decision.clusters.labels, minlength=len(decision.variants))
+def _decided(decision: Decision) -> dict[str, Any]:
+    evidence = decision.routing.evidence
+    counts = np.bincount(decision.clusters.labels, minlength=len(decision.variants)).tolist()
     rows = zip(decision.variants, decision.folders, counts, strict=True)
-    return {
-        "base": {
-            "name": base.name,
-            "revision": base.revision,
-            "sha256": base.sha256,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
-            "tokens_at_once": tokens_at_once(device, dtype),
-            "apply": picked(base.model, device, dtype, apply),
-        },
-        "adapters": {
-            adapter.name: {"revision": adapter.revision, "sha256": adapter.sha256}
-            for adapter in decision.adapters
-        },
+    found: dict[str, Any] = {
+        "adapters": {of.name: AdapterRecord(of.sha256, of.revision) for of in decision.adapters},
         "n_variants": len(decision.variants),
-        **(
-            {
-                "low_margin": int(evidence.low_margin.sum()),
-                "lookalikes": evidence.lookalikes,
-                "silent": evidence.silent,
-            }
-            if evidence
-            else {}
-        ),
         "variants": [
-            {
-                "folder": f"variants/{folder}" if folder else None,
-                "queries": int(count),
-                "weights": {**variant.weights, BASE_COLUMN: variant.base},
-            }
-            for variant, folder, count in rows
+            VariantRecord(count, {**of.weights, BASE_COLUMN: of.base}, folder and f"variants/{folder}")
+            for of, folder, count in rows
         ],
     }
+    if evidence:
+        found |= {
+            "low_margin": int(evidence.low_margin.sum()),
+            "lookalikes": evidence.lookalikes,
+            "silent": evidence.silent,
+        }
+    return found
 
 
-def summary(found: dict[str, Any]) -> str:
+def summary(found: Record) -> str:
     """A record as text for a person: what was decided, how clearly, what it cost, and where to look."""
-    lines, flags = [], found["flags"]
-    if "variants" in found:
-        variants = found["variants"]
-        queries = sum(variant["queries"] for variant in variants)
-        counts = _count(len(found["adapters"]), "adapter"), _count(queries, "query")
-        made = _count(len(variants), "variant")
-        lines.append(f"{found['method']}: {counts[0]} of {found['base']['name']}, {counts[1]}, {made}")
-        order = sorted(range(len(variants)), key=lambda n: -variants[n]["queries"])
+    lines = []
+    if found.base:
+        queries = sum(variant.queries for variant in found.variants)
+        counts = _count(len(found.adapters), "adapter"), _count(queries, "query")
+        made = _count(len(found.variants), "variant")
+        lines.append(f"{found.method}: {counts[0]} of {found.base.name}, {counts[1]}, {made}")
+        order = sorted(enumerate(found.variants), key=lambda one: -one[1].queries)
         lines.append("variant  queries  top candidates")
-        for n in order[:SHOWN]:
-            shares = sorted(variants[n]["weights"].items(), key=lambda share: -share[1])
+        for n, variant in order[:SHOWN]:
+            shares = sorted(variant.weights.items(), key=lambda share: -share[1])
             top = ", ".join(f"{name} {weight:.2f}" for name, weight in shares[:3] if weight > 0)
-            lines.append(f"{n:7}  {variants[n]['queries']:7}  {top}")
-        if len(order) > SHOWN:
-            rest = _count(sum(variants[n]["queries"] for n in order[SHOWN:]), "query")
-            lines.append(f"and {_count(len(order) - SHOWN, 'variant')} with {rest}")
-    if "low_margin" in found:
+            lines.append(f"{n:7}  {variant.queries:7}  {top}")
+        if rest := order[SHOWN:]:
+            left = _count(sum(variant.queries for _, variant in rest), "query")
+            lines.append(f"and {_count(len(rest), 'variant')} with {left}")
+    if found.low_margin is not None:
         lines.append(
-            f"{_count(found['low_margin'], 'query')} with a low margin: the two best candidates are "
+            f"{_count(found.low_margin, 'query')} with a low margin: the two best candidates are "
             f"less than {LOW_MARGIN} apart"
         )
-    for name, other in found.get("lookalikes", {}).items():
-        lines.append(
-            f"warning: {name} reads what {other} reads and writes something else; {other}, listed first or a "
-            "duplicate of the first, answers for both. One may be a copy that was made to do harm"
-        )
-    for name in found.get("silent", []):
-        lines.append(
-            f"warning: {name} reads directions that text hardly has, as an adapter does that is made to "
-            "attract all queries; it gets no weight"
-        )
-    if left_out := found.get("left_out"):
-        lines += [f"{_count(len(left_out), 'adapter')} left out:", *(f"  {reason}" for reason in left_out)]
-    if cut := found.get("time_limit"):
-        lines.append(told(cut))
-    seconds = found["seconds"]
-    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
-    lines.append(f"{sum(seconds.values()):.0f} seconds: {stages}")
-    folder = flags["output_folder"]
-    files = ", ".join(path.rpartition("/")[2] for path in flags["dataset_filepaths"])
+    lines += [
+        f"warning: {name} reads what {other} reads and writes something else; {other}, listed first or a "
+        "duplicate of the first, answers for both. One may be a copy that was made to do harm"
+        for name, other in found.lookalikes.items()
+    ]
+    lines += [
+        f"warning: {name} reads directions that text hardly has, as an adapter does that is made to "
+        "attract all queries; it gets no weight"
+        for name in found.silent
+    ]
+    if found.left_out:
+        lines.append(f"{_count(len(found.left_out), 'adapter')} left out:")
+        lines += [f"  {reason}" for reason in found.left_out]
+    if found.time_limit:
+        lines.append(str(found.time_limit))
+    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in found.seconds.items())
+    lines.append(f"{sum(found.seconds.values()):.0f} seconds: {stages}")
+    folder = found.flags["output_folder"]
+    files = ", ".join(path.name for path in found.paths)
     lines.append(f"answers in {folder}: {files}; report: {folder}/{REPORT}")
     return "\n".join(lines)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
-
-import numpy as np
 
 from router.library.adapters import Adapter
 from router.model.answer import Answer
@@ -41,17 +39,6 @@ class Decision:
     clusters: Clusters
     variants: list[Variant]
     folders: list[str | None]
-
-    def with_base(self, queries: Sequence[int]) -> Decision:
-        """The decision with some queries answered by the base model alone, a variant that may be new."""
-        weights, variants, folders = self.clusters.weights, self.variants, self.folders
-        alone = next((n for n, variant in enumerate(variants) if not variant.weights), len(variants))
-        if alone == len(variants):
-            weights = np.vstack([weights, np.eye(weights.shape[1])[-1:]])
-            variants, folders = [*variants, Variant({}, 1.0)], [*folders, None]
-        labels = self.clusters.labels.copy()
-        labels[list(queries)] = alone
-        return replace(self, clusters=Clusters(labels, weights), variants=variants, folders=folders)
 
 
 @dataclass(frozen=True)

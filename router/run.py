@@ -1,49 +1,42 @@
-"""One run: query files in, submissions, routing tables, record and report out."""
+"""One run: read -> route -> group -> write -> answer -> commit. Query files in, an output folder out."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import re
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
-from router.constants import ADDRESS, BASE_COLUMN, Engine
+from router.constants import BASE_COLUMN
+from router.context import Context
 from router.deadline import Deadline
-from router.errors import InputError, ServerError, out_of_memory
-from router.files import (
-    MARKER,
-    is_ours,
-    read_json,
-    remove_ours,
-    replacing,
-    sha256_of,
-    told_if_full,
-    work_folder,
-)  # fmt: skip
+from router.errors import InputError
+from router.files import is_ours, record_of, remove_ours, replacing, sha256_of, told_if_full, work_folder
 from router.journal import FOLDER, LOCK, Journal, alone_in
-from router.kit import Merges
+from router.kit import StarterKitMethod
 from router.methods import load_method
 from router.model.apply import picked
 from router.model.device import batch_tokens, tokens_at_once
 from router.per_token import PerToken
-from router.pipeline import Routed
+from router.pipeline import Loaded, Routed, answer, group, load, route, write
 from router.plan import PLAN
 from router.processes import Processes, connected
-from router.record import record, versions
+from router.record import RECORD, REPORT, Record, TimeLimit, record, versions
 from router.result import Decision, Result
 from router.routing.store import content
-from router.routing.variants import VARIANTS
-from router.runs.report.page import MADE_BY, REPORT, write_report
+from router.routing.variants import VARIANTS, replace_variants
+from router.runs.report.page import MADE_BY, write_report
 from router.settings import Settings
 from router.submission import Query, digest_of, read_queries, write_submission, write_table
 
-RECORD = "run.json"
-RESULTS = ".results."  # how the name of the folder begins in which results are written
+WORK = ".results."  # how the name of the folder begins in which a run writes
+COMMIT = ".commit.json"  # the hashes of results, while they are replaced: a run may be killed between two
+Files = dict[Path, list[Query]]  # the queries of each query file
 
 
 def run(
@@ -52,11 +45,11 @@ def run(
     fresh: bool = False,
     time_limit: float | None = None,
     began: float | None = None,
-) -> dict[str, Any]:
+) -> Record | None:
     """Answers the query files with one method, writes all results, and returns the record in run.json.
 
     A run that was killed goes on where it stood. torchrun may start it in several processes, which share the
-    batches; only the first one writes, and the others return an empty record.
+    batches; only the first one writes, and the others return None.
 
     Args:
         fresh: forgets what an unfinished run in the output folder has answered.
@@ -64,12 +57,13 @@ def run(
         began: when the time began, by `time.monotonic`; None is now.
 
     Raises:
-        InputError: something a person can fix is wrong with the queries, adapters or base model, another run
-            writes to the output folder, an unfinished one with other settings is there, or there are several
-            processes where there cannot be.
+        InputError: something a person can fix is wrong with the queries, adapters or base model, the output
+            folder holds what no run wrote, another run writes there, an unfinished one with other settings is
+            there, there are several processes where there cannot be, or there was no time for any answer.
     """
     deadline = None if time_limit is None else Deadline(time_limit, began=began)
     with connected(settings.device) as processes:
+        context = Context(settings, processes=processes, deadline=deadline)
         with processes.first():
             check_outputs(settings)
             check_engine(name, settings, time_limit)
@@ -78,301 +72,172 @@ def run(
             told_if_full(settings.output_folder),
             nullcontext() if processes.rank else alone_in(settings.output_folder),
         ):
-            return _run(name, settings, files, fresh, deadline, processes)
+            return _run(name, files, context, fresh)
 
 
-def _run(
-    name: str,
-    settings: Settings,
-    files: dict[Path, list[Query]],
-    fresh: bool,
-    deadline: Deadline | None,
-    processes: Processes,
-) -> dict[str, Any]:
+def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Record | None:
     import torch
 
+    settings, processes, made = context.settings, context.processes, load_method(name)
     torch.manual_seed(settings.seed)
-    method = load_method(name)(name)
-    method.settings = settings
-    method.deadline = deadline
-    method.processes = processes
-    with processes.first():
-        _check_places(method, settings, processes)
-        method.merge()
-        if isinstance(method, Routed):
-            check_inputs(method)
     queries = [query for part in files.values() for query in part]
-    identity = _identity(method, settings, queries) | {"time_limit": deadline and deadline.minutes}
     with processes.first():
-        method.journal = journal = Journal(settings.output_folder, identity, fresh, processes.rank)
+        _check_places(name, made, settings, processes)
+        source = (
+            _loaded(made, context) if issubclass(made, Routed) else StarterKitMethod(made, name, settings)
+        )
+    identity = {"method": name, "queries": digest_of(queries)} | _identity(source, settings)
+    identity["time_limit"] = context.deadline and context.deadline.minutes
+    with processes.first():
+        journal = Journal(settings.output_folder, identity, fresh, processes.rank)
     try:
-        with method.answering(queries) as result:
-            if deadline:
-                told = processes.gathered((deadline.shortened, deadline.unanswered))
-                deadline.shortened, deadline.unanswered = (sum(each) for each in zip(*told, strict=True))
+        context = replace(context, journal=journal)
+        with _work(context) as work:
+            if isinstance(source, StarterKitMethod):
+                result = Result(source.answer(queries, context))
+            else:
+                method = cast(type[Routed], made)(name, source.base, source.adapters, context)
+                rows, routing = route(method, queries)
+                clusters, variants = group(method, routing)
+                decision = write(method, routing, clusters, variants, work / VARIANTS)
+                result = answer(method, queries, rows, decision, work / VARIANTS)
             if processes.rank:
-                return {}
-            _check_answered(result, deadline, settings.engine)
-            found = record(method.get_name(), settings, method.stages, result)
-            found["queries"] = {path.name: digest_of(part) for path, part in files.items()}
-            if isinstance(method, Routed) and method.left_out:
-                found["left_out"] = list(method.left_out)
-            if processes.count > 1:
-                found["processes"] = processes.count
-            if deadline:
-                found["time_limit"] = {
-                    "minutes": deadline.minutes,
-                    "shortened": deadline.shortened,
-                    "to_base": len(deadline.to_base),
-                    "unanswered": deadline.unanswered,
-                }
-            work = _write(settings, files, result, found)
-            # From here on the folder holds no finished run, until it holds this one.
-            for name in (RECORD, REPORT):
-                (settings.output_folder / name).unlink(missing_ok=True)
-    except ServerError:
-        raise
-    except InputError as error:
-        if not out_of_memory(error):  # what it says to do would be another run
-            journal.discard()
-        raise
+                return None
+            _check_answered(result, context.deadline)
+            left_out = source.left_out if isinstance(source, Loaded) else []
+            found = _commit(files, result, _record(name, files, context, result, left_out), settings, work)
     finally:
         journal.close()
-    _settle(settings, work)
-    if not result.decision:  # a starter-kit method makes no variants, and those of an earlier run are not its
-        remove_ours(settings.output_folder / VARIANTS)
     write_report(settings.output_folder)
     journal.discard()
     return found
 
 
-def _check_answered(result: Result, deadline: Deadline | None, engine: Engine) -> None:
-    """Refuses a run without a single answer."""
-    late = deadline.unanswered if deadline else 0
-    if not late and all(answer.failed for answer in result.answers):
-        why, advice = "the model's output is not finite, or memory ran out", "--dtype float32, or "
-        if engine == "openai":
-            why, advice = "the server refused each of them", "a server with a longer context, or "
-        raise InputError(
-            f"no query could be answered: {why} (see the warnings above); try {advice}a smaller --max_seq_len"
-        )
-
-
-def _write(settings: Settings, files: dict[Path, list[Query]], result: Result, found: dict[str, Any]) -> Path:
-    """Writes all results into a new folder, so that a full disk leaves earlier ones whole; returns it."""
-    work = work_folder(settings.output_folder, RESULTS)
-    try:
-        start = 0
-        for path, part in files.items():
-            rows = slice(start, start + len(part))
-            submission, routing, evidence = (work / output.name for output in _outputs(settings, path))
-            write_submission(submission, part, [answer.text for answer in result.answers[rows]])
-            if result.decision:
-                _write_routing(routing, part, result.decision, rows)
-                if why := result.decision.routing.evidence:
-                    why.rows(rows).save(evidence)
-            start = rows.stop
-        written = sorted(path for path in work.iterdir() if path.name != MARKER)
-        found["files"] = {path.name: sha256_of(path) for path in written}
-        with replacing(work / RECORD) as file:
-            json.dump(found, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-    except BaseException:
-        remove_ours(work)
-        raise
-    return work
-
-
-def _settle(settings: Settings, work: Path) -> None:
-    """Moves results to the output folder, the record last, and removes that of an earlier run."""
-    outputs = [output for path in settings.dataset_filepaths for output in _outputs(settings, path)]
-    for output in (*outputs, settings.output_folder / RECORD):
-        if (work / output.name).exists():
-            (work / output.name).replace(output)
-        else:  # a file of an earlier run would pass for this one's
-            output.unlink(missing_ok=True)
-    remove_ours(work)
-
-
-def _check_places(method: Merges, settings: Settings, processes: Processes) -> None:
-    """Refuses several processes, or a model that is spread over devices, where that cannot be."""
-    if settings.device_map and processes.count > 1:
-        raise InputError("--device_map: expected one process, which takes all devices; leave torchrun out")
-    if settings.engine != "transformers" and processes.count > 1:
-        raise InputError(f"--engine {settings.engine}: expected one process; leave torchrun out")
-    if isinstance(method, Routed):
-        return
-    if settings.device_map:
-        raise InputError(f"-m {method.get_name()}: expected no --device_map; a starter-kit method takes none")
-    if processes.count > 1:
-        raise InputError(f"-m {method.get_name()}: expected one process; a starter-kit method runs in one")
-
-
-def _identity(method: Merges, settings: Settings, queries: Sequence[Query]) -> dict[str, Any]:
-    """What the answers depend on, as JSON values."""
-    import torch
-
-    flags = settings.plain()
-    for path in ("dataset_filepaths", "output_folder", "adapters", "base_model", "upstream"):
-        del flags[path]  # what they stand for counts
-    asked, made_by = digest_of(queries), versions(settings.engine)
-    found = {"method": method.get_name(), "queries": asked, "versions": made_by, **flags}
-    if isinstance(method, Routed):
-        model = method.base.model
-        device, dtype = model.device, model.dtype
-        found |= {"dtype": str(dtype), "device": device.type, "base model": method.base.sha256}
-        found["configuration"] = method.base.configuration
-        if device.type == "cpu" and dtype.itemsize < 4:  # each number of threads rounds otherwise
-            found["threads"] = torch.get_num_threads()
-        # Other batches round otherwise, which decides between answers that are nearly as likely.
-        found |= {
-            "apply": picked(model, device, dtype, settings.apply),
-            "tokens at once": [tokens_at_once(device, dtype), *batch_tokens(model, device, dtype)],
-        }
-        # In order, as the columns of the routing are.
-        found["adapters"] = [[adapter.name, content(adapter)] for adapter in method.adapters]
-    else:
-        found["base model"] = [settings.base_model, method.base_model_name, method.base_model_revision_id]
-        found |= {"models": method.list_models, "code": sha256_of(Path(inspect.getfile(type(method))))}
-    return found
-
-
-def check_engine(name: str, settings: Settings, time_limit: float | None) -> None:
-    """Refuses what another engine than transformers cannot answer.
-
-    Raises:
-        InputError: it is asked for.
-    """
-    engine = settings.engine
-    if settings.upstream is not None and engine != "openai":
-        raise InputError(f"--upstream: expected --engine openai with it, got --engine {engine}")
-    if engine == "transformers":
-        return
-    if engine == "vllm" and find_spec("vllm") is None:
-        raise InputError(
-            "--engine vllm: expected the package vllm, found none; pip install 'proto-route[vllm]'"
-        )
-    if engine == "vllm" and settings.device_map:
-        raise InputError("--device_map: expected --engine transformers, since vLLM places the model itself")
-    if engine == "openai" and find_spec("httpx") is None:
-        raise InputError("--engine openai: expected httpx, found none; pip install 'proto-route[serve]'")
-    if engine == "openai" and not re.fullmatch(ADDRESS, settings.upstream or ""):
-        raise InputError(
-            f"--upstream: expected an address such as http://127.0.0.1:8000, got {settings.upstream!r}"
-        )
-    if time_limit is not None:
-        raise InputError(f"--time_limit: expected --engine transformers, since {engine}'s pace is not ours")
-    method = load_method(name)
-    if not issubclass(method, Routed) or issubclass(method, PerToken):
-        raise InputError(f"--engine {engine}: expected a method that makes variants, got {name}")
-
-
-def _outputs(settings: Settings, path: Path) -> tuple[Path, Path, Path]:
-    """Where the submission, the routing table and the evidence of a query file go."""
-    folder = settings.output_folder
-    return (
-        folder / path.name,
-        folder / f"{path.stem}.routing.csv",
-        folder / f"{path.stem}.evidence.safetensors",
-    )
-
-
-def check_outputs(settings: Settings) -> None:
-    """Refuses a run that would overwrite its queries or what is not a run's, or could not write all it has.
-
-    Raises:
-        InputError: it would, the output folder is a file or cannot be written, a result would have the name
-            of another or of a folder, or a name is no UTF-8, so that the record could not be written.
-    """
-    for flag, value in settings.plain().items():
-        for name in value if isinstance(value, list) else [value]:
-            try:
-                str(name).encode()
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"--{flag} {name}: expected a name in UTF-8, got another; rename it"
-                ) from error
-    folder = place = settings.output_folder.absolute()
-    try:
-        if folder.is_symlink() and not folder.exists():
-            raise InputError(f"--output_folder {settings.output_folder}: expected a folder, got a dead link")
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--output_folder {settings.output_folder}: expected a folder, found a file")
-        place = next(path for path in (folder, *folder.parents) if path.exists())
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"--output_folder {settings.output_folder}: expected a folder to write to, but in {place}: "
-            f"{error.strerror}"
-        ) from error
-    for name in (VARIANTS, FOLDER):
-        if not is_ours(folder / name):
-            raise InputError(
-                f"--output_folder {settings.output_folder}: expected no folder `{name}` in it, or one of an "
-                "earlier run, since it would be replaced; move it away or choose another folder"
-            )
-    if not _of_a_run(folder):
-        raise InputError(
-            f"--output_folder {settings.output_folder}: expected no `{RECORD}` or `{REPORT}` in it, or those "
-            "of an earlier run, since they would be replaced; move them away or choose another folder"
-        )
-    queries = {path.resolve() for path in settings.dataset_filepaths}
-    kept = {settings.output_folder / name for name in (RECORD, REPORT, PLAN, VARIANTS, FOLDER, LOCK)}
-    written: set[Path] = set()
-    for path in settings.dataset_filepaths:
-        for output in _outputs(settings, path):
-            if output.resolve() in queries:
-                raise InputError(
-                    f"--output_folder {settings.output_folder}: the results would replace the queries in "
-                    f"{output}; choose another folder"
-                )
-            if output in kept:
-                raise InputError(
-                    f"--dataset_filepaths: {path} would be answered in {output}, which a run needs for "
-                    "something else; rename it"
-                )
-            if output.is_dir():
-                raise InputError(
-                    f"--output_folder {settings.output_folder}: expected a file or nothing at {output}, got "
-                    "a folder; move it away or choose another output folder"
-                )
-            if output in written:
-                raise InputError(
-                    f"--dataset_filepaths: {path} and another file would both be answered in {output}; "
-                    "rename one"
-                )
-            written.add(output)
-
-
-def _of_a_run(folder: Path) -> bool:
-    """Whether the record and the report in a folder are those of a run, or are not there."""
-    record, report = folder / RECORD, folder / REPORT
-    try:
-        if record.exists():
-            read_json(record, {"method": str, "versions": {"*": str}, "flags": dict})
-        elif report.exists():
-            with report.open("rb") as file:
-                return MADE_BY.encode() in file.read(4096)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def check_inputs(method: Routed) -> None:
-    """Refuses a run whose adapters or base model are variants that it would replace.
-
-    Raises:
-        InputError: they are.
-    """
-    own = (method.settings.output_folder / VARIANTS).resolve()
-    inputs = [("--adapters", adapter.folder.path) for adapter in method.adapters]
-    for flag, path in (*inputs, ("--base_model", Path(method.base.name))):
+def _loaded(made: type[Routed], context: Context) -> Loaded:
+    """Loads what a method needs; refuses adapters and base models that are variants the run would replace."""
+    made.check()
+    found = load(context)
+    own = (context.settings.output_folder / VARIANTS).resolve()
+    inputs = [("--adapters", adapter.folder.path) for adapter in found.adapters]
+    for flag, path in (*inputs, ("--base_model", Path(found.base.name))):
         if path.resolve().is_relative_to(own):
             raise InputError(
                 f"{flag} {path}: expected a folder that the run does not replace, got one in {own}; choose "
                 "another --output_folder"
             )
+    return found
+
+
+@contextmanager
+def _work(context: Context) -> Iterator[Path]:
+    """A folder in the output folder for all that the run writes, so that a full disk leaves what is there."""
+    processes = context.processes
+    work = processes.decided(lambda: work_folder(context.settings.output_folder, WORK))
+    try:
+        if not processes.rank:
+            (work / VARIANTS).mkdir()
+        yield work
+    finally:
+        if not processes.rank:
+            remove_ours(work)
+
+
+def _identity(source: Loaded | StarterKitMethod, settings: Settings) -> dict[str, Any]:
+    """What the answers depend on beside the method and the queries, as JSON values."""
+    import torch
+
+    paths = ("dataset_filepaths", "output_folder", "adapters", "base_model")  # what they stand for counts
+    found = {flag: value for flag, value in settings.plain().items() if flag not in paths}
+    found["versions"] = versions(settings.engine)
+    if isinstance(source, StarterKitMethod):
+        kit = source.kit
+        models = [settings.base_model, kit.base_model_name, kit.base_model_revision_id]
+        code = sha256_of(Path(inspect.getfile(type(kit))))
+        return found | {"base model": models, "models": kit.list_models, "code": code}
+    model = source.base.model
+    device, dtype = model.device, model.dtype
+    if device.type == "cpu" and dtype.itemsize < 4:  # each number of threads rounds otherwise
+        found["threads"] = torch.get_num_threads()
+    return found | {
+        "dtype": str(dtype), "device": device.type, "base model": source.base.sha256,
+        "configuration": source.base.configuration,
+        # Other batches round otherwise, which decides between answers that are nearly as likely.
+        "apply": picked(model, device, dtype, settings.apply),
+        "tokens at once": [tokens_at_once(device, dtype), *batch_tokens(model, device, dtype)],
+        # In order, as the columns of the routing are.
+        "adapters": [[adapter.name, content(adapter)] for adapter in source.adapters],
+    }  # fmt: skip
+
+
+def _check_answered(result: Result, deadline: Deadline | None) -> None:
+    """Refuses a run without a single answer."""
+    if not all(answer.failed for answer in result.answers):
+        return
+    if deadline and deadline.unanswered:
+        raise InputError(
+            f"--time_limit {deadline.minutes:g}: expected time for an answer, but loading and routing took "
+            "it all; the routing is kept: the same command goes on there, or pass a longer limit and --fresh"
+        )
+    raise InputError(
+        "no query could be answered: the model's output is not finite, or memory ran out (see the warnings "
+        "above); try --dtype float32, or a smaller --max_seq_len"
+    )
+
+
+def _record(
+    name: str, files: Files, context: Context, result: Result, left_out: list[str]
+) -> Record:  # fmt: skip
+    """The record of the run, but for the hashes of its results."""
+    deadline, count = context.deadline, context.processes.count
+    cut = None
+    if deadline:
+        shortened = sum(answer.cut for answer in result.answers)
+        cut = TimeLimit(deadline.minutes, shortened, deadline.unanswered)
+    return record(
+        name, context, result.decision, left_out=left_out, time_limit=cut,
+        queries={path.name: digest_of(part) for path, part in files.items()},
+        processes=count if count > 1 else None,
+    )  # fmt: skip
+
+
+def _commit(files: Files, result: Result, found: Record, settings: Settings, work: Path) -> Record:
+    """Writes all results, then moves them to the output folder, the record last; returns it whole.
+
+    What an earlier run wrote there goes, so that nothing of it passes for this one's.
+    """
+    folder, start = settings.output_folder, 0
+    for path, part in files.items():
+        rows = slice(start, start + len(part))
+        submission, routing, evidence = (work / name for name in _outputs(path))
+        write_submission(submission, part, [answer.text for answer in result.answers[rows]])
+        if result.decision:
+            _write_routing(routing, part, result.decision, rows)
+            if why := result.decision.routing.evidence:
+                why.rows(rows).save(evidence)
+        start = rows.stop
+    names = [name for path in files for name in _outputs(path)]
+    written = sorted(name for name in names if (work / name).exists())
+    found = replace(found, files={name: sha256_of(work / name) for name in written})
+    with replacing(work / RECORD) as file:
+        file.write(found.text(indent=2) + "\n")
+    known = _check_results(settings)  # what was put there meanwhile stays, too
+    with replacing(folder / COMMIT) as file:
+        json.dump({name: [*known.get(name, []), found.files.get(name, "")] for name in names}, file)
+    # From here on the folder holds no finished run, until it holds this one.
+    for name in (RECORD, REPORT):
+        (folder / name).unlink(missing_ok=True)
+    if result.decision:
+        replace_variants(work / VARIANTS, folder)
+    else:  # a starter-kit method makes none, and those of an earlier run are not its
+        remove_ours(folder / VARIANTS)
+    for name in names:
+        if name in found.files:
+            (work / name).replace(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    (work / RECORD).replace(folder / RECORD)
+    (folder / COMMIT).unlink()
+    return found
 
 
 def _write_routing(path: Path, queries: list[Query], decision: Decision, part: slice) -> None:
@@ -383,3 +248,150 @@ def _write_routing(path: Path, queries: list[Query], decision: Decision, part: s
         for query, label, row in zip(queries, labels, weights, strict=True)
     )
     write_table(path, header, rows)
+
+
+def _outputs(path: Path) -> tuple[str, str, str]:
+    """The names of the submission, the routing table and the evidence of a query file."""
+    return path.name, f"{path.stem}.routing.csv", f"{path.stem}.evidence.safetensors"
+
+
+def _results(folder: Path) -> dict[str, list[str]]:
+    """The hashes of results that runs left in a folder: the last one, and one that was killed as it wrote."""
+    found: dict[str, list[str]] = {}
+    if (folder / COMMIT).exists():
+        found |= record_of(dict[str, list[str]], (folder / COMMIT).read_bytes())
+    if (folder / RECORD).exists():
+        for name, digest in Record.read(folder / RECORD).files.items():
+            found.setdefault(name, []).append(digest)
+    return found
+
+
+def check_outputs(settings: Settings) -> None:
+    """Refuses a run that would replace what no run wrote, or could not write all it has.
+
+    Of results, a run replaces those alone that the folder's record names, with the hashes that it names.
+
+    Raises:
+        InputError: it would, the output folder is a file or cannot be written, a result would have the name
+            of another or of its queries, or a name is no UTF-8, so that the record could not be written.
+    """
+    folder = settings.output_folder
+    _check_names(settings)
+    _check_folder(folder)
+    for name in (VARIANTS, FOLDER):
+        if not is_ours(folder / name):
+            _refuse(folder, name)
+    try:
+        ours = not (folder / REPORT).exists() or MADE_BY.encode() in (folder / REPORT).read_bytes()[:4096]
+    except OSError:
+        ours = False
+    if not ours:
+        _refuse(folder, REPORT)
+    if (plan := folder / PLAN).exists():
+        try:
+            record_of(dict[str, Any], plan.read_bytes())["flags"]["output_folder"]
+        except (OSError, ValueError, KeyError, TypeError):
+            _refuse(folder, PLAN)
+    _check_results(settings)
+
+
+def _check_results(settings: Settings) -> dict[str, list[str]]:
+    """Refuses to replace results that no run wrote; the hashes of those that runs did, by name."""
+    folder = settings.output_folder
+    try:
+        known = _results(folder)
+    except (OSError, ValueError):
+        _refuse(folder, f"{RECORD} or {COMMIT}")
+    for path in settings.dataset_filepaths:
+        for output in (folder / name for name in _outputs(path)):
+            there = output.is_symlink() or output.exists()
+            if there and not (output.is_file() and sha256_of(output) in known.get(output.name, ())):
+                _refuse(folder, output.name)
+    return known
+
+
+def _refuse(folder: Path, name: str) -> NoReturn:
+    raise InputError(
+        f"--output_folder {folder}: expected no {name} in it but what an earlier run wrote, since it would "
+        "be replaced; move it away or choose another folder"
+    )
+
+
+def _check_names(settings: Settings) -> None:
+    """Refuses names not in UTF-8, and results of one name, or of that of queries or of what a run needs."""
+    for flag, value in settings.plain().items():
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                str(text).encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"--{flag} {text}: expected a name in UTF-8, got another; rename it"
+                ) from error
+    queries = {path.resolve() for path in settings.dataset_filepaths}
+    taken = {RECORD, REPORT, PLAN, VARIANTS, FOLDER, LOCK, COMMIT}
+    for path in settings.dataset_filepaths:
+        for name in _outputs(path):
+            if (output := settings.output_folder / name).resolve() in queries:
+                raise InputError(
+                    f"--output_folder {settings.output_folder}: the results would replace the queries in "
+                    f"{output}; choose another folder"
+                )
+            if name in taken:
+                raise InputError(
+                    f"--dataset_filepaths: {path} would be answered in {output}, which a run or another file "
+                    "needs; rename it"
+                )
+            taken.add(name)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses an output folder that cannot be written."""
+    where = f"--output_folder {folder}"
+    place = folder.absolute()
+    try:
+        if folder.is_symlink() and not folder.exists():
+            raise InputError(f"{where}: expected a folder, got a dead link")
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{where}: expected a folder, found a file")
+        place = next(path for path in (place, *place.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{where}: expected a folder to write to, but in {place}: {error.strerror}"
+        ) from error
+
+
+def check_engine(name: str, settings: Settings, time_limit: float | None) -> None:
+    """Refuses what another engine than transformers cannot answer.
+
+    Raises:
+        InputError: it is asked for.
+    """
+    if settings.engine == "transformers":
+        return
+    if find_spec("vllm") is None:
+        raise InputError(
+            "--engine vllm: expected the package vllm, found none; pip install 'proto-route[vllm]'"
+        )
+    if settings.device_map:
+        raise InputError("--device_map: expected --engine transformers, since vLLM places the model itself")
+    if time_limit is not None:
+        raise InputError("--time_limit: expected --engine transformers, since vllm's pace is not ours")
+    method = load_method(name)
+    if not issubclass(method, Routed) or issubclass(method, PerToken):
+        raise InputError(f"--engine vllm: expected a method that makes variants, got {name}")
+
+
+def _check_places(name: str, made: type[Any], settings: Settings, processes: Processes) -> None:
+    """Refuses several processes, or a model that is spread over devices, where that cannot be."""
+    if settings.device_map and processes.count > 1:
+        raise InputError("--device_map: expected one process, which takes all devices; leave torchrun out")
+    if settings.engine != "transformers" and processes.count > 1:
+        raise InputError(f"--engine {settings.engine}: expected one process; leave torchrun out")
+    if issubclass(made, Routed):
+        return
+    if settings.device_map:
+        raise InputError(f"-m {name}: expected no --device_map; a starter-kit method takes none")
+    if processes.count > 1:
+        raise InputError(f"-m {name}: expected one process; a starter-kit method runs in one")

@@ -195,14 +195,7 @@ class Settings:
     )
     engine: Engine = _setting(
         "transformers",
-        one_of(
-            get_args(Engine),
-            "what answers: transformers or vLLM in this process, or a server of LoRA adapters that speaks "
-            "OpenAI's protocol, such as vLLM's (openai); this process routes in all cases",
-        ),
-    )
-    upstream: str | None = _setting(
-        None, _text("URL", "the server of --engine openai, such as http://127.0.0.1:8000", "none")
+        one_of(get_args(Engine), "what answers, in this process; transformers routes in both cases"),
     )
     max_gen_len: int = _whole(64, 1, "maximum number of new tokens per answer")
     max_seq_len: int | None = _whole(
@@ -236,9 +229,10 @@ class Settings:
         """
         known = {}
         for setting in fields(cls):
-            if setting.name not in values:
+            value = values.get(setting.name)
+            if value is None and setting.default is not None:
                 raise InputError(f"{setting.name} is missing")
-            known[setting.name] = _from_plain(setting.metadata["kind"], values[setting.name])
+            known[setting.name] = _from_plain(setting.metadata["kind"], value)
         return cls(**known)
 
 

@@ -166,7 +166,7 @@ def parse_query(row: Mapping[str, str], where: str) -> Query:
         )
     choices: tuple[str, ...] = ()  # of generation nobody reads the column, so anything may stand in it
     if row["eval_type"] == MULTIPLE_CHOICE:
-        # Without any, the input is the only choice, answered with 0, as the starter kit does.
+        # Where the cell is blank, the input is the only choice, answered with 0, as the starter kit does.
         choices = _choices(row["answer_choices"], where) or (row["input"],)
     return Query(row["id"], row["input"], row["eval_type"], choices)
 
@@ -185,13 +185,13 @@ def _choices(text: str, where: str) -> tuple[str, ...]:
             isinstance(choice, (str, int, float)) for choice in value
         )
         # Two texts without a comma between them, as NumPy prints a list, are one to Python.
-        if fits and n_texts == sum(isinstance(choice, str) for choice in value):
+        if fits and value and n_texts == sum(isinstance(choice, str) for choice in value):
             return tuple(map(str, value))
     except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
         pass  # a whole number of more than 4,300 digits among them
     raise InputError(
-        f"{where}, column answer_choices: expected a Python list of texts such as \"['yes', 'no']\", "
-        f"got {text[:60]!r}"
+        f"{where}, column answer_choices: expected a Python list of at least one text, such as "
+        f"\"['yes', 'no']\", got {text[:60]!r}"
     )
 
 

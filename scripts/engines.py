@@ -19,9 +19,10 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize
 from peft import PeftModel
 
+from router.answering import answered_by_vllm
 from router.api import Router
-from router.engines import vllm
-from router.model.answer import answer, encode
+from router.context import Context
+from router.model.answer import answers, encode
 from router.model.apply import active
 from router.model.base import EMBEDDED, embedded_gguf, load_base
 from router.serving.names import read_adapters
@@ -141,13 +142,13 @@ def check_within(work: Path, _: str) -> int:
     rows = encode(base.tokenizer, [query.input for query in chosen])
     folders = [work / "here" / "variants" / labels[query.id] for query in chosen]
     paths = [folder if folder.is_dir() else None for folder in folders]
-    served = vllm.answer(base, chosen, rows, paths)
+    served = answered_by_vllm(base, chosen, rows, paths, Context())
     apart, ties = 0.0, 0
     for query, ids, path, answered in zip(chosen, rows, paths, served, strict=True):
         with active(base, path, "merged") as model:
-            (own,) = answer(model, base.tokenizer, [query], [ids])
-        apart = max(apart, *(abs(a - b) for a, b in zip(own.scores, answered.scores, strict=True)))
-        best, next_best = sorted(own.scores, reverse=True)[:2]
+            (mine,) = answers(model, base.tokenizer, [ids], [query.choices])
+        apart = max(apart, *(abs(a - b) for a, b in zip(mine.scores, answered.scores, strict=True)))
+        best, next_best = sorted(mine.scores, reverse=True)[:2]
         ties += best - next_best < TIE
     different = sum(bool(here[query.id] != there[query.id]) for query in queries)
     print(

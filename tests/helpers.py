@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from router.context import Context
+from router.methods import load_method
 from router.routing.evidence import Evidence
+from router.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -64,6 +67,12 @@ def write_tiny_library(folder):
     write_tiny_adapter(folder / "everything", 2, 2, alpha=2)
     write_tiny_adapter(folder / "mlp", 3, 6, tuple(WIDTHS)[4:], alpha=9, use_rslora=True)
     return folder
+
+
+def method_of(name, base, adapters, journal=None, deadline=None, **settings):
+    """A method with a base model and a library."""
+    context = Context(Settings(**settings), journal=journal, deadline=deadline)
+    return load_method(name)(name, base, adapters, context)
 
 
 # Base models of many families

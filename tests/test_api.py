@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,18 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from helpers import NAMES, arguments, files_of, read_table, write_queries, write_tiny_adapter
+from helpers import (
+    NAMES,
+    arguments,
+    files_of,
+    read_table,
+    write_queries,
+    write_tiny_adapter,
+    write_tiny_library,
+)  # fmt: skip
 from router import Router
 from router.errors import InputError
+from router.files import sha256_of
 from router.kit import Merges
 from router.main import main
 from router.model.answer import encode
@@ -196,7 +206,7 @@ def test_the_middle_of_a_very_long_text_is_not_tokenised(router, monkeypatch):
     (expected,) = router.choose([long])
     seen = []
     monkeypatch.setattr(
-        "router.kit.encode",
+        "router.pipeline.encode",
         lambda tokenizer, texts, limit: seen.extend(texts) or encode(tokenizer, texts, limit),
     )
     assert router.choose([long]) == [expected]
@@ -265,7 +275,7 @@ def test_a_record_that_lacks_what_a_router_needs_is_refused_by_what_is_missing(
             {"flags": {"dataset_filepaths": [str(queries)]}},
             "run.json: expected the flags of a run .* missing",
         ),
-        ({"flags": record["flags"] | {"top_k": "3"}}, "top_k: expected a whole number, got a text"),
+        ({"flags": record["flags"] | {"top_k": "3"}}, "--top_k: expected a whole number from 1 to"),
         ({"flags": record["flags"] | {"apply": "merge"}}, "--apply: expected one of auto, merged, beside"),
         ({"variants": None, "base": None}, "expected the run's variants, found none"),
     ):
@@ -323,14 +333,29 @@ def spoil_format(saved, _):
     (saved / "router.json").write_text(json.dumps(about | {"format": 99}))
 
 
+def spoil_variant(saved):
+    path = next((saved / "variants").glob("*/adapter_model.safetensors"))
+    tensors = {key: 2 * of for key, of in load_file(path).items()}
+    save_file(tensors, path)
+
+
+def sealed(saved):
+    """Has router.json name the router's file as it is now."""
+    about = json.loads((saved / "router.json").read_text())
+    about["files"]["router.safetensors"] = sha256_of(saved / "router.safetensors")
+    (saved / "router.json").write_text(json.dumps(about))
+
+
 @pytest.mark.parametrize(
     ("spoil", "cause"),
     [
         (spoil_base, "expected the weights that .* was made for"),
         (spoil_format, "expected format 6, got 99"),
         (lambda saved, _: (saved / "router.json").write_text("{"), "expected what Router.save wrote"),
-        (lambda saved, _: (saved / "router.safetensors").write_bytes(b"x"), "save it again"),
-        (lambda saved, _: (saved / "router.safetensors").unlink(), "save it again"),
+        (lambda saved, _: (saved / "router.safetensors").write_bytes(b"x"), "router.safetensors: expected"),
+        (lambda saved, _: (saved / "router.safetensors").unlink(), "router.safetensors: expected"),
+        (lambda saved, _: shutil.rmtree(saved / "variants"), "variants/.*: expected"),
+        (lambda saved, _: spoil_variant(saved), "variants/.*: expected"),
         (lambda saved, _: (saved / "router.json").unlink(), "the record of a finished run, found none"),
     ],
 )
@@ -382,6 +407,7 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused_by_what_does_not
             saved / "router.safetensors",
             {"router": router},
         )
+        sealed(saved)
         with pytest.raises(InputError, match=cause):
             Router.load(saved, device="cpu")
     for old, new, cause in (
@@ -391,8 +417,66 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused_by_what_does_not
     ):
         assert old in router
         save_file(tensors, saved / "router.safetensors", {"router": router.replace(old, new)})
+        sealed(saved)
         with pytest.raises(InputError, match=cause):
             Router.load(saved, device="cpu")
+
+
+def test_threads_share_a_router(router):
+    texts = [f"{text} {n}" for n in range(4) for text in MORE]
+    router.fit(texts)
+    expected = [router.choose([text])[0] for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: router.choose([text])[0], 2 * texts))
+        answers = list(pool.map(lambda text: router.answer([text])[0], texts))
+    assert [choice.variant for choice in found] == 2 * [choice.variant for choice in expected]
+    for one, other in zip(found, 2 * expected, strict=True):
+        assert one.weights == pytest.approx(other.weights, abs=1e-6)
+    assert answers == [router.answer([text])[0] for text in texts]
+
+
+@pytest.mark.parametrize("name", ["router.json", "router.safetensors"])
+def test_a_strangers_file_is_not_replaced_by_a_router(router, tmp_path, name):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / name).write_text('{"mine": 1}')
+    before = files_of(folder)
+    with pytest.raises(InputError, match=name):
+        router.fit(MORE).save(folder)
+    assert files_of(folder) == before
+
+
+def test_a_routers_own_file_that_somebody_changed_is_not_replaced(router, saved):
+    (saved / "router.safetensors").write_bytes(b"changed")
+    with pytest.raises(InputError, match=r"router\.safetensors"):
+        router.fit(MORE).save(saved)
+    assert (saved / "router.safetensors").read_bytes() == b"changed"
+
+
+def test_an_adapter_that_was_trained_again_under_its_name_is_not_the_runs(tiny_base, tmp_path):
+    library = write_tiny_library(tmp_path / "mine")
+    queries = write_queries(tmp_path / "queries.csv", [("1", TEXTS[0], "generation", "")])
+    out = tmp_path / "out"
+    assert main(arguments("proto_route", [queries], library, tiny_base, out)) == 0
+    Router.load(out, device="cpu")
+    path = library / NAMES[0] / "adapter_model.safetensors"
+    save_file({key: 1.5 * of for key, of in load_file(path).items()}, path)
+    with pytest.raises(InputError, match=f"{NAMES[0]} .*other weights"):
+        Router.load(out, device="cpu")
+
+
+def test_weights_that_are_replaced_after_routing_make_no_variant(tiny_base, tmp_path):
+    library = write_tiny_library(tmp_path / "mine")
+    how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "false_alarm": 0.9}
+    router = Router.from_library(library, **how).fit(MORE)
+    for name in NAMES:
+        path = library / name / "adapter_model.safetensors"
+        tensors = {key: 1.5 * of for key, of in load_file(path).items()}
+        path.unlink()  # the old file may be mapped
+        save_file(tensors, path)
+    with pytest.raises(InputError, match="was changed while it was read"):
+        router.save(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "router.json").exists()
 
 
 def test_a_strangers_folder_of_variants_is_left_alone(router, tmp_path):
@@ -461,9 +545,9 @@ def test_the_oracle_reads_labels_of_files_and_takes_no_other_texts(tiny_base, ti
         ("seed", 2147483648, "--seed: expected a whole number from 0 to 2147483647, got 2147483648"),
         ("dtype", "bf16", "--dtype: expected one of auto, float32, bfloat16, float16, got 'bf16'"),
         ("device", "gpu", "--device: expected one of auto, cpu, cuda, got 'gpu'"),
-        ("device_map", "none", "--device_map: expected one of auto, balanced"),
+        ("device_map", "none", "--device_map: expected one of none, auto, balanced"),
         ("apply", "merge", "--apply: expected one of auto, merged, beside, got 'merge'"),
-        ("engine", "vLLM", "--engine: expected one of transformers, vllm, openai, got 'vLLM'"),
+        ("engine", "vLLM", "--engine: expected one of transformers, vllm, got 'vLLM'"),
         ("scoring", None, "--scoring: expected one of full, kit, got None"),
         ("max_seq_len", -3, "--max_seq_len: expected a whole number from 1"),
         ("batch_size", 2.5, "--batch_size: expected a whole number from 1 .*, got 2.5"),

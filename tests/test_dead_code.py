@@ -17,7 +17,7 @@ FROM_OUTSIDE = {
     "redirect_slashes",  # Starlette's
     "hook", "async_pre_call_hook", "user_api_key_dict", "call_type",  # LiteLLM's
     # The starter kit's contract, for methods that were written for it.
-    "architecture", "save_model", "_load_tokenizer", "_load_huggingface_models_and_configs",
+    "architecture", "get_name", "save_model", "_load_tokenizer", "_load_huggingface_models_and_configs",
     "all_merge_handlers",
 }  # fmt: skip
 

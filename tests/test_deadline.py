@@ -1,18 +1,14 @@
 """A run that must end in time ends in time, with a full submission; the clock is simulated."""
 
-import errno
 import json
 import time
-from unittest.mock import patch
 
 import pytest
 
 from helpers import ROWS, read_table
-from router.cli import main
 from router.deadline import FEWEST, RESERVE, Deadline
 from router.model import answer as module
-from router.model.apply import Merged
-from router.pipeline import Routed
+from router.pipeline import route
 
 
 class Clock:
@@ -62,7 +58,7 @@ def test_a_run_with_time_enough_is_not_cut(command, paced):
     limits = paced(1)
     code, out = command("base", "--batch_size", 1, "--time_limit", 60)
     assert code == 0 and limits == [6] * len(ROWS)
-    assert told(out) == {"minutes": 60, "shortened": 0, "to_base": 0, "unanswered": 0}
+    assert told(out) == {"minutes": 60, "shortened": 0, "unanswered": 0}
     _, plain = command("base", "--batch_size", 1, out="plain")
     assert (out / "queries.csv").read_bytes() == (plain / "queries.csv").read_bytes()
 
@@ -90,70 +86,6 @@ def test_past_the_deadline_the_rest_is_unknown_and_the_submission_whole(command,
     assert clock.now <= 120 * (1 - RESERVE) + 56  # one batch may run over
 
 
-MANY = ("--batch_size", 1, "--max_gen_len", FEWEST, "--false_alarm", 0.99)  # variants, and no shorter answers
-
-
-@pytest.fixture()
-def swaps(monkeypatch, clock):
-    """How many seconds it takes to apply a variant."""
-    seconds, plain = [0], Merged.activate
-
-    def activate(self, folder):
-        clock.now += seconds[0] if folder else 0
-        return plain(self, folder)
-
-    monkeypatch.setattr(Merged, "activate", activate)
-    return seconds
-
-
-def test_too_late_for_all_variants_the_base_model_answers_for_some(command, paced, clock, swaps):
-    paced(1)  # six batches take a minute
-    _, base = command("base", *MANY, out="base")
-    alone = [row["prediction"] for row in read_table(base / "queries.csv")]
-    _, out = command("proto_route", *MANY, out="plain")
-    plainly = read_table(out / "queries.csv"), read_table(out / "queries.routing.csv")
-    assert len({row["variant"] for row in plainly[1]}) > 2
-    clock.now, swaps[0] = 0, 150
-    code, out = command("proto_route", *MANY, "--time_limit", 5)
-    cut = told(out)
-    assert code == 0 and cut["to_base"] > 0 and cut["unanswered"] == 0 and clock.now <= 5 * 60
-    record, routing = json.loads((out / "run.json").read_text()), read_table(out / "queries.routing.csv")
-    given = 0
-    for n, row in enumerate(read_table(out / "queries.csv")):
-        variant = record["variants"][int(routing[n]["variant"])]
-        if variant["folder"]:
-            assert row == plainly[0][n] and routing[n] == plainly[1][n]
-        else:
-            assert row["prediction"] == alone[n]
-            given += routing[n]["variant"] != plainly[1][n]["variant"]
-    assert given == cut["to_base"]
-    assert sum(variant["queries"] for variant in record["variants"]) == len(ROWS)
-    assert main(["explain", str(out), "g1"]) == 0
-
-
-def test_what_the_base_model_answered_for_want_of_time_is_not_kept(command, paced, clock, swaps):
-    paced(1)
-    _, plain = command("proto_route", *MANY, out="plain")
-    clock.now, swaps[0] = 0, 150
-    with patch("router.run.write_submission", side_effect=OSError(errno.ENOSPC, "No space left on device")):
-        code, out = command("proto_route", *MANY, "--time_limit", 5)
-    assert code == 2
-    clock.now, swaps[0] = 0, 0  # the same command has five new minutes
-    assert command("proto_route", *MANY, "--time_limit", 5)[0] == 0
-    assert told(out)["to_base"] == told(out)["unanswered"] == 0
-    assert (out / "queries.csv").read_bytes() == (plain / "queries.csv").read_bytes()
-
-
-def test_what_nobody_answered_stays_with_its_variant(command, paced, clock, swaps):
-    paced(1)
-    _, plain = command("proto_route", *MANY, out="plain")
-    clock.now, swaps[0] = 0, 290
-    _, out = command("proto_route", *MANY, "--time_limit", 5)
-    cut = told(out)
-    assert cut["unanswered"] > 0 and cut["to_base"] == 0
-    assert (out / "queries.routing.csv").read_bytes() == (plain / "queries.routing.csv").read_bytes()
-
-
 def test_the_time_begins_when_it_is_said_to():
     clock = Clock()
     clock.now = 100
@@ -164,32 +96,30 @@ def test_the_time_begins_when_it_is_said_to():
     assert deadline.new_tokens(64) == 0
 
 
-def test_a_variant_that_takes_longer_to_answer_than_to_apply_is_always_applied():
-    clock = Clock()
-    deadline = Deadline(1, clock)  # 57 seconds
-    deadline.begin(1000, variants=3)
-    with deadline.applying():
-        clock.now = 2
-    clock.now = 42
-    deadline.note(100)  # 900 more take 45 seconds at an eighth of the length, and 15 are left
-    assert not deadline.spares(41, 64) and deadline.spares(39, 64)
-    clock.now = 57
-    assert deadline.spares(41, 64)  # there is no time for any
-    deadline.begin(1000, variants=3)
-    assert deadline.spares(41, 64)
+def test_a_limit_shorter_than_routing_is_refused_and_the_routing_is_kept(
+    command, paced, clock, monkeypatch, capsys
+):
+    limits = paced(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("router.run.route", lambda *of: (route(*of), setattr(clock, "now", 61))[0])
+        code, out = command("proto_route", "--time_limit", 1)
+    assert code == 2 and limits == [] and "--time_limit 1: " in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {".journal"}
+    clock.now = 0
+    monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
+    assert command("proto_route", "--time_limit", 1)[0] == 0 and limits
 
 
-def test_a_run_that_had_no_time_at_all_still_has_a_submission(command, paced, clock, monkeypatch):
-    limits, merge = paced(1), Routed.merge
-
-    def slow(self):
-        clock.now += 61  # loading alone takes longer
-        return merge(self)
-
-    monkeypatch.setattr(Routed, "merge", slow)
-    code, out = command("base", "--time_limit", 1)
-    assert code == 0 and limits == []
-    assert {row["prediction"] for row in read_table(out / "queries.csv")} == {"unknown"}
+def test_what_the_limit_cut_is_counted_after_a_kill_too(command, paced, clock, monkeypatch):
+    paced(0)
+    cut = ("base", "--batch_size", 1, "--max_gen_len", 100, "--time_limit", 6)
+    with monkeypatch.context() as patch:
+        patch.setattr("router.run._commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert command(*cut)[0] == 130
+    clock.now = 0
+    monkeypatch.setattr(module, "generate", lambda *_: pytest.fail("asked again"))
+    code, out = command(*cut)
+    assert code == 0 and told(out)["shortened"] > 0
 
 
 def test_the_pace_decides():

@@ -6,10 +6,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import FAMILIES, arguments, family, read_by_id, read_table, write_queries
-from router.kit import Merges
+from router.context import Context
+from router.kit import Merges, StarterKitMethod
 from router.main import main
 from router.model.answer import likeliest
 from router.model.base import load_base
+from router.settings import Settings
 from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 
 LENGTH = 6  # new tokens, as `arguments` asks for
@@ -85,14 +87,19 @@ def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatc
 
 def test_a_warning_of_a_kit_method_names_the_query_by_its_id(tmp_path, tiny_base, caplog):
     base, _ = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
-    loaded, method = load_base(str(base), "cpu", "float32"), Merges("kit")
-    method.base_model, method.tokenizer = loaded.model, loaded.tokenizer
+    loaded = load_base(str(base), "cpu", "float32")
+
+    class Loaded(Merges):
+        def merge(self):
+            self.base_model, self.tokenizer = loaded.model, loaded.tokenizer
+
     queries = [
         Query("short", PROMPTS[0], GENERATION),
         Query("long", "x" * 150, GENERATION),
         Query("chosen", "x" * 150, MULTIPLE_CHOICE, ("a", "b")),
     ]
-    assert [answer.failed for answer in method.answer(queries).answers] == [False, True, True]
+    found = StarterKitMethod(Loaded, "kit", Settings()).answer(queries, Context())
+    assert [answer.failed for answer in found] == [False, True, True]
     told = [record.getMessage().partition(":")[0] for record in caplog.records]
     assert told == ["query long", "query chosen"]
 

@@ -239,6 +239,15 @@ def test_a_run_that_was_refused_may_be_run_as_it_was_told_to(command, monkeypatc
     assert command("proto_route", "--max_seq_len", 5)[0] == 0
 
 
+def test_a_read_error_keeps_the_journal(command, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("router.pipeline.write_variant", lambda *_: (_ for _ in ()).throw(InputError("unread")))
+        code, out = command("proto_route", "--false_alarm", 0.99)
+    assert code == 2 and (out / ".journal" / "routing.safetensors").exists()
+    monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
+    assert command("proto_route", "--false_alarm", 0.99)[0] == 0
+
+
 def test_an_unfinished_run_of_another_setting_is_refused_in_a_line(command, capsys, monkeypatch):
     plain = module.if_it_fits
     monkeypatch.setattr(module, "if_it_fits", lambda *_: (_ for _ in ()).throw(Killed))

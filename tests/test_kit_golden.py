@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from helpers import method_of
+from router.library.adapters import load_library
 from router.main import main
-from router.methods import load_method
 from router.model.answer import encode
 from router.model.apply import active
-from router.settings import Settings
+from router.model.base import load_base
 from router.submission import read_queries
 
 FILES = ("test", "cosmos_qa", "xsum", "quirks")
@@ -91,13 +92,10 @@ def test_predictions_are_the_kits(kit_golden, tmp_path, method, length):
 
 @pytest.mark.parametrize(("name", "length"), RUNS)
 def test_scores_and_generated_ids_are_the_kits(kit_golden, tmp_path, name, length):
-    method = load_method(name)(name)
-    method.settings = Settings(
-        output_folder=tmp_path, base_model=str(kit_golden / "tiny_llama"), device="cpu", dtype="float32",
-        adapters=(str(kit_golden / "lora_r4_qv"), str(kit_golden / "lora_r8_all")), scoring="kit",
-        max_gen_len=16, max_seq_len=LENGTHS[length],
-    )  # fmt: skip
-    method.merge()
+    base = load_base(str(kit_golden / "tiny_llama"), "cpu", "float32")
+    library = load_library([str(kit_golden / folder) for folder in ("lora_r4_qv", "lora_r8_all")])
+    how = {"scoring": "kit", "max_gen_len": 16, "max_seq_len": LENGTHS[length]}
+    method = method_of(name, base, library, output_folder=tmp_path, **how)
     queries = [query for file in FILES for query in read_queries(kit_golden / "inputs" / f"{file}.csv")]
     asked = [replace(q, input="nan") if q.id == PANDAS_NAN else q for q in queries]
     answers = method.answer(asked).answers

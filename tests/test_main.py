@@ -27,6 +27,7 @@ from helpers import (
     NAMES,
     ROOT,
     ROWS,
+    arguments,
     files_of,
     read_table,
     variants_in,
@@ -273,12 +274,12 @@ REFUSED = {
     "files of one name": lambda t: (
         "base",
         ["--dataset_filepaths", t / "queries.csv", other_file(t, "same")],
-        "would both be answered in",
+        "rename it",
     ),
     "a routing table's name": lambda t: (
         "base",
         ["--dataset_filepaths", t / "queries.csv", write_queries(t / "queries.routing.csv")],
-        "would both be answered in",
+        "rename it",
     ),
     "results over queries": lambda t: (
         "base",
@@ -516,7 +517,7 @@ def test_a_run_that_was_killed_while_it_wrote_leaves_the_earlier_one(command, mo
     monkeypatch.setattr("router.run._write_routing", lambda *_: sys.exit("killed"))
     with pytest.raises(SystemExit):
         command("oracle")
-    assert load(out).record["method"] == "proto_route"
+    assert load(out).record.method == "proto_route"
 
 
 def test_a_run_that_was_killed_between_its_files_is_no_finished_run(command, monkeypatch):
@@ -531,8 +532,11 @@ def test_a_run_that_was_killed_between_its_files_is_no_finished_run(command, mon
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(SystemExit):
         command("oracle")
-    with pytest.raises(InputError, match=r"run\.json"):
+    with pytest.raises(InputError, match=r"run\.json: "):
         load(out)
+    monkeypatch.undo()
+    assert command("oracle")[0] == 0 and load(out).record.method == "oracle"
+    assert not list(out.glob(".*"))
 
 
 def test_a_run_that_was_killed_before_its_report_has_no_earlier_ones(command, monkeypatch):
@@ -541,7 +545,7 @@ def test_a_run_that_was_killed_before_its_report_has_no_earlier_ones(command, mo
     monkeypatch.setattr("router.run.write_report", lambda *_: sys.exit("killed"))
     with pytest.raises(SystemExit):
         command("oracle")
-    assert load(out).record["method"] == "oracle" and not (out / "report.html").exists()
+    assert load(out).record.method == "oracle" and not (out / "report.html").exists()
     monkeypatch.undo()
     assert command("oracle")[0] == 0
     assert (out / "report.html").read_bytes() != earlier
@@ -675,7 +679,7 @@ def test_a_journal_folder_that_no_run_wrote_is_refused_and_left_alone(
     folder.mkdir(parents=True)
     (folder / name).write_text('{"mine": true}')
     assert command("average", *flags)[0] == 2
-    assert "expected no folder `.journal` in it" in capsys.readouterr().err
+    assert "expected no .journal in it" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == [name] and len(list(folder.parent.iterdir())) == 1
 
 
@@ -722,7 +726,7 @@ def test_a_query_file_of_a_name_that_a_run_needs_is_refused_before_anything_is_l
     monkeypatch.setattr("router.pipeline.load_library", lambda *_, **__: pytest.fail("loaded"))
     queries = write_queries(tmp_path / name)
     assert command("base", "--dataset_filepaths", queries)[0] == 2
-    assert "which a run needs for something else; rename it" in capsys.readouterr().err
+    assert "rename it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["queries.csv", "queries.routing.csv", "run.json", "report.html"])
@@ -749,8 +753,76 @@ def test_a_record_or_report_of_something_else_stays(name, text, command, tmp_pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text(text)
     assert command("base")[0] == 2
-    assert "expected no `run.json` or `report.html` in it" in capsys.readouterr().err
+    assert "--output_folder" in capsys.readouterr().err
     assert (tmp_path / "out" / name).read_text() == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["queries.csv", "queries.routing.csv", "queries.evidence.safetensors", "plan.json", ".commit.json"],
+)
+def test_a_file_that_no_run_wrote_is_refused_before_anything_is_loaded(
+    name, command, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("router.pipeline.load_library", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    assert command("proto_route")[0] == 2
+    assert name in capsys.readouterr().err
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_result_that_was_edited_since_is_not_replaced(command, capsys):
+    _, out = command("base")
+    assert command("base")[0] == 0
+    (out / "queries.csv").write_text("mine")
+    assert command("base")[0] == 2 and "queries.csv" in capsys.readouterr().err
+    assert (out / "queries.csv").read_text() == "mine"
+
+
+def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, monkeypatch):
+    from router.run import answer
+
+    def slow(*of):
+        (tmp_path / "out" / "queries.csv").write_text("mine")
+        return answer(*of)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("router.run.answer", slow)
+        code, out = command("base")
+    assert code == 2 and (out / "queries.csv").read_text() == "mine"
+    (out / "queries.csv").unlink()
+    monkeypatch.setattr("router.model.answer.generate", lambda *_: pytest.fail("asked again"))
+    assert command("base")[0] == 0
+
+
+def test_a_token_beyond_the_embeddings_costs_only_the_prompts_that_spell_it(
+    tmp_path, tiny_base, tiny_library
+):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(base)
+    odd = [
+        ("x1", "Say [PAD] to me", "generation", "", "base"),
+        ("x2", "Which?", "multiple_choice", "['[PAD]', 'b']", "base"),
+    ]
+    found = []
+    for folder, rows in ((tiny_base, ROWS), (base, [*odd, *ROWS])):
+        queries = write_queries(tmp_path / f"{folder.name}.csv", rows)
+        out = tmp_path / f"out-{folder.name}"
+        assert main(arguments("proto_route", [queries], tiny_library, folder, out)) == 0
+        found.append([row["prediction"] for row in read_table(out / queries.name)])
+    assert found[1] == ["unknown", "unknown", *found[0]]
+
+
+def test_an_end_token_that_is_no_number_is_one_line(tmp_path, tiny_base, tiny_library, capsys):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": "x"}))
+    queries = write_queries(tmp_path / "queries.csv")
+    assert main(arguments("base", [queries], tiny_library, base, tmp_path / "out")) == 2
+    assert "--base_model" in capsys.readouterr().err
 
 
 def test_variants_that_are_a_runs_own_adapters_are_not_replaced(command, tmp_path, capsys):

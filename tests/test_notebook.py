@@ -95,9 +95,9 @@ def test_a_replay_at_the_runs_settings_is_the_run(finished):
     np.testing.assert_allclose(again.weights, run.weights, atol=1e-5)
     np.testing.assert_array_equal(again.clusters.labels, run.labels)
     assert again.figures() == pytest.approx(wrote.figures(), abs=0.02)  # a variant drops weights below 0.01
-    assert wrote.figures()["variants"] == run.record["n_variants"]
+    assert wrote.figures()["variants"] == run.record.n_variants
     margin = np.diff(np.sort(np.nan_to_num(run.evidence.candidates, nan=-np.inf))[:, -2:])
-    assert run.record["low_margin"] == (margin < 0.5).sum() == tables.overview(run).loc["low margin", ""]
+    assert run.record.low_margin == (margin < 0.5).sum() == tables.overview(run).loc["low margin", ""]
 
 
 @pytest.mark.parametrize("flags", [("--temperature", 2.0), ("--top_k", 1), ("--n_variants", 2)])

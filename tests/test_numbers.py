@@ -11,12 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from helpers import NAMES, write_tiny_library
+from helpers import NAMES, method_of, write_tiny_library
 from merge.factors import Factors, recompress, weighted_sum
 from router.library.adapters import load_library
-from router.methods.proto_route import ProtoRoute
 from router.routing.gate import PrototypeGate
-from router.settings import Settings
 from router.submission import Query
 
 
@@ -111,10 +109,8 @@ def library(tmp_path_factory):
 
 
 def method(base, folders, **flags):
-    found = ProtoRoute("proto_route")
-    found.settings = Settings(max_gen_len=3, **flags)
-    found.attach(base, load_library([str(folder) for folder in folders]))
-    return found
+    library = load_library([str(folder) for folder in folders])
+    return method_of("proto_route", base, library, max_gen_len=3, **flags)
 
 
 def weights_of(found):

@@ -15,7 +15,7 @@ from helpers import ROOT
 FILES = [*(ROOT / "router").rglob("*.py"), *(ROOT / "merge").rglob("*.py")]
 # Which extra a module, or all of a folder, may need.
 EXTRAS = {
-    "serving": "serve", "openai": "serve", "vllm": "vllm", "integrations": "litellm", "ray_data": "ray",
+    "serving": "serve", "vllm": "vllm", "integrations": "litellm", "ray_data": "ray",
 }  # fmt: skip
 
 

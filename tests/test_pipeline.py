@@ -6,10 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from helpers import variants_in
-from router.methods import load_method
-from router.model.answer import FAILED
-from router.settings import Settings
+from helpers import method_of
 from router.submission import Query
 
 TEXTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "word " * 60]
@@ -36,11 +33,8 @@ class Counting:
 def method(base, adapters, tmp_path):
     """Makes a method with its base model and library attached."""
 
-    def make(name, base=base):
-        found = load_method(name)(name)
-        found.settings = Settings(output_folder=tmp_path / "out", max_gen_len=4)
-        found.attach(base, adapters)
-        return found
+    def make(name, base=base, **settings):
+        return method_of(name, base, adapters, output_folder=tmp_path / "out", max_gen_len=4, **settings)
 
     return make
 
@@ -68,13 +62,14 @@ def test_a_method_keeps_nothing_of_what_it_answered(method, name):
 
 
 def test_the_decision_is_that_of_the_answers(method, base, adapters, tmp_path):
-    found = method("proto_route").answer(QUERIES, tmp_path / "elsewhere").decision
+    folder = tmp_path / "elsewhere"
+    found = method("proto_route").answer(QUERIES, folder).decision
     assert found.base is base and list(found.adapters) == adapters
     weights, labels = found.routing.weights, found.clusters.labels
     assert weights.shape == (len(QUERIES), 4) and labels.shape == (len(QUERIES),)
     assert len(found.variants) == len(found.folders) == len(found.clusters.weights) == labels.max() + 1
-    written = variants_in(tmp_path / "elsewhere")
-    assert written == sorted(filter(None, found.folders)) and not (tmp_path / "out").exists()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(filter(None, found.folders))
+    assert not (tmp_path / "out").exists()
     for variant, folder in zip(found.variants, found.folders, strict=True):
         assert bool(variant.weights) == (folder is not None)
     evidence = found.routing.evidence
@@ -88,64 +83,24 @@ def test_the_same_prompt_has_the_same_weights(method):
 
 
 def test_prompts_are_cut_where_the_settings_say(method):
-    found = method("average")
-    whole = found.encoded(QUERIES)
-    found.settings = replace(found.settings, max_seq_len=7)
-    assert found.encoded(QUERIES) == [row[:7] for row in whole] and len(whole[3]) > 7
-    found.max_seq_len = 5  # as a method of the starter kit sets it
-    assert found.encoded(QUERIES) == [row[:5] for row in whole]
+    whole = method("average").encoded(QUERIES)
+    assert method("average", max_seq_len=7).encoded(QUERIES) == [row[:7] for row in whole]
+    assert len(whole[3]) > 7
 
 
-def test_a_server_writes_as_many_tokens_as_the_method_says(method, monkeypatch):
-    engine = pytest.importorskip("router.engines.openai", reason="needs the extra serve")
-    limits = []
-
-    def answer(upstream, tokenizer, queries, *_, max_new_tokens, **how):
-        limits.append(max_new_tokens)
-        return [FAILED] * len(queries)
-
-    monkeypatch.setattr(engine, "answer", answer)
-    found = method("average")
-    found.settings = replace(found.settings, engine="openai", upstream="http://server")
-    found.answer(QUERIES)
-    found.max_gen_len = 3  # as a method of the starter kit sets it
-    found.answer(QUERIES)
-    assert limits == [4, 3]
-
-
-def test_what_is_cut_of_long_prompts_is_told(method, caplog):
+def test_what_is_cut_of_long_prompts_is_told(method, caplog, monkeypatch):
     found = method("average")
     lengths = sorted(map(len, found.encoded(QUERIES)))
     found.answer(QUERIES)
     assert caplog.messages == []
-    found.settings = replace(found.settings, max_seq_len=lengths[-2])
-    found.answer(QUERIES)
-    assert caplog.messages == [
-        f"2 of {len(QUERIES)} prompts reach --max_seq_len {lengths[-2]}; what comes after is not read"
-    ]
+    method("average", max_seq_len=lengths[-2]).answer(QUERIES)
+    (told,) = caplog.messages
+    assert f"2 of {len(QUERIES)} prompts" in told and f"--max_seq_len {lengths[-2]}" in told
     caplog.clear()
-    found.settings = replace(found.settings, max_seq_len=None)
-    found.base.model.config.max_position_embeddings = lengths[-1] - 1
+    monkeypatch.setattr(found.base.model.config, "max_position_embeddings", lengths[-1] - 1)
     found.answer(QUERIES)
-    assert (
-        len(caplog.messages) == 1 and f"1 of {len(QUERIES)} prompts have more than the" in caplog.messages[0]
-    )
-
-
-def test_an_error_while_answering_leaves_the_earlier_variants(method, tmp_path, monkeypatch):
-    found = method("average")
-    found.answer(QUERIES)
-    variants = tmp_path / "out" / "variants"
-    before = {path: path.read_bytes() for path in variants.rglob("*") if path.is_file()}
-
-    def fail(*args):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(found, "predict", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        found.answer(QUERIES)
-    assert {path: path.read_bytes() for path in variants.rglob("*") if path.is_file()} == before
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["variants"]
+    (told,) = caplog.messages
+    assert f"1 of {len(QUERIES)} prompts" in told
 
 
 def test_few_prompts_at_a_time_are_routed_as_all_at_once(method, monkeypatch):

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from helpers import ROOT, arguments, files_of, write_queries
+from helpers import ROOT, arguments, files_of, read_table, write_queries
+from router.context import Context
 from router.deadline import Deadline
 from router.errors import InputError
 from router.journal import Journal
@@ -91,7 +92,9 @@ def started(tmp_path, tiny_base, tiny_library, monkeypatch):
         return in_threads(
             count,
             lambda processes: _run(
-                method, flags, {queries: read_queries(queries)}, False, deadline(), processes
+                method,
+                {queries: read_queries(queries)},
+                Context(flags, processes=processes, deadline=deadline()),
             ),
         )
 
@@ -122,7 +125,7 @@ def test_a_batch_is_taken_by_one_process_and_all_have_about_as_much():
 def test_several_processes_leave_the_files_of_one(started, tmp_path, monkeypatch, method):
     monkeypatch.setattr("router.routing.fitted.AT_ONCE", 20)
     monkeypatch.setattr("router.model.passes.tokens_at_once", lambda *_: 200)
-    monkeypatch.setattr("router.routing.probe.batch_tokens", lambda *_: (200, 200))
+    monkeypatch.setattr("router.methods.proto_route.tokens_at_once", lambda *_: 200)
     plain, taken = module.if_it_fits, []
 
     def noting(way, batch):
@@ -131,11 +134,11 @@ def test_several_processes_leave_the_files_of_one(started, tmp_path, monkeypatch
 
     monkeypatch.setattr(module, "if_it_fits", noting)
     (alone,) = started(method, 1, "one")
-    assert set(taken) == {"0"} and "processes" not in alone
+    assert set(taken) == {"0"} and alone.processes is None
     taken.clear()
     record, *others = started(method, 3, "three")
     assert set(taken) == {"0", "1", "2"}
-    assert record["processes"] == 3 and others == [{}, {}]
+    assert record.processes == 3 and others == [None, None]
     assert files_of(tmp_path / "three") == files_of(tmp_path / "one")
     assert {path.name for path in (tmp_path / "three").iterdir()} == {
         path.name for path in (tmp_path / "one").iterdir()
@@ -165,15 +168,24 @@ def test_what_was_answered_before_a_process_died_is_not_answered_again(started, 
     assert 2 < len(done) < whole
     monkeypatch.setattr(module, "if_it_fits", noting)
     monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
-    assert started("proto_route", count, "out")[0]["method"] == "proto_route"
+    assert started("proto_route", count, "out")[0].method == "proto_route"
     assert len(done) == whole
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-def test_what_all_processes_left_out_for_want_of_time_is_counted(started, monkeypatch):
-    clock = iter(range(0, 10**6, 60))  # a minute passes at every look
-    record = started("base", 2, "out", lambda: Deadline(0.5, lambda: next(clock)))[0]
-    assert record["time_limit"] == {"minutes": 0.5, "shortened": 0, "to_base": 0, "unanswered": len(MANY)}
+def test_what_all_processes_left_out_for_want_of_time_is_counted(started, tmp_path):
+    class Looks(Deadline):
+        """Time is over at the fourth look of a process."""
+
+        looked = 0
+
+        def new_tokens(self, most):
+            self.looked += 1
+            return most if self.looked < 4 else 0
+
+    record = started("base", 2, "out", lambda: Looks(1))[0]
+    unknown = [row for row in read_table(tmp_path / "out" / "queries.csv") if row["prediction"] == "unknown"]
+    assert 0 < record.time_limit.unanswered == len(unknown) < len(MANY)
 
 
 def test_the_journal_of_another_machine_is_missed(tmp_path):

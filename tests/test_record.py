@@ -1,16 +1,24 @@
 """The summary of a run says what its record holds; `run.json` itself is checked in test_main.py."""
 
-from router.record import SHOWN, summary, versions
+from router.files import typed
+from router.record import SHOWN, Record, versions
+from router.record import summary as told
 
 RECORD = {
-    "method": "proto_route", "base": {"name": "some/base"}, "adapters": {"one": {}, "two": {}},
+    "method": "proto_route", "versions": {}, "peak_mib": {},
+    "base": {"name": "some/base", "sha256": "0", "dtype": "float32"},
+    "adapters": {"one": {"sha256": "1"}, "two": {"sha256": "2"}},
     "seconds": {"load": 1.25, "predict": 60.0}, "low_margin": 1,
     "flags": {"dataset_filepaths": ["data/a.csv", "b.csv"], "output_folder": "out"},
     "variants": [
-        {"queries": 1, "weights": {"base": 1.0}},
-        {"queries": 4, "weights": {"one": 0.2, "two": 0.75, "base": 0.05}},
+        {"folder": None, "queries": 1, "weights": {"base": 1.0}},
+        {"folder": "variants/1", "queries": 4, "weights": {"one": 0.2, "two": 0.75, "base": 0.05}},
     ],
 }  # fmt: skip
+
+
+def summary(record):
+    return told(typed(Record, record))
 
 
 def test_a_summary_has_the_largest_variant_first_and_its_top_candidate_first():
@@ -30,7 +38,7 @@ def test_a_summary_counts_low_margins_seconds_and_files():
 
 
 def test_of_many_variants_the_smallest_are_counted_together():
-    many = [{"queries": 20 - n, "weights": {"base": 1.0}} for n in range(SHOWN + 3)]
+    many = [{"folder": None, "queries": 20 - n, "weights": {"base": 1.0}} for n in range(SHOWN + 3)]
     lines = summary(RECORD | {"variants": many}).splitlines()
     assert lines[1 + SHOWN] == f"{SHOWN - 1:7}  {21 - SHOWN:7}  base 1.00"
     rest = sum(variant["queries"] for variant in many[SHOWN:])
@@ -44,5 +52,5 @@ def test_the_version_of_vllm_is_recorded_where_it_answers(monkeypatch):
 
 
 def test_a_method_that_does_not_route_has_no_variants_and_no_margins():
-    bare = {key: RECORD[key] for key in ("method", "seconds", "flags")}
+    bare = {key: RECORD[key] for key in ("method", "versions", "peak_mib", "seconds", "flags")}
     assert len(summary(bare).splitlines()) == 2

@@ -93,11 +93,17 @@ def test_columns_come_in_any_order_with_others_between(tmp_path):
         ('"[1, 2.5]"', ("1", "2.5")),
         ("None", ("Which?",)),  # no choices: as in the kit, the input is the only one
         ("", ("Which?",)),
-        ("[]", ("Which?",)),
     ],
 )
 def test_choices(tmp_path, field, choices):
     assert read(tmp_path, f"1,Which?,multiple_choice,{field}\n")[0].choices == choices
+
+
+@pytest.mark.parametrize("field", ["[]", "()"])
+def test_an_empty_list_of_choices_is_refused_by_row(tmp_path, field):
+    with pytest.raises(InputError, match="line 3, column answer_choices: ") as caught:
+        read(tmp_path, f"1,Why?,generation,\n2,Which?,multiple_choice,{field}\n")
+    assert field in str(caught.value)
 
 
 def test_eval_type_alone_decides(tmp_path):

@@ -7,20 +7,30 @@ else. Choices are scored by the log-probabilities of prompts that end with them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from merge.folders import open_adapter, served_rank
-from router.errors import ServerError
-from router.model.answer import FAILED, Answer, Scoring, continuation, end_tokens, endings, likeliest, warn
+from router.errors import InputError
+from router.model.answer import (
+    FAILED,
+    NOT_FINITE,
+    Answer,
+    Done,
+    Scoring,
+    continuation,
+    end_tokens,
+    endings,
+    likeliest,
+)  # fmt: skip
 from router.model.base import Base
 from router.routing.variants import served
-from router.submission import GENERATION, Query
 
-AT_ONCE = 256  # queries, after which the journal has their answers
+AT_ONCE = 256  # prompts, after which their answers can be kept
 ENVIRONMENT = {  # where it does not say otherwise
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -30,49 +40,39 @@ ENVIRONMENT = {  # where it does not say otherwise
 
 def answer(
     base: Base,
-    queries: Sequence[Query],
     rows: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[str]],
     variants: Sequence[Path | None],
+    asked: Sequence[int],
     *,
     scoring: Scoring = "full",
     max_new_tokens: int = 64,
-    progress: Callable[[int], object] = lambda done: None,
-    journal: MutableMapping[Query, Answer] | None = None,
-) -> list[Answer]:
-    """Answers queries in order.
+) -> Iterator[Done]:
+    """Yields prompts as they are answered, AT_ONCE at a time.
 
-    A query that does not fit into the base model's context has no answer (`Answer.failed`), and a warning
-    names it.
+    One that does not fit into the base model's context has no answer (`Answer.failed`).
 
     Args:
         base: vLLM loads it anew from its folder. On a GPU, `base` itself waits in the main memory meanwhile.
-        rows: token ids of each query's prompt.
-        variants: the folder of each query's variant; None for the base model.
-        progress: called with tokens of prompts whose queries have been answered.
-        journal: a query that is in it is not answered again; any other is added to it.
+        rows: token ids of each prompt.
+        choices: of each prompt; none where text is to be written.
+        variants: the folder of each prompt's variant; None for the base model.
+        asked: the numbers of the prompts to answer.
 
     Raises:
         InputError: vLLM cannot load the base model, or has no room for it and the variants.
     """
-    known: MutableMapping[Query, Answer] = {} if journal is None else journal
     context = getattr(base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    tails: dict[int, list[list[int]]] = {}  # what is read after the prompt of each query that is asked
-    longest = 0  # tokens of a prompt and its answer
-    for n, (query, row) in enumerate(zip(queries, rows, strict=True)):
-        if query in known:
-            continue
-        writes = query.eval_type == GENERATION
-        found = [[]] if writes else endings(base.tokenizer, query.choices)
-        read = len(row) + max(map(len, found))
-        if context and read >= context:
-            warn(query, f"does not fit into a context of {context} tokens")
-            known[query] = FAILED
-        else:
-            tails[n], longest = found, max(longest, read + (max_new_tokens if writes else 1))
-    progress(sum(len(row) for n, row in enumerate(rows) if n not in tails))
-    if not tails:
-        return [known[query] for query in queries]
-    paths = [path for path in dict.fromkeys(variants[n] for n in tails) if path]
+    tails: dict[int, list[list[int]]] = {
+        n: endings(base.tokenizer, choices[n]) if choices[n] else [[]] for n in asked
+    }
+    reads = {n: len(rows[n]) + max(map(len, tails[n])) for n in asked}
+    if long := [n for n in asked if context and reads[n] >= context]:
+        yield Done(long, [FAILED] * len(long), 1.0, f"does not fit into a context of {context} tokens")
+    if not (asked := [n for n in asked if n not in long]):
+        return
+    longest = max(reads[n] + (1 if choices[n] else max_new_tokens) for n in asked)
+    paths = [path for path in dict.fromkeys(variants[n] for n in asked) if path]
     with _loaded(base, paths, min(longest, context or longest)) as llm:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
@@ -85,29 +85,25 @@ def answer(
             temperature=0, max_tokens=max_new_tokens, stop_token_ids=stops, detokenize=False
         )
         score = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        asked = list(tails)
+
+        def read(n: int, outputs: list[Any]) -> Answer:
+            if choices[n]:
+                return likeliest(tuple(map(partial(_score, scoring=scoring), outputs, tails[n])))
+            ids = tuple(outputs[0].outputs[0].token_ids)
+            return Answer(continuation(base.tokenizer, ids), ids)
+
         for start in range(0, len(asked), AT_ONCE):
-            part = asked[start : start + AT_ONCE]
+            part = list(asked[start : start + AT_ONCE])
             pairs = [(n, tail) for n in part for tail in tails[n]]
             outputs = iter(
                 llm.generate(
                     [{"prompt_token_ids": [*rows[n], *tail]} for n, tail in pairs],
-                    [write if queries[n].eval_type == GENERATION else score for n, _ in pairs],
+                    [score if choices[n] else write for n, _ in pairs],
                     lora_request=[loras.get(variants[n]) for n, _ in pairs],
                     use_tqdm=False,
                 )
             )
-            for n in part:
-                own = zip(islice(outputs, len(tails[n])), tails[n], strict=True)
-                if queries[n].eval_type == GENERATION:
-                    ((output, _),) = own
-                    ids = tuple(output.outputs[0].token_ids)
-                    known.setdefault(queries[n], Answer(continuation(base.tokenizer, ids), ids))
-                else:
-                    scores = tuple(_score(output, tail, scoring) for output, tail in own)
-                    known.setdefault(queries[n], likeliest(scores))
-            progress(sum(len(rows[n]) for n in part))
-    return [known[query] for query in queries]
+            yield Done(part, [read(n, list(islice(outputs, len(tails[n])))) for n in part], 1.0, NOT_FINITE)
 
 
 def _score(output: Any, tail: Sequence[int], scoring: Scoring) -> float:
@@ -151,7 +147,7 @@ def _loaded(base: Base, variants: Sequence[Path], longest: int) -> Iterator[Any]
         )  # fmt: skip
     except (ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ServerError(
+        raise InputError(
             f"--engine vllm: expected it to load {base.name}, it says: {reason}. What was answered is kept: "
             "when it can, the same command goes on"
         ) from error

@@ -1,7 +1,7 @@
 """The methods behind `-m`: one file each, found by its name.
 
-To add one, put a file here that defines a subclass of `router.kit.Merges` (the starter kit's
-contract) or `router.pipeline.Routed`. Nothing else has to be edited.
+To add one, put a file here that defines a subclass of `router.pipeline.Routed`, or of `router.kit.Merges`
+(the starter kit's contract). Nothing else has to be edited.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from router.errors import InputError
 
 if TYPE_CHECKING:
     from router.kit import Merges
+    from router.pipeline import Routed
 
 
 def method_names() -> list[str]:
@@ -21,7 +22,7 @@ def method_names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__))
 
 
-def load_method(name: str) -> type[Merges]:
+def load_method(name: str) -> type[Merges] | type[Routed]:
     """The class of one method: the one that its file defines itself.
 
     Raises:
@@ -29,6 +30,7 @@ def load_method(name: str) -> type[Merges]:
         ValueError: the file defines no method, or several.
     """
     from router.kit import Merges
+    from router.pipeline import Routed
 
     if name not in method_names():
         raise InputError(f"method: expected one of {', '.join(method_names())}, got {name!r}")
@@ -37,7 +39,9 @@ def load_method(name: str) -> type[Merges]:
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Merges) and value.__module__ == module.__name__
+        if isinstance(value, type)
+        and issubclass(value, (Merges, Routed))
+        and value.__module__ == module.__name__
     ]
     if len(found) != 1:
         raise ValueError(f"{module.__file__}: expected one subclass of Merges or Routed, found {len(found)}")
@@ -45,5 +49,11 @@ def load_method(name: str) -> type[Merges]:
 
 
 def all_merge_handlers() -> dict[str, type[Merges]]:
-    """Every method's class by name, as in the starter kit."""
-    return {name: load_method(name) for name in method_names()}
+    """Every method by name, as a class with the starter kit's contract."""
+    from router.kit import Handler, Merges
+
+    found: dict[str, type[Merges]] = {}
+    for name in method_names():
+        made = load_method(name)
+        found[name] = made if issubclass(made, Merges) else type(name, (Handler,), {"make": made})
+    return found

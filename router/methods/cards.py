@@ -54,10 +54,10 @@ class Cards(Routed):
     adapter's weights and at no base model, so it can only be as good as the cards.
     """
 
-    def merge(self) -> Any:
-        """Looks for the sentence encoder before anything is loaded."""
+    @classmethod
+    def check(cls) -> None:
+        """Looks for the sentence encoder."""
         encoder_folder()
-        return super().merge()
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Weighs adapters by cosine; the base model has no weight."""

@@ -8,9 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from router.errors import InputError
-from router.library.adapters import Adapter
 from router.model.answer import by_length
-from router.model.base import Base
 from router.model.device import tokens_at_once
 from router.model.passes import truncated
 from router.pipeline import Routed
@@ -30,11 +28,6 @@ class ProtoRoute(Routed):
     equations.
     """
 
-    def attach(self, base: Base, adapters: Sequence[Adapter]) -> None:
-        """As in `Routed`; also forgets what an earlier library was fitted to."""
-        super().attach(base, adapters)
-        vars(self).pop("fitted", None)
-
     @cached_property
     def fitted(self) -> Fitted:
         """Prototypes, and a gate that is calibrated on generic text; made on first use."""
@@ -42,7 +35,7 @@ class ProtoRoute(Routed):
         with self.stages("prototypes"):
             protos = prototypes(self.adapters, str(model.device), model.dtype)
         with self.stages("calibrate"):
-            calibration = Calibration(self.base, self.prompt_tokens)
+            calibration = Calibration(self.base, self.settings.max_seq_len)
             means = calibration.means(list(protos))
             protos = {module: protos[module] for module in means}
             present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
@@ -62,7 +55,7 @@ class ProtoRoute(Routed):
         every = list(map(tuple, rows))
         distinct = {row: n for n, row in enumerate(dict.fromkeys(every))}  # the same prompt is probed once
         prompts = list(distinct)
-        with self.processes.first():  # the others find prototypes and calibration on disk
+        with self.context.processes.first():  # the others find prototypes and calibration on disk
             some = self.fitted.at_once
         starts = range(0, len(prompts), some)
         parts = [self._part(prompts[start : start + some], n, len(starts)) for n, start in enumerate(starts)]
@@ -82,8 +75,8 @@ class ProtoRoute(Routed):
             probed = self._probed(prompts, title)
         with self.stages("gate"):
             routing = Routing(*self.fitted.decide(probed))
-        if self.journal is not None and of > 1:
-            self.journal.keep(f"part-{number}", routing)
+        if of > 1:
+            self.keep(f"part-{number}", routing)
         return routing
 
     def _probed(self, prompts: Sequence[Sequence[int]], title: str) -> Probed:
@@ -93,10 +86,10 @@ class ProtoRoute(Routed):
         mine = sorted(
             n
             for batch in by_length(lengths, tokens_at_once(model.device, model.dtype))
-            if self.processes.takes(sum(lengths[n] for n in batch))
+            if self.context.processes.takes(sum(lengths[n] for n in batch))
             for n in batch
         )
         own = self.fitted.probe(model, [prompts[n] for n in mine], pad, title)
-        numbers, parts = zip(*self.processes.gathered((mine, own)), strict=True)
+        numbers, parts = zip(*self.context.processes.gathered((mine, own)), strict=True)
         place = np.argsort(np.concatenate(numbers))
         return Probed(*(np.concatenate(arrays)[place] for arrays in zip(*parts, strict=True)))

@@ -1,31 +1,28 @@
 """Answers prompts with whichever adapter is active: greedy generation and multiple choice.
 
-Knows nothing of where the active adapter came from. No chat template is applied: a prompt reaches the model
-exactly as it is in the CSV, as in the competition's starter kit.
+Knows nothing of where the active adapter came from, nor who asks. No chat template is applied: a prompt
+reaches the model exactly as it is in the CSV, as in the competition's starter kit.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from router.constants import Scoring as Scoring
-from router.deadline import Deadline
-from router.errors import out_of_memory, printable
+from router.errors import InputError, out_of_memory
 from router.model.device import batch_tokens
-from router.submission import GENERATION, MULTIPLE_CHOICE, UNKNOWN, Query
 
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
-
 Found = TypeVar("Found")
+NO_ROOM = "does not fit into memory"
+NOT_FINITE = "the model's output is not finite"
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = None) -> list[list[int]]:
@@ -104,34 +101,37 @@ class Answer:
         text: the generated text, special tokens removed; for multiple choice the 0-based index.
         ids: generated token ids up to the end-of-sequence token; empty for multiple choice.
         scores: log-probability of each choice in nats; empty for generation.
-        failed: whether there is no answer, since the model's output was not finite or the query did not fit
+        failed: whether there is no answer, since the model's output was not finite or the prompt did not fit
             into memory or the model's context; the text is then `unknown`.
+        cut: whether fewer new tokens were allowed than were asked for, for want of time.
     """
 
     text: str
     ids: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
     failed: bool = False
+    cut: bool = False
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the tokenizer's, and those of the model's generation config.
 
     There may be several (Gemma and Llama 3 end a turn with another token than a text), or none.
+
+    Raises:
+        InputError: one of them is no number.
     """
     ids = [tokenizer.eos_token_id]
     for config in (getattr(model, "generation_config", None), model.config):
         stated = getattr(config, "eos_token_id", None)
         ids += stated if isinstance(stated, (list, tuple)) else [stated]
-    return sorted({int(one) for one in ids if one is not None})
+    try:
+        return sorted({int(one) for one in ids if one is not None})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--base_model: expected numbers for eos_token_id, got {ids!r:.80}") from error
 
 
-FAILED = Answer(UNKNOWN, failed=True)
-
-
-def warn(query: Query, reason: str) -> None:
-    """Says that a query has no answer. Its id and the reason may be a stranger's text."""
-    log.warning("%s", printable(f"query {query.id}: {reason}, so it has no answer"))
+FAILED = Answer("unknown", failed=True)
 
 
 def likeliest(scores: tuple[float, ...]) -> Answer:
@@ -276,124 +276,154 @@ def score_choices(
     return [tuple(next(flat) for _ in options) for options in choices]
 
 
-def pad_id(tokenizer: Any) -> int:
-    """The token that fills a batch up; nobody reads it, so any will do where the tokenizer names none."""
+def pad_id(tokenizer: Any, size: int = sys.maxsize) -> int:
+    """The token that fills a batch up; nobody reads it, so any will do where the tokenizer names none.
+
+    Args:
+        size: how many tokens the model knows; some tokenizers name one beyond.
+    """
     named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((int(token) for token in named if token is not None), 0)
+    return next((int(token) for token in named if token is not None and token < size), 0)
+
+
+class Batch(NamedTuple):
+    """Prompts that are read at once. All of them are written after, or all have as many choices.
+
+    Attributes:
+        numbers: of the prompts.
+        tokens: of them and their longest answers.
+        chooses: whether they have choices.
+    """
+
+    numbers: list[int]
+    tokens: int
+    chooses: bool
+
+
+class Done(NamedTuple):
+    """A batch that is finished.
+
+    Attributes:
+        numbers: of its prompts.
+        answers: to them, in order.
+        share: of the new tokens asked for that were allowed; 1 for choices.
+        why: those that failed did.
+    """
+
+    numbers: list[int]
+    answers: list[Answer]
+    share: float
+    why: str
+
+
+def batched(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[str]],
+    max_new_tokens: int,
+    batch_size: int | None = None,
+) -> tuple[list[Batch], dict[int, str]]:
+    """Batches of prompts of similar length, and why a prompt is in none: it has no answer.
+
+    Args:
+        rows: token ids of each prompt.
+        choices: of each prompt; none where text is to be written.
+        max_new_tokens: the most tokens of a text.
+        batch_size: prompts per batch, however long; None fills batches by tokens.
+    """
+    most, known = positions(model), model.get_input_embeddings().num_embeddings
+    end = int(tokenizer.eos_token_id is not None)  # of a choice, which is not read
+    reads, left_out = [], {}
+    for n, (row, options) in enumerate(zip(rows, choices, strict=True)):
+        tails = endings(tokenizer, options) if options else []
+        reads.append(len(row) + max((len(tail) - end for tail in tails), default=0))
+        if reads[n] > most:
+            left_out[n] = f"does not fit into a context of {most} tokens"
+        elif max(map(max, [row, *tails])) >= known:
+            left_out[n] = f"spells a token beyond the {known} that the base model knows"
+    readable = [n for n in range(len(rows)) if n not in left_out]
+    write_tokens, choice_tokens = batch_tokens(model, model.device, model.dtype)
+    kinds = [(0, write_tokens)]
+    # Each choice needs a copy of its prompt's key-value cache and the logits of its own tokens.
+    kinds += [(count, choice_tokens // count) for count in sorted({len(of) for of in choices if of})]
+    found = []
+    for count, budget in kinds:
+        part = [n for n in readable if len(choices[n]) == count]
+        lengths = [reads[n] + (0 if count else max_new_tokens) for n in part]
+        grouped = by_length(lengths, math.inf if batch_size else budget, batch_size)
+        for places in _apart(grouped, [len(rows[n]) for n in part], lengths, most):
+            tokens = sum(lengths[k] for k in places)
+            found.append(Batch([part[k] for k in places], tokens, bool(count)))
+    return found, left_out
 
 
 def answer(
     model: Any,
     tokenizer: Any,
-    queries: Sequence[Query],
     rows: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[str]],
+    batches: Sequence[Batch],
     *,
+    max_new_tokens: int,
     scoring: Scoring = "full",
-    max_new_tokens: int = 64,
-    batch_size: int | None = None,
-    progress: Callable[[int], object] = lambda done: None,
-    journal: MutableMapping[Query, Answer] | None = None,
-    deadline: Deadline | None = None,
-    takes: Callable[[int], bool] = lambda tokens: True,
-) -> list[Answer]:
-    """Answers queries in order.
+    allowed: Callable[[], int] | None = None,
+) -> Iterator[Done]:
+    """Yields batches as they are finished, in order.
 
-    Batches hold queries of similar length. If one does not fit into memory, it and all batches after it are
-    split into halves. A query that does not fit alone, or has more tokens than the model has `positions`, or
-    for which the model's output is not finite, has no answer (`Answer.failed`), and a warning names it. One
-    that leaves few positions free gets fewer new tokens.
+    If one does not fit into memory, it and all batches after it are split into halves. A prompt that does not
+    fit alone, or for which the model's output is not finite, has no answer (`Answer.failed`). One that leaves
+    few of the model's `positions` free gets fewer new tokens.
 
     Args:
-        rows: token ids of each query's prompt.
-        batch_size: queries per batch, however long; None fills batches by tokens.
-        progress: called after each batch with the tokens of its prompts.
-        journal: a batch that is in it is not answered again; any other is added to it. Batches do not depend
-            on it, so answers do not either.
-        deadline: shortens answers, and leaves queries out, so that the run ends in time.
-        takes: called for each batch, in the same order wherever it is called, with the most tokens of its
-            answers and prompts. Whatever it declines is another process's, and has failed here.
+        rows: token ids of each prompt.
+        choices: of each prompt; none where text is to be written.
+        batches: as `batched` makes them.
+        max_new_tokens: the most tokens of a text.
+        allowed: asked before each batch how many new tokens it may have now; 0 ends all. None: as many as
+            that.
     """
-    answers: dict[int, Answer] = {}
-    known: MutableMapping[Query, Answer] = {} if journal is None else journal
     most = positions(model)
 
-    def generated(part: list[int], limit: int) -> list[Answer]:
+    def written(part: list[int], limit: int) -> list[Answer]:
         room = most + 1 - max(len(rows[n]) for n in part)
-        return generate(model, tokenizer, [rows[n] for n in part], min(limit, room))
+        found = generate(model, tokenizer, [rows[n] for n in part], min(limit, room))
+        return [replace(one, cut=True) for one in found] if limit < max_new_tokens else found
 
     def chosen(part: list[int], limit: int) -> list[Answer]:
-        choices = [queries[n].choices for n in part]
-        scored = score_choices(model, tokenizer, [rows[n] for n in part], choices, scoring)
+        options = [choices[n] for n in part]
+        scored = score_choices(model, tokenizer, [rows[n] for n in part], options, scoring)
         return [likeliest(scores) for scores in scored]
 
-    reads = [  # tokens of each prompt and its longest choice
-        len(row) + (_widest(tokenizer, query.choices) if query.eval_type == MULTIPLE_CHOICE else 0)
-        for query, row in zip(queries, rows, strict=True)
-    ]
-    for n, query in enumerate(queries):
-        if reads[n] > most:
-            answers[n] = FAILED
-            if takes(0):
-                warn(query, f"does not fit into a context of {most} tokens")
-            progress(len(rows[n]))
-            if deadline:
-                deadline.skip(len(rows[n]))
-    readable = [n for n in range(len(queries)) if n not in answers]
-    written = [n for n in readable if queries[n].eval_type == GENERATION]
-    lengths = [reads[n] + max_new_tokens for n in written]
-    write_tokens, choice_tokens = batch_tokens(model, model.device, model.dtype)
-    ways = [(generated, written, lengths, write_tokens)]
-    # Each choice needs a copy of its prompt's key-value cache and the logits of its own tokens.
-    choosing = [n for n in readable if queries[n].eval_type == MULTIPLE_CHOICE]
-    for count in sorted({len(queries[n].choices) for n in choosing}):
-        part = [n for n in choosing if len(queries[n].choices) == count]
-        ways.append((chosen, part, [reads[n] for n in part], choice_tokens // count))
-    for way, part, lengths, budget in ways:
-        tokens = math.inf if batch_size else budget
-        batches = []
-        prompts = [len(rows[n]) for n in part]
-        for places in _apart(by_length(lengths, tokens, batch_size), prompts, lengths, most):
-            batch = [part[k] for k in places]
-            if takes(sum(lengths[k] for k in places)):
-                batches.append(batch)
-                continue
-            answers.update(dict.fromkeys(batch, FAILED))
-            elsewhere = sum(len(rows[n]) for n in batch)
-            progress(elsewhere)
-            if deadline:
-                deadline.skip(elsewhere)
-        while batches:
-            batch, *rest = batches
-            asked = [queries[n] for n in batch]
-            limit = deadline.new_tokens(max_new_tokens) if deadline else max_new_tokens
-            if all(query in known for query in asked):
-                answers.update((n, known[queries[n]]) for n in batch)
-                if deadline:
-                    deadline.skip(sum(len(rows[n]) for n in batch))
-                progress(sum(len(rows[n]) for n in batch))
-                batches = rest
-            elif deadline and not limit:
-                answers.update((n, known.get(queries[n], FAILED)) for n in batch)
-                deadline.unanswered += sum(query not in known for query in asked)
-                batches = rest
-            elif found := if_it_fits(partial(way, limit=limit), batch):
-                known.update({q: a for q, a in zip(asked, found, strict=True) if q not in known})
-                answers.update((n, known[queries[n]]) for n in batch)  # the same query, the same answer
-                for n in batch:
-                    if answers[n].failed:
-                        warn(queries[n], "the model's output is not finite")
-                progress(sum(len(rows[n]) for n in batch))
-                if deadline:
-                    share = limit / max_new_tokens if way is generated else 1.0
-                    deadline.note(sum(len(rows[n]) for n in batch), share)
-                    deadline.shortened += len(batch) if way is generated and limit < max_new_tokens else 0
-                batches = rest
-            elif len(batch) == 1:
-                warn(asked[0], "does not fit into memory")
-                answers[batch[0]], batches = FAILED, rest  # not kept: there may be more memory next time
-            else:
-                batches = [half for whole in batches for half in halves(whole)]
-    return [answers[n] for n in range(len(queries))]
+    waiting = list(batches)
+    while waiting and (limit := allowed() if allowed else max_new_tokens):
+        (numbers, _, chooses), *rest = waiting
+        found = if_it_fits(partial(chosen if chooses else written, limit=limit), numbers)
+        if found is None and len(numbers) > 1:
+            waiting = [batch._replace(numbers=half) for batch in waiting for half in halves(batch.numbers)]
+            continue
+        share = 1.0 if chooses else limit / max_new_tokens
+        yield Done(numbers, found or [FAILED], share, NOT_FINITE if found else NO_ROOM)
+        waiting = rest
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[str]],
+    *,
+    max_new_tokens: int = 64,
+    scoring: Scoring = "full",
+    batch_size: int | None = None,
+) -> list[Answer]:
+    """The answers to prompts, in order; see `batched` and `answer`."""
+    batches, _ = batched(model, tokenizer, rows, choices, max_new_tokens, batch_size)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "scoring": scoring}
+    found: dict[int, Answer] = {}
+    for done in answer(model, tokenizer, rows, choices, batches, **how):
+        found.update(zip(done.numbers, done.answers, strict=True))
+    return [found.get(n, FAILED) for n in range(len(rows))]
 
 
 def _apart(
@@ -408,12 +438,6 @@ def _apart(
     for batch in batches:
         width = max(prompts[n] for n in batch) + max(lengths[n] - prompts[n] for n in batch)
         yield from [batch] if width <= most else ([n] for n in batch)
-
-
-def _widest(tokenizer: Any, choices: Sequence[str]) -> int:
-    """Tokens of the longest choice."""
-    texts = [_whole(text) for text in choices]
-    return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
 
 def if_it_fits(way: Callable[[list[int]], Found], batch: list[int]) -> Found | None:
@@ -431,6 +455,6 @@ def if_it_fits(way: Callable[[list[int]], Found], batch: list[int]) -> Found | N
 
 
 def halves(batch: list[int]) -> list[list[int]]:
-    """The two halves of a batch, or the batch itself if it has one query."""
+    """The two halves of a batch, or the batch itself if it has one prompt."""
     middle = len(batch) // 2
     return [half for half in (batch[:middle], batch[middle:]) if half]

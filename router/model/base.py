@@ -191,8 +191,8 @@ def load_base(
         _check_unchanged(weights, before)
     except Exception as error:  # transformers raises whatever a damaged configuration leads to
         raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason(error)}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = pad_id(tokenizer)
+    if tokenizer.pad_token_id != (filler := pad_id(tokenizer, model.get_input_embeddings().num_embeddings)):
+        tokenizer.pad_token_id = filler
     if model.device.type == "meta":
         raise InputError(
             "--device_map: expected memory for the embeddings at least, which come first, but accelerate "

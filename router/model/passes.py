@@ -47,7 +47,8 @@ def batches(
     """Yields (row numbers, what was read) of left-padded batches; a title shows a bar.
 
     A batch that does not fit into memory is read in halves, and so are all batches after it. Of a prompt that
-    is longer than the model's `positions`, which has no answer, the start is read.
+    is longer than the model's `positions`, which has no answer, the start is read; of one with tokens that
+    the model does not know, the others.
 
     Args:
         read: called with ids and mask of a batch, both (B, T); what it returns is not None.
@@ -56,8 +57,8 @@ def batches(
     Raises:
         Exception: whatever `read` raises; for want of memory only if a single prompt does not fit.
     """
-    most = positions(model)
-    rows = [row[:most] for row in rows]
+    most, known = positions(model), model.get_input_embeddings().num_embeddings
+    rows = [[token if token < known else pad_id for token in row[:most]] for row in rows]
     lengths = [len(row) for row in rows]
 
     def read_rows(batch: list[int]) -> Found:

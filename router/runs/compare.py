@@ -61,7 +61,7 @@ def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
         "a": str(a),
         "b": str(b),
         "queries": len(pairs),
-        "settings": _settings(one.record, two.record),
+        "settings": _settings(one.record.plain(), two.record.plain()),
         "moved": sum(map(len, moves.values())),
         "moves": [
             {"from": source, "to": target, "queries": len(ids), "ids": ids}

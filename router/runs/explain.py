@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from rich import box
@@ -23,7 +23,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from router.constants import BASE_COLUMN, Device
+from router.constants import BASE_COLUMN, Device, Dtype
 from router.errors import InputError, printable
 from router.routing.evidence import LOW_MARGIN, Evidence
 from router.runs.load import QueryFile, Run, load
@@ -49,10 +49,10 @@ def explain(folder: Path, name: str, answers: bool = False) -> dict[str, Any]:
     stem, n = _find(run, name)
     file = run.files[stem]
     query, candidates = file.queries[n], _candidates(file, n)
-    variant = run.record["variants"][file.labels[n]] if candidates else None
+    variant = asdict(run.record.variants[file.labels[n]]) if candidates else None
     return {
         "run": str(folder),
-        "method": run.record["method"],
+        "method": run.record.method,
         "file": stem,
         "id": file.ids[n],
         "summary": _summary(run, candidates, variant) if variant else "the method writes no routing table",
@@ -159,26 +159,27 @@ def _base_answer(run: Run, query: Query | None) -> str:
     Raises:
         InputError: the query's text or the base model is not at hand, or the model has other weights now.
     """
-    if query is None or "base" not in run.record:
+    if query is None or run.record.base is None:
         missing = "the query's text" if query is None else "a base model in run.json"
         raise InputError(f"--answers: expected {missing}, found none; leave --answers out")
-    from router.model.answer import answer, encode
+    from router.model.answer import answers, encode
     from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 
-    recorded = run.record["base"]
-    name, revision = recorded["name"], recorded.get("revision")
+    recorded = run.record.base
+    name, revision = recorded.name, recorded.revision
     spec = f"{name}@{revision}" if revision else EMBEDDED if name == EMBEDDED_ID else name
-    device: Device = "cpu" if recorded.get("device") == "cpu" else "auto"
-    settings = replace(run.settings, device=device, dtype=recorded["dtype"])
+    device: Device = "cpu" if recorded.device == "cpu" else "auto"
+    settings = replace(run.settings, device=device, dtype=cast(Dtype, recorded.dtype))
     base = load_base(spec, settings.device, settings.dtype, settings.device_map)
-    if base.sha256 != recorded["sha256"]:
+    if base.sha256 != recorded.sha256:
         raise InputError(
-            f"--answers: expected the base model of the run, {spec} (sha256 {recorded['sha256'][:12]}), got "
+            f"--answers: expected the base model of the run, {spec} (sha256 {recorded.sha256[:12]}), got "
             f"other weights ({base.sha256[:12]}); leave --answers out"
         )
     rows = encode(base.tokenizer, [query.input], settings.max_seq_len)
+    choices = [query.choices if query.eval_type == MULTIPLE_CHOICE else ()]
     how: dict[str, Any] = {"scoring": settings.scoring, "max_new_tokens": settings.max_gen_len}
-    return answer(base.model, base.tokenizer, [query], rows, **how)[0].text
+    return answers(base.model, base.tokenizer, rows, choices, **how)[0].text
 
 
 def open_console() -> Console:

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from router.constants import BASE_COLUMN
-from router.deadline import told
 from router.errors import InputError
-from router.files import check_shape, read_json, sha256_of
+from router.files import sha256_of
+from router.record import RECORD, Record
 from router.routing.clusters import Clusters
 from router.routing.evidence import Evidence, joined
 from router.settings import Settings
@@ -23,20 +23,6 @@ from router.submission import MULTIPLE_CHOICE, Query, digest_of, read_queries, r
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
-
-# Of every run.json, and of one whose method routes.
-RECORD = {
-    "method": str, "versions": {"*": str}, "flags": {"dataset_filepaths": [str]}, "seconds": {"*": float},
-    "peak_mib": {"*": float}, "peak_gpu_mib?": {"*": float}, "files?": {"*": str}, "left_out?": [str],
-    "time_limit?": {"minutes": float, "shortened": int, "to_base?": int, "unanswered": int},
-    "base?": {"name": str, "revision?": str, "sha256": str, "dtype": str, "device?": str},
-    "adapters?": {"*": {"revision?": str, "sha256": str}}, "queries?": {"*": str},
-}  # fmt: skip
-DECIDED = {
-    "base": dict,
-    "adapters": dict,
-    "variants": [{"folder?": str, "queries": int, "weights": {"*": float}}],
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +90,7 @@ class Run:
     """
 
     folder: Path
-    record: dict[str, Any]
+    record: Record
     files: dict[str, QueryFile]
 
     @property
@@ -130,10 +116,10 @@ class Run:
             InputError: run.json lacks one, or has one that this version does not know.
         """
         try:
-            return Settings.from_plain(self.record["flags"])
+            return Settings.from_plain(self.record.flags)
         except InputError as error:
             raise InputError(
-                f"{self.folder / 'run.json'}: expected the flags of a run ({error}); run it again"
+                f"{self.folder / RECORD}: expected the flags of a run ({error}); run it again"
             ) from error
 
     def sample(self, most: int) -> Run:
@@ -188,7 +174,7 @@ class Run:
     @property
     def clusters(self) -> Clusters:
         """The variants, with the weights that each was made with."""
-        made = [[row["weights"].get(name, 0) for name in self.names] for row in self.record["variants"]]
+        made = [[variant.weights.get(name, 0) for name in self.names] for variant in self.record.variants]
         return Clusters(self.labels, np.array(made, np.float64))
 
     @property
@@ -225,9 +211,9 @@ class Run:
     @property
     def notes(self) -> list[str]:
         """What is missing, in sentences for the reader."""
-        cut = [f"An adapter was left out: {reason}." for reason in self.record.get("left_out") or ()]
-        if limit := self.record.get("time_limit"):
-            cut.append(f"{told(limit).capitalize()}.")
+        cut = [f"An adapter was left out: {reason}." for reason in self.record.left_out]
+        if limit := self.record.time_limit:
+            cut.append(f"{str(limit).capitalize()}.")
         return cut + [
             f"The texts of {missing} queries of {file.path} are not at hand: the file is gone or has "
             "changed. These queries are shown by their ids alone."
@@ -261,8 +247,8 @@ def load(folder: Path) -> Run:
 
 
 def _load(folder: Path) -> Run:
-    record = _record(folder / "run.json")
-    for name, digest in (record.get("files") or {}).items():
+    record = _record(folder / RECORD)
+    for name, digest in record.files.items():
         if not (folder / name).is_file():
             raise InputError(
                 f"{folder / name}: expected the file that run.json lists, found none; is the folder whole? "
@@ -273,30 +259,22 @@ def _load(folder: Path) -> Run:
                 f"{folder / name}: expected the file that the run in run.json wrote, got another; was it "
                 "changed, or a run killed? Run it again"
             )
-    if not (paths := [Path(name) for name in record["flags"]["dataset_filepaths"]]):
-        raise InputError(
-            f"{folder / 'run.json'}: expected the names of query files, found none; run it again"
-        )
-    return Run(folder, record, {path.stem: _file(folder, path, record) for path in paths})
+    if not record.paths:
+        raise InputError(f"{folder / RECORD}: expected the names of query files, found none; run it again")
+    return Run(folder, record, {path.stem: _file(folder, path, record) for path in record.paths})
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _record(path: Path) -> Record:
     what = f"{path}: expected the record of a finished run"
     try:
-        record: dict[str, Any] = read_json(path, RECORD)
-        record = {key: value for key, value in record.items() if value is not None}
-        if "variants" in record:
-            check_shape(record, DECIDED)
-            if not all(row["weights"] for row in record["variants"]):
-                raise ValueError("a variant has no weights")
+        return Record.read(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{what}, found none; name the output folder of a run") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{what}, in JSON ({error}); run it again") from error
-    return record
 
 
-def _file(folder: Path, path: Path, record: dict[str, Any]) -> QueryFile:
+def _file(folder: Path, path: Path, record: Record) -> QueryFile:
     if not (answers := list(_rows(folder / path.name, ("id", "prediction")))):
         raise InputError(f"{folder / path.name}: expected at least one answer, found none; run it again")
     ids, predictions = ([row[key] for row in answers] for key in ("id", "prediction"))
@@ -304,18 +282,18 @@ def _file(folder: Path, path: Path, record: dict[str, Any]) -> QueryFile:
         raise InputError(f"{folder / path.name}: expected each id once, got some twice; run it again")
     try:
         found = read_queries(path)
-        changed = digest_of(found) != record.get("queries", {}).get(path.name, digest_of(found))
+        changed = digest_of(found) != record.queries.get(path.name, digest_of(found))
         queries = {} if changed else {query.id: query for query in found}
     except InputError:
         queries = {}
     asked = [queries.get(own) for own in ids]
-    if "variants" not in record:  # a starter-kit method does not route
+    if not record.variants:  # a starter-kit method does not route
         return QueryFile(
             path, ids, predictions, asked, [], np.zeros(0, np.int64), np.zeros((len(ids), 0)), None
         )
-    names = [*record["adapters"], BASE_COLUMN]
+    names = [*record.adapters, BASE_COLUMN]
     routing, evidence = (folder / f"{path.stem}.{kind}" for kind in ("routing.csv", "evidence.safetensors"))
-    labels, weights = _routing(routing, ids, names, len(record["variants"]))
+    labels, weights = _routing(routing, ids, names, len(record.variants))
     return QueryFile(path, ids, predictions, asked, names, labels, weights, _evidence(evidence, ids, names))
 
 

@@ -83,7 +83,7 @@ def open_run(folder: str | Path, evidence: bool = True) -> Run:
         raise NotShown(str(error)) from None
     run = min(runs, key=lambda run: len(run.notes))
     if not run.names or (evidence and run.evidence is None):
-        kind, method = "evidence" if run.names else "a routing table", run.record["method"]
+        kind, method = "evidence" if run.names else "a routing table", run.record.method
         raise NotShown(f"{folder}: expected {kind}, but the method {method} keeps none; choose another run")
     return run
 
@@ -98,17 +98,17 @@ def decided(run: Run) -> Outcome:
 
 def overview(run: Run) -> pd.DataFrame:
     """The run in a few lines."""
-    record, flags = run.record, run.record["flags"]
+    record, flags = run.record, run.record.flags
     rows = {
-        "method": record["method"],
-        "base model": record["base"]["name"],
+        "method": record.method,
+        "base model": record.base.name if record.base else "",
         "query files": ", ".join(Path(name).name for name in run.paths),
         "queries": len(run.rows),
         "adapters": len(run.names) - 1,
-        "variants": len(record["variants"]),
+        "variants": len(record.variants),
         "low margin": int(run.low_margin.sum()),
         "temperature, top_k": f"{flags['temperature']}, {flags['top_k']}",
-        "seconds": round(sum(record["seconds"].values())),
+        "seconds": round(sum(record.seconds.values())),
     }
     return pd.DataFrame({"": rows.values()}, index=list(rows), dtype=object)
 

@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 
 from router.constants import BASE_COLUMN
+from router.context import Context
 from router.library.adapters import load_library
 from router.methods import load_method, method_names
 from router.model.base import load_base
@@ -103,15 +104,15 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
     rows = rows.assign(label=rows["id"], id=range(len(rows)))
     # No longer text than the longest target can be right, so nothing is lost by stopping there.
     longest = max(map(len, base.tokenizer(list(rows["target"]))["input_ids"])) + 1
+    made: Any = load_method(name)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "queries.csv"
         rows.to_csv(file, index=False, quoting=csv.QUOTE_ALL)
-        method: Any = load_method(name)(name)
-        method.settings = Settings(dataset_filepaths=(file,), output_folder=Path(folder), max_gen_len=longest)
+        settings = Settings(dataset_filepaths=(file,), output_folder=Path(folder), max_gen_len=longest)
         queries = read_queries(file)
 
         def work() -> Any:
-            method.attach(base, adapters)
+            method = made(name, base, adapters, Context(settings))
             return (
                 method.answer(queries)
                 if setting == QUERIES

@@ -22,9 +22,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from router.constants import LIBRARY
-from router.model.answer import answer, encode
+from router.model.answer import answers, encode
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, load_base
-from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 from scripts.bench.score import right
 from scripts.library.tasks import Item, Task, all_tasks, split
 
@@ -156,12 +155,9 @@ def train(base: Base, expert: Expert, prompts: list[str], items: list[Item], nam
 
 def accuracy(model: Any, tokenizer: Any, prompts: list[str], items: list[Item]) -> float:
     """Share of items answered right."""
-    queries = [
-        Query(str(n), prompt, MULTIPLE_CHOICE if item.choices else GENERATION, item.choices or ())
-        for n, (prompt, item) in enumerate(zip(prompts, items, strict=True))
-    ]
-    answers = answer(model, tokenizer, queries, encode(tokenizer, prompts))
-    return fmean(right(found.text, item.target) for found, item in zip(answers, items, strict=True))
+    choices = [item.choices or () for item in items]
+    found = answers(model, tokenizer, encode(tokenizer, prompts), choices)
+    return fmean(right(one.text, item.target) for one, item in zip(found, items, strict=True))
 
 
 def card(task: Task, expert: Expert, examples: int, base_score: float, score: float) -> str:

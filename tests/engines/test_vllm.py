@@ -9,12 +9,15 @@ import torch
 from peft import PeftModel
 
 from helpers import arguments, read_by_id, write_queries, write_tiny_library
+from router.answering import answered_by_vllm
+from router.context import Context
 from router.engines import vllm
-from router.errors import ServerError
+from router.errors import InputError
 from router.main import main
-from router.model.answer import answer, encode
+from router.model.answer import answers, encode
 from router.model.apply import active
 from router.model.base import load_base
+from router.settings import Settings
 from router.submission import Query
 
 
@@ -103,11 +106,13 @@ def test_each_prompt_has_its_own_variant_and_the_answers_are_in_order(base, tmp_
     paths = [library / "mlp", None, library / "attention", library / "mlp"]
     rows = encode(base.tokenizer, [query.input for query in QUERIES])
     done = []
-    found = vllm.answer(base, QUERIES, rows, paths, scoring=scoring, max_new_tokens=5, progress=done.append)
+    context = Context(Settings(scoring=scoring, max_gen_len=5))
+    found = answered_by_vllm(base, QUERIES, rows, paths, context, done.append)
     assert sum(done) == sum(map(len, rows))
     for query, row, path, one in zip(QUERIES, rows, paths, found, strict=True):
         with active(base, path) as model:
-            (own,) = answer(model, base.tokenizer, [query], [row], scoring=scoring, max_new_tokens=5)
+            how = {"scoring": scoring, "max_new_tokens": 5}
+            (own,) = answers(model, base.tokenizer, [row], [query.choices], **how)
         assert (one.text, one.ids) == (own.text, own.ids)
         assert one.scores == pytest.approx(own.scores, abs=1e-4)
     (llm,) = LLM.made
@@ -136,22 +141,21 @@ def test_what_is_in_the_journal_is_not_asked_again_and_what_is_too_long_not_at_a
     context = base.model.config.max_position_embeddings
     rows[3] = rows[3] * context
     journal = {}
-    first = vllm.answer(base, QUERIES, rows, [None] * 4, max_new_tokens=5, journal=journal)
+    context = Context(Settings(max_gen_len=5), journal=journal)
+    first = answered_by_vllm(base, QUERIES, rows, [None] * 4, context)
     assert [one.failed for one in first] == [False, False, False, True]
     assert "query n: does not fit into a context" in caplog.text
     del journal[QUERIES[2]]
-    assert vllm.answer(base, QUERIES, rows, [None] * 4, max_new_tokens=5, journal=journal) == first
+    assert answered_by_vllm(base, QUERIES, rows, [None] * 4, context) == first
     assert [length for length, _ in LLM.made[1].asked[0]] == [len(rows[2])]
-    vllm.answer(base, QUERIES, rows, [None] * 4, journal=journal)
+    answered_by_vllm(base, QUERIES, rows, [None] * 4, context)
     assert len(LLM.made) == 2  # not even loaded
 
 
 def test_why_vllm_does_not_start_is_said(base, monkeypatch):
     monkeypatch.setattr(LLM, "says", "No available memory for the\ncache blocks.")
-    with pytest.raises(
-        ServerError, match=r"--engine vllm: .* it says: No available memory for the cache blocks"
-    ):
-        vllm.answer(base, QUERIES[:1], [[5, 6]], [None])
+    with pytest.raises(InputError, match="No available memory for the cache blocks"):
+        answered_by_vllm(base, QUERIES[:1], [[5, 6]], [None], Context())
 
 
 def test_a_run_whose_vllm_does_not_start_keeps_its_journal(
@@ -170,7 +174,6 @@ def test_a_run_whose_vllm_does_not_start_keeps_its_journal(
 @pytest.mark.parametrize(
     ("flags", "cause"),
     [
-        (["--upstream", "http://server"], "--upstream: expected --engine openai with it, got --engine vllm"),
         (["--device_map", "auto"], "--device_map: expected --engine transformers"),
         (["--time_limit", "9"], "--time_limit: expected --engine transformers, since vllm's pace"),
         (["-m", "arrow"], "--engine vllm: expected a method that makes variants, got arrow"),

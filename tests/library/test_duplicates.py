@@ -208,8 +208,7 @@ def test_duplicates_get_no_weight_and_change_nobody_elses(base, tmp_path):
     queries = [Query(str(n), text, GENERATION) for n, text in enumerate(TEXTS)]
 
     def route(adapters):
-        method = ProtoRoute("proto_route")
-        method.attach(base, adapters)
+        method = ProtoRoute("proto_route", base, adapters)
         return method.route(queries, method.encoded(queries)).weights
 
     found = route([larger, *alone, smaller])

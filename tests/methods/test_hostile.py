@@ -32,8 +32,7 @@ def library(tmp_path):
 
 
 def routed(base, library):
-    method = ProtoRoute("proto_route")
-    method.attach(base, load_library([str(library)]))
+    method = ProtoRoute("proto_route", base, load_library([str(library)]))
     return method.route(QUERIES, method.encoded(QUERIES))
 
 

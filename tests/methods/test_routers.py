@@ -13,11 +13,11 @@ from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, ROWS, read_table, variants_in, write_tiny_adapter
+from helpers import NAMES, ROWS, method_of, read_table, variants_in, write_tiny_adapter
 from router.errors import InputError
 from router.library.adapters import last_block, load_library
 from router.main import main
-from router.methods import load_method
+from router.methods import all_merge_handlers
 from router.methods.cards import card_of, encoder_folder, softmax_of_nearest
 from router.methods.logo import proportional
 from router.methods.mass import residuals, select, subspaces
@@ -52,10 +52,7 @@ def uniform(tmp_path):
 
 def method(name, base, library, **settings):
     """A method with a base model and a library."""
-    found = load_method(name)(name)
-    found.settings = Settings(**settings)
-    found.attach(base, load_library([str(library)]))
-    return found
+    return method_of(name, base, load_library([str(library)]), **settings)
 
 
 def routed(router, texts):
@@ -562,8 +559,11 @@ def test_a_run_without_variants_clears_those_of_an_earlier_one(finish):
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
-def test_the_kits_two_calls_work(name, base, tiny_library, tmp_path):
-    router = method(name, base, tiny_library, output_folder=tmp_path / "out", max_gen_len=3)
+def test_the_kits_two_calls_work(name, tiny_base, tiny_library, tmp_path):
+    router = all_merge_handlers()[name](name)
+    how = {"output_folder": tmp_path / "out", "base_model": str(tiny_base), "max_gen_len": 3}
+    router.settings = Settings(adapters=(str(tiny_library),), **how)
+    router.merge()
     ids, texts = router.generate({"input": TEXTS[:2]})
     assert len(ids) == len(texts) == 2
     indices, scores = router.predict_multiple_choice({"input": ["a"], "answer_choices": [["x", "y"]]})

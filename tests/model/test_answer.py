@@ -12,12 +12,15 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 
 from helpers import FAMILIES, family
+from router import answering
+from router.context import Context
 from router.deadline import Deadline
 from router.errors import InputError
-from router.model.answer import answer, by_length, encode, generate, score_choices
+from router.model.answer import by_length, encode, generate, score_choices
 from router.model.base import load_base
 from router.model.cache import new_cache
 from router.model.device import CHOICE_TOKENS
+from router.settings import Settings
 from router.submission import Query
 
 EOS = 1
@@ -62,10 +65,12 @@ def rows(base, prompts=PROMPTS):
     return [letters(base, prompt) for prompt in prompts]
 
 
-def answered(base, queries, max_seq_len=None, **settings):
+def answered(base, queries, max_new_tokens=64, bar=lambda tokens: None, deadline=None, **settings):
     """Answers of queries whose prompts are tokenised here."""
-    ids = encode(base.tokenizer, [query.input for query in queries], max_seq_len)
-    return answer(base.model, base.tokenizer, queries, ids, **settings)
+    settings = Settings(max_gen_len=max_new_tokens, **settings)
+    ids = encode(base.tokenizer, [query.input for query in queries], settings.max_seq_len)
+    context = Context(settings, deadline=deadline)
+    return answering.answered(base.model, base.tokenizer, queries, ids, context, bar)
 
 
 def generation(*prompts):
@@ -210,7 +215,7 @@ def test_a_batch_size_enlarges_batches_too(base, monkeypatch):
     sizes = {}
     for batch_size in (None, 3, 9):
         done = []
-        answered(base, queries, max_new_tokens=4, batch_size=batch_size, progress=done.append)
+        answered(base, queries, max_new_tokens=4, batch_size=batch_size, bar=done.append)
         sizes[batch_size] = len(done)
     assert sizes[3] == 3 and sizes[9] == 1 < sizes[None]
 
@@ -226,7 +231,7 @@ def test_mixed_kinds_are_answered_in_order(base, batch_size):
             queries.append(Query(f"g{n}", prompt, "generation", choices))
             expected.append(greedy(base, ids, 4))
     done = []
-    found = answered(base, queries, max_new_tokens=4, batch_size=batch_size, progress=done.append)
+    found = answered(base, queries, max_new_tokens=4, batch_size=batch_size, bar=done.append)
     for query, one, wanted in zip(queries, found, expected, strict=True):
         if query.eval_type == "generation":
             assert one.ids == wanted and one.scores == ()
@@ -262,7 +267,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_done_twice(base, dev
     seen, undo = short_of_memory(base, 3, OUT_OF_MEMORY[device])
     done = []
     try:
-        found = answered(base, queries, max_new_tokens=3, progress=done.append)
+        found = answered(base, queries, max_new_tokens=3, bar=done.append)
     finally:
         undo()
     assert found == expected
@@ -329,9 +334,9 @@ def test_a_deadline_is_told_how_much_of_an_answer_was_written(base):
 
     deadline = Half(1)
     queries = [*generation("Hi"), Query("1", "Which?", "multiple_choice", ("a", "b"))]
-    free, _ = answered(base, queries, max_new_tokens=8, deadline=deadline)
+    free, chosen = answered(base, queries, max_new_tokens=8, deadline=deadline)
     assert len(free.ids) <= 4 and deadline.noted == ((2, 0.5), (6, 1.0))
-    assert (deadline.shortened, deadline.unanswered) == (1, 0)
+    assert (free.cut, chosen.cut, deadline.unanswered) == (True, False, 0)
 
 
 def test_half_a_character_is_no_reason_to_stop(base):

@@ -13,9 +13,11 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 
 from helpers import write_tiny_adapter
+from router.context import Context
 from router.main import parser
 from router.methods import load_method
 from router.model.base import EMBEDDED_ID
+from router.pipeline import load
 from router.routing.model_card import _cell, card
 from router.routing.variants import Variant
 from router.settings import Settings
@@ -25,11 +27,10 @@ MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
 
 
 def made(name, tiny_base, library, **settings):
-    method = load_method(name)(name)
     settings = {"dtype": "float32", "device": "cpu", "max_gen_len": 2} | settings
-    method.settings = Settings(adapters=(str(library),), base_model=str(tiny_base), **settings)
-    method.merge()
-    return method
+    context = Context(Settings(adapters=(str(library),), base_model=str(tiny_base), **settings))
+    base, adapters, _ = load(context)
+    return load_method(name)(name, base, adapters, context)
 
 
 @pytest.fixture()

@@ -16,7 +16,10 @@ from router.runs.load import load
 def test_a_run_is_read_as_it_was_written(runs):
     out = runs("proto_route")
     run = load(out)
-    assert run.record == json.loads((out / "run.json").read_text()) and list(run.files) == ["queries", "more"]
+    assert run.record.plain() == json.loads((out / "run.json").read_text()) and list(run.files) == [
+        "queries",
+        "more",
+    ]
     for stem, file in run.files.items():
         answers, table = read_by_id(out / f"{stem}.csv"), read_by_id(out / f"{stem}.routing.csv")
         assert dict(zip(file.ids, file.predictions, strict=True)) == {
@@ -79,21 +82,21 @@ def other_evidence(out, rows, names=("one", "two", "three")):
 BROKEN = {
     "no record": (lambda out: (out / "run.json").unlink(), "run.json: expected the record of a"),
     "half a record": (lambda out: (out / "run.json").write_text('{"method"'), "record of a finished run, in"),
-    "another record": (lambda out: (out / "run.json").write_text('{"flags": 1}'), "method is missing"),
+    "another record": (lambda out: (out / "run.json").write_text('{"flags": 1}'), "method: "),
     "a deep record": (lambda out: (out / "run.json").write_text("[" * 100_000), "it is nested too deeply"),
-    "a list": (lambda out: change(out, flags=[]), "flags: expected an object, got a list"),
-    "no files": (lambda out: change(out, flags={"dataset_filepaths": []}), "expected the names of query"),
-    "a number for a file": (lambda out: change(out, flags={"dataset_filepaths": [7]}), "1: expected a text"),
+    "a list": (lambda out: change(out, flags=[]), "flags: "),
+    "no files": (lambda out: change(out, flags={"dataset_filepaths": []}), "names of query"),
+    "a number for a file": (lambda out: change(out, flags={"dataset_filepaths": [7]}), "flags.dataset_"),
     "a long name": (lambda out: change(out, flags={"dataset_filepaths": ["x" * 999]}), "too long"),
     "no name": (lambda out: change(out, flags={"dataset_filepaths": ["a\0b"]}), r"a\x00b: expected a CSV"),
     "endless": (lambda out: change(out, seconds={"load": float("inf")}), "got Infinity"),
-    "an object of variants": (lambda out: change(out, variants={"0": {}}), "variants: expected a list"),
+    "an object of variants": (lambda out: change(out, variants={"0": {}}), "variants: "),
     "a variant of nothing": (
         lambda out: change(out, variants=[{"queries": 1, "weights": {}}] * 2), "a variant has no weights",
     ),
-    "no adapters": (lambda out: change(out, adapters=None), "adapters is missing"),
-    "no hash": (lambda out: change(out, adapters={"one": {}}), "sha256 is missing"),
-    "no base": (lambda out: change(out, base=[]), "base: expected an object, got a list"),
+    "no adapters": (lambda out: change(out, adapters=None), "adapters"),
+    "no hash": (lambda out: change(out, adapters={"one": {}}), "adapters.one.sha256: "),
+    "no base": (lambda out: change(out, base=[]), "base: "),
     "an empty table": (lambda out: (out / "run.csv").write_text("id,prediction\n"), "at least one answer"),
     "a large weight": (lambda out: spoil(out / "run.routing.csv", "q1,1,0.7", "q1,1,1e999"), "from 0 to 1"),
     "an endless variant": (lambda out: spoil(out / "run.routing.csv", "q1,1,", "q1,inf,"), "numbers for"),

@@ -44,7 +44,7 @@ def mix(names: Sequence[str], weights: Array, most: int = 3, least: float = 0.00
 
 def headline(run: Run) -> dict[str, Any]:
     """The numbers in the report's first sentences."""
-    seconds, peaks = run.record["seconds"].values(), run.record["peak_mib"].values()
+    seconds, peaks = run.record.seconds.values(), run.record.peak_mib.values()
     found = {
         "seconds": sum(seconds),
         "peak_mib": max(peaks, default=0),
@@ -86,7 +86,7 @@ def variants(run: Run, shown: Run) -> list[dict[str, Any]]:
                 "cohesion": 1 - float(apart[members].mean()) if len(members) else None,
                 "typical": lines[:3],
                 "edge": lines[3:][-3:][::-1],
-                "folder": run.record["variants"][n].get("folder"),
+                "folder": run.record.variants[n].folder,
             }
         )
     return found
@@ -160,8 +160,8 @@ def data(run: Run) -> dict[str, Any]:
         "names": run.shown,
         "files": run.paths,
         "routes": run.routes,
-        "temperature": run.record["flags"].get("temperature"),
-        "falseAlarm": run.record["flags"].get("false_alarm"),
+        "temperature": run.record.flags.get("temperature"),
+        "falseAlarm": run.record.flags.get("false_alarm"),
         "limit": limit if any(len(text) > limit for row in texts for text in row) else None,
         "ids": [cut(row.id, limit) for row in run.rows],
         "file": [row.file for row in run.rows],

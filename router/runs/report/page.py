@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from router.errors import InputError
 from router.files import replacing
+from router.record import REPORT
 from router.routing.evidence import LOW_MARGIN
 from router.runs.load import Run, load
 from router.runs.report.data import SHOWN_QUERIES, data, escaped, explained, headline, layers, variants
@@ -25,7 +26,6 @@ from router.runs.report.data import SHOWN_QUERIES, data, escaped, explained, hea
 if TYPE_CHECKING:
     from jinja2 import Template
 
-REPORT = "report.html"
 MADE_BY = "<!-- a report of proto-route -->"  # how it begins, after the doctype
 
 
@@ -50,7 +50,7 @@ def render(run: Run) -> str:
     found["layers"] = layered["groups"] if layered else []
     used = [k for k in range(len(run.names)) if any(row["weights"][k] >= 0.005 for row in rows)]
     return _template().render(
-        run=run, shown=shown, record=run.record, headline=headline(run), variants=rows, used=used,
+        run=run, shown=shown, record=run.record.plain(), headline=headline(run), variants=rows, used=used,
         layers=layered, sent=run.sent, explained=explained(len(shown.rows)), low_margin=LOW_MARGIN,
         data=found, json=Markup(escaped(found)),
     )  # fmt: skip
