@@ -231,7 +231,7 @@ class Settings:
         for setting in fields(cls):
             value = values.get(setting.name)
             if value is None and setting.default is not None:
-                raise InputError(f"{setting.name} is missing")
+                raise InputError(f"--{setting.name}: expected a value, got none")
             known[setting.name] = _from_plain(setting.metadata["kind"], value)
         return cls(**known)
 

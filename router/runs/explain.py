@@ -36,7 +36,8 @@ Rows = list[dict[str, Any]]
 THIRDS = ("first third of the layers", "middle third", "last third")
 LEGEND = """response: root mean square cosine to the prototype; score: calibrated response, in standard
 deviations of generic text (a duplicate has none); of the base model what an adapter has to
-exceed; weight: softmax of the scores"""
+exceed, which is lower the larger the adapter's residual, what generic text does not explain of
+its score; weight: softmax of the scores"""
 
 
 def explain(folder: Path, name: str, answers: bool = False) -> dict[str, Any]:
@@ -113,7 +114,8 @@ def _votes(e: Evidence, n: int) -> dict[str, Any]:
                 thirds.setdefault(3 * depths[name] // (1 + max(depths.values())), []).append(vote)
     groups = kinds | {THIRDS[k]: thirds[k] for k in sorted(thirds)}
     means = [{"modules": key, "count": len(of), "mean": sum(of) / len(of)} for key, of in groups.items()]
-    return {"adapter": e.adapters[int(np.nanargmax(e.scores[n]))], "means": means}
+    best = e.adapters[int(np.nanargmax(e.scores[n]))]
+    return {"adapter": best, "residual": float(e.residual[n]), "means": means}
 
 
 def called(name: str | None) -> str:
@@ -237,7 +239,8 @@ def show(story: Mapping[str, Any], console: Console) -> None:
         means = votes["means"]
         longest = max((abs(row["mean"]) for row in means), default=0) or 1
         rows = [row | {"": "#-"[row["mean"] < 0] * round(BAR * abs(row["mean"]) / longest)} for row in means]
-        section(console, f"Votes for {votes['adapter']}, which had the highest score", rows)
+        title = f"Votes for {votes['adapter']}, which had the highest score"
+        section(console, f"{title} and a residual of {votes['residual']:.2f}", rows)
 
 
 def _shortened(text: str) -> str:
