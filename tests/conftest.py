@@ -10,6 +10,9 @@ from helpers import arguments, shared, write_queries, write_tiny_library
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run the slow tests too")
+    parser.addoption(
+        "--cases", type=int, help="damaged files of each kind, new ones each time (default: 100 old)"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

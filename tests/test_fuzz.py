@@ -1,6 +1,6 @@
 """Damaged files and command lines are read or refused in a sentence, soon, and leave nothing half-written.
 
-Each case damages one file of a sound set. `--all` draws new cases, 10,000 of each kind.
+Each case damages one file of a sound set. `--cases 10000` draws so many new ones of each kind.
 """
 
 import json
@@ -191,9 +191,9 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def cases(pytestconfig):
     """So many cases of a test: the same ones each time, or new ones."""
-    new = pytestconfig.getoption("--all")
+    new = pytestconfig.getoption("--cases")
     return settings(
-        max_examples=10_000 if new else 100, derandomize=not new, deadline=timedelta(seconds=SECONDS),
+        max_examples=new or 100, derandomize=not new, deadline=timedelta(seconds=SECONDS),
         phases=[Phase.reuse, Phase.generate], suppress_health_check=list(HealthCheck),
     )  # fmt: skip
 
