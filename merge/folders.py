@@ -161,7 +161,7 @@ class _Matcher:
         """Whether a pattern matches a module's name, or a list has its end."""
         if isinstance(names, str):
             return self.match(rf"(?:{names})\Z", module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in names)
+        return any(module == name or module.endswith(f".{name}") for name in _listed(names))
 
 
 def _listed(value: Any) -> list[Any]:
