@@ -319,7 +319,7 @@ REFUSED = {
         "adapter_config.json",
         "target_modules to be names or a pattern",
     ),
-    "targets_number": (changed(target_modules=0), "adapter_config.json", "target_modules"),
+    "targets_number": (changed(target_modules=0), "", "target_modules"),
     "targets_pattern": (changed(target_modules="("), "adapter_config.json", "is no regular expression"),
     "pickle": (with_a_pickle_only, "", "only the pickle adapter_model.bin"),
     "no_weights": (lambda folder: weights_of(folder).unlink(), "", "found no weights"),
