@@ -232,7 +232,8 @@ def methods_table(results: Results) -> list[str]:
                     else ""
                 )
                 cells.append(cell + right)
-            lines.append(row(library, f"`{method}`", *cells))
+            if any(cells):
+                lines.append(row(library, f"`{method}`", *cells))
     return lines
 
 
