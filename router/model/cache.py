@@ -6,8 +6,7 @@ final width from the start. Knows no adapters and no queries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
@@ -81,7 +80,6 @@ def read_prompts(
     ids: Tensor,
     mask: Tensor,
     room: int,
-    around: Callable[[slice], AbstractContextManager[object]] = lambda rows: nullcontext(),
 ) -> tuple[Tensor, Any]:
     """Reads a left-padded batch, with as many rows per pass as `tokens_at_once` allows.
 
@@ -89,7 +87,6 @@ def read_prompts(
         model: a causal language model, plain or PEFT.
         ids, mask: (B, T).
         room: how many tokens will follow.
-        around: what a pass over these rows of the batch runs in, such as hooks that read it.
 
     Returns:
         Logits of the next token, (B, V), and the cache, which `cache_argument` says how to pass on.
@@ -99,11 +96,10 @@ def read_prompts(
     logits, caches = [], []
     for start in range(0, len(ids), rows):
         part, cache = slice(start, start + rows), new_cache(model)
-        with around(part):
-            out = model(
-                input_ids=ids[part], attention_mask=mask[part], position_ids=positions[part], use_cache=True,
-                logits_to_keep=1, **{cache_argument(model): cache},
-            )  # fmt: skip
+        out = model(
+            input_ids=ids[part], attention_mask=mask[part], position_ids=positions[part], use_cache=True,
+            logits_to_keep=1, **{cache_argument(model): cache},
+        )  # fmt: skip
         logits.append(out.logits[:, -1])
         caches.append(cache)
     whole = caches[0]

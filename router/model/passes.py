@@ -42,7 +42,6 @@ def batches(
     pad_id: int,
     title: str | None,
     read: Callable[[Tensor, Tensor], Found],
-    budget: int | None = None,
 ) -> Iterator[tuple[list[int], Found]]:
     """Yields (row numbers, what was read) of left-padded batches; a title shows a bar.
 
@@ -52,7 +51,6 @@ def batches(
 
     Args:
         read: called with ids and mask of a batch, both (B, T); what it returns is not None.
-        budget: tokens in a batch, at most, including padding; None: as many as a pass should take.
 
     Raises:
         Exception: whatever `read` raises; for want of memory only if a single prompt does not fit.
@@ -64,7 +62,7 @@ def batches(
     def read_rows(batch: list[int]) -> Found:
         return read(*pad_left([rows[n] for n in batch], pad_id, model.device))
 
-    waiting = list(by_length(lengths, budget or tokens_at_once(model.device, model.dtype)))
+    waiting = list(by_length(lengths, tokens_at_once(model.device, model.dtype)))
     with progress(total=sum(lengths), desc=title, unit="tok") if title else nullcontext() as bar:
         while waiting:
             batch, *rest = waiting
