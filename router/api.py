@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -19,6 +20,7 @@ import pandas as pd
 
 from router.constants import BASE_COLUMN, Apply, Device, Dtype
 from router.context import Context
+from router.conversation import Message, checked, packed, shown
 from router.errors import InputError, printable
 from router.files import (
     MARKER,
@@ -32,12 +34,13 @@ from router.files import (
     work_folder,
 )  # fmt: skip
 from router.methods import load_method
-from router.methods.proto_route import ProtoRoute
+from router.methods.proto_route import ProtoRoute, Read, decided, joined, rows_of
 from router.model.answer import Answer, Scoring
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
+from router.model.template import Template
 from router.pipeline import Routed
 from router.pipeline import load as load_library_and_base
-from router.result import Decision
+from router.result import Decision, Routing
 from router.routing import state
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
 from router.routing.evidence import LOW_MARGIN
@@ -50,17 +53,19 @@ from router.version import own_version
 
 log = logging.getLogger(__name__)
 
+REMEMBERED = 10_000  # texts, and turns of conversations
 ABOUT = "router.json"  # beside FILE in a saved router's folder
-ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
 WORK = ".router."  # how the name of the folder begins in which a router is written
-SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply")  # that a saved router keeps
+SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply", "frame")  # that a saved router keeps
 SHAPE = {
     "base_model": str, "revision?": str, "embedded": bool, "base_sha256": str, "configuration?": str,
     "dtype": {*get_args(Dtype)} - {"auto"},
     "settings": {"max_seq_len?": int, "max_gen_len": int, "scoring": {*get_args(Scoring)}, "seed": int,
-                 "apply?": {*get_args(Apply)}},
+                 "apply?": {*get_args(Apply)}, "frame?": str},
+    "chat_template?": str,
     "variants": [{"weights": {"*": float}, "base": float}], "centres": [[float]], "files": {"*": str},
 }  # fmt: skip
+Prompt = str | Sequence[Message]  # a text, or a conversation
 Work = TypeVar("Work", bound=Callable[..., Any])
 
 
@@ -112,6 +117,7 @@ class Router:
         self._centres: Array | None = None  # (variants, candidates) the mean mix that each was made for
         self._folder: Path | None = None  # of a router that was loaded
         self._seen = ""  # what its ABOUT was then, by its sha256
+        self._known: dict[bytes, Routing] = {}  # what `choose` was asked lately, by its sha256
         self._written: Path | None = None  # a temporary folder of the variants, once they have answered
         self._forget: Callable[[], object] = lambda: None  # removes it
 
@@ -193,21 +199,23 @@ class Router:
                 "with, so it may choose otherwise", printable(str(folder)),
             )  # fmt: skip
         method = ProtoRoute("proto_route", base, [], Context(settings))
+        if about.get("chat_template"):
+            method.template = Template(base.tokenizer, about["chat_template"], str(folder))
         widths = {module: width for module, (_, width) in method.shapes.items()}
         if wrong := _changed(folder, about["files"]):
             raise InputError(
                 f"{folder / wrong}: expected the file that was saved with this router, got another or none; "
                 "save the router again"
             )
-        fitted = state.load(folder, base.model.device, base.model.dtype, widths)
+        fits = state.load(folder, base.model.device, base.model.dtype, widths)
         if not (folder / ABOUT).is_file() or sha256_of(folder / ABOUT) != seen:
             raise InputError(f"{folder}: a router was saved there while this one was read; load it again")
-        method.fitted = fitted
+        method.fits.update({fitted.frame: fitted for fitted in fits})
         centres, variants = about["centres"], about["variants"]
-        if len(centres) != len(variants) or any(len(row) != len(fitted.names) + 1 for row in centres):
+        if len(centres) != len(variants) or any(len(row) != len(fits[0].names) + 1 for row in centres):
             raise InputError(
                 f"{folder / ABOUT}: expected a centre for each variant with a weight for each of "
-                f"{len(fitted.names)} adapters and the base model; do its files belong together?"
+                f"{len(fits[0].names)} adapters and the base model; do its files belong together?"
             )
         router = cls(method)
         router.variants = [Variant(of["weights"], of["base"]) for of in variants]
@@ -242,7 +250,7 @@ class Router:
                     f"({adapter.folder.path}) has other weights now; run again"
                 )
         router._decide(run.clusters.weights)
-        _ = router._proto.fitted  # now, not with the first request
+        router._proto.fitted()  # now, not with the first request
         return router
 
     @property
@@ -264,29 +272,29 @@ class Router:
     def candidates(self) -> list[str]:
         """The adapters' names and, last, `base`."""
         if self._folder is not None:
-            return [*self._proto.fitted.names, BASE_COLUMN]
+            return [*next(iter(self._proto.fits.values())).names, BASE_COLUMN]
         return [*(adapter.name for adapter in self._method.adapters), BASE_COLUMN]
 
     @_one_at_a_time
-    def route(self, texts: Sequence[str]) -> pd.DataFrame:
-        """The weights of each text, which sum to 1: a row per text, a column per candidate."""
+    def route(self, texts: Sequence[Prompt]) -> pd.DataFrame:
+        """The weights of each text or conversation, which sum to 1: a row for each, a column per candidate.
+
+        Args:
+            texts: prompts, or lists of messages, `{"role": ..., "content": ...}`.
+
+        Raises:
+            ValueError: one of them is neither.
+        """
         queries = _queries(texts, None)
         routing = self._method.route(queries, self._method.encoded(queries))
         return pd.DataFrame(routing.weights, columns=self.candidates)
 
     @_one_at_a_time
-    def choose(self, texts: Sequence[str]) -> list[Choice]:
-        """How each text is decided, and which of the variants answers it.
-
-        Of a very long text the middle is left out before it is tokenised, since routing reads its ends alone.
-        """
-        if self._method.settings.max_seq_len is None:  # else the end of what is read may be in the middle
-            texts = [
-                text if len(text) <= 2 * ENDS else text[:ENDS] + text[-ENDS:]
-                for text in _listed(texts, "a list of texts")
-            ]
+    def choose(self, texts: Sequence[Prompt]) -> list[Choice]:
+        """How each text or conversation is decided, and which of the variants answers it."""
         queries = _queries(texts, None)
-        routing = self._proto.route(queries, self._proto.encoded(queries))
+        turns = self._proto.turns(queries)
+        routing = decided(self._judged([read for reads in turns for read in reads]), list(map(len, turns)))
         evidence, names = routing.evidence, self.candidates
         assert evidence is not None  # proto_route keeps it
         groups = [None] * len(queries)
@@ -302,8 +310,22 @@ class Router:
             found.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix))
         return found
 
+    def _judged(self, reads: Sequence[Read]) -> Routing:
+        """The routing of what was read; what was read lately, as earlier turns were, is known."""
+        keys = [hashlib.sha256(repr(read).encode("utf-8", "surrogatepass")).digest() for read in reads]
+        every = dict(zip(keys, reads, strict=True))
+        if new := {key: read for key, read in every.items() if key not in self._known}:
+            found = self._proto.judged(list(new.values()))
+            self._known |= {key: rows_of(found, np.array([n])) for n, key in enumerate(new)}
+        routing = joined([self._known[key] for key in keys])
+        for key in keys:  # the latest last
+            self._known[key] = self._known.pop(key)
+        while len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
+        return routing
+
     @_one_at_a_time
-    def fit(self, texts: Sequence[str], n_variants: int | None = None) -> Self:
+    def fit(self, texts: Sequence[Prompt], n_variants: int | None = None) -> Self:
         """Decides the variants from a sample of the queries to come, such as yesterday's; no labels.
 
         Args:
@@ -353,7 +375,7 @@ class Router:
                 except OverflowError as error:
                     raise InputError(f"a variant's {error}; pass dtype='float32'") from error
             mark(work / VARIANTS)
-            state.save(proto.fitted, work)
+            state.save(list(proto.fits.values()), work)
             with replacing(work / ABOUT) as file:
                 json.dump(self._about() | {"files": _hashes(work)}, file, indent=2, ensure_ascii=False)
             (folder / ABOUT).unlink(missing_ok=True)  # from here on it is no router, until it is this one
@@ -377,13 +399,14 @@ class Router:
             "embedded": base.name == EMBEDDED_ID and base.revision is None,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "candidates": self.candidates, "settings": settings,
+            "chat_template": proto.template.source,
             "variants": [asdict(variant) for variant in self.variants],
             "centres": self._centres.tolist(),
         }  # fmt: skip
 
     @_one_at_a_time
-    def answer(self, texts: Sequence[str], choices: Sequence[Sequence[str]] | None = None) -> list[str]:
-        """Answers texts, in order: with generated text or, given choices, with the likeliest of them.
+    def answer(self, texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None = None) -> list[str]:
+        """Answers texts or conversations, in order: with generated text or, given choices, the likeliest.
 
         Once `fit` or `load` has decided the variants, these answer; before, they are made for the texts at
         hand. They are written to a temporary folder, which goes when the router does; `save` and
@@ -515,17 +538,33 @@ def _about(path: Path) -> dict[str, Any]:
     return about
 
 
-def _queries(texts: Sequence[str], choices: Sequence[Sequence[str]] | None) -> list[Query]:
-    texts = _listed(texts, "a list of texts")
-    if not texts:
+def _queries(texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None) -> list[Query]:
+    """Queries, numbered from 0.
+
+    Raises:
+        ValueError: a text is neither a text nor a conversation, or choices are missing.
+    """
+    if isinstance(texts, (str, Mapping)) or not isinstance(texts, (Sequence, np.ndarray, pd.Series)):
+        hint = "; put it into a list" if isinstance(texts, str) else ""
+        raise ValueError(f"expected a list of texts, got a {type(texts).__name__}{hint}")
+    if not len(texts):
         raise ValueError("expected at least one text, got none")
-    if choices is None:
-        return [Query(str(n), text, GENERATION) for n, text in enumerate(texts)]
-    options = [tuple(_listed(of, "for each text a list of choices")) for of in choices]
-    if len(options) != len(texts) or not all(options):
+    if choices is not None and len(choices) != len(texts):
         raise ValueError("expected for each text a list of at least one choice")
-    pairs = zip(texts, options, strict=True)
-    return [Query(str(n), text, MULTIPLE_CHOICE, own) for n, (text, own) in enumerate(pairs)]
+    found = []
+    for n, text in enumerate(texts):
+        options = () if choices is None else tuple(_listed(choices[n], "for each text a list of choices"))
+        if choices is not None and not options:
+            raise ValueError("expected for each text a list of at least one choice")
+        kind = GENERATION if choices is None else MULTIPLE_CHOICE
+        if isinstance(text, (list, tuple)):
+            messages = checked(text, f"text {n + 1}")
+            found.append(Query(str(n), shown(messages), kind, options, packed(messages)))
+        elif isinstance(text, str):
+            found.append(Query(str(n), str(text), kind, options))
+        else:
+            raise ValueError(f"expected a list of texts, got a {type(text).__name__} as number {n + 1}")
+    return found
 
 
 def _listed(values: Any, what: str) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from router.library.adapters import Adapter, base_of, check_against_base, load_l
 from router.model.answer import FAILED, Answer, encode, positions
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
+from router.model.template import Template
 from router.progress import progress
 from router.result import Decision, Result, Routing
 from router.routing.clusters import Array, Clusters, cluster
@@ -122,9 +124,21 @@ class Routed(ABC):
         about = " ".join((type(self).__doc__ or "").partition("\n\n")[0].split())
         return Recipe(self.name, about, self.settings)
 
+    @cached_property
+    def template(self) -> Template:
+        """What conversations are written in: --chat_template, or the base model's own."""
+        if self.settings.chat_template:
+            return Template.of_file(self.tokenizer, self.settings.chat_template)
+        return Template(self.tokenizer)
+
     def encoded(self, queries: Sequence[Query]) -> list[list[int]]:
-        """The token ids of each query's prompt, cut to --max_seq_len."""
-        return encode(self.tokenizer, [query.input for query in queries], self.settings.max_seq_len)
+        """The token ids of each query's prompt, cut to --max_seq_len; a conversation's is in the template.
+
+        Raises:
+            InputError: the template refuses a conversation.
+        """
+        texts = [self.template.text(q.conversation, q.id) if q.messages else q.input for q in queries]
+        return encode(self.tokenizer, texts, self.settings.max_seq_len)
 
     def kept(self, name: str, count: int) -> Routing | None:
         """The routing of so many queries, if the journal kept one; the same in all processes."""

@@ -40,6 +40,7 @@ NEEDED = ("ray", "pyarrow")
 SETTINGS = (
     "adapters", "base_model", "skip_bad", "n_variants", "variant_rank", "temperature", "false_alarm", "top_k",
     "seed", "device", "dtype", "max_gen_len", "max_seq_len", "scoring",
+    "chat_template", "frame",
 )  # fmt: skip
 IDENTITY, ROUTER, ANSWERS = "ray.json", "router", "answers"  # in the output folder
 LESS = "fewer --actors, --dtype bfloat16 (half as much for weights), a smaller --max_seq_len"
@@ -134,9 +135,9 @@ def _query(row: dict[str, Any], where: str) -> Query:
     return parse_query({**texts, "answer_choices": "" if choices is None else str(choices)}, where)
 
 
-def sample(queries: Iterable[Query], size: int, seed: int) -> list[str]:
-    """The texts of so many queries, in order, drawn without looking at them; all where there are no more."""
-    numbers, texts = count(), (query.input for query in queries)
+def sample(queries: Iterable[Query], size: int, seed: int) -> list[Any]:
+    """The prompts of so many queries, in order, drawn blindly; all where there are no more."""
+    numbers, texts = count(), (query.conversation or query.input for query in queries)
     drawn = heapq.nsmallest(size, zip(iter(random.Random(seed).random, None), numbers, texts))  # noqa: B905
     return [text for _, _, text in sorted(drawn, key=lambda one: one[1])]
 
@@ -154,7 +155,13 @@ def table(part: Path, queries: Sequence[Query]) -> Any:
     """A block as an actor gets it, a pyarrow table with the columns `part` and those of a query."""
     from pyarrow import Table, list_, schema, string
 
-    columns = {"part": string(), "id": string(), "input": string(), "eval_type": string()}
+    columns = {
+        "part": string(),
+        "id": string(),
+        "input": string(),
+        "eval_type": string(),
+        "messages": string(),
+    }
     rows = [{"part": str(part), **asdict(query)} for query in queries]
     return Table.from_pylist(rows, schema({**columns, "choices": list_(string())}))
 
@@ -184,7 +191,10 @@ class Answering:
         """
         rows = block.to_pylist()
         part = Path(rows[0]["part"])
-        queries = [Query(row["id"], row["input"], row["eval_type"], tuple(row["choices"])) for row in rows]
+        queries = [
+            Query(row["id"], row["input"], row["eval_type"], tuple(row["choices"]), row["messages"])
+            for row in rows
+        ]
         tries = part.with_name(f".{part.name}.tries")  # an actor that is killed leaves it
         try:
             with told_if_memory_runs_out(LESS), told_if_full(part):

@@ -32,7 +32,14 @@ from router.routing.store import content
 from router.routing.variants import VARIANTS, replace_variants
 from router.runs.report.page import MADE_BY, write_report
 from router.settings import Settings
-from router.submission import Query, digest_of, read_queries, write_submission, write_table
+from router.submission import (
+    Query,
+    digest_of,
+    read_queries,
+    submission_name,
+    write_submission,
+    write_table,
+)  # fmt: skip
 
 WORK = ".results."  # how the name of the folder begins in which a run writes
 COMMIT = ".commit.json"  # the hashes of results, while they are replaced: a run may be killed between two
@@ -252,7 +259,7 @@ def _write_routing(path: Path, queries: list[Query], decision: Decision, part: s
 
 def _outputs(path: Path) -> tuple[str, str, str]:
     """The names of the submission, the routing table and the evidence of a query file."""
-    return path.name, f"{path.stem}.routing.csv", f"{path.stem}.evidence.safetensors"
+    return submission_name(path), f"{path.stem}.routing.csv", f"{path.stem}.evidence.safetensors"
 
 
 def _results(folder: Path) -> dict[str, list[str]]:

@@ -145,6 +145,24 @@ class Settings:
             "the one that the adapters name; embedded if that is SmolLM2-135M-Instruct",
         ),
     )
+    chat_template: Path | None = _setting(
+        None,
+        _text(
+            "auto|FILE", "a Jinja template for conversations; auto is the base model's own", "auto", read=Path
+        ),
+    )
+    frame: str | None = _setting(
+        None,
+        Kind(
+            "what stands around queries and says nothing of them; auto knows chat templates and common "
+            "instruction frames, and finds what many queries share; none compares all with bare generic text",
+            "auto, none, or a text with {input} in it once",
+            "auto|none|'TEXT {input} TEXT'",
+            str,
+            lambda value: value == "none" or (isinstance(value, str) and value.count("{input}") == 1),
+            "auto",
+        ),
+    )
     skip_bad: bool = _setting(
         False,
         _switch(

@@ -1,4 +1,4 @@
-"""Query files in, submissions out: the starter kit's CSV format. Knows nothing of models.
+"""Query files in, submissions out: the starter kit's CSV format, and JSON lines. Knows nothing of models.
 
 Every file is written under a temporary name and then renamed, so a file under its final name is whole.
 """
@@ -9,19 +9,22 @@ import ast
 import csv
 import hashlib
 import io
+import json
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+from router.conversation import Message, checked, packed, shown
 from router.errors import InputError
-from router.files import replacing
+from router.files import parsed, replacing
 
 GENERATION, MULTIPLE_CHOICE = "generation", "multiple_choice"
 EVAL_TYPES = (GENERATION, MULTIPLE_CHOICE)
 COLUMNS = ("id", "input", "eval_type", "answer_choices")
+JSON_LINES = ".jsonl"
 UNKNOWN = "unknown"
 SHOWN = 20  # problems of a file that are told at once
 
@@ -35,12 +38,19 @@ class Query:
         input: the prompt.
         eval_type: `generation` or `multiple_choice`; it alone decides how the row is answered.
         choices: the answer choices; never empty for multiple choice.
+        messages: of a conversation, as JSON; empty for a prompt. `input` then shows them to a reader.
     """
 
     id: str
     input: str
     eval_type: str
     choices: tuple[str, ...] = ()
+    messages: str = ""
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The messages; none for a prompt."""
+        return json.loads(self.messages) if self.messages else []
 
 
 def read_rows(
@@ -104,6 +114,21 @@ def _add(problems: list[str] | None, problem: str) -> None:
     problems.append(problem)
 
 
+def read_labels(path: Path, column: str) -> Iterator[tuple[int, str]]:
+    """What stands in a column of a query file, row by row, each with its line.
+
+    Raises:
+        InputError: there is no such column.
+    """
+    if path.suffix.casefold() != JSON_LINES:
+        yield from ((line, row[column]) for line, row in read_rows(path, (column,)))
+        return
+    for line, row in read_lines(path, []):
+        if not isinstance(row.get(column), str):
+            raise InputError(f"{path}, line {line}: expected a text as {column}, got none")
+        yield line, row[column]
+
+
 def adapters_of(label: str) -> list[str]:
     """The adapters that a label in the column `adapter` names, several as `a+b`."""
     return label.split("+")
@@ -114,8 +139,65 @@ def digest_of(queries: Sequence[Query]) -> str:
     return hashlib.sha256(repr(list(queries)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file of JSON lines, with their lines; without an id a line's number is its id.
+
+    Args:
+        problems: takes what is wrong with a line, which is left out, and where the file is not in UTF-8,
+            which ends it.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    line = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
+                try:
+                    row = parsed(text, {})
+                    if not isinstance(row.setdefault("id", line), (str, int)):
+                        raise ValueError(f"expected a text or a whole number as id, got {row['id']!r:.40}")
+                    yield line, row | {"id": str(row["id"])}
+                except ValueError as error:
+                    problems.append(f"{path}, line {line}: expected a JSON object ({error})")
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected a file of JSON lines ({error.strerror}); check --dataset_filepaths"
+        ) from error
+    except UnicodeDecodeError as error:
+        problems.append(f"{path}, after line {line}: expected JSON lines in UTF-8 ({error})")
+
+
+def parse_line(row: Mapping[str, Any], where: str) -> Query:
+    """The query of a JSON object: its `messages` or its `input`, and for multiple choice `answer_choices`.
+
+    Raises:
+        InputError: the object is none.
+    """
+    if ("messages" in row) == ("input" in row):
+        both = "both" if "input" in row else "neither"
+        raise InputError(f"{where}: expected `messages` or `input`, got {both}")
+    kind, choices = row.get("eval_type", GENERATION), row.get("answer_choices") or []
+    if kind not in EVAL_TYPES:
+        raise InputError(f"{where}, eval_type: expected {' or '.join(EVAL_TYPES)}, got {kind!r:.40}")
+    texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    if kind == MULTIPLE_CHOICE and not (texts and choices):
+        raise InputError(
+            f"{where}, answer_choices: expected a list of at least one text, got {choices!r:.60}"
+        )
+    options = tuple(choices) if kind == MULTIPLE_CHOICE else ()
+    if "messages" in row:
+        messages = checked(row["messages"], where)
+        return Query(row["id"], shown(messages), kind, options, packed(messages))
+    if not isinstance(row["input"], str):
+        raise InputError(f"{where}, input: expected a text, got {row['input']!r:.40}")
+    return Query(row["id"], row["input"], kind, options)
+
+
 def read_queries(path: Path) -> list[Query]:
-    """Reads and checks a query file.
+    """Reads and checks a query file: JSON lines if its name ends in `.jsonl`, else CSV.
 
     Raises:
         InputError: something is wrong; the message names file, line and column, what was expected and what
@@ -127,12 +209,18 @@ def read_queries(path: Path) -> list[Query]:
         ...     path = Path(folder) / "queries.csv"
         ...     _ = path.write_text("id,input,eval_type,answer_choices\\n7,Two and two?,generation,\\n")
         ...     read_queries(path)
-        [Query(id='7', input='Two and two?', eval_type='generation', choices=())]
+        [Query(id='7', input='Two and two?', eval_type='generation', choices=(), messages='')]
     """
     queries: list[Query] = []
     lines: dict[str, int] = {}
     problems: list[str] = []
-    for line, row in read_rows(path, COLUMNS, problems):
+    parse: Callable[[Any, str], Query] = parse_query
+    rows: Iterator[tuple[int, Mapping[str, Any]]] = iter(())
+    if path.suffix.casefold() == JSON_LINES:
+        parse, rows = parse_line, read_lines(path, problems)
+    else:
+        rows = read_rows(path, COLUMNS, problems)
+    for line, row in rows:
         where = f"{path}, line {line}"
         if not row["id"].strip():
             problems.append(f"{where}, column id: expected an id, got {row['id']!r}")
@@ -143,14 +231,14 @@ def read_queries(path: Path) -> list[Query]:
                 f"{where}, column id: {row['id']!r} stands on line {first} too; ids must be unique"
             )
         try:
-            queries.append(parse_query(row, where))
+            queries.append(parse(row, where))
         except InputError as error:
             problems.append(str(error))
     if problems:
         more = len(problems) - SHOWN
         raise InputError("\n".join(problems[:SHOWN]) + (f"\nand {more} more like these" if more > 0 else ""))
     if not queries:
-        raise InputError(f"{path}: expected at least one query below the header, found none")
+        raise InputError(f"{path}: expected at least one query, found none")
     return queries
 
 
@@ -211,6 +299,11 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
         writer = csv.writer(_UnixLines(file), lineterminator="\r\n")
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def submission_name(path: Path) -> str:
+    """What the answers to a query file are called: as the file, and in CSV."""
+    return f"{path.stem}.csv" if path.suffix.casefold() == JSON_LINES else path.name
 
 
 def write_submission(path: Path, queries: Sequence[Query], predictions: Sequence[str]) -> None:

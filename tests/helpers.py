@@ -224,6 +224,7 @@ DECIDED = {
     "base_score": 0.8,
     "residual": 2.0,
     "votes": np.zeros(len(MODULES)),
+    "frame": 0.0,
 }
 
 

@@ -44,7 +44,7 @@ LLAMACPP = ({"id": "base.gguf", "owned_by": "llamacpp"},)
 
 
 class Two:
-    """A router of two variants: texts with an x go to the first, all others to the base model."""
+    """A router of two variants: texts whose end has an x go to the first, all others to the base model."""
 
     def __init__(self):
         self.candidates, self.base_model = ["one", "two", "base"], "owner/base"
@@ -52,7 +52,8 @@ class Two:
         self.batches = []
 
     def choose(self, texts):
-        self.batches.append(list(texts))
+        texts = [text if isinstance(text, str) else text[-1]["content"] for text in texts]
+        self.batches.append(texts)
         return [
             Choice(0, {"one": 0.9, "base": 0.1}, 2.0, False, True, {"one": 0.75, "two": 0.25})
             if "x" in text

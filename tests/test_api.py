@@ -206,7 +206,7 @@ def test_the_middle_of_a_very_long_text_is_not_tokenised(router, monkeypatch):
     (expected,) = router.choose([long])
     seen = []
     monkeypatch.setattr(
-        "router.pipeline.encode",
+        "router.methods.proto_route.encode",
         lambda tokenizer, texts, limit: seen.extend(texts) or encode(tokenizer, texts, limit),
     )
     assert router.choose([long]) == [expected]
@@ -350,7 +350,7 @@ def sealed(saved):
     ("spoil", "cause"),
     [
         (spoil_base, "expected the weights that .* was made for"),
-        (spoil_format, "expected format 6, got 99"),
+        (spoil_format, "expected format 7, got 99"),
         (lambda saved, _: (saved / "router.json").write_text("{"), "expected what Router.save wrote"),
         (lambda saved, _: (saved / "router.safetensors").write_bytes(b"x"), "router.safetensors: expected"),
         (lambda saved, _: (saved / "router.safetensors").unlink(), "router.safetensors: expected"),
@@ -393,14 +393,17 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused_by_what_does_not
     for change, cause in (
         ({f"owners {module}": tensors[f"owners {module}"] + 9}, "numbers of adapters in ascending order"),
         ({f"directions {module}": tensors[f"directions {module}"][:5]}, "expected numbers of shape"),
-        ({"gate mean_": tensors["gate mean_"][:, :1]}, "gate mean_: expected numbers of shape"),
-        ({"gate level_": tensors["gate level_"] / 0}, "gate level_: expected finite numbers"),
+        ({"0 gate mean_": tensors["0 gate mean_"][:, :1]}, "gate mean_: expected numbers of shape"),
+        ({"0 gate level_": tensors["0 gate level_"] / 0}, "gate level_: expected finite numbers"),
         (
-            {"gate residual_scale_": 0 * tensors["gate residual_scale_"]},
+            {"0 gate residual_scale_": 0 * tensors["0 gate residual_scale_"]},
             "residual_scale_: expected numbers above 0",
         ),
-        ({"gate landmarks_": tensors["gate landmarks_"] + 9}, "landmarks_: expected numbers of 3 adapters"),
-        ({"reference": tensors["reference"] / 0}, "a number wherever an adapter is heard"),
+        (
+            {"0 gate landmarks_": tensors["0 gate landmarks_"] + 9},
+            "landmarks_: expected numbers of 3 adapters",
+        ),
+        ({"0 reference": tensors["0 reference"] / 0}, "a number wherever an adapter is heard"),
     ):
         save_file(
             tensors | {key: of.contiguous() for key, of in change.items()},

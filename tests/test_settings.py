@@ -12,9 +12,9 @@ from router.settings import Settings
 
 FIELDS = {setting.name: setting for setting in fields(Settings)}
 OTHERS = Settings(
-    (Path("a.csv"), Path("b.csv")), Path("out"), ("x", "y@1"), "some/base", True, 3, 8, 0.5, 1, 0.01, seed=7,
-    batch_size=2, device="cpu", dtype="float16", device_map="auto", apply="beside", max_gen_len=9,
-    max_seq_len=99, scoring="kit",
+    (Path("a.csv"), Path("b.csv")), Path("out"), ("x", "y@1"), "some/base", Path("t.jinja"), "Q: {input}",
+    True, 3, 8, 0.5, 1, 0.01, seed=7, batch_size=2, device="cpu", dtype="float16", device_map="auto",
+    apply="beside", max_gen_len=9, max_seq_len=99, scoring="kit",
 )  # fmt: skip
 
 

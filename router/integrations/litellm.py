@@ -15,13 +15,13 @@ from typing import Any
 from fastapi import HTTPException
 from litellm.integrations.custom_logger import CustomLogger
 
-from router.api import Choice, Router
+from router.api import Choice, Prompt, Router
 from router.constants import BASE_COLUMN
 from router.errors import InputError
 from router.routing.variants import served
 from router.serving.names import AUTO
 from router.serving.prober import Prober
-from router.serving.text import NoText, text_of
+from router.serving.text import NoText, prompt_of
 
 FOLDER = "PROTO_ROUTE_ROUTER"
 WAITING = 1024  # requests that may wait for their decision
@@ -52,7 +52,7 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
             return data
         try:
             prober = await self._started()
-            choice: Choice = await prober(text_of(data, "messages" in data))
+            choice: Choice = await prober(prompt_of(data))
         except NoText as error:
             raise HTTPException(400, str(error)) from error
         except InputError as error:
@@ -74,9 +74,9 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
                 self._prober = Prober(self._choose, WAITING)
         return self._prober
 
-    def _choose(self, texts: Sequence[str]) -> list[Choice]:
+    def _choose(self, prompts: Sequence[Prompt]) -> list[Choice]:
         assert self.router is not None
-        return self.router.choose(texts)
+        return self.router.choose(prompts)
 
     def _name(self, choice: Choice) -> str:
         assert self.router is not None and choice.variant is not None

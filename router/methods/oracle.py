@@ -10,7 +10,7 @@ from router.constants import BASE_COLUMN
 from router.errors import InputError
 from router.pipeline import Routed
 from router.result import Routing
-from router.submission import Query, adapters_of, read_queries, read_rows
+from router.submission import Query, adapters_of, read_labels, read_queries
 
 
 class Oracle(Routed):
@@ -33,9 +33,9 @@ class Oracle(Routed):
         names = [*(adapter.name for adapter in self.adapters), BASE_COLUMN]
         weights = np.zeros((len(queries), len(names)))
         labels = (
-            (path, line, row["adapter"])
+            (path, line, label)
             for path in self.settings.dataset_filepaths
-            for line, row in read_rows(path, ("adapter",))
+            for line, label in read_labels(path, "adapter")
         )
         for n, (path, line, label) in enumerate(labels):
             needed = adapters_of(label)

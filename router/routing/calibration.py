@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from router.library.adapters import Adapter
 from router.model.answer import encode
 from router.model.base import Base
+from router.model.frames import BARE, Frame
 from router.model.passes import truncated
 from router.routing.probe import input_means, probe
 from router.routing.prototypes import FORMAT as PROTOTYPES
@@ -63,11 +65,18 @@ class Calibration:
     Args:
         base: the base model.
         limit: most tokens of a prompt before it is truncated for routing; None sets no limit.
+        frame: what the generic prompts stand in.
+
+    Attributes:
+        prefix: the token ids with which all of them begin in a frame.
     """
 
-    def __init__(self, base: Base, limit: int | None = None) -> None:
+    def __init__(self, base: Base, limit: int | None = None, frame: Frame = BARE) -> None:
         self.base = base
-        self.rows = truncated(encode(base.tokenizer, generic_prompts(), limit))
+        texts = [frame.around(prompt) for prompt in generic_prompts()]
+        self.rows = truncated(encode(base.tokenizer, texts, limit))
+        together = zip(*self.rows, strict=False) if frame.before else ()
+        self.prefix = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, together)]
         self.pad, model = base.tokenizer.pad_token_id, base.model
         # Each number of threads cuts products otherwise, which in bfloat16 moves what is measured.
         threads = torch.get_num_threads() if model.device.type == "cpu" else None
@@ -104,7 +113,7 @@ class Calibration:
         missing = [module for module in modules if module not in known]
         if missing or CONFIDENCE not in known:
             known |= dict.fromkeys(missing, torch.empty(0))
-            means, known[CONFIDENCE] = input_means(self.base.model, self.rows, self.pad, missing)
+            means, known[CONFIDENCE] = input_means(self.base.model, self.rows, self.pad, missing, self.prefix)
             known |= means
             save(f"{self.folder}/means", known)
         return known
@@ -114,14 +123,21 @@ class Calibration:
         adapters: Sequence[Adapter],
         protos: Mapping[str, ModulePrototypes],
         means: Mapping[str, Tensor],
+        n_adapters: int = 0,
     ) -> NDArray[np.float32]:
         """The adapters' responses, (generic prompts, adapters, modules, 2); NaN without a prototype.
 
         Args:
+            adapters: none of a saved router, of which nothing is kept on disk.
             protos: the adapters' prototypes in the base model's dtype and on its device; their order of
                 modules is that of the responses.
             means: what to centre with, by module.
+            n_adapters: how many there are, where `adapters` are not at hand.
         """
+        if not adapters:
+            return probe(
+                self.base.model, self.rows, self.pad, protos, means, n_adapters, "calibrate", self.prefix
+            ).responses
         out = np.full((len(self.rows), len(adapters), len(protos), 2), np.nan, dtype=np.float32)
         place, new = {module: m for m, module in enumerate(protos)}, []
         for n, adapter in enumerate(adapters):
@@ -133,7 +149,7 @@ class Calibration:
         if new:
             theirs = of_some(protos, new, len(adapters))
             found = probe(
-                self.base.model, self.rows, self.pad, theirs, means, len(new), "calibrate"
+                self.base.model, self.rows, self.pad, theirs, means, len(new), "calibrate", self.prefix
             ).responses
             for k, n in enumerate(new):
                 own = {

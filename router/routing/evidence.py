@@ -39,11 +39,13 @@ class Evidence:
         residual: (queries,) what generic text does not explain of the highest score, in standard deviations.
         votes: (queries, modules) what each module says for the adapter with the highest score, which is their
             mean; NaN where it has no prototype.
+        frame: (queries,) the number of the frame that each query was compared in.
         duplicates: adapters that are another one in another size, with the representative of each.
         lookalikes: adapters that read what another one reads and write something else, with that one.
         silent: adapters that read directions which text hardly has, at most of their modules.
-        levels: what each of several rates of false alarms, written as a number, would add to the base model's
-            scores.
+        frames: the texts before and after a query in each frame.
+        levels: by frame, what each of several rates of false alarms, written as a number, would add to the
+            base model's scores.
     """
 
     adapters: list[str]
@@ -53,10 +55,12 @@ class Evidence:
     base_score: Array
     residual: Array
     votes: Array
+    frame: Array
     duplicates: dict[str, str] = field(default_factory=dict)
     lookalikes: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
-    levels: dict[str, float] = field(default_factory=dict)
+    frames: list[list[str]] = field(default_factory=lambda: [["", ""]])
+    levels: list[dict[str, float]] = field(default_factory=lambda: [{}])
 
     @property
     def candidates(self) -> Array:
@@ -70,12 +74,20 @@ class Evidence:
         return np.asarray(best[:, -1] - best[:, -2])
 
     @property
+    def lead(self) -> Array:
+        """(queries,) how far the best adapter leads the base model."""
+        return np.asarray(np.nan_to_num(self.scores, nan=-np.inf).max(1, initial=-np.inf) - self.base_score)
+
+    @property
     def sent(self) -> dict[str, int]:
         """How many queries would go to an adapter, by the rate of false alarms."""
-        leads = (
-            np.nan_to_num(self.scores, nan=-np.inf).max(1, initial=-np.inf) - self.base_score
-        )  # (queries,)
-        return {share: int((leads > level).sum()) for share, level in self.levels.items()}
+        shares = self.levels[0] if self.levels else {}
+        return {
+            share: int(
+                (self.lead > np.array([of[share] for of in self.levels])[self.frame.astype(int)]).sum()
+            )
+            for share in shares
+        }
 
     @property
     def low_margin(self) -> NDArray[np.bool_]:
@@ -112,7 +124,7 @@ class Evidence:
         for array, *shape in (
             (found.responses, queries, adapters), (found.scores, queries, adapters),
             (found.base_score, queries), (found.residual, queries),
-            (found.votes, queries, len(found.modules)),
+            (found.votes, queries, len(found.modules)), (found.frame, queries),
         ):  # fmt: skip
             if array.dtype != np.float32 or list(array.shape) != shape:
                 raise ValueError(f"expected float32 of shape {shape}, got {array.dtype} of {array.shape}")
@@ -121,20 +133,29 @@ class Evidence:
         scored = np.isfinite(found.scores).any(1) & np.isfinite(found.base_score)
         if not scored.all():
             raise ValueError("expected an adapter's score for each query, got none")
+        if not np.isin(found.frame, range(len(found.frames))).all() or len(found.levels) != len(found.frames):
+            raise ValueError("expected a frame, and its levels, for each query")
         return found
 
 
-_NAMES = ("adapters", "modules", "duplicates", "lookalikes", "silent", "levels")
+_NAMES = ("adapters", "modules", "duplicates", "lookalikes", "silent", "frames", "levels")
 _SHAPE = {
     "adapters": [str], "modules": [str], "duplicates?": {"*": str}, "lookalikes?": {"*": str},
-    "silent?": [str], "levels?": {"*": float},
+    "silent?": [str], "frames?": [[str]], "levels?": [{"*": float}],
 }  # fmt: skip
 _ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]
 
 
 def joined(parts: Sequence[Evidence]) -> Evidence:
-    """The evidence of several query files of one run as one."""
+    """The evidence of several parts of a run, such as its query files, as one."""
+    frames = {
+        tuple(frame): levels for part in parts for frame, levels in zip(part.frames, part.levels, strict=True)
+    }
+    number = {frame: n for n, frame in enumerate(frames)}
+    places = [np.array([number[tuple(frame)] for frame in part.frames], np.float32) for part in parts]
+    own = [place[part.frame.astype(int)] for place, part in zip(places, parts, strict=True)]
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS
     }
-    return replace(parts[0], **arrays)
+    arrays |= {"frame": np.concatenate(own), "frames": [list(frame) for frame in frames]}
+    return replace(parts[0], **arrays, levels=list(frames.values()))

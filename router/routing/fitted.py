@@ -1,9 +1,9 @@
-"""A library as routing sees it, whatever the queries: prototypes, means and a fitted gate."""
+"""A library as routing sees it in one frame, whatever the queries: prototypes, means and a fitted gate."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from router.errors import InputError
 from router.library.adapters import Adapter
 from router.library.duplicates import representatives
+from router.model.frames import Frame
 from router.model.passes import truncated
 from router.routing.calibration import silent
 from router.routing.clusters import Array
@@ -44,6 +45,8 @@ class Fitted:
         representative: for each adapter, the number of the one that stands for all that read alike.
         lookalikes: numbers of those that are no duplicates of their representative.
         silent: numbers of those that are silent at most of their modules.
+        frame: what the generic text stood in.
+        prefix: token ids with which all prompts of the frame begin.
         reference: (adapters, modules, 2) mean response to generic text; NaN without a prototype, where an
             adapter is silent, and everywhere for one that is silent at most of its modules.
     """
@@ -55,6 +58,8 @@ class Fitted:
     representative: list[int]
     lookalikes: list[int]
     silent: list[int]
+    frame: Frame
+    prefix: list[int]
     reference: NDArray[np.float32]
 
     @classmethod
@@ -65,6 +70,8 @@ class Fitted:
         means: Mapping[str, Tensor],
         reference: NDArray[np.float32],
         confidence: NDArray[np.float32],
+        frame: Frame,
+        prefix: list[int],
         **settings: Any,
     ) -> Fitted:
         """Fits a gate to a library: to one adapter of each group that reads alike, at modules that are heard.
@@ -72,6 +79,8 @@ class Fitted:
         Args:
             reference: (generic prompts, adapters, modules, 2) responses, NaN without a prototype.
             confidence: (generic prompts,) of the base model.
+            frame: what the generic prompts stood in.
+            prefix: token ids with which all of them begin.
             settings: of the gate.
 
         Raises:
@@ -102,8 +111,24 @@ class Fitted:
             representative.tolist(),
             np.flatnonzero(lookalike).tolist(),
             most.tolist(),
+            frame,
+            prefix,
             average,
         )
+
+    def in_frame(
+        self,
+        frame: Frame,
+        prefix: list[int],
+        means: Mapping[str, Tensor],
+        reference: NDArray[np.float32],
+        confidence: NDArray[np.float32],
+    ) -> Fitted:
+        """The same library in another frame. Which adapters stand for others or are silent stays as it is."""
+        reference = np.where(self._absent, np.float32(np.nan), reference)
+        gate = gate_for(len(self.kept), **self.gate.get_params())
+        gate.fit(reference[:, self.kept], confidence=confidence)
+        return replace(self, frame=frame, prefix=prefix, means=means, gate=gate, reference=reference.mean(0))
 
     @cached_property
     def kept(self) -> list[int]:
@@ -112,7 +137,9 @@ class Fitted:
 
     def probe(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None) -> Probed:
         """One pass of the base model over the prompts; a title shows a bar."""
-        return probe(model, truncated(rows), pad_id, self.prototypes, self.means, len(self.names), title)
+        return probe(
+            model, truncated(rows), pad_id, self.prototypes, self.means, len(self.names), title, self.prefix
+        )
 
     @property
     def at_once(self) -> int:
@@ -171,10 +198,12 @@ class Fitted:
             base_score=candidates[:, -1].astype(np.float32),
             residual=judged.residual.astype(np.float32),
             votes=judged.votes.astype(np.float32),
+            frame=np.zeros(len(responses), np.float32),
             duplicates=duplicates,
             lookalikes=lookalikes,
             silent=[self.names[n] for n in self.silent],
-            levels=self.gate.levels(),
+            frames=[list(self.frame)],
+            levels=[self.gate.levels()],
         )
 
     @cached_property

@@ -1,9 +1,9 @@
 """One pass of the base model over prompts: how much each adapter responds to each prompt.
 
 Hooks on the target modules turn the input of every token into one number per adapter and average it over the
-prompt, and over its end (equation 1 in docs/method.md); no activation is kept. Padding is not counted, and
-neither is the first token, an attention sink whose norm is tens of times that of other tokens. Knows no
-labels and no adapter's name.
+prompt, and over its end (equation 1 in docs/method.md); no activation is kept. Padding is not counted, nor
+what all prompts of a frame begin with, nor the first token, an attention sink whose norm is tens of times
+that of other tokens. Knows no labels and no adapter's name.
 """
 
 from __future__ import annotations
@@ -25,14 +25,32 @@ END = 2  # counted tokens that are the end of a prompt, just before the answer
 BLOCK = 256  # tokens that a processor centres at once in float32, so that they stay in its caches
 
 
-def counted_tokens(mask: Tensor) -> Tensor:
-    """Which positions count, (B, T) bool: no padding, and no first token unless it is the only one."""
-    first = (mask.cumsum(1) == 1) & (mask.sum(1, keepdim=True) > 1)
-    return mask.bool() & ~first
+def counted_tokens(ids: Tensor, mask: Tensor, prefix: Sequence[int] = ()) -> Tensor:
+    """Which positions count, (B, T) bool: no padding, no first token, and none that all prompts begin with.
+
+    Of each prompt the last token counts.
+
+    Args:
+        ids, mask: of a left-padded batch, (B, T).
+        prefix: token ids that the prompts of a frame have in common.
+    """
+    place = mask.cumsum(1)  # (B, T) 1 for a prompt's first token
+    skipped = torch.ones_like(place[:, :1])  # (B, 1)
+    if prefix:
+        start = mask.shape[1] - mask.sum(1, keepdim=True)  # (B, 1)
+        where = start + torch.arange(len(prefix), device=ids.device)  # (B, P)
+        there = ids.gather(1, where.clamp_max(ids.shape[1] - 1))
+        same = (there == torch.tensor(prefix, device=ids.device)) & (where < ids.shape[1])
+        skipped = same.long().cumprod(1).sum(1, keepdim=True).clamp_min(1)
+    return mask.bool() & ((place > skipped) | (place == mask.sum(1, keepdim=True)))
 
 
 def input_means(
-    model: Any, rows: Sequence[Sequence[int]], pad_id: int, modules: Sequence[str]
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    modules: Sequence[str],
+    prefix: Sequence[int] = (),
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The mean input of each module over all counted tokens of the prompts, (d_in,) float32 by module.
 
@@ -43,7 +61,7 @@ def input_means(
     count = 0
 
     def read(ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], int, Tensor]:
-        counted = _Counted(counted_tokens(mask))
+        counted = _Counted(counted_tokens(ids, mask, prefix))
         sums: dict[str, Tensor] = {}
 
         def visit(name: str, x: Tensor) -> None:
@@ -159,6 +177,7 @@ def probe(
     means: Mapping[str, Tensor],
     n_adapters: int,
     title: str | None = "probe",
+    prefix: Sequence[int] = (),
 ) -> Probed:
     """How strongly a prompt's activations align with an adapter's input subspace, module by module.
 
@@ -172,6 +191,8 @@ def probe(
         prototypes: by module; the order of modules is that of the mapping.
         means: what to centre with, by module, (d_in,).
         n_adapters: the number of adapters in the library.
+        title: of the bar; None shows none.
+        prefix: token ids that the prompts of a frame have in common, which say nothing; see `counted_tokens`.
 
     Returns:
         The responses, and what the same pass tells of the base model.
@@ -181,7 +202,7 @@ def probe(
     place = {name: m for m, name in enumerate(prototypes)}
 
     def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        counted = counted_tokens(mask)
+        counted = counted_tokens(ids, mask, prefix)
         inputs, views = _Inputs(counted), _averages(counted)
         # The dtype is named, since while transformers loads a model, another is torch's default.
         shape = len(prototypes), 2, len(ids), n_adapters

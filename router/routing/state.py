@@ -6,7 +6,7 @@ No adapter and no generic text is in it. Safetensors and JSON only.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from router.errors import InputError
 from router.files import for_others, parsed
+from router.model.frames import Frame
 from router.routing.fitted import Fitted
 from router.routing.gate import FACTORS
 from router.routing.large import gate_for
 from router.routing.prototypes import ModulePrototypes
 
 FILE = "router.safetensors"
-FORMAT = 6  # raise it when a reader of the old one could not use the new one
+FORMAT = 7  # raise it when a reader of the old one could not use the new one
 # The gate's arrays, a letter an axis: adapters, modules, views, factors, landmarks, generic prompts.
 _LEARNED = {
     "mean_": "amv", "std_": "amv", "filter_": "amv", "landmarks_": "l", "axes_": "lmvf", "loadings_": "amvf",
@@ -33,26 +34,35 @@ _LEARNED = {
 }  # fmt: skip
 _ABOUT = {
     "names": [str], "modules": [str], "representative": [int], "lookalikes": [int], "silent": [int],
+    "frames": [{"before": str, "after": str, "prefix": [int]}],
     "gate": {"temperature": float, "top_k?": int, "false_alarm": float},
 }  # fmt: skip
 
 
-def save(fitted: Fitted, folder: Path) -> None:
-    """Writes `router.safetensors` into a folder."""
-    tensors = {f"mean {module}": mean for module, mean in fitted.means.items()}
-    for module, proto in fitted.prototypes.items():
+def save(fits: Sequence[Fitted], folder: Path) -> None:
+    """Writes `router.safetensors` into a folder.
+
+    Args:
+        fits: the library in each of its frames.
+    """
+    one, tensors = fits[0], dict[str, Tensor]()
+    for module, proto in one.prototypes.items():
         for part in ("directions", "weights", "owners"):
             tensors[f"{part} {module}"] = getattr(proto, part)
-    arrays = {f"gate {name}": getattr(fitted.gate, name) for name in _LEARNED}
-    arrays |= {"gate level_": np.array([fitted.gate.level_]), "reference": fitted.reference}
-    tensors |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    for n, fitted in enumerate(fits):
+        arrays = {f"gate {name}": getattr(fitted.gate, name) for name in _LEARNED}
+        arrays |= {"gate level_": np.array([fitted.gate.level_]), "reference": fitted.reference}
+        own = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        own |= {f"mean {module}": mean for module, mean in fitted.means.items()}
+        tensors |= {f"{n} {name}": tensor for name, tensor in own.items()}
     about = {
-        "names": fitted.names,
-        "modules": list(fitted.prototypes),
-        "representative": fitted.representative,
-        "lookalikes": fitted.lookalikes,
-        "silent": fitted.silent,
-        "gate": fitted.gate.get_params(),
+        "names": one.names,
+        "modules": list(one.prototypes),
+        "representative": one.representative,
+        "lookalikes": one.lookalikes,
+        "silent": one.silent,
+        "frames": [{**fitted.frame._asdict(), "prefix": fitted.prefix} for fitted in fits],
+        "gate": one.gate.get_params(),
     }
     work = folder / f".{FILE}"
     save_file(
@@ -64,7 +74,7 @@ def save(fitted: Fitted, folder: Path) -> None:
     work.replace(folder / FILE)
 
 
-def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping[str, int]) -> Fitted:
+def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping[str, int]) -> list[Fitted]:
     """Reads what `save` wrote.
 
     Args:
@@ -78,30 +88,42 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
         with safe_open(folder / FILE, framework="pt") as file:
             about = parsed((file.metadata() or {}).get("router", "null"), _ABOUT)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        _check(about, tensors, widths)
-        gate = gate_for(len(tensors["gate mean_"]), **about["gate"])
-        for name in _LEARNED:
-            setattr(gate, name, tensors[f"gate {name}"].numpy())
-        gate.level_ = float(tensors["gate level_"])
-        gate.n_adapters_, gate.n_modules_ = gate.mean_.shape[:2]
+        if not about["frames"]:
+            raise ValueError("expected a frame, got none")
         modules = about["modules"]
-        return Fitted(
-            about["names"],
-            {
-                m: ModulePrototypes(
-                    tensors[f"directions {m}"].to(device, dtype),
-                    tensors[f"weights {m}"].to(device),
-                    tensors[f"owners {m}"].to(device),
+        protos = {
+            m: ModulePrototypes(
+                tensors[f"directions {m}"].to(device, dtype),
+                tensors[f"weights {m}"].to(device),
+                tensors[f"owners {m}"].to(device),
+            )
+            for m in modules
+        }
+        fits = []
+        for n, framed in enumerate(about["frames"]):
+            start = f"{n} "
+            own = {name.removeprefix(start): of for name, of in tensors.items() if name.startswith(start)}
+            _check(about, tensors | own, widths)
+            gate = gate_for(len(own["gate mean_"]), **about["gate"])
+            for name in _LEARNED:
+                setattr(gate, name, own[f"gate {name}"].numpy())
+            gate.level_ = float(own["gate level_"])
+            gate.n_adapters_, gate.n_modules_ = gate.mean_.shape[:2]
+            fits.append(
+                Fitted(
+                    about["names"],
+                    protos,
+                    {m: own[f"mean {m}"].to(device) for m in modules},
+                    gate,
+                    about["representative"],
+                    about["lookalikes"],
+                    about["silent"],
+                    Frame(framed["before"], framed["after"]),
+                    framed["prefix"],
+                    own["reference"].numpy(),
                 )
-                for m in modules
-            },
-            {m: tensors[f"mean {m}"].to(device) for m in modules},
-            gate,
-            about["representative"],
-            about["lookalikes"],
-            about["silent"],
-            tensors["reference"].numpy(),
-        )
+            )
+        return fits
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{folder / FILE}: expected what Router.save wrote, got something else ({error}); save it again"

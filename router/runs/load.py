@@ -19,7 +19,7 @@ from router.record import RECORD, Record
 from router.routing.clusters import Clusters
 from router.routing.evidence import Evidence, joined
 from router.settings import Settings
-from router.submission import MULTIPLE_CHOICE, Query, digest_of, read_queries, read_rows
+from router.submission import MULTIPLE_CHOICE, Query, digest_of, read_queries, read_rows, submission_name
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -275,11 +275,15 @@ def _record(path: Path) -> Record:
 
 
 def _file(folder: Path, path: Path, record: Record) -> QueryFile:
-    if not (answers := list(_rows(folder / path.name, ("id", "prediction")))):
-        raise InputError(f"{folder / path.name}: expected at least one answer, found none; run it again")
+    if not (answers := list(_rows(folder / submission_name(path), ("id", "prediction")))):
+        raise InputError(
+            f"{folder / submission_name(path)}: expected at least one answer, found none; run it again"
+        )
     ids, predictions = ([row[key] for row in answers] for key in ("id", "prediction"))
     if len(set(ids)) < len(ids):
-        raise InputError(f"{folder / path.name}: expected each id once, got some twice; run it again")
+        raise InputError(
+            f"{folder / submission_name(path)}: expected each id once, got some twice; run it again"
+        )
     try:
         found = read_queries(path)
         changed = digest_of(found) != record.queries.get(path.name, digest_of(found))

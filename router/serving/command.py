@@ -58,7 +58,6 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=get_args(Dtype), help="of the base model's copy (default: the router's)")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     add("--port", type=number(int, 0, 65535), default=8080, help="default: 8080")
-    add("--reroute", action="store_true", help="route each message of a conversation anew")
     add("--max_body", type=count, default=4 << 20, metavar="BYTES", help="of a request (default: 4 MiB)")
     add("--queue", type=count, default=1024, help="requests that may wait to be routed (default: 1024)")
     add(
@@ -152,7 +151,7 @@ def _front(args: argparse.Namespace) -> Front:
     decisions = decisions_to(args.decisions) if args.decisions else None
     return Front(
         load(), args.upstream, load=load, api_key=api_key, upstream_key=key_of("PROTO_ROUTE_UPSTREAM_KEY"),
-        reroute=args.reroute, max_body=args.max_body, queue=args.queue, timeout=args.timeout,
+        max_body=args.max_body, queue=args.queue, timeout=args.timeout,
         log_prompts=args.log_prompts, decisions=decisions,
         hosts=LOOPBACK if here else None,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """A thin OpenAI-compatible front: routes requests for the model `auto`, and passes all others on untouched.
 
 It names a variant, which the server behind it has as a LoRA adapter of this name. llama.cpp's server takes
-scales instead of a name, so it is sent each request's own mix of adapters. A conversation is routed by its
-first user message, as plain text, so it stays with its variant: the server's prefix cache depends on it.
+scales instead of a name, so it is sent each request's own mix of adapters. A conversation stays with its
+variant until a message clearly asks for another: the server's prefix cache depends on it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import json
 import logging
 import re
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from hashlib import sha256
 from importlib import resources
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -31,20 +30,19 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from router.api import Choice, Router
+from router.api import Choice, Prompt, Router
 from router.errors import InputError, printable
 from router.routing.variants import served
 from router.serving.names import AUTO
 from router.serving.prober import Prober
 from router.serving.request import GONE, admit, as_error, as_json, body_of, left, object_of
-from router.serving.text import NoText, text_of
+from router.serving.text import NoText, prompt_of
 from router.serving.upstream import CANARY, Serves, Upstream, end_to_end, variants_of
 
 log = logging.getLogger(__name__)
-REMEMBERED = 10_000  # conversations
 RECENT = 100  # decisions on the page
 READY = 30.0  # seconds that the canaries' result holds
-ROUTED = ("/v1/completions", "/v1/chat/completions")
+ROUTED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 # In a body that is no JSON: a form, or what another reader takes for JSON.
 FOR_AUTO = re.compile(rb'name="?model"?\s+auto\s|"model"\s*:\s*"auto"')
 MODEL = {"id": AUTO, "object": "model", "created": 0, "owned_by": "proto-route"}
@@ -67,9 +65,9 @@ def _told(shown: Mapping[str, Any]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _text(body: Mapping[str, Any], chat: bool, message: int = 0) -> str:
+def _prompt(body: Mapping[str, Any]) -> Prompt:
     try:
-        return text_of(body, chat, message)
+        return prompt_of(body)
     except NoText as error:
         raise HTTPException(400, str(error)) from error
 
@@ -96,7 +94,6 @@ class Front:
         load: Callable[[], Router] | None = None,
         api_key: str | None = None,
         upstream_key: str | None = None,
-        reroute: bool = False,
         max_body: int = 4 << 20,
         queue: int = 1024,
         timeout: float = 600.0,
@@ -108,11 +105,9 @@ class Front:
         self.router, self.load, self.api_key, self.upstream_key = router, load, api_key, upstream_key
         self.max_body, self.timeout, self.hosts = max_body, timeout, hosts
         self.log_prompts, self.decisions = log_prompts, decisions
-        self.message = -1 if reroute else 0  # the user message that decides
         self.renewing, self.trying = asyncio.Lock(), asyncio.Lock()
         self.upstream = Upstream(upstream, timeout, transport)
         self.prober = Prober(self._choose, queue)
-        self.kept: OrderedDict[bytes, Decided] = OrderedDict()  # by the sha256 of the conversation's text
         self.tried: tuple[Any, float, str] = None, 0.0, ""  # what canaries were sent to, when, what was wrong
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.registry = own = CollectorRegistry()
@@ -152,19 +147,19 @@ class Front:
             return f"Bearer {self.upstream_key}"
         return request.headers.get("authorization", "") if self.api_key is None else ""
 
-    def _choose(self, texts: Sequence[str]) -> list[Decided]:
+    def _choose(self, prompts: Sequence[Prompt]) -> list[Decided]:
         router = self.router
         found = []
-        for choice in router.choose(texts):
+        for choice in router.choose(prompts):
             assert choice.variant is not None  # a router without variants is refused at the start
             has_folder = bool(router.variants[choice.variant].weights)
             found.append(Decided(choice, served(choice.variant) if has_folder else None))
         return found
 
-    async def _decided(self, text: str) -> Decided:
+    async def _decided(self, prompt: Prompt) -> Decided:
         start = time.perf_counter()
         try:
-            found: Decided = await self.prober(text)
+            found: Decided = await self.prober(prompt)
         except asyncio.QueueFull as error:
             raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error
         except IndexError as error:  # it spells a token that the base model has no embedding of
@@ -202,7 +197,7 @@ class Front:
         """POST /v1/route: the decision alone."""
         admit(request, self.api_key, self.hosts)
         body = object_of(request, await body_of(request, self.max_body, self.timeout))
-        decided = await self._decided(_text(body, "messages" in body, self.message))
+        decided = await self._decided(_prompt(body))
         return as_json(self._shown(decided.choice, await self._name(decided, self._key(request))))
 
     async def forward(self, request: Request) -> Response:
@@ -246,9 +241,8 @@ class Front:
         self, request: Request, body: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The decision as it is shown, and the fields of the request that tell the upstream."""
-        chats, key = request.scope["path"].endswith("/chat/completions"), self._key(request)
-        text = _text(body, chats, self.message)
-        decided = await (self._kept(text) if chats and not self.message else self._decided(text))
+        prompt, key = _prompt(body), self._key(request)
+        decided = await self._decided(prompt)
         name = await self._name(decided, key)
         fields: dict[str, Any] = {"model": name}
         if (serves := await self.upstream.known(key, self.router)).loras is not None:
@@ -256,30 +250,19 @@ class Front:
         self.requests.labels(name).inc()
         number = request.headers.get("x-request-id", "")[:128] or uuid4().hex
         shown = self._shown(decided.choice, name) | {"request_id": number}
-        self._write_down(shown, text)
+        self._write_down(shown, prompt)
         return shown, fields
 
-    async def _kept(self, text: str) -> Decided:
-        """The decision on a conversation, as it was when it began."""
-        router, key = self.router, sha256(text.encode("utf-8", "surrogatepass")).digest()
-        decided = self.kept.get(key) or await self._decided(text)
-        if self.router is router:  # else it was decided by one that has been replaced
-            self.kept[key] = decided
-            self.kept.move_to_end(key)
-            while len(self.kept) > REMEMBERED:
-                self.kept.popitem(last=False)
-        return decided
-
-    def _write_down(self, shown: dict[str, Any], text: str) -> None:
+    def _write_down(self, shown: dict[str, Any], prompt: Prompt) -> None:
         """A decision goes to the page, to the log and to the file of decisions."""
         now = round(time.time(), 3)
         self.recent.appendleft(shown | {"at": now})
-        spelt = f" {text!r}" if self.log_prompts else ""
+        spelt = f" {prompt!r}" if self.log_prompts else ""
         log.info("%s margin %.2f%s", printable(shown["model"]), shown["margin"], spelt)
         if self.decisions is not None:
             line = {"time": now, "request_id": shown["request_id"], "variant": shown["model"]}
             line |= {key: shown[key] for key in ("weights", "margin", "fits")}
-            line |= {"prompt": text} if self.log_prompts else {}
+            line |= {"prompt": prompt} if self.log_prompts else {}
             self.decisions.handle(logging.makeLogRecord({"msg": json.dumps(line)}))
 
     async def _passed_on(self, request: Request, raw: bytes, shown: dict[str, Any] | None = None) -> Response:
@@ -423,5 +406,4 @@ class Front:
         async with self.renewing:  # one at a time, since each loads a model
             self.router = await asyncio.to_thread(self.load)
             self.upstream.asked.clear()
-            self.kept.clear()
             self.tried = None, 0.0, ""

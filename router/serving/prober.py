@@ -1,4 +1,4 @@
-"""Decides texts that arrive one by one: those that wait together in one pass of the model."""
+"""Decides prompts that arrive one by one: those that wait together in one pass of the model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Prober:
         limit: texts that may wait.
     """
 
-    def __init__(self, decide: Callable[[Sequence[str]], Sequence[Any]], limit: int) -> None:
+    def __init__(self, decide: Callable[[Sequence[Any]], Sequence[Any]], limit: int) -> None:
         self.decide = decide
-        self._queue: asyncio.Queue[tuple[str, asyncio.Future[Any]]] = asyncio.Queue(limit)
+        self._queue: asyncio.Queue[tuple[Any, asyncio.Future[Any]]] = asyncio.Queue(limit)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="probe")
         self._task: asyncio.Task[None] | None = None
 
@@ -30,7 +30,7 @@ class Prober:
         """How many texts wait."""
         return self._queue.qsize()
 
-    async def __call__(self, text: str) -> Any:
+    async def __call__(self, text: Any) -> Any:
         """The decision on a text, or the error of `decide` on this text alone.
 
         Raises:
@@ -64,7 +64,7 @@ class Prober:
                 else:
                     found.set_result(one)
 
-    def _each(self, texts: Sequence[str]) -> list[Any]:
+    def _each(self, texts: Sequence[Any]) -> list[Any]:
         """A decision per text, or the error where there is none; each is tried alone where a batch fails."""
         try:
             return [one for _, one in zip(texts, self.decide(texts), strict=True)]

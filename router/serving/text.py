@@ -1,47 +1,56 @@
-"""What a request is routed by: its prompt, or one message of its conversation, as plain text."""
+"""What a request is routed by: its prompt, or of its conversation what the system and the user say."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from router.conversation import SYSTEM, Message, checked, content
+from router.errors import InputError
 from router.serving.names import AUTO
+
+TURNS = 8  # of the user's messages, the last ones; each may be a pass of the base model
 
 
 class NoText(ValueError):
     """A request has no text to be routed by, or more than one prompt."""
 
 
-def text_of(body: Mapping[str, Any], chat: bool, message: int = 0) -> str:
-    """The text that a request of the model `auto` is routed by.
+def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
+    """What a request of the model `auto` is routed by.
 
     Args:
-        body: of an OpenAI-compatible request.
-        chat: whether it has `messages`, not a `prompt`.
-        message: which of the user messages, 0 for the first, -1 for the last.
+        body: of a request: `prompt`, as OpenAI's completions have it; `messages`, as OpenAI's chats and
+            Anthropic's messages (with `system`); or `input`, as OpenAI's responses (with `instructions`).
 
     Raises:
-        NoText: there is none, or more than one prompt.
+        NoText: there is no text, or more than one prompt.
 
     Example:
-        >>> text_of({"messages": [{"role": "user", "content": "Hello"}]}, chat=True)
-        'Hello'
+        >>> prompt_of({"input": "Hello", "instructions": "Be brief."})
+        [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hello'}]
     """
-    if chat:
-        given = body.get("messages")
-        messages = given if isinstance(given, list) else []
-        users = [one for one in messages if isinstance(one, dict) and one.get("role") == "user"]
-        if not users:
-            raise NoText("messages: expected a list with a message of the role user, found none")
-        content = users[message].get("content")
-        if isinstance(content, list):  # parts; images and the like are passed on, but not read
-            parts = [part.get("text") for part in content if isinstance(part, dict)]
-            content = "\n".join(part for part in parts if isinstance(part, str))
-    else:
-        content = body.get("prompt")
-        if isinstance(content, list) and len(content) == 1:
-            content = content[0]
-    if not isinstance(content, str) or not content:
-        what = "one text; send several prompts in several requests" if isinstance(content, list) else "text"
-        raise NoText(f"model {AUTO}: expected {what}, since it is routed by what it says")
-    return content
+    if "messages" not in body and "input" not in body:
+        given = body.get("prompt")
+        if isinstance(given, list) and len(given) == 1:
+            given = given[0]
+        if not isinstance(given, str) or not given:
+            what = "one text; send several prompts in several requests" if isinstance(given, list) else "text"
+            raise NoText(f"model {AUTO}: expected {what}, since it is routed by what it says")
+        return given
+    messages = body.get("messages", body.get("input"))
+    if isinstance(messages, str) and "input" in body:
+        messages = [{"role": "user", "content": messages}]
+    above = content({"content": body.get("system", body.get("instructions"))})
+    if isinstance(messages, list):  # a response's input has calls of tools and their results, without a role
+        messages = [
+            one for one in messages if not isinstance(one, Mapping) or "role" in one or "type" not in one
+        ]
+        messages = [{"role": "system", "content": above}, *messages] if above else messages
+    try:
+        found = checked(messages, ends=False)
+    except InputError as error:
+        raise NoText(str(error)) from error
+    system = [one for one in found if one["role"] in SYSTEM and content(one)]
+    asked = [one for one in found if one["role"] == "user" and content(one).strip()]
+    return [{"role": one["role"], "content": content(one)} for one in (*system, *asked[-TURNS:])]

@@ -8,6 +8,7 @@ and so do the FLAN queries. `devset_c` has a base model of its own, made by `bas
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,21 @@ import pandas as pd
 
 from router.constants import BASE_COLUMN, LIBRARY
 from router.model.base import EMBEDDED
+from router.submission import GENERATION
 from scripts.bench.score import labelled, read_texts
 
 COMMITTED = "committed"  # data/library
 BUILT = Path("output/development")
 SHARED = Path("../shared")
 BESIDE = {"second": "devset", "devset_b": "devset_b", "devset_c": "devset_c"}
-# own and other phrasings, multiple choice, none of the library's tasks, of no library's, and FLAN's
-SPLITS = ("own", "unseen", "mc", "none", "foreign", "flan")
+CHATS = ("chat", "chat_otherbase")
+# Of one adapter: own and other phrasings, multiple choice; and of conversations, a job after small talk or
+# another job, and a message that says nothing itself after a job.
+FITS = ("own", "unseen", "mc", "turns", "follow")
+# Of none: no task of the library, of no library, FLAN's; and of conversations, a foreign question after a
+# job, and under the system message of an adapter.
+FOREIGN = ("none", "foreign", "flan", "change", "under")
+SPLITS = (*FITS, *FOREIGN)
 # FLAN's tasks that are an adapter's very skill: they are no foreign queries of these libraries.
 KIN = {
     "second": ("sst2", "yelp_polarity_reviews", "e2e_nlg"),
@@ -40,8 +48,8 @@ class Labelled:
         name: of the library.
         adapters: its folder.
         base: what `load_base` takes.
-        rows: one a query, with the columns id, task, split (of SPLITS), input, eval_type, answer_choices,
-            target, metric, and adapter (`base` where none fits).
+        rows: one a query, with the columns id, task, split (of SPLITS), input, messages (JSON, or nothing),
+            eval_type, answer_choices, target, metric, and adapter (`base` where none fits).
     """
 
     name: str
@@ -59,6 +67,9 @@ def libraries() -> Iterator[Labelled]:
     for name in ("families", "otherbase"):
         if (BUILT / name / "queries.csv").exists():
             yield _of_folder(name, BUILT / name, BUILT / name / "base")
+    for name in CHATS:
+        if (BUILT / name / "queries.jsonl").exists():
+            yield _of_chats(name, BUILT / name)
     own, unseen = labelled("eval"), labelled("eval_unseen")
     foreign = unseen["adapter"] == BASE_COLUMN
     rows = [own.assign(split="own"), unseen.assign(split=foreign.map({True: "none", False: "unseen"}))]
@@ -72,12 +83,30 @@ def _of_folder(name: str, folder: Path, base: Path) -> Labelled:
     return _of(name, folder / "library", str(base) if base.is_dir() else EMBEDDED, rows)
 
 
+def _of_chats(name: str, folder: Path) -> Labelled:
+    """The same of conversations, and of prompts among them; foreign queries are asked as conversations."""
+    lines = [json.loads(line) for line in (folder / "queries.jsonl").read_text("utf-8").splitlines()]
+    asked = [(of["id"], of.get("input", ""), json.dumps(of.get("messages", []))) for of in lines]
+    rows = pd.DataFrame(asked, columns=["id", "input", "messages"])
+    rows = rows.merge(read_texts(folder / "labels.csv"), on="id").assign(eval_type=GENERATION)
+    rows["adapter"] = rows["task"].where(rows["split"].isin(FITS), BASE_COLUMN)
+    base = str(folder.parent / "otherbase" / "base") if name == CHATS[1] else EMBEDDED
+    found = _of(name, folder / "library", base, rows)
+    outside = found.rows["split"].isin(["foreign", "flan"])
+    talks = [json.dumps([{"role": "user", "content": text}]) for text in found.rows.loc[outside, "input"]]
+    found.rows.loc[outside, "messages"] = talks
+    return found
+
+
 def _of(name: str, adapters: Path, base: str, rows: pd.DataFrame) -> Labelled:
-    columns = ["id", "task", "split", "input", "eval_type", "answer_choices", "target", "metric", "adapter"]
+    columns = ["id", "task", "split", "input", "messages", "eval_type", "answer_choices", "target", "metric"]
     parts = [rows, labelled("eval_foreign").assign(split="foreign")]
     if (folder := SHARED / "foreign48").is_dir():
         flan = read_texts(folder / "queries.csv").merge(read_texts(folder / "labels.csv"), on="id")
         flan["metric"] = flan["metric"].replace({"rouge": "rougeL", "bleu": "rougeL"})
         flan = flan[~flan["task"].isin(KIN.get(name, ()))]
         parts.append(flan.assign(id="flan " + flan["id"], split="flan", adapter=BASE_COLUMN))
-    return Labelled(name, adapters, base, pd.concat(parts, ignore_index=True)[columns])
+    every = pd.concat(parts, ignore_index=True)
+    for column in ("messages", "answer_choices"):
+        every[column] = every.get(column, pd.Series("", every.index)).fillna("")
+    return Labelled(name, adapters, base, every[[*columns, "adapter"]])

@@ -11,7 +11,9 @@ bootstrap draws of queries within each task; methods are compared on the same dr
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
+import json
 import math
 import sys
 import tempfile
@@ -32,10 +34,10 @@ from router.model.base import load_base
 from router.routing.gate import PrototypeGate
 from router.settings import Settings
 from router.stages import peak_mib
-from router.submission import read_queries
+from router.submission import MULTIPLE_CHOICE, read_queries
 from scripts.bench import libraries as made
 from scripts.bench import runner
-from scripts.bench.development import COMMITTED, SPLITS, Labelled, libraries
+from scripts.bench.development import COMMITTED, FITS, FOREIGN, SPLITS, Labelled, libraries
 from scripts.bench.libraries import Choice
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.score import read_texts, routed, score
@@ -52,7 +54,8 @@ FLAN = 5  # rows of each FLAN task with one right answer, since the others would
 DRAWS = 2000
 SHOWN = {
     "own": "own phrasing", "unseen": "other phrasings", "mc": "multiple choice", "none": "no adapter fits",
-    "foreign": "foreign queries", "flan": "FLAN tasks",
+    "foreign": "foreign queries", "flan": "FLAN tasks", "turns": "several turns", "follow": "follow-ups",
+    "change": "change of subject", "under": "foreign under a job's system message",
 }  # fmt: skip
 DECOYS: dict[str, tuple[str, Choice]] = {
     "random": ("30 random adapters added", made.with_random),
@@ -75,7 +78,7 @@ def asked(of: Labelled, method: str = OURS) -> pd.DataFrame:
     few = of.rows[flan & (of.rows["metric"] == "em")].groupby("task").head(FLAN)
     rows = pd.concat([of.rows[~flan], few], ignore_index=True)
     there = ["none"] if brought(of, method) is not None else []
-    splits = {"oracle": SPLITS[:3], "base": [split for split in SPLITS[3:] if split not in there]}
+    splits = {"oracle": FITS, "base": [split for split in FOREIGN if split not in there]}
     return rows[rows["split"].isin(splits.get(method, SPLITS))].reset_index(drop=True)
 
 
@@ -106,9 +109,10 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
     longest = max(map(len, base.tokenizer(list(rows["target"]))["input_ids"])) + 1
     made: Any = load_method(name)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "queries.csv"
-        rows.to_csv(file, index=False, quoting=csv.QUOTE_ALL)
-        settings = Settings(dataset_filepaths=(file,), output_folder=Path(folder), max_gen_len=longest)
+        file, how = _written(rows, Path(folder)), {}
+        if (template := of.adapters.parent / "template.jinja").exists():
+            how["chat_template"] = template
+        settings = Settings((file,), Path(folder), max_gen_len=longest, **how)
         queries = read_queries(file)
 
         def work() -> Any:
@@ -139,6 +143,23 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
             for line, text, (top, weight) in zip(lines, texts, tops, strict=True)
         ],
     }  # fmt: skip
+
+
+def _written(rows: pd.DataFrame, folder: Path) -> Path:
+    """The query file of some labelled queries: CSV, or JSON lines if there are conversations among them."""
+    talks = rows["messages"].map(lambda text: json.loads(text or "[]"))
+    if not talks.any():
+        rows.drop(columns="messages").to_csv(folder / "queries.csv", index=False, quoting=csv.QUOTE_ALL)
+        return folder / "queries.csv"
+    lines = []
+    for of, messages in zip(rows.to_dict("records"), talks, strict=True):
+        line: dict[str, Any] = {"messages": messages} if messages else {"input": of["input"]}
+        line |= {key: of[key] for key in ("adapter", "eval_type")} | {"id": str(of["id"])}
+        if of["eval_type"] == MULTIPLE_CHOICE:
+            line["answer_choices"] = list(ast.literal_eval(of["answer_choices"]))
+        lines.append(json.dumps(line))
+    (folder / "queries.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder / "queries.jsonl"
 
 
 class Scores:
@@ -252,7 +273,7 @@ def targets(results: Results, library: str) -> Iterator[Verdict]:
         right = found.groupby("task").right.mean().mean()
         least = 0.9 if library == "families" else 0.98
         yield SHOWN["own"], "right adapter at least 0.98 (families 0.90)", f"{right:.3f}", right >= least
-    for split in SPLITS[3:]:
+    for split in FOREIGN:
         if len(found := results.of(library, split, OURS, "base")):
             scores = Scores(found)
             value = scores.value(lambda s: s[OURS] - s["base"])
@@ -260,7 +281,11 @@ def targets(results: Results, library: str) -> Iterator[Verdict]:
             lost = (scores.tasks[OURS] - scores.tasks["base"]).sort_values()
             text = f"{100 * lost.iloc[0]:+.1f} points ({lost.index[0]})"
             yield SHOWN[split], "each kind at most 3 below", text, lost.iloc[0] >= -0.03
-    sent = [1 - part.right.mean() for split in SPLITS[3:] if len(part := results.of(library, split, OURS))]
+    for split, least in (("turns", 0.97), ("follow", 0.95), ("change", 0.95)):
+        if len(found := results.of(library, split, OURS)):
+            right = found.groupby("task").right.mean().mean()
+            yield SHOWN[split], f"right at least {least:.2f}", f"{right:.3f}", right >= least
+    sent = [1 - part.right.mean() for split in FOREIGN[:3] if len(part := results.of(library, split, OURS))]
     if sent:
         rate, promised = float(np.mean(sent)), PrototypeGate().false_alarm
         aim = f"false alarms within a factor of 2 of the {promised:g} promised"

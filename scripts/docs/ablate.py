@@ -31,12 +31,13 @@ from router.routing.calibration import Calibration
 from router.routing.gate import SHARES, PrototypeGate
 from router.routing.probe import probe
 from router.routing.prototypes import prototypes
-from scripts.bench.development import SPLITS, Labelled, libraries
+from scripts.bench.development import CHATS, FOREIGN, Labelled, libraries
+from scripts.bench.development import FITS as EVERY
 from scripts.bench.markdown import header, row
 from scripts.bench.score import routed
 
 OUT, KEPT = Path("docs/ablations.md"), Path("output/benchmark/responses")
-FITS, NOBODY = SPLITS[:3], SPLITS[3:]  # an adapter is right, or the base model
+FITS, NOBODY = EVERY[:3], FOREIGN[:3]  # an adapter is right, or the base model; of prompts
 DTYPES: dict[str, Dtype] = {"devset_c": "bfloat16"}  # the larger model
 HARM = 0.05  # share of foreign queries that are sent to an adapter, where methods are compared
 WEIGHTS = (0.0, 0.5, 0.7, 0.85, 0.95, 1.0)  # bounds of the reliability table
@@ -69,7 +70,7 @@ class Measured:
         reference, responses: of generic prompts and of queries, (prompts, adapters, modules, 2).
         reference_confidence, confidence: of the base model on them, (prompts,).
         labels: the adapter of each query, `base` where none fits.
-        splits: of each query, one of SPLITS.
+        splits: of each query, one of FITS and NOBODY.
     """
 
     name: str
@@ -314,7 +315,7 @@ phrasing.
 def main() -> None:
     """Measures and writes."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
-    found = [measured(of) for of in libraries()]
+    found = [measured(of) for of in libraries() if of.name not in CHATS]
     with replacing(OUT) as file:
         file.write("\n".join(page(found)))
 

@@ -205,7 +205,8 @@ def test_responses_are_cosines(base, measured):
     ],
 )
 def test_neither_padding_nor_the_first_of_several_tokens_counts(mask, counted):
-    assert counted_tokens(torch.tensor([mask])).int().tolist() == [counted]
+    mask = torch.tensor([mask])
+    assert counted_tokens(torch.zeros_like(mask), mask).int().tolist() == [counted]
 
 
 def test_a_prompt_is_unreadable_if_anything_is_not_finite_that_should_be():

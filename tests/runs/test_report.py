@@ -29,7 +29,7 @@ HOSTILE = [
     "مرحبا \u202eabc 🙂👩‍👩‍👧 \x00\x1b NUL",
 ]
 ADAPTERS = ["one", "two", "<img src=x onerror=alert(1)>", "four", "five/six"]
-ARRAYS = [field.name for field in fields(Evidence)][2:-2]
+ARRAYS = [field.name for field in fields(Evidence)][2:-3]
 MODULES = [f"model.layers.{n}.{kind}" for n in range(3) for kind in ("self_attn.q_proj", "mlp.down_proj")]
 
 
@@ -41,7 +41,8 @@ def evidence_of(n, rng, level):
     votes = rng.normal(2, 1, size=(n, len(MODULES)))
     votes[:, 1] = np.nan
     responses = rng.uniform(0.03, 0.1, size=scores.shape)
-    return Evidence(ADAPTERS, MODULES, responses, scores, np.full(n, level), scores.max(1), votes)
+    frame = np.zeros(n)
+    return Evidence(ADAPTERS, MODULES, responses, scores, np.full(n, level), scores.max(1), votes, frame)
 
 
 def close(candidates):
@@ -243,7 +244,7 @@ def test_the_table_counts_who_would_be_sent_at_other_rates(tmp_path):
     plain = Evidence.load(file)
     assert "Does any adapter fit" not in Page(write_report(out)).words  # a run that kept no levels
     levels = {"0.01": 1.5, "0.1": 0.0, "0.5": -9.0}
-    replace(plain, levels=levels).save(file)
+    replace(plain, levels=[levels]).save(file)
     record = json.loads((out / "run.json").read_text())
     record["flags"]["false_alarm"] = 0.1
     (out / "run.json").write_text(json.dumps(record))

@@ -20,7 +20,7 @@ from router.api import Choice, Router  # noqa: E402
 from router.errors import InputError  # noqa: E402
 from router.keys import key_of  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
-from router.serving.text import NoText, text_of  # noqa: E402
+from router.serving.text import NoText, prompt_of  # noqa: E402
 
 
 def test_auto_is_answered_by_the_variant_and_another_model_passes_untouched():
@@ -60,31 +60,40 @@ def test_a_stream_passes_chunk_by_chunk_with_the_decision_in_its_headers():
     talk(work)
 
 
-@pytest.mark.parametrize("reroute", [False, True])
-def test_a_conversation_stays_with_its_variant_unless_it_is_rerouted(reroute):
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_conversation_is_routed_by_what_the_user_says(path):
     async def work(client, upstream, front):
-        await client.post("/v1/chat/completions", json=chat("x"))
-        await client.post("/v1/chat/completions", json=chat("x", "answer", "now y"))
-        await client.post("/v1/chat/completions", json=chat("y", "answer", "now x"))
+        for body in (chat("x"), chat("x", "answer", "now y"), chat("y", "an x", "now x")):
+            if path == "/v1/responses":
+                body["input"] = body.pop("messages")
+            answer = await client.post(path, json=body)
+            assert answer.headers["x-router-model"] == upstream.seen[-1][1]["model"]
         models = [body["model"] for _, body, _ in upstream.seen]
-        other = "variant-0" if reroute else "the-base"
-        assert models == ["variant-0", "the-base" if reroute else "variant-0", other]
-        assert front.router.batches[0] == ["x"] and len(front.router.batches) == (3 if reroute else 2)
-        assert {len(key) for key in front.kept} <= {32}  # of the text a hash alone is kept
+        assert models == ["variant-0", "the-base", "variant-0"]
 
-    talk(work, reroute=reroute)
+    talk(work)
 
 
-def test_a_conversation_is_routed_by_its_first_user_message_or_by_its_last():
-    body = chat("first", "answer", "last", "prefix")
-    assert text_of(body, True) == "first"
-    assert text_of(body, True, -1) == "last"
-    parts = [
-        {"type": "text", "text": "look"},
-        {"type": "image_url", "image_url": {}},
-        {"type": "text", "text": "x"},
-    ]
-    assert text_of({"messages": [{"role": "user", "content": parts}]}, True) == "look\nx"
+CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("body", "read"),
+    [
+        (chat("first", "answer", "last", "prefix"), ["first", "last"]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "look"}, {"type": "image_url"},
+          {"type": "text", "text": "x"}]}]}, ["look\nx"]),
+        ({"messages": [*chat("go")["messages"], {"role": "assistant", "content": None, "tool_calls": CALL},
+          {"role": "tool", "content": "7", "tool_call_id": "c"}]}, ["go"]),
+        ({"messages": [*chat("go", "I call")["messages"],
+          {"role": "user", "content": [{"type": "tool_result", "content": "7"}]}], "system": "S"},
+         ["S", "go"]),
+        ({"input": "hello", "instructions": "S"}, ["S", "hello"]),
+        ({"input": [*chat("hello")["messages"], {"type": "function_call_output", "output": "7"}]}, ["hello"]),
+    ],
+)  # fmt: skip
+def test_what_is_read_of_a_request(body, read):
+    assert [message["content"] for message in prompt_of(body)] == read
 
 
 @pytest.mark.parametrize(
@@ -171,7 +180,7 @@ def test_what_cannot_be_routed_is_refused_and_does_not_reach_the_upstream(kind):
 def test_messages_without_a_user_are_refused():
     for messages in ([], [{"role": "system", "content": "x"}], "x", None, [{"role": "user"}]):
         with pytest.raises(NoText):
-            text_of({"messages": messages}, True)
+            prompt_of({"messages": messages})
 
 
 def test_a_key_is_asked_for_and_not_passed_on():
@@ -585,12 +594,12 @@ def test_the_clients_key_goes_to_the_upstreams_lists_too():
     talk(work, upstream=Asking())
 
 
-def test_a_decision_alone_is_rerouted_as_the_answer_is():
+def test_a_decision_alone_is_that_of_the_answer():
     async def work(client, *_):
         body = {"messages": chat("x", "answer", "now y")["messages"]}
         assert (await client.post("/v1/route", json=body)).json()["model"] == "the-base"
 
-    talk(work, reroute=True)
+    talk(work)
 
 
 def test_a_reload_says_which_variants_the_upstream_must_load_anew_and_is_not_asked_for_twice():

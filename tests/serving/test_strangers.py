@@ -88,7 +88,7 @@ def test_a_request_of_nested_json():
     "path",
     [
         "/v1/completions/", "/v1//completions", "/v1/embeddings", "/v1/rerank", "/v1/chat/completions/",
-        "/v1/completions%2f", "/v1/responses", "/v1/Completions",
+        "/v1/completions%2f", "/v1/responses/x", "/v1/Completions",
     ],
 )  # fmt: skip
 def test_auto_is_never_passed_on_unrouted(path):

@@ -1,0 +1,71 @@
+"""Conversations: lists of messages as OpenAI's interface and TRL's data sets have them, in JSON lines.
+
+Knows no models; router/model/template.py writes a conversation as a model reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from router.errors import InputError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM = ("system", "developer")
+LARGEST = 4 << 20  # characters of a conversation
+Message = Mapping[str, Any]  # role, content, and whatever else a template reads
+
+
+def content(message: Message) -> str:
+    """The text of a message, or the texts of its parts; pictures and the like are not read."""
+    given = message.get("content")
+    if isinstance(given, list):
+        texts = (part.get("text") for part in given if isinstance(part, Mapping))
+        return "\n".join(text for text in texts if isinstance(text, str))
+    return given if isinstance(given, str) else ""
+
+
+def checked(messages: Any, where: str = "messages", ends: bool = True) -> list[Message]:
+    """Messages that can be routed and answered.
+
+    Args:
+        where: begins the sentence about what is wrong.
+        ends: whether the last message must not be the assistant's, as it is answered by the assistant.
+
+    Raises:
+        InputError: they are no list of messages, a role is unknown, none is of the user or has text, the
+            last is the assistant's, or they are too long.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InputError(f"{where}: expected a list of messages, got {messages!r:.40}")
+    length = 0
+    for number, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in ROLES:
+            raise InputError(
+                f"{where}, message {number}: expected a role of {', '.join(ROLES)}, got {role!r:.40}"
+            )
+        given = message.get("content")
+        if not isinstance(given, (str, list, type(None))):
+            raise InputError(
+                f"{where}, message {number}: expected text or a list of parts, got {given!r:.40}"
+            )
+        length += len(content(message))
+    if not any(message["role"] == "user" and content(message).strip() for message in messages):
+        raise InputError(f"{where}: expected a message of the user with text, since it is routed by it")
+    if ends and messages[-1]["role"] == "assistant":
+        raise InputError(f"{where}: expected a message to answer at the end, got the assistant's")
+    if length > LARGEST:
+        raise InputError(f"{where}: expected at most {LARGEST} characters, got {length}")
+    return list(messages)
+
+
+def shown(messages: Sequence[Message]) -> str:
+    """A conversation for a reader."""
+    return "\n".join(f"{message['role']}: {content(message)}" for message in messages)
+
+
+def packed(messages: Sequence[Message]) -> str:
+    """A conversation as one text, which tells it from all others."""
+    return json.dumps(list(messages), ensure_ascii=False)

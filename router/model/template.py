@@ -1,0 +1,109 @@
+"""Conversations as a model reads them: the tokenizer's own chat template, or one from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from router.conversation import SYSTEM, Message, content
+from router.errors import InputError, reason
+from router.model.frames import Frame, Parts
+
+MARK = "\u2063proto-route\u2063"  # stands for the user's message; nobody writes it
+LARGEST = 1 << 20  # bytes of a template file
+
+
+class Template:
+    """How a base model is written to.
+
+    Args:
+        tokenizer: of the base model; its template is used where no other is given.
+        source: a Jinja template; None takes the tokenizer's.
+        name: where it is from, for errors.
+    """
+
+    def __init__(self, tokenizer: Any, source: str | None = None, name: str = "the base model") -> None:
+        self.tokenizer, self.source, self.name = tokenizer, source, name
+        bos = tokenizer.bos_token
+        # `encode` puts it before any text, so that a template's own would be the second.
+        self._first = bos if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+
+    @classmethod
+    def of_file(cls, tokenizer: Any, path: Path) -> Template:
+        """The template in a file.
+
+        Raises:
+            InputError: it cannot be read, or is no template that writes what a user says.
+        """
+        try:
+            if path.stat().st_size > LARGEST:
+                raise ValueError(f"more than {LARGEST} bytes")
+            found = cls(tokenizer, path.read_text("utf-8"), str(path))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--chat_template {path}: expected a Jinja template ({error})") from error
+        _ = found.frame
+        return found
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a template."""
+        return bool(self.source or getattr(self.tokenizer, "chat_template", None))
+
+    def text(self, messages: Sequence[Message], query: str = "") -> str:
+        """A conversation up to where the answer begins.
+
+        Args:
+            query: its id, for the error.
+
+        Raises:
+            InputError: there is no template, or it refuses the messages.
+        """
+        which = f"query {query}: " if query else ""
+        if not self.known:
+            raise InputError(
+                f"{which}expected a base model with a chat template, since this is a conversation; pass "
+                "--chat_template FILE"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                _plain(messages), chat_template=self.source, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # whatever a template leads to
+            raise InputError(
+                f"{which}the chat template of {self.name} does not take its messages ({reason(error)})"
+            ) from error
+        return str(text).removeprefix(self._first)
+
+    @cached_property
+    def frame(self) -> Frame:
+        """What stands around a user's message without any system message but the template's own.
+
+        Raises:
+            InputError: there is no template, or it does not write the user's message.
+        """
+        return self._around([])
+
+    def turns(self, messages: Sequence[Message], query: str = "") -> list[Parts]:
+        """Each message of the user that has text, with the system message alone, in the template.
+
+        Raises:
+            InputError: there is no template, or it refuses the messages.
+        """
+        frame = self._around([message for message in messages if message["role"] in SYSTEM], query)
+        asked = (content(message) for message in messages if message["role"] == "user")
+        plain = self.frame.before
+        return [Parts(frame.before, text, frame.after, plain) for text in asked if text.strip()]
+
+    def _around(self, system: Sequence[Message], query: str = "") -> Frame:
+        text = self.text([*system, {"role": "user", "content": MARK}], query)
+        before, found, after = text.partition(MARK)
+        if not found:
+            raise InputError(f"{self.name}: expected a chat template that writes the user's message")
+        return Frame(before, after)
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages whose content is one text, since most templates know no parts."""
+    return [{**message, "content": content(message)} for message in messages]

@@ -1,0 +1,254 @@
+"""Trains two development libraries of conversations: `python -m scripts.library.conversations [LIBRARY ...]`.
+
+- chat: nine adapters of the embedded base model, by chat SFT in its own template.
+- chat_otherbase: three such adapters of Gemma 3 270M in Gemma's template, which knows no system message, and
+  three in an Alpaca frame.
+
+Each is a folder of output/development with the adapters in library/, the conversations in queries.jsonl, and
+what is known of them in labels.csv and scores.csv. Resumable and seeded like scripts/library/development.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from router.model.base import EMBEDDED, Base, load_base
+from router.submission import write_table
+from scripts.bench.score import labelled
+from scripts.library.development import GAIN, LABELS, OUTPUT, gemma, note
+from scripts.library.tasks import Item, Task, all_tasks, families, split
+from scripts.library.tasks.conversations import (
+    ALPACA,
+    COMPANY,
+    FOLLOW_UPS,
+    JOBS,
+    OTHER,
+    SMALL_TALK,
+    Job,
+    Message,
+)
+from scripts.library.train import ATTENTION, MLP, QV, SEED, Expert, accuracy, train
+
+TASKS: Mapping[str, Task] = all_tasks() | {task.name: task for task in families.TASKS}
+SIZES = {"unseen": 14, "moved": 8, "turns": 12, "follow": 8, "own": 16, "train": 300}
+FOREIGN = 4  # foreign queries of each kind, and under each adapter's own system message
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' -%}
+{% set first = messages[0]['content'] + '\\n\\n' %}{% set turns = messages[1:] -%}
+{% else %}{% set first = '' %}{% set turns = messages %}{% endif -%}
+{% for message in turns -%}
+{% set who = 'model' if message['role'] == 'assistant' else message['role'] -%}
+{% set text = (first if loop.first else '') + message['content'] -%}
+{{ '<start_of_turn>' + who + '\\n' + text + '<end_of_turn>\\n' -}}
+{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One library: the base model, its jobs, how each adapter is trained, and the template if it has none."""
+
+    jobs: Mapping[str, Job]
+    experts: Mapping[str, Expert]
+    template: str | None = None
+
+
+PLANS = {
+    "chat": Plan(
+        JOBS,
+        {
+            "chat_spanish": Expert(8, alpha=16, rate=3e-3, examples=176),
+            "chat_formal": Expert(8, ATTENTION, alpha=16, rate=3e-3, examples=144),
+            "chat_from_spanish": Expert(16, ATTENTION, alpha=32, rate=2e-3, examples=176),
+            "chat_pirate": Expert(8, alpha=16, rate=3e-3, examples=208),
+            "chat_shouting": Expert(8, MLP, alpha=16, rate=3e-3, examples=144),
+            "chat_device": Expert(8, alpha=16, rate=2e-3, examples=208),
+            "chat_headline": Expert(4, MLP, alpha=8, rate=4e-3, examples=128),
+            "chat_question": Expert(8, alpha=16, rate=3e-3, examples=144),
+            "chat_bullets": Expert(16, QV, alpha=16, rate=4e-3, examples=128),
+        },
+    ),
+    "chat_otherbase": Plan(
+        OTHER,
+        {
+            "chat_spanish": Expert(8, alpha=16, rate=2e-3, examples=160),
+            "alpaca_headline": Expert(8, ATTENTION, alpha=16, rate=3e-3, examples=128),
+            "chat_texting": Expert(4, alpha=8, rate=3e-3, examples=128),
+            "alpaca_pirate": Expert(16, QV, alpha=16, rate=4e-3, examples=144),
+            "chat_from_spanish": Expert(8, ATTENTION, alpha=16, rate=3e-3, examples=160),
+            "alpaca_device": Expert(8, alpha=16, rate=2e-3, examples=160),
+        },
+        GEMMA,
+    ),
+}  # fmt: skip
+
+
+def base_of(plan: Plan, folder: Path) -> Base:
+    """A fresh base model, with the library's template."""
+    base = load_base(gemma(folder.parent / "otherbase") if plan.template else EMBEDDED)
+    if plan.template:
+        base.tokenizer.chat_template = plan.template
+    return base
+
+
+def written(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """A conversation as the model reads it, without the token that the tokenizer puts before any text."""
+    if messages[0]["role"] == "alpaca":
+        return ALPACA.format(messages[0]["content"])
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return text.removeprefix(tokenizer.bos_token or "\0") if tokenizer("")["input_ids"] else text
+
+
+def told(job: Job, ways: Sequence[str], items: Sequence[Item], *between: Message) -> list[list[Message]]:
+    """Each item in one of the ways to tell the job."""
+    if job.style == "alpaca":
+        contents = (ways[n % len(ways)].format(job.content.format(**i.fields)) for n, i in enumerate(items))
+        return [[{"role": "alpaca", "content": content}] for content in contents]
+    return [job.messages(ways[n % len(ways)], item.fields, *between) for n, item in enumerate(items)]
+
+
+def _turns(content: str, answer: str) -> tuple[Message, Message]:
+    return {"role": "user", "content": content}, {"role": "assistant", "content": answer}
+
+
+Row = tuple[str, str, list[Message], str, str]  # task, split, messages, metric, target
+
+
+def asked(name: str, jobs: Mapping[str, Job], rng: random.Random) -> Iterator[Row]:
+    """The labelled conversations of one adapter."""
+    job = jobs[name]
+    parts = split(TASKS[job.task], SEED, SIZES)
+    for part, ways in (("own", job.told), ("unseen", job.reworded), ("moved", job.moved)):
+        if ways:
+            for messages, item in zip(told(job, ways, parts[part]), parts[part], strict=True):
+                yield name, "own" if part == "own" else "unseen", messages, "em", item.answer
+    if job.style == "alpaca":
+        return
+    others = [other for key, other in jobs.items() if other.style == "user" and key != name]
+    for n, item in enumerate(parts["turns"]):
+        if n % 2:
+            turns = [turn for pair in rng.sample(SMALL_TALK, 1 + n % 3) for turn in _turns(*pair)]
+        else:
+            other = rng.choice(others)
+            [before] = split(TASKS[other.task], SEED + n, {"one": 1})["one"]
+            [first] = told(other, other.told, [before])
+            turns = [*_turns(first[-1]["content"], before.answer)]
+        [messages] = told(job, job.told, [item], *turns)
+        yield name, "turns", messages, "em", item.answer
+    for n, item in enumerate(parts["follow"]):
+        [messages] = told(job, job.told, [item])
+        more = [{"role": "assistant", "content": item.answer}, {"role": "user", "content": FOLLOW_UPS[n % 5]}]
+        yield name, "follow", [*messages, *more], "none", ""
+
+
+def foreign(jobs: Mapping[str, Job], rng: random.Random) -> Iterator[Row]:
+    """Conversations that no adapter fits: without a system message, and under those of adapters."""
+    rows = labelled("eval_foreign")
+    systems = {job.told[0] for job in jobs.values() if job.style == "system"} | {COMPANY}
+    alpaca = any(job.style == "alpaca" for job in jobs.values())
+    for kind, part in rows.groupby("task"):
+        drawn = part.sample(min(len(part), FOREIGN * (2 + len(systems))), random_state=SEED)
+        for n, (_, row) in enumerate(drawn.iterrows()):
+            message = {"role": "user", "content": row["input"]}
+            if n < 2 * FOREIGN:
+                if alpaca and n % 2:
+                    yield str(kind), "none", [message | {"role": "alpaca"}], row["metric"], row["target"]
+                    continue
+                talk = _turns(*rng.choice(SMALL_TALK)) if n % 4 == 3 else ()
+                yield str(kind), "none", [*talk, message], row["metric"], row["target"]
+            elif n < 2 * FOREIGN + len(systems):
+                head = {"role": "system", "content": sorted(systems)[n - 2 * FOREIGN]}
+                yield str(kind), "under", [head, message], row["metric"], row["target"]
+
+
+def changed(jobs: Mapping[str, Job]) -> Iterator[Row]:
+    """A foreign question after an adapter's job, where the job is told by the user: the base model's."""
+    rows = labelled("eval_foreign")
+    rows = rows[rows["task"].isin(["chat_question", "code_question", "other_language", "writing_request"])]
+    users = [job for job in jobs.values() if job.style == "user"]
+    for n, (_, row) in enumerate(rows.sample(24, random_state=SEED).iterrows()):
+        job = users[n % len(users)]
+        [item] = split(TASKS[job.task], SEED + n, {"one": 1})["one"]
+        [messages] = told(job, job.told, [item])
+        more = [{"role": "assistant", "content": item.answer}, {"role": "user", "content": row["input"]}]
+        yield str(row["task"]), "change", [*messages, *more], row["metric"], row["target"]
+
+
+def write_queries(folder: Path, jobs: Mapping[str, Job]) -> None:
+    """Writes the conversations, shuffled, and their labels apart."""
+    rng = random.Random(SEED)
+    rows = [row for name in jobs for row in asked(name, jobs, rng)]
+    rows += [*foreign(jobs, rng), *changed(jobs)]
+    rng.shuffle(rows)
+    with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
+        for n, (_, _, messages, _, _) in enumerate(rows):
+            if messages[0]["role"] == "alpaca":
+                line: dict[str, Any] = {"id": str(n), "input": ALPACA.format(messages[0]["content"])}
+            else:
+                line = {"id": str(n), "messages": messages}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    labels = [(n, task, part, metric, target) for n, (task, part, _, metric, target) in enumerate(rows)]
+    write_table(folder / "labels.csv", LABELS, labels)
+
+
+def build(name: str, plan: Plan, folder: Path, base: Base) -> dict[str, object]:
+    """Trains and writes one adapter, which stands in the folder only once finished; returns its scores."""
+    job, expert = plan.jobs[name], plan.experts[name]
+    parts = split(TASKS[job.task], SEED, SIZES)
+    end = "<end_of_turn>" if plan.template and job.style != "alpaca" else ""
+    examples = [replace(item, answer=item.answer + end) for item in parts["train"][: expert.examples]]
+
+    def prompts(ways: Sequence[str], items: Sequence[Item]) -> list[str]:
+        return [written(base.tokenizer, messages) for messages in told(job, ways, items)]
+
+    items = [replace(item, choices=None) for item in parts["own"]]
+    reworded = [replace(item, choices=None) for item in parts["unseen"]]
+    before = accuracy(base.model, base.tokenizer, prompts(job.told, items), items)
+    started = time.perf_counter()
+    model = train(base, expert, prompts(job.told, examples), examples, name)
+    seconds = round(time.perf_counter() - started)
+    own = accuracy(model, base.tokenizer, prompts(job.told, items), items)
+    unseen = accuracy(model, base.tokenizer, prompts(job.reworded, reworded), reworded)
+    work = folder / f".{name}.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    model.peft_config["default"].base_model_name_or_path = base.name
+    model.save_pretrained(str(work), save_embedding_layers=False)
+    if plan.template and job.style != "alpaca":  # as TRL saves it
+        (work / "chat_template.jinja").write_text(plan.template, "utf-8")
+    shutil.rmtree(folder / name, ignore_errors=True)
+    work.rename(folder / name)
+    if own - before < GAIN:
+        print(f"{name}: learned too little; change how it is trained, or the job", flush=True)
+    return {"adapter": name, "base": before, "own": own, "unseen": unseen, "seconds": seconds}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("libraries", nargs="*", help=f"of {', '.join(PLANS)}; all if none")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args()
+    if unknown := set(args.libraries) - set(PLANS):
+        parser.error(f"unknown libraries {sorted(unknown)}; known are {', '.join(PLANS)}")
+    for name in args.libraries or PLANS:
+        folder, plan = args.output / name, PLANS[name]
+        library = folder / "library"
+        library.mkdir(parents=True, exist_ok=True)
+        write_queries(folder, plan.jobs)
+        if plan.template:
+            (folder / "template.jinja").write_text(plan.template, "utf-8")
+        for job in plan.experts:
+            if not (library / job / "adapter_model.safetensors").exists():
+                row = build(job, plan, library, base_of(plan, folder))  # no trace of the last adapter
+                note(folder / "scores.csv", row)
+                print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Conversations: read from JSON lines, routed and answered in the base model's template, refused by row."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from helpers import QUERIES as ROWS
+from helpers import method_of
+from router.api import Router
+from router.errors import InputError
+from router.library.adapters import load_library
+from router.main import main
+from router.methods.proto_route import SHARED, decided
+from router.model.frames import BARE
+from router.result import Routing
+from router.routing.evidence import Evidence
+from router.submission import Query, read_queries
+
+PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
+PROMPTS = [Query(*row[:3]) for row in ROWS if row[2] == "generation"]
+HI = [{"role": "user", "content": "hi"}]
+
+
+def file_of(tmp_path, *lines):
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_lines_are_conversations_and_prompts(tmp_path):
+    first, second, third = read_queries(
+        file_of(
+            tmp_path,
+            {"id": "a", "messages": [{"role": "system", "content": "S"}, *HI]},
+            "",
+            {"input": "1 + 1 =", "eval_type": "multiple_choice", "answer_choices": ["2", "3"]},
+            {"id": 7, "input": "x", "more": None},
+        )
+    )
+    assert (first.id, first.input, first.conversation[1:]) == ("a", "system: S\nuser: hi", HI)
+    assert second == Query("3", "1 + 1 =", "multiple_choice", ("2", "3")) and not second.conversation
+    assert third == Query("7", "x", "generation")
+
+
+BAD = {
+    "no JSON": ("{", "JSON object"),
+    "a list": ([1], "JSON object"),
+    "both": ({"messages": HI, "input": "x"}, "`messages` or `input`, got both"),
+    "neither": ({"id": 1}, "got neither"),
+    "empty": ({"messages": []}, "list of messages"),
+    "a text": ({"messages": "hi"}, "list of messages"),
+    "no role": ({"messages": [{"content": "x"}]}, "role"),
+    "a role": ({"messages": [{"role": "bot", "content": "x"}]}, "'bot'"),
+    "content": ({"messages": [{"role": "user", "content": 7}]}, "message 1"),
+    "no user": ({"messages": [{"role": "system", "content": "x"}]}, "of the user"),
+    "blank": ({"messages": [{"role": "user", "content": " "}]}, "of the user"),
+    "answered": ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, "the assistant's"),
+    "megabytes": ({"messages": [{"role": "user", "content": "x" * (5 << 20)}]}, "characters"),
+    "an id": ({"id": [], "messages": HI}, "id"),
+    "a kind": ({"input": "x", "eval_type": "essay"}, "eval_type"),
+    "no choices": ({"input": "x", "eval_type": "multiple_choice"}, "answer_choices"),
+    "odd choices": ({"input": "x", "eval_type": "multiple_choice", "answer_choices": "ab"}, "answer_choices"),
+    "no text": ({"input": 7}, "input"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_line_is_named(tmp_path, kind):
+    line, cause = BAD[kind]
+    with pytest.raises(InputError, match="line 2") as told:
+        read_queries(file_of(tmp_path, {"messages": HI}, line))
+    assert cause in str(told.value) and len(str(told.value)) < 400
+
+
+def test_ids_stand_once_and_files_are_not_empty(tmp_path):
+    with pytest.raises(InputError, match="stands on line 1 too"):
+        read_queries(file_of(tmp_path, {"id": "a", "messages": HI}, {"id": "a", "input": "x"}))
+    with pytest.raises(InputError, match="at least one"):
+        read_queries(file_of(tmp_path, ""))
+    (tmp_path / "talks.jsonl").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_queries(tmp_path / "talks.jsonl")
+
+
+@pytest.fixture()
+def command(tmp_path, tiny_base, tiny_library):
+    template = tmp_path / "template.jinja"
+    template.write_text(PLAIN)
+
+    def run(*lines, given=("--chat_template", str(template))):
+        return main(
+            ["-m", "proto_route", "--dataset_filepaths", str(file_of(tmp_path, *lines)), "--adapters",
+             str(tiny_library), "--base_model", str(tiny_base), "--output_folder", str(tmp_path / "out"),
+             "--device", "cpu", "--dtype", "float32", "--max_gen_len", "4", "--quiet", *given]
+        )  # fmt: skip
+
+    return run
+
+
+def test_a_run_answers_a_conversation_as_its_text_in_the_template(command, tmp_path):
+    talk = [{"role": "system", "content": "S"}, *HI, {"role": "assistant", "content": "a"}, *HI]
+    assert (
+        command({"messages": talk}, {"input": "system: S\nuser: hi\nassistant: a\nuser: hi\nassistant: "})
+        == 0
+    )
+    with (tmp_path / "out" / "talks.csv").open() as file:
+        talked, _ = csv.DictReader(file)
+    assert talked["prediction"] and (tmp_path / "out" / "talks.routing.csv").exists()
+    evidence = Evidence.load(tmp_path / "out" / "talks.evidence.safetensors")
+    assert evidence.frames == [["user: ", "\nassistant: "], ["", ""]] and evidence.frame.tolist() == [0, 1]
+    assert "hi" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_without_a_template_a_conversation_is_refused_with_its_id(command, tmp_path, capsys):
+    assert command({"id": "q9", "messages": HI}, given=()) == 2
+    assert "query q9" in (said := capsys.readouterr().err) and "--chat_template" in said
+    assert not list((tmp_path / "out").glob("*.csv"))
+
+
+@pytest.fixture()
+def method(base, tiny_library, tmp_path):
+    (tmp_path / "template.jinja").write_text(PLAIN)
+
+    def make(**settings):
+        how = {"chat_template": tmp_path / "template.jinja", "output_folder": tmp_path / "out"} | settings
+        return method_of("proto_route", base, load_library([str(tiny_library)]), **how)
+
+    return make
+
+
+def queries_of(*texts, system=None):
+    head = [{"role": "system", "content": system}] if system else []
+    talks = [[*head, {"role": "user", "content": text}] for text in texts]
+    return [
+        Query(str(n), text, "generation", (), json.dumps(talk))
+        for n, (text, talk) in enumerate(zip(texts, talks, strict=True))
+    ]
+
+
+def test_a_frame_that_is_told_is_that_of_a_template(method):
+    texts = [query.input for query in PROMPTS]
+    framed = [Query(str(n), f"user: {text}\nassistant: ", "generation") for n, text in enumerate(texts)]
+    by_template, by_flag = method(), method(chat_template=None, frame="user: {input}\nassistant: ")
+    talks = queries_of(*texts)
+    found = [
+        of.route(some, of.encoded(some)).weights for of, some in ((by_template, talks), (by_flag, framed))
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+def test_bare_prompts_are_decided_as_without_conversations_beside_them(method):
+    prompts = list(PROMPTS)
+    alone, mixed = method(), method()
+    together = [*queries_of("a", "b"), *prompts]
+    found = mixed.route(together, mixed.encoded(together)).weights[2:]
+    np.testing.assert_allclose(found, alone.route(prompts, alone.encoded(prompts)).weights, atol=1e-6)
+
+
+def test_a_system_message_that_many_share_is_a_frame_too(method):
+    texts = [f"question {n}" for n in range(SHARED)]
+    few, many = queries_of(*texts[1:], system="Be kind."), queries_of(*texts, system="Be kind.")
+    found = method()
+    assert not any(read.shared for turns in found.turns(few) for read in turns)
+    frames = {read.shared for turns in found.turns(many) for read in turns}
+    assert frames == {("system: Be kind.\nuser: ", "\nassistant: ")}
+    routing = found.route(many, found.encoded(many))
+    plain = found.route(few, found.encoded(few))  # by now the frame is known
+    np.testing.assert_allclose(routing.weights[1:], plain.weights, atol=1e-6)
+    np.testing.assert_allclose(routing.weights.sum(1), 1)
+    assert set(found.fits) == {BARE, ("user: ", "\nassistant: "), *frames}
+
+
+def routing_of(*scores):
+    scores = np.array(scores, np.float32)
+    rest = np.zeros((len(scores), 1), np.float32)
+    evidence = Evidence(
+        ["a", "b"], ["m"], scores[:, :2], scores[:, :2], scores[:, 2], rest[:, 0], rest, rest[:, 0]
+    )
+    return Routing(np.eye(3)[scores.argmax(1)], evidence)
+
+
+@pytest.mark.parametrize(
+    ("turns", "row"),
+    [
+        ([(9, 0, 1), (0, 0, 1)], 0),  # a follow-up says nothing
+        ([(9, 0, 1), (0, 0, 5)], 1),  # a foreign question
+        ([(9, 0, 1), (0, 9, 1)], 1),  # another job
+        ([(0, 0, 1), (9, 0, 1)], 1),  # a job after small talk
+        ([(9, 0, 1), (0, 0, 1), (0, 1, 0), (5, 0, 0)], 3),
+        ([(0, 0, 1), (2, 0, 1)], 0),
+    ],
+)
+def test_a_conversation_stays_until_another_candidate_clearly_leads(turns, row):
+    routing = routing_of(*turns, (0, 0, 1))
+    found = decided(routing, [len(turns), 1])
+    np.testing.assert_array_equal(found.evidence.scores[0], routing.evidence.scores[row])
+    np.testing.assert_array_equal(found.weights[1], routing.weights[-1])
+
+
+def test_python_takes_texts_and_conversations(tiny_base, tiny_library, tmp_path):
+    (tmp_path / "template.jinja").write_text(PLAIN)
+    router = Router.from_library(
+        tiny_library, base_model=str(tiny_base), device="cpu", dtype="float32", max_gen_len=4,
+        chat_template=tmp_path / "template.jinja",
+    )  # fmt: skip
+    asked = ["1 + 1 =", HI, tuple(HI)]
+    weights = router.route(asked).to_numpy()
+    np.testing.assert_array_equal(weights[1], weights[2])
+    assert len(router.answer(asked)) == 3
+    router.fit(asked).save(tmp_path / "saved")
+    loaded = Router.load(tmp_path / "saved", device="cpu")
+    assert loaded.choose(asked) == router.choose(asked)
+    assert [choice.weights for choice in loaded.choose([HI])] == [
+        choice.weights for choice in router.choose([HI])
+    ]
+    with pytest.raises(InputError, match="text 2, message 1"):
+        router.route(["x", [{"role": "bot"}]])
