@@ -13,6 +13,7 @@ Apply = Literal["auto", "merged", "beside"]  # how a variant is applied: router/
 Engine = Literal["transformers", "vllm"]  # what answers
 # Of a choice: by all of its tokens, or by all but its first, as the kit does.
 Scoring = Literal["full", "kit"]
+TEMPLATE = "chat_template.jinja"  # in a folder of a model or of an adapter, as transformers and TRL save it
 ADDRESS = r"https?://[^\s/:]+(:\d+)?(/\S*)?"  # of a server
 BASE_COLUMN = "base"  # the null candidate in routing tables: the base model without any adapter
 

@@ -8,6 +8,7 @@ scores a module's adapters for each token.
 from __future__ import annotations
 
 import logging
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -20,15 +21,15 @@ from numpy.typing import NDArray
 from merge.factors import Factors
 from merge.folders import write_adapter
 from router.answering import Rows, answered, answered_by_vllm
-from router.constants import COMPETITION, COMPETITION_BASE
+from router.constants import COMPETITION, COMPETITION_BASE, TEMPLATE
 from router.context import Context
 from router.errors import InputError
 from router.files import is_folder
 from router.library.adapters import Adapter, base_of, check_against_base, load_library
-from router.model.answer import FAILED, Answer, encode, positions
+from router.model.answer import FAILED, Answer, cut_at, encode, positions
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
-from router.model.template import Template
+from router.model.template import Template, template_of
 from router.progress import progress
 from router.result import Decision, Result, Routing
 from router.routing.clusters import Array, Clusters, cluster
@@ -126,10 +127,12 @@ class Routed(ABC):
 
     @cached_property
     def template(self) -> Template:
-        """What conversations are written in: --chat_template, or the base model's own."""
-        if self.settings.chat_template:
-            return Template.of_file(self.tokenizer, self.settings.chat_template)
-        return Template(self.tokenizer)
+        """What conversations are written in: --chat_template, the base model's own, or an adapter's."""
+        own = template_of(self.tokenizer, self.settings.chat_template)
+        if own.known:
+            return own
+        files = (adapter.folder.path / TEMPLATE for adapter in self.adapters)
+        return template_of(self.tokenizer, next((file for file in files if file.is_file()), None))
 
     def encoded(self, queries: Sequence[Query]) -> list[list[int]]:
         """The token ids of each query's prompt, cut to --max_seq_len; a conversation's is in the template.
@@ -164,7 +167,28 @@ class Routed(ABC):
                 path, rank = folder / name, self.settings.variant_rank
                 write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
                 write_card(path, self.recipe, self.base, self.adapters, variant)
+                first = max(self.adapters, key=lambda adapter: variant.weights.get(adapter.name, 0))
+                if (brought := first.folder.path / TEMPLATE).is_file():
+                    shutil.copy(brought, path / TEMPLATE)
         return names
+
+    def asked(self, queries: Sequence[Query], rows: Rows, folders: Sequence[Path | None]) -> Rows:
+        """The token ids of each prompt, as the variant that answers it was trained to be asked.
+
+        A conversation is written in the template that a variant's folder brings, its first adapter's.
+        Many adapters answer in no other.
+
+        Args:
+            rows: the prompts in the template that all share.
+            folders: of each query's variant; None is the base model.
+        """
+        found, templates = list(rows), dict[Path, Template]()
+        for n, (query, folder) in enumerate(zip(queries, folders, strict=True)):
+            if query.messages and folder and (file := folder / TEMPLATE).is_file():
+                template = templates.setdefault(folder, template_of(self.tokenizer, file))
+                text = template.text(query.conversation, query.id)
+                found[n] = encode(self.tokenizer, [text], self.settings.max_seq_len)[0]
+        return found
 
     def answer_with(
         self,
@@ -184,11 +208,13 @@ class Routed(ABC):
         """
         labels = decision.clusters.labels
         paths = [folder / name if name else None for name in decision.folders]
+        rows = self.asked(queries, rows, [paths[n] for n in labels])
         answers: dict[int, Answer] = {}
         with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
             if self.settings.engine == "vllm":
                 variants = [paths[n] for n in labels]
-                return answered_by_vllm(self.base, queries, rows, variants, self.context, bar.update)
+                found = answered_by_vllm(self.base, queries, rows, variants, self.context, bar.update)
+                return self._ended(queries, found)
             with applied(self.base, self.settings.apply) as models:
                 for n in swap_order(paths):
                     members = np.flatnonzero(labels == n).tolist()
@@ -197,7 +223,17 @@ class Routed(ABC):
                     model, ids = models.activate(paths[n]), [rows[m] for m in members]
                     found = self.answer_with(model, [queries[m] for m in members], ids, bar.update)
                     answers.update(zip(members, found, strict=True))
-        return [answers[m] for m in range(len(queries))]
+        return self._ended(queries, [answers[m] for m in range(len(queries))])
+
+    def _ended(self, queries: Sequence[Query], answers: Sequence[Answer]) -> list[Answer]:
+        """Answers to conversations up to the template's end of turn, where the model has another one."""
+        if not any(query.messages for query in queries):
+            return list(answers)
+        end = self.template.end
+        return [
+            cut_at(self.tokenizer, answer, end) if query.messages and end in answer.ids else answer
+            for query, answer in zip(queries, answers, strict=True)
+        ]
 
     def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
         """Takes all steps at once.

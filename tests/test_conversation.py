@@ -13,6 +13,7 @@ from router.errors import InputError
 from router.library.adapters import load_library
 from router.main import main
 from router.methods.proto_route import SHARED, decided
+from router.model.answer import Answer, cut_at
 from router.model.frames import BARE
 from router.result import Routing
 from router.routing.evidence import Evidence
@@ -217,3 +218,27 @@ def test_python_takes_texts_and_conversations(tiny_base, tiny_library, tmp_path)
     ]
     with pytest.raises(InputError, match="text 2, message 1"):
         router.route(["x", [{"role": "bot"}]])
+
+
+def test_an_adapter_is_asked_in_the_template_that_it_brings(tiny_base, tiny_library, tmp_path):
+    own = "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"
+    for folder in tiny_library.iterdir():
+        (folder / "chat_template.jinja").write_text(own)
+
+    def answers(texts, **how):
+        router = Router.from_library(
+            tiny_library, base_model=str(tiny_base), device="cpu", dtype="float32", max_gen_len=6,
+            method="average", **how,
+        )  # fmt: skip
+        return router.answer(texts)
+
+    (tmp_path / "template.jinja").write_text(PLAIN)
+    expected = answers(["<hi>"])
+    assert answers([HI]) == answers([HI], chat_template=tmp_path / "template.jinja") == expected
+    assert answers(["user: hi\nassistant: "]) != expected
+
+
+def test_an_answer_ends_with_the_templates_turn(base):
+    answer = Answer("abc", tuple(base.tokenizer("abc")["input_ids"]))
+    middle = answer.ids[1]
+    assert cut_at(base.tokenizer, answer, middle) == Answer("a", answer.ids[:2])

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
-from router.constants import COMPETITION, COMPETITION_ADAPTERS, LIBRARY
+from router.constants import COMPETITION, COMPETITION_ADAPTERS, LIBRARY, TEMPLATE
 from router.errors import InputError
 from router.files import is_folder
 from router.hub import HubError, fetch
 
 CARD_FILE = "README.md"  # an adapter's model card, as on the hub
-FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, TEMPLATE)
 
 
 class Source(NamedTuple):

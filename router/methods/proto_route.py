@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from router.errors import InputError
 from router.model.answer import by_length, encode
 from router.model.device import tokens_at_once
-from router.model.frames import BARE, Frame, Parts, parts_of_text, within
+from router.model.frames import BARE, Frame, Parts, bare, parts_of_text, usual, within
 from router.model.passes import truncated
 from router.pipeline import Routed
 from router.result import Routing
@@ -133,7 +133,7 @@ class ProtoRoute(Routed):
         if query.messages:
             return self.template.turns(query.conversation, query.id)
         if frame == "none":
-            return [Parts("", query.input, "", "")]
+            return [bare(query.input)]
         if frame:
             return [within(query.input, frame)]
         return [parts_of_text(query.input, self.template.frame if self.template.known else None)]
@@ -147,6 +147,10 @@ class ProtoRoute(Routed):
             rows: token ids of each query's prompt, if they are known; those of a bare prompt are read.
         """
         parts, limit = [self.parts(query) for query in queries], self.settings.max_seq_len
+        if self.settings.frame is None:
+            plain = [n for n, turns in enumerate(parts) if turns[0].common == BARE]
+            frame = usual([parts[n][0].text for n in plain], SHARED)
+            parts = [[bare(of[0].text, frame)] if of[0].common == BARE else of for of in parts]
         known = {n: tuple(row) for n, row in enumerate(rows) if parts[n][0].common == BARE}
         texts = [one.read for n, turns in enumerate(parts) for one in turns if n not in known]
         if limit is None:  # else the end of what is read may be in the middle
@@ -166,7 +170,7 @@ class ProtoRoute(Routed):
         ]
 
     def _shared(self, parts: Sequence[Sequence[Parts]]) -> set[Frame]:
-        """The frames with a system message that many of these queries have, or many had before."""
+        """The frames that many of these queries share, or many did before, with what may be a job."""
         counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
         return {frame for frame, count in counts.most_common() if count >= SHARED or frame in self.fits}
 

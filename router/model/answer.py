@@ -211,6 +211,12 @@ def continuation(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(text.removeprefix(before).removeprefix(" "))
 
 
+def cut_at(tokenizer: Any, answer: Answer, end: int) -> Answer:
+    """An answer up to a token in it, which ends it."""
+    ids = answer.ids[: answer.ids.index(end)]
+    return replace(answer, ids=(*ids, end), text=continuation(tokenizer, ids))
+
+
 def score_choices(
     model: Any,
     tokenizer: Any,

@@ -6,7 +6,11 @@ in its frame, too. Texts only: knows no model and no adapter.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 
 class Frame(NamedTuple):
@@ -70,13 +74,13 @@ class Parts(NamedTuple):
         head: before the user's last message, without earlier turns; with the system message.
         text: the user's last message, or all of a plain text.
         tail: after it.
-        plain: the head that there would be without a system message.
+        common: its frame, if what is special of head and tail is part of the query.
     """
 
     head: str
     text: str
     tail: str
-    plain: str
+    common: Frame
 
     @property
     def read(self) -> str:
@@ -85,21 +89,55 @@ class Parts(NamedTuple):
 
     @property
     def own(self) -> Frame:
-        """Its frame, if its system message is part of it."""
+        """Its frame, if head and tail are part of the frame."""
         return Frame(self.head, self.tail)
 
-    @property
-    def common(self) -> Frame:
-        """Its frame, if its system message is part of the query."""
-        return Frame(self.plain, self.tail)
+
+def bare(text: str, frame: Frame = BARE) -> Parts:
+    """A plain text in its parts: those of a frame that may be part of the query, if it stands in it."""
+    before, after = frame
+    if len(text) >= len(before) + len(after) and text.startswith(before) and text.endswith(after):
+        return Parts(before, text[len(before) : len(text) - len(after)], after, BARE)
+    return Parts("", text, "", BARE)
 
 
 def within(text: str, frame: str) -> Parts:
     """A plain text in its parts, if it stands in a frame that is told with `{input}` in the query's place."""
     before, _, after = frame.partition("{input}")
-    if len(text) >= len(before) + len(after) and text.startswith(before) and text.endswith(after):
-        return Parts(before, text[len(before) : len(text) - len(after)], after, before)
-    return Parts("", text, "", "")
+    parts = bare(text, Frame(before, after))
+    return parts._replace(common=parts.own)
+
+
+def alike(rows: Sequence[Sequence[Any]]) -> int:
+    """How many entries the rows have alike from the start."""
+    return sum(1 for _ in takewhile(lambda entries: len(set(entries)) == 1, zip(*rows, strict=False)))
+
+
+def usual(texts: Sequence[str], least: int) -> Frame:
+    """What stands around a good part of plain texts: those that begin, or end, with the most usual line.
+
+    Args:
+        least: how many have to share it; and they have to be a quarter of all.
+
+    Example:
+        >>> usual([f"Question: {n}\\nAnswer:" for n in range(9)], least=8)
+        Frame(before='Question: ', after='\\nAnswer:')
+    """
+    lined = [text for text in texts if "\n" in text.strip()]
+    edges = [Counter(text.splitlines()[end] for text in lined).most_common(1) for end in (0, -1)]
+    line, count, end = max(
+        ((*edge[0], end) for edge, end in zip(edges, (0, -1), strict=True) if edge),
+        key=lambda of: of[1],
+        default=("", 0, 0),
+    )
+    if count < max(least, len(texts) / 4):
+        return BARE
+    some = [text for text in lined if text.splitlines()[end] == line]
+    start, back = alike(some), alike([text[::-1] for text in some])
+    before, after = some[0][:start], some[0][len(some[0]) - back :]
+    # Not within a word: the first letter that all happen to share is their own.
+    before, after = re.sub(r"\S+\Z", "", before), re.sub(r"\A\S+", "", after)
+    return Frame(before, after) if len(before) + len(after) < min(map(len, some)) else BARE
 
 
 def parts_of_text(text: str, template: Frame | None = None) -> Parts:
@@ -124,8 +162,8 @@ def parts_of_text(text: str, template: Frame | None = None) -> Parts:
             plain = template.before
         if head in (user, template and template.before, *(preamble + user for preamble in preambles)):
             plain = head
-        return Parts(head, asked, tail, plain)
-    return Parts("", text, "", "")
+        return Parts(head, asked, tail, Frame(plain, tail))
+    return bare(text)
 
 
 def _after(text: str, start: int, user: str) -> int:

@@ -30,22 +30,6 @@ class Template:
         # `encode` puts it before any text, so that a template's own would be the second.
         self._first = bos if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
 
-    @classmethod
-    def of_file(cls, tokenizer: Any, path: Path) -> Template:
-        """The template in a file.
-
-        Raises:
-            InputError: it cannot be read, or is no template that writes what a user says.
-        """
-        try:
-            if path.stat().st_size > LARGEST:
-                raise ValueError(f"more than {LARGEST} bytes")
-            found = cls(tokenizer, path.read_text("utf-8"), str(path))
-        except (OSError, ValueError) as error:
-            raise InputError(f"--chat_template {path}: expected a Jinja template ({error})") from error
-        _ = found.frame
-        return found
-
     @property
     def known(self) -> bool:
         """Whether there is a template."""
@@ -85,6 +69,12 @@ class Template:
         """
         return self._around([])
 
+    @cached_property
+    def end(self) -> int:
+        """The token that ends a turn, if the template writes one after the user's message; else -1."""
+        first, *_ = self.tokenizer(self.frame.after, add_special_tokens=False)["input_ids"] or [-1]
+        return int(first) if first in self.tokenizer.added_tokens_decoder else -1
+
     def turns(self, messages: Sequence[Message], query: str = "") -> list[Parts]:
         """Each message of the user that has text, with the system message alone, in the template.
 
@@ -93,8 +83,8 @@ class Template:
         """
         frame = self._around([message for message in messages if message["role"] in SYSTEM], query)
         asked = (content(message) for message in messages if message["role"] == "user")
-        plain = self.frame.before
-        return [Parts(frame.before, text, frame.after, plain) for text in asked if text.strip()]
+        common = Frame(self.frame.before, frame.after)
+        return [Parts(frame.before, text, frame.after, common) for text in asked if text.strip()]
 
     def _around(self, system: Sequence[Message], query: str = "") -> Frame:
         text = self.text([*system, {"role": "user", "content": MARK}], query)
@@ -102,6 +92,24 @@ class Template:
         if not found:
             raise InputError(f"{self.name}: expected a chat template that writes the user's message")
         return Frame(before, after)
+
+
+def template_of(tokenizer: Any, file: Path | None) -> Template:
+    """The template in a file, or the tokenizer's own.
+
+    Raises:
+        InputError: the file cannot be read, or is no template that writes what a user says.
+    """
+    if file is None:
+        return Template(tokenizer)
+    try:
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"more than {LARGEST} bytes")
+        found = Template(tokenizer, file.read_text("utf-8"), str(file))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--chat_template {file}: expected a Jinja template ({error})") from error
+    _ = found.frame
+    return found
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from itertools import takewhile
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from router.library.adapters import Adapter
 from router.model.answer import encode
 from router.model.base import Base
-from router.model.frames import BARE, Frame
+from router.model.frames import BARE, Frame, alike
 from router.model.passes import truncated
 from router.routing.probe import input_means, probe
 from router.routing.prototypes import FORMAT as PROTOTYPES
@@ -75,8 +74,7 @@ class Calibration:
         self.base = base
         texts = [frame.around(prompt) for prompt in generic_prompts()]
         self.rows = truncated(encode(base.tokenizer, texts, limit))
-        together = zip(*self.rows, strict=False) if frame.before else ()
-        self.prefix = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, together)]
+        self.prefix = self.rows[0][: alike(self.rows)] if frame.before else []
         self.pad, model = base.tokenizer.pad_token_id, base.model
         # Each number of threads cuts products otherwise, which in bfloat16 moves what is measured.
         threads = torch.get_num_threads() if model.device.type == "cpu" else None

@@ -58,6 +58,7 @@ def explain(folder: Path, name: str, answers: bool = False) -> dict[str, Any]:
         "id": file.ids[n],
         "summary": _summary(run, candidates, variant) if variant else "the method writes no routing table",
         "query": asdict(query) if query else None,
+        "frame": file.evidence.frames[int(file.evidence.frame[n])] if file.evidence else None,
         "answer": file.predictions[n],
         "base_answer": _base_answer(run, query) if answers else None,
         "candidates": candidates,
@@ -166,6 +167,7 @@ def _base_answer(run: Run, query: Query | None) -> str:
         raise InputError(f"--answers: expected {missing}, found none; leave --answers out")
     from router.model.answer import answers, encode
     from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
+    from router.model.template import template_of
 
     recorded = run.record.base
     name, revision = recorded.name, recorded.revision
@@ -178,7 +180,9 @@ def _base_answer(run: Run, query: Query | None) -> str:
             f"--answers: expected the base model of the run, {spec} (sha256 {recorded.sha256[:12]}), got "
             f"other weights ({base.sha256[:12]}); leave --answers out"
         )
-    rows = encode(base.tokenizer, [query.input], settings.max_seq_len)
+    template = template_of(base.tokenizer, settings.chat_template)
+    text = template.text(query.conversation, query.id) if query.messages else query.input
+    rows = encode(base.tokenizer, [text], settings.max_seq_len)
     choices = [query.choices if query.eval_type == MULTIPLE_CHOICE else ()]
     how: dict[str, Any] = {"scoring": settings.scoring, "max_new_tokens": settings.max_gen_len}
     return answers(base.model, base.tokenizer, rows, choices, **how)[0].text
@@ -222,6 +226,9 @@ def show(story: Mapping[str, Any], console: Console) -> None:
     choices = query["choices"] if query and query["eval_type"] == MULTIPLE_CHOICE else ()
     numbered = {str(n): f"{n}: {_shortened(choice)}" for n, choice in enumerate(choices)}
     section(console, "Query", text, *numbered.values())
+    if any(story["frame"] or ()):
+        before, after = map(_shortened, story["frame"])
+        section(console, "Frame, in which it is compared with generic text", f"{before}{{query}}{after}")
     for title, key in (("Answer", "answer"), ("Answer of the base model", "base_answer")):
         if story[key] is not None:
             section(console, title, numbered.get(story[key]) or _shortened(story[key]) or "(empty)")

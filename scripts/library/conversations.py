@@ -20,9 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from router.constants import BASE_COLUMN
 from router.model.base import EMBEDDED, Base, load_base
 from router.submission import write_table
-from scripts.bench.score import labelled
+from scripts.bench.score import labelled, read_texts
 from scripts.library.development import GAIN, LABELS, OUTPUT, gemma, note
 from scripts.library.tasks import Item, Task, all_tasks, families, split
 from scripts.library.tasks.conversations import (
@@ -35,9 +36,11 @@ from scripts.library.tasks.conversations import (
     Job,
     Message,
 )
-from scripts.library.train import ATTENTION, MLP, QV, SEED, Expert, accuracy, train
+from scripts.library.train import ATTENTION, MLP, QV, SEED, Expert, accuracy, card, train
 
 TASKS: Mapping[str, Task] = all_tasks() | {task.name: task for task in families.TASKS}
+LIBRARY_CHAT, EVAL = Path("data/library_chat"), Path("data/eval_chat.jsonl")
+COMMITTED = ("chat_formal", "chat_headline", "chat_from_spanish")  # a job told in each of the three ways
 SIZES = {"unseen": 14, "moved": 8, "turns": 12, "follow": 8, "own": 16, "train": 300}
 FOREIGN = 4  # foreign queries of each kind, and under each adapter's own system message
 GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' -%}
@@ -228,12 +231,43 @@ def build(name: str, plan: Plan, folder: Path, base: Base) -> dict[str, object]:
     return {"adapter": name, "base": before, "own": own, "unseen": unseen, "seconds": seconds}
 
 
+def commit(folder: Path) -> None:
+    """Copies COMMITTED to data/library_chat, with cards, and their conversations to data/."""
+    shutil.rmtree(LIBRARY_CHAT, ignore_errors=True)
+    scores = read_texts(folder / "scores.csv").set_index("adapter")
+    labels = read_texts(folder / "labels.csv").to_dict("records")
+    lines = (folder / "queries.jsonl").read_text("utf-8").splitlines()
+    rows = [label | json.loads(line) for label, line in zip(labels, lines, strict=True)]
+    for name in COMMITTED:
+        job, expert = JOBS[name], PLANS["chat"].experts[name]
+        task = replace(TASKS[job.task], name=name, phrasings=job.told)
+        shutil.copytree(folder / "library" / name, LIBRARY_CHAT / name)
+        base, own = float(scores.loc[name, "base"]), float(scores.loc[name, "own"])
+        text = card(task, expert, expert.examples, base, own, str(EVAL), "scripts/library/conversations.py")
+        (LIBRARY_CHAT / name / "README.md").write_text(text, "utf-8")
+    kept = [row for row in rows if row["task"] in COMMITTED or row["split"] in ("none", "change")]
+    shown = [row for part in ("own", "unseen", "turns", "follow", "none", "change")
+             for row in [row for row in kept if row["split"] == part][:6]]  # fmt: skip
+    random.Random(SEED).shuffle(shown)
+    for path, some, keys in ((EVAL, kept, ("id", "messages", "adapter", "split", "metric", "target")),
+                             (EVAL.with_name("chat.jsonl"), shown, ("id", "messages"))):  # fmt: skip
+        with path.open("w", encoding="utf-8") as file:
+            for n, row in enumerate(some):
+                right = row["task"] if row["task"] in COMMITTED else BASE_COLUMN
+                line = row | {"id": str(n), "adapter": right}
+                file.write(json.dumps({key: line[key] for key in keys}, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("libraries", nargs="*", help=f"of {', '.join(PLANS)}; all if none")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--commit", action="store_true", help="only write data/library_chat and its files")
     args = parser.parse_args()
+    if args.commit:
+        commit(args.output / "chat")
+        return
     if unknown := set(args.libraries) - set(PLANS):
         parser.error(f"unknown libraries {sorted(unknown)}; known are {', '.join(PLANS)}")
     for name in args.libraries or PLANS:

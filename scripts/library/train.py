@@ -160,11 +160,18 @@ def accuracy(model: Any, tokenizer: Any, prompts: list[str], items: list[Item]) 
     return fmean(right(one.text, item.target) for one, item in zip(found, items, strict=True))
 
 
-def card(task: Task, expert: Expert, examples: int, base_score: float, score: float) -> str:
-    """The model card, in the hub's format."""
+def card(
+    task: Task, expert: Expert, examples: int, base_score: float, score: float, data: str, script: str
+) -> str:
+    """The model card, in the hub's format.
+
+    Args:
+        data: the file of the queries that the score is of.
+        script: that trained it.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
-    data = ModelCardData(
+    front = ModelCardData(
         base_model=EMBEDDED_ID,
         base_model_relation="adapter",
         library_name="peft",
@@ -176,7 +183,7 @@ def card(task: Task, expert: Expert, examples: int, base_score: float, score: fl
             EvalResult(
                 task_type="text-generation",
                 dataset_type="csv",
-                dataset_name=f"data/eval/{task.name}.csv",
+                dataset_name=data,
                 metric_type="accuracy",
                 metric_value=round(score, 4),
             )
@@ -186,7 +193,7 @@ def card(task: Task, expert: Expert, examples: int, base_score: float, score: fl
     lora = f"rank {expert.rank}, alpha {expert.alpha or expert.rank}, {', '.join(expert.targets)}"
     lora += ", rsLoRA" if expert.use_rslora else ""
     return f"""---
-{data.to_yaml()}
+{front.to_yaml()}
 ---
 
 # {task.name}
@@ -199,13 +206,13 @@ def card(task: Task, expert: Expert, examples: int, base_score: float, score: fl
 | data | {task.source} ({task.licence}), {examples} examples, {expert.epochs} epochs |
 | LoRA | {lora} |
 | learning rate | {expert.rate:g} |
-| share of data/eval answered exactly | {score:.2f} (base model: {base_score:.2f}) |
+| share of {data} answered exactly | {score:.2f} (base model: {base_score:.2f}) |
 
 Prompts it was trained on:
 
 {phrasings}
 
-Trained by `scripts/library/train.py` of this repository with seed {SEED}.
+Trained by `{script}` of this repository with seed {SEED}.
 """
 
 
@@ -225,7 +232,8 @@ def build(name: str, folder: Path, base: Base) -> None:
     model.peft_config["default"].base_model_name_or_path = EMBEDDED_ID
     model.save_pretrained(str(work), save_embedding_layers=False)
     model.unload()
-    (work / "README.md").write_text(card(task, expert, len(examples), base_score, score), "utf-8")
+    made = f"data/eval/{name}.csv", "scripts/library/train.py"
+    (work / "README.md").write_text(card(task, expert, len(examples), base_score, score, *made), "utf-8")
     shutil.rmtree(folder / name, ignore_errors=True)
     work.rename(folder / name)
     seconds = time.perf_counter() - started

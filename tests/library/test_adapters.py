@@ -163,7 +163,7 @@ def test_what_was_fetched_is_all_that_is_looked_for_in_the_cache(monkeypatch, tm
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     from_hub("some/adapter")
     assert is_here("some/adapter")
-    files = ["adapter_config.json", "adapter_model.safetensors", "README.md"]
+    files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "chat_template.jinja"]
     assert asked == [(False, files), (True, files)]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from router.model.frames import BARE, FORMATS, Frame, parts_of_text, within
+from router.model.frames import BARE, FORMATS, Frame, bare, parts_of_text, usual, within
 
 CHATML, ALPACA = FORMATS[0], FORMATS[6]
 TEMPLATE = Frame("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n", CHATML.after)
@@ -55,6 +55,16 @@ def test_preambles_of_a_format_are_frame():
 
 
 def test_a_frame_that_is_told():
-    assert within("Q: x A:", "Q: {input} A:") == ("Q: ", "x", " A:", "Q: ")
+    assert within("Q: x A:", "Q: {input} A:") == ("Q: ", "x", " A:", ("Q: ", " A:"))
     for other in ("Q: x", "Q: A:", "x A:"):
         assert within(other, "Q: {input} A:").common == BARE
+
+
+def test_what_a_good_part_of_the_texts_share_is_found():
+    asked = [f"Ask: what is {n}?\nThink.\nTell:" for n in "abcdefgh"]
+    frame = Frame("Ask: what is ", "\nThink.\nTell:")
+    assert usual(asked, 8) == usual([*asked, *"uvwxyz"], 8) == frame
+    assert bare(asked[0], frame) == (frame.before, "a?", frame.after, BARE)
+    assert usual(asked, 9) == usual([*asked, *map(str, range(25))], 8) == BARE  # too few
+    assert usual(["same\nsame"] * 20, 8) == usual([], 8) == BARE
+    assert usual([f"Rules.\n{n}" for n in range(9)], 8) == Frame("Rules.\n", "")

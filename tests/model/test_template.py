@@ -3,7 +3,7 @@
 import pytest
 
 from router.errors import InputError
-from router.model.template import Template
+from router.model.template import Template, template_of
 
 TALK = [
     {"role": "system", "content": "Sort."},
@@ -55,14 +55,14 @@ def test_a_template_that_fails_is_a_sentence(base, tmp_path, source, why):
     file = tmp_path / "template.jinja"
     file.write_text(source)
     with pytest.raises(InputError, match=why):
-        Template.of_file(base.tokenizer, file)
+        template_of(base.tokenizer, file)
 
 
 def test_a_file_that_is_no_template(base, tmp_path):
     (tmp_path / "x").write_bytes(b"\xff\xfe")
     for path in (tmp_path / "x", tmp_path / "gone", tmp_path):
         with pytest.raises(InputError, match="--chat_template"):
-            Template.of_file(base.tokenizer, path)
+            template_of(base.tokenizer, path)
 
 
 def test_a_refusal_names_the_query(base):
