@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["router", "router.*", "merge", "merge.*"]),
     package_data={
         "router": ["py.typed"],
-        "router.routing": ["generic.json"],
+        "router.routing": ["generic.json", "talk.json"],
         "router.runs.report": ["report.html.j2"],
         "router.serving": ["page.html"],
         "merge": ["py.typed"],

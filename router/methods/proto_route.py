@@ -28,7 +28,7 @@ from router.submission import Query
 ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
 
 SWITCH = 2.0  # standard deviations by which another candidate has to lead that of the turn before
-SHARED = 16  # queries under one system message, which is then a frame; it costs 160 prompts
+SHARED = 16  # queries under one system message, which is then a frame; it costs as much as 220
 
 
 class Read(NamedTuple):

@@ -35,10 +35,13 @@ SILENT = 0.4
 CONFIDENCE = " confidence"  # no module is called so
 
 
-def generic_prompts() -> list[str]:
-    """The texts against which responses are calibrated."""
-    prompts: list[str] = json.loads(files("router.routing").joinpath("generic.json").read_text("utf-8"))
-    return prompts
+def generic_prompts(frame: Frame = BARE) -> list[str]:
+    """The texts against which responses are calibrated: in a frame, messages to an assistant among them."""
+    names = ["generic.json"] if frame == BARE else ["generic.json", "talk.json"]
+    folder = files("router.routing")
+    return [
+        frame.around(text) for name in names for text in json.loads(folder.joinpath(name).read_text("utf-8"))
+    ]
 
 
 def silent(responses: NDArray[np.float32], widths: Sequence[int]) -> NDArray[np.bool_]:
@@ -72,8 +75,7 @@ class Calibration:
 
     def __init__(self, base: Base, limit: int | None = None, frame: Frame = BARE) -> None:
         self.base = base
-        texts = [frame.around(prompt) for prompt in generic_prompts()]
-        self.rows = truncated(encode(base.tokenizer, texts, limit))
+        self.rows = truncated(encode(base.tokenizer, generic_prompts(frame), limit))
         self.prefix = self.rows[0][: alike(self.rows)] if frame.before else []
         self.pad, model = base.tokenizer.pad_token_id, base.model
         # Each number of threads cuts products otherwise, which in bfloat16 moves what is measured.

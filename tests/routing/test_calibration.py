@@ -13,7 +13,9 @@ from tokenizers import Tokenizer
 from helpers import ROOT, read_table, write_tiny_adapter
 from router.library.adapters import load_library
 from router.model.answer import encode, pad_left
-from router.model.base import load_base
+from router.model.base import linear_shapes, load_base
+from router.model.frames import Frame
+from router.model.hooks import reading_inputs
 from router.model.passes import forward
 from router.routing.calibration import Calibration, generic_prompts
 from router.routing.probe import input_means, probe
@@ -27,7 +29,7 @@ SHIPPED = generic_prompts()
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, and few texts."""
     monkeypatch.setattr("router.routing.store.cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr("router.routing.calibration.generic_prompts", lambda: TEXTS)
+    monkeypatch.setattr("router.routing.calibration.generic_prompts", lambda frame: TEXTS)
     return tmp_path / "cache"
 
 
@@ -126,7 +128,7 @@ def test_a_broken_file_is_measured_again(base, adapters, cache, name, keep):
 
 def test_another_limit_or_other_texts_have_another_folder(base, monkeypatch):
     folders = [Calibration(base, limit).folder for limit in (None, 9, 10)]
-    monkeypatch.setattr("router.routing.calibration.generic_prompts", lambda: TEXTS[:-1])
+    monkeypatch.setattr("router.routing.calibration.generic_prompts", lambda frame: TEXTS[:-1])
     folders.append(Calibration(base).folder)
     assert len(set(folders)) == 4
     assert Calibration(base).folder == folders[-1]
@@ -182,3 +184,31 @@ def test_the_shipped_texts_are_different_prompts_and_no_query_of_ours():
         for row in read_table(path)
     } | {row["input"] for row in read_table(ROOT / "data" / "test.csv")}
     assert known and not known & set(SHIPPED)
+
+
+def test_in_a_frame_messages_to_an_assistant_come_to_the_generic_prompts():
+    frame = Frame("user: ", "\nassistant: ")
+    framed = generic_prompts(frame)
+    assert framed[: len(SHIPPED)] == [frame.around(text) for text in SHIPPED]
+    talk = framed[len(SHIPPED) :]
+    assert len(set(talk)) == len(talk) == 60 and all(text.startswith("user: ") for text in talk)
+
+
+def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch):
+    frame = Frame("system: be kind\nuser: ", "\nassistant: ")
+    monkeypatch.setattr(
+        "router.routing.calibration.generic_prompts", lambda of: [of.around(t) for t in "xyz"]
+    )
+    calibration = Calibration(base, None, frame)
+    ids = encode(base.tokenizer, [frame.before])[0]
+    assert calibration.prefix == ids and Calibration(base).prefix == []
+    modules = linear_shapes(base.model)
+    means, _ = input_means(base.model, calibration.rows[:3], 0, list(modules), calibration.prefix)
+    seen = {name: [] for name in modules}
+    for row in calibration.rows[:3]:
+        with reading_inputs(
+            base.model, list(modules), lambda name, x: seen[name].append(x[0, len(ids) :].detach())
+        ):
+            base.model(input_ids=torch.tensor([row]))
+    for name, mean in means.items():
+        np.testing.assert_allclose(mean, torch.cat(seen[name]).double().mean(0), rtol=1e-4, atol=1e-5)
