@@ -25,6 +25,7 @@ LINES = [line for language, text in BLOCKS if not language for line in text.spli
 SCRIPTS, COMMAND, MODULE = "bash scripts/", "proto-route ", "python -m router."
 STAND_INS = {
     'load_base("embedded")': 'load_base("some/base")',
+    'Router.from_library("data/library_chat")': 'Router.from_library("adapters", base_model="some/base")',
     'Router.from_library("data/library")': 'Router.from_library("adapters", base_model="some/base")',
 }
 
@@ -36,6 +37,8 @@ def place(tmp_path_factory, tiny_base):
     for seed in range(3):
         write_tiny_adapter(folder / "adapters" / f"adapter{seed}", seed)
     shutil.copytree(tiny_base, folder / "some" / "base")
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
+    (folder / "some" / "base" / "chat_template.jinja").write_text(template)
     with (folder / "queries.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["id", "input", "eval_type", "answer_choices"])
@@ -63,7 +66,7 @@ def test_every_block_runs(place, monkeypatch):
                 ran.append(words[1])
                 if not (place / "other_output").exists() and (place / "output" / "run.json").exists():
                     shutil.copytree(place / "output", place / "other_output")
-    assert ran.count("python") == 3 and {"run", "explain", "compare", "library"} <= set(ran)
+    assert ran.count("python") == 4 and {"run", "explain", "compare", "library"} <= set(ran)
 
 
 def test_no_other_commands_stand_in_the_blocks():
