@@ -24,6 +24,7 @@ from router.errors import InputError
 T = TypeVar("T")
 
 MARKER = ".proto-route"  # the mark of a folder, a file in it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # there is no room for a file
 JSON_BYTES = 64 << 20  # of a JSON file, at most
 LARGEST = sys.float_info.max
 # What a person calls the kinds of JSON values; a number is finite, and a whole one fits into 64 bits.
@@ -265,13 +266,12 @@ def told_if_full(
     Raises:
         InputError: the disk is full, or a limit on files or a quota is reached.
     """
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     try:
         yield
     except Exception as error:
         code = re.search(r"(?:os error |code: )(\d+)", str(error))  # as safetensors says it
         number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
-        if number not in full:
+        if number not in FULL:
             raise
         raise InputError(
             f"{folder}: no room for {what} ({os.strerror(number)}); free some, or {then}"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from router.errors import InputError, out_of_memory, reason
-from router.files import cache_folder, is_folder, read_json, sha256_of, told_if_full
+from router.files import FULL, cache_folder, is_folder, read_json, sha256_of, told_if_full
 from router.hub import HubError, fetch
 from router.model.answer import end_tokens, pad_id
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
@@ -97,8 +97,16 @@ def embedded_folder() -> Path:
     if folder.is_dir():
         return folder
     with told_if_full(cache, "the converted base model", "set PROTO_ROUTE_CACHE to another folder"):
-        cache.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            raise InputError(
+                f"{cache}: expected a folder for the converted base model ({error.strerror}); set "
+                "PROTO_ROUTE_CACHE to one that can be written"
+            ) from error
         try:
             # transformers draws its progress bars even without a terminal.
             with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):

@@ -217,3 +217,23 @@ def test_an_embedded_model_that_is_replaced_while_it_is_converted_is_not_kept(tm
     with pytest.raises(InputError, match=f"{gguf}: the model was changed while it was read"):
         embedded_folder()
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")]
+)
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, error):
+    def refused(**how):
+        raise error
+
+    monkeypatch.setenv("PROTO_ROUTE_CACHE", str(tmp_path))
+    monkeypatch.setattr(module.tempfile, "mkdtemp", refused)
+    with pytest.raises(InputError, match="PROTO_ROUTE_CACHE"):
+        embedded_folder()
+
+
+def test_a_cache_in_place_of_a_file_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("PROTO_ROUTE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="PROTO_ROUTE_CACHE"):
+        embedded_folder()
