@@ -10,7 +10,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast, get_args
@@ -63,7 +63,8 @@ SHAPE = {
     "settings": {"max_seq_len?": int, "max_gen_len": int, "scoring": {*get_args(Scoring)}, "seed": int,
                  "apply?": {*get_args(Apply)}, "frame?": str},
     "chat_template?": str,
-    "variants": [{"weights": {"*": float}, "base": float}], "centres": [[float]], "files": {"*": str},
+    "variants": [{"weights": {"*": float}, "base": float, "sha256": str}],
+    "centres": [[float]], "files": {"*": str},
 }  # fmt: skip
 Prompt = str | Sequence[Message]  # a text, or a conversation
 Work = TypeVar("Work", bound=Callable[..., Any])
@@ -218,7 +219,7 @@ class Router:
                 f"{len(fits[0].names)} adapters and the base model; do its files belong together?"
             )
         router = cls(method)
-        router.variants = [Variant(of["weights"], of["base"]) for of in variants]
+        router.variants = [Variant(of["weights"], of["base"], of["sha256"]) for of in variants]
         router._centres = np.array(centres, np.float64)
         router._folder, router._seen = folder, seen
         return router
@@ -250,6 +251,12 @@ class Router:
                     f"({adapter.folder.path}) has other weights now; run again"
                 )
         router._decide(run.clusters.weights)
+        made = [variant.sha256 for variant in record.variants]
+        for n, (variant, digest) in enumerate(zip(router.variants, made, strict=False)):
+            path = folder / VARIANTS / str(n)
+            if variant.weights and digest and path.exists() and variant.written(path).sha256 != digest:
+                raise InputError(f"{path}: expected the weights that the run wrote, got others; run it again")
+            router.variants[n] = replace(variant, sha256=digest)
         router._proto.fitted()  # now, not with the first request
         return router
 
@@ -374,6 +381,11 @@ class Router:
                     proto.write_variants(self.variants, work / VARIANTS)
                 except OverflowError as error:
                     raise InputError(f"a variant's {error}; pass dtype='float32'") from error
+            names = folder_names(self.variants)
+            self.variants = [
+                variant.written(work / VARIANTS / name) if name else variant
+                for variant, name in zip(self.variants, names, strict=True)
+            ]
             mark(work / VARIANTS)
             state.save(list(proto.fits.values()), work)
             with replacing(work / ABOUT) as file:

@@ -281,7 +281,9 @@ def write(
             folders = method.context.processes.decided(lambda: method.write_variants(variants, folder))
         except OverflowError as error:
             raise InputError(f"a variant's {error}; pass --dtype float32, and --fresh") from error
-    return Decision(method.base, method.adapters, routing, clusters, variants, folders)
+        pairs = zip(variants, folders, strict=True)
+        made = [variant.written(folder / name) if name else variant for variant, name in pairs]
+    return Decision(method.base, method.adapters, routing, clusters, made, folders)
 
 
 def answer(

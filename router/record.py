@@ -67,11 +67,12 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class VariantRecord:
-    """A variant: how many queries it answered, its mix, and its folder, None where nothing was written."""
+    """A variant: how many queries it answered, its mix, and, if it has weights, their folder and hash."""
 
     queries: int
     weights: dict[str, FiniteFloat]
     folder: str | None = None
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,9 @@ def _decided(decision: Decision) -> dict[str, Any]:
         "adapters": {of.name: AdapterRecord(of.sha256, of.revision) for of in decision.adapters},
         "n_variants": len(decision.variants),
         "variants": [
-            VariantRecord(count, {**of.weights, BASE_COLUMN: of.base}, folder and f"variants/{folder}")
+            VariantRecord(
+                count, {**of.weights, BASE_COLUMN: of.base}, folder and f"variants/{folder}", of.sha256
+            )
             for of, folder, count in rows
         ],
     }

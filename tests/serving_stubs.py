@@ -48,7 +48,10 @@ class Two:
 
     def __init__(self):
         self.candidates, self.base_model = ["one", "two", "base"], "owner/base"
-        self.variants = [SimpleNamespace(weights={"one": 1.0}), SimpleNamespace(weights={})]
+        self.variants = [
+            SimpleNamespace(weights={"one": 1.0}, sha256=""),
+            SimpleNamespace(weights={}, sha256=""),
+        ]
         self.batches = []
 
     def choose(self, texts):

@@ -122,7 +122,7 @@ def test_the_methods_weights(command):
         code, out = command(method)
         assert code == 0
         found[method] = json.loads((out / "run.json").read_text())["variants"]
-    assert found["base"] == [{"folder": None, "queries": 6, "weights": {"base": 1.0}}]
+    assert found["base"] == [{"folder": None, "queries": 6, "weights": {"base": 1.0}, "sha256": ""}]
     (average,) = found["average"]
     assert average["weights"] == pytest.approx(dict.fromkeys(NAMES, 1 / 3) | {"base": 0})
 

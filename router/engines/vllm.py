@@ -28,7 +28,6 @@ from router.model.answer import (
     likeliest,
 )  # fmt: skip
 from router.model.base import Base
-from router.routing.variants import served
 
 AT_ONCE = 256  # prompts, after which their answers can be kept
 ENVIRONMENT = {  # where it does not say otherwise
@@ -78,7 +77,7 @@ def answer(
         from vllm.lora.request import LoRARequest
 
         loras: dict[Path | None, Any] = {
-            path: LoRARequest(served(k), k + 1, str(path.resolve())) for k, path in enumerate(paths)
+            path: LoRARequest(path.name, k + 1, str(path.resolve())) for k, path in enumerate(paths)
         }
         stops = end_tokens(base.model, base.tokenizer)
         write = SamplingParams(

@@ -80,7 +80,8 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
 
     def _name(self, choice: Choice) -> str:
         assert self.router is not None and choice.variant is not None
-        return served(choice.variant) if self.router.variants[choice.variant].weights else BASE_COLUMN
+        variant = self.router.variants[choice.variant]
+        return served(choice.variant, variant.sha256) if variant.weights else BASE_COLUMN
 
 
 hook = AutoModel()

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from merge.factors import Factors, recompress, weighted_sum
-from merge.folders import write_adapter
-from router.files import for_others, is_ours, mark, remove_ours
+from merge.folders import WEIGHTS_FILE, write_adapter
+from router.files import for_others, is_ours, mark, remove_ours, sha256_of
 from router.library.adapters import Adapter
 from router.model.base import Base
 from router.routing.clusters import Array
@@ -27,14 +27,17 @@ log = logging.getLogger(__name__)
 NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
 
 
-def served(number: int) -> str:
-    """The name of a variant on a server.
+def served(number: int, sha256: str) -> str:
+    """The name of a variant on a server, with the start of its weights' hash.
+
+    A server keeps what it computed under a name, so other weights need another name. A run of an earlier
+    version knows no hash.
 
     Example:
-        >>> served(3)
-        'variant-3'
+        >>> served(3, "0a1b2c3d4e")
+        'variant-3-0a1b2c3d'
     """
-    return f"variant-{number}"
+    return f"variant-{number}-{sha256[:8]}" if sha256 else f"variant-{number}"
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,16 @@ class Variant:
     Attributes:
         weights: adapter name -> weight, largest first; empty for the plain base model.
         base: the base model's share; all shares sum to 1.
+        sha256: of its weights, once they are written.
     """
 
     weights: dict[str, float]
     base: float
+    sha256: str = field(default="", repr=False)
+
+    def written(self, folder: Path) -> Variant:
+        """The same with the hash of the weights in its folder, if it has any."""
+        return replace(self, sha256=sha256_of(folder / WEIGHTS_FILE)) if self.weights else self
 
 
 def folder_names(variants: Sequence[Variant]) -> list[str | None]:

@@ -152,8 +152,9 @@ class Front:
         found = []
         for choice in router.choose(prompts):
             assert choice.variant is not None  # a router without variants is refused at the start
-            has_folder = bool(router.variants[choice.variant].weights)
-            found.append(Decided(choice, served(choice.variant) if has_folder else None))
+            variant = router.variants[choice.variant]
+            name = served(choice.variant, variant.sha256) if variant.weights else None
+            found.append(Decided(choice, name))
         return found
 
     async def _decided(self, prompt: Prompt) -> Decided:
@@ -389,16 +390,13 @@ class Front:
             raise HTTPException(409, "this server was started without a folder to reload")
         if self.renewing.locked():
             raise HTTPException(409, "not reloaded: it is being loaded already")
-        old = self.router.variants
+        old = variants_of(self.router)
         try:
             await self.renew()
         except InputError as error:
             raise HTTPException(409, f"not reloaded: {error}") from error
-        new = self.router.variants
-        other = [
-            served(n) for n, variant in enumerate(new) if variant.weights and variant not in old[n : n + 1]
-        ]
-        return as_json({"status": "reloaded", "variants": len(new), "changed": other})
+        new = variants_of(self.router)
+        return as_json({"status": "reloaded", "variants": len(self.router.variants), "changed": sorted(new - old)})
 
     async def renew(self) -> None:
         """Puts a newly loaded router in place of the old one."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from merge.folders import CONFIG_FILE, AdapterError, AdapterFolder, open_adapter
+from merge.folders import CONFIG_FILE, WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
 from router.constants import BASE_COLUMN, Dtype
 from router.errors import InputError
-from router.files import is_folder, read_json
+from router.files import is_folder, read_json, sha256_of
 from router.library.adapters import load_library
 from router.routing.variants import VARIANTS, served
 
@@ -18,7 +18,7 @@ AUTO = "auto"  # the model that a client names to have its request routed
 # A run may come from a stranger, and its words go to a command line: none of them is a flag or a pattern.
 PLAIN = re.compile(r"[\w/][\w./-]*", re.ASCII)
 DTYPES = {*get_args(Dtype)} - {"auto"}
-MADE = [{"folder?": str, "weights?": {"*": float}}]
+MADE = [{"folder?": str, "weights?": {"*": float}, "sha256?": str}]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,13 @@ def read_served(folder: Path) -> Served:
     for number, variant in enumerate(variants):
         path = folder / VARIANTS / str(number)
         if (path / CONFIG_FILE).exists():
-            own = _opened(path).ranks
-            folders[served(number)] = path
+            own, digest = _opened(path).ranks, variant.get("sha256") or ""
+            if digest and sha256_of(path / WEIGHTS_FILE) != digest:
+                raise InputError(
+                    f"{path}: expected the weights that {record.name} names, got others; put them back, or "
+                    "make them again"
+                )
+            folders[served(number, digest)] = path
             ranks += own.values()
             modules |= {module.rpartition(".")[2] for module in own}
         elif any(share for name, share in (variant.get("weights") or {}).items() if name != BASE_COLUMN):

@@ -62,7 +62,7 @@ class Serves(NamedTuple):
 
 def variants_of(router: Router) -> set[str]:
     """The names of the variants that a server has to have."""
-    return {served(n) for n, variant in enumerate(router.variants) if variant.weights}
+    return {served(n, variant.sha256) for n, variant in enumerate(router.variants) if variant.weights}
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]], less: Collection[bytes]) -> Headers:

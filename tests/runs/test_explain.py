@@ -49,7 +49,14 @@ def test_every_number_is_that_of_the_files(capsys, tmp_path):
         assert candidate == pytest.approx(dict(zip(keys, row, strict=True)))
     assert (found["query"]["input"], found["answer"], found["file"]) == ("Question q1?", "answer q1", "run")
     mix = {"one": 0.7, "two": 0.29, "three": 0, "base": 0.01}
-    assert found["variant"] == {"number": 1, "folder": "variants/1", "queries": 1, "weights": mix}
+    made = {"folder": "variants/1", "queries": 1, "weights": mix, "sha256": ""}
+    assert found["variant"] == {"number": 1, **made}
+        "number": 1,
+        "folder": "variants/1",
+        "queries": 1,
+        "weights": mix,
+        "sha256": "",
+    }
 
 
 def test_the_text_is_plain_and_fits(capsys, runs):

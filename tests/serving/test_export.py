@@ -20,6 +20,9 @@ from helpers import NAMES, ROOT, write_tiny_adapter
 from merge.folders import open_adapter
 from router.api import Router
 from router.cli import main as cli
+from router.errors import InputError
+from router.files import sha256_of
+from router.routing.variants import served
 from router.serving.export import main
 from router.serving.names import read_served
 
@@ -39,6 +42,11 @@ def folders_in(out):
     return sorted(path for path in (out / "variants").iterdir() if path.is_dir())
 
 
+def name_of(path):
+    """What a server calls the variant in a folder."""
+    return f"variant-{path.name}-{sha256_of(path / 'adapter_model.safetensors')[:8]}"
+
+
 def modules_in(out):
     """Kinds of modules that the weights of the variants are of."""
     return {module.rpartition(".")[2] for path in folders_in(out) for module in open_adapter(path).ranks}
@@ -53,7 +61,7 @@ def test_vllm_gets_every_variant_by_name_and_a_slot_more(out, capsys, tiny_base)
     assert words[words.index("--max-lora-rank") + 1] == str(max(ranks))
     assert modules_named(words) == sorted(modules_in(out))
     named = dict(word.split("=", 1) for word in words if word.startswith("variant-"))
-    assert named == {f"variant-{path.name}": str(path.resolve()) for path in folders} and folders
+    assert named == {name_of(path): str(path.resolve()) for path in folders} and folders
     assert f"{len(folders)} variants" in capsys.readouterr().out
 
 
@@ -84,6 +92,9 @@ def test_a_module_that_is_called_like_a_flag_is_refused(out, capsys):
     }
     save_file(odd, file)
     variant_config(out, target_modules=["--trust-remote-code"], r=8, lora_alpha=8)
+    record = json.loads((out / "run.json").read_text())
+    record["variants"][0]["sha256"] = sha256_of(file)  # a stranger's run, whole
+    (out / "run.json").write_text(json.dumps(record))
     assert main([str(out)]) == 2
     assert "--trust-remote-code" in capsys.readouterr().err and not (out / "serve.sh").exists()
 
@@ -158,7 +169,9 @@ def test_a_saved_router_has_its_variants_for_llamacpp(tiny_base, tiny_library, t
     router.fit([f"{word} number {n}" for n in range(9) for word in ("What is", "Say", "Bonjour")])
     saved = router.save(tmp_path / "saved")
     assert main([str(saved), *map(str, llama_cpp)]) == 0
-    made = {f"variant-{n}.gguf" for n, variant in enumerate(router.variants) if variant.weights}
+    made = {
+        f"{served(n, variant.sha256)}.gguf" for n, variant in enumerate(router.variants) if variant.weights
+    }
     assert {path.name for path in (saved / "gguf").glob("*.gguf")} == made and made
     assert main([str(saved), *map(str, llama_cpp)]) == 0  # a second time, over the first
 
@@ -307,7 +320,7 @@ def test_a_variant_whose_folder_is_gone_is_named_with_what_to_do(out, capsys, tm
     assert not (out / "serve.sh").exists()
     router = Router.from_library(tiny_library, base_model=base.name, device="cpu", dtype="float32")
     saved = router.fit(["What is two and two?", "Say x", "Bonjour !"]).save(tmp_path / "saved")
-    assert read_served(saved).folders.keys() == {f"variant-{path.name}" for path in folders_in(saved)}
+    assert read_served(saved).folders.keys() == {name_of(path) for path in folders_in(saved)}
     shutil.rmtree(folders_in(saved)[0])
     assert main([str(saved)]) == 2
     assert "router.json" in capsys.readouterr().err
@@ -320,3 +333,11 @@ def test_a_strangers_words_do_not_control_the_terminal(out, capsys):
     assert main([str(out), "--max_rank", "1"]) == 2
     error = capsys.readouterr().err
     assert r"got \x1b[2Jx;" in error and "\x1b" not in error
+
+
+def test_variants_that_were_exchanged_are_refused(out, capsys, tiny_base):
+    first, second, *_ = folders_in(out)
+    (first / "adapter_model.safetensors").write_bytes((second / "adapter_model.safetensors").read_bytes())
+    assert main([str(out)]) == 2 and str(first) in capsys.readouterr().err
+    with pytest.raises(InputError, match="expected the weights that the run wrote"):
+        Router.load(out, device="cpu")

@@ -18,7 +18,9 @@ from starlette.routing import Route  # noqa: E402
 from helpers import ROOT  # noqa: E402
 from router.api import Choice, Router  # noqa: E402
 from router.errors import InputError  # noqa: E402
+from router.files import sha256_of  # noqa: E402
 from router.keys import key_of  # noqa: E402
+from router.routing.variants import served  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
 from router.serving.text import NoText, prompt_of  # noqa: E402
 
@@ -509,13 +511,16 @@ def test_a_real_router_decides_as_it_does_in_python(tiny_base, tiny_library, tmp
     router = Router.from_library(tiny_library, base_model=str(tiny_base), **how)
     texts = [f"{word} number {n}" for n in range(12) for word in ("What is", "Say", "Bonjour")]
     loaded = Router.load(router.fit(texts).save(tmp_path / "saved"), device="cpu")
+    for n, made in enumerate(loaded.variants):
+        file = tmp_path / "saved" / "variants" / str(n) / "adapter_model.safetensors"
+        assert made.sha256 == (sha256_of(file) if made.weights else "")
 
     async def work(client, *_):
         asked = [client.post("/v1/route", json={"prompt": text}) for text in texts]
         found = [answer.json() for answer in await asyncio.gather(*asked)]
         for answer, choice in zip(found, router.choose(texts), strict=True):
             made = router.variants[choice.variant]
-            assert answer["model"] == (f"variant-{choice.variant}" if made.weights else "the-base")
+            assert answer["model"] == (served(choice.variant, made.sha256) if made.weights else "the-base")
             assert answer["weights"] == pytest.approx(choice.weights, abs=1e-4)
 
     talk(work, loaded)
@@ -604,10 +609,13 @@ def test_a_decision_alone_is_that_of_the_answer():
 
 def test_a_reload_says_which_variants_the_upstream_must_load_anew_and_is_not_asked_for_twice():
     new = Two()
-    new.variants = [SimpleNamespace(weights={"two": 1.0}), SimpleNamespace(weights={})]
+    new.variants = [
+        SimpleNamespace(weights={"two": 1.0}, sha256="0a1b2c3d4e"),
+        SimpleNamespace(weights={}, sha256=""),
+    ]
 
     async def work(client, _, front):
-        assert (await client.post("/admin/reload")).json()["changed"] == ["variant-0"]
+        assert (await client.post("/admin/reload")).json()["changed"] == ["variant-0-0a1b2c3d"]
         async with front.renewing:
             assert (await client.post("/admin/reload")).status_code == 409
 
