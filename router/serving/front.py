@@ -395,8 +395,9 @@ class Front:
             await self.renew()
         except InputError as error:
             raise HTTPException(409, f"not reloaded: {error}") from error
-        new = variants_of(self.router)
-        return as_json({"status": "reloaded", "variants": len(self.router.variants), "changed": sorted(new - old)})
+        changed = sorted(variants_of(self.router) - old)
+        count = len(self.router.variants)
+        return as_json({"status": "reloaded", "variants": count, "changed": changed})
 
     async def renew(self) -> None:
         """Puts a newly loaded router in place of the old one."""

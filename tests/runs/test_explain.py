@@ -51,12 +51,6 @@ def test_every_number_is_that_of_the_files(capsys, tmp_path):
     mix = {"one": 0.7, "two": 0.29, "three": 0, "base": 0.01}
     made = {"folder": "variants/1", "queries": 1, "weights": mix, "sha256": ""}
     assert found["variant"] == {"number": 1, **made}
-        "number": 1,
-        "folder": "variants/1",
-        "queries": 1,
-        "weights": mix,
-        "sha256": "",
-    }
 
 
 def test_the_text_is_plain_and_fits(capsys, runs):
