@@ -37,6 +37,7 @@ from router.methods import load_method
 from router.methods.proto_route import ProtoRoute, Read, decided, joined, rows_of
 from router.model.answer import Answer, Scoring
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
+from router.model.frames import Frame
 from router.model.template import Template
 from router.pipeline import Routed
 from router.pipeline import load as load_library_and_base
@@ -257,7 +258,9 @@ class Router:
             if variant.weights and digest and path.exists() and variant.written(path).sha256 != digest:
                 raise InputError(f"{path}: expected the weights that the run wrote, got others; run it again")
             router.variants[n] = replace(variant, sha256=digest)
-        router._proto.fitted()  # now, not with the first request
+        router._proto.prepare()  # now, not with the first request
+        for frame in run.evidence.frames if run.evidence else ():
+            router._proto.fitted(Frame(*frame))
         return router
 
     @property
@@ -300,7 +303,7 @@ class Router:
     def choose(self, texts: Sequence[Prompt]) -> list[Choice]:
         """How each text or conversation is decided, and which of the variants answers it."""
         queries = _queries(texts, None)
-        turns = self._proto.turns(queries)
+        turns = self._proto.turns(queries, new=0)
         routing = decided(self._judged([read for reads in turns for read in reads]), list(map(len, turns)))
         evidence, names = routing.evidence, self.candidates
         assert evidence is not None  # proto_route keeps it
@@ -387,6 +390,8 @@ class Router:
                 for variant, name in zip(self.variants, names, strict=True)
             ]
             mark(work / VARIANTS)
+            if self._folder is None:
+                proto.prepare()
             state.save(list(proto.fits.values()), work)
             with replacing(work / ABOUT) as file:
                 json.dump(self._about() | {"files": _hashes(work)}, file, indent=2, ensure_ascii=False)

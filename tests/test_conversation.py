@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from helpers import QUERIES as ROWS
 from helpers import method_of
 from router.api import Router
 from router.errors import InputError
+from router.journal import Journal
 from router.library.adapters import load_library
 from router.main import main
 from router.methods.proto_route import SHARED, decided
@@ -242,3 +244,40 @@ def test_an_answer_ends_with_the_templates_turn(base):
     answer = Answer("abc", tuple(base.tokenizer("abc")["input_ids"]))
     middle = answer.ids[1]
     assert cut_at(base.tokenizer, answer, middle) == Answer("a", answer.ids[:2])
+
+
+def test_a_request_brings_no_new_frame(tiny_base, tiny_library, tmp_path):
+    (tmp_path / "template.jinja").write_text(PLAIN)
+    router = Router.from_library(
+        tiny_library, base_model=str(tiny_base), device="cpu", dtype="float32",
+        chat_template=tmp_path / "template.jinja",
+    )  # fmt: skip
+    router.fit(["1 + 1 =", "hello"]).save(tmp_path / "saved")
+    loaded = Router.load(tmp_path / "saved", device="cpu")
+    before = set(loaded._proto.fits)
+    assert before == {BARE, ("user: ", "\nassistant: ")}
+    odd = [f"[INST]{' ' * n}hello [/INST]" for n in range(9)]
+    many = [f"Rules.\n{n}" for n in range(2 * SHARED)]
+    together = loaded.choose([*odd, *many, HI])
+    assert set(loaded._proto.fits) == before
+    assert together[-1] == loaded.choose([HI])[0] and together[0] == loaded.choose(odd[:1])[0]
+
+
+def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch, tmp_path):
+    monkeypatch.setattr("router.routing.fitted.AT_ONCE", 4)
+    talks = queries_of(*(f"question {n}" for n in range(SHARED)), system="Be kind.")
+    found = method()
+    expected = found.route(talks, found.encoded(talks))
+    journal = Journal(tmp_path / "journal", {"a": 1})
+    kept = method_of_journal(found, journal)
+    for _ in range(2):  # the second time all is known
+        np.testing.assert_allclose(
+            kept.route(talks, kept.encoded(talks)).weights, expected.weights, atol=1e-6
+        )
+    journal.close()
+
+
+def method_of_journal(found, journal):
+    made = type(found)(found.name, found.base, found.adapters, replace(found.context, journal=journal))
+    made.template = found.template
+    return made

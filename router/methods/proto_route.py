@@ -28,6 +28,7 @@ from router.submission import Query
 ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
 
 SWITCH = 2.0  # standard deviations by which another candidate has to lead that of the turn before
+FRAMES = 8  # that one batch of queries may bring
 SHARED = 16  # queries under one system message, which is then a frame; it costs as much as 220
 
 
@@ -138,41 +139,64 @@ class ProtoRoute(Routed):
             return [within(query.input, frame)]
         return [parts_of_text(query.input, self.template.frame if self.template.known else None)]
 
-    def turns(self, queries: Sequence[Query], rows: Sequence[Sequence[int]] = ()) -> list[list[Read]]:
+    def turns(
+        self, queries: Sequence[Query], rows: Sequence[Sequence[int]] = (), new: int = FRAMES
+    ) -> list[list[Read]]:
         """What is read of each query: one text, or one for each of the user's messages in a conversation.
 
         Of a very long one the middle is left out before it is tokenised, since its ends alone are read.
 
         Args:
             rows: token ids of each query's prompt, if they are known; those of a bare prompt are read.
+            new: at most so many frames of each kind that are not known yet; a text in another one is taken as
+                it is.
         """
         parts, limit = [self.parts(query) for query in queries], self.settings.max_seq_len
-        if self.settings.frame is None:
-            plain = [n for n, turns in enumerate(parts) if turns[0].common == BARE]
-            frame = usual([parts[n][0].text for n in plain], SHARED)
-            parts = [[bare(of[0].text, frame)] if of[0].common == BARE else of for of in parts]
+        parts = self._in_frames(parts, new, {n for n, query in enumerate(queries) if query.messages})
         known = {n: tuple(row) for n, row in enumerate(rows) if parts[n][0].common == BARE}
         texts = [one.read for n, turns in enumerate(parts) for one in turns if n not in known]
         if limit is None:  # else the end of what is read may be in the middle
             texts = [text if len(text) <= 2 * ENDS else text[:ENDS] + text[-ENDS:] for text in texts]
         ids = iter(encode(self.tokenizer, texts, limit) if texts else [])
-        shared = self._shared(parts)
+        counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
+        shared = {frame for frame, count in counts.most_common(new) if count >= SHARED} | self.fits.keys()
         return [
             [
                 Read(
                     known[n] if n in known else tuple(next(ids)),
                     one.common,
-                    one.own if one.own in shared else None,
+                    one.own if one.own in shared and one.own != one.common else None,
                 )
                 for one in turns
             ]
             for n, turns in enumerate(parts)
         ]
 
-    def _shared(self, parts: Sequence[Sequence[Parts]]) -> set[Frame]:
-        """The frames that many of these queries share, or many did before, with what may be a job."""
-        counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
-        return {frame for frame, count in counts.most_common() if count >= SHARED or frame in self.fits}
+    def _in_frames(self, parts: list[list[Parts]], new: int, talks: set[int]) -> list[list[Parts]]:
+        """The parts of queries, of which few are in a frame that is not known yet.
+
+        Args:
+            talks: the numbers of conversations, whose template is a frame in any case.
+        """
+        plain = {n for n, turns in enumerate(parts) if turns[0].common == BARE} - talks
+        edges = [frame for frame in self.fits if frame != BARE]
+        if new and self.settings.frame is None:
+            edges.append(usual([parts[n][0].text for n in plain], SHARED))
+        counts = Counter(turns[0].common for n, turns in enumerate(parts) if n not in talks)
+        allowed = {BARE, *self.fits, *(frame for frame, _ in counts.most_common(new))}
+        for n, (one, *_) in enumerate(parts):
+            if n in plain:
+                found = (bare(one.text, edge) for edge in edges)
+                parts[n] = [next((part for part in found if part.own != BARE), one)]
+            elif n not in talks and one.common not in allowed:
+                parts[n] = [bare(one.read)]
+        return parts
+
+    def prepare(self) -> None:
+        """Fits the frames that a request may come in at any time: none, and the template."""
+        self.fitted()
+        if self.template.known:
+            self.fitted(self.template.frame)
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""
@@ -190,25 +214,30 @@ class ProtoRoute(Routed):
         under = [n for n, read in enumerate(reads) if read.shared]
         if not under or routing.evidence is None:
             return routing
-        framed = self._judged([Read(read.ids, read.shared) for read in reads if read.shared]).evidence
+        again = [Read(read.ids, read.shared) for read in reads if read.shared]
+        framed = self._judged(again, "framed").evidence
         assert framed is not None
         base_score = routing.evidence.base_score.copy()
         base_score[under] += (routing.evidence.lead[under] - framed.lead) / 2
-        evidence = replace(routing.evidence, base_score=base_score)
+        evidence = evidence_of([replace(routing.evidence, base_score=base_score), framed.rows(slice(0))])
         weights = routing.weights.copy()
         scores = np.nan_to_num(evidence.candidates[under].astype(np.float64), nan=-np.inf)
         weights[under] = self.fitted().gate.weights(scores)
         return Routing(weights, evidence)
 
-    def _judged(self, reads: Sequence[Read]) -> Routing:
-        """The routing of what was read, by `frame` alone; the same text is probed once."""
+    def _judged(self, reads: Sequence[Read], name: str = "part") -> Routing:
+        """The routing of what was read, by `frame` alone; the same text is probed once.
+
+        Args:
+            name: under which the journal keeps its parts.
+        """
         frames = {frame: n for n, frame in enumerate(dict.fromkeys(read.frame for read in reads))}
         prompts = sorted(dict.fromkeys(reads), key=lambda read: frames[read.frame])
         with self.context.processes.first():  # the others find prototypes and calibration on disk
             for frame in frames:
                 self.fitted(frame)
         chunks = list(self._chunks(prompts))
-        routing = joined([self._part(chunk, n, len(chunks)) for n, chunk in enumerate(chunks)])
+        routing = joined([self._part(chunk, n, len(chunks), name) for n, chunk in enumerate(chunks)])
         if prompts == list(reads):  # as they are, without a copy
             return routing
         distinct = {read: n for n, read in enumerate(prompts)}
@@ -225,9 +254,9 @@ class ProtoRoute(Routed):
         if chunk:
             yield chunk
 
-    def _part(self, prompts: Sequence[Read], number: int, of: int) -> Routing:
+    def _part(self, prompts: Sequence[Read], number: int, of: int, name: str) -> Routing:
         """The routing of some prompts of one frame; their responses, which are large, go with it."""
-        if kept := self.kept(f"part-{number}", len(prompts)):
+        if kept := self.kept(f"{name}-{number}", len(prompts)):
             return kept
         fitted = self.fitted(prompts[0].frame)
         title = f"probe {number + 1}/{of}" if of > 1 else "probe"
@@ -236,7 +265,7 @@ class ProtoRoute(Routed):
         with self.stages("gate"):
             routing = Routing(*fitted.decide(probed))
         if of > 1:
-            self.keep(f"part-{number}", routing)
+            self.keep(f"{name}-{number}", routing)
         return routing
 
     def _probed(self, fitted: Fitted, prompts: Sequence[Sequence[int]], title: str) -> Probed:
