@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return Router
     if name == "__version__":
-        from router.version import own_version
+        from router.system.version import own_version
 
         return own_version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

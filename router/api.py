@@ -19,10 +19,27 @@ import numpy as np
 import pandas as pd
 
 from router.constants import BASE_COLUMN, Apply, Device, Dtype
-from router.context import Context
-from router.conversation import Message, checked, packed, shown
-from router.errors import InputError, printable
-from router.files import (
+from router.methods import load_method
+from router.methods.proto_route import ProtoRoute, Read, decided, joined, rows_of
+from router.model.answer import Answer, Scoring
+from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
+from router.model.frames import Frame
+from router.model.template import Template
+from router.pipeline.context import Context
+from router.pipeline.result import Decision, Routing
+from router.pipeline.steps import Routed
+from router.pipeline.steps import load as load_library_and_base
+from router.queries.conversation import Message, checked, packed, shown
+from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
+from router.routing import state
+from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
+from router.routing.evidence import LOW_MARGIN
+from router.routing.state import FILE, FORMAT
+from router.routing.variants import VARIANTS, Variant, decide, folder_names
+from router.runs.load import load as load_run
+from router.settings import Settings
+from router.system.errors import InputError, printable
+from router.system.files import (
     MARKER,
     check_shape,
     is_ours,
@@ -33,24 +50,7 @@ from router.files import (
     sha256_of,
     work_folder,
 )  # fmt: skip
-from router.methods import load_method
-from router.methods.proto_route import ProtoRoute, Read, decided, joined, rows_of
-from router.model.answer import Answer, Scoring
-from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
-from router.model.frames import Frame
-from router.model.template import Template
-from router.pipeline import Routed
-from router.pipeline import load as load_library_and_base
-from router.result import Decision, Routing
-from router.routing import state
-from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
-from router.routing.evidence import LOW_MARGIN
-from router.routing.state import FILE, FORMAT
-from router.routing.variants import VARIANTS, Variant, decide, folder_names
-from router.runs.load import load as load_run
-from router.settings import Settings
-from router.submission import GENERATION, MULTIPLE_CHOICE, Query
-from router.version import own_version
+from router.system.version import own_version
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from router.answering import warn
-from router.context import Context
 from router.model.answer import FAILED, Answer, answers, encode
 from router.model.base import EMBEDDED, load_base
-from router.pipeline import Routed, load
+from router.pipeline.answering import warn
+from router.pipeline.context import Context
+from router.pipeline.steps import Routed, load
+from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.settings import Settings
-from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 
 KIT_BATCH = 8  # queries handed to a kit method at once, unless --batch_size is given
 

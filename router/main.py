@@ -15,10 +15,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from router.errors import InputError, told_if_memory_runs_out
 from router.methods import method_names
-from router.processes import leads, several
+from router.pipeline.processes import leads, several
 from router.settings import Kind, Settings, above_zero, one_of
+from router.system.errors import InputError, told_if_memory_runs_out
 
 LEAST = 3 << 29  # bytes of address space
 
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, settings: Settings, began: float) -> int:
     """Answers the queries and prints a summary of the run; of several processes the first one prints."""
-    from router.record import summary  # imports torch
+    from router.pipeline.record import summary  # imports torch
     from router.run import run
 
     quiet = args.quiet or not leads()

@@ -28,9 +28,6 @@ import torch
 from merge.factors import stacks, svd
 from merge.folders import WEIGHTS_FILE, AdapterFolder
 from router.constants import COMPETITION_BASE
-from router.errors import InputError, reason
-from router.files import is_folder, replacing
-from router.hub import HubError
 from router.library.adapters import check_against_base, load_library
 from router.library.sources import expand, is_here
 from router.methods import load_method
@@ -39,12 +36,15 @@ from router.model.answer import encode, positions
 from router.model.apply import picked
 from router.model.device import batch_tokens, cache_bytes, pick_device, pick_dtype, tokens_at_once
 from router.model.passes import MAX_TOKENS, forward
-from router.per_token import PerToken
-from router.pipeline import Routed, Static, default_base
+from router.pipeline.per_token import PerToken
+from router.pipeline.steps import Routed, Static, default_base
+from router.queries.submission import GENERATION, read_queries
 from router.routing.calibration import generic_prompts
 from router.routing.clusters import most_variants
 from router.settings import Settings
-from router.submission import GENERATION, read_queries
+from router.system.errors import InputError, reason
+from router.system.files import is_folder, replacing
+from router.system.hub import HubError
 
 PLAN = "plan.json"
 WITHOUT_PASS = ("base", "average", "oracle", "cards")  # and static merges

@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from router.constants import Device
-from router.errors import InputError, reason, told_if_memory_runs_out
-from router.files import is_folder, read_json, replacing, sha256_of, told_if_full
-from router.journal import alone_in
 from router.main import add_settings, settings_of, stop
-from router.progress import progress
+from router.pipeline.journal import alone_in
+from router.queries.submission import COLUMNS, Query, parse_query, read_queries, submitted
 from router.settings import LARGEST, Settings
-from router.submission import COLUMNS, Query, parse_query, read_queries, submitted
+from router.system.errors import InputError, reason, told_if_memory_runs_out
+from router.system.files import is_folder, read_json, replacing, sha256_of, told_if_full
+from router.system.progress import progress
 
 NEEDED = ("ray", "pyarrow")
 SETTINGS = (
@@ -287,7 +287,7 @@ def _run(args: argparse.Namespace, settings: Settings) -> str:
 def _identity(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """What the answers depend on, as JSON values."""
     from router.library.adapters import load_library
-    from router.record import versions
+    from router.pipeline.record import versions
     from router.routing.store import content
 
     adapters = load_library(settings.adapters, bad=[] if settings.skip_bad else None)

@@ -13,26 +13,20 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from router.constants import BASE_COLUMN
-from router.context import Context
-from router.deadline import Deadline
-from router.errors import InputError
-from router.files import is_ours, record_of, remove_ours, replacing, sha256_of, told_if_full, work_folder
-from router.journal import FOLDER, LOCK, Journal, alone_in
 from router.kit import StarterKitMethod
 from router.methods import load_method
 from router.model.apply import picked
 from router.model.device import batch_tokens, tokens_at_once
-from router.per_token import PerToken
-from router.pipeline import Loaded, Routed, answer, group, load, route, write
+from router.pipeline.context import Context
+from router.pipeline.deadline import Deadline
+from router.pipeline.journal import FOLDER, LOCK, Journal, alone_in
+from router.pipeline.per_token import PerToken
+from router.pipeline.processes import Processes, connected
+from router.pipeline.record import RECORD, REPORT, Record, TimeLimit, record, versions
+from router.pipeline.result import Decision, Result
+from router.pipeline.steps import Loaded, Routed, answer, group, load, route, write
 from router.plan import PLAN
-from router.processes import Processes, connected
-from router.record import RECORD, REPORT, Record, TimeLimit, record, versions
-from router.result import Decision, Result
-from router.routing.store import content
-from router.routing.variants import VARIANTS, replace_variants
-from router.runs.report.page import MADE_BY, write_report
-from router.settings import Settings
-from router.submission import (
+from router.queries.submission import (
     Query,
     digest_of,
     read_queries,
@@ -40,6 +34,20 @@ from router.submission import (
     write_submission,
     write_table,
 )  # fmt: skip
+from router.routing.store import content
+from router.routing.variants import VARIANTS, replace_variants
+from router.runs.report.page import MADE_BY, write_report
+from router.settings import Settings
+from router.system.errors import InputError
+from router.system.files import (
+    is_ours,
+    record_of,
+    remove_ours,
+    replacing,
+    sha256_of,
+    told_if_full,
+    work_folder,
+)
 
 WORK = ".results."  # how the name of the folder begins in which a run writes
 COMMIT = ".commit.json"  # the hashes of results, while they are replaced: a run may be killed between two

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from router.constants import Apply, Device, DeviceMap, Dtype, Engine, Scoring
-from router.errors import InputError
+from router.system.errors import InputError
 
 LARGEST = (1 << 31) - 1  # whole number of a flag; faiss takes no larger seed
 

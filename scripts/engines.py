@@ -19,14 +19,14 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize
 from peft import PeftModel
 
-from router.answering import answered_by_vllm
 from router.api import Router
-from router.context import Context
 from router.model.answer import answers, encode
 from router.model.apply import active
 from router.model.base import EMBEDDED, embedded_gguf, load_base
+from router.pipeline.answering import answered_by_vllm
+from router.pipeline.context import Context
+from router.queries.submission import COLUMNS, GENERATION, MULTIPLE_CHOICE, UNKNOWN, read_queries, write_table
 from router.serving.names import read_adapters
-from router.submission import COLUMNS, GENERATION, MULTIPLE_CHOICE, UNKNOWN, read_queries, write_table
 from scripts.bench.score import read_texts
 
 ASKED, AT_ONCE = 24, 12  # queries of data/test.csv, and how many of them at a time

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from router.context import Context
 from router.methods import load_method
+from router.pipeline.context import Context
 from router.routing.evidence import Evidence
 from router.settings import Settings
 

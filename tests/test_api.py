@@ -23,14 +23,14 @@ from helpers import (
     write_tiny_library,
 )  # fmt: skip
 from router import Router
-from router.errors import InputError
-from router.files import sha256_of
 from router.kit import Merges
 from router.main import main
 from router.model.answer import encode
 from router.model.apply import applied
 from router.model.passes import truncated
 from router.routing import state
+from router.system.errors import InputError
+from router.system.files import sha256_of
 
 TEXTS = ["What is two and two?", "1 + 1 =", "Say x"]
 
@@ -87,7 +87,9 @@ def test_a_saved_router_applies_its_variants_as_it_was_told_to(
     tiny_base, tiny_library, tmp_path, monkeypatch
 ):
     asked = []
-    monkeypatch.setattr("router.pipeline.applied", lambda base, how: asked.append(how) or applied(base, how))
+    monkeypatch.setattr(
+        "router.pipeline.steps.applied", lambda base, how: asked.append(how) or applied(base, how)
+    )
     how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "apply": "beside"}
     folder = Router.from_library(tiny_library, **how).fit(MORE).save(tmp_path / "saved")
     Router.load(folder, device="cpu").answer(MORE)

@@ -6,13 +6,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import FAMILIES, arguments, family, read_by_id, read_table, write_queries
-from router.context import Context
 from router.kit import Merges, StarterKitMethod
 from router.main import main
 from router.model.answer import likeliest
 from router.model.base import load_base
+from router.pipeline.context import Context
+from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.settings import Settings
-from router.submission import GENERATION, MULTIPLE_CHOICE, Query
 
 LENGTH = 6  # new tokens, as `arguments` asks for
 PROMPTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "abc"]

@@ -21,20 +21,20 @@ from helpers import ROOT, WIDTHS, arguments, write_queries, write_tiny_adapter
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
 from router.api import Router
 from router.cli import main as command
-from router.errors import InputError
-from router.hub import HubError
-from router.journal import FOLDER as JOURNAL
-from router.journal import Journal
 from router.library.adapters import load_library
 from router.library.command import check
 from router.main import main as run
 from router.methods.cards import card_of
 from router.model.answer import Answer
 from router.model.base import load_base
-from router.result import Routing
+from router.pipeline.journal import FOLDER as JOURNAL
+from router.pipeline.journal import Journal
+from router.pipeline.result import Routing
+from router.queries.submission import Query, read_queries
 from router.routing.prototypes import prototypes
 from router.serving.names import read_served
-from router.submission import Query, read_queries
+from router.system.errors import InputError
+from router.system.hub import HubError
 
 CARD = "README.md"
 QUERIES = [Query("1", "Two and two?", "generation"), Query("2", "a\nb", "multiple_choice", ("x", "y"))]

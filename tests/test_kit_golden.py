@@ -15,7 +15,7 @@ from router.main import main
 from router.model.answer import encode
 from router.model.apply import active
 from router.model.base import load_base
-from router.submission import read_queries
+from router.queries.submission import read_queries
 
 FILES = ("test", "cosmos_qa", "xsum", "quirks")
 PANDAS_NAN = "9017"  # its input is the text NA, which the kit's pandas read as missing and then as "nan"

@@ -34,12 +34,12 @@ from helpers import (
     write_queries,
     write_tiny_adapter,
 )
-from router.errors import InputError
 from router.main import main, parser
 from router.model.answer import FAILED
 from router.routing.evidence import Evidence
 from router.runs.load import load
 from router.settings import Settings
+from router.system.errors import InputError
 
 
 def plain_model(tiny_base):
@@ -351,7 +351,7 @@ def test_what_a_person_can_mend_is_one_line_and_exit_code_2(command, capsys, tmp
 
 
 def test_each_stage_that_takes_its_time_has_a_line_and_quiet_has_none(command, capsys, monkeypatch):
-    monkeypatch.setattr("router.stages.TOLD", 0.0)
+    monkeypatch.setattr("router.system.stages.TOLD", 0.0)
     assert command("average")[0] == 0
     told = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if "peak memory" in line]
     assert told == ["load", "clusters", "variants", "predict"]
@@ -578,7 +578,7 @@ def test_an_output_folder_below_a_file_system_that_cannot_be_written_is_refused(
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_takes_its_temporary_folders_with_it(command, capsys, monkeypatch, sent):
-    from router.pipeline import Routed
+    from router.pipeline.steps import Routed
 
     predict = Routed.predict
 
@@ -704,7 +704,7 @@ def test_variants_that_cannot_be_moved_cost_a_warning_and_not_the_answers(
     command, tmp_path, monkeypatch, caplog
 ):
     """Somebody puts a file there while the run predicts."""
-    from router.pipeline import Routed
+    from router.pipeline.steps import Routed
 
     predict = Routed.predict
 
@@ -723,7 +723,7 @@ def test_variants_that_cannot_be_moved_cost_a_warning_and_not_the_answers(
 def test_a_query_file_of_a_name_that_a_run_needs_is_refused_before_anything_is_loaded(
     name, command, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("router.pipeline.load_library", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("router.pipeline.steps.load_library", lambda *_, **__: pytest.fail("loaded"))
     queries = write_queries(tmp_path / name)
     assert command("base", "--dataset_filepaths", queries)[0] == 2
     assert "rename it" in capsys.readouterr().err
@@ -733,7 +733,7 @@ def test_a_query_file_of_a_name_that_a_run_needs_is_refused_before_anything_is_l
 def test_a_folder_where_a_result_would_be_is_told_before_anything_is_loaded(
     name, command, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("router.pipeline.load_library", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("router.pipeline.steps.load_library", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "out" / name).mkdir(parents=True)
     assert command("proto_route")[0] == 2
     assert "--output_folder" in capsys.readouterr().err
@@ -764,7 +764,7 @@ def test_a_record_or_report_of_something_else_stays(name, text, command, tmp_pat
 def test_a_file_that_no_run_wrote_is_refused_before_anything_is_loaded(
     name, command, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("router.pipeline.load_library", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("router.pipeline.steps.load_library", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
     assert command("proto_route")[0] == 2

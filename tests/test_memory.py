@@ -9,15 +9,15 @@ import torch
 
 from helpers import ROOT, arguments, write_queries
 from merge.folders import AdapterError, open_adapter
-from router.errors import InputError
-from router.journal import Journal
 from router.library.adapters import load_library
 from router.model import base as module
+from router.pipeline.journal import Journal
+from router.system.errors import InputError
 
 LIMITED = """
 import sys
 from resource import RLIMIT_AS, getpagesize, setrlimit
-import router.main, router.record, router.run
+import router.main, router.pipeline.record, router.run
 router.main.LEAST = 0
 own = int(open("/proc/self/statm").read().split()[0]) * getpagesize()
 setrlimit(RLIMIT_AS, (own, own))

@@ -14,8 +14,8 @@ from threadpoolctl import threadpool_limits
 from helpers import NAMES, method_of, write_tiny_library
 from merge.factors import Factors, recompress, weighted_sum
 from router.library.adapters import load_library
+from router.queries.submission import Query
 from router.routing.gate import PrototypeGate
-from router.submission import Query
 
 
 def few(examples):

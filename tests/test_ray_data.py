@@ -12,8 +12,8 @@ import pytest
 
 from helpers import ROOT, read_by_id, write_queries
 from router import ray_data
-from router.errors import InputError
-from router.submission import COLUMNS, read_queries
+from router.queries.submission import COLUMNS, read_queries
+from router.system.errors import InputError
 
 pq = pytest.importorskip("pyarrow.parquet", reason="the extra ray is not installed")
 pa = pytest.importorskip("pyarrow", reason="the extra ray is not installed")

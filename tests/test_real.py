@@ -11,7 +11,7 @@ from router.constants import LIBRARY
 from router.library.adapters import check_against_base, load_library
 from router.main import main
 from router.model.base import EMBEDDED, EMBEDDED_ID, embedded_gguf, linear_shapes, load_base
-from router.submission import read_queries
+from router.queries.submission import read_queries
 
 ROOT = LIBRARY.resolve().parents[1]
 EVAL = sorted((ROOT / "data" / "eval").glob("*.csv"))

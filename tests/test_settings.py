@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from router.errors import InputError
 from router.settings import Settings
+from router.system.errors import InputError
 
 FIELDS = {setting.name: setting for setting in fields(Settings)}
 OTHERS = Settings(

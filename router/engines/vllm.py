@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from merge.folders import open_adapter, served_rank
-from router.errors import InputError
 from router.model.answer import (
     FAILED,
     NOT_FINITE,
@@ -28,6 +27,7 @@ from router.model.answer import (
     likeliest,
 )  # fmt: skip
 from router.model.base import Base
+from router.system.errors import InputError
 
 AT_ONCE = 256  # prompts, after which their answers can be kept
 ENVIRONMENT = {  # where it does not say otherwise

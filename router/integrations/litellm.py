@@ -17,11 +17,11 @@ from litellm.integrations.custom_logger import CustomLogger
 
 from router.api import Choice, Prompt, Router
 from router.constants import BASE_COLUMN
-from router.errors import InputError
 from router.routing.variants import served
 from router.serving.names import AUTO
 from router.serving.prober import Prober
 from router.serving.text import NoText, prompt_of
+from router.system.errors import InputError
 
 FOLDER = "PROTO_ROUTE_ROUTER"
 WAITING = 1024  # requests that may wait for their decision

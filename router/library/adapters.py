@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from merge.factors import Factors, inner
 from merge.folders import WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
 from router.constants import BASE_COLUMN
-from router.errors import InputError, out_of_memory
-from router.files import sha256_of
 from router.library.sources import CARD_FILE, Source, expand, find
+from router.system.errors import InputError, out_of_memory
+from router.system.files import sha256_of
 
 # Columns of the routing table that are no adapter's.
 TAKEN = {

@@ -15,10 +15,10 @@ import numpy as np
 
 from merge.folders import WEIGHTS_FILE
 from router.constants import LIBRARY
-from router.errors import InputError, printable
 from router.library.adapters import Adapter, check_name, opened
 from router.library.duplicates import OVERLAP, SAME, norms_and_cosines, overlaps
 from router.library.sources import expand, find
+from router.system.errors import InputError, printable
 
 OUTLIER = 10.0  # a norm may be this many times larger or smaller than the median
 HEADINGS = "adapter sound base rank scale modules kind parameters MB revision sha256".split()

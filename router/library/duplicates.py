@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from merge.factors import Factors, gram, svd
 from router.library.adapters import Adapter
-from router.progress import progress
+from router.system.progress import progress
 
 # Two adapters may read alike if they share more than half of the modules of each, and the root mean square
 # difference of their log responses to generic text there is below ALIKE. They do if what they read overlaps

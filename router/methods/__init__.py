@@ -1,7 +1,7 @@
 """The methods behind `-m`: one file each, found by its name.
 
-To add one, put a file here that defines a subclass of `router.pipeline.Routed`, or of `router.kit.Merges`
-(the starter kit's contract). Nothing else has to be edited.
+To add one, put a file here that defines a subclass of `router.pipeline.steps.Routed`, or of
+`router.kit.Merges` (the starter kit's contract). Nothing else has to be edited.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
-from router.errors import InputError
+from router.system.errors import InputError
 
 if TYPE_CHECKING:
     from router.kit import Merges
-    from router.pipeline import Routed
+    from router.pipeline.steps import Routed
 
 
 def method_names() -> list[str]:
@@ -30,7 +30,7 @@ def load_method(name: str) -> type[Merges] | type[Routed]:
         ValueError: the file defines no method, or several.
     """
     from router.kit import Merges
-    from router.pipeline import Routed
+    from router.pipeline.steps import Routed
 
     if name not in method_names():
         raise InputError(f"method: expected one of {', '.join(method_names())}, got {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from router.per_token import Experts, PerToken, arrow_scores, keep_top
+from router.pipeline.per_token import Experts, PerToken, arrow_scores, keep_top
 
 # 4 in the authors' tests (microsoft/mttl; their class alone cuts nothing off) and in the code of SpectR,
 # which compares with Arrow. PEFT's default is 3.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from router.pipeline import Routed, evenly
-from router.result import Routing
-from router.submission import Query
+from router.pipeline.result import Routing
+from router.pipeline.steps import Routed, evenly
+from router.queries.submission import Query
 
 
 class Average(Routed):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from router.pipeline import Routed
-from router.result import Routing
-from router.submission import Query
+from router.pipeline.result import Routing
+from router.pipeline.steps import Routed
+from router.queries.submission import Query
 
 
 class BaseOnly(Routed):

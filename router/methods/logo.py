@@ -10,11 +10,11 @@ from torch import Tensor
 
 from router.library.adapters import Adapter, last_block
 from router.model.passes import batches, forward
-from router.per_token import Experts, attached, load_experts, norms
-from router.pipeline import Routed, largest
-from router.result import Routing
+from router.pipeline.per_token import Experts, attached, load_experts, norms
+from router.pipeline.result import Routing
+from router.pipeline.steps import Routed, largest
+from router.queries.submission import Query
 from router.routing.clusters import Array
-from router.submission import Query
 
 TOP_K = 20  # the authors' default (archon159/LoGo), for 260 adapters
 PROJECTION = "q_proj"  # the authors', in the last block

@@ -13,10 +13,10 @@ from merge.factors import support
 from router.library.adapters import Adapter, last_block
 from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
-from router.pipeline import Routed, largest
-from router.result import Routing
+from router.pipeline.result import Routing
+from router.pipeline.steps import Routed, largest
+from router.queries.submission import Query
 from router.routing.clusters import Array
-from router.submission import Query
 
 # The authors' settings (crisostomi/mass): they keep the tasks of more than this weight, the best one in any
 # case, and at most three.

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from router.constants import BASE_COLUMN
-from router.errors import InputError
-from router.pipeline import Routed
-from router.result import Routing
-from router.submission import Query, adapters_of, read_labels, read_queries
+from router.pipeline.result import Routing
+from router.pipeline.steps import Routed
+from router.queries.submission import Query, adapters_of, read_labels, read_queries
+from router.system.errors import InputError
 
 
 class Oracle(Routed):

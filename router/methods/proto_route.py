@@ -11,19 +11,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from router.errors import InputError
 from router.model.answer import by_length, encode
 from router.model.device import tokens_at_once
 from router.model.frames import BARE, Frame, Parts, bare, parts_of_text, usual, within
 from router.model.passes import truncated
-from router.pipeline import Routed
-from router.result import Routing
+from router.pipeline.result import Routing
+from router.pipeline.steps import Routed
+from router.queries.submission import Query
 from router.routing.calibration import Calibration
 from router.routing.evidence import joined as evidence_of
 from router.routing.fitted import Fitted
 from router.routing.probe import Probed
 from router.routing.prototypes import ModulePrototypes, prototypes
-from router.submission import Query
+from router.system.errors import InputError
 
 ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from router.per_token import Experts, PerToken, input_norms, keep_top
+from router.pipeline.per_token import Experts, PerToken, input_norms, keep_top
 
 TOP_K = 4  # as in the authors' code (wfleshman/spectr)
 TEMPERATURE = 1.0  # the paper names none

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from merge.factors import Factors, weighted_sum
-from router.pipeline import Static
+from router.pipeline.steps import Static
 
 # Ilharco et al. tune it on validation data. Where there is none, the TIES paper (2306.01708) takes this value
 # for Task Arithmetic, as its authors recommend.

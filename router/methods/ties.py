@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from merge.dense import stack, ties, to_factors
 from merge.factors import Factors
-from router.pipeline import Static
+from router.pipeline.steps import Static
 
 
 class Ties(Static):

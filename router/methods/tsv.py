@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from merge.factors import ROUNDING, Factors, from_svd, support
-from router.pipeline import Static
+from router.pipeline.steps import Static
 
 SCALE = 1.0  # the paper's alpha for TSV-Merge, which it fixes instead of tuning
 

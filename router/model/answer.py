@@ -14,8 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from router.constants import Scoring as Scoring
-from router.errors import InputError, out_of_memory
 from router.model.device import batch_tokens
+from router.system.errors import InputError, out_of_memory
 
 if TYPE_CHECKING:
     import torch

@@ -22,10 +22,10 @@ from torch.nn.functional import linear
 from merge.factors import Factors
 from merge.folders import CONFIG_FILE, open_adapter
 from router.constants import Apply
-from router.errors import InputError, out_of_memory
 from router.model.base import Base, linear_shapes
 from router.model.device import ROOM, memory_bytes, spread
 from router.model.hooks import Change, changing_outputs
+from router.system.errors import InputError, out_of_memory
 
 
 class Applied(Protocol):

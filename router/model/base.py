@@ -20,11 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router.errors import InputError, out_of_memory, reason
-from router.files import FULL, cache_folder, is_folder, read_json, sha256_of, told_if_full
-from router.hub import HubError, fetch
 from router.model.answer import end_tokens, pad_id
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
+from router.system.errors import InputError, out_of_memory, reason
+from router.system.files import FULL, cache_folder, is_folder, read_json, sha256_of, told_if_full
+from router.system.hub import HubError, fetch
 
 if TYPE_CHECKING:
     import torch
@@ -307,7 +307,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fetched(spec: str, local_only: bool = False) -> tuple[Path, str, str]:
-    """A base model from the hub; as `router.hub.fetch`."""
+    """A base model from the hub; as `router.system.hub.fetch`."""
     return fetch(spec, FILES, local_only, OTHERS)
 
 

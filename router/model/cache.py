@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from router.errors import InputError
 from router.model.device import tokens_at_once
+from router.system.errors import InputError
 
 
 def cache_argument(model: Any) -> str:

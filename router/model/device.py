@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router.errors import InputError
+from router.system.errors import InputError
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from router.model.answer import by_length, halves, if_it_fits, pad_left, positions
 from router.model.device import tokens_at_once
-from router.progress import progress
+from router.system.progress import progress
 
 Found = TypeVar("Found")
 

@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from router.conversation import SYSTEM, Message, content
-from router.errors import InputError, reason
 from router.model.frames import Frame, Parts
+from router.queries.conversation import SYSTEM, Message, content
+from router.system.errors import InputError, reason
 
 MARK = "\u2063proto-route\u2063"  # stands for the user's message; nobody writes it
 LARGEST = 1 << 20  # bytes of a template file

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from router.files import for_others, parsed
+from router.system.files import for_others, parsed
 
 Array = NDArray[np.float32]
 

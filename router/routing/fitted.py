@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.errors import InputError
 from router.library.adapters import Adapter
 from router.library.duplicates import representatives
 from router.model.frames import Frame
@@ -23,6 +22,7 @@ from router.routing.gate import PrototypeGate
 from router.routing.large import gate_for
 from router.routing.probe import Probed, probe, telling, unreadable
 from router.routing.prototypes import ModulePrototypes
+from router.system.errors import InputError
 
 AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
 RESPONSES = 1 << 25  # of a large library fewer prompts, so that there are at most so many responses

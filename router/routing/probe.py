@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.errors import InputError
 from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
 from router.routing.prototypes import ModulePrototypes
+from router.system.errors import InputError
 
 END = 2  # counted tokens that are the end of a prompt, just before the answer
 BLOCK = 256  # tokens that a processor centres at once in float32, so that they stay in its caches

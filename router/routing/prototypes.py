@@ -19,8 +19,8 @@ from torch.nn.functional import embedding_bag
 
 from merge.factors import stacks, svd
 from router.library.adapters import Adapter
-from router.progress import progress
 from router.routing.store import content, kept
+from router.system.progress import progress
 
 FORMAT = 1  # raise it when prototypes are computed in another way
 

@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from router.errors import InputError
-from router.files import for_others, parsed
 from router.model.frames import Frame
 from router.routing.fitted import Fitted
 from router.routing.gate import FACTORS
 from router.routing.large import gate_for
 from router.routing.prototypes import ModulePrototypes
+from router.system.errors import InputError
+from router.system.files import for_others, parsed
 
 FILE = "router.safetensors"
 FORMAT = 7  # raise it when a reader of the old one could not use the new one

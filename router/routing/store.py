@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge.folders import CONFIG_FILE
-from router.files import cache_folder
 from router.library.adapters import Adapter
+from router.system.files import cache_folder
 
 
 def content(adapter: Adapter) -> str:

@@ -16,10 +16,10 @@ import torch
 
 from merge.factors import Factors, recompress, weighted_sum
 from merge.folders import WEIGHTS_FILE, write_adapter
-from router.files import for_others, is_ours, mark, remove_ours, sha256_of
 from router.library.adapters import Adapter
 from router.model.base import Base
 from router.routing.clusters import Array
+from router.system.files import for_others, is_ours, mark, remove_ours, sha256_of
 
 VARIANTS = "variants"  # the folder of variants in an output folder
 log = logging.getLogger(__name__)

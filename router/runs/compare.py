@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from router.errors import InputError
-from router.files import is_folder
+from router.queries.submission import adapters_of, read_rows
 from router.runs.explain import Rows, called, open_console, section
 from router.runs.load import Run, load
-from router.submission import adapters_of, read_rows
+from router.system.errors import InputError
+from router.system.files import is_folder
 
 PARTS = ("flags", "base", "versions")  # of a record that decide a run
 DRAWS = 2000

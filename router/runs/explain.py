@@ -24,10 +24,10 @@ from rich.table import Table
 from rich.text import Text
 
 from router.constants import BASE_COLUMN, Device, Dtype
-from router.errors import InputError, printable
+from router.queries.submission import MULTIPLE_CHOICE, Query
 from router.routing.evidence import LOW_MARGIN, Evidence
 from router.runs.load import QueryFile, Run, load
-from router.submission import MULTIPLE_CHOICE, Query
+from router.system.errors import InputError, printable
 
 NEAREST = 8  # adapters shown for their score
 LONG = 600  # characters shown of a text

@@ -13,13 +13,20 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from router.constants import BASE_COLUMN
-from router.errors import InputError
-from router.files import sha256_of
-from router.record import RECORD, Record
+from router.pipeline.record import RECORD, Record
+from router.queries.submission import (
+    MULTIPLE_CHOICE,
+    Query,
+    digest_of,
+    read_queries,
+    read_rows,
+    submission_name,
+)
 from router.routing.clusters import Clusters
 from router.routing.evidence import Evidence, joined
 from router.settings import Settings
-from router.submission import MULTIPLE_CHOICE, Query, digest_of, read_queries, read_rows, submission_name
+from router.system.errors import InputError
+from router.system.files import sha256_of
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from router.errors import InputError
 from router.routing.clusters import Array, Clusters, cluster, losses, mixes
 from router.routing.gate import PrototypeGate
 from router.runs.load import Labels, Run, load
 from router.runs.report.data import mix, places_of
+from router.system.errors import InputError
 
 KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # numbers of variants on the curve
 SHORT = 70  # characters of a query

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from router.constants import ADDRESS, Dtype
-from router.errors import InputError
-from router.keys import key_of
+from router.system.errors import InputError
+from router.system.keys import key_of
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle

@@ -17,11 +17,11 @@ import torch
 
 from merge.factors import Factors, inner
 from merge.folders import AdapterError, open_adapter, served_rank, write_adapter
-from router.errors import InputError, printable
-from router.files import replacing
 from router.routing.variants import limited
 from router.serving.gguf import base_gguf, converted
 from router.serving.names import Served, read_adapters, read_served
+from router.system.errors import InputError, printable
+from router.system.files import replacing
 
 SCRIPT = "serve.sh"
 GGUF = "gguf"  # a folder beside it

@@ -31,13 +31,13 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from router.api import Choice, Prompt, Router
-from router.errors import InputError, printable
 from router.routing.variants import served
 from router.serving.names import AUTO
 from router.serving.prober import Prober
 from router.serving.request import GONE, admit, as_error, as_json, body_of, left, object_of
 from router.serving.text import NoText, prompt_of
 from router.serving.upstream import CANARY, Serves, Upstream, end_to_end, variants_of
+from router.system.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 RECENT = 100  # decisions on the page

@@ -11,11 +11,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from merge.folders import open_adapter, write_adapter
-from router.errors import InputError
-from router.files import is_ours, mark, remove_ours, work_folder
-from router.hub import HubError, fetch
 from router.model.base import EMBEDDED_ID, embedded_folder, embedded_gguf
 from router.serving.names import Served
+from router.system.errors import InputError
+from router.system.files import is_ours, mark, remove_ours, work_folder
+from router.system.hub import HubError, fetch
 
 CONVERTER = "convert_lora_to_gguf.py"
 

@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
 from router.constants import BASE_COLUMN, Dtype
-from router.errors import InputError
-from router.files import is_folder, read_json, sha256_of
 from router.library.adapters import load_library
 from router.routing.variants import VARIANTS, served
+from router.system.errors import InputError
+from router.system.files import is_folder, read_json, sha256_of
 
 AUTO = "auto"  # the model that a client names to have its request routed
 # A run may come from a stranger, and its words go to a command line: none of them is a flag or a pattern.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from router.conversation import SYSTEM, Message, checked, content
-from router.errors import InputError
+from router.queries.conversation import SYSTEM, Message, checked, content
 from router.serving.names import AUTO
+from router.system.errors import InputError
 
 TURNS = 8  # of the user's messages, the last ones; each may be a pass of the base model
 

@@ -15,8 +15,8 @@ import httpx
 from starlette.exceptions import HTTPException
 
 from router.api import Router
-from router.files import is_folder
 from router.routing.variants import served
+from router.system.files import is_folder
 
 CANARY = "The capital of France is"  # what every variant is asked for one token of
 PATIENCE = 60.0  # seconds that a canary may take

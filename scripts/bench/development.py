@@ -17,7 +17,7 @@ import pandas as pd
 
 from router.constants import BASE_COLUMN, LIBRARY
 from router.model.base import EMBEDDED
-from router.submission import GENERATION
+from router.queries.submission import GENERATION
 from scripts.bench.score import labelled, read_texts
 
 COMMITTED = "committed"  # data/library

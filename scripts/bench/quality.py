@@ -27,14 +27,14 @@ import pandas as pd
 import torch
 
 from router.constants import BASE_COLUMN
-from router.context import Context
 from router.library.adapters import load_library
 from router.methods import load_method, method_names
 from router.model.base import load_base
+from router.pipeline.context import Context
+from router.queries.submission import MULTIPLE_CHOICE, read_queries
 from router.routing.gate import PrototypeGate
 from router.settings import Settings
-from router.stages import peak_mib
-from router.submission import MULTIPLE_CHOICE, read_queries
+from router.system.stages import peak_mib
 from scripts.bench import libraries as made
 from scripts.bench import runner
 from scripts.bench.development import COMMITTED, FITS, FOREIGN, SPLITS, Labelled, libraries

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from router.files import replacing
+from router.system.files import replacing
 
 Cell = tuple[str, ...]
 

@@ -35,13 +35,13 @@ from router.library.adapters import load_library
 from router.model.answer import encode
 from router.model.base import EMBEDDED, linear_shapes, load_base
 from router.model.passes import truncated
+from router.queries.submission import COLUMNS, read_queries, write_table
 from router.routing.calibration import Calibration
 from router.routing.clusters import cluster
 from router.routing.large import gate_for
 from router.routing.probe import probe
 from router.routing.prototypes import prototypes
-from router.stages import peak_mib
-from router.submission import COLUMNS, read_queries, write_table
+from router.system.stages import peak_mib
 from scripts.bench import runner
 from scripts.bench.libraries import FOLDER as LIBRARIES
 from scripts.bench.markdown import header, insert, row

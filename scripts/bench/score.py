@@ -15,7 +15,7 @@ from statistics import fmean
 
 import pandas as pd
 
-from router.submission import adapters_of
+from router.queries.submission import adapters_of
 from scripts.bench.markdown import header, row
 
 DATA = Path("data")

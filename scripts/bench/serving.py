@@ -28,8 +28,8 @@ from router.main import main as run
 from router.model.answer import encode, pad_left
 from router.model.base import EMBEDDED, load_base
 from router.model.passes import forward
+from router.queries.submission import read_queries
 from router.serving.front import Front
-from router.submission import read_queries
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.score import read_texts
 

@@ -24,9 +24,9 @@ from router.library.adapters import Adapter, load_library
 from router.model.answer import encode
 from router.model.base import EMBEDDED, load_base, ready
 from router.model.passes import batches, forward, truncated
+from router.queries.submission import COLUMNS, Query, read_queries, write_table
 from router.routing.probe import input_means, probe
 from router.routing.prototypes import prototypes
-from router.submission import COLUMNS, Query, read_queries, write_table
 from scripts.bench import libraries, runner
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.score import COPY

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.constants import BASE_COLUMN, Dtype
-from router.files import replacing
 from router.library.adapters import load_library
 from router.model.answer import encode
 from router.model.base import load_base
@@ -31,6 +30,7 @@ from router.routing.calibration import Calibration
 from router.routing.gate import SHARES, PrototypeGate
 from router.routing.probe import probe
 from router.routing.prototypes import prototypes
+from router.system.files import replacing
 from scripts.bench.development import CHATS, FOREIGN, Labelled, libraries
 from scripts.bench.development import FITS as EVERY
 from scripts.bench.markdown import header, row

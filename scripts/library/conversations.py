@@ -22,7 +22,7 @@ from typing import Any
 
 from router.constants import BASE_COLUMN
 from router.model.base import EMBEDDED, Base, load_base
-from router.submission import write_table
+from router.queries.submission import write_table
 from scripts.bench.score import labelled, read_texts
 from scripts.library.development import GAIN, LABELS, OUTPUT, gemma, note
 from scripts.library.tasks import Item, Task, all_tasks, families, split

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from router.model.base import EMBEDDED, Base, convert, load_base
-from router.submission import COLUMNS, GENERATION, write_table
+from router.queries.submission import COLUMNS, GENERATION, write_table
 from scripts.library.tasks import Item, Task, families, split
 from scripts.library.train import ATTENTION, MLP, QV, SEED, Expert, accuracy, phrase, train
 

@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 
 from router.constants import BASE_COLUMN
-from router.submission import GENERATION, MULTIPLE_CHOICE, write_table
+from router.queries.submission import GENERATION, MULTIPLE_CHOICE, write_table
 from scripts.library.tasks import Item, Task, all_tasks, composite_tasks, split
 from scripts.library.train import EXPERTS, SEED, SIZES, phrase
 

@@ -9,16 +9,16 @@ import torch
 from peft import PeftModel
 
 from helpers import arguments, read_by_id, write_queries, write_tiny_library
-from router.answering import answered_by_vllm
-from router.context import Context
 from router.engines import vllm
-from router.errors import InputError
 from router.main import main
 from router.model.answer import answers, encode
 from router.model.apply import active
 from router.model.base import load_base
+from router.pipeline.answering import answered_by_vllm
+from router.pipeline.context import Context
+from router.queries.submission import Query
 from router.settings import Settings
-from router.submission import Query
+from router.system.errors import InputError
 
 
 class LoRARequest(SimpleNamespace):

@@ -14,10 +14,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from helpers import WIDTHS, write_tiny_adapter
-from router.errors import InputError
 from router.library.adapters import base_of, check_against_base, load_library
 from router.library.sources import from_hub, is_here
 from router.routing.prototypes import prototypes
+from router.system.errors import InputError
 
 SHAPES = {f"model.layers.{layer}.{kind}": shape for layer in range(2) for kind, shape in WIDTHS.items()}
 

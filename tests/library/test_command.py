@@ -13,9 +13,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from helpers import WIDTHS, write_tiny_adapter
-from router.errors import InputError
 from router.library.adapters import load_library
 from router.library.command import main
+from router.system.errors import InputError
 
 SCALES = {"attention": 8 / 4, "everything": 2 / 2, "mlp": 9 / 6**0.5}
 

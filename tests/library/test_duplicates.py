@@ -12,9 +12,9 @@ from router.library.adapters import load_library
 from router.library.duplicates import ALIKE, nearby, norms_and_cosines, representatives
 from router.methods.proto_route import ProtoRoute
 from router.model.answer import encode
+from router.queries.submission import GENERATION, Query
 from router.routing.probe import input_means, probe
 from router.routing.prototypes import prototypes
-from router.submission import GENERATION, Query
 
 TEXTS = ["a", "two words", "Question: what is 17 + 4?\nAnswer:", "x" * 40, "über 漢字"]
 KINDS = ("self_attn.q_proj", "mlp.up_proj")

@@ -10,8 +10,8 @@ from router.library.adapters import load_library
 from router.methods.proto_route import ProtoRoute
 from router.model.answer import encode
 from router.model.hooks import reading_inputs
+from router.queries.submission import GENERATION, Query
 from router.routing.calibration import generic_prompts, silent
-from router.submission import GENERATION, Query
 
 QUERIES = [
     Query(str(n), text, GENERATION)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers import NAMES, ROWS, method_of, read_table, variants_in, write_tiny_adapter
-from router.errors import InputError
 from router.library.adapters import last_block, load_library
 from router.main import main
 from router.methods import all_merge_handlers
@@ -22,9 +21,10 @@ from router.methods.cards import card_of, encoder_folder, softmax_of_nearest
 from router.methods.logo import proportional
 from router.methods.mass import residuals, select, subspaces
 from router.model.answer import encode, pad_left
-from router.per_token import attached, input_norms, load_experts, mean_weights
+from router.pipeline.per_token import attached, input_norms, load_experts, mean_weights
+from router.queries.submission import Query
 from router.settings import Settings
-from router.submission import Query
+from router.system.errors import InputError
 
 PER_TOKEN, PER_QUERY = ["arrow", "spectr", "lag"], ["logo", "mass", "cards"]
 TEXTS = ["a", "two words", "Question: what is 17 + 4?\nAnswer:", "x" * 40, "über 漢字"]

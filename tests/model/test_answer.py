@@ -12,16 +12,16 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 
 from helpers import FAMILIES, family
-from router import answering
-from router.context import Context
-from router.deadline import Deadline
-from router.errors import InputError
 from router.model.answer import by_length, encode, generate, score_choices
 from router.model.base import load_base
 from router.model.cache import new_cache
 from router.model.device import CHOICE_TOKENS
+from router.pipeline import answering
+from router.pipeline.context import Context
+from router.pipeline.deadline import Deadline
+from router.queries.submission import Query
 from router.settings import Settings
-from router.submission import Query
+from router.system.errors import InputError
 
 EOS = 1
 LONG = "The quick brown fox jumps over the lazy dog, and then it rests in the sun for a while. "

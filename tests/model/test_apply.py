@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from helpers import logits
 from merge.folders import AdapterError
-from router.errors import InputError
 from router.model.apply import Beside, Merged, active, applied, swap_order
 from router.model.base import linear_shapes, load_base
 from router.routing.variants import Variant, write_variant
+from router.system.errors import InputError
 
 MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
 WAYS = ("merged", "beside")

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from router.errors import InputError
 from router.model import base as module
 from router.model.base import embedded_folder, load_base
+from router.system.errors import InputError
 
 
 @pytest.fixture()

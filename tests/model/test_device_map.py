@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from helpers import files_of, logits
-from router.errors import InputError
 from router.model.apply import Hooked, active
 from router.model.base import load_base
 from router.model.device import spread
+from router.system.errors import InputError
 
 MAP = {
     "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from router.errors import InputError
 from router.model.template import Template, template_of
+from router.system.errors import InputError
 
 TALK = [
     {"role": "system", "content": "Sort."},

@@ -13,11 +13,11 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 
 from helpers import write_tiny_adapter
-from router.context import Context
 from router.main import parser
 from router.methods import load_method
 from router.model.base import EMBEDDED_ID
-from router.pipeline import load
+from router.pipeline.context import Context
+from router.pipeline.steps import load
 from router.routing.model_card import _cell, card
 from router.routing.variants import Variant
 from router.settings import Settings

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from helpers import NAMES, NONE, ROOT, arguments, read_by_id, write_queries, write_run
-from router.errors import InputError
 from router.main import main as run
 from router.runs.explain import main
+from router.system.errors import InputError
 
 WEIGHTS = [0.7, 0.29, 0, 0.01]
 

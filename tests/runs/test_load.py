@@ -8,9 +8,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from helpers import NAMES, QUERIES, arguments, read_by_id, spoil, write_queries, write_run
-from router.errors import InputError
 from router.main import main
 from router.runs.load import load
+from router.system.errors import InputError
 
 
 def test_a_run_is_read_as_it_was_written(runs):

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from helpers import METHODS, ROOT, ROWS, read_table, write_csv
-from router.errors import InputError
 from router.routing.evidence import Evidence
 from router.runs import explain
 from router.runs.load import load
 from router.runs.report.data import LIMITS, layers, place_of
 from router.runs.report.layout import layout
 from router.runs.report.page import main, write_report
+from router.system.errors import InputError
 
 MINUS = "\N{MINUS SIGN}"
 HOSTILE = [

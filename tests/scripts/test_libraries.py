@@ -90,7 +90,7 @@ def test_uniform_adapters_are_on_all_layers_and_made_once(base, tmp_path):
 
 
 def test_nothing_kept_is_found_in_an_empty_cache(monkeypatch):
-    from router.files import cache_folder
+    from router.system.files import cache_folder
 
     before = cache_folder()
     with libraries.empty_cache():

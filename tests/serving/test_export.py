@@ -20,11 +20,11 @@ from helpers import NAMES, ROOT, write_tiny_adapter
 from merge.folders import open_adapter
 from router.api import Router
 from router.cli import main as cli
-from router.errors import InputError
-from router.files import sha256_of
 from router.routing.variants import served
 from router.serving.export import main
 from router.serving.names import read_served
+from router.system.errors import InputError
+from router.system.files import sha256_of
 
 
 @pytest.fixture()

@@ -17,12 +17,12 @@ from starlette.routing import Route  # noqa: E402
 
 from helpers import ROOT  # noqa: E402
 from router.api import Choice, Router  # noqa: E402
-from router.errors import InputError  # noqa: E402
-from router.files import sha256_of  # noqa: E402
-from router.keys import key_of  # noqa: E402
 from router.routing.variants import served  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
 from router.serving.text import NoText, prompt_of  # noqa: E402
+from router.system.errors import InputError  # noqa: E402
+from router.system.files import sha256_of  # noqa: E402
+from router.system.keys import key_of  # noqa: E402
 
 
 def test_auto_is_answered_by_the_variant_and_another_model_passes_untouched():
@@ -624,11 +624,11 @@ def test_a_reload_says_which_variants_the_upstream_must_load_anew_and_is_not_ask
 
 @pytest.mark.parametrize("value", ["schl\u00fcssel", "a\nb", "\x00"])
 def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(value, monkeypatch):
-    monkeypatch.setattr("router.keys.os.environ", {"PROTO_ROUTE_API_KEY": value})
+    monkeypatch.setattr("router.system.keys.os.environ", {"PROTO_ROUTE_API_KEY": value})
     with pytest.raises(InputError) as caught:
         key_of("PROTO_ROUTE_API_KEY")
     assert value not in str(caught.value)
-    monkeypatch.setattr("router.keys.os.environ", {"PROTO_ROUTE_API_KEY": " secret\n"})
+    monkeypatch.setattr("router.system.keys.os.environ", {"PROTO_ROUTE_API_KEY": " secret\n"})
     assert key_of("PROTO_ROUTE_API_KEY") == "secret" and key_of("ANOTHER") is None
 
 

@@ -16,12 +16,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router.errors import InputError
-from router.files import replacing
-from router.record import REPORT
+from router.pipeline.record import REPORT
 from router.routing.evidence import LOW_MARGIN
 from router.runs.load import Run, load
 from router.runs.report.data import SHOWN_QUERIES, data, escaped, explained, headline, layers, variants
+from router.system.errors import InputError
+from router.system.files import replacing
 
 if TYPE_CHECKING:
     from jinja2 import Template

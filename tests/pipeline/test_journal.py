@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from helpers import ROOT, ROWS, arguments, read_table, write_queries
-from router.errors import InputError
-from router.journal import Journal, alone_in
 from router.main import main
 from router.model import answer as module
 from router.model.answer import Answer
-from router.result import Routing
+from router.pipeline.journal import Journal, alone_in
+from router.pipeline.result import Routing
+from router.queries.submission import Query
 from router.routing.fitted import Fitted
-from router.submission import Query
+from router.system.errors import InputError
 
 ONE, TWO = Query("1", "a", "generation"), Query("2", "b\u2028\n", "multiple_choice", ("x", "y"))
 FOUND = {ONE: Answer("text", (3, 1)), TWO: Answer("1", scores=(-0.1, -1 / 3))}
@@ -241,7 +241,9 @@ def test_a_run_that_was_refused_may_be_run_as_it_was_told_to(command, monkeypatc
 
 def test_a_read_error_keeps_the_journal(command, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("router.pipeline.write_variant", lambda *_: (_ for _ in ()).throw(InputError("unread")))
+        patch.setattr(
+            "router.pipeline.steps.write_variant", lambda *_: (_ for _ in ()).throw(InputError("unread"))
+        )
         code, out = command("proto_route", "--false_alarm", 0.99)
     assert code == 2 and (out / ".journal" / "routing.safetensors").exists()
     monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
-from router.errors import InputError, reason
+from router.system.errors import InputError, reason
 
 PATIENCE = timedelta(days=7)  # one process may wait long for another; torchrun ends those of one that died
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from router.stages import Stages
+from router.system.stages import Stages
 
 
 def test_a_stage_that_runs_again_adds_to_its_seconds():
@@ -20,7 +20,7 @@ def test_a_stage_that_runs_again_adds_to_its_seconds():
 
 def test_the_peak_is_that_of_the_process_so_far():
     code = """
-from router.stages import Stages
+from router.system.stages import Stages
 stages = Stages()
 with stages("before"):
     pass  # a child starts with its parent's peak
@@ -36,16 +36,16 @@ print(*stages.peak_mib.values())
 
 
 def test_what_takes_a_second_has_a_line_in_the_log(caplog, monkeypatch):
-    monkeypatch.setattr("router.stages.TOLD", 0.05)
+    monkeypatch.setattr("router.system.stages.TOLD", 0.05)
     stages = Stages()
     with caplog.at_level(logging.INFO, "router"), stages("long"):
         time.sleep(0.06)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "router.stages"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "router.system.stages"]
     assert re.fullmatch(r"long: \d+\.\d s, peak memory \d+ MiB", line)
 
 
 def test_what_does_not_has_none(caplog, monkeypatch):
-    monkeypatch.setattr("router.stages.TOLD", 3600.0)
+    monkeypatch.setattr("router.system.stages.TOLD", 3600.0)
     with caplog.at_level(logging.INFO, "router"), Stages()("short"):
         pass
     assert not caplog.records

@@ -21,12 +21,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from router.errors import InputError
-from router.files import is_ours, mark, record_of, remove_ours, replacing
 from router.model.answer import Answer
-from router.result import Routing
+from router.pipeline.result import Routing
+from router.queries.submission import Query
 from router.routing.evidence import Evidence
-from router.submission import Query
+from router.system.errors import InputError
+from router.system.files import is_ours, mark, record_of, remove_ours, replacing
 
 FOLDER, LOCK = ".journal", ".lock"
 SYNCED = 5.0  # seconds between two calls of fsync at least; the machine may lose what came after the last

@@ -30,12 +30,12 @@ from router.library.adapters import Adapter
 from router.model.answer import Answer
 from router.model.hooks import Change, changing_outputs
 from router.model.passes import batches, forward
-from router.pipeline import Routed
-from router.progress import progress
-from router.result import Decision, Routing
+from router.pipeline.result import Decision, Routing
+from router.pipeline.steps import Routed
+from router.queries.submission import Query
 from router.routing.clusters import Array
 from router.routing.variants import Variant
-from router.submission import Query
+from router.system.progress import progress
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from router.errors import InputError
+from router.system.errors import InputError
 
 T = TypeVar("T")
 

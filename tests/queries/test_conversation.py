@@ -10,16 +10,16 @@ import pytest
 from helpers import QUERIES as ROWS
 from helpers import method_of
 from router.api import Router
-from router.errors import InputError
-from router.journal import Journal
 from router.library.adapters import load_library
 from router.main import main
 from router.methods.proto_route import SHARED, decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import BARE
-from router.result import Routing
+from router.pipeline.journal import Journal
+from router.pipeline.result import Routing
+from router.queries.submission import Query, read_queries
 from router.routing.evidence import Evidence
-from router.submission import Query, read_queries
+from router.system.errors import InputError
 
 PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
 PROMPTS = [Query(*row[:3]) for row in ROWS if row[2] == "generation"]

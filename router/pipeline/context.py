@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from router.deadline import Deadline
-from router.journal import Journal
-from router.processes import Processes
+from router.pipeline.deadline import Deadline
+from router.pipeline.journal import Journal
+from router.pipeline.processes import Processes
 from router.settings import Settings
-from router.stages import Stages
+from router.system.stages import Stages
 
 
 @dataclass(frozen=True)

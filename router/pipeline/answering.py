@@ -10,11 +10,11 @@ from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router.context import Context
-from router.errors import printable
 from router.model.answer import FAILED, NO_ROOM, Answer, Done, answer, batched
 from router.model.base import Base
-from router.submission import MULTIPLE_CHOICE, Query
+from router.pipeline.context import Context
+from router.queries.submission import MULTIPLE_CHOICE, Query
+from router.system.errors import printable
 
 log = logging.getLogger(__name__)
 Rows = Sequence[Sequence[int]]  # token ids of each query's prompt

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from router.errors import reason
+from router.system.errors import reason
 
 
 class HubError(Exception):

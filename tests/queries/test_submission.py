@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from helpers import write_csv
-from router.errors import InputError
-from router.submission import Query, read_queries, read_rows, write_submission, write_table
+from router.queries.submission import Query, read_queries, read_rows, write_submission, write_table
+from router.system.errors import InputError
 
 HEADER = "id,input,eval_type,answer_choices\n"
 

@@ -1,8 +1,8 @@
 """The steps of a run that routes: load, route, group, write, answer. router/run.py takes them in this order.
 
 A method that routes is one file in router/methods/. It subclasses `Routed` and gives each query its weights;
-or `Static` and merges all adapters' updates of one module into one; or `PerToken` (router/per_token.py) and
-scores a module's adapters for each token.
+or `Static` and merges all adapters' updates of one module into one; or `PerToken` (per_token.py) and scores a
+module's adapters for each token.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from numpy.typing import NDArray
 
 from merge.factors import Factors
 from merge.folders import write_adapter
-from router.answering import Rows, answered, answered_by_vllm
 from router.constants import COMPETITION, COMPETITION_BASE, TEMPLATE
-from router.context import Context
-from router.errors import InputError
-from router.files import is_folder
 from router.library.adapters import Adapter, base_of, check_against_base, load_library
 from router.model.answer import FAILED, Answer, cut_at, encode, positions
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
 from router.model.template import Template, template_of
-from router.progress import progress
-from router.result import Decision, Result, Routing
+from router.pipeline.answering import Rows, answered, answered_by_vllm
+from router.pipeline.context import Context
+from router.pipeline.result import Decision, Result, Routing
+from router.queries.submission import Query
 from router.routing.clusters import Array, Clusters, cluster
 from router.routing.model_card import Recipe, write_card
 from router.routing.variants import VARIANTS, Variant, complete, decide, folder_names, limited, write_variant
 from router.settings import Settings
-from router.submission import Query
+from router.system.errors import InputError
+from router.system.files import is_folder
+from router.system.progress import progress
 
 log = logging.getLogger(__name__)
 

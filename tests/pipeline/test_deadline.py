@@ -6,9 +6,9 @@ import time
 import pytest
 
 from helpers import ROWS, read_table
-from router.deadline import FEWEST, RESERVE, Deadline
 from router.model import answer as module
-from router.pipeline import route
+from router.pipeline.deadline import FEWEST, RESERVE, Deadline
+from router.pipeline.steps import route
 
 
 class Clock:

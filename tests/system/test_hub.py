@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from router.hub import HubError, fetch
+from router.system.hub import HubError, fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

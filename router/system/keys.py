@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from router.errors import InputError
+from router.system.errors import InputError
 
 
 def key_of(name: str) -> str | None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers import method_of
-from router.submission import Query
+from router.queries.submission import Query
 
 TEXTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "word " * 60]
 QUERIES = [Query(str(n), text, "generation") for n, text in enumerate(TEXTS)]

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from router.conversation import Message, checked, packed, shown
-from router.errors import InputError
-from router.files import parsed, replacing
+from router.queries.conversation import Message, checked, packed, shown
+from router.system.errors import InputError
+from router.system.files import parsed, replacing
 
 GENERATION, MULTIPLE_CHOICE = "generation", "multiple_choice"
 EVAL_TYPES = (GENERATION, MULTIPLE_CHOICE)

@@ -1,0 +1,1 @@
+"""A method that routes, and what a run of it has and keeps."""

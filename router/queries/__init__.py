@@ -1,0 +1,1 @@
+"""Queries in, submissions out. Knows no models."""

@@ -1,0 +1,1 @@
+"""What any program needs: errors for people, files, downloads, seconds. Knows no models."""
