@@ -20,13 +20,14 @@ import pandas as pd
 
 from router.constants import BASE_COLUMN, Apply, Device, Dtype
 from router.methods import load_method
-from router.methods.proto_route import ProtoRoute, Read, decided, joined, rows_of
+from router.methods.proto_route import ProtoRoute, decided
 from router.model.answer import Answer, Scoring
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.model.frames import Frame
 from router.model.template import Template
 from router.pipeline.context import Context
-from router.pipeline.result import Decision, Routing
+from router.pipeline.reading import Read
+from router.pipeline.result import Decision, Routing, joined
 from router.pipeline.steps import Routed
 from router.pipeline.steps import load as load_library_and_base
 from router.queries.conversation import Message, checked, packed, shown
@@ -326,7 +327,7 @@ class Router:
         every = dict(zip(keys, reads, strict=True))
         if new := {key: read for key, read in every.items() if key not in self._known}:
             found = self._proto.judged(list(new.values()))
-            self._known |= {key: rows_of(found, np.array([n])) for n, key in enumerate(new)}
+            self._known |= {key: found.rows(np.array([n])) for n, key in enumerate(new)}
         routing = joined([self._known[key] for key in keys])
         for key in keys:  # the latest last
             self._known[key] = self._known.pop(key)

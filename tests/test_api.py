@@ -208,7 +208,7 @@ def test_the_middle_of_a_very_long_text_is_not_tokenised(router, monkeypatch):
     (expected,) = router.choose([long])
     seen = []
     monkeypatch.setattr(
-        "router.methods.proto_route.encode",
+        "router.pipeline.reading.encode",
         lambda tokenizer, texts, limit: seen.extend(texts) or encode(tokenizer, texts, limit),
     )
     assert router.choose([long]) == [expected]

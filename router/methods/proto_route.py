@@ -2,59 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from router.model.answer import by_length, encode
+from router.model.answer import by_length
 from router.model.device import tokens_at_once
-from router.model.frames import BARE, Frame, Parts, bare, parts_of_text, usual, within
+from router.model.frames import BARE, Frame
 from router.model.passes import truncated
-from router.pipeline.result import Routing
+from router.pipeline.reading import FRAMES, Read, turns_of
+from router.pipeline.result import Routing, joined
 from router.pipeline.steps import Routed
 from router.queries.submission import Query
 from router.routing.calibration import Calibration
-from router.routing.evidence import joined as evidence_of
+from router.routing.evidence import joined as together
 from router.routing.fitted import Fitted
 from router.routing.probe import Probed
 from router.routing.prototypes import ModulePrototypes, prototypes
 from router.system.errors import InputError
 
-ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
-
 SWITCH = 2.0  # standard deviations by which another candidate has to lead that of the turn before
-FRAMES = 8  # that one batch of queries may bring
-SHARED = 16  # queries under one system message, which is then a frame; it costs as much as 220
-
-
-class Read(NamedTuple):
-    """What is read of a query.
-
-    Attributes:
-        ids: the tokens.
-        frame: in which it is compared with generic text.
-        shared: the frame with a system message that many queries have, if it has one.
-    """
-
-    ids: tuple[int, ...]
-    frame: Frame
-    shared: Frame | None = None
-
-
-def joined(parts: Sequence[Routing]) -> Routing:
-    """The routing of several parts of the queries as one."""
-    evidence = [part.evidence for part in parts if part.evidence]
-    return Routing(np.concatenate([part.weights for part in parts]), evidence_of(evidence))
-
-
-def rows_of(routing: Routing, rows: NDArray[np.int64]) -> Routing:
-    """The routing of some of the queries."""
-    return Routing(routing.weights[rows], routing.evidence and routing.evidence.rows(rows))
 
 
 def decided(routing: Routing, turns: Sequence[int]) -> Routing:
@@ -77,7 +46,7 @@ def decided(routing: Routing, turns: Sequence[int]) -> Routing:
                 row = turn
         rows.append(row)
         start += count
-    return rows_of(routing, np.array(rows))
+    return routing.rows(np.array(rows))
 
 
 class ProtoRoute(Routed):
@@ -128,69 +97,11 @@ class ProtoRoute(Routed):
                 calibration.prefix, **how,
             )  # fmt: skip
 
-    def parts(self, query: Query) -> list[Parts]:
-        """A query in what is its own and what stands around it; of a conversation each of its turns."""
-        frame = self.settings.frame
-        if query.messages:
-            return self.template.turns(query.conversation, query.id)
-        if frame == "none":
-            return [bare(query.input)]
-        if frame:
-            return [within(query.input, frame)]
-        return [parts_of_text(query.input, self.template.frame if self.template.known else None)]
-
     def turns(
         self, queries: Sequence[Query], rows: Sequence[Sequence[int]] = (), new: int = FRAMES
     ) -> list[list[Read]]:
-        """What is read of each query: one text, or one for each of the user's messages in a conversation.
-
-        Of a very long one the middle is left out before it is tokenised, since its ends alone are read.
-
-        Args:
-            rows: token ids of each query's prompt, if they are known; those of a bare prompt are read.
-            new: at most so many frames of each kind that are not known yet; a text in another one is taken as
-                it is.
-        """
-        parts, limit = [self.parts(query) for query in queries], self.settings.max_seq_len
-        parts = self._in_frames(parts, new, {n for n, query in enumerate(queries) if query.messages})
-        known = {n: tuple(row) for n, row in enumerate(rows) if parts[n][0].common == BARE}
-        texts = [one.read for n, turns in enumerate(parts) for one in turns if n not in known]
-        if limit is None:  # else the end of what is read may be in the middle
-            texts = [text if len(text) <= 2 * ENDS else text[:ENDS] + text[-ENDS:] for text in texts]
-        ids = iter(encode(self.tokenizer, texts, limit) if texts else [])
-        counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
-        shared = {frame for frame, count in counts.most_common(new) if count >= SHARED} | self.fits.keys()
-        return [
-            [
-                Read(
-                    known[n] if n in known else tuple(next(ids)),
-                    one.common,
-                    one.own if one.own in shared and one.own != one.common else None,
-                )
-                for one in turns
-            ]
-            for n, turns in enumerate(parts)
-        ]
-
-    def _in_frames(self, parts: list[list[Parts]], new: int, talks: set[int]) -> list[list[Parts]]:
-        """The parts of queries, of which few are in a frame that is not known yet.
-
-        Args:
-            talks: the numbers of conversations, whose template is a frame in any case.
-        """
-        plain = {n for n, turns in enumerate(parts) if turns[0].common == BARE} - talks
-        edges = [frame for frame in self.fits if frame != BARE]
-        if new and self.settings.frame is None:
-            edges.append(usual([parts[n][0].text for n in plain], SHARED))
-        counts = Counter(turns[0].common for n, turns in enumerate(parts) if n not in talks)
-        allowed = {BARE, *self.fits, *(frame for frame, _ in counts.most_common(new))}
-        for n, (one, *_) in enumerate(parts):
-            if n in plain:
-                found = (bare(one.text, edge) for edge in edges)
-                parts[n] = [next((part for part in found if part.own != BARE), one)]
-            elif n not in talks and one.common not in allowed:
-                parts[n] = [bare(one.read)]
-        return parts
+        """What is read of each query, see `turns_of`."""
+        return turns_of(queries, rows, self.template, self.settings, self.fits.keys(), new)
 
     def prepare(self) -> None:
         """Fits the frames that a request may come in at any time: none, and the template."""
@@ -219,7 +130,7 @@ class ProtoRoute(Routed):
         assert framed is not None
         base_score = routing.evidence.base_score.copy()
         base_score[under] += (routing.evidence.lead[under] - framed.lead) / 2
-        evidence = evidence_of([replace(routing.evidence, base_score=base_score), framed.rows(slice(0))])
+        evidence = together([replace(routing.evidence, base_score=base_score), framed.rows(slice(0))])
         weights = routing.weights.copy()
         scores = np.nan_to_num(evidence.candidates[under].astype(np.float64), nan=-np.inf)
         weights[under] = self.fitted().gate.weights(scores)
@@ -241,7 +152,7 @@ class ProtoRoute(Routed):
         if prompts == list(reads):  # as they are, without a copy
             return routing
         distinct = {read: n for n, read in enumerate(prompts)}
-        return rows_of(routing, np.array([distinct[read] for read in reads]))
+        return routing.rows(np.array([distinct[read] for read in reads]))
 
     def _chunks(self, prompts: Sequence[Read]) -> Iterator[list[Read]]:
         """Prompts of one frame, as many as are probed together."""

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from router.library.adapters import Adapter
 from router.model.answer import Answer
 from router.model.base import Base
 from router.routing.clusters import Array, Clusters
 from router.routing.evidence import Evidence
+from router.routing.evidence import joined as together
 from router.routing.variants import Variant
 
 
@@ -19,6 +23,16 @@ class Routing(NamedTuple):
 
     weights: Array  # (queries, adapters + 1) float64; rows sum to 1, the last column is the base model
     evidence: Evidence | None = None  # None if the method keeps none
+
+    def rows(self, rows: NDArray[np.int64]) -> Routing:
+        """The routing of some of the queries."""
+        return Routing(self.weights[rows], self.evidence and self.evidence.rows(rows))
+
+
+def joined(parts: Sequence[Routing]) -> Routing:
+    """The routing of several parts of the queries, each with its evidence, as one."""
+    evidence = [part.evidence for part in parts if part.evidence]
+    return Routing(np.concatenate([part.weights for part in parts]), together(evidence))
 
 
 @dataclass(frozen=True)

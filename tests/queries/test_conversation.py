@@ -12,10 +12,11 @@ from helpers import method_of
 from router.api import Router
 from router.library.adapters import load_library
 from router.main import main
-from router.methods.proto_route import SHARED, decided
+from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import BARE
 from router.pipeline.journal import Journal
+from router.pipeline.reading import SHARED
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
 from router.routing.evidence import Evidence

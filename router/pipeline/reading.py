@@ -1,0 +1,105 @@
+"""What is read of a query, and in which frame it is compared with generic text.
+
+A prompt is read as it is, a conversation by each message of the user under its system message.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from router.model.answer import encode
+from router.model.frames import BARE, Frame, Parts, bare, parts_of_text, usual, within
+from router.model.template import Template
+from router.queries.submission import Query
+from router.settings import Settings
+
+ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
+FRAMES = 8  # that one batch of queries may bring
+SHARED = 16  # queries under one system message, which is then a frame; it costs as much as 220
+
+
+class Read(NamedTuple):
+    """What is read of a query.
+
+    Attributes:
+        ids: the tokens.
+        frame: in which it is compared with generic text.
+        shared: the frame with a system message that many queries have, if it has one.
+    """
+
+    ids: tuple[int, ...]
+    frame: Frame
+    shared: Frame | None = None
+
+
+def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts]:
+    """A query in what is its own and what stands around it; of a conversation each of its turns."""
+    if query.messages:
+        return template.turns(query.conversation, query.id)
+    if settings.frame == "none":
+        return [bare(query.input)]
+    if settings.frame:
+        return [within(query.input, settings.frame)]
+    return [parts_of_text(query.input, template.frame if template.known else None)]
+
+
+def turns_of(
+    queries: Sequence[Query],
+    rows: Sequence[Sequence[int]],
+    template: Template,
+    settings: Settings,
+    known: Collection[Frame],
+    new: int = FRAMES,
+) -> list[list[Read]]:
+    """What is read of each query: one text, or one for each of the user's messages in a conversation.
+
+    Of a very long one the middle is left out before it is tokenised, since its ends alone are read.
+
+    Args:
+        rows: token ids of each query's prompt, which are read of a bare one; none where they are not known.
+        known: the frames that came before.
+        new: at most so many others of each kind; a text in one more is taken as it is.
+    """
+    parts, limit = [parts_of(query, template, settings) for query in queries], settings.max_seq_len
+    talks = {n for n, query in enumerate(queries) if query.messages}
+    parts = _in_frames(parts, talks, known, new, settings.frame is None)
+    there = {n: tuple(row) for n, row in enumerate(rows) if parts[n][0].common == BARE}
+    texts = [one.read for n, turns in enumerate(parts) for one in turns if n not in there]
+    if limit is None:  # else the end of what is read may be in the middle
+        texts = [text if len(text) <= 2 * ENDS else text[:ENDS] + text[-ENDS:] for text in texts]
+    ids = iter(encode(template.tokenizer, texts, limit) if texts else [])
+    counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
+    shared = {*known, *(frame for frame, count in counts.most_common(new) if count >= SHARED)}
+
+    def read(n: int, one: Parts) -> Read:
+        tokens = there[n] if n in there else tuple(next(ids))
+        return Read(tokens, one.common, one.own if one.own in shared and one.own != one.common else None)
+
+    return [[read(n, one) for one in turns] for n, turns in enumerate(parts)]
+
+
+def _in_frames(
+    parts: list[list[Parts]], talks: set[int], known: Collection[Frame], new: int, finds: bool
+) -> list[list[Parts]]:
+    """The parts of queries, of which few are in a frame that is not known yet.
+
+    Args:
+        talks: the numbers of conversations, whose template is a frame in any case.
+        finds: whether what a good part of the bare prompts share is looked for.
+    """
+    plain = {n for n, turns in enumerate(parts) if turns[0].common == BARE} - talks
+    edges = [frame for frame in known if frame != BARE]
+    if new and finds:
+        edges.append(usual([parts[n][0].text for n in plain], SHARED))
+    counts = Counter(turns[0].common for n, turns in enumerate(parts) if n not in talks)
+    allowed = {BARE, *known, *(frame for frame, _ in counts.most_common(new))}
+    found = list(parts)
+    for n, (one, *_) in enumerate(parts):
+        if n in plain:
+            framed = (bare(one.text, edge) for edge in edges)
+            found[n] = [next((part for part in framed if part.own != BARE), one)]
+        elif n not in talks and one.common not in allowed:
+            found[n] = [bare(one.read)]
+    return found
