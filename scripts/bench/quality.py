@@ -42,6 +42,7 @@ from scripts.bench.libraries import Choice
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.score import read_texts, routed, score
 from scripts.bench.timer import timed
+from scripts.library.tasks.conversations import ALPACA
 
 FOLDER, QUALITY, PAGE = (
     Path("output/benchmark/quality"),
@@ -62,6 +63,7 @@ DECOYS: dict[str, tuple[str, Choice]] = {
     "rescaled": ("duplicates at 4 and 1/4 of the size added", made.with_rescaled),
     "duplicates": ("every adapter twice", made.with_duplicates),
     "grown": ("library grown to 200", made.grown),
+    "alpaca": ("queries in an Alpaca frame", list),
 }
 COLUMNS = ("split", "task", "id", "adapter", "score", "routed", "weight")
 Value = tuple[float, float, float]  # a statistic, and its interval
@@ -97,13 +99,16 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
     """What a method makes of a library's queries: costs, and under `answers` rows of COLUMNS.
 
     Args:
-        setting: QUERIES, or one of DECOYS, whose queries are routed alone, so that their score is NaN.
+        setting: QUERIES, or one of DECOYS, whose queries are routed alone, so that their score is NaN; in the
+            last one the queries are others, not the adapters.
     """
     (of,) = (one for one in libraries() if one.name == library)
     base, adapters = load_base(of.base), load_library([str(of.adapters)])
     if setting != QUERIES:
         adapters = DECOYS[setting][1](adapters)
     rows = asked(of, name)
+    if setting == "alpaca":
+        rows["input"] = rows["input"].map(ALPACA.format)
     rows = rows.assign(label=rows["id"], id=range(len(rows)))
     # No longer text than the longest target can be right, so nothing is lost by stopping there.
     longest = max(map(len, base.tokenizer(list(rows["target"]))["input_ids"])) + 1
