@@ -63,7 +63,10 @@ FORMATS = (
     Format("[INST]", "[/INST]"),  # Llama 2 and Mistral
     Format("### Instruction:", "### Response:", _ALPACA),  # Alpaca
     Format("### Human:", "### Assistant:"),
+    Format("### User:", "### Assistant:"),
     Format("USER:", "ASSISTANT:", _VICUNA),  # Vicuna
+    Format("User:", "Assistant:"),
+    Format("Human:", "Assistant:"),
 )
 
 
@@ -140,36 +143,40 @@ def usual(texts: Sequence[str], least: int) -> Frame:
     return Frame(before, after) if len(before) + len(after) < min(map(len, some)) else BARE
 
 
-def parts_of_text(text: str, template: Frame | None = None) -> Parts:
-    """A plain text in its parts, in the first of FORMATS that it is written in.
+def turns_of_text(text: str, template: Frame | None = None) -> list[Parts]:
+    """A plain text in the first of FORMATS that it is written in: each message of the user, in its parts.
 
     Args:
         template: the frame of the base model's template, for its default system message.
     """
     whole = text.rstrip()
     for user, after, preambles in FORMATS:
-        if not whole.endswith(after.rstrip()) or user not in text:
+        mark = after.rstrip()
+        if not whole.endswith(mark) or user not in text:
             continue
-        end = len(whole) - len(after.rstrip())
-        end = len(text[:end].rstrip())
-        first, last = (_after(text, find(user, 0, end), user) for find in (text.find, text.rfind))
-        if not len(user) <= last <= end:
+        end = len(whole) - len(mark)
+        if not mark.startswith("<"):  # else blanks before the mark belong to the message
+            end = len(text[:end].rstrip())
+        first = _after(text, text.find(user), user)
+        if first > end:
             continue
-        head, asked, tail = text[:first], text[last:end], text[end:]
-        user = text[text.find(user) : first]
-        plain = user
-        if template is not None and template.after.strip() == tail.strip() and template.before.endswith(user):
+        head, tail, written = text[:first], text[end:], text[text.find(user) : first]
+        plain = written
+        if (
+            template is not None
+            and template.after.strip() == tail.strip()
+            and template.before.endswith(written)
+        ):
             plain = template.before
-        if head in (user, template and template.before, *(preamble + user for preamble in preambles)):
+        if head in (written, template and template.before, *(before + written for before in preambles)):
             plain = head
-        return Parts(head, asked, tail, Frame(plain, tail))
-    return bare(text)
+        asked = [turn.partition(mark)[0] for turn in text[first:end].split(written)]
+        return [Parts(head, turn, tail, Frame(plain, tail)) for turn in asked if turn.strip()] or [bare(text)]
+    return [bare(text)]
 
 
 def _after(text: str, start: int, user: str) -> int:
-    """Where the user's message begins, of which the mark begins at `start`; 0 where there is none."""
-    if start < 0:
-        return 0
+    """Where the user's message begins, of which the mark begins at `start`."""
     start += len(user)
     blanks = 0 if user.endswith("\n") else len(text) - start - len(text[start:].lstrip())
     return start + blanks

@@ -10,9 +10,10 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from router.model.answer import encode
-from router.model.frames import BARE, Frame, Parts, bare, parts_of_text, usual, within
+from router.model.frames import BARE, Frame, Parts, bare, turns_of_text, usual, within
 from router.model.template import Template
 from router.queries.submission import Query
+from router.routing.calibration import generic_prompts
 from router.settings import Settings
 
 ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
@@ -42,7 +43,7 @@ def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts
         return [bare(query.input)]
     if settings.frame:
         return [within(query.input, settings.frame)]
-    return [parts_of_text(query.input, template.frame if template.known else None)]
+    return turns_of_text(query.input, template.frame if template.known else None)
 
 
 def turns_of(
@@ -92,14 +93,16 @@ def _in_frames(
     plain = {n for n, turns in enumerate(parts) if turns[0].common == BARE} - talks
     edges = [frame for frame in known if frame != BARE]
     if new and finds:
-        edges.append(usual([parts[n][0].text for n in plain], SHARED))
+        found = usual([parts[n][0].text for n in plain], SHARED)
+        # What generic text has as well, such as a last line `Answer:`, needs no frame.
+        edges += [found] if all(bare(text, found).own == BARE for text in generic_prompts()) else []
     counts = Counter(turns[0].common for n, turns in enumerate(parts) if n not in talks)
     allowed = {BARE, *known, *(frame for frame, _ in counts.most_common(new))}
-    found = list(parts)
+    framed = list(parts)
     for n, (one, *_) in enumerate(parts):
         if n in plain:
-            framed = (bare(one.text, edge) for edge in edges)
-            found[n] = [next((part for part in framed if part.own != BARE), one)]
+            tried = (bare(one.text, edge) for edge in edges)
+            framed[n] = [next((part for part in tried if part.own != BARE), one)]
         elif n not in talks and one.common not in allowed:
-            found[n] = [bare(one.read)]
-    return found
+            framed[n] = [bare(parts[n][-1].read)]
+    return framed

@@ -2,7 +2,7 @@
 
 import pytest
 
-from router.model.frames import BARE, FORMATS, Frame, bare, parts_of_text, usual, within
+from router.model.frames import BARE, FORMATS, Frame, bare, turns_of_text, usual, within
 
 CHATML, ALPACA = FORMATS[0], FORMATS[6]
 TEMPLATE = Frame("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n", CHATML.after)
@@ -13,7 +13,7 @@ TEMPLATE = Frame("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n", C
 )
 def test_a_text_in_a_known_format_is_parted(form):
     text = f"{form.user}What is {{1}}?\nThink.{form.after}"
-    parts = parts_of_text(text)
+    (parts,) = turns_of_text(text)
     assert parts.text.strip() == "What is {1}?\nThink." and parts.read == text
     assert parts.common.around(parts.text) == text and parts.own == parts.common
 
@@ -22,36 +22,38 @@ def test_a_text_in_a_known_format_is_parted(form):
     "text", ["", "What is it?\nAnswer:", "### Instruction:\nx", "a [/INST]", CHATML.after, "USER: x"]
 )
 def test_any_other_text_is_bare(text):
-    parts = parts_of_text(text)
+    (parts,) = turns_of_text(text)
     assert parts.read == parts.text == text and parts.common == parts.own == BARE
 
 
-def test_of_a_conversation_the_head_and_the_last_message_are_read():
+def test_of_a_conversation_the_head_and_each_message_are_read():
     text = (
-        "<|im_start|>system\nSort.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>system\nSort.<|im_end|>\n<|im_start|>user\nHi\n<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
         "<|im_start|>user\n3, 1<|im_end|>\n<|im_start|>assistant\n"
     )
-    parts = parts_of_text(text, TEMPLATE)
-    assert parts.read == (
-        "<|im_start|>system\nSort.<|im_end|>\n<|im_start|>user\n3, 1<|im_end|>\n<|im_start|>assistant\n"
+    first, last = turns_of_text(text, TEMPLATE)
+    head, tail = (
+        "<|im_start|>system\nSort.<|im_end|>\n<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
     )
-    assert parts.common == TEMPLATE  # a system message of its own is evidence
-    assert parts.own.before == "<|im_start|>system\nSort.<|im_end|>\n<|im_start|>user\n"
+    assert (first.read, last.read) == (f"{head}Hi\n{tail}", f"{head}3, 1{tail}")
+    assert last.common == TEMPLATE  # a system message of its own is evidence
+    assert last.own == (head, tail)
 
 
 def test_the_templates_own_system_message_and_none_are_frames():
     for frame in (TEMPLATE, Frame(CHATML.user, CHATML.after)):
-        assert parts_of_text(frame.around("x"), TEMPLATE).common == frame
+        assert turns_of_text(frame.around("x"), TEMPLATE)[0].common == frame
 
 
 def test_the_end_of_the_text_may_be_trimmed():
-    trimmed = parts_of_text(TEMPLATE.around("x").rstrip(), TEMPLATE)
+    (trimmed,) = turns_of_text(TEMPLATE.around("x").rstrip(), TEMPLATE)
     assert trimmed.text == "x" and trimmed.tail == CHATML.after.rstrip()
 
 
 def test_preambles_of_a_format_are_frame():
     text = f"{ALPACA.preambles[0]}{ALPACA.user}Sort 3, 1.\n\n{ALPACA.after}"
-    assert parts_of_text(text).common == Frame(ALPACA.preambles[0] + ALPACA.user, "\n\n" + ALPACA.after)
+    assert turns_of_text(text)[0].common == Frame(ALPACA.preambles[0] + ALPACA.user, "\n\n" + ALPACA.after)
 
 
 def test_a_frame_that_is_told():

@@ -282,3 +282,11 @@ def method_of_journal(found, journal):
     made = type(found)(found.name, found.base, found.adapters, replace(found.context, journal=journal))
     made.template = found.template
     return made
+
+
+def test_what_many_prompts_share_is_a_frame_unless_generic_text_has_it(method):
+    numbers = range(SHARED)
+    for form, found in (("Dear clerk,\n{}\nYours, Zed", True), ("{} is it?\nAnswer:", False)):
+        queries = [Query(str(n), form.format(n), "generation") for n in numbers]
+        shared = {read.shared for turns in method().turns(queries) for read in turns}
+        assert shared == ({("Dear clerk,\n", "\nYours, Zed")} if found else {None})
