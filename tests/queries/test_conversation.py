@@ -285,8 +285,8 @@ def method_of_journal(found, journal):
 
 
 def test_what_many_prompts_share_is_a_frame_unless_generic_text_has_it(method):
-    numbers = range(SHARED)
-    for form, found in (("Dear clerk,\n{}\nYours, Zed", True), ("{} is it?\nAnswer:", False)):
-        queries = [Query(str(n), form.format(n), "generation") for n in numbers]
+    texts = [f"{n} {'ab'[n % 2]}" for n in range(SHARED)]
+    for form, found in (("Dear clerk,\n{}\nYours, Zed", True), ("{}\nAnswer:", False)):
+        queries = [Query(text, form.format(text), "generation") for text in texts]
         shared = {read.shared for turns in method().turns(queries) for read in turns}
         assert shared == ({("Dear clerk,\n", "\nYours, Zed")} if found else {None})
