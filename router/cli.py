@@ -15,6 +15,7 @@ COMMANDS = {
     "explain": ("router.runs.explain", "explain why one query of a finished run got its answer"),
     "compare": ("router.runs.compare", "show what changed between two finished runs"),
     "library": ("router.library.command", "check a library of adapters"),
+    "check": ("router.serving.check", "say whether a run or a saved router can be served"),
     "export": ("router.serving.export", "write the command that serves a router's variants"),
     "serve": ("router.serving.command", "route requests for the model `auto` in front of such a server"),
     "ray": ("router.ray_data", "answer many queries with Ray Data, on one machine or a cluster"),
