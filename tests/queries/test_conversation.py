@@ -10,6 +10,7 @@ import pytest
 from helpers import QUERIES as ROWS
 from helpers import method_of
 from router.api import Router
+from router.cli import main as cli
 from router.library.adapters import load_library
 from router.main import main
 from router.methods.proto_route import decided
@@ -103,7 +104,7 @@ def command(tmp_path, tiny_base, tiny_library):
     return run
 
 
-def test_a_run_answers_a_conversation_as_its_text_in_the_template(command, tmp_path):
+def test_a_run_answers_a_conversation_as_its_text_in_the_template(command, tmp_path, capsys):
     talk = [{"role": "system", "content": "S"}, *HI, {"role": "assistant", "content": "a"}, *HI]
     assert (
         command({"messages": talk}, {"input": "system: S\nuser: hi\nassistant: a\nuser: hi\nassistant: "})
@@ -114,7 +115,16 @@ def test_a_run_answers_a_conversation_as_its_text_in_the_template(command, tmp_p
     assert talked["prediction"] and (tmp_path / "out" / "talks.routing.csv").exists()
     evidence = Evidence.load(tmp_path / "out" / "talks.evidence.safetensors")
     assert evidence.frames == [["user: ", "\nassistant: "], ["", ""]] and evidence.frame.tolist() == [0, 1]
-    assert "hi" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "system: S" in page and r"user: {query}\nassistant: " in page
+    assert "user: {query}" in (said := explained(tmp_path / "out", "1", capsys)) and "Frame" in said
+    assert "Frame" not in explained(tmp_path / "out", "2", capsys)
+
+
+def explained(out, query, capsys):
+    capsys.readouterr()
+    assert cli(["explain", str(out), query]) == 0
+    return capsys.readouterr().out
 
 
 def test_without_a_template_a_conversation_is_refused_with_its_id(command, tmp_path, capsys):

@@ -199,7 +199,11 @@ def _reasons(e: Evidence, weights: Array) -> dict[str, Any]:
     numbers = _whole(
         100 * np.stack([np.take_along_axis(of, order, 1) for of in (100 * e.responses, scores)], axis=-1)
     )
-    return {
+    framed = {}
+    if any(map(any, e.frames)):
+        shown = [f"{cut(before, LIMITS[3])}{{query}}{cut(after, LIMITS[3])}" for before, after in e.frames]
+        framed = {"frames": shown, "frame": e.frame.astype(int).tolist()}
+    return framed | {
         "reasons": [
             [[k, *two] for k, two in zip(row, numbers[q].tolist(), strict=True) if scored[q, k]]
             for q, row in enumerate(order.tolist())
