@@ -81,7 +81,9 @@ class ProtoRoute(Routed):
             means = calibration.means(list(protos))
             if bare:
                 reference = calibration.responses(self.adapters, protos, means, len(bare.names))
-                return bare.in_frame(frame, calibration.prefix, means, reference, calibration.confidence())
+                return bare.in_frame(
+                    frame, calibration.prefix, calibration.end, means, reference, calibration.confidence()
+                )
             protos = {module: protos[module] for module in means}
             present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
             for number, adapter in enumerate(self.adapters):
@@ -94,7 +96,7 @@ class ProtoRoute(Routed):
             how = {key: getattr(self.settings, key) for key in ("temperature", "top_k", "false_alarm")}
             return Fitted.learn(
                 self.adapters, protos, means, reference, calibration.confidence(), frame,
-                calibration.prefix, **how,
+                calibration.prefix, calibration.end, **how,
             )  # fmt: skip
 
     def turns(

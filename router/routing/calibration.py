@@ -23,7 +23,7 @@ from router.model.answer import encode
 from router.model.base import Base
 from router.model.frames import BARE, Frame, alike
 from router.model.passes import truncated
-from router.routing.probe import input_means, probe
+from router.routing.probe import END, input_means, probe
 from router.routing.prototypes import FORMAT as PROTOTYPES
 from router.routing.prototypes import ModulePrototypes, of_some
 from router.routing.store import content, load, save
@@ -71,12 +71,17 @@ class Calibration:
 
     Attributes:
         prefix: the token ids with which all of them begin in a frame.
+        end: how many tokens are the end of each. After a chat template's message stand marks that say nothing
+            by themselves; they count, and so do the last tokens before them.
     """
 
     def __init__(self, base: Base, limit: int | None = None, frame: Frame = BARE) -> None:
         self.base = base
         self.rows = truncated(encode(base.tokenizer, generic_prompts(frame), limit))
         self.prefix = self.rows[0][: alike(self.rows)] if frame.before else []
+        tail = alike([row[::-1] for row in self.rows]) if frame.after else 0
+        marked = tail and self.rows[0][-tail] in base.tokenizer.added_tokens_decoder
+        self.end = END + (tail if marked else 0)
         self.pad, model = base.tokenizer.pad_token_id, base.model
         # Each number of threads cuts products otherwise, which in bfloat16 moves what is measured.
         threads = torch.get_num_threads() if model.device.type == "cpu" else None
@@ -89,6 +94,7 @@ class Calibration:
             threads,
             torch.__version__,
             self.rows,
+            *([self.end] if self.end != END else []),
         ]
         text = json.dumps(what) + model.config.to_json_string()
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -136,7 +142,15 @@ class Calibration:
         """
         if not adapters:
             return probe(
-                self.base.model, self.rows, self.pad, protos, means, n_adapters, "calibrate", self.prefix
+                self.base.model,
+                self.rows,
+                self.pad,
+                protos,
+                means,
+                n_adapters,
+                "calibrate",
+                self.prefix,
+                self.end,
             ).responses
         out = np.full((len(self.rows), len(adapters), len(protos), 2), np.nan, dtype=np.float32)
         place, new = {module: m for m, module in enumerate(protos)}, []
@@ -149,7 +163,15 @@ class Calibration:
         if new:
             theirs = of_some(protos, new, len(adapters))
             found = probe(
-                self.base.model, self.rows, self.pad, theirs, means, len(new), "calibrate", self.prefix
+                self.base.model,
+                self.rows,
+                self.pad,
+                theirs,
+                means,
+                len(new),
+                "calibrate",
+                self.prefix,
+                self.end,
             ).responses
             for k, n in enumerate(new):
                 own = {

@@ -47,6 +47,7 @@ class Fitted:
         silent: numbers of those that are silent at most of their modules.
         frame: what the generic text stood in.
         prefix: token ids with which all prompts of the frame begin.
+        end: how many tokens are the end of a prompt.
         reference: (adapters, modules, 2) mean response to generic text; NaN without a prototype, where an
             adapter is silent, and everywhere for one that is silent at most of its modules.
     """
@@ -60,6 +61,7 @@ class Fitted:
     silent: list[int]
     frame: Frame
     prefix: list[int]
+    end: int
     reference: NDArray[np.float32]
 
     @classmethod
@@ -72,6 +74,7 @@ class Fitted:
         confidence: NDArray[np.float32],
         frame: Frame,
         prefix: list[int],
+        end: int,
         **settings: Any,
     ) -> Fitted:
         """Fits a gate to a library: to one adapter of each group that reads alike, at modules that are heard.
@@ -81,6 +84,7 @@ class Fitted:
             confidence: (generic prompts,) of the base model.
             frame: what the generic prompts stood in.
             prefix: token ids with which all of them begin.
+            end: how many tokens are the end of each.
             settings: of the gate.
 
         Raises:
@@ -113,6 +117,7 @@ class Fitted:
             most.tolist(),
             frame,
             prefix,
+            end,
             average,
         )
 
@@ -120,6 +125,7 @@ class Fitted:
         self,
         frame: Frame,
         prefix: list[int],
+        end: int,
         means: Mapping[str, Tensor],
         reference: NDArray[np.float32],
         confidence: NDArray[np.float32],
@@ -128,7 +134,9 @@ class Fitted:
         reference = np.where(self._absent, np.float32(np.nan), reference)
         gate = gate_for(len(self.kept), **self.gate.get_params())
         gate.fit(reference[:, self.kept], confidence=confidence)
-        return replace(self, frame=frame, prefix=prefix, means=means, gate=gate, reference=reference.mean(0))
+        return replace(
+            self, frame=frame, prefix=prefix, end=end, means=means, gate=gate, reference=reference.mean(0)
+        )
 
     @cached_property
     def kept(self) -> list[int]:
@@ -138,7 +146,15 @@ class Fitted:
     def probe(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None) -> Probed:
         """One pass of the base model over the prompts; a title shows a bar."""
         return probe(
-            model, truncated(rows), pad_id, self.prototypes, self.means, len(self.names), title, self.prefix
+            model,
+            truncated(rows),
+            pad_id,
+            self.prototypes,
+            self.means,
+            len(self.names),
+            title,
+            self.prefix,
+            self.end,
         )
 
     @property

@@ -178,12 +178,13 @@ def probe(
     n_adapters: int,
     title: str | None = "probe",
     prefix: Sequence[int] = (),
+    end: int = END,
 ) -> Probed:
     """How strongly a prompt's activations align with an adapter's input subspace, module by module.
 
     The input of every counted token is centred with `means`. Its weighted squared cosine to a prototype is
     `sum_j w_j (v_j . x)^2 / norm(x)^2`, in [0, 1]. A prompt has two responses, each the root of a mean of
-    these: over all of its counted tokens, and over its end, the last END of them.
+    these: over all of its counted tokens, and over its end, the last `end` of them.
 
     Args:
         model: the base model.
@@ -193,6 +194,7 @@ def probe(
         n_adapters: the number of adapters in the library.
         title: of the bar; None shows none.
         prefix: token ids that the prompts of a frame have in common, which say nothing; see `counted_tokens`.
+        end: counted tokens that are the end of a prompt.
 
     Returns:
         The responses, and what the same pass tells of the base model.
@@ -203,7 +205,7 @@ def probe(
 
     def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         counted = counted_tokens(ids, mask, prefix)
-        inputs, views = _Inputs(counted), _averages(counted)
+        inputs, views = _Inputs(counted), _averages(counted, end)
         # The dtype is named, since while transformers loads a model, another is torch's default.
         shape = len(prototypes), 2, len(ids), n_adapters
         squares = torch.zeros(shape, device=ids.device, dtype=torch.float32)
@@ -238,10 +240,10 @@ def squared_cosines(proto: ModulePrototypes, centred: Tensor, size: Tensor, n_ad
     return proto.sums(rows.square_(), n_adapters) / size.square()
 
 
-def _averages(counted: Tensor) -> Tensor:
+def _averages(counted: Tensor, end: int) -> Tensor:
     """The weight of each counted token in the two responses of each prompt, (2, B, T')."""
     prompt = counted.nonzero()[:, 0]  # (T',) which prompt of the batch a token is in
     mine = prompt == torch.arange(len(counted), device=counted.device)[:, None]  # (B, T')
     left = counted.flip(1).cumsum(1).flip(1)[counted]  # (T',) 1 for a prompt's last counted token
-    views = torch.stack([mine, mine & (left <= END)]).float()
+    views = torch.stack([mine, mine & (left <= end)]).float()
     return views / views.sum(2, keepdim=True)

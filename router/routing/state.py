@@ -34,7 +34,7 @@ _LEARNED = {
 }  # fmt: skip
 _ABOUT = {
     "names": [str], "modules": [str], "representative": [int], "lookalikes": [int], "silent": [int],
-    "frames": [{"before": str, "after": str, "prefix": [int]}],
+    "frames": [{"before": str, "after": str, "prefix": [int], "end": int}],
     "gate": {"temperature": float, "top_k?": int, "false_alarm": float},
 }  # fmt: skip
 
@@ -61,7 +61,7 @@ def save(fits: Sequence[Fitted], folder: Path) -> None:
         "representative": one.representative,
         "lookalikes": one.lookalikes,
         "silent": one.silent,
-        "frames": [{**fitted.frame._asdict(), "prefix": fitted.prefix} for fitted in fits],
+        "frames": [{**fitted.frame._asdict(), "prefix": fitted.prefix, "end": fitted.end} for fitted in fits],
         "gate": one.gate.get_params(),
     }
     work = folder / f".{FILE}"
@@ -120,6 +120,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
                     about["silent"],
                     Frame(framed["before"], framed["after"]),
                     framed["prefix"],
+                    framed["end"],
                     own["reference"].numpy(),
                 )
             )

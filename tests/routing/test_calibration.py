@@ -18,7 +18,7 @@ from router.model.frames import Frame
 from router.model.hooks import reading_inputs
 from router.model.passes import forward
 from router.routing.calibration import Calibration, generic_prompts
-from router.routing.probe import input_means, probe
+from router.routing.probe import END, input_means, probe
 from router.routing.prototypes import prototypes
 
 TEXTS = [f"{'word ' * n}{n}: is it so?" for n in range(1, 13)]
@@ -212,3 +212,27 @@ def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch
             base.model(input_ids=torch.tensor([row]))
     for name, mean in means.items():
         np.testing.assert_allclose(mean, torch.cat(seen[name]).double().mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_marks_after_a_message_in_a_chat_template_are_part_of_its_end(base, monkeypatch):
+    monkeypatch.setattr(
+        "router.routing.calibration.generic_prompts", lambda of: [of.around(t) for t in "xyz"]
+    )
+    marks = "<eos>\nassistant: "
+    chat, plain = (Calibration(base, None, Frame("user: ", after)) for after in (marks, marks[5:]))
+    assert (chat.end, plain.end) == (END + len(encode(base.tokenizer, [marks])[0]), END)
+    assert Calibration(base).end == END
+
+
+def test_the_end_of_a_prompt_is_as_long_as_it_is_told(base, adapters):
+    rows, protos = encode(base.tokenizer, TEXTS[:2]), prototypes(adapters)
+    means, _ = input_means(base.model, rows, 0, list(protos))
+    found = {
+        n: probe(base.model, rows, 0, protos, means, len(adapters), None, end=n).responses
+        for n in (2, 5, 999)
+    }
+    np.testing.assert_array_equal(found[2][..., 0], found[5][..., 0])
+    np.testing.assert_allclose(
+        found[999][..., 1], found[999][..., 0], rtol=1e-5
+    )  # then it is the whole prompt
+    assert (found[2][..., 1] != found[5][..., 1]).any()
