@@ -18,7 +18,7 @@ from router.settings import Settings
 
 ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
 FRAMES = 8  # that one batch of queries may bring
-SHARED = 16  # queries under one system message, which is then a frame; it costs as much as 220
+SHARED = 16  # queries under one system message, which is then a frame; it costs as much as 230
 
 
 class Read(NamedTuple):

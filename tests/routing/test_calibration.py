@@ -191,7 +191,7 @@ def test_in_a_frame_messages_to_an_assistant_come_to_the_generic_prompts():
     framed = generic_prompts(frame)
     assert framed[: len(SHIPPED)] == [frame.around(text) for text in SHIPPED]
     talk = framed[len(SHIPPED) :]
-    assert len(set(talk)) == len(talk) == 60 and all(text.startswith("user: ") for text in talk)
+    assert len(set(talk)) == len(talk) == 70 and all(text.startswith("user: ") for text in talk)
 
 
 def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch):
