@@ -56,7 +56,8 @@ def measured(of: Labelled) -> Iterator[tuple[str, dict[str, float]]]:
         with patch("router.pipeline.reading.parts_of", lambda query, *_, parts=parts: parts(method, query)):
             tops = method.route(queries, ()).weights.argmax(1)
         right = rows.assign(right=[names[top] for top in tops] == rows["adapter"].to_numpy())
-        yield reading, right.groupby("split")["right"].mean().to_dict()
+        shares = right.groupby("split")["right"].mean()
+        yield reading, {split: float(shares[split]) for split in SPLITS}
 
 
 def main() -> None:

@@ -114,10 +114,10 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
     longest = max(map(len, base.tokenizer(list(rows["target"]))["input_ids"])) + 1
     made: Any = load_method(name)
     with tempfile.TemporaryDirectory() as folder:
-        file, how = _written(rows, Path(folder)), {}
-        if (template := of.adapters.parent / "template.jinja").exists():
-            how["chat_template"] = template
-        settings = Settings((file,), Path(folder), max_gen_len=longest, **how)
+        file, template = _written(rows, Path(folder)), of.adapters.parent / "template.jinja"
+        settings = Settings(
+            (file,), Path(folder), max_gen_len=longest, chat_template=template if template.exists() else None
+        )
         queries = read_queries(file)
 
         def work() -> Any:

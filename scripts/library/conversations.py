@@ -242,7 +242,7 @@ def commit(folder: Path) -> None:
         job, expert = JOBS[name], PLANS["chat"].experts[name]
         task = replace(TASKS[job.task], name=name, phrasings=job.told)
         shutil.copytree(folder / "library" / name, LIBRARY_CHAT / name)
-        base, own = float(scores.loc[name, "base"]), float(scores.loc[name, "own"])
+        base, own = float(str(scores.loc[name, "base"])), float(str(scores.loc[name, "own"]))
         text = card(task, expert, expert.examples, base, own, str(EVAL), "scripts/library/conversations.py")
         (LIBRARY_CHAT / name / "README.md").write_text(text, "utf-8")
     kept = [row for row in rows if row["task"] in COMMITTED or row["split"] in ("none", "change")]
