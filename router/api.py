@@ -302,7 +302,10 @@ class Router:
 
     @_one_at_a_time
     def choose(self, texts: Sequence[Prompt]) -> list[Choice]:
-        """How each text or conversation is decided, and which of the variants answers it."""
+        """How each text or conversation is decided, and which of the variants answers it.
+
+        Calibrates nothing: a text in a frame that is not known yet is taken as it is.
+        """
         queries = _queries(texts, None)
         turns = self._proto.turns(queries, new=0)
         routing = decided(self._judged([read for reads in turns for read in reads]), list(map(len, turns)))

@@ -96,6 +96,8 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
     settings, processes, made = context.settings, context.processes, load_method(name)
     torch.manual_seed(settings.seed)
     queries = [query for part in files.values() for query in part]
+    if not issubclass(made, Routed) and any(query.messages for query in queries):
+        raise InputError(f"-m {name}: expected prompts, since a starter-kit method takes no conversations")
     with processes.first():
         _check_places(name, made, settings, processes)
         source = (

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from helpers import arguments, shared, write_queries, write_tiny_library
+from helpers import PLAIN, arguments, shared, write_queries, write_tiny_library
 
 
 def pytest_addoption(parser):
@@ -70,6 +70,18 @@ def tiny_base(tmp_path_factory):
 @pytest.fixture()
 def tiny_library(tmp_path):
     return write_tiny_library(tmp_path / "library")
+
+
+@pytest.fixture()
+def chat_router(tiny_base, tiny_library, tmp_path):
+    """Makes routers of the tiny library with a chat template."""
+    from router.api import Router
+
+    (tmp_path / "template.jinja").write_text(PLAIN)
+    how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32"}
+    return lambda **more: Router.from_library(
+        tiny_library, **how, chat_template=tmp_path / "template.jinja", **more
+    )
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,8 @@ ROWS = [
     ("g3", "Bonjour, comment allez-vous aujourd'hui ?", "generation", "", "everything"),
     ("g4", "1 + 1 =", "generation", "", "base"),
 ]
+# A chat template.
+PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
 QUERIES = [
     ("g1", "What is two and two?", "generation", ""),
     ("m1", "Which is a fruit, stone or pear? ", "multiple_choice", "['stone', 'pear']"),

@@ -13,7 +13,7 @@ from importlib import import_module
 
 import pytest
 
-from helpers import ROOT, write_tiny_adapter
+from helpers import PLAIN, ROOT, write_tiny_adapter
 from router import cli
 
 README, CONTRIBUTING, QUICKSTART = (
@@ -37,8 +37,7 @@ def place(tmp_path_factory, tiny_base):
     for seed in range(3):
         write_tiny_adapter(folder / "adapters" / f"adapter{seed}", seed)
     shutil.copytree(tiny_base, folder / "some" / "base")
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
-    (folder / "some" / "base" / "chat_template.jinja").write_text(template)
+    (folder / "some" / "base" / "chat_template.jinja").write_text(PLAIN)
     with (folder / "queries.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["id", "input", "eval_type", "answer_choices"])

@@ -128,14 +128,17 @@ class ProtoRoute(Routed):
         if not under or routing.evidence is None:
             return routing
         again = [Read(read.ids, read.shared) for read in reads if read.shared]
-        framed = self._judged(again, "framed").evidence
+        in_frame = self._judged(again, "framed")
+        framed = in_frame.evidence
         assert framed is not None
         base_score = routing.evidence.base_score.copy()
         base_score[under] += (routing.evidence.lead[under] - framed.lead) / 2
         evidence = together([replace(routing.evidence, base_score=base_score), framed.rows(slice(0))])
         weights = routing.weights.copy()
         scores = np.nan_to_num(evidence.candidates[under].astype(np.float64), nan=-np.inf)
-        weights[under] = self.fitted().gate.weights(scores)
+        mixed = self.fitted().gate.weights(scores)
+        unread = (weights[under, -1] == 1) & (in_frame.weights[:, -1] == 1)  # or as far from any adapter
+        weights[under] = np.where(unread[:, None], weights[under], mixed)
         return Routing(weights, evidence)
 
     def _judged(self, reads: Sequence[Read], name: str = "part") -> Routing:

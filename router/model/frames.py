@@ -74,8 +74,8 @@ class Parts(NamedTuple):
     """A query in its parts. What routing reads is `head + text + tail`.
 
     Attributes:
-        head: before the user's last message, without earlier turns; with the system message.
-        text: the user's last message, or all of a plain text.
+        head: before a message of the user, without other turns; with the system message.
+        text: the message, or all of a plain text.
         tail: after it.
         common: its frame, if what is special of head and tail is part of the query.
     """

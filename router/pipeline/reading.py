@@ -18,6 +18,7 @@ from router.settings import Settings
 
 ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
 FRAMES = 8  # that one batch of queries may bring
+TURNS = 8  # of a conversation, the last ones; each may be a pass of the base model
 SHARED = 16  # queries under one system message, which is then a frame; it costs as much as 230
 
 
@@ -36,14 +37,14 @@ class Read(NamedTuple):
 
 
 def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts]:
-    """A query in what is its own and what stands around it; of a conversation each of its turns."""
+    """A query in what is its own and what stands around it; of a conversation each of its last turns."""
     if query.messages:
-        return template.turns(query.conversation, query.id)
+        return template.turns(query.conversation, query.id)[-TURNS:]
     if settings.frame == "none":
         return [bare(query.input)]
     if settings.frame:
         return [within(query.input, settings.frame)]
-    return turns_of_text(query.input, template.frame if template.known else None)
+    return turns_of_text(query.input, template.frame if template.known else None)[-TURNS:]
 
 
 def turns_of(

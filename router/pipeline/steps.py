@@ -176,7 +176,7 @@ class Routed(ABC):
         """The token ids of each prompt, as the variant that answers it was trained to be asked.
 
         A conversation is written in the template that a variant's folder brings, its first adapter's.
-        Many adapters answer in no other.
+        Many adapters answer in no other. One that refuses the conversation is not used.
 
         Args:
             rows: the prompts in the template that all share.
@@ -185,8 +185,13 @@ class Routed(ABC):
         found, templates = list(rows), dict[Path, Template]()
         for n, (query, folder) in enumerate(zip(queries, folders, strict=True)):
             if query.messages and folder and (file := folder / TEMPLATE).is_file():
-                template = templates.setdefault(folder, template_of(self.tokenizer, file))
-                text = template.text(query.conversation, query.id)
+                if folder not in templates:
+                    templates[folder] = template_of(self.tokenizer, file)
+                try:
+                    text = templates[folder].text(query.conversation, query.id)
+                except InputError as error:  # such as one that knows no system message
+                    log.warning("%s; it is asked in the template of the others", error)
+                    continue
                 found[n] = encode(self.tokenizer, [text], self.settings.max_seq_len)[0]
         return found
 
@@ -198,7 +203,7 @@ class Routed(ABC):
         bar: Callable[[int], object] = lambda tokens: None,
     ) -> list[Answer]:
         """Answers queries in order with one model; see `answered`."""
-        return answered(model, self.tokenizer, queries, rows, self.context, bar)
+        return self._ended(queries, answered(model, self.tokenizer, queries, rows, self.context, bar))
 
     def predict(self, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path) -> list[Answer]:
         """Answers each query with its variant, in order; what another process answers has failed.
@@ -223,15 +228,14 @@ class Routed(ABC):
                     model, ids = models.activate(paths[n]), [rows[m] for m in members]
                     found = self.answer_with(model, [queries[m] for m in members], ids, bar.update)
                     answers.update(zip(members, found, strict=True))
-        return self._ended(queries, [answers[m] for m in range(len(queries))])
+        return [answers[m] for m in range(len(queries))]
 
     def _ended(self, queries: Sequence[Query], answers: Sequence[Answer]) -> list[Answer]:
         """Answers to conversations up to the template's end of turn, where the model has another one."""
-        if not any(query.messages for query in queries):
-            return list(answers)
-        end = self.template.end
         return [
-            cut_at(self.tokenizer, answer, end) if query.messages and end in answer.ids else answer
+            cut_at(self.tokenizer, answer, self.template.end)
+            if query.messages and self.template.end in answer.ids
+            else answer
             for query, answer in zip(queries, answers, strict=True)
         ]
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from router.queries.submission import adapters_of, read_rows
 from router.runs.explain import Rows, called, open_console, section
 from router.runs.load import Run, load
-from router.system.errors import InputError
+from router.system.errors import InputError, exit_code
 from router.system.files import is_folder
 
 PARTS = ("flags", "base", "versions")  # of a record that decide a run
@@ -221,16 +221,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--show", type=int, default=5, metavar="N", help="predictions to show (default: 5)")
     p.add_argument("--json", action="store_true", help="print JSON, with every prediction that differs")
     args = p.parse_args(argv)
-    try:
+
+    def work() -> None:
         found = compare(args.run_a, args.run_b, args.labels)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        show(found, open_console(), max(0, args.show))
-    return 0
+        if args.json:
+            print(json.dumps(found, indent=2))
+        else:
+            show(found, open_console(), max(0, args.show))
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

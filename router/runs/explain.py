@@ -27,7 +27,7 @@ from router.constants import BASE_COLUMN, Device, Dtype
 from router.queries.submission import MULTIPLE_CHOICE, Query
 from router.routing.evidence import LOW_MARGIN, Evidence
 from router.runs.load import QueryFile, Run, load
-from router.system.errors import InputError, printable
+from router.system.errors import InputError, exit_code, printable
 
 NEAREST = 8  # adapters shown for their score
 LONG = 600  # characters shown of a text
@@ -265,16 +265,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--answers", action="store_true", help="load the base model and show its answer too")
     p.add_argument("--json", action="store_true", help="print JSON, with all adapters and the whole query")
     args = p.parse_args(argv)
-    try:
+
+    def work() -> None:
         story = explain(args.output, args.id, args.answers)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(story, indent=2))
-    else:
-        show(story, open_console())
-    return 0
+        if args.json:
+            print(json.dumps(story, indent=2))
+        else:
+            show(story, open_console())
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

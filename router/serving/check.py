@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from router.serving.names import read_served
-from router.system.errors import InputError
+from router.system.errors import InputError, exit_code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,12 +48,7 @@ def check(folder: Path, base_model: str | None = None) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0, or 2 with what is wrong."""
     args = parser().parse_args(argv)
-    try:
-        print("\n".join(check(args.folder, args.base_model)))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print("\n".join(check(args.folder, args.base_model))))
 
 
 if __name__ == "__main__":

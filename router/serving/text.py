@@ -9,8 +9,6 @@ from router.queries.conversation import SYSTEM, Message, checked, content
 from router.serving.names import AUTO
 from router.system.errors import InputError
 
-TURNS = 8  # of the user's messages, the last ones; each may be a pass of the base model
-
 
 class NoText(ValueError):
     """A request has no text to be routed by, or more than one prompt."""
@@ -53,4 +51,4 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
         raise NoText(str(error)) from error
     system = [one for one in found if one["role"] in SYSTEM and content(one)]
     asked = [one for one in found if one["role"] == "user" and content(one).strip()]
-    return [{"role": one["role"], "content": content(one)} for one in (*system, *asked[-TURNS:])]
+    return [{"role": one["role"], "content": content(one)} for one in (*system, *asked)]

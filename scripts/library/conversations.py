@@ -10,7 +10,6 @@ what is known of them in labels.csv and scores.csv. Resumable and seeded like sc
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -24,7 +23,7 @@ from router.constants import BASE_COLUMN
 from router.model.base import EMBEDDED, Base, load_base
 from router.queries.submission import write_table
 from scripts.bench.score import labelled, read_texts
-from scripts.library.development import GAIN, LABELS, OUTPUT, gemma, note
+from scripts.library.development import GAIN, LABELS, command, gemma, missing, note
 from scripts.library.tasks import Item, Task, all_tasks, families, split
 from scripts.library.tasks.conversations import (
     ALPACA,
@@ -260,28 +259,20 @@ def commit(folder: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("libraries", nargs="*", help=f"of {', '.join(PLANS)}; all if none")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser = command(__doc__, PLANS)
     parser.add_argument("--commit", action="store_true", help="only write data/library_chat and its files")
     args = parser.parse_args()
     if args.commit:
         commit(args.output / "chat")
         return
-    if unknown := set(args.libraries) - set(PLANS):
-        parser.error(f"unknown libraries {sorted(unknown)}; known are {', '.join(PLANS)}")
     for name in args.libraries or PLANS:
         folder, plan = args.output / name, PLANS[name]
-        library = folder / "library"
-        library.mkdir(parents=True, exist_ok=True)
+        for job in missing(folder, plan.experts, args.force):
+            base = base_of(plan, folder)  # a fresh one: no trace of the last adapter
+            note(folder / "scores.csv", build(job, plan, folder / "library", base))
         write_queries(folder, plan.jobs)
         if plan.template:
             (folder / "template.jinja").write_text(plan.template, "utf-8")
-        for job in plan.experts:
-            if not (library / job / "adapter_model.safetensors").exists():
-                row = build(job, plan, library, base_of(plan, folder))  # no trace of the last adapter
-                note(folder / "scores.csv", row)
-                print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,8 @@ def build(task: Task, expert: Expert, folder: Path, base: Base) -> dict[str, obj
 
 
 def note(path: Path, row: dict[str, object]) -> None:
-    """Puts an adapter's scores into the table of scores, in place of older ones."""
+    """Prints an adapter's scores, and puts them into the table of scores, in place of older ones."""
+    print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     rows: list[dict[str, Any]] = []
     if path.exists():
         with path.open(encoding="utf-8", newline="") as file:
@@ -151,26 +152,33 @@ def write_queries(folder: Path, names: Sequence[str]) -> None:
     write_table(folder / "labels.csv", LABELS, labels)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("libraries", nargs="*", help=f"of {', '.join(LIBRARIES)}; both if none")
+def command(doc: str | None, libraries: Collection[str]) -> argparse.ArgumentParser:
+    """The flags of a command that trains libraries."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    known = [*libraries, []]  # argparse asks whether the default, which is none of them, is a choice
+    parser.add_argument("libraries", nargs="*", choices=known, help=f"of {', '.join(libraries)}; all if none")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--force", nargs="*", default=(), metavar="NAME", help="adapters to train again")
-    args = parser.parse_args()
-    if unknown := set(args.libraries) - set(LIBRARIES):
-        parser.error(f"unknown libraries {sorted(unknown)}; known are {', '.join(LIBRARIES)}")
+    return parser
+
+
+def missing(folder: Path, names: Iterable[str], force: Collection[str]) -> Iterator[str]:
+    """The adapters of a library that are not trained yet, or are to be trained again."""
+    (folder / "library").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if name in force or not (folder / "library" / name / "adapter_model.safetensors").exists():
+            yield name
+
+
+def main() -> None:
+    """Command line."""
+    args = command(__doc__, LIBRARIES).parse_args()
     for name in args.libraries or LIBRARIES:
         folder, plan = args.output / name, LIBRARIES[name]
-        library = folder / "library"
-        library.mkdir(parents=True, exist_ok=True)
-        for task, expert in plan.experts.items():
-            if task in args.force or not (library / task / "adapter_model.safetensors").exists():
-                base = load_base(plan.base(folder))  # a fresh one: no trace of the last adapter
-                row = build(TASKS[task], expert, library, base)
-                note(folder / "scores.csv", row)
-                print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            write_queries(folder, [done for done in plan.experts if (library / done).is_dir()])
+        for task in missing(folder, plan.experts, args.force):
+            base = load_base(plan.base(folder))  # a fresh one: no trace of the last adapter
+            note(folder / "scores.csv", build(TASKS[task], plan.experts[task], folder / "library", base))
+        write_queries(folder, [done for done in plan.experts if (folder / "library" / done).is_dir()])
 
 
 if __name__ == "__main__":

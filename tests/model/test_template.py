@@ -2,6 +2,7 @@
 
 import pytest
 
+from helpers import PLAIN
 from router.model.template import Template, template_of
 from router.system.errors import InputError
 
@@ -15,7 +16,6 @@ TALK = [
     {"role": "tool", "content": "1, 3"},
     {"role": "user", "content": "Now 5, 4"},
 ]
-PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
 
 
 @pytest.fixture(scope="module")

@@ -7,23 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from helpers import PLAIN, method_of
 from helpers import QUERIES as ROWS
-from helpers import method_of
 from router.api import Router
 from router.cli import main as cli
+from router.kit import Merges
 from router.library.adapters import load_library
 from router.main import main
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import BARE
 from router.pipeline.journal import Journal
-from router.pipeline.reading import SHARED
+from router.pipeline.reading import SHARED, TURNS
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
 from router.routing.evidence import Evidence
 from router.system.errors import InputError
 
-PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
 PROMPTS = [Query(*row[:3]) for row in ROWS if row[2] == "generation"]
 HI = [{"role": "user", "content": "hi"}]
 
@@ -213,12 +213,8 @@ def test_a_conversation_stays_until_another_candidate_clearly_leads(turns, row):
     np.testing.assert_array_equal(found.weights[1], routing.weights[-1])
 
 
-def test_python_takes_texts_and_conversations(tiny_base, tiny_library, tmp_path):
-    (tmp_path / "template.jinja").write_text(PLAIN)
-    router = Router.from_library(
-        tiny_library, base_model=str(tiny_base), device="cpu", dtype="float32", max_gen_len=4,
-        chat_template=tmp_path / "template.jinja",
-    )  # fmt: skip
+def test_python_takes_texts_and_conversations(chat_router, tmp_path):
+    router = chat_router(max_gen_len=4)
     asked = ["1 + 1 =", HI, tuple(HI)]
     weights = router.route(asked).to_numpy()
     np.testing.assert_array_equal(weights[1], weights[2])
@@ -257,12 +253,8 @@ def test_an_answer_ends_with_the_templates_turn(base):
     assert cut_at(base.tokenizer, answer, middle) == Answer("a", answer.ids[:2])
 
 
-def test_a_request_brings_no_new_frame(tiny_base, tiny_library, tmp_path):
-    (tmp_path / "template.jinja").write_text(PLAIN)
-    router = Router.from_library(
-        tiny_library, base_model=str(tiny_base), device="cpu", dtype="float32",
-        chat_template=tmp_path / "template.jinja",
-    )  # fmt: skip
+def test_a_request_brings_no_new_frame(chat_router, tmp_path):
+    router = chat_router()
     router.fit(["1 + 1 =", "hello"]).save(tmp_path / "saved")
     loaded = Router.load(tmp_path / "saved", device="cpu")
     before = set(loaded._proto.fits)
@@ -300,3 +292,52 @@ def test_what_many_prompts_share_is_a_frame_unless_generic_text_has_it(method):
         queries = [Query(text, form.format(text), "generation") for text in texts]
         shared = {read.shared for turns in method().turns(queries) for read in turns}
         assert shared == ({("Dear clerk,\n", "\nYours, Zed")} if found else {None})
+
+
+def test_of_a_long_conversation_the_last_messages_are_read(method):
+    long = [{"role": "user", "content": f"question {n}"} for n in range(3 * TURNS)]
+    written = "".join(f"User: question {n}\nAssistant: x\n" for n in range(3 * TURNS))
+    prompt = Query("1", written + "User: last\nAssistant:", "generation")
+    for query in (Query("0", "", "generation", (), json.dumps(long)), prompt):
+        (turns,) = method().turns([query])
+        assert len(turns) == TURNS
+
+
+def test_what_is_remembered_is_no_text(chat_router):
+    router = chat_router()
+    router.fit(["1 + 1 =", "hello"])
+    first = router.choose(["a secret", HI])
+    assert router.choose([HI, "a secret"]) == first[::-1]
+    assert len(router._known) == 2 and {len(key) for key in router._known} == {32}
+
+
+def test_a_starter_kit_method_takes_no_conversations(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("router.run.load_method", lambda name: Merges)
+    assert command({"messages": HI}) == 2
+    assert "conversations" in capsys.readouterr().err and not list((tmp_path / "out").glob("*.csv"))
+
+
+def test_a_template_of_an_adapter_that_refuses_is_not_used(chat_router, tiny_library, caplog):
+    talk = [{"role": "system", "content": "S"}, *HI]
+    expected = chat_router(method="average", max_gen_len=6).answer([talk])
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN
+    for folder in tiny_library.iterdir():
+        (folder / "chat_template.jinja").write_text(refusing)
+    assert chat_router(method="average", max_gen_len=6).answer([talk]) == expected
+    assert "no system" in caplog.text
+
+
+def test_what_the_model_cannot_read_stays_with_the_base_model_under_a_shared_message(method):
+    talks = queries_of(*(f"question {n}" for n in range(SHARED)), system="Be kind.")
+    found = method()
+    found.route(talks, ())
+    for fitted in found.fits.values():
+
+        def unreadable(*how, probe=fitted.probe):
+            probed = probe(*how)
+            probed.responses[0], probed.confidence[0] = np.nan, np.nan
+            return probed
+
+        object.__setattr__(fitted, "probe", unreadable)
+    weights = found.route(talks, ()).weights
+    assert weights[0].tolist() == [0, 0, 0, 1] and np.isfinite(weights).all()

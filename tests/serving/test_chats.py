@@ -17,17 +17,12 @@ from router.api import Router  # noqa: E402
 from router.routing.variants import served  # noqa: E402
 from router.serving.front import Front  # noqa: E402
 
-PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
 USER = ("What is number 1", "Say number 2", "Bonjour number 3", "thanks", "Say number 4")
 
 
 @pytest.fixture()
-def router(tiny_base, tiny_library, tmp_path):
-    (tmp_path / "template.jinja").write_text(PLAIN)
-    made = Router.from_library(
-        tiny_library, base_model=str(tiny_base), device="cpu", dtype="float32", false_alarm=0.9,
-        chat_template=tmp_path / "template.jinja",
-    )  # fmt: skip
+def router(chat_router, tmp_path):
+    made = chat_router(false_alarm=0.9)
     return Router.load(
         made.fit([[{"role": "user", "content": text}] for text in USER]).save(tmp_path / "saved")
     )

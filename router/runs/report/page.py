@@ -20,7 +20,7 @@ from router.pipeline.record import REPORT
 from router.routing.evidence import LOW_MARGIN
 from router.runs.load import Run, load
 from router.runs.report.data import SHOWN_QUERIES, data, escaped, explained, headline, layers, variants
-from router.system.errors import InputError
+from router.system.errors import exit_code
 from router.system.files import replacing
 
 if TYPE_CHECKING:
@@ -92,12 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="proto-route report", description="Makes report.html from the files of a finished run."
     )
     p.add_argument("folder", type=Path, metavar="DIR", help="the run's output folder")
-    try:
-        print(write_report(p.parse_args(argv).folder))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    folder = p.parse_args(argv).folder
+    return exit_code(lambda: print(write_report(folder)))
 
 
 if __name__ == "__main__":
