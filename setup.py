@@ -39,7 +39,11 @@ setup(
         "threadpoolctl>=3.1",
         "tqdm>=4.66",
     ],
-    entry_points={"console_scripts": ["proto-route=router.cli:main"]},
+    entry_points={
+        "console_scripts": ["proto-route=router.cli:main"],
+        "vllm.endpoint_plugins": ["proto_route=router.integrations.vllm:Auto"],
+        "vllm.general_plugins": ["proto_route=router.integrations.vllm_worker:register"],
+    },
     extras_require={
         "train": ["reasoning-gym>=0.1.25"],
         "bench": [

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast, get_args
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from router.methods.proto_route import ProtoRoute, decided
 from router.model.answer import Answer, Scoring
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.model.frames import Frame
+from router.model.passes import truncated
 from router.model.template import Template
 from router.pipeline.context import Context
 from router.pipeline.reading import Read
@@ -35,6 +36,8 @@ from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.routing import state
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
 from router.routing.evidence import LOW_MARGIN
+from router.routing.fitted import Fitted
+from router.routing.probe import Probed
 from router.routing.state import FILE, FORMAT
 from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
@@ -161,7 +164,7 @@ class Router:
         cls,
         folder: str | Path,
         base_model: str | None = None,
-        device: Device = "auto",
+        device: Device | Literal["meta"] = "auto",
         dtype: Dtype | None = None,
     ) -> Router:
         """Loads what `save` wrote, or a finished run of proto_route with its variants.
@@ -171,7 +174,8 @@ class Router:
         Args:
             folder: of a saved router, or the output folder of a run.
             base_model: `embedded`, a folder or a hub id; None takes the one that was used.
-            device: `auto`, `cpu` or `cuda`.
+            device: `auto`, `cpu`, `cuda`, or `meta` for a saved router whose base model another program has;
+                see `read_by`.
             dtype: None takes the one that was used.
 
         Raises:
@@ -181,15 +185,18 @@ class Router:
         """
         folder = Path(folder)
         if not (folder / ABOUT).is_file():
+            if device == "meta":
+                raise InputError(f"{folder}: expected a saved router; a run makes one by Router.save")
             return cls._of_run(folder, base_model, device, dtype)
         seen = sha256_of(folder / ABOUT)
         about = _about(folder / ABOUT)
         pinned = f"@{about['revision']}" if about.get("revision") else ""
         own = EMBEDDED if about["embedded"] else f"{about['base_model']}{pinned}"
         kept = {key: value for key in SETTINGS if (value := about["settings"].get(key)) is not None}
-        kept |= {"base_model": base_model or own, "device": device, "dtype": dtype or about["dtype"]}
+        kept |= {"base_model": base_model or own, "dtype": dtype or about["dtype"]}
+        kept |= {} if device == "meta" else {"device": device}
         settings = Settings(**kept)
-        base = load_base(str(settings.base_model), settings.device, settings.dtype)
+        base = load_base(str(settings.base_model), device, settings.dtype)
         if base.sha256 != about["base_sha256"]:
             raise InputError(
                 f"--base_model {base.name}: expected the weights that {folder} was made for "
@@ -324,9 +331,30 @@ class Router:
             found.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix))
         return found
 
+    @property
+    def frames(self) -> list[Frame]:
+        """The frames that texts are compared in, in the order in which a saved router has them."""
+        return list(self._proto.fits)
+
+    def read_by(self, read: Callable[[Fitted, Sequence[Sequence[int]]], Probed]) -> None:
+        """Has another program's copy of the base model read what `unread` tells, such as an engine's.
+
+        Args:
+            read: gives what `Fitted.probe` would.
+        """
+        self._proto.elsewhere = read
+
+    @_one_at_a_time
+    def unread(self, text: Prompt) -> list[tuple[Frame, tuple[int, ...]]]:
+        """What `choose` will have the base model read of a text, unless it did so lately: tokens by frame."""
+        (turns,) = self._proto.turns(_queries([text], None), new=0)
+        new = [read for read in turns if _key(read) not in self._known]
+        parts = [(frame, read.ids) for read in new for frame in (read.frame, read.shared) if frame]
+        return [(frame, tuple(truncated([ids])[0])) for frame, ids in dict.fromkeys(parts)]
+
     def _judged(self, reads: Sequence[Read]) -> Routing:
         """The routing of what was read; what was read lately, as earlier turns were, is known."""
-        keys = [hashlib.sha256(repr(read).encode("utf-8", "surrogatepass")).digest() for read in reads]
+        keys = list(map(_key, reads))
         every = dict(zip(keys, reads, strict=True))
         if new := {key: read for key, read in every.items() if key not in self._known}:
             found = self._proto.judged(list(new.values()))
@@ -494,6 +522,11 @@ class Router:
         folders = folder_names(self.variants)
         decision = Decision(self._base, method.adapters, routing, clusters, self.variants, folders)
         return method.predict(queries, rows, decision, folder), clusters.labels.tolist()
+
+
+def _key(read: Read) -> bytes:
+    """A name of what was read."""
+    return hashlib.sha256(repr(read).encode("utf-8", "surrogatepass")).digest()
 
 
 def _hashes(folder: Path) -> dict[str, str]:

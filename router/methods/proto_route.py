@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -54,7 +54,13 @@ class ProtoRoute(Routed):
 
     A query that stands out no more than generic text in the same frame goes to the base model; docs/method.md
     has the equations.
+
+    Attributes:
+        elsewhere: reads prompts in place of the base model here, whose copy is another program's; gives what
+            `Fitted.probe` does.
     """
+
+    elsewhere: Callable[[Fitted, Sequence[Sequence[int]]], Probed] | None = None
 
     @cached_property
     def fits(self) -> dict[Frame, Fitted]:
@@ -186,6 +192,8 @@ class ProtoRoute(Routed):
 
     def _probed(self, fitted: Fitted, prompts: Sequence[Sequence[int]], title: str) -> Probed:
         """Probes the prompts. Each process takes whole batches, which are the same as in one process."""
+        if self.elsewhere is not None:
+            return self.elsewhere(fitted, truncated(prompts))
         model, pad = self.base.model, self.tokenizer.pad_token_id
         lengths = [len(row) for row in truncated(prompts)]
         mine = sorted(

@@ -164,7 +164,7 @@ def load_base(
 
     Args:
         spec: `embedded`, a folder, or `HUB_ID[@REVISION]`.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda`, or `meta` for a model without weights, of which others hold a copy.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         device_map: how accelerate spreads a model that is too large for one device, as `from_pretrained`
             takes it: a word such as `auto`, or a device, `cpu` or `disk` by module; None does not.
@@ -193,7 +193,7 @@ def load_base(
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):  # transformers does not check these
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        how = _places(device_map, place)
+        how = {"meta": True} if place == "meta" else _places(device_map, place)
         tokenizer, model = _read(folder, pick_dtype(dtype, place), again=spec == EMBEDDED, **how)
         sha256 = sha256_of(weights) if spec == EMBEDDED else sha256_of(*weight_files(folder))
         _check_unchanged(weights, before)
@@ -201,6 +201,8 @@ def load_base(
         raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason(error)}") from error
     if tokenizer.pad_token_id != (filler := pad_id(tokenizer, model.get_input_embeddings().num_embeddings)):
         tokenizer.pad_token_id = filler
+    if place == "meta":
+        return Base(model, tokenizer, name, revision, sha256)
     if model.device.type == "meta":
         raise InputError(
             "--device_map: expected memory for the embeddings at least, which come first, but accelerate "
@@ -237,20 +239,29 @@ def _places(device_map: str | dict[str, Any] | None, device: str) -> dict[str, A
     return {"device_map": device_map, "max_memory": {"cpu": room}}
 
 
-def _read(folder: Path, dtype: torch.dtype, again: bool = False, **places: Any) -> tuple[Any, Any]:
+def _read(
+    folder: Path, dtype: torch.dtype, again: bool = False, meta: bool = False, **places: Any
+) -> tuple[Any, Any]:
     """The tokenizer and the model of a folder.
 
     Args:
         again: the folder was converted from the embedded model; if it is damaged, it is converted once more.
+        meta: no weights are read.
         places: where weights go, as `from_pretrained` is told.
 
     Raises:
         ValueError: weights are missing, which transformers would draw at random.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        if meta:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            with torch.device("meta"):
+                made: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+                return tokenizer, made.eval()
         found: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
             **places,

@@ -113,7 +113,7 @@ class _Counted:
         return flat.index_select(0, self.places)  # quicker than flat[self.places]
 
 
-class _Inputs:
+class Inputs:
     """Centres the inputs of a batch's modules; one that several share (queries, keys, values) only once."""
 
     def __init__(self, counted: Tensor) -> None:
@@ -205,7 +205,7 @@ def probe(
 
     def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         counted = counted_tokens(ids, mask, prefix)
-        inputs, views = _Inputs(counted), _averages(counted, end)
+        inputs, views = Inputs(counted), averages(counted, end)
         # The dtype is named, since while transformers loads a model, another is torch's default.
         shape = len(prototypes), 2, len(ids), n_adapters
         squares = torch.zeros(shape, device=ids.device, dtype=torch.float32)
@@ -240,7 +240,7 @@ def squared_cosines(proto: ModulePrototypes, centred: Tensor, size: Tensor, n_ad
     return proto.sums(rows.square_(), n_adapters) / size.square()
 
 
-def _averages(counted: Tensor, end: int) -> Tensor:
+def averages(counted: Tensor, end: int) -> Tensor:
     """The weight of each counted token in the two responses of each prompt, (2, B, T')."""
     prompt = counted.nonzero()[:, 0]  # (T',) which prompt of the batch a token is in
     mine = prompt == torch.arange(len(counted), device=counted.device)[:, None]  # (B, T')

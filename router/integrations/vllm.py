@@ -1,0 +1,403 @@
+"""The model `auto` inside vLLM: no proxy, and no second copy of the base model.
+
+An entry point of `vllm.endpoint_plugins`. PROTO_ROUTE names the folder of a saved router; its variants are
+the server's LoRA adapters. A request for `auto` starts on the base model, which reads the prompt anyway. The
+worker's half (vllm_worker.py) turns that reading into responses, and the gate decides. If no adapter fits,
+the request goes on, and nothing was lost. Else it is stopped, and asked again of a variant. Where this code
+fails, the base model answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import aclosing
+from contextvars import ContextVar
+from copy import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
+
+import numpy as np
+from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from router.api import Choice, Prompt, Router
+from router.integrations.vllm_worker import mark, version_of
+from router.model.base import embedded_folder
+from router.model.frames import Frame
+from router.routing.fitted import Fitted
+from router.routing.probe import Probed
+from router.routing.state import FILE
+from router.routing.variants import VARIANTS, served
+from router.serving.names import AUTO
+from router.serving.request import as_error, as_json, object_of
+from router.serving.text import NoText, prompt_of
+from router.system.errors import InputError
+from router.system.files import sha256_of
+
+log = logging.getLogger("vllm.proto_route")  # vLLM shows its own loggers alone
+FOLDER = "PROTO_ROUTE"
+ROUTED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+PATIENCE = 60.0  # seconds until the base model answers because the gate has not
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+Part = tuple[Frame, tuple[int, ...]]  # what the engine reads: tokens, and the frame that they are compared in
+
+
+@dataclass
+class Asked:
+    """A request for the model `auto`.
+
+    Attributes:
+        decided: whether it is known what answers.
+        lora: vLLM's adapter that answers; None for the base model.
+        headers: that tell the client.
+    """
+
+    prompt: Prompt
+    decided: bool = False
+    lora: Any = None
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+
+ASKED: ContextVar[Asked | None] = ContextVar("proto_route_asked", default=None)
+
+
+class Library:
+    """A router, and what the engine has of it.
+
+    Args:
+        router: without weights of the base model.
+        sha256: of the file with its prototypes.
+        loras: vLLM's adapters by the number of the variant.
+    """
+
+    def __init__(self, router: Router, sha256: str, loras: dict[int, Any]) -> None:
+        self.router, self.version, self.loras = router, version_of(sha256), loras
+        self.frames = {frame: number for number, frame in enumerate(router.frames)}
+        self.read: dict[Part, tuple[Any, float]] = {}  # responses and confidence, until the gate has them
+        router.read_by(self._probed)
+
+    def _probed(self, fitted: Fitted, rows: Sequence[Sequence[int]]) -> Probed:
+        """What the engine read of prompts, as `Fitted.probe` has it."""
+        found = [self.read[fitted.frame, tuple(row)] for row in rows]
+        confidence = np.array([confidence for _, confidence in found], np.float32)
+        return Probed(np.stack([responses for responses, _ in found]), confidence)
+
+    def keep(self, part: Part, raw: bytes) -> None:
+        """Keeps what a worker made of a prompt, see `vllm_worker.Prompt.responses`.
+
+        Raises:
+            ValueError: it is empty, since the prompt was not read whole.
+        """
+        if not raw:
+            raise ValueError("the engine did not read the prompt whole")
+        *responses, confidence = np.frombuffer(raw, np.float32)
+        shape = len(self.router.candidates) - 1, -1, 2
+        self.read[part] = np.array(responses).reshape(shape), float(confidence)
+
+
+def check(config: Any) -> None:
+    """Refuses a vLLM in which prompts cannot be read.
+
+    Raises:
+        InputError: it is one.
+    """
+    parallel = config.parallel_config
+    sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
+    if config.lora_config is None:
+        raise InputError(
+            "expected vLLM with --enable-lora, since variants are adapters; see serve.sh of the router"
+        )
+    if not config.model_config.enforce_eager:
+        raise InputError("expected vLLM with --enforce-eager, since a compiled graph runs no hooks")
+    if max(sizes) > 1 or config.speculative_config is not None:
+        raise InputError(
+            "expected vLLM on one device without speculative decoding, since a prompt is read in one worker; "
+            "`proto-route serve` stands before any other"
+        )
+
+
+class Auto:
+    """What vLLM loads: the doors, and the engine's method `generate` behind them."""
+
+    name = "proto_route"
+    required_tasks = ("generate",)
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.requests = Counter(
+            "router_requests", "Routed requests by variant.", ["variant"], registry=registry
+        )
+        self.failed = Counter(
+            "router_failed", "Requests of which the gate has not decided.", registry=registry
+        )
+        self.renewing = asyncio.Lock()
+
+    def attach_router(self, app: Any) -> None:
+        """Adds the doors, behind vLLM's own check of keys."""
+        app.add_middleware(Door)
+        app.add_api_route("/admin/reload", self.reload, methods=["POST"])
+
+    async def init_state(self, engine: Any, state: Any, args: Any) -> None:
+        """Loads the router that PROTO_ROUTE names, and puts `generate` in the place of the engine's.
+
+        Raises:
+            InputError: there is none, it does not fit what vLLM serves, or vLLM runs in a way in which
+                prompts cannot be read.
+        """
+        from vllm.entrypoints.openai.models.protocol import BaseModelPath
+
+        if not (folder := os.environ.get(FOLDER)):
+            raise InputError(
+                f"{FOLDER}: expected the folder of a saved router in the environment, found none"
+            )
+        check(engine.vllm_config)
+        self.folder, self.engine, self.args = Path(folder), engine, args
+        self.models, self.plain = state.openai_serving_models, engine.generate
+        self.base: str = self.models.base_model_paths[0].name
+        self.library = await self._loaded()
+        self.models.base_model_paths.append(BaseModelPath(name=AUTO, model_path=args.model))
+        engine.generate = self.generate
+
+    async def _loaded(self) -> Library:
+        """The router in its folder, with its prototypes in the workers and its variants in the engine.
+
+        Raises:
+            InputError: one of them is missing or does not fit.
+        """
+        router = await asyncio.to_thread(self._router)
+        sha256 = await asyncio.to_thread(sha256_of, self.folder / FILE)
+        file = str(self.folder.resolve()), sha256
+        for wrong in filter(None, await self.engine.collective_rpc("proto_route_load", args=file)):
+            raise InputError(wrong)
+        return Library(router, sha256, await self._loras(router))
+
+    def _router(self) -> Router:
+        """The router without weights of the base model, which the engine has."""
+        args, quantised = self.args, self.engine.vllm_config.model_config.quantization
+        if quantised:
+            log.warning("the base model is quantised (%s), which the router's was not", quantised)
+        own = quantised or Path(args.model) == embedded_folder()
+        model = f"{args.model}@{args.revision}" if args.revision else args.model
+        router = Router.load(self.folder, None if own else model, device="meta")
+        if not router.variants:
+            raise InputError(f"{self.folder}: expected a router with variants, found none; call Router.fit")
+        return router
+
+    async def _loras(self, router: Router) -> dict[int, Any]:
+        """vLLM's adapters by the number of the variant; those that it was not started with are loaded."""
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        known = self.models.lora_requests
+        names = {n: served(n, made.sha256) for n, made in enumerate(router.variants) if made.weights}
+        config = self.engine.vllm_config
+        if config.device_config.device_type == "cpu" and config.lora_config.max_loras <= len(names):
+            raise InputError(
+                f"--max-loras: expected more than {len(names)}, one for each variant and one to spare, since "
+                f"vLLM on a CPU mixes them up else; got {config.lora_config.max_loras}"
+            )
+        for number, name in names.items():
+            if name not in known:
+                path = str((self.folder / VARIANTS / str(number)).resolve())
+                said = await self.models.load_lora_adapter(
+                    LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
+                )
+                if not isinstance(said, str):
+                    raise InputError(f"{path}: vLLM does not load it: {said.error.message}")
+        return {number: known[name] for number, name in names.items()}
+
+    async def reload(self, request: Request) -> Response:
+        """POST /admin/reload: loads the router anew; requests that have begun end with the old one."""
+        if self.renewing.locked():
+            return as_error(request, HTTPException(409, "not reloaded: it is being loaded already"))
+        async with self.renewing:
+            try:
+                self.library = await self._loaded()
+            except InputError as error:
+                return as_error(request, HTTPException(409, f"not reloaded: {error}"))
+        return as_json({"status": "reloaded", "variants": len(self.library.router.variants)})
+
+    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **how: Any) -> AsyncIterator[Any]:
+        """In the place of the engine's method of this name: requests for `auto` are decided."""
+        asked = ASKED.get()
+        if asked is not None and asked.decided:  # once more, with the result of a tool
+            how |= {"lora_request": asked.lora}
+        elif asked is not None:
+            return self._routed(asked, prompt, sampling_params, request_id, how)
+        found: AsyncIterator[Any] = self.plain(prompt, sampling_params, request_id, **how)
+        return found
+
+    async def _routed(
+        self, asked: Asked, prompt: Any, params: Any, request_id: str, how: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        """Starts with the base model; goes on with it, or anew with a variant."""
+        library = self.library
+        if not (unread := await self._unread(asked, library)):  # it was read lately
+            await self._decide(asked, library, asyncio.sleep(0), [])
+            async for out in self.plain(prompt, params, request_id, **how | {"lora_request": asked.lora}):
+                yield out
+            return
+        begun = params, request_id
+        if itself := len(unread) == 1 and params.n == 1 and unread[0][1] == _ids(prompt):
+            begun = copy(params), self._mark(library, unread[0])
+            begun[0].skip_reading_prefix_cache = True  # what comes from there, no hook sees
+        async with aclosing(self.plain(prompt, *begun, **how)) as answer:
+            reading: asyncio.Future[Any] = asyncio.gather(
+                *(self._read(library, part) for part in unread if not itself)
+            )
+            try:
+                first = await anext(answer)
+                if itself:
+                    reading = asyncio.gather(self._take(library, unread[0], begun[1]))
+                await self._decide(asked, library, reading, unread)
+            finally:
+                reading.cancel()
+            if asked.lora is None:
+                yield first
+                async for out in answer:
+                    yield out
+                return
+        how |= {"lora_request": asked.lora}
+        async for out in self.plain(prompt, params, f"{request_id}-variant", **how):
+            yield out
+
+    async def _unread(self, asked: Asked, library: Library) -> list[Part]:
+        """What the engine has to read of a request; nothing where that cannot be told."""
+        try:
+            return await asyncio.to_thread(library.router.unread, asked.prompt)
+        except Exception:
+            log.exception("the base model answers, since a prompt could not be taken apart")
+            return []
+
+    async def _read(self, library: Library, part: Part) -> None:
+        """Has the engine read a text that is no prompt itself, such as one message of a conversation."""
+        from vllm import SamplingParams
+
+        how = SamplingParams(temperature=0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
+        name = self._mark(library, part)
+        async for _ in self.plain({"prompt_token_ids": list(part[1])}, how, name):
+            pass
+        await self._take(library, part, name)
+
+    @staticmethod
+    def _mark(library: Library, part: Part) -> str:
+        return mark(library.version, library.frames[part[0]], uuid4().hex)
+
+    async def _take(self, library: Library, part: Part, name: str) -> None:
+        (raw,) = await self.engine.collective_rpc("proto_route_take", args=(name,))
+        library.keep(part, raw)
+
+    async def _decide(
+        self, asked: Asked, library: Library, reading: Awaitable[Any], parts: list[Part]
+    ) -> None:
+        """Has the gate decide once all is read; where that fails, the base model answers."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await reading
+                (choice,) = await asyncio.to_thread(library.router.choose, [asked.prompt])
+            asked.lora = library.loras.get(choice.variant or 0)
+            name = asked.lora.lora_name if asked.lora else self.base
+            asked.headers = told(choice, name)
+            self.requests.labels(name).inc()
+        except Exception:
+            self.failed.inc()
+            log.exception("the base model answers, since the gate has not decided")
+        finally:
+            asked.decided = True
+            for part in parts:
+                library.read.pop(part, None)
+
+
+def _ids(prompt: Any) -> tuple[int, ...]:
+    """The tokens of a prompt as vLLM has it; none if it has something else."""
+    return tuple(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, Mapping) else ()
+
+
+def told(choice: Choice, name: str) -> list[tuple[bytes, bytes]]:
+    """A decision as headers."""
+    weights = {key: round(weight, 4) for key, weight in choice.weights.items()}
+    found = {
+        "x-router-model": quote(name, safe="/:@ "), "x-router-weights": json.dumps(weights),
+        "x-router-margin": f"{choice.margin:.3f}", "x-router-fits": str(choice.fits).lower(),
+    }  # fmt: skip
+    return [(key.encode(), value.encode()) for key, value in found.items()]
+
+
+class Door:
+    """Middleware: a request for the model `auto` is kept where `generate` finds it, and its answer tells.
+
+    Args:
+        app: what comes behind.
+    """
+
+    def __init__(self, app: Callable[[Any, Receive, Send], Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        raw, given = await request.body(), False
+
+        async def again() -> Message:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": raw, "more_body": False}
+
+        try:
+            asked = self._asked(request, raw)
+        except HTTPException as error:
+            await as_error(request, error)(scope, again, send)
+            return
+        if asked is None:
+            await self.app(scope, again, send)
+            return
+        started: list[Message] = []  # the first part of the answer, which waits for the decision
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                started.append(message)
+                return
+            while started:
+                first = started.pop()
+                await send({**first, "headers": [*first.get("headers", ()), *asked.headers]})
+            await send(message)
+
+        token = ASKED.set(asked)
+        try:
+            await self.app(scope, again, tell)
+        finally:
+            ASKED.reset(token)
+
+    @staticmethod
+    def _asked(request: Request, raw: bytes) -> Asked | None:
+        """A request for `auto`; None for another one.
+
+        Raises:
+            HTTPException: 400, it says nothing by which it could be routed, or not at a door that routes.
+        """
+        try:
+            body = object_of(request, raw)
+        except HTTPException:  # vLLM says what is wrong with it
+            return None
+        if body.get("model") != AUTO:
+            return None
+        if (path := request.scope["path"]) not in ROUTED:
+            raise HTTPException(400, f"model {AUTO}: expected a POST to {' or '.join(ROUTED)}, got {path}")
+        try:
+            return Asked(prompt_of(body))
+        except NoText as error:
+            raise HTTPException(400, str(error)) from error

@@ -1,0 +1,264 @@
+"""The plugin in vLLM's server, with a stub of the engine that reads prompts with a model of our own."""
+
+import asyncio
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+httpx = pytest.importorskip("httpx", reason="needs the extra serve")
+pytest.importorskip("starlette", reason="needs the extra serve")
+
+from prometheus_client import CollectorRegistry  # noqa: E402
+from starlette.applications import Starlette  # noqa: E402
+from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
+from starlette.routing import Route  # noqa: E402
+
+from router.api import Router  # noqa: E402
+from router.integrations.vllm import FOLDER, ROUTED, Auto, check  # noqa: E402
+from router.integrations.vllm_worker import MARKED  # noqa: E402
+from router.routing.variants import served  # noqa: E402
+from router.system.errors import InputError  # noqa: E402
+
+TEXTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 ="]
+TALK = [
+    {"role": "user", "content": "Say it again"},
+    {"role": "assistant", "content": "Again."},
+    {"role": "user", "content": "And now the other one"},
+]
+
+
+class Params(SimpleNamespace):
+    n, skip_reading_prefix_cache = 1, None
+
+
+class Engine:
+    """Writes the tokens 0, 1 and 2 to a prompt, and says what of a router was read."""
+
+    def __init__(self, router):
+        self.router, self.asked, self.read, self.left, self.broken = router, [], {}, 0, ""
+        parallel = {f"{kind}_parallel_size": 1 for kind in ("tensor", "pipeline", "data")}
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(**parallel), lora_config=SimpleNamespace(max_loras=9),
+            model_config=SimpleNamespace(enforce_eager=True, quantization=None), speculative_config=None,
+            device_config=SimpleNamespace(device_type="cpu"),
+        )  # fmt: skip
+
+    async def generate(self, prompt, sampling_params, request_id, *, lora_request=None):
+        self.asked.append((request_id, lora_request and lora_request.lora_name, sampling_params))
+        ids = prompt["prompt_token_ids"]
+        try:
+            for n in range(3):
+                await asyncio.sleep(0)
+                if marked := MARKED.search(request_id):
+                    assert sampling_params.skip_reading_prefix_cache
+                    fitted = self.router._proto.fits[self.router.frames[int(marked[2])]]
+                    base = self.router._base
+                    probed = fitted.probe(base.model, [ids], base.tokenizer.pad_token_id, None)
+                    raw = np.append(probed.responses.ravel(), probed.confidence).astype(np.float32)
+                    self.read[marked[0]] = raw.tobytes()
+                yield n
+        finally:
+            self.left += 1
+
+    async def collective_rpc(self, method, timeout=None, args=()):
+        if method == "proto_route_load":
+            return [self.broken]
+        if self.broken:
+            raise RuntimeError(self.broken)
+        return [self.read.pop(args[0], b"")]
+
+
+class Models:
+    def __init__(self):
+        self.base_model_paths, self.lora_requests = [SimpleNamespace(name="the-base")], {}
+
+    async def load_lora_adapter(self, asked):
+        assert asked.lora_path.endswith(f"variants/{asked.lora_name.split('-')[1]}")
+        self.lora_requests[asked.lora_name] = asked
+        return "loaded"
+
+
+@pytest.fixture()
+def saved(chat_router, tmp_path):
+    made = chat_router(false_alarm=0.9)
+    return Router.load(made.fit([*TEXTS, TALK[:1]]).save(tmp_path / "saved"), device="cpu")
+
+
+@pytest.fixture()
+def started(saved, tiny_base, monkeypatch):
+    """Runs `work(client, engine, plugin)` against a server whose doors ask the engine."""
+    for name, words in (
+        ("vllm.entrypoints.openai.models.protocol", ["BaseModelPath"]),
+        ("vllm.entrypoints.serve.lora.protocol", ["LoadLoRAAdapterRequest"]),
+    ):
+        module = ModuleType(name)
+        for word in words:
+            setattr(module, word, SimpleNamespace)
+        monkeypatch.setitem(sys.modules, name, module)
+    top = ModuleType("vllm")
+    top.SamplingParams = Params
+    monkeypatch.setitem(sys.modules, "vllm", top)
+    monkeypatch.setenv(FOLDER, str(saved._folder))
+
+    def run(work):
+        engine, plugin = Engine(saved), Auto(CollectorRegistry())
+
+        async def answer(request):
+            body = await request.json()
+            text = body.get("prompt") or saved._method.template.text(body["messages"])
+            ids = saved._base.tokenizer(text)["input_ids"]
+            found = engine.generate({"prompt_token_ids": ids}, Params(**body.get("how", {})), "cmpl-1")
+            if body.get("stream"):
+                return StreamingResponse(str(one) async for one in found)
+            return JSONResponse([one async for one in found])
+
+        app = Starlette(routes=[Route(path, answer, methods=["POST"]) for path in ROUTED])
+        app.add_api_route = lambda path, to, methods: app.add_route(path, to, methods)
+        plugin.attach_router(app)
+
+        async def go():
+            state = SimpleNamespace(openai_serving_models=Models())
+            await plugin.init_state(engine, state, SimpleNamespace(model=str(tiny_base), revision=None))
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
+                return await work(client, engine, plugin)
+
+        return asyncio.run(go())
+
+    return run
+
+
+def body(text, **more):
+    words = {"prompt": text} if isinstance(text, str) else {"messages": text}
+    return {"model": "auto", **words, **more}
+
+
+def door(text):
+    return ROUTED[0] if isinstance(text, str) else ROUTED[1]
+
+
+def named(router, text):
+    """What answers a text, by a router with a base model of its own."""
+    (choice,) = router.choose([text])
+    variant = router.variants[choice.variant]
+    return served(choice.variant, variant.sha256) if variant.weights else "the-base"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_is_answered_as_the_router_decides(started, saved, stream):
+    texts = [*TEXTS, TALK[:1], TALK, "x" * 300, "?", "Say: no"]
+    expected = [named(saved, text) for text in texts]
+    assert len(set(expected)) > 1 and "the-base" in expected
+
+    async def work(client, engine, plugin):
+        asked = (client.post(door(text), json=body(text, stream=stream)) for text in texts)
+        answers = await asyncio.gather(*asked)
+        assert [answer.headers["x-router-model"] for answer in answers] == expected
+        assert {answer.text for answer in answers} == {"012" if stream else "[0,1,2]"}
+        assert engine.left == len(engine.asked) and not plugin.library.read
+        weights = json.loads(answers[0].headers["x-router-weights"])
+        assert sum(weights.values()) == pytest.approx(1, abs=0.02)
+
+    started(work)
+
+
+def test_a_prompt_that_no_adapter_fits_is_asked_once_and_a_known_one_not_read(started, saved):
+    alone = next(text for text in (f"{n} and ?" for n in range(50)) if named(saved, text) == "the-base")
+    sent = next(text for text in TEXTS if named(saved, text) != "the-base")
+
+    async def work(client, engine, plugin):
+        await client.post(ROUTED[0], json=body(alone))
+        ((first, lora, params),) = engine.asked
+        assert MARKED.search(first) and lora is None and params.skip_reading_prefix_cache
+        await client.post(ROUTED[0], json=body(sent))
+        (_, before, _), (again, lora, params) = engine.asked[1:]
+        assert before is None and lora == named(saved, sent)
+        assert again == "cmpl-1-variant" and params.skip_reading_prefix_cache is None
+        engine.asked.clear()
+        await client.post(ROUTED[0], json=body(sent))
+        await client.post(ROUTED[0], json=body(alone))
+        assert [lora for _, lora, _ in engine.asked] == [named(saved, sent), None]
+
+    started(work)
+
+
+def test_several_answers_are_not_read_themselves(started, saved):
+    async def work(client, engine, plugin):
+        await client.post(ROUTED[0], json=body(TEXTS[0], how={"n": 2}))
+        assert {bool(MARKED.search(name)) for name, _, _ in engine.asked[:2]} == {True, False}
+
+    started(work)
+
+
+def test_where_routing_fails_the_base_model_answers(started, monkeypatch):
+    async def work(client, engine, plugin):
+        engine.broken = "no memory"
+        answer = await client.post(ROUTED[0], json=body(TEXTS[0]))
+        assert answer.json() == [0, 1, 2] and "x-router-model" not in answer.headers
+        assert engine.asked[0][1] is None and plugin.failed._value.get() == 1
+        engine.broken = ""
+        monkeypatch.setattr(plugin.library.router, "unread", lambda text: 1 / 0)
+        assert (await client.post(ROUTED[0], json=body(TEXTS[1]))).json() == [0, 1, 2]
+        assert plugin.failed._value.get() == 2 and len(engine.asked) == 2
+
+    started(work)
+
+
+def test_other_models_and_doors(started):
+    async def work(client, engine, plugin):
+        other = await client.post(ROUTED[0], json=body(TEXTS[0]) | {"model": "the-base"})
+        assert other.json() == [0, 1, 2] and engine.asked[0][0] == "cmpl-1"
+        for path, sent in (("/v1/embeddings", body("x")), (ROUTED[0], body("") | {"prompt": ["a", "b"]})):
+            refused = await client.post(path, json=sent)
+            assert refused.status_code == 400 and "auto" in refused.json()["error"]["message"]
+        assert len(engine.asked) == 1
+
+    started(work)
+
+
+def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, saved):
+    async def work(client, engine, plugin):
+        old = plugin.library
+        told = await client.post("/admin/reload")
+        assert told.json() == {"status": "reloaded", "variants": len(saved.variants)}
+        assert plugin.library is not old
+        engine.broken = "it does not fit"
+        refused = await client.post("/admin/reload")
+        assert refused.status_code == 409 and "it does not fit" in refused.text
+        async with plugin.renewing:
+            assert (await client.post("/admin/reload")).status_code == 409
+
+    started(work)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "flag"),
+    [
+        ("model_config", "enforce_eager", False, "--enforce-eager"),
+        ("parallel_config", "tensor_parallel_size", 2, "one device"),
+        (None, "speculative_config", object(), "speculative"),
+        (None, "lora_config", None, "--enable-lora"),
+    ],
+)
+def test_a_vllm_in_which_prompts_cannot_be_read_is_refused(saved, part, field, value, flag):
+    config = Engine(saved).vllm_config
+    check(config)
+    setattr(getattr(config, part) if part else config, field, value)
+    with pytest.raises(InputError, match=flag):
+        check(config)
+
+
+def test_what_is_missing_at_the_start_is_said(started, saved, monkeypatch, tmp_path):
+    async def nothing(*_):
+        return None
+
+    monkeypatch.setattr(Engine, "vllm_config", None, raising=False)
+    monkeypatch.setenv(FOLDER, str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="saved router"):
+        started(nothing)
+    monkeypatch.delenv(FOLDER)
+    with pytest.raises(InputError, match=FOLDER):
+        started(nothing)
