@@ -54,7 +54,7 @@ METHODS = (OURS, "base", "oracle")
 FLAN = 5  # rows of each FLAN task with one right answer, since the others would make all answers long
 DRAWS = 2000
 SHOWN = {
-    "own": "own phrasing", "unseen": "other phrasings", "mc": "multiple choice", "none": "no adapter fits",
+    "own": "familiar wording", "unseen": "new wording", "mc": "multiple choice", "none": "no adapter fits",
     "foreign": "foreign queries", "flan": "FLAN tasks", "turns": "several turns", "follow": "follow-ups",
     "change": "change of subject", "under": "foreign under a job's system message",
 }  # fmt: skip
@@ -246,6 +246,8 @@ def methods_table(results: Results) -> list[str]:
     """The score of each method in each split of each library, and how often it is routed well."""
     lines = header(["library", "method", *SHOWN.values()], texts=2)
     for library in results.libraries:
+        if not len(results.of(library, "own", OURS)):
+            continue  # nothing to compare with
         for method in METHODS:
             cells = []
             for split in SHOWN:
@@ -283,9 +285,6 @@ def targets(results: Results, library: str) -> Iterator[Verdict]:
             scores = Scores(found)
             value = scores.value(lambda s: s[OURS] - s["base"])
             yield SHOWN[split], "at most 1 point below the base model", _points(value), value[0] >= -0.01
-            lost = (scores.tasks[OURS] - scores.tasks["base"]).sort_values()
-            text = f"{100 * lost.iloc[0]:+.1f} points ({lost.index[0]})"
-            yield SHOWN[split], "each kind at most 3 below", text, lost.iloc[0] >= -0.03
     for split, least in (("turns", 0.97), ("follow", 0.95), ("change", 0.95)):
         if len(found := results.of(library, split, OURS)):
             right = found.groupby("task").right.mean().mean()
@@ -295,6 +294,16 @@ def targets(results: Results, library: str) -> Iterator[Verdict]:
         rate, promised = float(np.mean(sent)), PrototypeGate().false_alarm
         aim = f"false alarms within a factor of 2 of the {promised:g} promised"
         yield "all foreign kinds", aim, f"{rate:.3f}", 1 / 2 <= rate / promised <= 2
+
+
+def limits(results: Results, library: str) -> Iterator[Verdict]:
+    """What the limits of docs/results.md are taken from: the worst kind of each split, and decoys."""
+    for split in FOREIGN:
+        if len(found := results.of(library, split, OURS, "base")):
+            scores = Scores(found)
+            lost = (scores.tasks[OURS] - scores.tasks["base"]).sort_values()
+            text = f"{100 * lost.iloc[0]:+.1f} points ({lost.index[0]})"
+            yield SHOWN[split], "each kind at most 3 below", text, lost.iloc[0] >= -0.03
     for name, (title, _) in DECOYS.items():
         plain, decoyed = (
             results.answers[
@@ -323,15 +332,16 @@ def _points(value: Value) -> str:
 
 
 def targets_table(results: Results) -> list[str]:
-    """Targets, and what came in each library."""
+    """Targets, and what came in each library that an oracle answered, too."""
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for library in results.libraries:
+    libraries = [name for name in results.libraries if len(results.of(name, "own", OURS, "oracle"))]
+    for library in libraries:
         for setting, target, measured, met in targets(results, library):
             cell = f"{measured}{'' if met else ' **missed**'}"
             found.setdefault((setting, target), {})[library] = cell
     return [
-        *header(["setting", "target", *results.libraries], texts=2),
-        *(row(*key, *(cells.get(name, "") for name in results.libraries)) for key, cells in found.items()),
+        *header(["setting", "target", *libraries], texts=2),
+        *(row(*key, *(cells.get(name, "") for name in libraries)) for key, cells in found.items()),
     ]
 
 
@@ -369,6 +379,9 @@ def main() -> None:
     results.answers.to_csv(QUALITY, index=False)
     insert(PAGE, "methods", methods_table(results))
     insert(PAGE, "targets", targets_table(results))
+    for library in results.libraries:
+        for setting, target, measured, met in limits(results, library):
+            print(f"{library}, {setting}, {target}: {measured}, {'met' if met else 'missed'}")
     if failed:
         sys.exit("these did not finish: " + ", ".join(map("/".join, failed)))
 

@@ -30,10 +30,9 @@ from router.routing.calibration import Calibration
 from router.routing.gate import SHARES, PrototypeGate
 from router.routing.probe import probe
 from router.routing.prototypes import prototypes
-from router.system.files import replacing
 from scripts.bench.development import CHATS, FOREIGN, Labelled, libraries
 from scripts.bench.development import FITS as EVERY
-from scripts.bench.markdown import header, row
+from scripts.bench.markdown import header, insert, row
 from scripts.bench.score import routed
 
 OUT, KEPT = Path("docs/ablations.md"), Path("output/benchmark/responses")
@@ -272,25 +271,8 @@ def temperatures(found: Sequence[Measured]) -> list[str]:
     return lines
 
 
-def page(found: Sequence[Measured]) -> list[str]:
-    """The lines of docs/ablations.md."""
-    names = ", ".join(f"`{of.name}` ({len(of.candidates) - 1})" for of in found)
-    text = f"""# What each choice of the gate is worth
-
-Made by `python -m scripts.docs.ablate` in float32 (`devset_c`: bfloat16). The libraries and their
-adapters: {names}. `committed` is data/library; CONTRIBUTING.md tells where the others come from.
-
-Queries are as phrased in training (*own*), in other phrasings (*unseen*), or multiple choice (*mc*). Foreign
-queries belong to the base model: tasks that no adapter of the library was made for (*none*), eleven kinds in
-data/eval_foreign (*foreign*), and 24 FLAN tasks that somebody else wrote (*flan*).
-
-## Each library under constants that it did not choose
-
-Shares of queries that are sent to the right adapter, at the level at which {HARM:g} of all foreign queries
-are sent to one. The constants of a row ({", ".join(TITLES.values())})
-send most other phrasings rightly on the other libraries, and cost none of them more than a point of own
-phrasing.
-"""
+def details(found: Sequence[Measured]) -> list[str]:
+    """What the findings of docs/lab.md are taken from; it is printed and stands in no page."""
     sections = {
         "One constant at a time": (terms, "Other phrasings sent rightly, at the same level of harm."),
         "Operating points": (
@@ -306,18 +288,18 @@ phrasing.
             "The mean gap between the weight of the top candidate and how often it is right.",
         ),
     }
-    lines = [*text.splitlines(), "", *left_out(found)]
+    lines = []
     for title, (section, note) in sections.items():
         lines += ["", f"## {title}", "", note, "", *section(found)]
-    return [*lines, ""]
+    return lines
 
 
 def main() -> None:
     """Measures and writes."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     found = [measured(of) for of in libraries() if of.name not in CHATS]
-    with replacing(OUT) as file:
-        file.write("\n".join(page(found)))
+    print("\n".join(details(found)))
+    insert(OUT, "left_out", left_out(found))
 
 
 if __name__ == "__main__":

@@ -83,10 +83,9 @@ def test_what_is_chosen_is_best_for_those_who_choose(found, monkeypatch):
     assert np.mean([ablate.figures(of, chosen)["unseen"] for of in found[:2]]) == max(means)
 
 
-def test_the_page_has_all_libraries_and_the_operating_point(found, monkeypatch):
-    monkeypatch.setattr(ablate, "every", lambda: [ablate.constants()])
-    text = "\n".join(ablate.page(found))
-    assert all(f"`{of.name}` (3)" in text for of in found)
+def test_the_details_have_all_libraries_and_the_operating_point(found):
+    text = "\n".join(ablate.details(found))
+    assert all(f"| {of.name} |" in text for of in found)
     assert f"{PrototypeGate().false_alarm:g} **(as it is)**" in text
 
 
