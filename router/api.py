@@ -18,14 +18,14 @@ from typing import Any, Literal, Self, TypeVar, cast, get_args
 import numpy as np
 import pandas as pd
 
-from router.constants import BASE_COLUMN, Apply, Device, Dtype
+from router.constants import BASE_COLUMN, TEMPLATE, Apply, Device, Dtype
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute, decided
 from router.model.answer import Answer, Scoring
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.model.frames import Frame
 from router.model.passes import truncated
-from router.model.template import Template
+from router.model.template import Template, template_of
 from router.pipeline.context import Context
 from router.pipeline.reading import Read
 from router.pipeline.result import Decision, Routing, joined
@@ -114,12 +114,15 @@ class Router:
 
     Attributes:
         variants: what queries are answered with, once `fit` or `load` has decided that; else empty.
+        templates: chat templates of the variants of a loaded router that bring another than the router's, by
+            number; an adapter that was trained in one answers in no other.
     """
 
     def __init__(self, method: Routed) -> None:
         self._method = method
         self._lock = threading.RLock()
         self.variants: list[Variant] = []
+        self.templates: dict[int, Template] = {}
         self._centres: Array | None = None  # (variants, candidates) the mean mix that each was made for
         self._folder: Path | None = None  # of a router that was loaded
         self._seen = ""  # what its ABOUT was then, by its sha256
@@ -231,6 +234,7 @@ class Router:
         router.variants = [Variant(of["weights"], of["base"], of["sha256"]) for of in variants]
         router._centres = np.array(centres, np.float64)
         router._folder, router._seen = folder, seen
+        router._read_templates(folder)
         return router
 
     @classmethod
@@ -269,7 +273,14 @@ class Router:
         router._proto.prepare()  # now, not with the first request
         for frame in run.evidence.frames if run.evidence else ():
             router._proto.fitted(Frame(*frame))
+        router._read_templates(folder)
         return router
+
+    def _read_templates(self, folder: Path) -> None:
+        """Reads the templates that the variants in a router's or a run's folder bring."""
+        for number in range(len(self.variants)):
+            if (file := folder / VARIANTS / str(number) / TEMPLATE).is_file():
+                self.templates[number] = template_of(self._base.tokenizer, file)
 
     @property
     def _base(self) -> Any:

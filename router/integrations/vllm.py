@@ -31,8 +31,11 @@ from starlette.responses import Response
 
 from router.api import Choice, Prompt, Router
 from router.integrations.vllm_worker import mark, version_of
+from router.model.answer import encode
 from router.model.base import embedded_folder
 from router.model.frames import Frame
+from router.model.template import Template
+from router.queries.conversation import checked
 from router.routing.fitted import Fitted
 from router.routing.probe import Probed
 from router.routing.state import FILE
@@ -45,7 +48,8 @@ from router.system.files import sha256_of
 
 log = logging.getLogger("vllm.proto_route")  # vLLM shows its own loggers alone
 FOLDER = "PROTO_ROUTE"
-ROUTED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+CHATS = "/v1/chat/completions"
+ROUTED = ("/v1/completions", CHATS, "/v1/responses", "/v1/messages")
 PATIENCE = 60.0  # seconds until the base model answers because the gate has not
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -58,14 +62,18 @@ class Asked:
     """A request for the model `auto`.
 
     Attributes:
+        messages: of a chat without tools.
         decided: whether it is known what answers.
         lora: vLLM's adapter that answers; None for the base model.
+        template: that it was trained in, if it is another than the router's.
         headers: that tell the client.
     """
 
     prompt: Prompt
+    messages: Any = None
     decided: bool = False
     lora: Any = None
+    template: Template | None = None
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
@@ -243,7 +251,8 @@ class Auto:
         library = self.library
         if not (unread := await self._unread(asked, library)):  # it was read lately
             await self._decide(asked, library, asyncio.sleep(0), [])
-            async for out in self.plain(prompt, params, request_id, **how | {"lora_request": asked.lora}):
+            how |= {"lora_request": asked.lora}
+            async for out in self.plain(_written(asked, prompt), params, request_id, **how):
                 yield out
             return
         begun = params, request_id
@@ -267,7 +276,7 @@ class Auto:
                     yield out
                 return
         how |= {"lora_request": asked.lora}
-        async for out in self.plain(prompt, params, f"{request_id}-variant", **how):
+        async for out in self.plain(_written(asked, prompt), params, f"{request_id}-variant", **how):
             yield out
 
     async def _unread(self, asked: Asked, library: Library) -> list[Part]:
@@ -305,6 +314,7 @@ class Auto:
                 await reading
                 (choice,) = await asyncio.to_thread(library.router.choose, [asked.prompt])
             asked.lora = library.loras.get(choice.variant or 0)
+            asked.template = library.router.templates.get(choice.variant or 0)
             name = asked.lora.lora_name if asked.lora else self.base
             asked.headers = told(choice, name)
             self.requests.labels(name).inc()
@@ -320,6 +330,18 @@ class Auto:
 def _ids(prompt: Any) -> tuple[int, ...]:
     """The tokens of a prompt as vLLM has it; none if it has something else."""
     return tuple(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, Mapping) else ()
+
+
+def _written(asked: Asked, prompt: Any) -> Any:
+    """The prompt of a request as the variant that answers it was trained to be asked."""
+    if asked.template is None or not asked.messages:
+        return prompt
+    try:
+        text = asked.template.text(checked(asked.messages, ends=False))
+    except InputError as error:  # such as one that knows no system message
+        log.warning("%s; it is asked in the template of the others", error)
+        return prompt
+    return {"prompt_token_ids": encode(asked.template.tokenizer, [text])[0]}
 
 
 def told(choice: Choice, name: str) -> list[tuple[bytes, bytes]]:
@@ -398,6 +420,7 @@ class Door:
         if (path := request.scope["path"]) not in ROUTED:
             raise HTTPException(400, f"model {AUTO}: expected a POST to {' or '.join(ROUTED)}, got {path}")
         try:
-            return Asked(prompt_of(body))
+            talks = path == CHATS and not body.get("tools")
+            return Asked(prompt_of(body), body["messages"] if talks else None)
         except NoText as error:
             raise HTTPException(400, str(error)) from error

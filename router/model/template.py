@@ -31,9 +31,14 @@ class Template:
         self._first = bos if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
 
     @property
+    def jinja(self) -> Any:
+        """The template; None if there is none, and a tokenizer may have several by name."""
+        return self.source or getattr(self.tokenizer, "chat_template", None)
+
+    @property
     def known(self) -> bool:
         """Whether there is a template."""
-        return bool(self.source or getattr(self.tokenizer, "chat_template", None))
+        return bool(self.jinja)
 
     def text(self, messages: Sequence[Message], query: str = "") -> str:
         """A conversation up to where the answer begins.

@@ -168,7 +168,8 @@ class Routed(ABC):
                 write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
                 write_card(path, self.recipe, self.base, self.adapters, variant)
                 first = max(self.adapters, key=lambda adapter: variant.weights.get(adapter.name, 0))
-                if (brought := first.folder.path / TEMPLATE).is_file():
+                brought = first.folder.path / TEMPLATE
+                if brought.is_file() and template_of(self.tokenizer, brought).jinja != self.template.jinja:
                     shutil.copy(brought, path / TEMPLATE)
         return names
 

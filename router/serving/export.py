@@ -37,6 +37,7 @@ def vllm(served: Served) -> list[str]:
         "vllm", "serve", served.base, *(["--revision", served.revision] if served.revision else []),
         "--dtype", served.dtype, "--enable-lora", "--max-loras", str(len(served.folders) + 1),
         "--max-lora-rank", str(served_rank(served.rank)), "--lora-target-modules", *served.modules,
+        *(["--trust-request-chat-template"] if served.templates else []),
         "--lora-modules", *(f"{name}={path.resolve()}" for name, path in served.folders.items()),
     ]  # fmt: skip
 

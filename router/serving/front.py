@@ -42,7 +42,8 @@ from router.system.errors import InputError, printable
 log = logging.getLogger(__name__)
 RECENT = 100  # decisions on the page
 READY = 30.0  # seconds that the canaries' result holds
-ROUTED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+CHATS = "/v1/chat/completions"
+ROUTED = ("/v1/completions", CHATS, "/v1/responses", "/v1/messages")
 # In a body that is no JSON: a form, or what another reader takes for JSON.
 FOR_AUTO = re.compile(rb'name="?model"?\s+auto\s|"model"\s*:\s*"auto"')
 MODEL = {"id": AUTO, "object": "model", "created": 0, "owned_by": "proto-route"}
@@ -54,6 +55,7 @@ class Decided(NamedTuple):
 
     choice: Choice
     variant: str | None  # None for the plain base model
+    template: str | None = None  # that the variant's adapters were trained in, if it is another
 
 
 def _told(shown: Mapping[str, Any]) -> dict[str, str]:
@@ -154,7 +156,8 @@ class Front:
             assert choice.variant is not None  # a router without variants is refused at the start
             variant = router.variants[choice.variant]
             name = served(choice.variant, variant.sha256) if variant.weights else None
-            found.append(Decided(choice, name))
+            own = router.templates.get(choice.variant)
+            found.append(Decided(choice, name, own.source if own else None))
         return found
 
     async def _decided(self, prompt: Prompt) -> Decided:
@@ -248,6 +251,8 @@ class Front:
         fields: dict[str, Any] = {"model": name}
         if (serves := await self.upstream.known(key, self.router)).loras is not None:
             fields["lora"] = self._scales(decided, serves)
+        elif decided.template and "messages" in body and request.scope["path"] == CHATS:
+            fields["chat_template"] = decided.template  # vLLM's word; serve.sh has it trust this one
         self.requests.labels(name).inc()
         number = request.headers.get("x-request-id", "")[:128] or uuid4().hex
         shown = self._shown(decided.choice, name) | {"request_id": number}

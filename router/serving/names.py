@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
-from router.constants import BASE_COLUMN, Dtype
+from router.constants import BASE_COLUMN, TEMPLATE, Dtype
 from router.library.adapters import load_library
 from router.routing.variants import VARIANTS, served
 from router.system.errors import InputError
@@ -32,6 +32,7 @@ class Served:
         folders: of the variants that have one, by their names on the server.
         rank: the highest rank among them.
         modules: kinds of modules that any of them changes, from the names of the weights.
+        templates: whether one of them brings a chat template.
     """
 
     base: str
@@ -40,6 +41,7 @@ class Served:
     folders: dict[str, Path]
     rank: int
     modules: list[str]
+    templates: bool = False
 
 
 def read_served(folder: Path) -> Served:
@@ -78,7 +80,8 @@ def read_served(folder: Path) -> Served:
                 f"{word!r:.80}; do not serve what a stranger made like this"
             )
     name = str(Path(base["name"]).resolve()) if known else base["name"]
-    return Served(name, revision, base["dtype"], folders, max(ranks), sorted(modules))
+    templates = any((path / TEMPLATE).is_file() for path in folders.values())
+    return Served(name, revision, base["dtype"], folders, max(ranks), sorted(modules), templates)
 
 
 def _made(folder: Path) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:

@@ -16,6 +16,7 @@ from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
+from helpers import PLAIN  # noqa: E402
 from router.api import Router  # noqa: E402
 from router.integrations.vllm import FOLDER, ROUTED, Auto, check  # noqa: E402
 from router.integrations.vllm_worker import MARKED  # noqa: E402
@@ -48,7 +49,7 @@ class Engine:
 
     async def generate(self, prompt, sampling_params, request_id, *, lora_request=None):
         self.asked.append((request_id, lora_request and lora_request.lora_name, sampling_params))
-        ids = prompt["prompt_token_ids"]
+        self.prompt = ids = prompt["prompt_token_ids"]
         try:
             for n in range(3):
                 await asyncio.sleep(0)
@@ -189,6 +190,21 @@ def test_several_answers_are_not_read_themselves(started, saved):
     async def work(client, engine, plugin):
         await client.post(ROUTED[0], json=body(TEXTS[0], how={"n": 2}))
         assert {bool(MARKED.search(name)) for name, _, _ in engine.asked[:2]} == {True, False}
+
+    started(work)
+
+
+def test_a_variant_that_brings_a_template_is_asked_in_it(started, saved):
+    sent = next(text for text in TEXTS if named(saved, [{"role": "user", "content": text}]) != "the-base")
+    number = int(named(saved, [{"role": "user", "content": sent}]).split("-")[1])
+    template = PLAIN.replace("assistant: ", "them> ")
+    (saved._folder / "variants" / str(number) / "chat_template.jinja").write_text(template)
+
+    async def work(client, engine, plugin):
+        for more, end in (({}, "them> "), ({"tools": [{}]}, "assistant: ")):
+            await client.post(ROUTED[1], json=body([{"role": "user", "content": sent}], **more))
+            text = saved._base.tokenizer.decode(engine.prompt)
+            assert text == f"user: {sent}\n{end}" and engine.asked[-1][1]
 
     started(work)
 
