@@ -1,145 +1,184 @@
-"""What the front adds to a request, and whether it decides as a run does: `python -m scripts.bench.serving`.
+"""What routing costs a service: `python -m scripts.bench.serving`, once scripts/test_engines.sh has run.
 
-Writes the table of docs/serving.md. The upstream answers at once, in the same process. The base model is the
-embedded one in float32, and the library the committed one.
+Asks its vLLM with the plugin, alone, and behind the front. Alone it is asked for the models that the plugin
+chose. Writes the table of docs/serving.md.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
+import os
+import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import fmean, median
+from typing import NamedTuple
 
 import httpx
-import torch
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
+import psutil
 
-from router.api import Router
-from router.main import main as run
-from router.model.answer import encode, pad_left
-from router.model.base import EMBEDDED, load_base
-from router.model.passes import forward
-from router.queries.submission import read_queries
-from router.serving.front import Front
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.score import read_texts
+from scripts.engines import PATIENCE
 
-QUERIES = Path("data/test.csv")
-TOKENS, TURNS, AT_ONCE = 60, 41, 200
-PAGE = Path("docs/serving.md")
+WORK, PAGE = Path("build/engines"), Path("docs/serving.md")
+AT_ONCE = {1: 24, 8: 48, 32: 96}  # requests at once -> in all
+SERVED, SHARE, WRITTEN, TOGETHER = 100, 7, 32, 16  # requests, those for adapters, tokens of each, at once
+SERVER, FRONT = "http://127.0.0.1:8000", "http://127.0.0.1:8090"
 
 
-def upstream() -> Starlette:
-    """A server that answers at once with the name of the model that it was asked for."""
+class Answered(NamedTuple):
+    """What came of a request.
 
-    async def models(_: Request) -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [{"id": "base"}]})
+    Attributes:
+        seconds: until the first token.
+        model: that the router named; None where none did.
+        adapter: with the most weight.
+    """
 
-    async def complete(request: Request) -> JSONResponse:
-        body = json.loads(await request.body())
-        return JSONResponse({"model": body["model"], "choices": [{"text": body["prompt"]}]})
+    seconds: float
+    model: str | None
+    adapter: str | None
 
-    return Starlette(
-        routes=[Route("/v1/models", models), Route("/v1/completions", complete, methods=["POST"])]
+
+@contextmanager
+def started(name: str, command: Sequence[str], address: str, **more: str) -> Iterator[psutil.Process]:
+    """A server that is ready, until the block ends."""
+    here = os.environ | {
+        "PATH": f"{(WORK / 'bin').resolve()}:{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1",
+    }  # fmt: skip
+    with (WORK / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(command, env=here | more, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and process.poll() is None:
+            try:
+                if httpx.get(f"{address}/health").is_success:
+                    break
+            except httpx.HTTPError:
+                time.sleep(1)
+        else:
+            sys.exit(f"{name}: did not start; see {log.name}")
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def memory(processes: Sequence[psutil.Process]) -> float:
+    """MiB of servers and all that they started; what several share counts once."""
+    every = [one for process in processes for one in (process, *process.children(recursive=True))]
+    return sum(float(one.memory_full_info().pss) for one in every) / (1 << 20)
+
+
+def ask(client: httpx.Client, prompt: str, model: str, tokens: int) -> Answered:
+    """One request for a completion of so many tokens, as a stream."""
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    start, seconds = time.perf_counter(), 0.0
+    with client.stream("POST", "/v1/completions", json=body | {"stream": True, "ignore_eos": True}) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                seconds = seconds or time.perf_counter() - start
+        weights = json.loads(answer.headers.get("x-router-weights", "{}"))
+    return Answered(
+        seconds, answer.headers.get("x-router-model"), max(weights, key=weights.get, default=None)
     )
 
 
-async def _with_front(router: Router, work: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
-    front = Front(router, "http://upstream", transport=httpx.ASGITransport(upstream()))
-    async with (
-        front._lifespan(front.app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(front.app), base_url="http://front") as client,
-    ):
-        return await work(client)
-
-
-async def _ask(client: httpx.AsyncClient, text: str, model: str = "auto") -> httpx.Response:
-    return await client.post("/v1/completions", json={"model": model, "prompt": text})
-
-
-def latency(router: Router) -> tuple[float, float]:
-    """What the front adds to a request of 60 tokens and a pass of the base model over it, CPU seconds.
-
-    A request that is routed, one that is passed on and the pass take turns, each turn with its own prompt.
-    """
-    base = load_base(EMBEDDED, "cpu", "float32")
-    rows = encode(base.tokenizer, [query.input for query in read_queries(QUERIES)], None)
-    cut = [str(base.tokenizer.decode(ids[:TOKENS])) for ids in rows if len(ids) > TOKENS][: TURNS + 1]
-
-    async def spent(work: Awaitable[Any]) -> float:
-        start = time.process_time()
-        await work
-        return time.process_time() - start
-
-    async def read(text: str) -> None:
-        with torch.inference_mode():
-            forward(base.model, *pad_left(encode(base.tokenizer, [text]), 0, base.model.device))
-
-    async def work(client: httpx.AsyncClient) -> list[tuple[float, float]]:
-        turns = []
-        for text in cut:
-            routed, passed = await spent(_ask(client, text)), await spent(_ask(client, text, "variant-0"))
-            turns.append((routed - passed, await spent(read(text))))
-        return turns[1:]
-
-    added, plain = zip(*asyncio.run(_with_front(router, work)), strict=True)
-    return median(added), median(plain)
-
-
-def decisions(router: Router, expected: dict[str, str]) -> tuple[int, int]:
-    """How many concurrent requests get another's answer or none, and how many another variant than the run.
+class Service:
+    """What is measured of one way to serve.
 
     Args:
-        expected: the variant that the run gave to each text.
+        models: that each prompt is asked of; `auto` for one that is not in it.
     """
-    names = [f"variant-{n}" if variant.weights else "base" for n, variant in enumerate(router.variants)]
 
-    async def work(client: httpx.AsyncClient) -> list[httpx.Response]:
-        texts, found = list(expected), list[httpx.Response]()
-        for start in range(0, len(texts), AT_ONCE):
-            found += await asyncio.gather(*(_ask(client, text) for text in texts[start : start + AT_ONCE]))
-        return found
+    def __init__(self, address: str, models: Mapping[str, str]) -> None:
+        self.models = models
+        self.client = httpx.Client(base_url=address, timeout=PATIENCE)
+        self.answers: dict[str, Answered] = {}
+        self.rate = self.mib = 0.0
 
-    answers = [answer.json() for answer in asyncio.run(_with_front(router, work))]
-    lost = sum(
-        not body.get("choices") or body["choices"][0]["text"] != text
-        for text, body in zip(expected, answers, strict=True)
-    )
-    elsewhere = sum(
-        body.get("model") != names[int(variant)]
-        for variant, body in zip(expected.values(), answers, strict=True)
-    )
-    return lost, elsewhere
+    def measure(self, some: Mapping[int, Sequence[str]], mixed: Sequence[str]) -> None:
+        """Asks some prompts for a token each, so many at once; then mixed ones for WRITTEN tokens each."""
+        self._ask(TOGETHER, [f"{n}?" for n in range(TOGETHER)], 1)  # what comes first is slow
+        for count, prompts in some.items():
+            self.answers |= self._ask(count, prompts, 1)
+        start = time.perf_counter()
+        self._ask(TOGETHER, mixed, WRITTEN)
+        self.rate = WRITTEN * len(mixed) / (time.perf_counter() - start)
+
+    def _ask(self, at_once: int, prompts: Sequence[str], tokens: int) -> dict[str, Answered]:
+        def one(prompt: str) -> Answered:
+            return ask(self.client, prompt, self.models.get(prompt, "auto"), tokens)
+
+        with ThreadPoolExecutor(at_once) as pool:
+            return dict(zip(prompts, pool.map(one, prompts), strict=True))
+
+
+def prompts_of(folder: str) -> dict[str, str]:
+    """Prompts of labelled files, in turn from each, with the adapter that each is for."""
+    tables = [read_texts(file) for file in sorted(Path(folder).glob("*.csv"))]
+    files = [list(zip(table["input"], table["adapter"], strict=True)) for table in tables]
+    return dict(pair for turn in zip(*files, strict=False) for pair in turn)
 
 
 def main() -> None:
-    """Measures, prints and writes the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["-m", "proto_route", "--dataset_filepaths", str(QUERIES), "--dtype", "float32", "--quiet"]
-        if run([*words, "--device", "cpu", "--max_gen_len", "1", "--output_folder", folder]):
-            sys.exit("the run failed")
-        router = Router.load(folder, device="cpu")
-        variants = read_texts(Path(folder) / f"{QUERIES.stem}.routing.csv").set_index("id")["variant"]
-    expected = {query.input: str(variants[query.id]) for query in read_queries(QUERIES)}
-    (lost, elsewhere), (added, plain) = decisions(router, expected), latency(router)
-    lines = header(["what", "target", "measured", ""], texts=4)
-    for what, target, measured, met in (
-        (f"{len(expected)} decisions, {AT_ONCE} at once in float32", "those of the run",
-         f"{elsewhere} differ", not elsewhere),
-        (f"{AT_ONCE} concurrent requests", "none lost or mixed up", f"{lost} are", not lost),
-        (f"added to one request of {TOKENS} tokens", "at most 1.2x one pass of the base model",
-         f"{added / plain:.2f}x ({1e3 * added:.0f} and {1e3 * plain:.0f} ms of CPU)", added <= 1.2 * plain),
-    ):  # fmt: skip
-        lines.append(row(what, target, measured, "met" if met else "missed"))
+    """Measures, and writes the table."""
+    fits, foreign = prompts_of("data/eval"), prompts_of("data/eval_foreign")
+    labels, ours, theirs = foreign | fits, iter(fits), iter(foreign)
+    some = {count: [*islice(ours, many // 2), *islice(theirs, many // 2)] for count, many in AT_ONCE.items()}
+    mixed = [*islice(ours, SHARE), *islice(theirs, SERVED - SHARE)]
+    command = [
+        str(WORK / "router" / "serve.sh"),
+        "--port",
+        "8000",
+        "--enforce-eager",
+        "--max-model-len",
+        "1024",
+    ]
+    command += ["--block-size", "32"]
+    named = {"PROTO_ROUTE": str(WORK / "router"), "VLLM_PLUGINS": "proto_route"}
+    with started("plugin", command, SERVER, **named) as server:
+        plugin = Service(SERVER, {})
+        plugin.measure(some, mixed)
+        plugin.mib = memory([server])
+    chosen = {prompt: answer.model or "" for prompt, answer in plugin.answers.items()}
+    with started("alone", command, SERVER, VLLM_PLUGINS="") as server:
+        base = httpx.get(f"{SERVER}/v1/models").json()["data"][0]["id"]
+        variants = [model for model in chosen.values() if model.startswith("variant-")]
+        asked = dict.fromkeys(mixed, base) | dict(zip(mixed, variants[:SHARE], strict=False))
+        alone = Service(SERVER, defaultdict(lambda: base, chosen | asked))
+        alone.measure(some, mixed)
+        alone.mib = memory([server])
+        words = ["serve", "--router", str(WORK / "router"), "--upstream", SERVER, "--port", "8090"]
+        with started("front", [sys.executable, "-m", "router", *words], FRONT, OMP_NUM_THREADS="2") as second:
+            front = Service(FRONT, {})
+            front.measure(some, mixed)
+            front.mib = memory([server, second])
+    ways = alone, plugin, front
+    lines = header(["", "vLLM alone", "with the plugin", "behind the front"])
+    for count, prompts in some.items():
+        for kind, sent in (("base model", False), ("variant", True)):
+            which = [prompt for prompt in prompts if chosen[prompt].startswith("variant-") == sent]
+            times = [median(way.answers[prompt].seconds for prompt in which) for way in ways]
+            cells = [f"{1e3 * time:.0f} ms ({time / times[0]:.2f}x)" for time in times]
+            lines.append(row(f"first token of the {kind}, {count} at once", *cells))
+    rates = [f"{way.rate:.1f} ({way.rate / alone.rate:.2f}x)" for way in ways]
+    lines.append(row(f"tokens a second, {SHARE} of {SERVED} requests to variants", *rates))
+    lines.append(row("memory", *(f"{way.mib:.0f} MiB ({way.mib - alone.mib:+.0f})" for way in ways)))
+    for what, of in (("right adapter", fits), ("foreign requests left to the base model", foreign)):
+        shares = [
+            fmean(way.answers[prompt].adapter == labels[prompt] for prompt in chosen if prompt in of)
+            for way in (plugin, front)
+        ]
+        lines.append(row(what, "", *(f"{share:.2f}" for share in shares)))
     print("\n".join(lines))
     insert(PAGE, "serving", lines)
 
