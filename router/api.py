@@ -17,14 +17,16 @@ from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 import numpy as np
 import pandas as pd
+import torch
 
-from router.constants import BASE_COLUMN, TEMPLATE, Apply, Device, Dtype
+from router.constants import BASE_COLUMN, CANARY, TEMPLATE, Apply, Device, Dtype
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute, decided
-from router.model.answer import Answer, Scoring
+from router.model.answer import Answer, Scoring, encode, pad_left
+from router.model.apply import applied
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.model.frames import Frame
-from router.model.passes import truncated
+from router.model.passes import forward, truncated
 from router.model.template import Template, template_of
 from router.pipeline.context import Context
 from router.pipeline.reading import Read
@@ -37,7 +39,7 @@ from router.routing import state
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
 from router.routing.evidence import LOW_MARGIN
 from router.routing.fitted import Fitted
-from router.routing.probe import Probed
+from router.routing.probe import Probed, confidence_of
 from router.routing.state import FILE, FORMAT
 from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
@@ -68,7 +70,7 @@ SHAPE = {
     "settings": {"max_seq_len?": int, "max_gen_len": int, "scoring": {*get_args(Scoring)}, "seed": int,
                  "apply?": {*get_args(Apply)}, "frame?": str},
     "chat_template?": str,
-    "variants": [{"weights": {"*": float}, "base": float, "sha256": str}],
+    "variants": [{"weights": {"*": float}, "base": float, "sha256": str, "canary?": float}],
     "centres": [[float]], "files": {"*": str},
 }  # fmt: skip
 Prompt = str | Sequence[Message]  # a text, or a conversation
@@ -231,7 +233,9 @@ class Router:
                 f"{len(fits[0].names)} adapters and the base model; do its files belong together?"
             )
         router = cls(method)
-        router.variants = [Variant(of["weights"], of["base"], of["sha256"]) for of in variants]
+        router.variants = [
+            Variant(of["weights"], of["base"], of["sha256"], of.get("canary")) for of in variants
+        ]
         router._centres = np.array(centres, np.float64)
         router._folder, router._seen = folder, seen
         router._read_templates(folder)
@@ -291,6 +295,11 @@ class Router:
         if not isinstance(self._method, ProtoRoute):
             raise ValueError(f"method {self._method.name}: expected proto_route, which can be saved")
         return self._method
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's."""
+        return self._base.tokenizer
 
     @property
     def base_model(self) -> str:
@@ -427,11 +436,7 @@ class Router:
                     proto.write_variants(self.variants, work / VARIANTS)
                 except OverflowError as error:
                     raise InputError(f"a variant's {error}; pass dtype='float32'") from error
-            names = folder_names(self.variants)
-            self.variants = [
-                variant.written(work / VARIANTS / name) if name else variant
-                for variant, name in zip(self.variants, names, strict=True)
-            ]
+                self.variants = self._measured(work / VARIANTS)
             mark(work / VARIANTS)
             if self._folder is None:
                 proto.prepare()
@@ -447,6 +452,18 @@ class Router:
         if self._folder is not None and folder.resolve() == self._folder.resolve():
             self._seen = sha256_of(folder / ABOUT)
         return folder
+
+    def _measured(self, folder: Path) -> list[Variant]:
+        """The variants with the hashes of their weights, and what each says to the canary."""
+        base, found = self._base, list[Variant]()
+        rows = pad_left(encode(base.tokenizer, [CANARY]), base.tokenizer.pad_token_id, base.model.device)
+        with applied(base, self._method.settings.apply) as models, torch.inference_mode():
+            for variant, name in zip(self.variants, folder_names(self.variants), strict=True):
+                model = models.activate(folder / name if name else None)
+                said = float(confidence_of(forward(model, *rows))[0])
+                made = variant.written(folder / name) if name else variant
+                found.append(replace(made, canary=said))
+        return found
 
     def _about(self) -> dict[str, Any]:
         """What router.json holds of this router."""

@@ -15,6 +15,7 @@ Engine = Literal["transformers", "vllm"]  # what answers
 Scoring = Literal["full", "kit"]
 TEMPLATE = "chat_template.jinja"  # in a folder of a model or of an adapter, as transformers and TRL save it
 ADDRESS = r"https?://[^\s/:]+(:\d+)?(/\S*)?"  # of a server
+CANARY = "The capital of France is"  # what every variant is asked for one token of, to see that it is served
 BASE_COLUMN = "base"  # the null candidate in routing tables: the base model without any adapter
 
 COMPETITION = "competition"

@@ -49,9 +49,10 @@ class Two:
     def __init__(self):
         self.candidates, self.base_model = ["one", "two", "base"], "owner/base"
         self.variants = [
-            SimpleNamespace(weights={"one": 1.0}, sha256=""),
-            SimpleNamespace(weights={}, sha256=""),
+            SimpleNamespace(weights={"one": 1.0}, sha256="", canary=-0.5),
+            SimpleNamespace(weights={}, sha256="", canary=-2.0),
         ]
+        self.templates = {}
         self.batches = []
 
     def choose(self, texts):
@@ -75,7 +76,7 @@ class Upstream:
 
     def __init__(self, models=MODELS, loras=()):
         self.seen, self.closed, self.broken = [], 0, False
-        self.listed, self.loras, self.unloaded = models, loras, set()
+        self.listed, self.loras, self.unloaded, self.says = models, loras, set(), -0.4
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self.models),
@@ -101,7 +102,9 @@ class Upstream:
             return JSONResponse({"error": about | {"param": "model", "code": 404}}, 404)
         if body.get("stream"):
             return StreamingResponse(self.chunks(), media_type="text/event-stream")
-        found = {"model": body.get("model"), "choices": [{"text": body.get("prompt")}]}
+        said = {"token_logprobs": [self.says]} if body.get("logprobs") else None
+        choice = {"text": body.get("prompt"), "logprobs": said}
+        found = {"model": body.get("model"), "choices": [choice]}
         return Response(json.dumps(found), media_type="application/json")
 
     async def chunks(self):

@@ -30,6 +30,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from router.api import Choice, Prompt, Router
+from router.constants import CANARY
 from router.integrations.vllm_worker import mark, version_of
 from router.model.answer import encode
 from router.model.base import embedded_folder
@@ -39,7 +40,7 @@ from router.queries.conversation import checked
 from router.routing.fitted import Fitted
 from router.routing.probe import Probed
 from router.routing.state import FILE
-from router.routing.variants import VARIANTS, served
+from router.routing.variants import VARIANTS, served, stray
 from router.serving.names import AUTO
 from router.serving.request import as_error, as_json, object_of
 from router.serving.text import NoText, prompt_of
@@ -221,7 +222,23 @@ class Auto:
                 )
                 if not isinstance(said, str):
                     raise InputError(f"{path}: vLLM does not load it: {said.error.message}")
-        return {number: known[name] for number, name in names.items()}
+        loras = {number: known[name] for number, name in names.items()}
+        said = await asyncio.gather(*(self._said(router, lora) for lora in loras.values()))
+        if wrong := stray(router.variants, dict(zip(loras, said, strict=True))):
+            raise InputError(
+                f"{names[wrong[0]]}: expected vLLM to answer with it, but it answers as the base model does"
+            )
+        return loras
+
+    async def _said(self, router: Router, lora: Any) -> float:
+        """The log-probability of the likeliest token after CANARY, by a variant."""
+        from vllm import SamplingParams
+
+        how = SamplingParams(temperature=0, max_tokens=1, logprobs=1, detokenize=False)
+        prompt = {"prompt_token_ids": encode(router.tokenizer, [CANARY])[0]}
+        async for out in self.plain(prompt, how, uuid4().hex, lora_request=lora):
+            (told,) = out.outputs[0].logprobs
+        return max(float(one.logprob) for one in told.values())
 
     async def reload(self, request: Request) -> Response:
         """POST /admin/reload: loads the router anew; requests that have begun end with the old one."""

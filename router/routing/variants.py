@@ -48,15 +48,41 @@ class Variant:
         weights: adapter name -> weight, largest first; empty for the plain base model.
         base: the base model's share; all shares sum to 1.
         sha256: of its weights, once they are written.
+        canary: log-probability, in nats, of the likeliest token after CANARY, once a router was saved.
     """
 
     weights: dict[str, float]
     base: float
     sha256: str = field(default="", repr=False)
+    canary: float | None = field(default=None, repr=False)
 
     def written(self, folder: Path) -> Variant:
         """The same with the hash of the weights in its folder, if it has any."""
         return replace(self, sha256=sha256_of(folder / WEIGHTS_FILE)) if self.weights else self
+
+
+def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:
+    """Which variants a server answers as the base model would, though they answer otherwise.
+
+    So does one that takes an adapter and finds none of its weights.
+
+    Args:
+        variants: one of them the plain base model.
+        said: log-probability of the likeliest token after CANARY, by the number of the variant.
+
+    Example:
+        >>> made = [Variant({"one": 1.0}, 0.0, canary=-0.2), Variant({}, 1.0, canary=-0.9)]
+        >>> stray(made, {0: -0.25}), stray(made, {0: -0.9})
+        ([], [0])
+    """
+    plain = next((of.canary for of in variants if not of.weights), None)
+    return [
+        number
+        for number, value in said.items()
+        if plain is not None
+        and (own := variants[number].canary) is not None
+        and abs(value - plain) < abs(value - own)
+    ]
 
 
 def folder_names(variants: Sequence[Variant]) -> list[str | None]:

@@ -31,12 +31,13 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from router.api import Choice, Prompt, Router
+from router.constants import CANARY
 from router.routing.variants import served
 from router.serving.names import AUTO
 from router.serving.prober import Prober
 from router.serving.request import GONE, admit, as_error, as_json, body_of, left, object_of
 from router.serving.text import NoText, prompt_of
-from router.serving.upstream import CANARY, Serves, Upstream, end_to_end, variants_of
+from router.serving.upstream import Serves, Upstream, end_to_end, variants_of
 from router.system.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -358,21 +359,22 @@ class Front:
             raise HTTPException(503, f"the upstream does not serve {', '.join(sorted(missing))}")
         async with self.trying:
             if self.tried[0] != (router, serves, key) or time.monotonic() > self.tried[1] + READY:
-                wrong = await self._wrong(asked, serves, key)
+                wrong = await self._wrong(asked, serves, key, router)
                 self.tried = (router, serves, key), time.monotonic(), wrong
         if self.tried[2]:
             raise HTTPException(503, self.tried[2])
         return as_json({"status": "ready", "variants": len(variants_of(router))})
 
-    async def _wrong(self, names: Collection[str], serves: Serves, key: str) -> str:
+    async def _wrong(self, names: Collection[str], serves: Serves, key: str, router: Router) -> str:
         """Why no request, or none for one of these names, would be answered; "" if all would."""
         try:
             await self.prober(CANARY)
         except Exception as error:
             log.warning("the router does not decide: %r", error)
             return "the router does not decide; the log of the front says why"
-        silent = await self.upstream.silent(names, serves, key)
-        return f"the upstream does not answer for {', '.join(silent)}" if silent else ""
+        silent = await self.upstream.silent(names, serves, key, router)
+        what = f"the upstream does not answer for {', '.join(silent)}, or as the base model does"
+        return what if silent else ""
 
     async def metrics(self, _: Request) -> Response:
         """GET /metrics, for Prometheus."""

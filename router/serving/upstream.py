@@ -15,10 +15,10 @@ import httpx
 from starlette.exceptions import HTTPException
 
 from router.api import Router
-from router.routing.variants import served
+from router.constants import CANARY
+from router.routing.variants import served, stray
 from router.system.files import is_folder
 
-CANARY = "The capital of France is"  # what every variant is asked for one token of
 PATIENCE = 60.0  # seconds that a canary may take
 KEYS = 1000  # clients' keys with which the server has been asked what it serves
 HUB_ID = r"[\w.-]+/[\w.-]+"
@@ -180,19 +180,27 @@ class Upstream:
             return HTTPException(504, f"the upstream did not answer in time ({type(error).__name__})")
         return HTTPException(502, f"the upstream {what} ({type(error).__name__})")
 
-    async def silent(self, names: Iterable[str], serves: Serves, key: str) -> list[str]:
-        """Which of these models, or of llama.cpp's adapters, do not answer a canary with one token."""
+    async def silent(self, names: Iterable[str], serves: Serves, key: str, router: Router) -> list[str]:
+        """Which of these models, or of llama.cpp's adapters, do not answer a canary with one token.
+
+        One of the router's variants that answers as the base model does, does not either.
+        """
+        numbers = {served(n, of.sha256): n for n, of in enumerate(router.variants) if of.weights}
 
         async def answers(name: str) -> bool:
-            body = {"model": name, "prompt": CANARY, "max_tokens": 1}
+            body = {"model": name, "prompt": CANARY, "max_tokens": 1, "temperature": 0, "logprobs": 1}
             if serves.loras is not None:
                 body |= {"model": serves.base, "lora": serves.scales({name: 1.0})}
             try:
                 found = await self.client.post(
                     "/v1/completions", json=body, headers=_bearing(key), timeout=PATIENCE
                 )
-                return found.is_success and isinstance(found.json()["choices"][0]["text"], str)
-            except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError):
+                (one, *_), number = found.json()["choices"], numbers.get(name)
+                well = found.is_success and isinstance(one["text"], str)
+                if number is not None and (said := (one.get("logprobs") or {}).get("token_logprobs")):
+                    well = well and not stray(router.variants, {number: float(said[0])})
+                return well
+            except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 return False
 
         asked = sorted(names)

@@ -40,6 +40,7 @@ class Engine:
 
     def __init__(self, router):
         self.router, self.asked, self.read, self.left, self.broken = router, [], {}, 0, ""
+        self.forgets = False  # answers as the base model, whatever adapter is asked for
         parallel = {f"{kind}_parallel_size": 1 for kind in ("tensor", "pipeline", "data")}
         self.vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(**parallel), lora_config=SimpleNamespace(max_loras=9),
@@ -50,6 +51,12 @@ class Engine:
     async def generate(self, prompt, sampling_params, request_id, *, lora_request=None):
         self.asked.append((request_id, lora_request and lora_request.lora_name, sampling_params))
         self.prompt = ids = prompt["prompt_token_ids"]
+        if getattr(sampling_params, "logprobs", None):
+            variant = self.router.variants[int(lora_request.lora_name.split("-")[1])]
+            said = variant.canary if not self.forgets else self.router.variants[-1].canary
+            told = {1: SimpleNamespace(logprob=said), 2: SimpleNamespace(logprob=-99)}
+            yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=[told])])
+            return
         try:
             for n in range(3):
                 await asyncio.sleep(0)
@@ -123,6 +130,7 @@ def started(saved, tiny_base, monkeypatch):
         async def go():
             state = SimpleNamespace(openai_serving_models=Models())
             await plugin.init_state(engine, state, SimpleNamespace(model=str(tiny_base), revision=None))
+            engine.asked.clear()
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
                 return await work(client, engine, plugin)
@@ -244,6 +252,8 @@ def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, saved):
         engine.broken = "it does not fit"
         refused = await client.post("/admin/reload")
         assert refused.status_code == 409 and "it does not fit" in refused.text
+        engine.broken, engine.forgets = "", True
+        assert "answers as the base model" in (await client.post("/admin/reload")).text
         async with plugin.renewing:
             assert (await client.post("/admin/reload")).status_code == 409
 
