@@ -287,8 +287,8 @@ def _run(args: argparse.Namespace, settings: Settings) -> str:
 def _identity(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """What the answers depend on, as JSON values."""
     from router.library.adapters import load_library
+    from router.library.store import content
     from router.pipeline.record import versions
-    from router.routing.store import content
 
     adapters = load_library(settings.adapters, bad=[] if settings.skip_bad else None)
     flags = {name: value for name, value in settings.plain().items() if name in SETTINGS}

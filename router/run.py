@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 
 from router.constants import BASE_COLUMN
 from router.kit import StarterKitMethod
+from router.library.store import content
 from router.methods import load_method
 from router.model.apply import picked
 from router.model.device import batch_tokens, tokens_at_once
@@ -34,7 +35,6 @@ from router.queries.submission import (
     write_submission,
     write_table,
 )  # fmt: skip
-from router.routing.store import content
 from router.routing.variants import VARIANTS, replace_variants
 from router.runs.report.page import MADE_BY, write_report
 from router.settings import Settings

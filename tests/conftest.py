@@ -28,7 +28,7 @@ def own_cache(tmp_path_factory):
     """What is kept between runs goes to a temporary folder; the converted model stays in the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("router.routing.store.cache_folder", lambda: folder)
+        patch.setattr("router.library.store.cache_folder", lambda: folder)
         yield
 
 

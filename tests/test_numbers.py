@@ -176,7 +176,7 @@ def test_neither_order_nor_batches_nor_padding_change_a_prediction(
 
 
 def test_threads_change_no_choice(base, library, plain, tmp_path, monkeypatch):
-    monkeypatch.setattr("router.routing.store.cache_folder", lambda: tmp_path)  # all is measured anew
+    monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path)  # all is measured anew
     before, threads = torch.get_num_threads(), 2 * os.cpu_count() + 1  # with no core each, none waits busily
     torch.set_num_threads(threads)
     try:

@@ -28,10 +28,10 @@ from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_b
 from router.model.template import Template, template_of
 from router.pipeline.answering import Rows, answered, answered_by_vllm
 from router.pipeline.context import Context
+from router.pipeline.model_card import Recipe, write_card
 from router.pipeline.result import Decision, Result, Routing
 from router.queries.submission import Query
 from router.routing.clusters import Array, Clusters, cluster
-from router.routing.model_card import Recipe, write_card
 from router.routing.variants import VARIANTS, Variant, complete, decide, folder_names, limited, write_variant
 from router.settings import Settings
 from router.system.errors import InputError

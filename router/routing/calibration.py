@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.library.adapters import Adapter
+from router.library.store import content, load, save
 from router.model.answer import encode
 from router.model.base import Base
 from router.model.frames import BARE, Frame, alike
@@ -26,7 +27,6 @@ from router.model.passes import truncated
 from router.routing.probe import END, input_means, probe
 from router.routing.prototypes import FORMAT as PROTOTYPES
 from router.routing.prototypes import ModulePrototypes, of_some
-from router.routing.store import content, load, save
 
 FORMAT = 6  # raise it when what is measured changes
 # A module is silent if generic text has less than this share of chance along what the adapter reads. Trained

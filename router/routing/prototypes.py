@@ -19,7 +19,7 @@ from torch.nn.functional import embedding_bag
 
 from merge.factors import stacks, svd
 from router.library.adapters import Adapter
-from router.routing.store import content, kept
+from router.library.store import content, kept
 from router.system.progress import progress
 
 FORMAT = 1  # raise it when prototypes are computed in another way

@@ -176,7 +176,7 @@ def test_the_default_library_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
 
 def test_weights_that_are_replaced_after_they_were_opened_do_not_reach_the_cache(tmp_path, monkeypatch):
     # An empty cache: another test may have kept the prototypes of the same adapter, which are not read then.
-    monkeypatch.setattr("router.routing.store.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path / "cache")
     folder = write_tiny_adapter(tmp_path / "one", 1)
     (adapter,) = load_library([str(folder)])
     write_tiny_adapter(folder, 2)

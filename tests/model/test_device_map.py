@@ -28,9 +28,9 @@ def little_memory(monkeypatch):
 def test_a_run_leaves_the_files_of_one_with_the_whole_model(
     command, monkeypatch, little_memory, tmp_path, method
 ):
-    monkeypatch.setattr("router.routing.store.cache_folder", lambda: tmp_path / "one")
+    monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path / "one")
     _, whole = command(method, "--apply", "beside", out="whole")
-    monkeypatch.setattr("router.routing.store.cache_folder", lambda: tmp_path / "other")
+    monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path / "other")
     code, out = command(method, "--device_map", "auto")
     assert little_memory == [False, True]
     assert code == 0 and files_of(out) == files_of(whole)

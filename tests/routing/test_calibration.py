@@ -28,7 +28,7 @@ SHIPPED = generic_prompts()
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, and few texts."""
-    monkeypatch.setattr("router.routing.store.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr("router.routing.calibration.generic_prompts", lambda frame: TEXTS)
     return tmp_path / "cache"
 

@@ -60,7 +60,7 @@ def test_those_of_some_adapters_are_what_they_alone_would_have(tiny_library, som
 
 @pytest.fixture()
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("router.routing.store.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -158,6 +158,6 @@ def test_a_full_disk_costs_the_next_run_time_and_nothing_else(tiny_library, cach
     def full(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
-    monkeypatch.setattr("router.routing.store.save_file", full)
+    monkeypatch.setattr("router.library.store.save_file", full)
     assert prototypes(load_library([str(tiny_library)]))
     assert not [path for path in cache.rglob("*") if path.is_file()]

@@ -17,8 +17,8 @@ from router.main import parser
 from router.methods import load_method
 from router.model.base import EMBEDDED_ID
 from router.pipeline.context import Context
+from router.pipeline.model_card import _cell, card
 from router.pipeline.steps import load
-from router.routing.model_card import _cell, card
 from router.routing.variants import Variant
 from router.settings import Settings
 
