@@ -154,11 +154,13 @@ def check(work: Path, server: str) -> int:
                     client.post("/admin/reload").raise_for_status()  # while they are answered
             found = [one.result() for one in told]
             elsewhere = different = 0
-            for (name, text), (variant, answer) in zip(found, expected, strict=True):
+            for query, (name, text), (variant, answer) in zip(queries, found, expected, strict=True):
                 elsewhere += not proxy and (
                     name != variant if variant else (name or "variant").startswith("variant")
                 )
-                different += (text.removeprefix(" ").strip() or UNKNOWN) != answer.strip()
+                if (text.removeprefix(" ").strip() or UNKNOWN) != answer.strip():
+                    print(f"query {query.id}, {name}: {text!r} in place of {answer!r}")
+                    different += 1
             how = f"{server}{', streamed' if stream else ''}: {len(queries)} queries"
             print(f"{how}: {elsewhere} routed elsewhere, {different} answers differ")
             wrong += elsewhere + different
