@@ -260,7 +260,7 @@ def test_a_run_that_is_stopped_while_actors_answer_ends_as_it_says(words, tmp_pa
             time.sleep(0.1)
         process.terminate()
         _, said = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert said.endswith("stopped; the same command goes on where it was\n") and "Traceback" not in said
 
 
