@@ -187,12 +187,12 @@ def _plan(args: argparse.Namespace, settings: Settings) -> int:
     check_outputs(settings)
     check_engine(args.merging_method, settings, args.time_limit)
     found = plan(args.merging_method, settings)
-    verdicts = found.within(args.time_limit, args.memory_limit)
+    over = found.over(args.time_limit, args.memory_limit)
     if args.json:
         print(json.dumps(asdict(found)))
     elif not args.quiet:
-        print("\n".join([found.text(), *verdicts]))
-    return 0 if all(verdicts.values()) else 1
+        print("\n".join([found.text(), *over]))
+    return 1 if over else 0
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ from router.system.hub import HubError
 START, DISK, SVD = 4.0, 5e8, 1e8  # seconds for imports; bytes that are read, or decomposed, in a second
 LAYERS, ROWS = 2, 4  # of the model that is measured, and prompts that it reads at once
 LIBRARIES = 530 << 20  # bytes of torch, transformers, peft, faiss and the others, once in use
-WORK = 330 << 20  # bytes of what torch compiles and keeps, of activations, and of what is measured of prompts
+KERNELS = 200 << 20  # bytes of what torch compiles and keeps, and of activations, as seen on two cores
+RESPONSES = 128 << 20  # bytes of what is measured of prompts that are read together, at most
 
 
 @dataclass(frozen=True)
@@ -77,23 +78,20 @@ class Plan:
             f"about {sum(self.seconds.values()):.0f} seconds, and {self.peak_mib:.0f} MiB at the peak",
         ])  # fmt: skip
 
-    def within(self, time_limit: float | None, memory_limit: float | None) -> dict[str, bool]:
-        """A sentence about each limit that is set, and whether the run is known to stay below it.
+    def over(self, time_limit: float | None, memory_limit: float | None) -> list[str]:
+        """A sentence about each limit that the run is not known to keep.
 
         Args:
             time_limit: minutes.
             memory_limit: GiB.
         """
-        verdicts = {}
-        for flag, limit, value, unit in (
-            ("time_limit", time_limit, sum(self.seconds.values()) / 60, "minutes"),
-            ("memory_limit", memory_limit, self.peak_mib / 1024, "GiB"),
-        ):
-            if limit is not None:
-                said = f"{'fits' if value <= limit else 'does not fit'}, about {value:.1f}"
-                said = "unknown until the adapters are here" if self.download else said
-                verdicts[f"--{flag} {limit:g} {unit}: {said}"] = value <= limit and not self.download
-        return verdicts
+        minutes, gib = sum(self.seconds.values()) / 60, self.peak_mib / 1024
+        over = []
+        if time_limit is not None and (minutes > time_limit or self.download):
+            over.append(f"--time_limit {time_limit:g}: expected to take about {minutes:.1f} minutes")
+        if memory_limit is not None and (gib > memory_limit or self.download):
+            over.append(f"--memory_limit {memory_limit:g}: expected to take about {gib:.1f} GiB")
+        return [f"{said}, and more with what is to download" if self.download else said for said in over]
 
 
 class _Run(NamedTuple):
@@ -238,5 +236,5 @@ def _memory(run: _Run) -> int:
     written, chosen = batch_tokens(run.model, run.device, run.dtype)
     logits = chosen * config.get_text_config(decoder=True).vocab_size * size
     answering = copied + max(2 * cache_bytes(config, run.dtype) * written, logits)
-    work = WORK + 4 * run.factors + 16 * len(run.folders) * run.prompts + answering
-    return LIBRARIES + weights + max(run.file_bytes, work)  # the file stays mapped while it is read
+    held = KERNELS + 4 * run.factors + 16 * len(run.folders) * run.prompts + max(RESPONSES, answering)
+    return LIBRARIES + weights + max(run.file_bytes, held)  # the file stays mapped while it is read
