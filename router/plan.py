@@ -237,4 +237,4 @@ def _memory(run: _Run) -> int:
     logits = chosen * config.get_text_config(decoder=True).vocab_size * size
     answering = copied + max(2 * cache_bytes(config, run.dtype) * written, logits)
     held = KERNELS + 4 * run.factors + 16 * len(run.folders) * run.prompts + max(RESPONSES, answering)
-    return LIBRARIES + weights + max(run.file_bytes, held)  # the file stays mapped while it is read
+    return int(LIBRARIES + weights + max(run.file_bytes, held))  # the file stays mapped while it is read

@@ -158,13 +158,20 @@ class Answering:
     def __call__(self, block: Any) -> dict[str, list[Any]]:
         """Answers a block, as `table` makes it; `failed` counts queries without an answer."""
         columns = block.to_pydict()
-        rows = map(json.loads, columns["query"])
+        part, rows = Path(columns["part"][0]), map(json.loads, columns["query"])
         queries = [Query(**row | {"choices": tuple(row["choices"])}) for row in rows]
+        tries = _tries(part)
         try:
-            with told_if_memory_runs_out(LESS):
-                return {"failed": [self._answer(queries, Path(columns["part"][0]))], "error": [""]}
+            with told_if_memory_runs_out(LESS), told_if_full(part):
+                with tries.open("a") as file:
+                    file.write(".")
+                if tries.stat().st_size > TRIES:
+                    raise _died()
+                return {"failed": [self._answer(queries, part)], "error": [""]}
         except InputError as error:
             return {"failed": [0], "error": [str(error)]}
+        finally:
+            tries.unlink(missing_ok=True)
 
     def _answer(self, queries: list[Query], part: Path) -> int:
         from pyarrow import table
@@ -173,10 +180,21 @@ class Answering:
         answers, variants = self._router.answered(queries)
         ids, texts = [query.id for query in queries], [submitted(answer.text) for answer in answers]
         new = part.with_name(f".{part.name}")
-        with told_if_full(part):
-            write_table(table({"id": ids, "prediction": texts, "variant": variants}), new)
+        write_table(table({"id": ids, "prediction": texts, "variant": variants}), new)
         new.replace(part)  # last, so that what has its name is whole
         return sum(answer.failed for answer in answers)
+
+
+def _tries(part: Path) -> Path:
+    """The file that has a mark for each try at a block; an actor that is killed leaves it."""
+    return part.with_name(f".{part.name}.tries")
+
+
+def _died() -> InputError:
+    return InputError(
+        f"an actor died {TRIES} times, perhaps for want of memory; pass what needs less: {LESS}. What was "
+        "answered is kept: the same command goes on there"
+    )
 
 
 def _answer(todo: Mapping[Path, Sequence[Query]], args: argparse.Namespace) -> None:
@@ -184,6 +202,8 @@ def _answer(todo: Mapping[Path, Sequence[Query]], args: argparse.Namespace) -> N
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
     os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"  # else it warns of actors that might restart
     actors = min(args.actors, len(todo))
+    for part in todo:
+        _tries(part).unlink(missing_ok=True)  # of an earlier run
     how: dict[str, Any] = {"address": args.address, "log_to_driver": False, "logging_level": logging.ERROR}
     if args.address == "local":  # Ray listens on all network interfaces; nobody else has the token
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -205,7 +225,6 @@ def _answer(todo: Mapping[Path, Sequence[Query]], args: argparse.Namespace) -> N
             batch_size=None, batch_format="pyarrow",  # whole blocks
             num_cpus=1, num_gpus=int(pick_device(args.device) == "cuda") or None,
             compute=ray.data.ActorPoolStrategy(size=actors),
-            max_restarts=TRIES - 1, max_task_retries=TRIES - 1,
         )  # fmt: skip
         failed = 0
         for found in progress(answered.iter_rows(), total=len(todo), desc="answer", unit="block"):
@@ -215,10 +234,7 @@ def _answer(todo: Mapping[Path, Sequence[Query]], args: argparse.Namespace) -> N
     except ConnectionError as error:
         raise InputError(f"--address {args.address}: expected a Ray cluster ({reason(error)})") from error
     except ray.exceptions.RayActorError as error:
-        raise InputError(
-            f"an actor died {TRIES} times, perhaps for want of memory; pass what needs less: {LESS}. What "
-            "was answered is kept: the same command goes on there"
-        ) from error
+        raise _died() from error
     finally:
         ray.shutdown()
     if failed:
