@@ -135,12 +135,9 @@ def blocks(queries: list[Query], size: int, folder: Path) -> dict[Path, list[Que
     return {folder / f"{n:06}.parquet": queries[start : start + size] for n, start in enumerate(starts)}
 
 
-def table(part: Path, queries: Sequence[Query]) -> Any:
-    """A block as an actor gets it, a pyarrow table: the file for its answers, and each query as JSON."""
-    from pyarrow import table
-
-    rows = [json.dumps(asdict(query)) for query in queries]
-    return table({"part": [str(part)] * len(rows), "query": rows})
+def packed(part: Path, queries: Sequence[Query]) -> dict[str, str]:
+    """A block as an actor gets it: the file for its answers, and its queries as JSON."""
+    return {"part": str(part), "queries": json.dumps([asdict(query) for query in queries])}
 
 
 class Answering:
@@ -155,10 +152,9 @@ class Answering:
 
         return Router.load(*self._how)
 
-    def __call__(self, block: Any) -> dict[str, list[Any]]:
-        """Answers a block, as `table` makes it; `failed` counts queries without an answer."""
-        columns = block.to_pydict()
-        part, rows = Path(columns["part"][0]), map(json.loads, columns["query"])
+    def __call__(self, block: Mapping[str, str]) -> dict[str, Any]:
+        """Answers a block, as `packed` makes it; `failed` counts queries without an answer."""
+        part, rows = Path(block["part"]), json.loads(block["queries"])
         queries = [Query(**row | {"choices": tuple(row["choices"])}) for row in rows]
         tries = _tries(part)
         try:
@@ -167,9 +163,9 @@ class Answering:
                     file.write(".")
                 if tries.stat().st_size > TRIES:
                     raise _died()
-                return {"failed": [self._answer(queries, part)], "error": [""]}
+                return {"failed": self._answer(queries, part), "error": ""}
         except InputError as error:
-            return {"failed": [0], "error": [str(error)]}
+            return {"failed": 0, "error": str(error)}
         finally:
             tries.unlink(missing_ok=True)
 
@@ -220,9 +216,9 @@ def _answer(todo: Mapping[Path, Sequence[Query]], args: argparse.Namespace) -> N
     try:
         ray.init(**how)
         signal.signal(signal.SIGTERM, stop)  # Ray has put its own in place
-        answered = ray.data.from_arrow([table(*block) for block in todo.items()]).map_batches(
+        items = [packed(*block) for block in todo.items()]
+        answered = ray.data.from_items(items, override_num_blocks=len(items)).map(
             actor, fn_constructor_args=(args.router.absolute(), base, args.device, args.dtype),
-            batch_size=None, batch_format="pyarrow",  # whole blocks
             num_cpus=1, num_gpus=int(pick_device(args.device) == "cuda") or None,
             compute=ray.data.ActorPoolStrategy(size=actors),
         )  # fmt: skip

@@ -78,7 +78,7 @@ def answering(monkeypatch):
         actor = ray_data.Answering(args.router, args.base_model, args.device, args.dtype)
         for part, block in todo.items():
             done.append(part.name)
-            if error := actor(ray_data.table(part, block))["error"][0]:
+            if error := actor(ray_data.packed(part, block))["error"]:
                 raise InputError(error)
 
     monkeypatch.setattr(ray_data, "_answer", here)
