@@ -4,7 +4,7 @@ It reads queries, adapters' headers and the base model's configuration, and meas
 layers like the base model's. The rest is one coarse model of all methods, which rather says too much:
 
 - The base model reads each prompt, and generic text, once beside all adapters before it answers.
-- Half the adapters again are written as variants, and each answers a batch of its own.
+- As many variants as adapters are written, and each answers a batch of its own.
 - An answer has half the tokens that are allowed, the longest of a batch all of them.
 
 `base` has no adapters, static merges make one variant, and routers per token answer beside all adapters.
@@ -39,7 +39,7 @@ from router.system.errors import InputError, reason
 from router.system.files import is_folder
 from router.system.hub import HubError
 
-START, DISK, SVD = 4.0, 5e8, 1e8  # seconds for imports; bytes that are read, or decomposed, in a second
+START, DISK, SVD = 4.0, 5e8, 1e8  # seconds for imports; bytes a second that are read, or decomposed
 LAYERS, ROWS = 2, 4  # of the model that is measured, and prompts that it reads at once
 LIBRARIES = 530 << 20  # bytes of torch, transformers, peft, faiss and the others, once in use
 KERNELS = 200 << 20  # bytes of what torch compiles and keeps, and of activations, as seen on two cores
@@ -192,7 +192,7 @@ def _seconds(run: _Run, generic: int) -> dict[str, float]:
     written = sum((of.path / WEIGHTS_FILE).stat().st_size for of in run.folders)
     stages = {
         "load": START + run.file_bytes / DISK,
-        "route": 1.5 * written / SVD + beside * (run.tokens + generic) if run.folders else 0.0,
+        "route": 2 * written / SVD + beside * (run.tokens + generic) if run.folders else 0.0,
         "answer": (beside if per_token else read) * (run.tokens + run.texts * new / 2) + step * batches * new,
     }
     return {stage: round(value, 1) for stage, value in stages.items()}
