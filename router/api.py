@@ -531,14 +531,14 @@ class Router:
 
     @_one_at_a_time
     def answered(self, queries: Sequence[Query]) -> tuple[list[Answer], list[int]]:
-        """The answers of a loaded router as a run has them, in order, and the number of each one's variant.
+        """The answers as a run has them, in order, and the number of each one's variant.
 
         Raises:
-            ValueError: the router was not loaded from a saved one.
-            InputError: another one was saved in its place since.
+            ValueError: there are no variants.
+            InputError: the router was loaded, and another one was saved in its place since.
         """
-        if self._folder is None:
-            raise ValueError("expected a router that was loaded from a saved one; save it and load it")
+        if self._centres is None:
+            raise ValueError("expected variants; call fit with a sample of the queries to come")
         return self._answered(queries, self._variants())
 
     def _answered(self, queries: Sequence[Query], folder: Path) -> tuple[list[Answer], list[int]]:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--plan",
         action="store_true",
-        help="instead of running, print what the run would take: adapters, seconds and memory by stage, "
-        "downloads; exit with code 1 if that exceeds a limit",
+        help="instead of running, print what the run would take: seconds, memory, downloads; exit with code "
+        "1 if that exceeds a limit",
     )
     _add(
         p,
@@ -180,18 +180,19 @@ def _logging(level: str) -> Iterator[None]:
 
 
 def _plan(args: argparse.Namespace, settings: Settings) -> int:
-    """Prints the plan and keeps it in the output folder; returns 1 if it exceeds a limit, else 0."""
-    from router.plan import against, keep, lines, plan
+    """Prints what the run would take; returns 1 if that exceeds a limit, else 0."""
+    from router.plan import plan
     from router.run import check_engine, check_outputs
 
     check_outputs(settings)
     check_engine(args.merging_method, settings, args.time_limit)
     found = plan(args.merging_method, settings)
-    keep(found, settings.output_folder)
-    verdicts = against(found, vars(args))
-    if not args.quiet:
-        print(json.dumps(found) if args.json else "\n".join([*lines(found), *verdicts]))
-    return 0 if all(verdicts.values()) else 1
+    over = found.over(args.time_limit, args.memory_limit)
+    if args.json:
+        print(json.dumps(asdict(found)))
+    elif not args.quiet:
+        print("\n".join([found.text(), *over]))
+    return 1 if over else 0
 
 
 if __name__ == "__main__":

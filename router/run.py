@@ -26,7 +26,6 @@ from router.pipeline.processes import Processes, connected
 from router.pipeline.record import RECORD, REPORT, Record, TimeLimit, record, versions
 from router.pipeline.result import Decision, Result
 from router.pipeline.steps import Loaded, Routed, answer, group, load, route, write
-from router.plan import PLAN
 from router.queries.submission import (
     Query,
     digest_of,
@@ -304,11 +303,6 @@ def check_outputs(settings: Settings) -> None:
         ours = False
     if not ours:
         _refuse(folder, REPORT)
-    if (plan := folder / PLAN).exists():
-        try:
-            record_of(dict[str, Any], plan.read_bytes())["flags"]["output_folder"]
-        except (OSError, ValueError, KeyError, TypeError):
-            _refuse(folder, PLAN)
     _check_results(settings)
 
 
@@ -345,7 +339,7 @@ def _check_names(settings: Settings) -> None:
                     f"--{flag} {text}: expected a name in UTF-8, got another; rename it"
                 ) from error
     queries = {path.resolve() for path in settings.dataset_filepaths}
-    taken = {RECORD, REPORT, PLAN, VARIANTS, FOLDER, LOCK, COMMIT}
+    taken = {RECORD, REPORT, VARIANTS, FOLDER, LOCK, COMMIT}
     for path in settings.dataset_filepaths:
         for name in _outputs(path):
             if (output := settings.output_folder / name).resolve() in queries:

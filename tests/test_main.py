@@ -719,7 +719,7 @@ def test_variants_that_cannot_be_moved_cost_a_warning_and_not_the_answers(
     assert not list(out.glob(".variants.*"))
 
 
-@pytest.mark.parametrize("name", ["run.json", "report.html", "plan.json", ".lock", "variants", ".journal"])
+@pytest.mark.parametrize("name", ["run.json", "report.html", ".lock", "variants", ".journal"])
 def test_a_query_file_of_a_name_that_a_run_needs_is_refused_before_anything_is_loaded(
     name, command, tmp_path, capsys, monkeypatch
 ):
@@ -759,7 +759,7 @@ def test_a_record_or_report_of_something_else_stays(name, text, command, tmp_pat
 
 @pytest.mark.parametrize(
     "name",
-    ["queries.csv", "queries.routing.csv", "queries.evidence.safetensors", "plan.json", ".commit.json"],
+    ["queries.csv", "queries.routing.csv", "queries.evidence.safetensors", ".commit.json"],
 )
 def test_a_file_that_no_run_wrote_is_refused_before_anything_is_loaded(
     name, command, tmp_path, capsys, monkeypatch

@@ -1,4 +1,4 @@
-"""The plan of a run: what it tells of files that a test can weigh itself, and what limits do."""
+"""The plan of a run: what it says of files that a test can weigh itself, and what limits do."""
 
 import json
 
@@ -21,39 +21,22 @@ def planned(capsys, command):
     return run
 
 
-def test_a_plan_tells_of_adapters_queries_and_stages(planned, tiny_base):
+def test_a_plan_is_of_the_queries_and_adapters(planned, tiny_base):
     code, out, said = planned("--json")
     found = json.loads(said.out)
-    assert code == 0 and [path.name for path in out.iterdir()] == ["plan.json"]
-    assert json.loads((out / "plan.json").read_text()) == found
+    assert code == 0 and not out.exists()
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     assert found["prompt_tokens"] == sum(len(tokenizer(row[1])["input_ids"]) for row in ROWS)
-    assert {name: (of["rank"], of["modules"]) for name, of in found["adapters"].items()} == {
-        "attention": (4, 8), "everything": (2, 14), "mlp": (6, 6),
-    }  # fmt: skip
-    assert list(found["adapters"]) == NAMES and found["download"] == {"adapters": [], "base": []}
+    assert found["adapters"] == NAMES and found["download"] == [] and found["queries"] == len(ROWS)
     assert all(value >= 0 for value in found["seconds"].values())
-    assert found["total_seconds"] == pytest.approx(sum(found["seconds"].values()), abs=0.5)
     weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_base).parameters()) * 4 / 2**20
-    assert weights < found["peak_mib"]["load"] <= found["peak_mib"]["predict"]
-
-
-STATIC = ["average", "dare_ties", "iso_c", "knots", "task_arithmetic", "ties", "tsv"]
-STAGES = {
-    "base": ["load", "predict"],
-    "proto_route": ["load", "calibrate", "route", "variants", "predict"],
-    **{name: ["load", "variants", "predict"] for name in (*STATIC, "oracle", "cards")},
-    **{name: ["load", "route", "variants", "predict"] for name in ("logo", "mass")},
-    **{name: ["load", "route", "predict"] for name in ("arrow", "lag", "spectr")},
-}
+    assert weights < found["peak_mib"]
 
 
 @pytest.mark.parametrize("method", method_names())
 def test_every_method_can_be_planned(planned, method):
-    code, out, said = planned(method=method)
-    found = json.loads((out / "plan.json").read_text())
-    assert code == 0 and list(found["seconds"]) == STAGES[method]
-    assert all(f"{stage} " in said.out for stage in STAGES[method])
+    code, _, said = planned(method=method)
+    assert code == 0 and all(f"{stage} " in said.out for stage in ("load", "route", "answer"))
 
 
 @pytest.mark.parametrize(
@@ -64,11 +47,10 @@ def test_every_method_can_be_planned(planned, method):
         (("--memory_limit", 0.001), 1),
     ],
 )
-def test_limits_decide_the_exit_code(planned, flags, code):
+def test_limits_decide_the_exit_code(planned, monkeypatch, flags, code):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     found, _, said = planned(*flags)
-    lines = [line for line in said.out.splitlines() if line.startswith("--")]
-    assert found == code and len(lines) == len(flags) / 2
-    assert all(("does not fit" in line) == bool(code) for line in lines)
+    assert found == code and (f"{flags[0]} " in said.out) == bool(code)
 
 
 def test_limits_without_a_plan_are_refused(capsys):
@@ -89,13 +71,12 @@ def test_what_is_not_here_would_be_downloaded(planned, tmp_path, monkeypatch):
 
 def test_a_broken_adapter_is_refused_as_by_the_run(planned, tiny_library):
     (tiny_library / "mlp" / "adapter_model.safetensors").write_bytes(b"broken")
-    code, out, said = planned()
-    assert code == 2 and "mlp" in said.err and not out.exists()
+    code, _, said = planned()
+    assert code == 2 and "mlp" in said.err
 
 
-def test_flags_change_the_plan(planned):
-    found = json.loads(planned("--json", "--n_variants", 1, "--max_seq_len", 5)[2].out)
-    assert found["n_variants"] == 1 and found["prompt_tokens"] <= 5 * len(ROWS)
+def test_prompts_are_cut_as_in_the_run(planned):
+    assert json.loads(planned("--json", "--max_seq_len", 5)[2].out)["prompt_tokens"] <= 5 * len(ROWS)
 
 
 def test_adapters_of_upper_layers_alone_can_be_planned(tmp_path, planned):
@@ -106,7 +87,7 @@ def test_adapters_of_upper_layers_alone_can_be_planned(tmp_path, planned):
 def test_copies_of_the_weights_count(planned, monkeypatch):
     monkeypatch.setattr("router.run.find_spec", lambda name: name)  # as if vLLM were here
     peak = {
-        name: json.loads(planned("--json", flag, name)[2].out)["peak_mib"]["predict"]
+        name: json.loads(planned("--json", flag, name)[2].out)["peak_mib"]
         for name, flag in (("merged", "--apply"), ("beside", "--apply"), ("vllm", "--engine"))
     }
     # q, k, v, o, gate, up and down of both layers: all of them are changed by some adapter.
