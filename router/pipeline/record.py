@@ -7,12 +7,12 @@ import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from pydantic import FiniteFloat
 
-from router.constants import BASE_COLUMN, Engine
+from router.constants import BASE_COLUMN, Dtype, Engine
 from router.routing.evidence import LOW_MARGIN
 from router.system.files import record_of, typed
 from router.system.version import own_version
@@ -33,7 +33,7 @@ class BaseRecord:
 
     name: str
     sha256: str
-    dtype: str
+    dtype: Dtype
     revision: str | None = None
     device: str | None = None
     tokens_at_once: int | None = None
@@ -49,7 +49,7 @@ class BaseRecord:
         return BaseRecord(
             base.name,
             base.sha256,
-            str(dtype).removeprefix("torch."),
+            cast(Dtype, str(dtype).removeprefix("torch.")),
             base.revision,
             str(device),
             tokens_at_once(device, dtype),
@@ -128,8 +128,10 @@ class Record:
 
     def __post_init__(self) -> None:
         names = self.flags.get("dataset_filepaths")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError("expected the names of query files in flags.dataset_filepaths")
+        if len({path.stem for path in self.paths}) < len(names):
+            raise ValueError("expected query files of different names in flags.dataset_filepaths")
         if self.variants and not (self.base and self.adapters):
             raise ValueError("expected the base model and the adapters of its variants")
         if not all(variant.weights for variant in self.variants):

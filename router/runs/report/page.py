@@ -51,7 +51,7 @@ def render(run: Run) -> str:
     used = [k for k in range(len(run.names)) if any(row["weights"][k] >= 0.005 for row in rows)]
     return _template().render(
         run=run, shown=shown, record=run.record.plain(), headline=headline(run), variants=rows, used=used,
-        layers=layered, sent=run.sent, explained=explained(len(shown.rows)), low_margin=LOW_MARGIN,
+        layers=layered, explained=explained(len(shown.ids)), low_margin=LOW_MARGIN,
         data=found, json=Markup(escaped(found)),
     )  # fmt: skip
 
