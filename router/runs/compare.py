@@ -41,8 +41,9 @@ def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
     one, two = load(a), load(b)
     both = _joined(one, two)
     rows = _labels(labels, one.stems) if labels else {}
-    both["label"] = [rows.get(key, {}).get("target") for key in both.index]
-    both["adapter"] = [rows.get(key, {}).get("adapter") for key in both.index]
+    for name, column in (("label", "target"), ("adapter", "adapter")):  # None where there is none
+        known = [rows.get(key, {}).get(column) for key in both.index]
+        both[name] = pd.Series(known, both.index, object)
     changed = both[both["a"] != both["b"]]
     moved = both[both["top a"].map(called) != both["top b"].map(called)]
     groups = moved.groupby([moved["top a"].map(called), moved["top b"].map(called)], sort=False)["id"]

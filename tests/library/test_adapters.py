@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import WIDTHS, write_tiny_adapter
 from router.library.adapters import base_of, check_against_base, load_library
-from router.library.sources import from_hub, is_here
+from router.library.sources import find, is_here
 from router.routing.prototypes import prototypes
 from router.system.errors import InputError
 
@@ -161,7 +161,7 @@ def test_what_was_fetched_is_all_that_is_looked_for_in_the_cache(monkeypatch, tm
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    from_hub("some/adapter")
+    find("some/adapter")
     assert is_here("some/adapter")
     files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "chat_template.jinja"]
     assert asked == [(False, files), (True, files)]
