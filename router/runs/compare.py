@@ -156,8 +156,7 @@ def _score(both: pd.DataFrame) -> dict[str, Any]:
     means.loc["mean over files"] = means.mean()
     means.loc["mean over files", "queries"] = len(known)
     files = means.astype({"queries": int}).reset_index().astype(object).where(lambda of: of.notna(), None)
-    mean = means.loc["mean over files"]
-    difference = float(mean["b"] - mean["a"])
+    difference = float((means["b"] - means["a"]).iloc[-1])
     return {"files": files.to_dict("records"), "difference": difference, "low": low, "high": high}
 
 

@@ -94,23 +94,6 @@ def decided(run: Run) -> Outcome:
     return Outcome(run.keys, run.names, run.weights, run.clusters)
 
 
-def overview(run: Run) -> pd.DataFrame:
-    """The run in a few lines."""
-    record, flags = run.record, run.record.flags
-    rows = {
-        "method": record.method,
-        "base model": record.base.name if record.base else "",
-        "query files": ", ".join(path.name for path in record.paths),
-        "queries": len(run.ids),
-        "adapters": len(run.names) - 1,
-        "variants": len(record.variants),
-        "low margin": int(run.low_margin.sum()),
-        "temperature, top_k": f"{flags['temperature']}, {flags['top_k']}",
-        "seconds": round(sum(record.seconds.values())),
-    }
-    return pd.DataFrame({"": rows.values()}, index=list(rows), dtype=object)
-
-
 def adapter_table(run: Run) -> pd.DataFrame:
     """For each candidate: queries where it is top, its share of all weight, and variants that it is in."""
     found = pd.DataFrame(index=run.names)

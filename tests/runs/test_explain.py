@@ -229,7 +229,7 @@ def test_the_base_model_is_asked_for_as_the_run_had_it(capsys, copied, monkeypat
 def test_a_flag_that_is_missing_or_unknown_is_named(capsys, copied, flag, value):
     changed(copied, flags={flag: value})
     told = error(capsys, copied, "g2", "--answers")
-    assert "run.json" in told and f"--{flag}: " in told and "got" in told
+    assert "run.json" in told and f"({flag}" in told
 
 
 def test_an_id_is_found_or_the_nearest_is_named(capsys, runs, tmp_path):

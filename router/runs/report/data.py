@@ -145,7 +145,7 @@ def vote_means(votes: NDArray[np.float32], modules: Sequence[str]) -> tuple[list
 
 def best_of(e: Evidence) -> Labels:
     """(queries,) the number of the adapter with the highest score."""
-    return np.nan_to_num(e.scores, nan=-np.inf).argmax(1)
+    return np.asarray(np.nan_to_num(e.scores, nan=-np.inf).argmax(1))
 
 
 def layers(run: Run) -> dict[str, Any] | None:
@@ -153,12 +153,12 @@ def layers(run: Run) -> dict[str, Any] | None:
     e = run.evidence
     if e is None or not e.modules:
         return None
-    best, groups = best_of(e), []
+    best, groups = best_of(e), list[dict[str, Any]]()
     for n, name in enumerate(["all queries", *e.adapters], -1):
         votes = e.votes[(n < 0) | (best == n)]
         if len(votes):
             kinds, numbers, means = vote_means(votes, e.modules)
-            cells = np.where(np.isnan(means), None, means.round(2).astype(object)).tolist()
+            cells = [[None if np.isnan(mean) else mean for mean in row] for row in means.round(2).tolist()]
             groups.append({"name": name, "queries": len(votes), "cells": cells})
     named = [
         (f"layer {number} {kind}" if number >= 0 else kind, value)
