@@ -19,12 +19,7 @@ from router.library.sources import CARD_FILE, Source, expand, find
 from router.system.errors import InputError, out_of_memory
 from router.system.files import sha256_of
 
-# Columns of the routing table that are no adapter's.
-TAKEN = {
-    BASE_COLUMN: "it and the base model",
-    "id": "it and the queries' ids",
-    "variant": "it and the variants",
-}
+TAKEN = (BASE_COLUMN, "id", "variant")  # columns of the routing table that are no adapter's
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,11 @@ class Adapter:
     folder: AdapterFolder
     sha256: str
     revision: str | None = None
+
+    @property
+    def where(self) -> str:
+        """The adapter in a sentence for a person."""
+        return f"adapter {self.name} ({self.folder.path})"
 
     def read(self, module: str) -> Factors:
         """One module's update in float32.
@@ -68,7 +68,7 @@ class Adapter:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            raise InputError(f"adapter {self.name} ({self.folder.path}): cannot be read: {error}") from error
+            raise InputError(f"{self.where}: cannot be read: {error}") from error
 
     def check_unchanged(self) -> None:
         """Refuses an adapter whose weights were replaced since it was opened.
@@ -79,17 +79,14 @@ class Adapter:
             InputError: they were.
         """
         if sha256_of(self.folder.path / WEIGHTS_FILE) != self.sha256:
-            raise InputError(
-                f"adapter {self.name} ({self.folder.path}): {WEIGHTS_FILE} was changed while it was read; "
-                "run again"
-            )
+            raise InputError(f"{self.where}: {WEIGHTS_FILE} was changed while it was read; run again")
 
     def _finite(self, module: str, update: Factors) -> Factors:
         if torch.isfinite(update.a.norm() * update.b.norm()):  # so that products of them are finite, too
             return update
         raise InputError(
-            f"adapter {self.name} ({self.folder.path}): {module} holds values that are not "
-            "finite, or too large to multiply in float32; leave the adapter out of --adapters"
+            f"{self.where}: {module} holds values that are not finite, or too large to multiply in float32; "
+            "leave the adapter out of --adapters"
         )
 
     def check_values(self) -> None:
@@ -190,8 +187,11 @@ def card(folder: Path) -> str:
 def _check_name(source: Source, others: Container[str]) -> None:
     """Refuses an adapter whose name is no column, or another's, or cannot be printed."""
     where = f"adapter {source.name!r} ({str(source.path)!r})"
-    if taken := TAKEN.get(source.name) or ("two adapters" if source.name in others else None):
-        raise InputError(f"{where}: {taken} would share a column of that name; rename the folder")
+    if source.name in TAKEN or source.name in others:
+        raise InputError(
+            f"{where}: expected a name that is no other adapter's, and none of {', '.join(TAKEN)}, which are "
+            "columns of the routing table; rename the folder"
+        )
     if not source.name.isprintable():
         raise InputError(f"{where}: expected a name that can be printed; rename the folder")
 
@@ -250,8 +250,7 @@ def check_against_base(
 def _check_base(
     adapter: Adapter, base_name: str, is_folder: bool, shapes: Mapping[str, tuple[int, int]]
 ) -> None:
-    where = f"adapter {adapter.name} ({adapter.folder.path})"
-    stated = adapter.folder.base_model
+    where, stated = adapter.where, adapter.folder.base_model
     if stated and not is_folder and stated.casefold() != base_name.casefold():
         raise InputError(
             f"{where}: expected an adapter of {base_name}, got one of {stated}; "

@@ -79,7 +79,7 @@ BAD = {
         "a complete safetensors",
     ),
     "dora": (lambda folder: write_tiny_adapter(folder, 4, use_dora=True), "use_dora = True"),
-    "id": (lambda folder: None, "would share a column of that name"),
+    "id": (lambda folder: None, "rename the folder"),
     "infinite": (lambda folder: write_tiny_adapter(folder, 4, size=1e30), "not finite, or too large"),
     "zero": (lambda folder: write_tiny_adapter(folder, 4, size=0.0), "got zero at every module"),
     "pissa": (
@@ -96,7 +96,7 @@ def test_bad_adapters_are_left_out_and_listed_if_that_is_asked_for(tiny_library)
     specs = [str(tiny_library), str(tiny_library / "mlp"), "no/such/adapter"]
     found = load_library(specs, local_only=True, bad=bad)
     assert [adapter.name for adapter in found] == ["attention", "everything", "mlp"]
-    causes = [*(cause for _, (_, cause) in sorted(BAD.items())), "two adapters would share", "no such folder"]
+    causes = [*(cause for _, (_, cause) in sorted(BAD.items())), "rename the folder", "no such folder"]
     assert len(bad) == len(causes) and all(cause in line for cause, line in zip(causes, bad, strict=True))
     assert all(str(tiny_library / name) in line for name, line in zip(sorted(BAD), bad, strict=False))
     other = {module: shape for module, shape in SHAPES.items() if "mlp" not in module}
