@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -164,7 +163,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("".join(filter(str.isprintable, line)))
 
     return exit_code(work) or (2 if broken else 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,7 +212,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(found, open_console(), max(0, args.show))
 
     return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

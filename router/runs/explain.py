@@ -269,7 +269,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(story, open_console())
 
     return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

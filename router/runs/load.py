@@ -233,7 +233,8 @@ def _asked(path: Path, ids: list[str], record: Record) -> list[Query | None]:
         found = read_queries(path)
     except InputError:
         found = []
-    known = digest_of(found) == record.queries.get(path.name, digest_of(found))
+    digest = record.queries.get(path.name)
+    known = digest is None or digest == digest_of(found)
     queries = {query.id: query for query in found} if known else {}
     return [queries.get(own) for own in ids]
 

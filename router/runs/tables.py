@@ -114,14 +114,13 @@ def variant_table(run: Run) -> pd.DataFrame:
         members = nearest_first(run.labels == n, apart)
         if not members:  # `--time_limit` gave its queries to the base model
             continue
-        lines = [run.line(k, SHORT) for k in members]
         rows[n] = {
             "queries": len(members),
             "mix": mix(run.names, run.clusters.weights[n]),
             "mean loss": lost[run.labels == n].mean(),
-            "typical": lines[0],
-            "another": lines[1] if len(lines) > 2 else "",
-            "farthest": lines[-1] if len(lines) > 1 else "",
+            "typical": run.line(members[0], SHORT),
+            "another": run.line(members[1], SHORT) if len(members) > 2 else "",
+            "farthest": run.line(members[-1], SHORT) if len(members) > 1 else "",
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
 

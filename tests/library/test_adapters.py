@@ -145,8 +145,7 @@ def test_a_folder_that_cannot_be_read_is_refused_in_a_sentence(tiny_library, mon
         return usual(path)
 
     monkeypatch.setattr(Path, call, called)
-    cause = f"--adapters {tiny_library}: expected a folder that can be read .*Permission denied.*change its"
-    with pytest.raises(InputError, match=cause):
+    with pytest.raises(InputError, match=f"--adapters {tiny_library}: .*Permission denied"):
         load_library([str(tiny_library)])
     bad = []  # with --skip_bad it is left out
     (one,) = load_library([str(tiny_library / "attention"), str(tiny_library)], bad=bad)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -94,7 +93,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("folder", type=Path, metavar="DIR", help="the run's output folder")
     folder = p.parse_args(argv).folder
     return exit_code(lambda: print(write_report(folder)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
