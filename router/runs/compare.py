@@ -136,20 +136,16 @@ def _score(both: pd.DataFrame) -> dict[str, Any]:
         right[side] = (known[side].str.strip() == known["label"]).astype(float)
     for side in "ab":  # how often the top candidate is a labelled adapter, unless there is none
         tops = known[f"top {side}"]
-        routed = [
-            top in adapters_of(of) if of else None for top, of in zip(tops, known["adapter"], strict=True)
-        ]
-        right[f"routed {side}"] = np.array(routed if tops.any() else [None] * len(tops), float)
+        named = known["adapter"] if tops.any() else [None] * len(tops)
+        pairs = zip(tops, named, strict=True)
+        right[f"routed {side}"] = [float(top in adapters_of(of)) if of else np.nan for top, of in pairs]
     groups = right.groupby("file", sort=False)
     means = groups.mean()
     # To draw queries with replacement is to draw how many were lost, equal and gained.
-    rng, steps = np.random.default_rng(0), np.array([-1, 0, 1])
-    drawn = [
-        rng.multinomial(len(of), ((of["b"] - of["a"]).to_numpy()[:, None] == steps).mean(0), DRAWS)
-        @ steps
-        / len(of)
-        for _, of in groups
-    ]
+    rng, steps, drawn = np.random.default_rng(0), np.array([-1, 0, 1]), []
+    for _, of in groups:
+        shares = ((of["b"] - of["a"]).to_numpy()[:, None] == steps).mean(0)
+        drawn.append(rng.multinomial(len(of), shares, DRAWS) @ steps / len(of))
     low, high = np.quantile(np.mean(drawn, 0), (0.025, 0.975)).tolist()
     means.insert(0, "queries", groups.size())
     means.loc["mean over files"] = means.mean()

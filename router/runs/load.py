@@ -207,8 +207,9 @@ def _refused(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, OverflowError, SafetensorError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or error
         raise InputError(
-            f"{path}: expected a file of a finished run, whole and unchanged ({error}); name a run's output "
+            f"{path}: expected a file of a finished run, whole and unchanged ({why}); name a run's output "
             "folder, or run it again"
         ) from error
 
