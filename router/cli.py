@@ -43,7 +43,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         p.error(f"expected a command, one of {', '.join(COMMANDS)}")
     return int(import_module(COMMANDS[args.command][0]).main(argv[1:]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

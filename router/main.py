@@ -135,10 +135,8 @@ def _run(args: argparse.Namespace, settings: Settings, began: float) -> int:
     quiet = args.quiet or not leads()
     with _logging("WARNING" if quiet else "INFO"):
         record = run(args.merging_method, settings, args.fresh, args.time_limit, began)
-    if record and not quiet:
+    if record and (args.json or not quiet):
         print(record.text() if args.json else summary(record), flush=True)
-    elif record and args.json:
-        print(record.text(), flush=True)
     return 0
 
 

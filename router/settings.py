@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from math import inf
@@ -17,6 +18,7 @@ from typing import Any, get_args
 
 from router.constants import Apply, Device, DeviceMap, Dtype, Engine, Scoring
 from router.system.errors import InputError
+from router.system.files import typed
 
 LARGEST = (1 << 31) - 1  # whole number of a flag; faiss takes no larger seed
 
@@ -99,22 +101,24 @@ def above_zero(help: str, metavar: str = "FLOAT", below: float = inf) -> Kind:
     )
 
 
-def one_of(choices: tuple[str, ...], help: str, none: str = "", metavar: str = "") -> Kind:
+def one_of(choices: tuple[str, ...], help: str, none: str = "") -> Kind:
     """One of some words."""
     shown = (none, *choices) if none else choices
-    metavar = metavar or "|".join(shown)
-    return Kind(help, f"one of {', '.join(shown)}", metavar, str, choices.__contains__, none, choices=choices)
+    expected, usage = f"one of {', '.join(shown)}", "|".join(shown)
+    return Kind(help, expected, usage, str, choices.__contains__, none, choices=choices)
 
 
-def _text(metavar: str, help: str, none: str = "", many: bool = False, read: type = str) -> Kind:
-    """A text or a path, or several."""
+def _word(default: str | None, words: Any, help: str, none: str = "") -> Any:
+    """A setting that is one of the words of a Literal."""
+    return _setting(default, one_of(get_args(words), help, none))
+
+
+def _text(default: Any, metavar: str, help: str, none: str = "", read: type = str) -> Any:
+    """A setting that is a text or a path, or several where the default is a tuple."""
+    many = isinstance(default, tuple)
     expected = f"{'texts' if many else 'a text'}{none and f' or {none}'}"
-    return Kind(help, expected, metavar, read, lambda value: isinstance(value, read), none, many)
-
-
-def _switch(help: str) -> Kind:
-    """True if the flag is given, else False."""
-    return Kind(help, "true or false", "", bool, lambda value: isinstance(value, bool))
+    fits: Callable[[Any], bool] = lambda value: isinstance(value, read)  # noqa: E731
+    return _setting(default, Kind(help, expected, metavar, read, fits, none, many))
 
 
 @dataclass(frozen=True)
@@ -125,31 +129,23 @@ class Settings:
         InputError: one has a value that it does not take.
     """
 
-    dataset_filepaths: tuple[Path, ...] = _setting(
-        (Path("data/test.csv"),), _text("CSV", "the query files to answer", many=True, read=Path)
+    dataset_filepaths: tuple[Path, ...] = _text(
+        (Path("data/test.csv"),), "CSV", "the query files to answer", read=Path
     )
-    output_folder: Path = _setting(Path("output"), _text("DIR", "the folder for the results", read=Path))
-    adapters: tuple[str, ...] = _setting(
+    output_folder: Path = _text(Path("output"), "DIR", "the folder for the results", read=Path)
+    adapters: tuple[str, ...] = _text(
         ("data/library",),
-        _text(
-            "NAME_OR_FOLDER_OR_HUB_ID",
-            "adapters, folders of adapter folders, or the word competition",
-            many=True,
-        ),
+        "NAME_OR_FOLDER_OR_HUB_ID",
+        "adapters, folders of adapter folders, or the word competition",
     )
-    base_model: str | None = _setting(
+    base_model: str | None = _text(
         None,
-        _text(
-            "embedded|FOLDER|HUB_ID[@REVISION]",
-            "the base model",
-            "the one that the adapters name; embedded if that is SmolLM2-135M-Instruct",
-        ),
+        "embedded|FOLDER|HUB_ID[@REVISION]",
+        "the base model",
+        "the one that the adapters name; embedded if that is SmolLM2-135M-Instruct",
     )
-    chat_template: Path | None = _setting(
-        None,
-        _text(
-            "auto|FILE", "a Jinja template for conversations; auto is the base model's own", "auto", read=Path
-        ),
+    chat_template: Path | None = _text(
+        None, "auto|FILE", "a Jinja template for conversations; auto is the base model's own", "auto", Path
     )
     frame: str | None = _setting(
         None,
@@ -165,9 +161,13 @@ class Settings:
     )
     skip_bad: bool = _setting(
         False,
-        _switch(
+        Kind(
             "go on without adapters that are missing, broken, of an unsupported kind or of another base "
-            "model, and list them; else the first one ends the run"
+            "model, and list them; else the first one ends the run",
+            "true or false",
+            "",
+            bool,
+            lambda value: isinstance(value, bool),
         ),
     )
     n_variants: int | None = _whole(
@@ -185,47 +185,37 @@ class Settings:
     )
     seed: int = _whole(0, 0, "seed of the clustering and of dare_ties")
     batch_size: int | None = _whole(None, 1, "queries per batch", "auto", "auto fills batches by tokens")
-    device: Device = _setting("auto", one_of(get_args(Device), "auto uses a GPU if there is one"))
-    dtype: Dtype = _setting(
+    device: Device = _word("auto", Device, "auto uses a GPU if there is one")
+    dtype: Dtype = _word(
         "auto",
-        one_of(
-            get_args(Dtype),
-            "auto uses bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on "
-            "a CPU",
-        ),
+        Dtype,
+        "auto uses bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on a CPU",
     )
-    device_map: DeviceMap | None = _setting(
+    device_map: DeviceMap | None = _word(
         None,
-        one_of(
-            get_args(DeviceMap),
-            "how accelerate spreads a base model that is too large for one device: over all devices, the "
-            "memory and the disk; none does not",
-            "none",
-        ),
+        DeviceMap,
+        "how accelerate spreads a base model that is too large for one device: over all devices, the memory "
+        "and the disk; none does not",
+        "none",
     )
-    apply: Apply = _setting(
+    apply: Apply = _word(
         "auto",
-        one_of(
-            get_args(Apply),
-            "add a variant to the weights, of which a copy is kept (merged), or compute it beside them; auto "
-            "adds it in float32 where the memory has room for the copy, since other dtypes round the sum",
-        ),
+        Apply,
+        "add a variant to the weights, of which a copy is kept (merged), or compute it beside them; auto "
+        "adds it in float32 where the memory has room for the copy, since other dtypes round the sum",
     )
-    engine: Engine = _setting(
-        "transformers",
-        one_of(get_args(Engine), "what answers, in this process; transformers routes in both cases"),
+    engine: Engine = _word(
+        "transformers", Engine, "what answers, in this process; transformers routes in both cases"
     )
     max_gen_len: int = _whole(64, 1, "maximum number of new tokens per answer")
     max_seq_len: int | None = _whole(
         None, 1, "maximum number of tokens per prompt", "none", "longer ones keep their start, none keeps all"
     )
-    scoring: Scoring = _setting(
+    scoring: Scoring = _word(
         "full",
-        one_of(
-            get_args(Scoring),
-            "score a choice by the log-probability of all of its tokens (full) or of all but its first, as "
-            "the starter kit does (kit)",
-        ),
+        Scoring,
+        "score a choice by the log-probability of all of its tokens (full) or of all but its first, as the "
+        "starter kit does (kit)",
     )
 
     def __post_init__(self) -> None:
@@ -236,31 +226,14 @@ class Settings:
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON values: paths become texts, tuples become lists."""
-        return {key: _plain(value) for key, value in vars(self).items()}
+        found: dict[str, Any] = json.loads(json.dumps(vars(self), default=str))
+        return found
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Settings:
         """The settings that `plain` gave; what is no setting of this version is left out.
 
         Raises:
-            InputError: one is missing, or has a value that it does not take.
+            ValueError: one is missing, or has a value that it does not take; the message names it.
         """
-        known = {}
-        for setting in fields(cls):
-            value = values.get(setting.name)
-            if value is None and setting.default is not None:
-                raise InputError(f"--{setting.name}: expected a value, got none")
-            known[setting.name] = _from_plain(setting.metadata["kind"], value)
-        return cls(**known)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _from_plain(kind: Kind, value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_from_plain(kind, item) for item in value)
-    return Path(value) if kind.read is Path and isinstance(value, str) else value
+        return typed(cls, {setting.name: values.get(setting.name) for setting in fields(cls)})

@@ -31,7 +31,7 @@ def test_what_no_version_knows_is_left_out_and_what_is_missing_is_named():
         if default is None:
             assert Settings.from_plain(others) == Settings()
             continue
-        with pytest.raises(InputError, match=name):
+        with pytest.raises(ValueError, match=name):
             Settings.from_plain(others)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +19,7 @@ from router.library.sources import CARD_FILE, Source, expand, find
 from router.system.errors import InputError, out_of_memory
 from router.system.files import sha256_of
 
-# Columns of the routing table that are no adapter's.
-TAKEN = {
-    BASE_COLUMN: "it and the base model",
-    "id": "it and the queries' ids",
-    "variant": "it and the variants",
-}
+TAKEN = (BASE_COLUMN, "id", "variant")  # columns of the routing table that are no adapter's
 
 
 @dataclass(frozen=True)
@@ -42,16 +38,37 @@ class Adapter:
     sha256: str
     revision: str | None = None
 
+    @property
+    def where(self) -> str:
+        """The adapter in a sentence for a person."""
+        return f"adapter {self.name} ({self.folder.path})"
+
     def read(self, module: str) -> Factors:
         """One module's update in float32.
 
         Raises:
             InputError: a value is not finite, or the file cannot be read.
         """
-        try:
+        with self._named():
             return self._finite(module, self.folder.read(module))
+
+    def read_all(self) -> Iterator[tuple[str, Factors]]:
+        """Every module's update in float32, one after the other.
+
+        Raises:
+            InputError: a value is not finite, or the file cannot be read.
+        """
+        with self._named():
+            for module, update in self.folder.read_all():
+                yield module, self._finite(module, update)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Names the adapter whose file cannot be read."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:
-            raise InputError(f"adapter {self.name} ({self.folder.path}): cannot be read: {error}") from error
+            raise InputError(f"{self.where}: cannot be read: {error}") from error
 
     def check_unchanged(self) -> None:
         """Refuses an adapter whose weights were replaced since it was opened.
@@ -62,29 +79,14 @@ class Adapter:
             InputError: they were.
         """
         if sha256_of(self.folder.path / WEIGHTS_FILE) != self.sha256:
-            raise InputError(
-                f"adapter {self.name} ({self.folder.path}): {WEIGHTS_FILE} was changed while it was read; "
-                "run again"
-            )
-
-    def read_all(self) -> Iterator[tuple[str, Factors]]:
-        """Every module's update in float32, one after the other.
-
-        Raises:
-            InputError: a value is not finite, or the file cannot be read.
-        """
-        try:
-            for module, update in self.folder.read_all():
-                yield module, self._finite(module, update)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"adapter {self.name} ({self.folder.path}): cannot be read: {error}") from error
+            raise InputError(f"{self.where}: {WEIGHTS_FILE} was changed while it was read; run again")
 
     def _finite(self, module: str, update: Factors) -> Factors:
         if torch.isfinite(update.a.norm() * update.b.norm()):  # so that products of them are finite, too
             return update
         raise InputError(
-            f"adapter {self.name} ({self.folder.path}): {module} holds values that are not "
-            "finite, or too large to multiply in float32; leave the adapter out of --adapters"
+            f"{self.where}: {module} holds values that are not finite, or too large to multiply in float32; "
+            "leave the adapter out of --adapters"
         )
 
     def check_values(self) -> None:
@@ -97,28 +99,47 @@ class Adapter:
             raise InputError(f"{self.folder.path}: expected an update, got zero at every module")
 
 
-def opened(source: Source) -> Adapter:
-    """Opens one adapter; its values are checked to be finite when they are read.
+class Examined(NamedTuple):
+    """An adapter that was looked for: None if it cannot be opened, and why it cannot be used, if so."""
 
-    Raises:
-        InputError: it is broken or of an unsupported kind.
+    name: str
+    adapter: Adapter | None = None
+    error: InputError | None = None
+
+
+def examined(specs: Sequence[str], local_only: bool = False, values: bool = True) -> Iterator[Examined]:
+    """Finds and opens adapters one after the other, also those that cannot be used.
+
+    Args:
+        specs, local_only: as of `load_library`.
+        values: whether every value is read; else they are checked to be finite when they are read.
     """
+    names = set[str]()
+    for spec in expand(specs):
+        try:
+            sources = find(spec, local_only)
+        except InputError as error:
+            yield Examined(Path(spec.partition("@")[0]).name, error=error)
+            continue
+        for source in sources:
+            adapter = None
+            try:
+                _check_name(source, names)
+                adapter = _opened(source)
+                if values:
+                    adapter.check_values()
+                names.add(source.name)
+                yield Examined(source.name, adapter)
+            except InputError as error:
+                yield Examined(source.name, adapter, error)
+
+
+def _opened(source: Source) -> Adapter:
     try:
         folder = open_adapter(source.path)
-    except AdapterError as error:
+        return Adapter(source.name, folder, sha256_of(source.path / WEIGHTS_FILE), source.revision)
+    except (AdapterError, OSError) as error:
         raise InputError(str(error)) from error
-    return Adapter(source.name, folder, sha256_of(source.path / WEIGHTS_FILE), source.revision)
-
-
-@contextmanager
-def _or_left_out(bad: list[str] | None) -> Iterator[None]:
-    """Keeps an InputError of the block as a line of `bad`, if there is such a list."""
-    try:
-        yield
-    except InputError as error:
-        if bad is None or out_of_memory(error):
-            raise
-        bad.append(str(error))
 
 
 def load_library(
@@ -140,17 +161,20 @@ def load_library(
         InputError: an adapter is missing, broken, of an unsupported kind, or named like another; with `bad`,
             only if none is left.
     """
-    found: dict[str, Adapter] = {}
-    for spec in expand(specs):
-        with _or_left_out(bad):
-            for source in find(spec, local_only):
-                with _or_left_out(bad):
-                    check_name(source, found)
-                    adapter = opened(source)
-                    if bad is not None:
-                        adapter.check_values()
-                    found[adapter.name] = adapter
-    return _some(found.values(), bad)
+    found = []
+    for one in examined(specs, local_only, bad is not None):
+        if one.error:
+            _leave_out(one.error, bad)
+        elif one.adapter:
+            found.append(one.adapter)
+    return _some(found, bad)
+
+
+def _leave_out(error: InputError, bad: list[str] | None) -> None:
+    """Keeps why an adapter is left out, if any may be."""
+    if bad is None or out_of_memory(error):
+        raise error
+    bad.append(str(error))
 
 
 def card(folder: Path) -> str:
@@ -160,27 +184,23 @@ def card(folder: Path) -> str:
     return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
 
 
-def check_name(source: Source, others: Container[str]) -> None:
-    """Refuses an adapter whose name no column of the routing table may have.
-
-    Args:
-        others: the names of the library's other adapters.
-
-    Raises:
-        InputError: the column is not an adapter's, or another's, or the name cannot be printed.
-    """
+def _check_name(source: Source, others: Container[str]) -> None:
+    """Refuses an adapter whose name is no column, or another's, or cannot be printed."""
     where = f"adapter {source.name!r} ({str(source.path)!r})"
-    if taken := TAKEN.get(source.name) or ("two adapters" if source.name in others else None):
-        raise InputError(f"{where}: {taken} would share a column of that name; rename the folder")
+    if source.name in TAKEN or source.name in others:
+        raise InputError(
+            f"{where}: expected a name that is no other adapter's, and none of {', '.join(TAKEN)}, which are "
+            "columns of the routing table; rename the folder"
+        )
     if not source.name.isprintable():
         raise InputError(f"{where}: expected a name that can be printed; rename the folder")
 
 
-def _some(adapters: Iterable[Adapter], bad: list[str] | None) -> list[Adapter]:
-    """The adapters as a list that is not empty."""
-    if not (found := list(adapters)) and bad:
+def _some(adapters: list[Adapter], bad: list[str] | None) -> list[Adapter]:
+    """The adapters, if not all were left out."""
+    if not adapters and bad:
         raise InputError(f"--skip_bad: expected an adapter that can be used, but: {'; '.join(bad)}")
-    return found
+    return adapters
 
 
 def base_of(adapters: Iterable[Adapter]) -> str:
@@ -219,17 +239,18 @@ def check_against_base(
     """
     found = []
     for adapter in adapters:
-        with _or_left_out(bad):
+        try:
             _check_base(adapter, base_name, is_folder, shapes)
             found.append(adapter)
+        except InputError as error:
+            _leave_out(error, bad)
     return _some(found, bad)
 
 
 def _check_base(
     adapter: Adapter, base_name: str, is_folder: bool, shapes: Mapping[str, tuple[int, int]]
 ) -> None:
-    where = f"adapter {adapter.name} ({adapter.folder.path})"
-    stated = adapter.folder.base_model
+    where, stated = adapter.where, adapter.folder.base_model
     if stated and not is_folder and stated.casefold() != base_name.casefold():
         raise InputError(
             f"{where}: expected an adapter of {base_name}, got one of {stated}; "
@@ -245,24 +266,15 @@ def _check_base(
 
 
 def last_block(adapters: Sequence[Adapter]) -> list[str]:
-    """The modules that adapters change in one block: the last of the blocks that most adapters change."""
-    blocks: dict[str, list[set[str]]] = {}
+    """The modules that adapters change in one block: the last of the blocks that most adapters change.
+
+    `model.layers.3.self_attn.q_proj` is in `model.layers.3`; a module outside of blocks is its own block.
+    """
+    blocks: dict[tuple[str, int], dict[str, set[str]]] = {}  # by adapter
     for adapter in adapters:
-        mine: dict[str, set[str]] = {}
         for module in adapter.folder.shapes:
-            mine.setdefault(_block(module), set()).add(module)
-        for block, modules in mine.items():
-            blocks.setdefault(block, []).append(modules)
-    best = max(blocks, key=lambda block: (len(blocks[block]), _number(block)))
-    return sorted(set.union(*blocks[best]))
-
-
-def _block(module: str) -> str:
-    """`model.layers.3.self_attn.q_proj` is in `model.layers.3`; one outside of blocks is its own block."""
-    found = re.match(r"(.*?\.\d+)\.", module)
-    return found[1] if found else module
-
-
-def _number(block: str) -> int:
-    found = re.search(r"\.(\d{1,9})$", block)
-    return int(found[1]) if found else -1
+            found = re.match(r"(.*?)\.(\d{1,9})\.", module)
+            block = (found[1], int(found[2])) if found else (module, -1)
+            blocks.setdefault(block, {}).setdefault(adapter.name, set()).add(module)
+    best = max(blocks, key=lambda block: (len(blocks[block]), block[1]))
+    return sorted(set.union(*blocks[best].values()))

@@ -4,60 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from merge.folders import WEIGHTS_FILE
 from router.constants import LIBRARY
-from router.library.adapters import Adapter, check_name, opened
+from router.library.adapters import Adapter, Examined, examined
 from router.library.duplicates import OVERLAP, SAME, norms_and_cosines, overlaps
-from router.library.sources import expand, find
-from router.system.errors import InputError, printable
+from router.system.errors import InputError, exit_code
 
 OUTLIER = 10.0  # a norm may be this many times larger or smaller than the median
 HEADINGS = "adapter sound base rank scale modules kind parameters MB revision sha256".split()
-
-
-@dataclass
-class Report:
-    """An adapter, None if it cannot be opened, and the reason why it is broken, None if it is sound."""
-
-    name: str
-    adapter: Adapter | None = None
-    reason: str | None = None
-
-    def facts(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        facts: dict[str, Any] = {"name": self.name, "sound": self.reason is None, "reason": self.reason}
-        if self.adapter is None:
-            return facts
-        folder = self.adapter.folder
-        return facts | {
-            "path": str(folder.path),
-            "base_model": folder.base_model,
-            "ranks": sorted(set(folder.ranks.values())),
-            "scales": sorted({folder.scale(module) for module in folder.shapes}),
-            "modules": Counter(module.rpartition(".")[2] for module in sorted(folder.shapes)),
-            "rslora": bool(folder.config.get("use_rslora")),
-            "parameters": sum(rank * sum(folder.shapes[module]) for module, rank in folder.ranks.items()),
-            "bytes": (folder.path / WEIGHTS_FILE).stat().st_size,
-            "revision": self.adapter.revision,
-            "sha256": self.adapter.sha256,
-        }
-
-    def traits(self) -> dict[str, Any]:
-        """What a sound adapter must have in common with the others of its library."""
-        if self.adapter is None or self.reason:
-            return {}
-        folder = self.adapter.folder
-        base = {"its base model": folder.base_model.casefold()} if folder.base_model else {}
-        return base | {f"the shape of {module}": shape for module, shape in folder.shapes.items()}
 
 
 def check(specs: Sequence[str]) -> dict[str, Any]:
@@ -69,16 +29,19 @@ def check(specs: Sequence[str]) -> dict[str, Any]:
         duplicates, whatever their sizes, the pairs of look-alikes with the overlap of what they read, and the
         outliers: norms far above or below the median, in medians.
     """
-    reports = list(_reports(specs))
-    _name_misfits(reports)
-    sound = [report.adapter for report in reports if report.adapter and not report.reason]
+    every = _misfits_refused(list(examined(specs)))
+    sound = [one.adapter for one in every if one.adapter and not one.error]
     names, (norms, cosines), shared = [a.name for a in sound], norms_and_cosines(sound), overlaps(sound)
     same, alike = (
         np.argwhere(np.triu(of, 1)) for of in (cosines > SAME, (shared > OVERLAP) & (cosines <= SAME))
     )
     sizes = (norms / np.median(norms)).tolist() if sound else []
     return {
-        "adapters": [report.facts() for report in reports],
+        "adapters": [
+            {"name": one.name, "sound": not one.error, "reason": str(one.error) if one.error else None}
+            | (_facts(one.adapter) if one.adapter else {})
+            for one in every
+        ],
         "compared": names,
         "norms": norms.tolist(),
         "cosines": cosines.tolist(),
@@ -90,43 +53,50 @@ def check(specs: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _reports(specs: Sequence[str]) -> Iterator[Report]:
-    """Reports on each adapter after reading its every value, or on why there is none."""
-    names = set[str]()
-    for spec in expand(specs):
-        try:
-            sources = list(find(spec))
-        except InputError as error:
-            yield Report(Path(spec.partition("@")[0]).name, reason=str(error))
-            continue
-        for source in sources:
-            report = Report(source.name)
-            try:
-                report.adapter = opened(source)
-                report.adapter.check_values()
-                check_name(source, names)
-                names.add(source.name)
-            except (InputError, OSError) as error:
-                report.reason = str(error)
-            yield report
+def _facts(adapter: Adapter) -> dict[str, Any]:
+    folder = adapter.folder
+    return {
+        "path": str(folder.path),
+        "base_model": folder.base_model,
+        "ranks": sorted(set(folder.ranks.values())),
+        "scales": sorted({folder.scale(module) for module in folder.shapes}),
+        "modules": Counter(module.rpartition(".")[2] for module in sorted(folder.shapes)),
+        "rslora": bool(folder.config.get("use_rslora")),
+        "parameters": sum(rank * sum(folder.shapes[module]) for module, rank in folder.ranks.items()),
+        "bytes": (folder.path / WEIGHTS_FILE).stat().st_size,
+        "revision": adapter.revision,
+        "sha256": adapter.sha256,
+    }
 
 
-def _name_misfits(reports: Sequence[Report]) -> None:
-    """Gives a reason to adapters whose base model or shape of a module differs from what most adapters have.
+def _misfits_refused(every: Sequence[Examined]) -> list[Examined]:
+    """Refuses sound adapters whose base model or shape of a module differs from what most of them have.
 
     Of two values that are equally frequent the first counts.
     """
     votes: dict[str, Counter[Any]] = defaultdict(Counter)
-    for report in reports:
-        for trait, value in report.traits().items():
+    traits = [_traits(one.adapter) if one.adapter and not one.error else {} for one in every]
+    for mine in traits:
+        for trait, value in mine.items():
             votes[trait][value] += 1
     usual = {trait: values.most_common(1)[0] for trait, values in votes.items()}
-    for report in reports:
-        for trait, value in report.traits().items():
-            most, count = usual[trait]
-            if value != most and report.adapter and not report.reason:
-                where = report.adapter.folder.path
-                report.reason = f"{where}: {trait} is {value}, but {most} in {count} of the others"
+    found = []
+    for one, mine in zip(every, traits, strict=True):
+        odd = [
+            f"{trait} is {value}, but {usual[trait][0]} in {usual[trait][1]} of the others"
+            for trait, value in mine.items()
+            if value != usual[trait][0]
+        ]
+        where = one.adapter and one.adapter.folder.path
+        found.append(one._replace(error=InputError(f"{where}: {odd[0]}")) if odd else one)
+    return found
+
+
+def _traits(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter must have in common with the others of its library."""
+    folder = adapter.folder
+    base = {"its base model": folder.base_model.casefold()} if folder.base_model else {}
+    return base | {f"the shape of {module}": shape for module, shape in folder.shapes.items()}
 
 
 def as_text(findings: Mapping[str, Any]) -> list[str]:
@@ -183,17 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"as for --adapters of router.main (default: {LIBRARY})",
     )
     args = p.parse_args(argv)
-    try:
+    broken: list[str] = []
+
+    def work() -> None:
         findings = check(args.specs)
-    except (InputError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    for line in [json.dumps(findings)] if args.json else as_text(findings):
-        print(
-            "".join(filter(str.isprintable, line))
-        )  # names are a stranger's, who must not control the terminal
-    return 0 if all(facts["sound"] for facts in findings["adapters"]) else 2
+        broken.extend(facts["name"] for facts in findings["adapters"] if not facts["sound"])
+        for line in [json.dumps(findings)] if args.json else as_text(findings):
+            # Names are a stranger's, who must not control the terminal.
+            print("".join(filter(str.isprintable, line)))
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return exit_code(work) or (2 if broken else 0)

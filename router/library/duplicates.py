@@ -128,9 +128,7 @@ def norms_and_cosines(adapters: Sequence[Adapter]) -> tuple[NDArray[np.float64],
         norms (adapters,), cosines (adapters, adapters).
     """
     inner = np.zeros((len(adapters), len(adapters)))
-    streams = (_numbered(n, adapter) for n, adapter in enumerate(adapters))
-    for _, found in groupby(heapq.merge(*streams, key=itemgetter(0, 1)), key=itemgetter(0)):
-        _, owners, updates = zip(*found, strict=True)
+    for owners, updates in _by_module(adapters):
         inner[np.ix_(owners, owners)] += gram(updates).numpy()
     norms = np.sqrt(inner.diagonal().clip(0))  # rounding may leave a zero just below
     sizes = np.outer(norms, norms)
@@ -153,9 +151,7 @@ def overlaps(adapters: Sequence[Adapter], modules: Sequence[str] | None = None) 
         modules: the modules to compare at, which all adapters change; None takes all.
     """
     inner = np.zeros((len(adapters), len(adapters)))
-    streams = (_numbered(n, adapter, modules) for n, adapter in enumerate(adapters))
-    for _, found in groupby(heapq.merge(*streams, key=itemgetter(0, 1)), key=itemgetter(0)):
-        _, owners, updates = zip(*found, strict=True)
+    for owners, updates in _by_module(adapters, modules):
         read = []
         for update in updates:
             _, s, vh = svd(update)  # (k,), (k, d_in)
@@ -164,15 +160,21 @@ def overlaps(adapters: Sequence[Adapter], modules: Sequence[str] | None = None) 
         number = torch.repeat_interleave(torch.arange(len(read)), torch.tensor([len(rows) for rows in read]))
         for owner, rows in zip(owners, read, strict=True):
             shared = (every @ rows.T).square().sum(1).double()  # (K,)
-            inner[owner, list(owners)] += torch.bincount(number, shared, len(read)).numpy()
+            inner[owner, owners] += torch.bincount(number, shared, len(read)).numpy()
     sizes = np.sqrt(np.outer(inner.diagonal(), inner.diagonal()))
     return np.divide(inner, sizes, out=np.zeros_like(inner), where=sizes > 0)
 
 
-def _numbered(
-    number: int, adapter: Adapter, modules: Sequence[str] | None = None
-) -> Iterator[tuple[str, int, Factors]]:
-    """An adapter's updates in order of module, with its number."""
-    updates = adapter.read_all() if modules is None else ((name, adapter.read(name)) for name in modules)
-    for module, update in updates:
-        yield module, number, update
+def _by_module(
+    adapters: Sequence[Adapter], modules: Sequence[str] | None = None
+) -> Iterator[tuple[list[int], list[Factors]]]:
+    """The numbers of the adapters that change a module, and their updates of it, module by module."""
+
+    def numbered(n: int, adapter: Adapter) -> Iterator[tuple[str, int, Factors]]:
+        updates = adapter.read_all() if modules is None else ((name, adapter.read(name)) for name in modules)
+        return ((module, n, update) for module, update in updates)
+
+    merged = heapq.merge(*map(numbered, range(len(adapters)), adapters), key=itemgetter(0, 1))
+    for _, group in groupby(merged, key=itemgetter(0)):
+        _, owners, updates = zip(*group, strict=True)
+        yield list(owners), list(updates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,14 +30,14 @@ def expand(specs: Sequence[str]) -> list[str]:
     return list(COMPETITION_ADAPTERS if list(specs) == [COMPETITION] else specs)
 
 
-def find(spec: str, local_only: bool = False) -> Iterator[Source]:
+def find(spec: str, local_only: bool = False) -> list[Source]:
     """The adapters that a spec stands for: a folder, a folder of folders, a name in data/library, a hub id.
 
     Args:
         local_only: nothing is fetched from the hub.
 
     Raises:
-        InputError: there are none, or the folder cannot be read.
+        InputError: there are none, the folder cannot be read, or the hub cannot provide it.
     """
     path = _folder(spec)
     if path is None and Path(spec) == LIBRARY:
@@ -46,26 +46,21 @@ def find(spec: str, local_only: bool = False) -> Iterator[Source]:
             "repository, or name your own adapters"
         )
     if path is None:
-        yield from_hub(spec, local_only)
-        return
+        return [_from_hub(spec, local_only)]
     try:
-        alone = (path / CONFIG_FILE).exists()
-        children = () if alone else path.iterdir()
-        found = sorted(child for child in children if child.is_dir() and not child.name.startswith("."))
+        if (path / CONFIG_FILE).exists():  # a link keeps its own name
+            return [Source(Path(os.path.normpath(path.absolute())).name, path, None)]
+        found = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     except OSError as error:
         raise InputError(
             f"--adapters {spec}: expected a folder that can be read ({error}); change its permissions, or "
             "name another"
         ) from error
-    if alone:
-        yield Source(Path(os.path.normpath(path.absolute())).name, path, None)  # links keep their own name
-        return
     if not found:
         raise InputError(
             f"--adapters {spec}: expected a PEFT folder or a folder of such folders, found neither"
         )
-    for child in found:
-        yield Source(child.name, child, None)
+    return [Source(child.name, child, None) for child in found]
 
 
 def _folder(spec: str) -> Path | None:
@@ -83,15 +78,8 @@ def is_here(spec: str) -> bool:
     return True
 
 
-def from_hub(spec: str, local_only: bool = False) -> Source:
-    """Fetches an adapter, `ID[@REVISION]`, into the hub's cache.
-
-    Args:
-        local_only: it must be in the cache already.
-
-    Raises:
-        InputError: the hub cannot provide it.
-    """
+def _from_hub(spec: str, local_only: bool) -> Source:
+    """Fetches an adapter, `ID[@REVISION]`, into the hub's cache."""
     try:
         path, repo, commit = fetch(spec, FILES, local_only)
     except HubError as error:

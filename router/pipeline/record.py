@@ -7,18 +7,17 @@ import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from pydantic import FiniteFloat
 
-from router.constants import BASE_COLUMN, Engine
+from router.constants import BASE_COLUMN, Apply, Dtype, Engine
 from router.routing.evidence import LOW_MARGIN
 from router.system.files import record_of, typed
 from router.system.version import own_version
 
 if TYPE_CHECKING:
-    from router.model.base import Base
     from router.pipeline.context import Context
     from router.pipeline.result import Decision
 
@@ -33,28 +32,11 @@ class BaseRecord:
 
     name: str
     sha256: str
-    dtype: str
+    dtype: Dtype
     revision: str | None = None
     device: str | None = None
     tokens_at_once: int | None = None
     apply: str | None = None
-
-    @staticmethod
-    def of(base: Base, apply: Any) -> BaseRecord:
-        """That of a loaded model, on which variants are applied so."""
-        from router.model.apply import picked
-        from router.model.device import tokens_at_once
-
-        device, dtype = base.model.device, base.model.dtype
-        return BaseRecord(
-            base.name,
-            base.sha256,
-            str(dtype).removeprefix("torch."),
-            base.revision,
-            str(device),
-            tokens_at_once(device, dtype),
-            picked(base.model, device, dtype, apply),
-        )
 
 
 @dataclass(frozen=True)
@@ -128,8 +110,10 @@ class Record:
 
     def __post_init__(self) -> None:
         names = self.flags.get("dataset_filepaths")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError("expected the names of query files in flags.dataset_filepaths")
+        if len({path.stem for path in self.paths}) < len(names):
+            raise ValueError("expected query files of different names in flags.dataset_filepaths")
         if self.variants and not (self.base and self.adapters):
             raise ValueError("expected the base model and the adapters of its variants")
         if not all(variant.weights for variant in self.variants):
@@ -170,8 +154,6 @@ def record(name: str, context: Context, decision: Decision | None, **more: Any) 
         more: further fields.
     """
     stages, settings = context.stages, context.settings
-    if decision:
-        more |= _decided(decision) | {"base": BaseRecord.of(decision.base, settings.apply)}
     return Record(
         method=name,
         versions=versions(settings.engine),
@@ -179,6 +161,7 @@ def record(name: str, context: Context, decision: Decision | None, **more: Any) 
         seconds={stage: round(value, 3) for stage, value in stages.seconds.items()},
         peak_mib=dict(stages.peak_mib),
         peak_gpu_mib=dict(stages.peak_gpu_mib),
+        **(_decided(decision, settings.apply) if decision else {}),
         **more,
     )
 
@@ -192,11 +175,25 @@ def versions(engine: Engine = "transformers") -> dict[str, str]:
     return own
 
 
-def _decided(decision: Decision) -> dict[str, Any]:
-    evidence = decision.routing.evidence
+def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
+    """The fields of a method that routes."""
+    from router.model.apply import picked
+    from router.model.device import tokens_at_once
+
+    base, evidence = decision.base, decision.routing.evidence
+    device, dtype = base.model.device, base.model.dtype
     counts = np.bincount(decision.clusters.labels, minlength=len(decision.variants)).tolist()
     rows = zip(decision.variants, decision.folders, counts, strict=True)
     found: dict[str, Any] = {
+        "base": BaseRecord(
+            base.name,
+            base.sha256,
+            cast(Dtype, str(dtype).removeprefix("torch.")),
+            base.revision,
+            str(device),
+            tokens_at_once(device, dtype),
+            picked(base.model, device, dtype, apply),
+        ),
         "adapters": {of.name: AdapterRecord(of.sha256, of.revision) for of in decision.adapters},
         "n_variants": len(decision.variants),
         "variants": [
@@ -207,11 +204,8 @@ def _decided(decision: Decision) -> dict[str, Any]:
         ],
     }
     if evidence:
-        found |= {
-            "low_margin": int(evidence.low_margin.sum()),
-            "lookalikes": evidence.lookalikes,
-            "silent": evidence.silent,
-        }
+        found["low_margin"] = int(evidence.low_margin.sum())
+        found |= {"lookalikes": evidence.lookalikes, "silent": evidence.silent}
     return found
 
 

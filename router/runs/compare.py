@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from rich.console import Console
 
+from router.pipeline.record import Record
 from router.queries.submission import adapters_of, read_rows
 from router.runs.explain import Rows, called, open_console, section
 from router.runs.load import Run, load
@@ -24,21 +25,6 @@ from router.system.files import is_folder
 PARTS = ("flags", "base", "versions")  # of a record that decide a run
 DRAWS = 2000
 WIDTH = 48  # characters of a prediction or a setting shown
-
-
-class Pair(NamedTuple):
-    """A query as two runs answered it: the predictions `a` and `b`, and each run's top candidate.
-
-    The label is its row of labels, empty if it has none.
-    """
-
-    file: str
-    id: str
-    a: str
-    b: str
-    source: str | None
-    target: str | None
-    label: dict[str, str]
 
 
 def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
@@ -52,64 +38,67 @@ def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
         InputError: a folder holds no finished run, the queries differ, or there are no labels.
     """
     one, two = load(a), load(b)
-    pairs = _pairs(one, two, _labels(labels, list(one.files)) if labels else {})
-    moves: dict[tuple[str, str], list[str]] = {}
-    for pair in pairs:
-        if pair.source != pair.target:
-            moves.setdefault((called(pair.source), called(pair.target)), []).append(pair.id)
+    both = _joined(one, two)
+    rows = _labels(labels, one.stems) if labels else {}
+    for name, column in (("label", "target"), ("adapter", "adapter")):  # None where there is none
+        known = [rows.get(key, {}).get(column) for key in both.index]
+        both[name] = pd.Series(known, both.index, object)
+    changed = both[both["a"] != both["b"]]
+    moved = both[both["top a"].map(called) != both["top b"].map(called)]
+    groups = moved.groupby([moved["top a"].map(called), moved["top b"].map(called)], sort=False)["id"]
+    moves = [
+        {"from": source, "to": target, "queries": len(ids), "ids": ids.tolist()}
+        for (source, target), ids in groups
+    ]
     return {
         "a": str(a),
         "b": str(b),
-        "queries": len(pairs),
-        "settings": _settings(one.record.plain(), two.record.plain()),
-        "moved": sum(map(len, moves.values())),
-        "moves": [
-            {"from": source, "to": target, "queries": len(ids), "ids": ids}
-            for (source, target), ids in sorted(moves.items(), key=lambda move: -len(move[1]))
-        ],
-        "changes": [
-            {"id": pair.id, "a": pair.a, "b": pair.b, "label": pair.label.get("target")}
-            for pair in pairs
-            if pair.a != pair.b
-        ],
-        "score": _score(pairs) if labels else None,
+        "queries": len(both),
+        "settings": _settings(one.record, two.record),
+        "moved": len(moved),
+        "moves": sorted(moves, key=lambda move: -move["queries"]),
+        "changes": changed[["id", "a", "b", "label"]].to_dict("records"),
+        "score": _score(both) if labels else None,
     }
 
 
-def _pairs(one: Run, two: Run, labels: Mapping[tuple[str, str], dict[str, str]]) -> list[Pair]:
-    if one.files.keys() != two.files.keys():
-        got = " and ".join(f"{', '.join(run.files)} in {run.folder}" for run in (one, two))
+def _joined(one: Run, two: Run) -> pd.DataFrame:
+    """The queries of two runs by `STEM:ID`: the predictions `a` and `b`, and each run's top candidate."""
+    if sorted(one.stems) != sorted(two.stems):
+        got = " and ".join(f"{', '.join(run.stems)} in {run.folder}" for run in (one, two))
         raise InputError(f"expected two runs on the same query files, got {got}")
-    pairs = []
-    for stem, mine in one.files.items():
-        theirs = two.files[stem]
-        if alone := sorted(set(mine.ids) ^ set(theirs.ids)):
+    a, b = (
+        pd.DataFrame(
+            {"answer": run.predictions, "top": run.top, "asked": run.queries}, run.keys, dtype=object
+        )
+        for run in (one, two)
+    )
+    if len(alone := a.index.symmetric_difference(b.index)):
+        raise InputError(
+            f"expected the same ids in both runs, but {len(alone)} are in one alone, such as {alone[0]!r}; "
+            "run both on one query file"
+        )
+    b = b.loc[a.index]
+    for key, asked, other in zip(a.index, a["asked"], b["asked"], strict=True):
+        if asked and other and asked != other:
             raise InputError(
-                f"{mine.path.name}: expected the same ids in both runs, but {len(alone)} are in one alone, "
-                f"such as {alone[0]!r}; run both on one query file"
+                f"expected two runs on the same queries, but {key!r} is another in {one.folder} than in "
+                f"{two.folder}; run both on one query file"
             )
-        place, tops, others = {name: n for n, name in enumerate(theirs.ids)}, mine.top, theirs.top
-        for n, name in enumerate(mine.ids):
-            k = place[name]
-            asked, other = mine.queries[n], theirs.queries[k]
-            if asked and other and asked != other:
-                raise InputError(
-                    f"expected two runs on the same queries, but {name!r} is another in {mine.path} than in "
-                    f"{theirs.path}; run both on one query file"
-                )
-            full, label = f"{stem}:{name}" if len(one.files) > 1 else name, labels.get((stem, name), {})
-            answers = mine.predictions[n], theirs.predictions[k]
-            pairs.append(Pair(stem, full, *answers, tops[n], others[k], label))
-    return pairs
+    return pd.DataFrame({
+        "file": [one.stems[number] for number in one.file],
+        "id": one.keys if len(one.stems) > 1 else one.ids,
+        "a": a["answer"], "b": b["answer"], "top a": a["top"], "top b": b["top"],
+    }, a.index)  # fmt: skip
 
 
-def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> Rows:
+def _settings(a: Record, b: Record) -> Rows:
     """What decides a run, as far as the two records differ."""
     one, two = (
-        {"method": record["method"]}
-        | {f"{part}.{name}": value for part in PARTS for name, value in record.get(part, {}).items()}
-        | {"adapters": [f"{name} {of['sha256'][:12]}" for name, of in record.get("adapters", {}).items()]}
-        for record in (a, b)
+        {"method": record.method}
+        | {f"{part}.{name}": value for part in PARTS for name, value in plain.get(part, {}).items()}
+        | {"adapters": [f"{name} {of.sha256[:12]}" for name, of in record.adapters.items()]}
+        for record, plain in ((a, a.plain()), (b, b.plain()))
     )
     return [
         {"setting": name, "a": one.get(name), "b": two.get(name)}
@@ -118,61 +107,52 @@ def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> Rows:
     ]
 
 
-def _labels(paths: Sequence[Path], stems: Sequence[str]) -> dict[tuple[str, str], dict[str, str]]:
-    """Rows of labels by stem and id."""
+def _labels(paths: Sequence[Path], stems: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Rows of labels by `STEM:ID`."""
     files = [file for path in paths for file in (sorted(path.glob("*.csv")) if is_folder(path) else [path])]
     if not (of_runs := [file for file in files if file.stem in stems and file.exists()]):
         raise InputError(
             f"--labels {' '.join(map(str, paths))}: expected CSV files named as the query files "
             f"({', '.join(stems)}), or a folder of them; found none"
         )
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    rows: dict[str, dict[str, str]] = {}
     for file in of_runs:
         for line, row in read_rows(file, ("id", "target")):
-            if (file.stem, row["id"]) in found:
+            if rows.setdefault(f"{file.stem}:{row['id']}", row) is not row:
                 raise InputError(
                     f"--labels: {file}, line {line}: expected one row for each query, got a second one for "
-                    f"{file.stem}:{row['id']:.60}"
+                    f"{row['id']:.60}"
                 )
-            found[file.stem, row["id"]] = row
-    return found
+    return rows
 
 
-def _score(pairs: Sequence[Pair]) -> dict[str, Any]:
+def _score(both: pd.DataFrame) -> dict[str, Any]:
     """Shares of right answers, their means over files, and the interval of the paired difference."""
-    rng, files, drawn = np.random.default_rng(0), [], []
-    for stem in dict.fromkeys(pair.file for pair in pairs):
-        mine = [pair for pair in pairs if pair.file == stem and pair.label]
-        if not mine:
-            continue
-        right = np.array([[text.strip() == p.label["target"] for text in (p.a, p.b)] for p in mine], float)
-        a, b = right.mean(0).tolist()
-        tops = {"routed a": [p.source for p in mine], "routed b": [p.target for p in mine]}
-        routes = {key: _routed(mine, of) for key, of in tops.items()}
-        files.append({"file": stem, "queries": len(mine), "a": a, "b": b, **routes})
-        # To draw queries with replacement is to draw how many were lost, equal and gained.
-        steps = np.array([-1, 0, 1])
-        shares = (right[:, 1:] - right[:, :1] == steps).mean(0)
-        drawn.append(rng.multinomial(len(mine), shares, DRAWS) @ steps / len(mine))
-    if not files:
+    known = both[both["label"].notna()]
+    if known.empty:
         raise InputError("--labels: expected ids of the runs' queries, found none of them")
+    right = pd.DataFrame({"file": known["file"]})
+    for side in "ab":
+        right[side] = (known[side].str.strip() == known["label"]).astype(float)
+    for side in "ab":  # how often the top candidate is a labelled adapter, unless there is none
+        tops = known[f"top {side}"]
+        named = known["adapter"] if tops.any() else [None] * len(tops)
+        pairs = zip(tops, named, strict=True)
+        right[f"routed {side}"] = [float(top in adapters_of(of)) if of else np.nan for top, of in pairs]
+    groups = right.groupby("file", sort=False)
+    means = groups.mean()
+    # To draw queries with replacement is to draw how many were lost, equal and gained.
+    rng, steps, drawn = np.random.default_rng(0), np.array([-1, 0, 1]), []
+    for _, of in groups:
+        shares = ((of["b"] - of["a"]).to_numpy()[:, None] == steps).mean(0)
+        drawn.append(rng.multinomial(len(of), shares, DRAWS) @ steps / len(of))
     low, high = np.quantile(np.mean(drawn, 0), (0.025, 0.975)).tolist()
-    mean = {key: _mean([file[key] for file in files]) for key in ("a", "b", "routed a", "routed b")}
-    files.append({"file": "mean over files", "queries": sum(file["queries"] for file in files), **mean})
-    return {"files": files, "difference": mean["b"] - mean["a"], "low": low, "high": high}
-
-
-def _mean(values: Sequence[float | None]) -> Any:
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
-
-
-def _routed(pairs: Sequence[Pair], tops: Sequence[str | None]) -> float | None:
-    """How often the top candidate is a labelled adapter; None if there is none, as in a static merge."""
-    labels = [pair.label.get("adapter") for pair in pairs]
-    right = [top in adapters_of(label) for label, top in zip(labels, tops, strict=True) if label]
-    known = any(top for label, top in zip(labels, tops, strict=True) if label)
-    return float(_mean(right)) if known else None
+    means.insert(0, "queries", groups.size())
+    means.loc["mean over files"] = means.mean()
+    means.loc["mean over files", "queries"] = len(known)
+    files = means.astype({"queries": int}).reset_index().astype(object).where(lambda of: of.notna(), None)
+    difference = float((means["b"] - means["a"]).iloc[-1])
+    return {"files": files.to_dict("records"), "difference": difference, "low": low, "high": high}
 
 
 def show(found: Mapping[str, Any], console: Console, most: int) -> None:
@@ -182,11 +162,9 @@ def show(found: Mapping[str, Any], console: Console, most: int) -> None:
     section(console, f"Settings that differ: {len(settings)}", settings)
     total = found["queries"]
     moves = [row | {"ids": _line(", ".join(row["ids"]))} for row in found["moves"]]
-    title = f"Top candidate: changed for {found['moved']} of {total} queries"
-    section(console, title, moves)
+    section(console, f"Top candidate: changed for {found['moved']} of {total} queries", moves)
     changes = [row | _apart(row["a"], row["b"]) for row in found["changes"][:most]]
-    title = f"Predictions: {len(found['changes'])} of {total} differ, {len(changes)} shown"
-    section(console, title, changes)
+    section(console, f"Predictions: {len(found['changes'])} of {total} differ, {len(changes)} shown", changes)
     if score := found["score"]:
         points = [f"{100 * score[key]:+.1f}" for key in ("difference", "low", "high")]
         how = f"95 % interval {points[1]} to {points[2]} (paired, queries drawn {DRAWS} times)"
@@ -230,7 +208,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(found, open_console(), max(0, args.show))
 
     return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

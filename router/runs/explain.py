@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -23,10 +22,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from router.constants import BASE_COLUMN, Device, Dtype
+from router.constants import BASE_COLUMN, Device
 from router.queries.submission import MULTIPLE_CHOICE, Query
 from router.routing.evidence import LOW_MARGIN, Evidence
-from router.runs.load import QueryFile, Run, load
+from router.runs.load import Run, load
+from router.runs.report.data import best_of, places_of
 from router.system.errors import InputError, exit_code, printable
 
 NEAREST = 8  # adapters shown for their score
@@ -47,54 +47,52 @@ def explain(folder: Path, name: str, answers: bool = False) -> dict[str, Any]:
         InputError: the folder holds no finished run, or it has no such id, or several.
     """
     run = load(folder)
-    stem, n = _find(run, name)
-    file = run.files[stem]
-    query, candidates = file.queries[n], _candidates(file, n)
-    variant = asdict(run.record.variants[file.labels[n]]) if candidates else None
+    n = _find(run, name)
+    query, e, label, candidates = run.queries[n], run.evidence, int(run.labels[n]), _candidates(run, n)
+    variant = asdict(run.record.variants[label]) if candidates else None
     return {
         "run": str(folder),
         "method": run.record.method,
-        "file": stem,
-        "id": file.ids[n],
-        "summary": _summary(run, candidates, variant) if variant else "the method writes no routing table",
+        "file": run.stems[run.file[n]],
+        "id": run.ids[n],
+        "summary": _summary(candidates, variant) if variant else "the method writes no routing table",
         "query": asdict(query) if query else None,
-        "frame": file.evidence.frames[int(file.evidence.frame[n])] if file.evidence else None,
-        "answer": file.predictions[n],
+        "frame": e.frames[int(e.frame[n])] if e else None,
+        "answer": run.predictions[n],
         "base_answer": _base_answer(run, query) if answers else None,
         "candidates": candidates,
-        "variant": {"number": int(file.labels[n]), **variant} if variant else None,
-        "votes": _votes(file.evidence, n) if file.evidence else None,
+        "variant": {"number": label, **variant} if variant else None,
+        "votes": _votes(e, n) if e else None,
     }
 
 
-def _find(run: Run, name: str) -> tuple[str, int]:
-    """The stem and the row that `ID` or `STEM:ID` stands for."""
-    rows = [(stem, n, own) for stem, file in run.files.items() for n, own in enumerate(file.ids)]
-    full = [f"{stem}:{own}" for stem, _, own in rows]
-    found = [k for k, (_, _, own) in enumerate(rows) if name in (full[k], own)]
-    if len(found) > 1:
-        which = " or ".join(full[k] for k in found)
-        raise InputError(f"{name!r} stands in {len(found)} query files; say which: {which}")
-    if found:
-        return rows[found[0]][:2]
-    meant = get_close_matches(name, [*(own for _, _, own in rows), *full], 1, 0.5) or [rows[0][2]]
-    raise InputError(f"{run.folder}: expected the id of a query, such as {meant[0]!r}, got {name!r}")
+def _find(run: Run, name: str) -> int:
+    """The row of the query that `ID` or `STEM:ID` stands for."""
+    keys = run.keys
+    rows = [n for n, pair in enumerate(zip(keys, run.ids, strict=True)) if name in pair]
+    if len(rows) > 1:
+        which = " or ".join(keys[n] for n in rows)
+        raise InputError(f"{name!r} stands in {len(rows)} query files; say which: {which}")
+    if not rows:
+        near = get_close_matches(name, [*run.ids, *keys], 1, 0.5) or run.ids
+        raise InputError(f"{run.folder}: expected the id of a query, such as {near[0]!r}, got {name!r}")
+    return rows[0]
 
 
-def _candidates(file: QueryFile, n: int) -> Rows:
+def _candidates(run: Run, n: int) -> Rows:
     """The adapters, best score first (without evidence, top weight first), and then the base model."""
-    if not file.names:
+    if not run.names:
         return []
-    e, level = file.evidence, file.weights[n, :-1]
-    columns: dict[str, list[Any]] = {"name": file.names}
+    e, level = run.evidence, run.weights[n, :-1]
+    columns: dict[str, list[Any]] = {"name": run.names}
     if e:
-        level = np.nan_to_num(e.candidates[n, :-1], nan=-np.inf)
+        level = np.nan_to_num(e.scores[n], nan=-np.inf)
         columns |= {
             "response": [*_numbers(e.responses[n]), None],
             "rank": [*(1 + (-e.responses[n]).argsort().argsort()).tolist(), None],
             "score": _numbers(e.candidates[n]),
         }
-    columns["weight"] = file.weights[n].tolist()
+    columns["weight"] = run.weights[n].tolist()
     order = [*np.argsort(-level, kind="stable").tolist(), -1]
     return [{key: column[k] for key, column in columns.items()} for k in order]
 
@@ -105,18 +103,16 @@ def _numbers(values: Iterable[Any]) -> list[float | None]:
 
 def _votes(e: Evidence, n: int) -> dict[str, Any]:
     """Mean votes for the adapter with the highest score; a run keeps no others."""
-    depths = {name: int(found[1]) for name in e.modules if (found := re.search(r"\.(\d{1,9})\.", name))}
-    kinds: dict[str, list[float]] = {}
-    thirds: dict[int, list[float]] = {}
-    for name, vote in zip(e.modules, e.votes[n].tolist(), strict=True):
+    layers, kinds = places_of(e.modules)
+    votes, deepest = e.votes[n].tolist(), max(layers, default=0)
+    by_depth = sorted(zip(layers, votes, strict=True))
+    thirds = [(THIRDS[3 * layer // (deepest + 1)], vote) for layer, vote in by_depth if layer >= 0]
+    groups: dict[str, list[float]] = {}
+    for name, vote in [*zip(kinds, votes, strict=True), *thirds]:
         if np.isfinite(vote):
-            kinds.setdefault(name.rsplit(".", 1)[-1], []).append(vote)
-            if name in depths:
-                thirds.setdefault(3 * depths[name] // (1 + max(depths.values())), []).append(vote)
-    groups = kinds | {THIRDS[k]: thirds[k] for k in sorted(thirds)}
-    means = [{"modules": key, "count": len(of), "mean": sum(of) / len(of)} for key, of in groups.items()]
-    best = e.adapters[int(np.nanargmax(e.scores[n]))]
-    return {"adapter": best, "residual": float(e.residual[n]), "means": means}
+            groups.setdefault(name, []).append(vote)
+    means = [{"modules": name, "count": len(of), "mean": sum(of) / len(of)} for name, of in groups.items()]
+    return {"adapter": e.adapters[best_of(e)[n]], "residual": float(e.residual[n]), "means": means}
 
 
 def called(name: str | None) -> str:
@@ -124,7 +120,7 @@ def called(name: str | None) -> str:
     return {BASE_COLUMN: "the base model", None: "no single one"}.get(name, str(name))
 
 
-def _summary(run: Run, candidates: Rows, variant: dict[str, Any]) -> str:
+def _summary(candidates: Rows, variant: dict[str, Any]) -> str:
     """Which candidate is the top one, and why, in one sentence."""
     top, mix = max(candidates, key=lambda c: c["weight"]), variant["weights"]
     share = f"{top['weight']:.2f} of the weight"
@@ -162,19 +158,18 @@ def _base_answer(run: Run, query: Query | None) -> str:
     Raises:
         InputError: the query's text or the base model is not at hand, or the model has other weights now.
     """
-    if query is None or run.record.base is None:
+    recorded = run.record.base
+    if query is None or recorded is None:
         missing = "the query's text" if query is None else "a base model in run.json"
         raise InputError(f"--answers: expected {missing}, found none; leave --answers out")
     from router.model.answer import answers, encode
     from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
     from router.model.template import template_of
 
-    recorded = run.record.base
-    name, revision = recorded.name, recorded.revision
+    name, revision, settings = recorded.name, recorded.revision, run.settings
     spec = f"{name}@{revision}" if revision else EMBEDDED if name == EMBEDDED_ID else name
     device: Device = "cpu" if recorded.device == "cpu" else "auto"
-    settings = replace(run.settings, device=device, dtype=cast(Dtype, recorded.dtype))
-    base = load_base(spec, settings.device, settings.dtype, settings.device_map)
+    base = load_base(spec, device, recorded.dtype, settings.device_map)
     if base.sha256 != recorded.sha256:
         raise InputError(
             f"--answers: expected the base model of the run, {spec} (sha256 {recorded.sha256[:12]}), got "
@@ -274,7 +269,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(story, open_console())
 
     return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,31 +21,34 @@ from router.queries.submission import (
     read_rows,
     submission_name,
 )
-from router.routing.clusters import Clusters
+from router.routing.clusters import Array, Clusters
 from router.routing.evidence import Evidence, joined
 from router.settings import Settings
 from router.system.errors import InputError
 from router.system.files import sha256_of
 
-Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class QueryFile:
-    """One query file's results, row by row in the order of its queries.
+class Run:
+    """A finished run, query by query in the order of its query files.
 
     Attributes:
-        path: the query file, as the run was given it.
+        folder: where it is now, wherever it was written.
+        record: what run.json holds.
+        file: (queries,) the number of the query file that each is in.
         ids, predictions: each query's id and the answer to it.
         queries: what was asked; None if the file, or the query in it, is gone or has changed.
         names: the candidates, adapters and then the base model; empty if the method does not route.
-        labels: (queries,) number of the variant; empty if the method does not route.
+        labels: (queries,) number of the variant; zeros if the method does not route.
         weights: (queries, candidates).
         evidence: why; None if the method keeps none.
     """
 
-    path: Path
+    folder: Path
+    record: Record
+    file: Labels
     ids: list[str]
     predictions: list[str]
     queries: list[Query | None]
@@ -55,65 +57,42 @@ class QueryFile:
     weights: Array
     evidence: Evidence | None
 
-    def some(self, rows: Labels) -> QueryFile:
-        """The results of some of its queries."""
-        ids, predictions, queries = (
-            [of[n] for n in rows] for of in (self.ids, self.predictions, self.queries)
-        )
-        labels = self.labels[rows] if len(self.labels) else self.labels
-        evidence = self.evidence and self.evidence.rows(rows)
-        return QueryFile(
-            self.path, ids, predictions, queries, self.names, labels, self.weights[rows], evidence
-        )
+    @property
+    def stems(self) -> list[str]:
+        """The query files' names without their endings, which name their results."""
+        return [path.stem for path in self.record.paths]
+
+    @property
+    def keys(self) -> list[str]:
+        """`STEM:ID` of each query, as `proto-route explain` takes it."""
+        stems = self.stems
+        return [f"{stems[number]}:{own}" for number, own in zip(self.file, self.ids, strict=True)]
+
+    @property
+    def texts(self) -> list[str | None]:
+        """Each query's text, None if it is not at hand."""
+        return [query.input if query else None for query in self.queries]
+
+    @property
+    def answers(self) -> list[str]:
+        """The predictions; for multiple choice with the text of the choice."""
+        return [_spelt(*pair) for pair in zip(self.queries, self.predictions, strict=True)]
+
+    def line(self, n: int, most: int) -> str:
+        """The start of a query's text, or of its id if there is none, in at most `most` characters."""
+        query = self.queries[n]
+        return cut(" ".join((query.input if query else self.ids[n]).split()), most)
+
+    @property
+    def shown(self) -> list[str]:
+        """The candidates' names for a reader."""
+        return [*self.names[:-1], "base model"] if self.names else []
 
     @property
     def top(self) -> list[str | None]:
         """Each query's top candidate; None if several are level, as in a static merge, or there is none."""
         tops = [np.flatnonzero(row == row.max(initial=0)) for row in self.weights]
         return [self.names[top[0]] if len(top) == 1 else None for top in tops]
-
-
-class Row(NamedTuple):
-    """A query with its answer."""
-
-    id: str
-    file: int  # which of the run's query files it is in
-    text: str | None  # None if it is not at hand
-    prediction: str  # for multiple choice, with the text of the choice
-
-    def line(self, most: int) -> str:
-        """The start of the text, or of the id if there is none, on one line of at most `most` characters."""
-        return cut(" ".join((self.text or self.id).split()), most)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run. `files` holds each query file's results; everything else joins them in order.
-
-    Attributes:
-        folder: where it is now, wherever it was written.
-        record: what run.json holds.
-        files: the query files by their stems, which name their results.
-    """
-
-    folder: Path
-    record: Record
-    files: dict[str, QueryFile]
-
-    @property
-    def paths(self) -> list[str]:
-        """The query files, as the run was given them."""
-        return [str(file.path) for file in self.files.values()]
-
-    @property
-    def names(self) -> list[str]:
-        """The candidates, adapters and then the base model; empty if the method does not route."""
-        return next(iter(self.files.values())).names
-
-    @property
-    def shown(self) -> list[str]:
-        """The candidates' names for a reader."""
-        return [*self.names[:-1], "base model"] if self.names else []
 
     @property
     def settings(self) -> Settings:
@@ -122,61 +101,30 @@ class Run:
         Raises:
             InputError: run.json lacks one, or has one that this version does not know.
         """
-        try:
+        with _refused(self.folder / RECORD):
             return Settings.from_plain(self.record.flags)
-        except InputError as error:
-            raise InputError(
-                f"{self.folder / RECORD}: expected the flags of a run ({error}); run it again"
-            ) from error
 
     def sample(self, most: int) -> Run:
         """The run of at most so many of its queries, in order, among them the first of each variant.
 
         The same run gives the same sample.
         """
-        lengths = [len(file.ids) for file in self.files.values()]
-        total = sum(lengths)
+        total = len(self.ids)
         if total <= most:
             return self
         firsts = np.unique(self.labels, return_index=True)[1][:most]
         rest = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(total), firsts))
         chosen = np.sort(np.append(firsts, rest[: most - len(firsts)]))
-        starts = np.cumsum([0, *lengths])
-        files = {
-            stem: file.some(chosen[(chosen >= start) & (chosen < start + length)] - start)
-            for (stem, file), start, length in zip(self.files.items(), starts, lengths, strict=False)
-        }
-        return Run(self.folder, self.record, files)
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """All queries with their answers."""
-        return [
-            Row(own, n, query.input if query else None, _spelt(query, prediction))
-            for n, file in enumerate(self.files.values())
-            for own, query, prediction in zip(file.ids, file.queries, file.predictions, strict=True)
-        ]
-
-    @property
-    def keys(self) -> list[str]:
-        """`STEM:ID` of each query, as `proto-route explain` takes it."""
-        return [f"{stem}:{own}" for stem, file in self.files.items() for own in file.ids]
-
-    @cached_property
-    def labels(self) -> Labels:
-        """(queries,) the variant of each; empty if the method does not route."""
-        return np.concatenate([file.labels for file in self.files.values()])
-
-    @cached_property
-    def weights(self) -> Array:
-        """(queries, candidates)."""
-        return np.concatenate([file.weights for file in self.files.values()])
-
-    @cached_property
-    def evidence(self) -> Evidence | None:
-        """The evidence of all queries, None if a file has none."""
-        found = [file.evidence for file in self.files.values() if file.evidence]
-        return joined(found) if len(found) == len(self.files) else None
+        return replace(
+            self,
+            file=self.file[chosen],
+            ids=[self.ids[n] for n in chosen],
+            predictions=[self.predictions[n] for n in chosen],
+            queries=[self.queries[n] for n in chosen],
+            labels=self.labels[chosen],
+            weights=self.weights[chosen],
+            evidence=self.evidence and self.evidence.rows(chosen),
+        )
 
     @property
     def clusters(self) -> Clusters:
@@ -193,39 +141,20 @@ class Run:
     @property
     def low_margin(self) -> NDArray[np.bool_]:
         """(queries,) whether the margin is low; False for all if there is no evidence."""
-        return np.zeros(len(self.weights), bool) if self.evidence is None else self.evidence.low_margin
-
-    @property
-    def sent(self) -> dict[str, int]:
-        """How many queries would go to an adapter, by the rate of false alarms; empty without evidence."""
-        return {} if self.evidence is None else self.evidence.sent
-
-    @property
-    def duplicates(self) -> dict[str, str]:
-        """The duplicates, each with its representative: the same adapter in another size."""
-        return {} if self.evidence is None else self.evidence.duplicates
-
-    @property
-    def lookalikes(self) -> dict[str, str]:
-        """Those that read what another adapter reads and write something else, each with that one."""
-        return {} if self.evidence is None else self.evidence.lookalikes
-
-    @property
-    def silent(self) -> list[str]:
-        """Those that read directions which text hardly has."""
-        return [] if self.evidence is None else self.evidence.silent
+        return np.zeros(len(self.ids), bool) if self.evidence is None else self.evidence.low_margin
 
     @property
     def notes(self) -> list[str]:
         """What is missing, in sentences for the reader."""
-        cut = [f"An adapter was left out: {reason}." for reason in self.record.left_out]
+        notes = [f"An adapter was left out: {reason}." for reason in self.record.left_out]
         if limit := self.record.time_limit:
-            cut.append(f"{str(limit).capitalize()}.")
-        return cut + [
-            f"The texts of {missing} queries of {file.path} are not at hand: the file is gone or has "
+            notes.append(f"{str(limit).capitalize()}.")
+        gone = self.file[[query is None for query in self.queries]]
+        return notes + [
+            f"The texts of {missing} queries of {path} are not at hand: the file is gone or has "
             "changed. These queries are shown by their ids alone."
-            for file in self.files.values()
-            if (missing := file.queries.count(None))
+            for number, path in enumerate(self.record.paths)
+            if (missing := int((gone == number).sum()))
         ]
 
 
@@ -245,105 +174,90 @@ def load(folder: Path) -> Run:
     Raises:
         InputError: files of the run are missing, or do not belong together.
     """
-    try:
-        return _load(folder)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # such as a name that no file can have
-        raise InputError(f"{folder}: expected the files of a finished run ({error}); run it again") from error
-
-
-def _load(folder: Path) -> Run:
-    record = _record(folder / RECORD)
+    with _refused(folder / RECORD):
+        record = Record.read(folder / RECORD)
     for name, digest in record.files.items():
-        if not (folder / name).is_file():
-            raise InputError(
-                f"{folder / name}: expected the file that run.json lists, found none; is the folder whole? "
-                "Run it again"
-            )
-        if sha256_of(folder / name) != digest:
-            raise InputError(
-                f"{folder / name}: expected the file that the run in run.json wrote, got another; was it "
-                "changed, or a run killed? Run it again"
-            )
-    if not record.paths:
-        raise InputError(f"{folder / RECORD}: expected the names of query files, found none; run it again")
-    return Run(folder, record, {path.stem: _file(folder, path, record) for path in record.paths})
+        with _refused(folder / name):
+            if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+                raise ValueError("it is not the one that run.json lists")
+    names = [*record.adapters, BASE_COLUMN] if record.variants else []  # a starter-kit method does not route
+    file, answers, queries = list[int](), list[tuple[str, str]](), list[Query | None]()
+    tables, evidence = list[tuple[Labels, Array]](), list[Evidence | None]()
+    for number, path in enumerate(record.paths):
+        with _refused(folder / submission_name(path)):
+            part = _answers(folder / submission_name(path))
+        with _refused(folder / f"{path.stem}.routing.csv"):
+            tables.append(_routing(folder / f"{path.stem}.routing.csv", list(part), names, record))
+        with _refused(folder / f"{path.stem}.evidence.safetensors"):
+            evidence.append(_evidence(folder / f"{path.stem}.evidence.safetensors", len(part), names))
+        file += [number] * len(part)
+        answers += part.items()
+        queries += _asked(path, list(part), record)
+    ids, predictions = ([pair[n] for pair in answers] for n in (0, 1))
+    labels, weights = (np.concatenate([table[n] for table in tables]) for n in (0, 1))
+    kept = [part for part in evidence if part]
+    with _refused(folder):
+        whole = joined(kept) if len(kept) == len(evidence) else None
+    return Run(folder, record, np.array(file), ids, predictions, queries, names, labels, weights, whole)
 
 
-def _record(path: Path) -> Record:
-    what = f"{path}: expected the record of a finished run"
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Names the file in which the block meets something else than a run wrote there."""
     try:
-        return Record.read(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{what}, found none; name the output folder of a run") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{what}, in JSON ({error}); run it again") from error
-
-
-def _file(folder: Path, path: Path, record: Record) -> QueryFile:
-    if not (answers := list(_rows(folder / submission_name(path), ("id", "prediction")))):
+        yield
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, SafetensorError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or error
         raise InputError(
-            f"{folder / submission_name(path)}: expected at least one answer, found none; run it again"
-        )
-    ids, predictions = ([row[key] for row in answers] for key in ("id", "prediction"))
-    if len(set(ids)) < len(ids):
-        raise InputError(
-            f"{folder / submission_name(path)}: expected each id once, got some twice; run it again"
-        )
-    try:
-        found = read_queries(path)
-        changed = digest_of(found) != record.queries.get(path.name, digest_of(found))
-        queries = {} if changed else {query.id: query for query in found}
-    except InputError:
-        queries = {}
-    asked = [queries.get(own) for own in ids]
-    if not record.variants:  # a starter-kit method does not route
-        return QueryFile(
-            path, ids, predictions, asked, [], np.zeros(0, np.int64), np.zeros((len(ids), 0)), None
-        )
-    names = [*record.adapters, BASE_COLUMN]
-    routing, evidence = (folder / f"{path.stem}.{kind}" for kind in ("routing.csv", "evidence.safetensors"))
-    labels, weights = _routing(routing, ids, names, len(record.variants))
-    return QueryFile(path, ids, predictions, asked, names, labels, weights, _evidence(evidence, ids, names))
+            f"{path}: expected a file of a finished run, whole and unchanged ({why}); name a run's output "
+            "folder, or run it again"
+        ) from error
 
 
 def _rows(path: Path, needed: Sequence[str]) -> Iterator[dict[str, str]]:
-    if not path.exists():
-        raise InputError(f"{path}: expected a CSV file, found none; is the folder whole? Run it again")
+    if not path.is_file():
+        raise ValueError("it is not there")
     return (row for _, row in read_rows(path, needed))
 
 
-def _routing(path: Path, ids: list[str], names: list[str], n_variants: int) -> tuple[Labels, Array]:
-    found, labels, weights = list[str](), list[int](), list[Array]()
-    for row in _rows(path, ("id", "variant", *names)):
-        found.append(row["id"])
-        try:
-            labels.append(int(row["variant"]))
-            weights.append(np.array([float(row[name]) for name in names]))
-        except (ValueError, OverflowError) as error:
-            raise InputError(
-                f"{path}: expected numbers for variant and weights ({error}); run it again"
-            ) from error
-    if found != ids:
-        raise InputError(f"{path}: expected the ids of the answers beside it; of two runs? Run it again")
-    if any(not 0 <= label < n_variants for label in labels):
-        raise InputError(f"{path}: its rows name variants that run.json does not; of two runs? Run it again")
-    table = np.array(weights, np.float64).reshape(len(ids), len(names))
-    if not ((table >= 0) & (table <= 1)).all():
-        raise InputError(f"{path}: expected weights from 0 to 1, got others; run it again")
-    return np.array(labels, np.int64), table
+def _answers(path: Path) -> dict[str, str]:
+    """The answers by their queries' ids."""
+    rows = [(row["id"], row["prediction"]) for row in _rows(path, ("id", "prediction"))]
+    if not rows or len(found := dict(rows)) < len(rows):
+        raise ValueError("it has no answers, or two of one query")
+    return found
 
 
-def _evidence(path: Path, ids: list[str], names: list[str]) -> Evidence | None:
-    if not path.exists():
-        return None
+def _asked(path: Path, ids: list[str], record: Record) -> list[Query | None]:
+    """What was asked with each id, None where that is not at hand any more."""
     try:
-        evidence = Evidence.load(path)
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise InputError(f"{path}: expected the evidence of a run ({error}); run it again") from error
-    if evidence.adapters != names[:-1] or len(evidence.scores) != len(ids):
-        raise InputError(
-            f"{path}: expected the adapters and queries of the routing table; of two runs? Run it again"
-        )
+        found = read_queries(path)
+    except InputError:
+        found = []
+    digest = record.queries.get(path.name)
+    known = digest is None or digest == digest_of(found)
+    queries = {query.id: query for query in found} if known else {}
+    return [queries.get(own) for own in ids]
+
+
+def _routing(path: Path, ids: list[str], names: list[str], record: Record) -> tuple[Labels, Array]:
+    """The variant of each query, and its weights."""
+    if not names:
+        return np.zeros(len(ids), np.int64), np.zeros((len(ids), 0))
+    rows = list(_rows(path, ("id", "variant", *names)))
+    labels = np.array([int(row["variant"]) for row in rows], np.int64)
+    weights = np.array([[float(row[name]) for name in names] for row in rows], np.float64)
+    if [row["id"] for row in rows] != ids or not np.isin(labels, range(len(record.variants))).all():
+        raise ValueError("its ids are not those of the answers, or its variants not those of run.json")
+    if not ((weights >= 0) & (weights <= 1)).all():
+        raise ValueError("a weight is not from 0 to 1")
+    return labels, weights
+
+
+def _evidence(path: Path, queries: int, names: list[str]) -> Evidence | None:
+    if not names or not path.exists():
+        return None
+    evidence = Evidence.load(path)
+    if evidence.adapters != names[:-1] or len(evidence.scores) != queries:
+        raise ValueError("its adapters or queries are not those of the routing table")
     return evidence

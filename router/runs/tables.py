@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from router.pipeline.record import RECORD
 from router.routing.clusters import Array, Clusters, cluster, losses, mixes
 from router.routing.gate import PrototypeGate
 from router.runs.load import Labels, Run, load
-from router.runs.report.data import mix, places_of
+from router.runs.report.data import best_of, largest_first, mix, nearest_first, vote_means
 from router.system.errors import InputError
 
 KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # numbers of variants on the curve
@@ -64,24 +65,21 @@ class Outcome:
 def open_run(folder: str | Path, evidence: bool = True) -> Run:
     """Reads a finished run, and its query files where they still are.
 
-    A relative folder, and relative paths in run.json, are looked for here and in the folders above, so
-    that a notebook finds what was written from the root of the repository.
+    A relative folder is looked for here and in the folders above, and so are the query files from where it
+    is, so that a notebook opens what was written from the root of the repository.
 
     Raises:
         NotShown: there is no run, or it has no routing table, or evidence is needed and it has none.
     """
     here = [Path.cwd(), *Path.cwd().parents]
-    found = next((place / folder for place in here if (place / folder / "run.json").is_file()), None)
-    if found is None:
-        raise NotShown(f"{folder}: expected the folder of a finished run, found no run.json; set RUN")
-    runs = []
+    root = next((place for place in here if (place / folder / RECORD).is_file()), None)
+    if root is None:
+        raise NotShown(f"{folder}: expected the folder of a finished run, found no {RECORD}; set RUN")
     try:
-        for place in here:
-            with chdir(place):
-                runs.append(load(found))
+        with chdir(root):
+            run = load(root / folder)
     except InputError as error:
         raise NotShown(str(error)) from None
-    run = min(runs, key=lambda run: len(run.notes))
     if not run.names or (evidence and run.evidence is None):
         kind, method = "evidence" if run.names else "a routing table", run.record.method
         raise NotShown(f"{folder}: expected {kind}, but the method {method} keeps none; choose another run")
@@ -94,23 +92,6 @@ def open_run(folder: str | Path, evidence: bool = True) -> Run:
 def decided(run: Run) -> Outcome:
     """The weights and groups that the run wrote."""
     return Outcome(run.keys, run.names, run.weights, run.clusters)
-
-
-def overview(run: Run) -> pd.DataFrame:
-    """The run in a few lines."""
-    record, flags = run.record, run.record.flags
-    rows = {
-        "method": record.method,
-        "base model": record.base.name if record.base else "",
-        "query files": ", ".join(Path(name).name for name in run.paths),
-        "queries": len(run.rows),
-        "adapters": len(run.names) - 1,
-        "variants": len(record.variants),
-        "low margin": int(run.low_margin.sum()),
-        "temperature, top_k": f"{flags['temperature']}, {flags['top_k']}",
-        "seconds": round(sum(record.seconds.values())),
-    }
-    return pd.DataFrame({"": rows.values()}, index=list(rows), dtype=object)
 
 
 def adapter_table(run: Run) -> pd.DataFrame:
@@ -127,21 +108,19 @@ def variant_table(run: Run) -> pd.DataFrame:
 
     The loss is that of the queries' mixes; how typical a query is, of its own weights.
     """
-    own, apart = run.clusters.weights, losses(run.weights, run.clusters)
-    lost = losses(mixes(run.weights), run.clusters)
+    apart, lost = (losses(of, run.clusters) for of in (run.weights, mixes(run.weights)))
     rows = {}
-    for n in np.argsort(-np.bincount(run.labels, minlength=len(own)), kind="stable").tolist():
-        members = np.flatnonzero(run.labels == n)
-        if not len(members):  # `--time_limit` gave its queries to the base model
+    for n in largest_first(run):
+        members = nearest_first(run.labels == n, apart)
+        if not members:  # `--time_limit` gave its queries to the base model
             continue
-        lines = [run.rows[k].line(SHORT) for k in members[np.argsort(apart[members], kind="stable")]]
         rows[n] = {
             "queries": len(members),
-            "mix": mix(run.names, own[n]),
-            "mean loss": lost[members].mean(),
-            "typical": lines[0],
-            "another": lines[1] if len(lines) > 2 else "",
-            "farthest": lines[-1] if len(lines) > 1 else "",
+            "mix": mix(run.names, run.clusters.weights[n]),
+            "mean loss": lost[run.labels == n].mean(),
+            "typical": run.line(members[0], SHORT),
+            "another": run.line(members[1], SHORT) if len(members) > 2 else "",
+            "farthest": run.line(members[-1], SHORT) if len(members) > 1 else "",
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
 
@@ -156,7 +135,7 @@ def mix_table(run: Run) -> pd.DataFrame:
 
 def unsure_table(run: Run) -> pd.DataFrame:
     """All queries, lowest margin first."""
-    found = pd.DataFrame({"query": [row.line(SHORT) for row in run.rows]}, run.keys)
+    found = pd.DataFrame({"query": [run.line(n, SHORT) for n in range(len(run.ids))]}, run.keys)
     assert run.evidence is not None
     found["margin"] = run.evidence.margin
     found["weights"] = [mix(run.names, row) for row in run.weights]
@@ -170,16 +149,14 @@ def vote_table(run: Run, adapter: str | None = None) -> pd.DataFrame:
     Raises:
         NotShown: no such adapter.
     """
-    assert run.evidence is not None
-    if adapter is not None and adapter not in run.evidence.adapters:
-        raise NotShown(f"expected one of the adapters {', '.join(run.evidence.adapters)}, got {adapter!r}")
-    votes = run.evidence.votes
-    if adapter is not None:
-        best = np.nan_to_num(run.evidence.scores, nan=-np.inf).argmax(1)
-        votes = votes[best == run.evidence.adapters.index(adapter)]
-    layers, kinds = (np.tile(part, len(votes)) for part in places_of(run.evidence.modules))
-    found = pd.Series(votes.ravel()).groupby([layers, kinds]).mean()
-    return found.unstack().rename_axis(index="layer", columns="module")
+    e = run.evidence
+    assert e is not None
+    if adapter is not None and adapter not in e.adapters:
+        raise NotShown(f"expected one of the adapters {', '.join(e.adapters)}, got {adapter!r}")
+    votes = e.votes if adapter is None else e.votes[best_of(e) == e.adapters.index(adapter)]
+    kinds, numbers, means = vote_means(votes, e.modules)
+    index, columns = pd.Index(numbers, name="layer"), pd.Index(kinds, name="module")
+    return pd.DataFrame(means[:-1, :-1].T, index, columns).sort_index(axis=1)
 
 
 # What other settings would decide

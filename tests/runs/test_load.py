@@ -12,45 +12,47 @@ from router.main import main
 from router.runs.load import load
 from router.system.errors import InputError
 
+EVIDENCE = "run.evidence.safetensors"
+
 
 def test_a_run_is_read_as_it_was_written(runs):
     out = runs("proto_route")
     run = load(out)
-    assert run.record.plain() == json.loads((out / "run.json").read_text()) and list(run.files) == [
-        "queries",
-        "more",
-    ]
-    for stem, file in run.files.items():
+    assert run.record.plain() == json.loads((out / "run.json").read_text())
+    assert run.stems == ["queries", "more"] and run.names == [*NAMES, "base"]
+    for number, stem in enumerate(run.stems):
+        rows = np.flatnonzero(run.file == number)
         answers, table = read_by_id(out / f"{stem}.csv"), read_by_id(out / f"{stem}.routing.csv")
-        assert dict(zip(file.ids, file.predictions, strict=True)) == {
+        assert {run.ids[n]: run.predictions[n] for n in rows} == {
             own: row["prediction"] for own, row in answers.items()
         }
-        assert file.names == [*NAMES, "base"] and file.labels.tolist() == [
-            int(r["variant"]) for r in table.values()
+        assert run.labels[rows].tolist() == [int(row["variant"]) for row in table.values()]
+        assert run.weights[rows].tolist() == [
+            [float(row[name]) for name in run.names] for row in table.values()
         ]
-        assert file.weights.tolist() == [[float(row[name]) for name in file.names] for row in table.values()]
-        assert file.top == [max(file.names, key=lambda name: float(row[name])) for row in table.values()]
+        assert [run.top[n] for n in rows] == [
+            max(run.names, key=lambda name: float(row[name])) for row in table.values()
+        ]
         arrays = load_file(out / f"{stem}.evidence.safetensors")
-        assert np.array_equal(file.evidence.scores, arrays["scores"]) and len(arrays["scores"]) == len(
-            file.ids
-        )
-    assert [query.input for query in run.files["queries"].queries] == [row[1] for row in QUERIES]
+        assert np.array_equal(run.evidence.scores[rows], arrays["scores"])
+    assert run.texts == [*(row[1] for row in QUERIES), "1 + 1 ="]
+    assert run.keys == [*(f"queries:{row[0]}" for row in QUERIES), "more:g1"]
 
 
 def test_what_is_not_there_is_none(runs, tmp_path):
-    assert load(runs("average")).files["more"].top == [None]
-    assert load(runs("average")).files["more"].evidence is None
+    static = load(runs("average"))
+    assert set(static.top) == {None} and static.evidence is None
     out = write_run(tmp_path / "run", [[1, 0, 0, 0]] * 2)
     write_queries(tmp_path / "run.csv", [("q1", "Another?", "generation", "")])
-    assert [query and query.input for query in load(out).files["run"].queries] == [None, "Another?"]
+    assert load(out).texts == [None, "Another?"]
     (tmp_path / "run.csv").unlink()
     record = json.loads((out / "run.json").read_text())
     del record["variants"], record["adapters"]  # as of a method of the starter kit
     (out / "run.json").write_text(json.dumps(record))
     (out / "run.routing.csv").unlink()
-    file = load(out).files["run"]
-    assert file.queries == file.top == [None, None] and file.names == [] and file.weights.shape == (2, 0)
-    assert file.predictions == ["answer q0", "answer q1"]
+    run = load(out)
+    assert run.queries == run.top == [None, None] and run.names == [] and run.weights.shape == (2, 0)
+    assert run.predictions == ["answer q0", "answer q1"]
 
 
 def spoil_bytes(path, old, new):
@@ -66,7 +68,7 @@ def change(out, **parts):
 
 def evidence_of(names=None, **arrays):
     def spoil(out):
-        path = out / "run.evidence.safetensors"
+        path = out / EVIDENCE
         with safe_open(path, "np") as file:
             known = names or file.metadata()["names"]
         save_file(load_file(path) | arrays, path, {"names": known})
@@ -76,20 +78,22 @@ def evidence_of(names=None, **arrays):
 
 def other_evidence(out, rows, names=("one", "two", "three")):
     other = write_run(out.parent / "b", [[1, 0, 0, 0]] * rows, {}, names=names)
-    (other / "b.evidence.safetensors").rename(out / "run.evidence.safetensors")
+    (other / "b.evidence.safetensors").rename(out / EVIDENCE)
 
 
+# How a run's files are damaged, and which of them is then named.
 BROKEN = {
-    "no record": (lambda out: (out / "run.json").unlink(), "run.json: expected the record of a"),
-    "half a record": (lambda out: (out / "run.json").write_text('{"method"'), "record of a finished run, in"),
+    "no record": (lambda out: (out / "run.json").unlink(), "run.json"),
+    "half a record": (lambda out: (out / "run.json").write_text('{"method"'), "run.json"),
     "another record": (lambda out: (out / "run.json").write_text('{"flags": 1}'), "method: "),
-    "a deep record": (lambda out: (out / "run.json").write_text("[" * 100_000), "it is nested too deeply"),
+    "a deep record": (lambda out: (out / "run.json").write_text("[" * 100_000), "run.json"),
     "a list": (lambda out: change(out, flags=[]), "flags: "),
-    "no files": (lambda out: change(out, flags={"dataset_filepaths": []}), "names of query"),
+    "no files": (lambda out: change(out, flags={"dataset_filepaths": []}), "flags.dataset_filepaths"),
     "a number for a file": (lambda out: change(out, flags={"dataset_filepaths": [7]}), "flags.dataset_"),
+    "one file twice": (lambda out: change(out, flags={"dataset_filepaths": ["a", "a"]}), "flags.dataset_"),
     "a long name": (lambda out: change(out, flags={"dataset_filepaths": ["x" * 999]}), "too long"),
-    "no name": (lambda out: change(out, flags={"dataset_filepaths": ["a\0b"]}), r"a\x00b: expected a CSV"),
-    "endless": (lambda out: change(out, seconds={"load": float("inf")}), "got Infinity"),
+    "no name": (lambda out: change(out, flags={"dataset_filepaths": ["a\0b"]}), r"a\x00b"),
+    "endless": (lambda out: change(out, seconds={"load": float("inf")}), "Infinity"),
     "an object of variants": (lambda out: change(out, variants={"0": {}}), "variants: "),
     "a variant of nothing": (
         lambda out: change(out, variants=[{"queries": 1, "weights": {}}] * 2), "a variant has no weights",
@@ -97,34 +101,35 @@ BROKEN = {
     "no adapters": (lambda out: change(out, adapters=None), "adapters"),
     "no hash": (lambda out: change(out, adapters={"one": {}}), "adapters.one.sha256: "),
     "no base": (lambda out: change(out, base=[]), "base: "),
-    "an empty table": (lambda out: (out / "run.csv").write_text("id,prediction\n"), "at least one answer"),
+    "an odd dtype": (lambda out: change(out, base={"name": "x", "sha256": "0", "dtype": "int4"}), "base.dty"),
+    "another file": (lambda out: change(out, files={"run.csv": "0" * 64}), "run.csv"),
+    "a file that is gone": (lambda out: change(out, files={"gone.csv": "0" * 64}), "gone.csv"),
+    "an empty table": (lambda out: (out / "run.csv").write_text("id,prediction\n"), "run.csv"),
     "a large weight": (lambda out: spoil(out / "run.routing.csv", "q1,1,0.7", "q1,1,1e999"), "from 0 to 1"),
-    "an endless variant": (lambda out: spoil(out / "run.routing.csv", "q1,1,", "q1,inf,"), "numbers for"),
-    "no answers": (lambda out: (out / "run.csv").unlink(), "run.csv: expected a CSV file, found none"),
-    "no weights": (lambda out: (out / "run.routing.csv").unlink(), "run.routing.csv: expected a CSV file"),
+    "an endless variant": (lambda out: spoil(out / "run.routing.csv", "q1,1,", "q1,inf,"), "run.routing.csv"),
+    "a long number": (lambda out: spoil(out / "run.routing.csv", "q1,1,", f"q1,{9**30},"), "run.routing.csv"),
+    "no answers": (lambda out: (out / "run.csv").unlink(), "run.csv"),
+    "no weights": (lambda out: (out / "run.routing.csv").unlink(), "run.routing.csv"),
     "a weight": (lambda out: spoil(out / "run.routing.csv", "0.29", "much"), "'much'"),
-    "other ids": (lambda out: spoil(out / "run.routing.csv", "q1,", "q7,"), "routing.csv: expected the ids"),
-    "a variant": (lambda out: spoil(out / "run.routing.csv", "q1,1,", "q1,9,"), "variants that run.json"),
-    "evidence": (lambda out: (out / "run.evidence.safetensors").write_bytes(b"no"), "expected the evidence"),
-    "older evidence": (
-        lambda out: save_file({"votes": np.zeros(1)}, out / "run.evidence.safetensors"), "the evidence",
-    ),
+    "other ids": (lambda out: spoil(out / "run.routing.csv", "q1,", "q7,"), "run.routing.csv"),
+    "a variant": (lambda out: spoil(out / "run.routing.csv", "q1,1,", "q1,9,"), "run.routing.csv"),
+    "evidence": (lambda out: (out / EVIDENCE).write_bytes(b"no"), EVIDENCE),
+    "older evidence": (lambda out: save_file({"votes": np.zeros(1)}, out / EVIDENCE), EVIDENCE),
     "evidence without a level": (
-        lambda out: spoil_bytes(out / "run.evidence.safetensors", b'"base_score"', b'"candidates"'),
-        "expected the evidence of a run",
+        lambda out: spoil_bytes(out / EVIDENCE, b'"base_score"', b'"candidates"'), EVIDENCE,
     ),
-    "evidence of another shape": (evidence_of(votes=np.zeros((2, 3), np.float32)), "float32 of shape [2, "),
-    "evidence of whole numbers": (evidence_of(base_score=np.zeros(2, int)), "expected float32 of shape [2]"),
+    "evidence of another shape": (evidence_of(votes=np.zeros((2, 3), np.float32)), EVIDENCE),
+    "evidence of whole numbers": (evidence_of(base_score=np.zeros(2, int)), EVIDENCE),
     "evidence without scores": (
-        evidence_of(scores=np.array([[1, np.nan, 0], [np.nan] * 3], np.float32)), "an adapter's score",
+        evidence_of(scores=np.array([[1, np.nan, 0], [np.nan] * 3], np.float32)), EVIDENCE,
     ),
     "evidence without a score of the base model": (
-        evidence_of(base_score=np.array([1, np.nan], np.float32)), "an adapter's score",
+        evidence_of(base_score=np.array([1, np.nan], np.float32)), EVIDENCE,
     ),
-    "endless evidence": (evidence_of(votes=np.full((2, 12), np.inf, np.float32)), "expected finite numbers"),
-    "evidence without names": (evidence_of(names="7"), "expected an object, got a whole number"),
-    "other adapters": (lambda out: other_evidence(out, 2, "abc"), "expected the adapters and queries"),
-    "other queries": (lambda out: other_evidence(out, 3), "adapters and queries of"),
+    "endless evidence": (evidence_of(votes=np.full((2, 12), np.inf, np.float32)), EVIDENCE),
+    "evidence without names": (evidence_of(names="7"), EVIDENCE),
+    "other adapters": (lambda out: other_evidence(out, 2, "abc"), EVIDENCE),
+    "other queries": (lambda out: other_evidence(out, 3), EVIDENCE),
 }  # fmt: skip
 
 
@@ -141,19 +146,19 @@ def test_what_does_not_belong_together_is_refused(tmp_path, kind):
 def test_queries_that_changed_since_are_not_shown_as_what_was_asked(tmp_path, tiny_base, tiny_library):
     queries, out = write_queries(tmp_path / "queries.csv", QUERIES), tmp_path / "out"
     assert main(arguments("base", [queries], tiny_library, tiny_base, out)) == 0
-    assert [query.input for query in load(out).files["queries"].queries] == [row[1] for row in QUERIES]
+    assert load(out).texts == [row[1] for row in QUERIES]
     write_queries(queries, [(own, f"{text}?", *rest) for own, text, *rest in QUERIES])
-    assert load(out).files["queries"].queries == [None] * len(QUERIES)
+    assert load(out).queries == [None] * len(QUERIES)
 
 
 def test_a_missing_file_and_a_repeated_id_are_told(tmp_path, tiny_base, tiny_library):
     queries, out = write_queries(tmp_path / "queries.csv", QUERIES), tmp_path / "out"
     assert main(arguments("proto_route", [queries], tiny_library, tiny_base, out)) == 0
     (out / "queries.evidence.safetensors").rename(tmp_path / "kept")
-    with pytest.raises(InputError, match=r"run\.json"):
+    with pytest.raises(InputError, match=r"queries\.evidence"):
         load(out)
     made = write_run(tmp_path / "run", [[1, 0, 0, 0]] * 2)
     for name in ("run.csv", "run.routing.csv"):
         spoil(made / name, "q1", "q0")
-    with pytest.raises(InputError, match="id once"):
+    with pytest.raises(InputError, match=r"run\.csv"):
         load(made)

@@ -319,11 +319,9 @@ def test_query_files_that_are_gone_leave_ids(tmp_path):
 
 
 def test_adapters_that_may_be_hostile_are_named(small):
-    path = small / "queries.evidence.safetensors"
-    evidence = Evidence.load(path)
-    evidence.lookalikes["four"] = "two"
-    evidence.silent.append("three")
-    evidence.save(path)
+    record = json.loads((small / "run.json").read_text())
+    more = {"lookalikes": {"four": "two"}, "silent": ["three"]}
+    (small / "run.json").write_text(json.dumps(record | more))
     words = Page(write_report(small)).words
     assert "four reads what two reads and writes something else" in words
     assert "three reads directions that text hardly has" in words

@@ -44,21 +44,21 @@ def mix(names: Sequence[str], weights: Array, most: int = 3, least: float = 0.00
 
 def headline(run: Run) -> dict[str, Any]:
     """The numbers in the report's first sentences."""
-    seconds, peaks = run.record.seconds.values(), run.record.peak_mib.values()
+    record = run.record
     found = {
-        "seconds": sum(seconds),
-        "peak_mib": max(peaks, default=0),
+        "seconds": sum(record.seconds.values()),
+        "peak_mib": max(record.peak_mib.values(), default=0),
         "low_margin": int(run.low_margin.sum()),
     }
     if not run.names:
         return found
     *counts, to_base = np.bincount(run.weights.argmax(1), minlength=len(run.names)).tolist()
-    unused = [name for name, count in zip(run.names, counts, strict=False) if not count]
+    aside = {*record.lookalikes, *(run.evidence.duplicates if run.evidence else ())}
     return found | {
         "to_base": to_base,
         "median": float(np.median(run.weights.max(1))),
         "cohesion": 1 - float(losses(run.weights, run.clusters).mean()),
-        "unused": [name for name in unused if name not in (run.duplicates | run.lookalikes)],
+        "unused": [name for name, n in zip(run.names, counts, strict=False) if not n and name not in aside],
     }
 
 
@@ -66,30 +66,37 @@ def variants(run: Run, shown: Run) -> list[dict[str, Any]]:
     """The variants that answered the most queries, largest first, with examples of those that are shown."""
     if not run.names:
         return []
-    own, apart = run.clusters.weights, losses(run.weights, run.clusters)
+    mixed, apart = run.clusters.weights, losses(run.weights, run.clusters)
     of_shown = apart if shown is run else losses(shown.weights, shown.clusters)
-    order = np.argsort(-np.bincount(run.labels, minlength=len(own)), kind="stable")
     found = []
-    for n in order[:SHOWN_VARIANTS].tolist():
-        members, examples = np.flatnonzero(run.labels == n), np.flatnonzero(shown.labels == n)
-        lines = [
-            (k, shown.rows[k].line(SHORT))
-            for k in examples[np.argsort(of_shown[examples], kind="stable")].tolist()
-        ]
+    for n in largest_first(run)[:SHOWN_VARIANTS]:
+        members, lines = apart[run.labels == n], nearest_first(shown.labels == n, of_shown)
         found.append(
             {
                 "number": n,
                 "queries": len(members),
-                "weights": own[n].tolist(),
-                "top": [(run.shown[k], weight) for k, weight in top(own[n], 3, 1e-6)],
-                "diagonal": (int(own[n].argmax()), -float(own[n].max())),  # sorts rows along the diagonal
-                "cohesion": 1 - float(apart[members].mean()) if len(members) else None,
-                "typical": lines[:3],
-                "edge": lines[3:][-3:][::-1],
+                "weights": mixed[n].tolist(),
+                "top": [(run.shown[k], weight) for k, weight in top(mixed[n], 3, 1e-6)],
+                "diagonal": (int(mixed[n].argmax()), -float(mixed[n].max())),  # sorts rows along the diagonal
+                "cohesion": 1 - float(members.mean()) if len(members) else None,
+                "typical": [(k, shown.line(k, SHORT)) for k in lines[:3]],
+                "edge": [(k, shown.line(k, SHORT)) for k in lines[3:][-3:][::-1]],
                 "folder": run.record.variants[n].folder,
             }
         )
     return found
+
+
+def largest_first(run: Run) -> list[int]:
+    """The variants' numbers, those with the most queries first."""
+    counts = np.bincount(run.labels, minlength=len(run.record.variants))
+    return [int(n) for n in np.argsort(-counts, kind="stable")]
+
+
+def nearest_first(members: NDArray[np.bool_], apart: Array) -> list[int]:
+    """The numbers of a variant's queries, those first whose weights are the nearest to the variant's."""
+    rows = np.flatnonzero(members)
+    return [int(n) for n in rows[np.argsort(apart[rows], kind="stable")]]
 
 
 def place_of(module: str) -> tuple[str, str, str]:
@@ -114,27 +121,45 @@ def places_of(modules: Sequence[str]) -> tuple[list[int], list[str]]:
     return [int(number or -1) for _, number, _ in parts], kinds
 
 
-def layers(run: Run) -> dict[str, Any] | None:
-    """Mean votes by kind of module and layer, over all queries and over those of each adapter."""
-    if run.evidence is None or not run.evidence.modules:
-        return None
-    of_layer, of_kind = places_of(run.evidence.modules)
+def vote_means(votes: NDArray[np.float32], modules: Sequence[str]) -> tuple[list[str], list[int], Array]:
+    """The mean vote of each kind of module in each layer.
+
+    Args:
+        votes: (queries, modules), NaN where there is none.
+
+    Returns:
+        The kinds, in the order in which a block computes them; the layers, -1 for modules of none; and the
+        means, (kinds + 1, layers + 1), NaN where there is no vote. The last row and column are over all.
+    """
+    of_layer, of_kind = places_of(modules)
     numbers, kinds = sorted(set(of_layer)), sorted(dict.fromkeys(of_kind), key=_order)
-    # Which modules each row or column holds; the last one, for means, holds all.
+    # Which modules each row or column holds.
     rows, columns = (
         np.vstack([np.array(keys)[:, None] == np.array(of), np.ones(len(of))])
         for keys, of in ((kinds, of_kind), (numbers, of_layer))
     )
-    best = np.nan_to_num(run.evidence.scores, nan=-np.inf).argmax(1)
-    groups = []
-    for n, name in enumerate(["all queries", *run.evidence.adapters], -1):
-        votes = run.evidence.votes[(n < 0) | (best == n)]
+    sums = np.nansum(votes, 0, dtype=np.float64), (~np.isnan(votes)).sum(0)
+    total, count = ((rows * each) @ columns.T for each in sums)
+    return kinds, numbers, np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def best_of(e: Evidence) -> Labels:
+    """(queries,) the number of the adapter with the highest score."""
+    return np.asarray(np.nan_to_num(e.scores, nan=-np.inf).argmax(1))
+
+
+def layers(run: Run) -> dict[str, Any] | None:
+    """Mean votes by kind of module and layer, over all queries and over those of each adapter."""
+    e = run.evidence
+    if e is None or not e.modules:
+        return None
+    best, groups = best_of(e), list[dict[str, Any]]()
+    for n, name in enumerate(["all queries", *e.adapters], -1):
+        votes = e.votes[(n < 0) | (best == n)]
         if len(votes):
-            sums = np.nansum(votes, 0, dtype=np.float64), (~np.isnan(votes)).sum(0)
-            total, count = ((rows * each) @ columns.T for each in sums)
-            means = np.divide(total, count, out=np.zeros_like(total), where=count > 0).round(2)
-            cells: Any = np.where(count > 0, means.astype(object), None)
-            groups.append({"name": name, "queries": len(votes), "cells": cells.tolist()})
+            kinds, numbers, means = vote_means(votes, e.modules)
+            cells = [[None if np.isnan(mean) else mean for mean in row] for row in means.round(2).tolist()]
+            groups.append({"name": name, "queries": len(votes), "cells": cells})
     named = [
         (f"layer {number} {kind}" if number >= 0 else kind, value)
         for kind, row in zip(kinds, groups[0]["cells"], strict=False)
@@ -153,20 +178,21 @@ def _order(kind: str) -> int:
 
 def data(run: Run) -> dict[str, Any]:
     """What the page's script needs to know of the queries; numbers are whole, to keep the file small."""
-    texts = [[row.id, row.text or "", row.prediction] for row in run.rows]
-    sizes = ((n, len(escaped([cut(text, n) for row in texts for text in row]).encode())) for n in LIMITS)
+    texts, answers = run.texts, run.answers
+    every = [*run.ids, *answers, *(text or "" for text in texts)]
+    sizes = ((n, len(escaped([cut(text, n) for text in every]).encode())) for n in LIMITS)
     limit = next((n for n, size in sizes if size <= TEXT_BYTES), LIMITS[-1])
     found: dict[str, Any] = {
         "names": run.shown,
-        "files": run.paths,
+        "files": list(map(str, run.record.paths)),
         "routes": run.routes,
         "temperature": run.record.flags.get("temperature"),
         "falseAlarm": run.record.flags.get("false_alarm"),
-        "limit": limit if any(len(text) > limit for row in texts for text in row) else None,
-        "ids": [cut(row.id, limit) for row in run.rows],
-        "file": [row.file for row in run.rows],
-        "texts": [None if row.text is None else cut(row.text, limit) for row in run.rows],
-        "predictions": [cut(row.prediction, limit) for row in run.rows],
+        "limit": limit if any(len(text) > limit for text in every) else None,
+        "ids": [cut(own, limit) for own in run.ids],
+        "file": run.file.tolist(),
+        "texts": [None if text is None else cut(text, limit) for text in texts],
+        "predictions": [cut(answer, limit) for answer in answers],
     }
     if run.names:
         found["variants"] = run.labels.tolist()

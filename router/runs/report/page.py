@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -51,7 +50,7 @@ def render(run: Run) -> str:
     used = [k for k in range(len(run.names)) if any(row["weights"][k] >= 0.005 for row in rows)]
     return _template().render(
         run=run, shown=shown, record=run.record.plain(), headline=headline(run), variants=rows, used=used,
-        layers=layered, sent=run.sent, explained=explained(len(shown.rows)), low_margin=LOW_MARGIN,
+        layers=layered, explained=explained(len(shown.ids)), low_margin=LOW_MARGIN,
         data=found, json=Markup(escaped(found)),
     )  # fmt: skip
 
@@ -94,7 +93,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("folder", type=Path, metavar="DIR", help="the run's output folder")
     folder = p.parse_args(argv).folder
     return exit_code(lambda: print(write_report(folder)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
