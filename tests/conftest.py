@@ -4,8 +4,12 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import settings
 
 from helpers import PLAIN, arguments, shared, write_queries, write_tiny_library
+
+settings.register_profile("same cases each time", deadline=None, derandomize=True, database=None)
+settings.load_profile("same cases each time")
 
 
 def pytest_addoption(parser):

@@ -4,7 +4,6 @@ import asyncio
 import gzip
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -19,21 +18,26 @@ from helpers import ROOT  # noqa: E402
 from router.api import Choice, Router  # noqa: E402
 from router.routing.variants import served  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
-from router.serving.text import NoText, prompt_of  # noqa: E402
+from router.serving.text import prompt_of  # noqa: E402
 from router.system.errors import InputError  # noqa: E402
 from router.system.files import sha256_of  # noqa: E402
 from router.system.keys import key_of  # noqa: E402
 
 
-def test_auto_is_answered_by_the_variant_and_another_model_passes_untouched():
+def test_auto_is_answered_by_the_variant_and_others_pass_untouched():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    picture = {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, image]}], "n": 2}
+
     async def work(client, upstream, _):
         first = await client.post("/v1/completions", json=completion("x", temperature=0.5, logprobs=2))
         base = await client.post("/v1/completions", json=completion("y"))
         other = await client.post("/v1/completions", content=b'{"model": "theirs",  "prompt": "x"}')
+        await client.post("/v1/chat/completions", json=picture | {"model": "auto"})
         assert [body for _, body, _ in upstream.seen] == [
             {"model": "variant-0", "prompt": "x", "temperature": 0.5, "logprobs": 2},
             {"model": "the-base", "prompt": "y"},
             {"model": "theirs", "prompt": "x"},
+            picture | {"model": "variant-0"},
         ]
         decision = first.json()["router"]
         assert decision.pop("request_id") == first.headers["x-request-id"]
@@ -49,15 +53,12 @@ def test_auto_is_answered_by_the_variant_and_another_model_passes_untouched():
     talk(work)
 
 
-def test_a_stream_passes_chunk_by_chunk_with_the_decision_in_its_headers():
+def test_a_stream_passes_chunk_by_chunk_with_its_decision():
     async def work(client, upstream, _):
         async with client.stream("POST", "/v1/completions", json=completion("x", stream=True)) as answer:
             assert answer.headers["x-router-model"] == "variant-0"
-            assert (
-                b"".join([chunk async for chunk in answer.aiter_raw()])
-                == b"data: 0\n\ndata: 1\n\ndata: 2\n\n"
-            )
-        assert upstream.closed == 1
+            chunks = [chunk async for chunk in answer.aiter_raw()]
+        assert b"".join(chunks) == b"data: 0\n\ndata: 1\n\ndata: 2\n\n" and upstream.closed == 1
 
     talk(work)
 
@@ -148,58 +149,47 @@ def test_a_compressed_body_is_refused():
     talk(work)
 
 
-def test_the_upstreams_own_key_is_brought():
-    async def work(client, upstream, _):
-        await client.post("/v1/completions", json=completion("x"), headers={"authorization": "Bearer mine"})
-        assert upstream.seen[0][2]["authorization"] == "Bearer theirs"
-
-    talk(work, upstream_key="theirs")
-
-
 WRONG = {
-    "nested": (b"[" * 100_000, 400, "expected JSON"),
-    "no JSON": (b"{", 400, "expected JSON"),
-    "a list": (b"[]", 400, "expected a JSON object, got a list"),
-    "no prompt": (b'{"model": "auto"}', 400, "expected text"),
-    "several": (b'{"model": "auto", "prompt": ["a", "b"]}', 400, "several requests"),
-    "token ids": (b'{"model": "auto", "prompt": [[1, 2]]}', 400, "expected"),
-    "10 MB": (b'{"model": "auto", "prompt": "' + b"x" * 10_000_000 + b'"}', 413, "at most 4194304 bytes"),
+    "nested": (b"[" * 100_000, 400),
+    "no JSON": (b"{", 400),
+    "a list": (b"[]", 400),
+    "no prompt": (b'{"model": "auto"}', 400),
+    "several": (b'{"model": "auto", "prompt": ["a", "b"]}', 400),
+    "token ids": (b'{"model": "auto", "prompt": [[1, 2]]}', 400),
+    "no message": (b'{"model": "auto", "messages": []}', 400),
+    "no user": (b'{"model": "auto", "messages": [{"role": "system", "content": "x"}]}', 400),
+    "no list": (b'{"model": "auto", "messages": "x"}', 400),
+    "no content": (b'{"model": "auto", "messages": [{"role": "user"}]}', 400),
+    "10 MB": (b'{"model": "auto", "prompt": "' + b"x" * 10_000_000 + b'"}', 413),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_cannot_be_routed_is_refused_and_does_not_reach_the_upstream(kind):
-    content, status, cause = WRONG[kind]
+def test_what_cannot_be_routed_does_not_reach_the_upstream(kind):
+    content, status = WRONG[kind]
 
     async def work(client, upstream, _):
         answer = await client.post("/v1/completions", content=content)
-        assert answer.status_code == status and cause in answer.json()["error"]["message"]
+        assert answer.status_code == status and answer.json()["error"]["message"]
         assert upstream.seen == []
 
     talk(work)
 
 
-def test_messages_without_a_user_are_refused():
-    for messages in ([], [{"role": "system", "content": "x"}], "x", None, [{"role": "user"}]):
-        with pytest.raises(NoText):
-            prompt_of({"messages": messages})
-
-
-def test_a_key_is_asked_for_and_not_passed_on():
+@pytest.mark.parametrize("theirs", [None, "theirs"])
+def test_a_key_is_asked_for_and_not_passed_on(theirs):
     async def work(client, upstream, _):
         for path in ("/v1/models", "/recent"):
             assert (await client.get(path)).status_code == 401
-        for key in ("", "Bearer wrong", "Bearer secre"):
-            answer = await client.post(
-                "/v1/completions", json=completion("x"), headers={"authorization": key}
-            )
-            assert answer.status_code == 401
-        right = {"authorization": "Bearer secret"}
-        assert (await client.post("/v1/completions", json=completion("x"), headers=right)).status_code == 200
-        assert len(upstream.seen) == 1 and "authorization" not in upstream.seen[0][2]
+        for key, status in (("", 401), ("Bearer wrong", 401), ("Bearer secre", 401), ("Bearer secret", 200)):
+            headers = {"authorization": key}
+            answer = await client.post("/v1/completions", json=completion("x"), headers=headers)
+            assert answer.status_code == status
+        (sent,) = (headers for _, _, headers in upstream.seen)
+        assert sent.get("authorization") == (theirs and f"Bearer {theirs}")
         assert (await client.get("/health")).status_code == 200
 
-    talk(work, api_key="secret")
+    talk(work, api_key="secret", upstream_key=theirs)
 
 
 def test_the_upstreams_errors_come_back_with_their_status():
@@ -212,7 +202,7 @@ def test_the_upstreams_errors_come_back_with_their_status():
     talk(work)
 
 
-def test_a_variant_that_the_upstream_has_lost_is_its_own_404_and_the_others_go_on():
+def test_a_variant_that_the_upstream_has_lost_is_its_own_404():
     async def work(client, upstream, _):
         assert (await client.post("/v1/completions", json=completion("x"))).status_code == 200
         upstream.unloaded, upstream.listed = {"variant-0"}, ({"id": "the-base"},)
@@ -243,65 +233,53 @@ def test_an_upstream_that_is_not_there_or_too_slow(error, status):
     talk(work, transport=httpx.MockTransport(fail))
 
 
-def test_an_upstream_that_dies_in_the_middle_and_comes_back_with_other_names():
-    """Killed before it answers, killed while it answers, and started again."""
-    deaths = ["before", "during"]
+class Half(httpx.AsyncByteStream):
+    """An answer that begins and breaks off."""
 
-    class Mortal(httpx.ASGITransport):
-        async def handle_async_request(self, request):
-            if request.method == "POST" and deaths:
-                if deaths.pop(0) == "before":
-                    raise httpx.RemoteProtocolError("server disconnected")
-                return httpx.Response(200, stream=Half())
+    def __init__(self, error):
+        self.error = error
+
+    async def __aiter__(self):
+        yield b"data: "
+        raise self.error
+
+
+class Mortal(httpx.ASGITransport):
+    """Breaks off as many answers as there are errors, before or after their beginning; then lives."""
+
+    def __init__(self, app, *errors):
+        super().__init__(app)
+        self.errors = list(errors)
+
+    async def handle_async_request(self, request):
+        if request.method == "GET" or not self.errors:
             return await super().handle_async_request(request)
+        error = self.errors.pop(0)
+        if isinstance(error, httpx.RemoteProtocolError):
+            raise error
+        stream = b'"stream"' in await request.aread()
+        kind = {"content-type": "text/event-stream"} if stream else {}
+        return httpx.Response(200, headers=kind, stream=Half(error))
 
-    class Half(httpx.AsyncByteStream):
-        async def __aiter__(self):
-            yield b'{"model": '
-            raise httpx.ReadError("reset by peer")
 
+def test_an_upstream_that_dies_comes_back_with_other_names():
+    """Killed before it answers, killed while it answers, too slow, and started again."""
     upstream = Upstream()
+    deaths = (
+        httpx.RemoteProtocolError("disconnected"), httpx.ReadError("reset"), httpx.ReadTimeout("slow"),
+    )  # fmt: skip
 
     async def work(client, upstream, _):
-        for _ in range(2):
+        for status in (502, 502, 504):
             answer = await client.post("/v1/completions", json=completion("y"))
-            assert answer.status_code == 502 and "upstream" in answer.json()["error"]["message"]
+            assert answer.status_code == status and answer.json()["error"]["message"]
         upstream.listed = ({"id": "renamed"}, {"id": "variant-0", "parent": "renamed"})
         assert (await client.post("/v1/completions", json=completion("y"))).json()["model"] == "renamed"
 
-    talk(work, upstream=upstream, transport=Mortal(upstream.app))
+    talk(work, upstream=upstream, transport=Mortal(upstream.app, *deaths))
 
 
-def test_an_upstream_that_stalls_in_the_middle_of_an_answer_is_too_slow():
-    class Half(httpx.AsyncByteStream):
-        async def __aiter__(self):
-            yield b'{"model": '
-            raise httpx.ReadTimeout("slow")
-
-    def answer(request):
-        if request.method == "GET":
-            return httpx.Response(200, json={"data": [{"id": "the-base"}]})
-        return httpx.Response(200, stream=Half())
-
-    async def work(client, *_):
-        answer = await client.post("/v1/completions", json=completion("x"))
-        assert answer.status_code == 504 and "in time" in answer.json()["error"]["message"]
-
-    talk(work, transport=httpx.MockTransport(answer))
-
-
-def test_a_stream_that_breaks_off_ends_and_the_next_request_is_answered():
-    class Half(httpx.AsyncByteStream):
-        async def __aiter__(self):
-            yield b"data: 0\n\n"
-            raise httpx.ReadError("reset by peer")
-
-    class Mortal(httpx.ASGITransport):
-        async def handle_async_request(self, request):
-            if b'"stream"' in await request.aread():
-                return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Half())
-            return await super().handle_async_request(request)
-
+def test_a_stream_that_breaks_off_ends_and_the_next_is_answered():
     upstream = Upstream()
 
     async def work(client, *_):
@@ -309,7 +287,7 @@ def test_a_stream_that_breaks_off_ends_and_the_next_request_is_answered():
             await client.post("/v1/completions", json=completion("x", stream=True))
         assert (await client.post("/v1/completions", json=completion("x"))).status_code == 200
 
-    talk(work, upstream=upstream, transport=Mortal(upstream.app))
+    talk(work, upstream=upstream, transport=Mortal(upstream.app, httpx.ReadError("reset")))
 
 
 @pytest.mark.parametrize(
@@ -321,7 +299,7 @@ def test_a_stream_that_breaks_off_ends_and_the_next_request_is_answered():
         ({"id": "another/base", "root": "/models/base"}, True),  # a folder says nothing
     ],
 )
-def test_variants_are_not_asked_of_an_upstream_with_another_base_model(listed, fine):
+def test_no_variant_is_asked_of_another_base_model(listed, fine):
     async def work(client, upstream, _):
         answer = await client.post("/v1/completions", json=completion("x"))
         ready = await client.get("/ready")
@@ -334,57 +312,33 @@ def test_variants_are_not_asked_of_an_upstream_with_another_base_model(listed, f
     talk(work, upstream=Upstream((listed, {"id": "variant-0", "parent": listed["id"]})))
 
 
-def test_choices_tools_and_images_pass_as_they_are():
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    message = {"role": "user", "content": [{"type": "text", "text": "x"}, image]}
-    more = {
-        "n": 2, "logprobs": True, "top_logprobs": 3, "tool_choice": "auto",
-        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-    }  # fmt: skip
-
-    async def work(client, upstream, _):
-        body = {"model": "auto", "messages": [message], **more}
-        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
-        assert upstream.seen[0][1] == body | {"model": "variant-0"}
-
-    talk(work)
-
-
 def test_ready_says_which_variants_the_upstream_lacks():
+    router = Two()
+
     async def work(client, *_):
         assert (await client.get("/ready")).json() == {"status": "ready", "variants": 1}
-
-    talk(work)
-    router = Two()
-    router.variants[1].weights = {"two": 1.0}
-
-    async def missing(client, *_):
+        router.variants[1].weights = {"two": 1.0}
         answer = await client.get("/ready")
-        assert answer.status_code == 503 and "does not serve variant-1" in answer.json()["error"]["message"]
+        assert answer.status_code == 503 and "variant-1" in answer.json()["error"]["message"]
 
-    talk(missing, router)
+    talk(work, router)
 
 
-def test_llamacpp_is_told_the_requests_own_mix_of_its_adapters():
+@pytest.mark.parametrize(
+    ("adapters", "scales"),
+    [
+        (("two", "thr%20ee", "one"), [{0: 0.25, 1: 0, 2: 0.75}, {0: 0, 1: 0, 2: 0}]),
+        (("variant-0",), [{0: 1.0}, {0: 0.0}]),  # those of a saved router
+    ],
+)
+def test_llamacpp_gets_the_requests_own_mix_of_its_adapters(adapters, scales):
     async def work(client, upstream, _):
         first = await client.post("/v1/completions", json=completion("x"))
         await client.post("/v1/chat/completions", json=chat("y"))
-        scales = [{one["id"]: one["scale"] for one in body["lora"]} for _, body, _ in upstream.seen]
-        assert scales == [{0: 0.25, 1: 0, 2: 0.75}, {0: 0, 1: 0, 2: 0}]
-        assert first.json()["router"]["model"] == "variant-0"
+        found = [{one["id"]: one["scale"] for one in body["lora"]} for _, body, _ in upstream.seen]
+        assert found == scales and first.json()["router"]["model"] == "variant-0"
 
-    talk(work, upstream=Upstream(LLAMACPP, ("two", "thr%20ee", "one")))
-
-
-def test_llamacpp_with_the_variants_of_a_saved_router():
-    async def work(client, upstream, _):
-        for prompt in ("x", "y"):
-            await client.post("/v1/completions", json=completion(prompt))
-        assert [body["lora"] for _, body, _ in upstream.seen] == [
-            [{"id": 0, "scale": 1.0}], [{"id": 0, "scale": 0.0}]
-        ]  # fmt: skip
-
-    talk(work, upstream=Upstream(LLAMACPP, ("variant-0",)))
+    talk(work, upstream=Upstream(LLAMACPP, adapters))
 
 
 def test_llamacpp_that_lacks_an_adapter():
@@ -397,17 +351,18 @@ def test_llamacpp_that_lacks_an_adapter():
     talk(work, upstream=Upstream(LLAMACPP, ("one",)))
 
 
-def test_the_decision_alone():
+def test_the_decision_alone_is_that_of_the_answer():
     async def work(client, upstream, _):
         answer = (await client.post("/v1/route", json={"prompt": "x"})).json()
         assert answer["model"] == "variant-0" and answer["fits"]
-        assert (await client.post("/v1/route", json=chat("y"))).json()["model"] == "the-base"
+        talk = {"messages": chat("x", "answer", "now y")["messages"]}
+        assert (await client.post("/v1/route", json=talk)).json()["model"] == "the-base"
         assert upstream.seen == []
 
     talk(work)
 
 
-def test_two_hundred_requests_at_once_are_probed_together_and_none_gets_anothers_answer():
+def test_two_hundred_requests_at_once_get_their_own_answers():
     async def work(client, upstream, front):
         async def ask(n):
             prompt = f"{'x' if n % 3 else 'y'} {n}"
@@ -441,20 +396,20 @@ def test_a_queue_that_is_full_says_when_to_try_again(monkeypatch):
     talk(work, queue=4)
 
 
-def test_a_reload_takes_the_new_router_and_forgets_conversations():
+def test_a_reload_takes_the_new_router_and_names_its_new_variants():
     new = Two()
     new.choose = lambda texts: [Choice(1, {"base": 1.0}, 1.0, False, False, {}) for _ in texts]
+    new.variants[0].sha256 = "0a1b2c3d4e"
 
     async def work(client, upstream, front):
         await client.post("/v1/chat/completions", json=chat("x"))
-        assert (await client.post("/admin/reload")).json() == {
-            "status": "reloaded",
-            "variants": 2,
-            "changed": [],
-        }
+        told = {"status": "reloaded", "variants": 2, "changed": ["variant-0-0a1b2c3d"]}
+        assert (await client.post("/admin/reload")).json() == told
         assert front.router is new
         await client.post("/v1/chat/completions", json=chat("x"))
         assert [body["model"] for _, body, _ in upstream.seen] == ["variant-0", "the-base"]
+        async with front.renewing:
+            assert (await client.post("/admin/reload")).status_code == 409
 
     talk(work, load=lambda: new)
 
@@ -465,32 +420,21 @@ def test_a_reload_takes_the_new_router_and_forgets_conversations():
 
 
 def test_metrics_and_the_last_decisions_hold_no_prompt():
+    documented = re.search(r"  (.*vector.*)", (ROOT / "docs" / "serving.md").read_text("utf-8"))[1]
+    (pattern,) = re.findall(r'router_requests_total\{variant!~"(.+?)"\}', documented)
+
     async def work(client, *_):
         for prompt in ("secret x", "secret x too", "y"):
             await client.post("/v1/completions", json=completion(prompt))
         text = (await client.get("/metrics")).text
-        assert 'router_requests_total{variant="variant-0"} 2.0' in text
-        assert 'router_requests_total{variant="the-base"} 1.0' in text
+        counts = dict(re.findall(r'^router_requests_total\{variant="(.+)"\} (.+)$', text, re.M))
+        assert counts == {"variant-0": "2.0", "the-base": "1.0"}
+        assert [name for name in counts if not re.fullmatch(pattern, name)] == ["the-base"]
         assert 'router_seconds_count{stage="probe"} 3.0' in text and "router_queue 0.0" in text
         recent = (await client.get("/recent")).json()
         assert [one["model"] for one in recent] == ["the-base", "variant-0", "variant-0"]
         assert "secret" not in text + json.dumps(recent)
         assert "What was routed where" in (await client.get("/")).text
-
-    talk(work)
-
-
-def test_the_share_of_the_base_model_can_be_asked_of_the_metrics_as_documented():
-    query = re.search(r"  (.*vector.*)", (ROOT / "docs" / "serving.md").read_text("utf-8"))[1]
-    (pattern,) = re.findall(r'router_requests_total\{variant!~"(.+?)"\}', query)
-
-    async def work(client, *_):
-        for prompt in ("x", "x too", "x again", "y"):
-            await client.post("/v1/completions", json=completion(prompt))
-        text = (await client.get("/metrics")).text
-        counts = dict(re.findall(r'^router_requests_total\{variant="(.+)"\} (.+)$', text, re.M))
-        base = sum(float(count) for name, count in counts.items() if not re.fullmatch(pattern, name))
-        assert base / sum(map(float, counts.values())) == 0.25
 
     talk(work)
 
@@ -536,16 +480,14 @@ def cookies(request):
     return answer
 
 
-def test_a_clients_cookies_are_its_own_and_each_of_them_arrives():
+def test_a_clients_cookies_are_its_own_and_arrive():
     upstream = Upstream()
     upstream.app.routes.insert(0, Route("/v1/completions", cookies, methods=["POST"]))
 
     async def work(client, *_):
         first = await client.post("/v1/completions", json=completion("x"))
-        assert [value.split(";")[0] for value in first.headers.get_list("set-cookie")] == [
-            "session=of-alice",
-            "other=b",
-        ]
+        given = [value.split(";")[0] for value in first.headers.get_list("set-cookie")]
+        assert given == ["session=of-alice", "other=b"]
         client.cookies.clear()
         second = await client.post("/v1/completions", json=completion("x"))
         assert second.json()["cookie"] is None
@@ -566,7 +508,7 @@ def test_a_clients_cookies_are_its_own_and_each_of_them_arrives():
         ({"host": "evil.example"}, 403),
     ],
 )
-def test_a_page_of_another_site_reaches_nothing_where_no_key_is_asked_for(headers, status):
+def test_a_page_of_another_site_reaches_nothing_without_a_key(headers, status):
     async def work(client, upstream, front):
         for method, path in (("POST", "/v1/completions"), ("GET", "/recent"), ("POST", "/v1/route")):
             answer = await client.request(method, path, json=completion("x"), headers=headers)
@@ -599,31 +541,8 @@ def test_the_clients_key_goes_to_the_upstreams_lists_too():
     talk(work, upstream=Asking())
 
 
-def test_a_decision_alone_is_that_of_the_answer():
-    async def work(client, *_):
-        body = {"messages": chat("x", "answer", "now y")["messages"]}
-        assert (await client.post("/v1/route", json=body)).json()["model"] == "the-base"
-
-    talk(work)
-
-
-def test_a_reload_says_which_variants_the_upstream_must_load_anew_and_is_not_asked_for_twice():
-    new = Two()
-    new.variants = [
-        SimpleNamespace(weights={"two": 1.0}, sha256="0a1b2c3d4e"),
-        SimpleNamespace(weights={}, sha256=""),
-    ]
-
-    async def work(client, _, front):
-        assert (await client.post("/admin/reload")).json()["changed"] == ["variant-0-0a1b2c3d"]
-        async with front.renewing:
-            assert (await client.post("/admin/reload")).status_code == 409
-
-    talk(work, load=lambda: new)
-
-
 @pytest.mark.parametrize("value", ["schl\u00fcssel", "a\nb", "\x00"])
-def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(value, monkeypatch):
+def test_a_key_that_no_header_can_hold_is_not_shown(value, monkeypatch):
     monkeypatch.setattr("router.system.keys.os.environ", {"PROTO_ROUTE_API_KEY": value})
     with pytest.raises(InputError) as caught:
         key_of("PROTO_ROUTE_API_KEY")
@@ -632,7 +551,7 @@ def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(value, monk
     assert key_of("PROTO_ROUTE_API_KEY") == "secret" and key_of("ANOTHER") is None
 
 
-def test_the_upstream_is_asked_for_its_list_once_for_all_that_wait():
+def test_the_upstream_is_asked_for_its_list_once_for_all():
     class Counting(Upstream):
         asked = 0
 

