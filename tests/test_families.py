@@ -108,7 +108,7 @@ ROUTERS = ("arrow", "spectr", "lag", "logo", "mass")
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "opt", "qwen2_moe"])  # pictures; tokens in a row; experts
-def test_published_routers_and_merges_take_unusual_families(kind, tmp_path, tiny_base, capsys):
+def test_published_methods_take_unusual_families(kind, tmp_path, tiny_base, capsys):
     base, library = saved(tmp_path, tiny_base, kind)
     queries = write_queries(tmp_path / "queries.csv", [(text, text, "generation", "") for text in PROMPTS])
     for method in (*ROUTERS, "average", "ties"):
@@ -119,9 +119,7 @@ def test_published_routers_and_merges_take_unusual_families(kind, tmp_path, tiny
 
 
 @pytest.mark.parametrize("method", ["proto_route", "logo"])  # which read some of a prompt, and all of it
-def test_a_query_that_a_table_of_positions_is_too_short_for_costs_its_own_answer(
-    method, tmp_path, tiny_base, capsys
-):
+def test_a_query_beyond_the_table_of_positions_fails_alone(method, tmp_path, tiny_base, capsys):
     base, library = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
     texts = {
         name: (PROMPTS[0] * 8)[:length] for name, length in (("whole", 20), ("near", 138), ("long", 150))
@@ -138,9 +136,3 @@ def test_a_query_that_a_table_of_positions_is_too_short_for_costs_its_own_answer
     assert "context" not in capsys.readouterr().err
     answers = read_by_id(tmp_path / "out" / "queries.csv")
     assert "unknown" not in [row["prediction"] for row in answers.values()]
-
-
-def test_a_plan_measures_no_prompts_beyond_a_table_of_positions(tmp_path, tiny_base):
-    base, library = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
-    queries = write_queries(tmp_path / "queries.csv", [("g", PROMPTS[0] * 8, "generation", "")])
-    assert main([*arguments("proto_route", [queries], library, base, tmp_path / "out"), "--plan"]) == 0

@@ -17,7 +17,6 @@ from router.library.adapters import load_library
 from router.queries.submission import Query
 from router.routing.gate import PrototypeGate
 
-
 # Updates.
 
 

@@ -19,7 +19,7 @@ def test_of_a_long_prompt_both_ends_are_read(length):
     assert truncated([[7], list(range(length))]) == [[7], [*range(half), *range(length - half, length)]]
 
 
-def test_a_pass_over_a_padded_batch_ends_where_a_plain_model_ends_on_each_prompt_alone(tiny_base):
+def test_a_pass_over_a_padded_batch_ends_as_on_each_alone(tiny_base):
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
     rows = [[7], [5, 60, 7, 91, 12], [200, 33, 4]]
     with torch.no_grad():

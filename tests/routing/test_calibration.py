@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from helpers import ROOT, read_table, write_tiny_adapter
 from router.library.adapters import load_library
@@ -72,7 +71,7 @@ def test_it_is_what_a_fresh_measurement_is_cold_or_warm(base, adapters, limit):
     np.testing.assert_allclose(warm["responses"][:, ::-1], expected["responses"], rtol=1e-4, atol=1e-6)
 
 
-def test_the_second_use_asks_the_model_nothing_and_gives_the_same_bytes(base, adapters, monkeypatch):
+def test_the_second_use_asks_nothing_and_gives_the_same_bytes(base, adapters, monkeypatch):
     first = measured(base, adapters)
 
     def refuse(*args, **kwargs):
@@ -93,21 +92,11 @@ def test_a_new_adapter_costs_nothing_of_the_others(base, adapters, tiny_library,
     np.testing.assert_allclose(found["responses"][:, [1]], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_modules_that_no_adapter_changed_before_are_measured_beside_the_others(base, adapters):
+def test_modules_that_were_not_changed_before_are_measured(base, adapters):
     attention, everything, _ = adapters
     measured(base, [attention])
     assert_close(measured(base, [attention, everything]), fresh(base, [attention, everything]))
     assert_close(measured(base, [attention]), fresh(base, [attention]))
-
-
-def test_an_adapter_without_modules_of_another_is_nan_there(base, adapters):
-    found, modules = measured(base, adapters)["responses"], list(prototypes(adapters))
-    for _ in range(2):  # measured, and as it is kept
-        for n, adapter in enumerate(adapters):
-            absent = np.array([module not in adapter.folder.shapes for module in modules])
-            np.testing.assert_array_equal(np.isnan(found[:, n]).all((0, 2)), absent)
-            np.testing.assert_array_equal(np.isnan(found[:, n]).any((0, 2)), absent)
-        found = measured(base, adapters)["responses"]
 
 
 @pytest.mark.parametrize("keep", [0, 7, 0.5])
@@ -146,35 +135,30 @@ OTHER = {
 
 
 @pytest.mark.parametrize("what", OTHER)
-def test_whatever_would_be_measured_differently_has_another_folder(base, monkeypatch, what):
+def test_what_would_be_measured_differently_has_another_folder(base, monkeypatch, what):
     before = Calibration(base).folder
     other = OTHER[what](base, monkeypatch) or base
     assert Calibration(other).folder != before
 
 
-def other_norm(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+def other_words(settings):
+    return settings | {"pre_tokenizer": settings["pre_tokenizer"] | {"add_prefix_space": True}}
 
 
-def other_words(folder):
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    settings = json.loads(tokenizer.to_str())
-    settings["pre_tokenizer"]["add_prefix_space"] = True
-    (folder / "tokenizer.json").write_text(json.dumps(settings))
-
-
-@pytest.mark.parametrize("change", [other_norm, other_words])
-def test_the_same_weights_under_another_config_or_tokenizer_share_nothing(tiny_base, base, tmp_path, change):
-    shutil.copytree(tiny_base, tmp_path / "other")
-    change(tmp_path / "other")
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("config.json", lambda settings: settings | {"rms_norm_eps": 0.1}), ("tokenizer.json", other_words)],
+)
+def test_another_config_or_tokenizer_shares_nothing(tiny_base, base, tmp_path, name, change):
+    file = shutil.copytree(tiny_base, tmp_path / "other") / name
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
     other = load_base(str(tmp_path / "other"), "cpu", "float32")
     ours, theirs = (forward(b.model, *pad_left(encode(b.tokenizer, TEXTS), 0, "cpu")) for b in (base, other))
     assert not torch.equal(ours, theirs)
     assert Calibration(other).folder != Calibration(base).folder
 
 
-def test_the_shipped_texts_are_different_prompts_and_no_query_of_ours():
+def test_the_shipped_texts_are_no_query_of_ours():
     assert len(SHIPPED) == len(set(SHIPPED)) == 160
     assert all(text.strip() for text in SHIPPED)
     known = {
@@ -186,7 +170,7 @@ def test_the_shipped_texts_are_different_prompts_and_no_query_of_ours():
     assert known and not known & set(SHIPPED)
 
 
-def test_in_a_frame_messages_to_an_assistant_come_to_the_generic_prompts():
+def test_in_a_frame_messages_come_to_the_generic_prompts():
     frame = Frame("user: ", "\nassistant: ")
     framed = generic_prompts(frame)
     assert framed[: len(SHIPPED)] == [frame.around(text) for text in SHIPPED]
@@ -214,7 +198,7 @@ def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch
         np.testing.assert_allclose(mean, torch.cat(seen[name]).double().mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_the_marks_after_a_message_in_a_chat_template_are_part_of_its_end(base, monkeypatch):
+def test_the_marks_after_a_message_are_part_of_its_end(base, monkeypatch):
     monkeypatch.setattr(
         "router.routing.calibration.generic_prompts", lambda of: [of.around(t) for t in "xyz"]
     )
@@ -227,12 +211,9 @@ def test_the_marks_after_a_message_in_a_chat_template_are_part_of_its_end(base, 
 def test_the_end_of_a_prompt_is_as_long_as_it_is_told(base, adapters):
     rows, protos = encode(base.tokenizer, TEXTS[:2]), prototypes(adapters)
     means, _ = input_means(base.model, rows, 0, list(protos))
-    found = {
-        n: probe(base.model, rows, 0, protos, means, len(adapters), None, end=n).responses
-        for n in (2, 5, 999)
-    }
-    np.testing.assert_array_equal(found[2][..., 0], found[5][..., 0])
-    np.testing.assert_allclose(
-        found[999][..., 1], found[999][..., 0], rtol=1e-5
-    )  # then it is the whole prompt
-    assert (found[2][..., 1] != found[5][..., 1]).any()
+    two, five, whole = (
+        probe(base.model, rows, 0, protos, means, len(adapters), None, end=n).responses for n in (2, 5, 999)
+    )
+    np.testing.assert_array_equal(two[..., 0], five[..., 0])
+    np.testing.assert_allclose(whole[..., 1], whole[..., 0], rtol=1e-5)
+    assert (two[..., 1] != five[..., 1]).any()
