@@ -157,17 +157,6 @@ def test_the_same_command_gives_the_same_bytes(command, method):
     assert records[0] == records[1]
 
 
-def test_batches_and_variants_asked_for(command):
-    _, whole = command("oracle", out="whole")
-    _, single = command("oracle", "--batch_size", 1, out="single")
-    assert files_of(whole) == files_of(single)
-    code, merged = command("oracle", "--n_variants", 1, "--variant_rank", 2, out="merged")
-    assert code == 0
-    assert variants_in(merged) == ["0"]
-    tensors = load_file(merged / "variants" / "0" / "adapter_model.safetensors")
-    assert {min(value.shape) for value in tensors.values()} == {2}
-
-
 def test_the_evidence_tells_what_was_decided(command):
     _, out = command("proto_route")
     evidence, routing = (

@@ -68,14 +68,6 @@ def test_every_block_runs(place, monkeypatch):
     assert ran.count("python") == 4 and {"run", "explain", "compare", "library"} <= set(ran)
 
 
-def test_no_other_commands_stand_in_the_blocks():
-    commands = [
-        line for line in LINES if re.match(r"(\S*/)?(python\d?|pip|uv|bash|sh|source|proto-route) ", line)
-    ]
-    assert len(commands) >= 6 and all(line.startswith((SCRIPTS, COMMAND, MODULE)) for line in commands)
-    assert {language for language, _ in BLOCKS} == {"", "python"}
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_is_named_is_there(page):
     text = page.read_text("utf-8")

@@ -10,12 +10,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from helpers import ROWS, delta, peft_deltas, raw_factors, read_table, variants_in
-from merge.dense import elect, stack, ties, to_factors, trim
+from merge.dense import elect, ties, to_factors, trim
 from merge.factors import Factors
 from router.library.adapters import load_library
 from router.methods import load_method
 from router.methods.dare_ties import DROP, thinned
-from router.methods.knots import aligned_ties
 from router.settings import Settings
 
 PEERS = ["task_arithmetic", "ties", "dare_ties", "knots", "tsv", "iso_c"]
@@ -146,25 +145,6 @@ def test_thinning_repeats_for_a_seed_module_and_adapter():
     assert mask("m", Factors(*(half.clone() for half in MIXED[0])), 0) == first
     others = {mask("m", MIXED[0], 1), mask("n", MIXED[0], 0), mask("m", MIXED[1], 0)}
     assert len(others | {first}) == 4
-
-
-@pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("method", PEERS)
-def test_the_order_of_the_adapters_does_not_matter(method, library):
-    updates = LIBRARIES[library]
-    expected = delta(combine(method, updates))
-    for order in (updates[::-1], updates[1:] + updates[:1]):
-        np.testing.assert_allclose(delta(combine(method, order)), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("one", [MIXED[2], WIDE[0]])
-def test_one_adapter_alone_is_itself(one, monkeypatch):
-    np.testing.assert_allclose(delta(combine("tsv", [one])), delta(one), atol=1e-5)
-    np.testing.assert_allclose(ties(stack([one]), keep=1.0), delta(one), atol=1e-5)
-    np.testing.assert_allclose(delta(aligned_ties([one], keep=1.0)), delta(one), atol=1e-5)
-    np.testing.assert_allclose(delta(combine("task_arithmetic", [one])), 0.4 * delta(one), atol=1e-5)
-    monkeypatch.setattr("router.methods.task_arithmetic.SCALE", 1.0)
-    np.testing.assert_allclose(delta(combine("task_arithmetic", [one])), delta(one), atol=1e-5)
 
 
 def test_tsv_keeps_as_many_components_as_fit():

@@ -14,12 +14,10 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 
 from helpers import FAMILIES, family
 from router.model.answer import by_length, encode, generate, score_choices
-from router.model.base import load_base
 from router.model.cache import new_cache
 from router.model.device import CHOICE_TOKENS
 from router.pipeline import answering
 from router.pipeline.context import Context
-from router.pipeline.deadline import Deadline
 from router.queries.submission import Query
 from router.settings import Settings
 from router.system.errors import InputError
@@ -102,16 +100,6 @@ def test_generation_in_a_batch_equals_plain_argmax(base):
     assert len(set(expected)) == len(PROMPTS)  # the prompts do matter
 
 
-def test_generation_stops_at_the_end_of_sequence_token(base, tiny_base):
-    eager = load_base(str(tiny_base), "cpu", "float32")
-    with torch.no_grad():
-        eager.model.lm_head.weight[EOS] *= 3
-    expected = [greedy(eager, ids, 12) for ids in rows(base)]
-    lengths = {len(ids) for ids in expected}
-    assert min(lengths) < 12 and len(lengths) > 1  # rows of one batch end at different steps
-    assert [found.ids for found in generate(eager.model, eager.tokenizer, rows(base), 12)] == expected
-
-
 @contextmanager
 def scripted(base, text):
     """The model, made to go on with the given text whatever it is asked."""
@@ -166,17 +154,6 @@ def test_prompts_that_are_empty_or_cut(base, prompt, ids, limit):
     assert free.ids == greedy(base, read, 6)
     expected = [log_probability(base, read, text) for text in ("yes", "no")]
     assert chosen.scores == pytest.approx(expected, abs=1e-3)
-
-
-def test_a_batch_size_enlarges_batches_too(base, monkeypatch):
-    monkeypatch.setattr("router.model.answer.batch_tokens", lambda *_: (60, 60))
-    queries = [Query(str(n), "one two three " * 2, "generation") for n in range(9)]
-    sizes = {}
-    for batch_size in (None, 3, 9):
-        done = []
-        answered(base, queries, max_new_tokens=4, batch_size=batch_size, bar=done.append)
-        sizes[batch_size] = len(done)
-    assert sizes[3] == 3 and sizes[9] == 1 < sizes[None]
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
@@ -270,23 +247,6 @@ def test_a_query_whose_output_is_not_finite_has_no_answer(base, caplog):
     assert found[0] == expected[0] and found[1].text == "unknown"
     assert found[2].scores == pytest.approx(expected[2].scores, abs=1e-5)
     assert "query 1: the model's output is not finite" in caplog.text
-
-
-def test_a_deadline_is_told_how_much_of_an_answer_was_written(base):
-    class Half(Deadline):
-        noted = ()
-
-        def new_tokens(self, most):
-            return most // 2
-
-        def note(self, tokens, share=1.0):
-            self.noted += ((tokens, share),)
-
-    deadline = Half(1)
-    queries = [*generation("Hi"), Query("1", "Which?", "multiple_choice", ("a", "b"))]
-    free, chosen = answered(base, queries, max_new_tokens=8, deadline=deadline)
-    assert len(free.ids) <= 4 and deadline.noted == ((2, 0.5), (6, 1.0))
-    assert (free.cut, chosen.cut, deadline.unanswered) == (True, False, 0)
 
 
 def test_half_a_character_is_no_reason_to_stop(base):

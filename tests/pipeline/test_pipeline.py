@@ -76,12 +76,6 @@ def test_the_decision_is_that_of_the_answers(method, base, adapters, tmp_path):
     assert evidence.candidates.argmax(1).tolist() == weights.argmax(1).tolist()
 
 
-def test_the_same_prompt_has_the_same_weights(method):
-    twice = [QUERIES[0], *QUERIES, QUERIES[3]]
-    weights = method("proto_route").answer(twice).decision.routing.weights
-    np.testing.assert_array_equal(weights[[0, -1]], weights[[1, 4]])
-
-
 def test_prompts_are_cut_where_the_settings_say(method):
     whole = method("average").encoded(QUERIES)
     assert method("average", max_seq_len=7).encoded(QUERIES) == [row[:7] for row in whole]

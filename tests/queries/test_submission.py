@@ -133,7 +133,7 @@ WRONG = {
     **{
         f"choices {text[:20]}": (
             HEADER + f'1,a,multiple_choice,"{text}"\n',
-            ["line 2", "column answer_choices"],
+            [f"line {2 + text.count(chr(10))}", "column answer_choices"],
             [],
         )
         for text in (

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, dense_updates, inputs_of, write_tiny_adapter
+from helpers import NAMES, dense_updates, inputs_of
 from router.library.adapters import load_library
 from router.model.answer import encode
 from router.routing.probe import (
@@ -67,17 +67,6 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
                 np.testing.assert_allclose(found[q, i, m], np.sqrt(expected), rtol=1e-3, atol=1e-5)
 
 
-def test_the_end_does_not_depend_on_how_long_the_rest_is(base, measured):
-    """Both views of a repeated token: with the same inputs at all places, there is nothing to tell apart."""
-    protos, _ = measured
-    means = {module: torch.zeros(len(proto.directions)) for module, proto in protos.items()}
-    (long,) = probe(base.model, [[7] * 9], 0, protos, means, 3).responses
-    (short,) = probe(base.model, [[7] * 4], 0, protos, means, 3).responses
-    first = list(protos).index("model.layers.0.self_attn.q_proj")  # it reads the embeddings alone
-    np.testing.assert_allclose(long[0, first], short[0, first], rtol=1e-5)
-    np.testing.assert_allclose(long[0, first, 0], long[0, first, 1], rtol=1e-5)
-
-
 @pytest.mark.parametrize("a_pass", [4096, 160, 1])  # all prompts in one pass, in several, one at a time
 def test_padding_and_the_order_of_prompts_do_not_matter(a_pass, base, measured, monkeypatch):
     protos, rows = measured
@@ -89,28 +78,6 @@ def test_padding_and_the_order_of_prompts_do_not_matter(a_pass, base, measured, 
     order = [4, 0, 6, 2, 5, 1, 3]
     found = probe(base.model, [rows[n] for n in order], 0, protos, means, 3).responses
     np.testing.assert_allclose(found, alone[order], rtol=1e-3, atol=1e-5)
-
-
-def test_a_batch_that_does_not_fit_into_memory_changes_nothing(base, measured):
-    protos, rows = measured
-    means, _ = input_means(base.model, rows, 0, list(protos))
-    whole = probe(base.model, rows, 0, protos, means, 3)
-
-    def refuse(model, args, kwargs):
-        if len(kwargs["input_ids"]) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    undo = base.model.register_forward_pre_hook(refuse, with_kwargs=True).remove
-    try:
-        again, confidence = input_means(base.model, rows, 0, list(protos))
-        found = probe(base.model, rows, 0, protos, means, 3)
-    finally:
-        undo()
-    for module, mean in means.items():
-        torch.testing.assert_close(again[module], mean, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.responses, whole.responses, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(found.confidence, whole.confidence, rtol=1e-4)
-    np.testing.assert_allclose(confidence, whole.confidence, rtol=1e-4)
 
 
 def test_another_default_dtype_changes_nothing(base, measured):
@@ -126,27 +93,6 @@ def test_another_default_dtype_changes_nothing(base, measured):
     np.testing.assert_array_equal(found.responses, whole.responses)
     np.testing.assert_array_equal(found.confidence, whole.confidence)
     assert confidence.dtype == torch.float32
-
-
-def test_adapters_and_their_sizes_do_not_change_each_others_responses(base, measured, tmp_path):
-    protos, rows = measured
-    means, _ = input_means(base.model, rows, 0, list(protos))
-    whole = probe(base.model, rows, 0, protos, means, 3).responses
-    write_tiny_adapter(tmp_path / "library2" / "everything", 2, 2, alpha=40)  # twenty times as large
-    alone = prototypes(load_library([str(tmp_path / "library2")]))
-    found = probe(base.model, rows, 0, alone, means, 1).responses
-    assert list(alone) == list(protos)
-    np.testing.assert_allclose(found[:, 0], whole[:, 1], rtol=1e-4, atol=1e-6)
-
-
-def test_modules_do_not_change_each_others_responses(base, measured):
-    """Not even if they are centred with the same numbers."""
-    protos, rows = measured
-    means = {module: torch.zeros(len(proto.directions)) for module, proto in protos.items()}
-    whole = probe(base.model, rows, 0, protos, means, 3).responses
-    for m, module in enumerate(protos):
-        alone = probe(base.model, rows, 0, {module: protos[module]}, means, 3).responses
-        np.testing.assert_array_equal(alone[:, :, 0], whole[:, :, m])
 
 
 @pytest.mark.parametrize(

@@ -86,58 +86,6 @@ def test_a_library_that_was_seen_before_is_not_decomposed_again(tiny_library, ca
         prototypes(adapters, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("what", "value"), [("torch.__version__", "2.0.0"), ("router.routing.prototypes.FORMAT", 0)]
-)
-def test_what_another_version_decomposed_is_decomposed_again(tiny_library, cache, monkeypatch, what, value):
-    adapters = load_library([str(tiny_library)])
-    prototypes(adapters)
-    monkeypatch.setattr(what, value)
-    prototypes(adapters)
-    assert len(list(cache.rglob("*.safetensors"))) == 2 * len(adapters)
-
-
-def test_a_new_adapter_is_decomposed_and_the_others_are_not_read(tmp_path, tiny_library, cache):
-    adapters = load_library([str(tiny_library)])
-    first = prototypes(adapters)
-    for adapter in adapters:  # whoever reads one of these again fails
-        (adapter.folder.path / "adapter_model.safetensors").write_bytes(b"gone")
-    new = load_library([str(write_tiny_adapter(tmp_path / "new", 9))])
-    found = prototypes([*adapters, *new])
-    for module, proto in first.items():
-        there = found[module].owners < 3
-        assert torch.equal(found[module].directions[:, there], proto.directions)
-    alone = prototypes(new)
-    assert alone and all(
-        torch.equal(proto.directions, found[module].directions[:, found[module].owners == 3])
-        for module, proto in alone.items()
-    )
-
-
-@pytest.mark.parametrize("keep", [0, 7, 200])
-def test_a_broken_file_is_computed_again(tiny_library, cache, keep):
-    adapters = load_library([str(tiny_library)])
-    first = prototypes(adapters)
-    files = list(cache.rglob("*.safetensors"))
-    assert len(files) == 3
-    whole = {file: file.read_bytes() for file in files}
-    for file, data in whole.items():
-        file.write_bytes(data[:keep])
-    again = prototypes(adapters)
-    assert all(torch.equal(proto.directions, again[module].directions) for module, proto in first.items())
-    assert {file: file.read_bytes() for file in files} == whole  # and kept again
-
-
-def test_what_was_kept_before_changes_no_byte(tmp_path, cache):
-    """The same weights in another size have the same prototypes but for rounding, and files of their own."""
-    for alpha in (4, 7):
-        found = prototypes(load_library([str(write_tiny_adapter(tmp_path / "one", 1, alpha=alpha))]))
-    for file in cache.rglob("*.safetensors"):
-        file.unlink()
-    fresh = prototypes(load_library([str(tmp_path / "one")]))
-    assert all(torch.equal(proto.weights, fresh[module].weights) for module, proto in found.items())
-
-
 def test_a_cache_that_cannot_be_written_costs_time_alone(tiny_library, cache, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", "/another file system")  # files are written where they stay
     with monkeypatch.context() as patch:

@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,13 +106,6 @@ def test_a_written_variant_has_the_asked_rank(tmp_path, base, adapters):
     assert {a.shape[0] for a, _ in raw_factors(tmp_path / "one").values()} == {1}
     assert write_variant(tmp_path / "three", MIXED, adapters, base, shapes, 3) == 3  # padded to no more
     assert {a.shape[0] for a, _ in raw_factors(tmp_path / "three").values()} == {3}
-
-
-def test_a_written_variant_names_its_base_model_and_revision(tmp_path, base, adapters):
-    other = replace(base, revision="abc")
-    write_variant(tmp_path / "v", MIXED, adapters, other, linear_shapes(base.model))
-    config = json.loads((tmp_path / "v" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == (base.name, "abc")
 
 
 def test_complete_fills_up_a_kind_but_adds_none():

@@ -282,6 +282,7 @@ def test_what_has_no_variants_is_refused(out, capsys, tmp_path, command):
 
     assert str(tmp_path / "nothing") in refused(tmp_path / "nothing")
     assert "for each token" in refused(command("arrow", out="tokens")[1])
+    shutil.rmtree(out / "variants")
     rewrite(out / "run.json", variants=[{"folder": None, "queries": 1, "weights": {"base": 1.0}}])
     assert "the base model answers all" in refused(out)
     (out / "run.json").write_text("{")

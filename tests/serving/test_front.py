@@ -15,12 +15,10 @@ from starlette.responses import JSONResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from helpers import ROOT  # noqa: E402
-from router.api import Choice, Router  # noqa: E402
-from router.routing.variants import served  # noqa: E402
+from router.api import Choice  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
 from router.serving.text import prompt_of  # noqa: E402
 from router.system.errors import InputError  # noqa: E402
-from router.system.files import sha256_of  # noqa: E402
 from router.system.keys import key_of  # noqa: E402
 
 
@@ -312,18 +310,6 @@ def test_no_variant_is_asked_of_another_base_model(listed, fine):
     talk(work, upstream=Upstream((listed, {"id": "variant-0", "parent": listed["id"]})))
 
 
-def test_ready_says_which_variants_the_upstream_lacks():
-    router = Two()
-
-    async def work(client, *_):
-        assert (await client.get("/ready")).json() == {"status": "ready", "variants": 1}
-        router.variants[1].weights = {"two": 1.0}
-        answer = await client.get("/ready")
-        assert answer.status_code == 503 and "variant-1" in answer.json()["error"]["message"]
-
-    talk(work, router)
-
-
 @pytest.mark.parametrize(
     ("adapters", "scales"),
     [
@@ -450,26 +436,6 @@ def test_the_log_holds_prompts_only_if_it_is_asked_to(caplog):
         assert "secret x" in caplog.text
 
 
-def test_a_real_router_decides_as_it_does_in_python(tiny_base, tiny_library, tmp_path):
-    how = {"device": "cpu", "dtype": "float32", "max_gen_len": 6}
-    router = Router.from_library(tiny_library, base_model=str(tiny_base), **how)
-    texts = [f"{word} number {n}" for n in range(12) for word in ("What is", "Say", "Bonjour")]
-    loaded = Router.load(router.fit(texts).save(tmp_path / "saved"), device="cpu")
-    for n, made in enumerate(loaded.variants):
-        file = tmp_path / "saved" / "variants" / str(n) / "adapter_model.safetensors"
-        assert made.sha256 == (sha256_of(file) if made.weights else "")
-
-    async def work(client, *_):
-        asked = [client.post("/v1/route", json={"prompt": text}) for text in texts]
-        found = [answer.json() for answer in await asyncio.gather(*asked)]
-        for answer, choice in zip(found, router.choose(texts), strict=True):
-            made = router.variants[choice.variant]
-            assert answer["model"] == (served(choice.variant, made.sha256) if made.weights else "the-base")
-            assert answer["weights"] == pytest.approx(choice.weights, abs=1e-4)
-
-    talk(work, loaded)
-
-
 def cookies(request):
     """An upstream's answer with what it was sent and two cookies."""
     answer = JSONResponse(
@@ -549,21 +515,3 @@ def test_a_key_that_no_header_can_hold_is_not_shown(value, monkeypatch):
     assert value not in str(caught.value)
     monkeypatch.setattr("router.system.keys.os.environ", {"PROTO_ROUTE_API_KEY": " secret\n"})
     assert key_of("PROTO_ROUTE_API_KEY") == "secret" and key_of("ANOTHER") is None
-
-
-def test_the_upstream_is_asked_for_its_list_once_for_all():
-    class Counting(Upstream):
-        asked = 0
-
-        async def models(self, request):
-            self.asked += 1
-            await asyncio.sleep(0.01)
-            return await super().models(request)
-
-    async def work(client, upstream, _):
-        answers = await asyncio.gather(
-            *(client.post("/v1/completions", json=completion(f"y{n}")) for n in range(9))
-        )
-        assert {answer.status_code for answer in answers} == {200} and upstream.asked == 1
-
-    talk(work, upstream=Counting())
