@@ -36,6 +36,12 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture()
+def anyio_backend():
+    """Tests that are coroutines are run by anyio's plugin."""
+    return "asyncio"
+
+
 @pytest.fixture(scope="session")
 def kit_golden():
     return shared("kit_golden", "the starter kit's golden files")

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,6 @@ from helpers import (
     read_table,
     write_queries,
     write_tiny_adapter,
-    write_tiny_library,
 )  # fmt: skip
 from router import Router
 from router.kit import Merges
@@ -35,9 +35,15 @@ TEXTS = ["What is two and two?", "1 + 1 =", "Say x"]
 
 
 @pytest.fixture()
-def router(tiny_base, tiny_library):
-    how = {"device": "cpu", "dtype": "float32", "max_gen_len": 6}
-    return Router.from_library(tiny_library, base_model=str(tiny_base), **how)
+def made(tiny_base, tiny_library):
+    """Makes routers of the tiny library, or of another."""
+    how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "max_gen_len": 6}
+    return lambda library=tiny_library, **more: Router.from_library(library, **how | more)
+
+
+@pytest.fixture()
+def router(made):
+    return made()
 
 
 MORE = [*TEXTS, "Bonjour !", "x" * 40, "Say x again, and then y."]
@@ -49,18 +55,16 @@ def saved(router, tmp_path):
 
 
 def test_a_saved_router_applies_its_variants_as_asked(tiny_base, tiny_library, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "router.pipeline.steps.applied", lambda base, how: asked.append(how) or applied(base, how)
-    )
+    asked = Mock(side_effect=applied)
+    monkeypatch.setattr("router.pipeline.steps.applied", asked)
     how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "apply": "beside"}
     folder = Router.from_library(tiny_library, **how).fit(MORE).save(tmp_path / "saved")
     Router.load(folder, device="cpu").answer(MORE)
-    about = json.loads((folder / "router.json").read_text())
-    del about["settings"]["apply"]  # as an earlier version wrote it
-    (folder / "router.json").write_text(json.dumps(about))
+    settings = json.loads((folder / "router.json").read_text())["settings"]
+    del settings["apply"]  # as an earlier version wrote it
+    rewrite(folder, settings=settings)
     Router.load(folder, device="cpu").answer(MORE)
-    assert asked == ["beside", "auto"]
+    assert [call.args[1] for call in asked.call_args_list] == ["beside", "auto"]
 
 
 def test_a_saved_router_needs_the_base_model_alone(router, saved, tiny_base, tiny_library, tmp_path):
@@ -77,11 +81,13 @@ def test_a_saved_router_needs_the_base_model_alone(router, saved, tiny_base, tin
     assert loaded.answer(TEXTS, choices) == chosen
 
 
-def test_a_loaded_router_can_be_saved_again(saved, tmp_path):
+def test_a_loaded_router_can_be_saved_again_and_not_fitted_anew(saved, tmp_path):
     loaded = Router.load(saved, device="cpu")
     again = Router.load(loaded.save(tmp_path / "again"), device="cpu")
     assert again.choose(MORE) == loaded.choose(MORE) and again.answer(MORE) == loaded.answer(MORE)
     assert Router.load(loaded.save(saved), device="cpu").answer(MORE) == loaded.answer(MORE)
+    with pytest.raises(ValueError, match="no adapters"):
+        loaded.fit(TEXTS)
 
 
 def test_texts_that_no_adapter_fits_go_to_the_base_model(router):
@@ -95,12 +101,11 @@ def test_texts_that_no_adapter_fits_go_to_the_base_model(router):
     assert all(variants[choice.variant].weights for choice in router.choose(ours))
 
 
-def test_variants_are_written_once_and_go_with_the_router(tiny_base, tiny_library, tmp_path, monkeypatch):
+def test_variants_are_written_once_and_go_with_the_router(made, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    how = {"device": "cpu", "dtype": "float32", "max_gen_len": 6, "false_alarm": 0.9, "temperature": 3.0}
-    router = Router.from_library(tiny_library, base_model=str(tiny_base), **how).fit(MORE)
+    router = made(false_alarm=0.9, temperature=3.0).fit(MORE)
     first = router.answer(TEXTS)
     (folder,) = temporary.iterdir()
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -110,35 +115,31 @@ def test_variants_are_written_once_and_go_with_the_router(tiny_base, tiny_librar
     assert not list(temporary.iterdir())
     other = router.answer(TEXTS)
     (again,) = temporary.iterdir()
-    assert {path.name for path in again.iterdir()} == {
-        str(n) for n, variant in enumerate(router.variants) if variant.weights
-    }
+    names = {str(n) for n, variant in enumerate(router.variants) if variant.weights}
+    assert {path.name for path in again.iterdir()} == names
     assert router.answer(TEXTS) == other
     del router
     gc.collect()
     assert not list(temporary.iterdir())
 
 
-def test_it_is_fitted_with_as_many_variants_as_asked(router, tiny_base, tiny_library):
-    how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "n_variants": 1}
-    one = Router.from_library(tiny_library, **how)
+def test_it_is_fitted_with_as_many_variants_as_asked(router, made):
+    one = made(n_variants=1)
     own, asked = (router.fit(MORE, many).variants for many in (None, 1))
     assert own != asked  # else the next lines could not fail
     assert one.fit(MORE).variants == asked
     assert one.fit(MORE, 2).variants == router.fit(MORE, 2).variants != asked
 
 
-def test_a_save_that_was_stopped_can_be_repeated(saved, tmp_path, monkeypatch):
+def test_a_save_that_was_stopped_can_be_repeated(saved, tmp_path):
     loaded = Router.load(saved)
 
     def stopped(_source, target, **_how):
         (target / "0").mkdir(parents=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("router.api.shutil.copytree", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with patch("router.api.shutil.copytree", stopped), pytest.raises(KeyboardInterrupt):
         loaded.save(tmp_path / "again")
-    monkeypatch.undo()
     loaded.save(tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(saved)
 
@@ -180,14 +181,11 @@ def test_the_middle_of_a_very_long_text_is_not_tokenised(router, monkeypatch):
     assert truncated([row]) == truncated(encode(router._base.tokenizer, seen))  # what routing reads
 
 
-def test_a_save_that_fails_leaves_the_router_that_was_there(router, saved, tiny_base, tmp_path):
+def test_a_save_that_fails_leaves_the_router_that_was_there(router, saved, made, tmp_path):
     before = files_of(saved)
     large = write_tiny_adapter(tmp_path / "large" / "one", 1, alpha=1e6)
-    other = Router.from_library(
-        large, base_model=str(tiny_base), device="cpu", dtype="float16", false_alarm=0.9
-    )
     with pytest.raises(InputError, match="dtype='float32'"):
-        other.fit(MORE).save(saved)
+        made(large, dtype="float16", false_alarm=0.9).fit(MORE).save(saved)
     assert files_of(saved) == before
 
 
@@ -215,11 +213,9 @@ def test_a_choice_says_how_it_was_decided(saved):
         assert max({**made.weights, "base": made.base}.items(), key=lambda pair: pair[1])[0] in choice.weights
 
 
-def test_a_router_does_what_the_command_did(router, tiny_base, tiny_library, tmp_path):
+def test_a_router_does_what_the_command_did(router, run):
     """One in Python, and one of the finished run."""
-    rows, out = [(str(n), text, "generation", "") for n, text in enumerate(MORE)], tmp_path / "out"
-    queries = write_queries(tmp_path / "queries.csv", rows)
-    assert main(arguments("proto_route", [queries], tiny_library, tiny_base, out)) == 0
+    out = run(MORE)
     routing, loaded = read_table(out / "queries.routing.csv"), Router.load(out, device="cpu")
     assert router.candidates == loaded.candidates == [*NAMES, "base"]
     answers = [row["prediction"].strip() for row in read_table(out / "queries.csv")]
@@ -230,49 +226,33 @@ def test_a_router_does_what_the_command_did(router, tiny_base, tiny_library, tmp
     assert [choice.variant for choice in loaded.choose(MORE)] == [int(row["variant"]) for row in routing]
 
 
-def test_a_record_that_lacks_what_a_router_needs_is_refused(tiny_base, tiny_library, tmp_path):
-    queries = write_queries(tmp_path / "queries.csv", [("1", TEXTS[0], "generation", "")])
-    out = tmp_path / "out"
-    assert main(arguments("proto_route", [queries], tiny_library, tiny_base, out)) == 0
+def test_a_record_that_lacks_what_a_router_needs_is_refused(run, tiny_base):
+    out = run(TEXTS[:1])
     record = json.loads((out / "run.json").read_text())
+    flags = record["flags"]
     for change, cause in (
-        ({"flags": {"dataset_filepaths": [str(queries)]}}, "--output_folder"),
-        ({"flags": record["flags"] | {"top_k": "3"}}, "--top_k: "),
-        ({"flags": record["flags"] | {"apply": "merge"}}, "--apply: "),
+        ({"flags": {"dataset_filepaths": flags["dataset_filepaths"]}}, "--output_folder"),
+        ({"flags": flags | {"top_k": "3"}}, "--top_k: "),
+        ({"flags": flags | {"apply": "merge"}}, "--apply: "),
         ({"variants": None, "base": None}, "variants"),
     ):
         parts = {key: value for key, value in (record | change).items() if value is not None}
         (out / "run.json").write_text(json.dumps(parts))
         with pytest.raises(InputError, match=cause):
             Router.load(out, device="cpu")
-    parts = record | {"flags": {key: of for key, of in record["flags"].items() if key != "base_model"}}
-    (out / "run.json").write_text(json.dumps(parts))
-    assert Router.load(out, str(tiny_base), "cpu").candidates == [*NAMES, "base"]  # null is the same
-
-
-def test_a_saved_router_cannot_be_fitted_anew(saved):
-    with pytest.raises(ValueError, match="no adapters"):
-        Router.load(saved, device="cpu").fit(TEXTS)
+    del flags["base_model"]  # null is the same
+    (out / "run.json").write_text(json.dumps(record))
+    assert Router.load(out, str(tiny_base), "cpu").candidates == [*NAMES, "base"]
 
 
 def test_the_embedded_base_model_is_found_by_what_it_is(saved, monkeypatch):
-    about = json.loads((saved / "router.json").read_text())
-    told = []
-
-    class Asked(Exception):
-        pass
-
-    def ask(spec, *_):
-        told.append(spec)
-        raise Asked
-
-    monkeypatch.setattr("router.api.load_base", ask)
-    for embedded, revision, expected in ((True, None, "embedded"), (False, "abc", "some/base@abc")):
-        changed = about | {"embedded": embedded, "revision": revision, "base_model": "some/base"}
-        (saved / "router.json").write_text(json.dumps(changed))
-        with pytest.raises(Asked):
+    asked = Mock(side_effect=InputError("asked"))
+    monkeypatch.setattr("router.api.load_base", asked)
+    for embedded, revision in ((True, None), (False, "abc")):
+        rewrite(saved, embedded=embedded, revision=revision, base_model="some/base")
+        with pytest.raises(InputError, match="asked"):
             Router.load(saved, device="cpu")
-        assert told[-1] == expected
+    assert [call.args[0] for call in asked.call_args_list] == ["embedded", "some/base@abc"]
 
 
 def test_before_fit_there_is_no_variant_and_nothing_to_save(router, tmp_path, monkeypatch):
@@ -299,10 +279,28 @@ def spoil_base(saved, tmp_path):
     rewrite(saved, base_model=str(other))
 
 
+def grow(file):
+    """Other weights in a safetensors file; the old one, which may be mapped, goes."""
+    tensors = {key: 1.5 * of for key, of in load_file(file).items()}
+    file.unlink()
+    save_file(tensors, file)
+
+
 def spoil_variant(saved):
-    path = next((saved / "variants").glob("*/adapter_model.safetensors"))
-    tensors = {key: 2 * of for key, of in load_file(path).items()}
-    save_file(tensors, path)
+    grow(next((saved / "variants").glob("*/adapter_model.safetensors")))
+
+
+@pytest.fixture()
+def run(tiny_base, tiny_library, tmp_path):
+    """Routes and answers texts by the command; returns the output folder."""
+
+    def make(texts):
+        rows = [(str(n), text, "generation", "") for n, text in enumerate(texts)]
+        queries = write_queries(tmp_path / "queries.csv", rows)
+        assert main(arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "out")) == 0
+        return tmp_path / "out"
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -402,27 +400,18 @@ def test_a_file_of_a_router_that_somebody_changed_is_not_replaced(router, saved)
     assert (saved / "router.safetensors").read_bytes() == b"changed"
 
 
-def test_an_adapter_that_was_trained_again_is_not_the_runs(tiny_base, tmp_path):
-    library = write_tiny_library(tmp_path / "mine")
-    queries = write_queries(tmp_path / "queries.csv", [("1", TEXTS[0], "generation", "")])
-    out = tmp_path / "out"
-    assert main(arguments("proto_route", [queries], library, tiny_base, out)) == 0
+def test_an_adapter_that_was_trained_again_is_not_the_runs(run, tiny_library):
+    out = run(TEXTS[:1])
     Router.load(out, device="cpu")
-    path = library / NAMES[0] / "adapter_model.safetensors"
-    save_file({key: 1.5 * of for key, of in load_file(path).items()}, path)
+    grow(tiny_library / NAMES[0] / "adapter_model.safetensors")
     with pytest.raises(InputError, match=f"{NAMES[0]} .*other weights"):
         Router.load(out, device="cpu")
 
 
-def test_weights_that_are_replaced_after_routing_are_refused(tiny_base, tmp_path):
-    library = write_tiny_library(tmp_path / "mine")
-    how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "false_alarm": 0.9}
-    router = Router.from_library(library, **how).fit(MORE)
+def test_weights_that_are_replaced_after_routing_are_refused(made, tiny_library, tmp_path):
+    router = made(false_alarm=0.9).fit(MORE)
     for name in NAMES:
-        path = library / name / "adapter_model.safetensors"
-        tensors = {key: 1.5 * of for key, of in load_file(path).items()}
-        path.unlink()  # the old file may be mapped
-        save_file(tensors, path)
+        grow(tiny_library / name / "adapter_model.safetensors")
     with pytest.raises(InputError, match="was changed"):
         router.save(tmp_path / "saved")
     assert not (tmp_path / "saved" / "router.json").exists()

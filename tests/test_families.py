@@ -6,13 +6,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import FAMILIES, arguments, family, read_by_id, read_table, write_queries
-from router.kit import Merges, StarterKitMethod
 from router.main import main
 from router.model.answer import likeliest
-from router.model.base import load_base
-from router.pipeline.context import Context
-from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
-from router.settings import Settings
 
 LENGTH = 6  # new tokens, as `arguments` asks for
 PROMPTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "abc"]
@@ -83,25 +78,6 @@ def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatc
             assert scored == [pytest.approx(expected, abs=1e-4)]
             assert answer == str(expected.index(max(expected)))
     assert mixed
-
-
-def test_a_warning_of_a_kit_method_names_the_query_by_its_id(tmp_path, tiny_base, caplog):
-    base, _ = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
-    loaded = load_base(str(base), "cpu", "float32")
-
-    class Loaded(Merges):
-        def merge(self):
-            self.base_model, self.tokenizer = loaded.model, loaded.tokenizer
-
-    queries = [
-        Query("short", PROMPTS[0], GENERATION),
-        Query("long", "x" * 150, GENERATION),
-        Query("chosen", "x" * 150, MULTIPLE_CHOICE, ("a", "b")),
-    ]
-    found = StarterKitMethod(Loaded, "kit", Settings()).answer(queries, Context())
-    assert [answer.failed for answer in found] == [False, True, True]
-    told = [record.getMessage().partition(":")[0] for record in caplog.records]
-    assert told == ["query long", "query chosen"]
 
 
 ROUTERS = ("arrow", "spectr", "lag", "logo", "mass")

@@ -67,18 +67,6 @@ def test_queries_are_complete_and_kept_apart():
     assert {query.eval_type for query in queries} == {"generation", "multiple_choice"}
 
 
-def test_no_test_item_is_a_training_item():
-    pytest.importorskip("reasoning_gym", reason="needs the extra `train`")
-    pytest.importorskip("bfcl_eval", reason="needs bfcl-eval, see CONTRIBUTING.md")
-    from scripts.library.tasks import all_tasks, split
-    from scripts.library.train import EXPERTS, SEED, SIZES
-
-    for name in EXPERTS:
-        parts = split(all_tasks()[name], SEED, SIZES)
-        items = {part: {tuple(item.fields.items()) for item in found} for part, found in parts.items()}
-        assert not items["train"] & (items["eval"] | items["unseen"] | items["test"])
-
-
 @pytest.mark.slow
 def test_the_embedded_model_holds_the_weights_of_its_gguf_file():
     from gguf import GGUFReader, dequantize

@@ -1,7 +1,6 @@
 """Conversations: read from JSON lines, routed and answered in the base model's template, refused by row."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from router.main import main
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import BARE
-from router.pipeline.journal import Journal
 from router.pipeline.reading import SHARED, TURNS
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
@@ -246,26 +244,6 @@ def test_a_request_brings_no_new_frame(chat_router, tmp_path):
     together = loaded.choose([*odd, *many, HI])
     assert set(loaded._proto.fits) == before
     assert together[-1] == loaded.choose([HI])[0] and together[0] == loaded.choose(odd[:1])[0]
-
-
-def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch, tmp_path):
-    monkeypatch.setattr("router.routing.fitted.AT_ONCE", 4)
-    talks = queries_of(*(f"question {n}" for n in range(SHARED)), system="Be kind.")
-    found = method()
-    expected = found.route(talks, found.encoded(talks))
-    journal = Journal(tmp_path / "journal", {"a": 1})
-    kept = method_of_journal(found, journal)
-    for _ in range(2):  # the second time all is known
-        np.testing.assert_allclose(
-            kept.route(talks, kept.encoded(talks)).weights, expected.weights, atol=1e-6
-        )
-    journal.close()
-
-
-def method_of_journal(found, journal):
-    made = type(found)(found.name, found.base, found.adapters, replace(found.context, journal=journal))
-    made.template = found.template
-    return made
 
 
 def test_what_many_prompts_share_is_a_frame(method):

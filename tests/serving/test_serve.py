@@ -155,60 +155,6 @@ def test_a_slow_upstream_holds_up_its_own_request_alone(upstream):
         assert 'router_requests_total{variant="variant-0"} 3.0' in client.get("/metrics").text
 
 
-@posix
-def test_a_reload_loses_no_request_and_mixes_none_up(upstream, router, tmp_path):
-    saved = router.save(tmp_path / "saved")
-    old = dict(zip(TEXTS, _names(router, TEXTS), strict=True))
-    router.fit(TEXTS[:1]).save(tmp_path / "new")
-    new = dict(zip(TEXTS, _names(router, TEXTS), strict=True))
-    moved = next(text for text in TEXTS if old[text] != new[text])
-
-    async def work(client):
-        over = asyncio.Event()
-
-        async def go_on(text):
-            while not over.is_set():
-                assert await _ask(client, text) in (old[text], new[text])
-
-        busy = [asyncio.create_task(go_on(text)) for text in TEXTS]
-        assert await _ask(client, moved) == old[moved]
-        router.save(saved)
-        process.send_signal(signal.SIGHUP)
-        while await _ask(client, moved) != new[moved]:
-            pass
-        router.fit(TEXTS).save(saved)
-        assert (await client.post("/admin/reload")).status_code == 200
-        assert await _ask(client, moved) == old[moved]
-        over.set()
-        await asyncio.gather(*busy)
-
-    with started(saved, upstream[0]) as (process, client, _):
-        _at_once(client, work)
-
-
-def _at_once(client, work):
-    """What `work` gives of a client for many requests at a time, of the same server."""
-
-    async def run():
-        limits = httpx.Limits(max_connections=None)
-        async with (
-            asyncio.timeout(60),
-            httpx.AsyncClient(base_url=client.base_url, timeout=30, limits=limits) as many,
-        ):
-            return await work(many)
-
-    return asyncio.run(run())
-
-
-async def _ask(client, text):
-    """The model that answered a text, and no other."""
-    answer = await client.post("/v1/completions", json={"model": "auto", "prompt": text})
-    assert answer.is_success, answer.text
-    body = answer.json()
-    assert body["choices"][0]["text"] == text and body["model"] == body["router"]["model"]
-    return body["model"]
-
-
 def _names(router, texts):
     return [_name(router, choice) for choice in router.choose(texts)]
 
