@@ -393,7 +393,7 @@ def test_a_strangers_file_is_not_replaced_by_a_router(router, tmp_path, name):
     assert files_of(tmp_path / "theirs") == {name: b'{"mine": 1}'}
 
 
-def test_a_file_of_a_router_that_somebody_changed_is_not_replaced(router, saved):
+def test_a_file_that_somebody_changed_is_not_replaced(router, saved):
     (saved / "router.safetensors").write_bytes(b"changed")
     with pytest.raises(InputError, match=r"router\.safetensors"):
         router.fit(MORE).save(saved)

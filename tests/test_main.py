@@ -448,7 +448,7 @@ def unloaded(monkeypatch):
     monkeypatch.setattr("router.run.load_method", lambda name: pytest.fail("loaded"))
 
 
-def test_a_folder_in_a_file_system_that_cannot_be_written_is_refused(command, capsys, unloaded):
+def test_a_file_system_that_cannot_be_written_is_refused(command, capsys, unloaded):
     assert command("proto_route", out="/proc/nothing/here")[0] == 2
     assert "--output_folder" in capsys.readouterr().err
 
@@ -476,7 +476,7 @@ def test_a_run_that_is_stopped_leaves_no_temporary_folders(command, capsys, monk
     assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same command goes on where it was"
 
 
-def test_where_nothing_finite_comes_out_the_run_ends_and_says_so(command, capsys, monkeypatch):
+def test_where_nothing_finite_comes_out_the_run_ends(command, capsys, monkeypatch):
     """As activations that overflow with a variant, when the base model's alone do not."""
     monkeypatch.setattr("router.model.answer.generate", lambda _, __, rows, ___: [FAILED] * len(rows))
     monkeypatch.setattr("router.model.answer.score_choices", lambda *a: [(math.nan,)] * len(a[2]))
@@ -531,9 +531,7 @@ def test_half_a_character_of_a_choice_reaches_the_report(command, tmp_path, tiny
         ".journal/identity.json",
     ],
 )  # fmt: skip
-def test_something_else_that_no_run_wrote_is_refused_and_left_alone(
-    name, flags, command, tmp_path, capsys, unloaded
-):
+def test_something_else_that_no_run_wrote_is_left_alone(name, flags, command, tmp_path, capsys, unloaded):
     mine = tmp_path / "out" / name
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text('{"pace": 5}')

@@ -88,18 +88,6 @@ def test_a_run_without_evidence_is_told_in_one_line(extra, finished, monkeypatch
     assert "average" in line and "evidence" in line
 
 
-def test_a_replay_at_the_runs_settings_is_the_run(finished):
-    run = tables.open_run(finished("proto_route"))
-    assert np.isnan(run.evidence.candidates).any() and run.evidence.duplicates == {"double": "everything"}
-    wrote, again = tables.decided(run), tables.replay(run, **tables.settings_of(run))
-    np.testing.assert_allclose(again.weights, run.weights, atol=1e-5)
-    np.testing.assert_array_equal(again.clusters.labels, run.labels)
-    assert again.figures() == pytest.approx(wrote.figures(), abs=0.02)  # a variant drops weights below 0.01
-    assert wrote.figures()["variants"] == run.record.n_variants
-    margin = np.diff(np.sort(np.nan_to_num(run.evidence.candidates, nan=-np.inf))[:, -2:])
-    assert run.record.low_margin == (margin < 0.5).sum() == tables.overview(run).loc["low margin", ""]
-
-
 @pytest.mark.parametrize("flags", [("--temperature", 2.0), ("--top_k", 1), ("--n_variants", 2)])
 def test_a_replay_with_other_settings_is_the_run_with_them(finished, flags):
     run, other = (tables.open_run(finished("proto_route", *f, out=str(len(f)))) for f in ((), flags))
@@ -107,21 +95,6 @@ def test_a_replay_with_other_settings_is_the_run_with_them(finished, flags):
     np.testing.assert_allclose(replayed.weights, other.weights, atol=1e-5)
     np.testing.assert_array_equal(replayed.clusters.labels, other.labels)
     assert tables.settings_of(run) != tables.settings_of(other)
-
-
-def test_tables(finished):
-    run = tables.open_run(finished("proto_route", "--n_variants", 2))
-    variants, by_margin = tables.variant_table(run), tables.unsure_table(run)
-    assert variants["queries"].sum() == len(by_margin) == len(ROWS)
-    assert by_margin["margin"].is_monotonic_increasing
-    assert tables.adapter_table(run)["top for"].sum() == len(ROWS)
-    votes = tables.vote_table(run)
-    place = run.evidence.modules.index("model.layers.1.mlp.up_proj")
-    assert votes.loc[1, "mlp.up_proj"] == pytest.approx(np.nanmean(run.evidence.votes[:, place]), nan_ok=True)
-    curve = tables.loss_curve(tables.decided(run))
-    assert curve["mean"].iloc[-1] <= curve["mean"].iloc[0] and (curve["mean"] <= curve["worst"]).all()
-    with pytest.raises(tables.NotShown, match="adapters"):
-        tables.vote_table(run, "nobody")
 
 
 def test_two_decisions_are_compared_by_query_and_by_name():

@@ -39,7 +39,7 @@ def modules(draw):
 
 @settings(max_examples=60)
 @given(st.data(), modules())
-def test_the_sum_of_updates_is_linear_in_the_weights_and_has_no_order(data, updates):
+def test_the_sum_of_updates_is_linear_and_has_no_order(data, updates):
     numbers = st.floats(-8, 8, width=32)
     one, other = (
         data.draw(st.lists(numbers, min_size=len(updates), max_size=len(updates))) for _ in range(2)
@@ -58,7 +58,7 @@ def test_the_sum_of_updates_is_linear_in_the_weights_and_has_no_order(data, upda
 
 @settings(max_examples=60)
 @given(modules(), st.integers(1, 40))
-def test_recompression_loses_the_discarded_singular_values_and_no_more(updates, rank):
+def test_recompression_loses_the_discarded_values_alone(updates, rank):
     full = sum(map(dense, updates))
     s = np.linalg.svd(full, compute_uv=False)
     found = recompress(weighted_sum(updates, [1.0] * len(updates)), rank)
@@ -161,7 +161,7 @@ def predictions(base, library, tmp_path_factory):
 
 @settings(max_examples=6)
 @given(st.permutations(range(len(QUERIES))), st.integers(1, len(QUERIES)), st.integers(1, 600))
-def test_neither_order_nor_batches_nor_padding_change_a_prediction(
+def test_neither_order_nor_batches_change_a_prediction(
     base, library, predictions, tmp_path_factory, order, batch_size, tokens
 ):
     with pytest.MonkeyPatch.context() as patch:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from helpers import ROWS, delta, peft_deltas, raw_factors, read_table, variants_in
-from merge.dense import elect, ties, to_factors, trim
+from merge.dense import elect, ties
 from merge.factors import Factors
 from router.library.adapters import load_library
 from router.methods import load_method
@@ -162,25 +162,10 @@ def test_an_untrained_adapter_is_no_trouble(method):
     assert np.isfinite(delta(combine(method, [zero, MIXED[0]]))).all()
 
 
-def test_trim_keeps_the_largest_and_all_that_are_as_large():
-    updates = torch.tensor([[[1.0, -5.0], [3.0, 0.0], [-4.0, 2.0]], [[2.0, 2.0], [-2.0, 2.0], [1.0, 1.0]]])
-    expected = [[[0, -5], [0, 0], [-4, 0]], [[2, 2], [-2, 2], [0, 0]]]
-    assert trim(updates, 1 / 3).tolist() == expected
-    assert torch.equal(trim(updates, 1.0), updates)
-    assert trim(torch.tensor([[[1.0, -5.0, 3.0]]]), 0.01).tolist() == [[[0, -5, 0]]]  # at least one
-
-
 def test_a_drawn_vote_elects_no_sign():
     updates = torch.tensor([[[1.0, 3.0, 0.0]], [[-1.0, -1.0, 0.0]]])
     assert elect(updates).tolist() == [[0, 1, 0]]
     assert ties(updates, keep=1.0).tolist() == [[0, 3, 0]]
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
-def test_to_factors_is_exact_and_of_the_smaller_width(shape):
-    whole = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    found = to_factors(whole)
-    assert found.rank == min(shape) and torch.equal(found.b @ found.a, whole)
 
 
 # Through the command.

@@ -35,7 +35,7 @@ def mistral():
     return SimpleNamespace(config=MistralConfig(), parameters=lambda: [weights])
 
 
-def test_batches_grow_with_the_memory_of_a_gpu_and_of_nothing_else(monkeypatch):
+def test_batches_grow_with_the_memory_of_a_gpu_alone(monkeypatch):
     found = []
     for size in (16, 40, 48, 80, 1000):
         monkeypatch.setattr(device, "memory_bytes", lambda place, size=size: size * GIB)

@@ -15,7 +15,7 @@ def test_of_a_long_prompt_both_ends_are_read(length):
     assert truncated([[7], whole]) == [[7], read]
 
 
-def test_a_batch_that_does_not_fit_is_read_in_halves_and_every_row_once(base):
+def test_a_batch_that_does_not_fit_is_read_in_halves(base):
     rows, tried = [[n] * 3 for n in range(7)], []
 
     def read(ids, mask):

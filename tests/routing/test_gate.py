@@ -257,7 +257,7 @@ def test_the_promised_rate_is_that_of_an_exponential_tail(false_alarm):
     assert many == pytest.approx(false_alarm, rel=0.1)
 
 
-def test_levels_of_other_rates_are_those_of_gates_with_these_rates():
+def test_levels_of_other_rates_are_those_of_other_gates():
     found = PrototypeGate(false_alarm=0.3).fit(GENERIC)
     for share, more in found.levels().items():
         other = PrototypeGate(false_alarm=float(share)).fit(GENERIC)
@@ -418,7 +418,7 @@ def test_wrong_references_are_refused(X):
         np.full((1, 6, 10, 2), np.inf),
     ],
 )  # fmt: skip
-def test_responses_of_another_library_or_without_a_number_are_refused(X):
+def test_responses_of_another_library_or_not_finite_are_refused(X):
     with pytest.raises(ValueError, match="expected"), np.errstate(invalid="ignore"):
         PrototypeGate().fit(GENERIC).predict(X)
     with pytest.raises(ValueError, match="finite"):  # a response where an adapter has no prototype

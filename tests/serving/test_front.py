@@ -25,7 +25,7 @@ from router.system.keys import key_of  # noqa: E402
 pytestmark = pytest.mark.anyio
 
 
-async def test_auto_is_answered_by_the_variant_and_others_pass_untouched():
+async def test_auto_is_answered_by_the_variant_others_pass():
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     picture = {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, image]}], "n": 2}
 
@@ -349,7 +349,7 @@ async def test_a_queue_that_is_full_says_when_to_try_again(monkeypatch):
         assert {answer.status_code for answer in answers} == {200, 429}
 
 
-async def test_a_reload_takes_the_new_router_and_names_its_new_variants():
+async def test_a_reload_takes_the_new_router():
     new = Two()
     new.choose = lambda texts: [Choice(1, {"base": 1.0}, 1.0, False, False, {}) for _ in texts]
     new.variants[0].sha256 = "0a1b2c3d4e"

@@ -63,7 +63,7 @@ def test_json_of_gigabytes_is_a_value_error(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, error):
+def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path, error):
     path = tmp_path / "new" / "out.csv"
     with replacing(path) as file:
         file.write("old")
@@ -75,7 +75,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, e
     assert [child.name for child in path.parent.iterdir()] == ["out.csv"]
 
 
-def test_a_file_is_for_all_to_read_and_has_the_line_ends_that_were_written(tmp_path):
+def test_a_file_has_the_line_ends_that_were_written(tmp_path):
     with replacing(tmp_path / "out.txt") as file:
         file.write("one\r\ntwo\nüber\r")
     assert (tmp_path / "out.txt").read_bytes() == "one\r\ntwo\nüber\r".encode()
@@ -119,7 +119,7 @@ def test_only_a_folder_of_ours_is_removed(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [*OURS, *THEIRS])
-def test_a_new_folder_takes_the_place_of_those_that_killed_runs_left(tmp_path, kind):
+def test_a_new_folder_replaces_those_that_killed_runs_left(tmp_path, kind):
     (OURS | THEIRS)[kind](tmp_path / ".work.one")
     before = sorted(tmp_path.rglob("*"))
     work = work_folder(tmp_path, ".work.")
@@ -130,7 +130,7 @@ def test_a_new_folder_takes_the_place_of_those_that_killed_runs_left(tmp_path, k
     assert kept == (before if kind in THEIRS else [])
 
 
-def test_what_a_killed_process_leaves_of_a_folder_of_ours_is_ours(tmp_path, monkeypatch):
+def test_what_a_kill_leaves_of_a_folder_of_ours_is_ours(tmp_path, monkeypatch):
     folder, seen = tmp_path / "one", []
     OURS["marked"](folder)
     for n in range(50):

@@ -60,7 +60,7 @@ def test_whatever_goes_wrong_is_one_line(monkeypatch, kind):
 
 
 @pytest.mark.parametrize("spec", ["some/model", "not/a/repository", "some/model@nothing"])
-def test_what_is_not_in_the_cache_is_refused_by_the_client_itself(monkeypatch, tmp_path, spec):
+def test_what_is_not_in_the_cache_is_refused(monkeypatch, tmp_path, spec):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(HubError):
         fetch(spec, local_only=True)
