@@ -291,6 +291,18 @@ def write_run(out, weights, evidence=None, inputs=None, names=("one", "two", "th
     return out
 
 
+def edit_json(path, **fields):
+    """Changes fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | fields), "utf-8")
+
+
+def edit_weights(path, change):
+    """Has `change(name, tensor)` make each tensor of a file anew; the old file, which may be mapped, goes."""
+    tensors = {key: change(key, of.clone()).contiguous() for key, of in load_file(path).items()}
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def spoil(path, old, new):
     """Replaces a text in a file that has it."""
     content = path.read_text("utf-8")
@@ -298,7 +310,27 @@ def spoil(path, old, new):
     path.write_text(content.replace(old, new), "utf-8")
 
 
-# Answers of the tiny base model
+# Answers of a base model
+
+
+def written(model, tokenizer, prompt, length=6):
+    """What transformers generates greedily, as a submission has it."""
+    ids = tokenizer(prompt, return_tensors="pt")
+    new = model.generate(**ids, max_new_tokens=length, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    text = tokenizer.decode(new, skip_special_tokens=True).removeprefix(" ")
+    return text if text.strip() else "unknown"
+
+
+def choice_scores(model, tokenizer, prompt, choices):
+    """The log-probability of each choice and the end of the text, one by one, without a cache."""
+    read, found = tokenizer(prompt)["input_ids"], []
+    for choice in choices:
+        tail = [*tokenizer(choice)["input_ids"], tokenizer.eos_token_id]
+        with torch.inference_mode():
+            logp = model(torch.tensor([[*read, *tail]]), use_cache=False).logits[0].log_softmax(-1)
+        found.append(sum(float(logp[len(read) - 1 + n, token]) for n, token in enumerate(tail)))
+    return found
+
 
 IDS = torch.tensor([[5, 60, 7, 91, 12, 200, 33]])
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from helpers import (
     NAMES,
     arguments,
+    edit_json,
+    edit_weights,
     files_of,
     read_table,
     write_queries,
@@ -62,7 +64,7 @@ def test_a_saved_router_applies_its_variants_as_asked(tiny_base, tiny_library, t
     Router.load(folder, device="cpu").answer(MORE)
     settings = json.loads((folder / "router.json").read_text())["settings"]
     del settings["apply"]  # as an earlier version wrote it
-    rewrite(folder, settings=settings)
+    edit_json(folder / "router.json", settings=settings)
     Router.load(folder, device="cpu").answer(MORE)
     assert [call.args[1] for call in asked.call_args_list] == ["beside", "auto"]
 
@@ -148,9 +150,8 @@ def test_a_base_model_of_another_configuration_is_told(saved, tiny_base, tmp_pat
     Router.load(saved, device="cpu")
     assert "configuration" not in caplog.text
     other = shutil.copytree(tiny_base, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-    (other / "config.json").write_text(json.dumps(config | rope))
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    edit_json(other / "config.json", rope_parameters=rope)
     Router.load(saved, base_model=str(other), device="cpu")
     assert "the base model's configuration or tokenizer is not the one" in caplog.text
 
@@ -249,7 +250,7 @@ def test_the_embedded_base_model_is_found_by_what_it_is(saved, monkeypatch):
     asked = Mock(side_effect=InputError("asked"))
     monkeypatch.setattr("router.api.load_base", asked)
     for embedded, revision in ((True, None), (False, "abc")):
-        rewrite(saved, embedded=embedded, revision=revision, base_model="some/base")
+        edit_json(saved / "router.json", embedded=embedded, revision=revision, base_model="some/base")
         with pytest.raises(InputError, match="asked"):
             Router.load(saved, device="cpu")
     assert [call.args[0] for call in asked.call_args_list] == ["embedded", "some/base@abc"]
@@ -264,30 +265,15 @@ def test_before_fit_there_is_no_variant_and_nothing_to_save(router, tmp_path, mo
         Router.from_library(write_tiny_adapter(tmp_path / "one", 1))
 
 
-def rewrite(saved, **changes):
-    """Changes fields of router.json."""
-    about = json.loads((saved / "router.json").read_text())
-    (saved / "router.json").write_text(json.dumps(about | changes))
-
-
 def spoil_base(saved, tmp_path):
-    about = json.loads((saved / "router.json").read_text())
-    other = shutil.copytree(about["base_model"], tmp_path / "other")
-    weights = load_file(other / "model.safetensors")
-    changed = weights | {"lm_head.weight": weights["lm_head.weight"] + 1}
-    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
-    rewrite(saved, base_model=str(other))
+    base = json.loads((saved / "router.json").read_text())["base_model"]
+    other = shutil.copytree(base, tmp_path / "other")
+    edit_weights(other / "model.safetensors", lambda key, of: of + (key == "lm_head.weight"))
+    edit_json(saved / "router.json", base_model=str(other))
 
 
 def grow(file):
-    """Other weights in a safetensors file; the old one, which may be mapped, goes."""
-    tensors = {key: 1.5 * of for key, of in load_file(file).items()}
-    file.unlink()
-    save_file(tensors, file)
-
-
-def spoil_variant(saved):
-    grow(next((saved / "variants").glob("*/adapter_model.safetensors")))
+    edit_weights(file, lambda key, of: 1.5 * of)
 
 
 @pytest.fixture()
@@ -307,12 +293,12 @@ def run(tiny_base, tiny_library, tmp_path):
     ("spoil", "cause"),
     [
         (spoil_base, "weights"),
-        (lambda saved, _: rewrite(saved, format=99), "format"),
+        (lambda saved, _: edit_json(saved / "router.json", format=99), "format"),
         (lambda saved, _: (saved / "router.json").write_text("{"), "router.json"),
         (lambda saved, _: (saved / "router.safetensors").write_bytes(b"x"), "router.safetensors: "),
         (lambda saved, _: (saved / "router.safetensors").unlink(), "router.safetensors: "),
         (lambda saved, _: shutil.rmtree(saved / "variants"), "variants/"),
-        (lambda saved, _: spoil_variant(saved), "variants/"),
+        (lambda saved, _: grow(next(saved.glob("variants/*/*.safetensors"))), "variants/"),
         (lambda saved, _: (saved / "router.json").unlink(), "run.json: "),
     ],
 )
@@ -336,10 +322,10 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused(saved):
         ({"dtype": "eval"}, "dtype: "),
         ({"base_sha256": None}, "base_sha256"),
     ):
-        rewrite(saved, **about | change)
+        edit_json(saved / "router.json", **about | change)
         with pytest.raises(InputError, match=cause):
             Router.load(saved, device="cpu")
-    rewrite(saved, **about | {"settings": about["settings"] | {"later": 1}})
+    edit_json(saved / "router.json", **about | {"settings": about["settings"] | {"later": 1}})
     assert Router.load(saved, device="cpu").candidates == about["candidates"]
 
     tensors = {key: of.clone() for key, of in load_file(file).items()}  # the file, which may be mapped, goes
@@ -365,7 +351,7 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused(saved):
         spoilt.append((tensors, text.replace(old, new)))
     for changed, router in spoilt:
         save_file(changed, file, {"router": router})
-        rewrite(saved, files=about["files"] | {file.name: sha256_of(file)})
+        edit_json(saved / "router.json", files=about["files"] | {file.name: sha256_of(file)})
         with pytest.raises(InputError, match=f"{file}: "):
             Router.load(saved, device="cpu")
 

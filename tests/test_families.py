@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import FAMILIES, arguments, family, read_by_id, read_table, write_queries
+from helpers import FAMILIES, arguments, choice_scores, family, read_by_id, read_table, write_queries, written
 from router.main import main
 from router.model.answer import likeliest
 
@@ -35,26 +35,6 @@ def folders(request, tmp_path, tiny_base):
     return saved(tmp_path, tiny_base, request.param)
 
 
-def written(model, tokenizer, prompt):
-    """What transformers generates."""
-    model.generation_config.eos_token_id = [1, 7]
-    ids = tokenizer(prompt, return_tensors="pt")
-    new = model.generate(**ids, max_new_tokens=LENGTH, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    text = tokenizer.decode(new, skip_special_tokens=True).removeprefix(" ")
-    return text if text.strip() else "unknown"
-
-
-def scores(model, tokenizer, prompt, choices):
-    """The log-probability of each choice and the end of the text, one by one, without a cache."""
-    read, found = tokenizer(prompt)["input_ids"], []
-    for choice in choices:
-        tail = [*tokenizer(choice)["input_ids"], tokenizer.eos_token_id]
-        with torch.inference_mode():
-            logp = model(torch.tensor([[*read, *tail]]), use_cache=False).logits[0].log_softmax(-1)
-        found.append(sum(float(logp[len(read) - 1 + n, token]) for n, token in enumerate(tail)))
-    return found
-
-
 def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatch):
     base, library = folders
     rows = [(f"g{n}", text, "generation", "") for n, text in enumerate(PROMPTS)]
@@ -70,11 +50,12 @@ def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatc
         if (folder := out / "variants" / row["variant"]).is_dir():
             model, mixed = PeftModel.from_pretrained(model, folder), mixed + 1
         model.eval()
+        model.generation_config.eos_token_id = [1, 7]
         answer = answers[row["id"]]["prediction"]
         if kind == "generation":
             assert answer == written(model, tokenizer, prompt)
         else:
-            expected = scores(model, tokenizer, prompt, CHOICES)
+            expected = choice_scores(model, tokenizer, prompt, CHOICES)
             assert scored == [pytest.approx(expected, abs=1e-4)]
             assert answer == str(expected.index(max(expected)))
     assert mixed

@@ -28,12 +28,16 @@ from helpers import (
     ROOT,
     ROWS,
     arguments,
+    choice_scores,
+    edit_weights,
     files_of,
     read_table,
     variants_in,
     write_queries,
     write_tiny_adapter,
+    written,
 )
+from merge.folders import WEIGHTS_FILE
 from router.main import main
 from router.model.answer import FAILED
 from router.routing.evidence import Evidence
@@ -54,25 +58,14 @@ def plain_model(tiny_base):
 
 def answers_of(model, tiny_base, rows):
     """Query by query, with neither batches nor cache sharing: greedy, and the likeliest choice."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    answers = []
+    tokenizer, answers = AutoTokenizer.from_pretrained(tiny_base), []
     for _, text, kind, choices, *_ in rows:
-        prompt = tokenizer(text, return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            if kind == "generation":
-                new = model.generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6,
-                    do_sample=False,
-                )[0, prompt.shape[1] :]  # fmt: skip
-                answers.append(tokenizer.decode(new, skip_special_tokens=True).removeprefix(" "))
-                continue
-            scores = []
-            for choice in json.loads(choices.replace("'", '"')):
-                tail = torch.tensor([[*tokenizer(choice)["input_ids"], tokenizer.eos_token_id]])
-                logp = model(input_ids=torch.cat([prompt, tail], 1)).logits[0].log_softmax(-1)
-                scores.append(float(logp[prompt.shape[1] - 1 : -1].gather(1, tail.T).sum()))
+        if kind == "generation":
+            answers.append(written(model, tokenizer, text))
+        else:
+            scores = choice_scores(model, tokenizer, text, json.loads(choices.replace("'", '"')))
             answers.append(str(scores.index(max(scores))))
-    return [answer if answer.strip() else "unknown" for answer in answers]
+    return answers
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -192,11 +185,7 @@ def test_every_query_file_gets_its_own_answers(command, tmp_path):
 def foreign(tmp_path):
     """An adapter for a base model of half the width."""
     folder = write_tiny_adapter(tmp_path / "foreign", 1, kinds=("self_attn.q_proj",))
-    tensors = load_file(folder / "adapter_model.safetensors")
-    halves = {key: value[:, :16] if "lora_A" in key else value[:16] for key, value in tensors.items()}
-    save_file(
-        {key: value.contiguous() for key, value in halves.items()}, folder / "adapter_model.safetensors"
-    )
+    edit_weights(folder / WEIGHTS_FILE, lambda key, of: of[:, :16] if "lora_A" in key else of[:16])
     return folder
 
 
@@ -489,7 +478,7 @@ def test_where_nothing_finite_comes_out_the_run_ends(command, capsys, monkeypatc
 def test_nothing_finite_of_a_starter_kits_method_ends_its_run(capsys, tmp_path, kit_method, rows):
     for folder in kit_method:
         file = folder / "adapter_model.safetensors"
-        save_file({key: value * math.nan for key, value in load_file(file).items()}, file)
+        edit_weights(file, lambda key, of: of * math.nan)
     argv = ["--dataset_filepaths", str(write_queries(tmp_path / "q.csv", rows)), "--dtype", "float32"]
     assert main(["-m", "kit_avg", *argv, "--output_folder", str(tmp_path / "out")]) == 2
     assert "no query could be answered" in capsys.readouterr().err

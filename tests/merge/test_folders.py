@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import WIDTHS, delta, peft_deltas, raw_factors, write_tiny_adapter
+from helpers import WIDTHS, delta, edit_json, peft_deltas, raw_factors, write_tiny_adapter
 from merge.factors import Factors
 from merge.folders import (
     CONFIG_FILE,
@@ -39,8 +39,7 @@ def weights_of(folder):
 
 def change(folder, tensors=None, **config):
     """Rewrites parts of an adapter folder."""
-    file = config_of(folder)
-    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    edit_json(config_of(folder), **config)
     if tensors is not None:
         save_file({key: value.contiguous() for key, value in tensors.items()}, weights_of(folder))
 

@@ -9,10 +9,20 @@ import pytest
 import torch
 from peft import ArrowConfig, PeftModel, create_arrow_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, ROWS, files_of, inputs_of, method_of, read_table, variants_in, write_tiny_adapter
+from helpers import (
+    NAMES,
+    ROWS,
+    edit_weights,
+    files_of,
+    inputs_of,
+    method_of,
+    read_table,
+    variants_in,
+    write_tiny_adapter,
+)
+from merge.folders import WEIGHTS_FILE
 from router.library.adapters import load_library
 from router.methods import all_merge_handlers
 from router.methods.cards import card_of, encoder_folder
@@ -154,14 +164,11 @@ def test_each_token_gets_what_the_papers_formula_says(name, module, few, base, f
     assert len(choices) > 1 or name != "arrow" or few == 20  # tokens do differ
 
 
-def rewrite(folder, change):
-    path = folder / "adapter_model.safetensors"
-    save_file({key: change(key, value.clone()) for key, value in load_file(path).items()}, path)
-
-
 def test_input_norms_see_no_size_and_no_absent_direction(five):
-    rewrite(five / "c", lambda key, value: value * 100 if "lora_B" in key else value)
-    rewrite(five / "e", lambda key, value: value[[0, 1, 2, 0, 1]] if "lora_A" in key else value)
+    edit_weights(five / "c" / WEIGHTS_FILE, lambda key, value: value * 100 if "lora_B" in key else value)
+    edit_weights(
+        five / "e" / WEIGHTS_FILE, lambda key, value: value[[0, 1, 2, 0, 1]] if "lora_A" in key else value
+    )
     updates, x = deltas(five), torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
     for module, experts in load_experts(load_library([str(five)])).items():
         inputs, at_module = x[:, : experts.a.shape[1]], list(updates[module].values())
@@ -230,7 +237,7 @@ def test_one_adapter_alone_is_that_adapter(name, adapter, base, tiny_base, tiny_
 
 
 def test_an_untrained_adapter_competes_nowhere(base, five):
-    rewrite(five / "b", lambda key, value: value * ("lora_A" in key))
+    edit_weights(five / "b" / WEIGHTS_FILE, lambda key, value: value * ("lora_A" in key))
     router = method("arrow", base, five)
     assert all(1 not in expert.members for expert in router.experts.values())
     for other in "acde":

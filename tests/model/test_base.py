@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from helpers import edit_json
 from router.model import base as module
 from router.model.base import embedded_folder, load_base
 from router.system.errors import InputError
@@ -51,8 +52,10 @@ def config(name, change):
     """Changes fields of a JSON file, or all of it."""
 
     def spoil(folder):
-        old = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(old | change if isinstance(change, dict) else change))
+        if isinstance(change, dict):
+            edit_json(folder / name, **change)
+        else:
+            (folder / name).write_text(json.dumps(change))
 
     return spoil
 
@@ -92,7 +95,7 @@ def test_a_model_that_does_not_read_tokens_alone_is_refused(copied):
 def test_a_models_own_code_is_refused_without_a_question(copied, tmp_path, monkeypatch):
     (copied / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     code = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
-    config("config.json", {"model_type": "theirs", "auto_map": code})(copied)
+    edit_json(copied / "config.json", model_type="theirs", auto_map=code)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(InputError, match="cannot be loaded"):
         load_base(str(copied), "cpu", "float32")
@@ -170,7 +173,7 @@ def test_the_weights_are_those_of_the_files_that_are_read(copied, shards):
 
 
 def test_a_configuration_may_name_the_weights(copied):
-    config("config.json", {"transformers_weights": "own.safetensors"})(copied)
+    edit_json(copied / "config.json", transformers_weights="own.safetensors")
     (copied / "model.safetensors").rename(copied / "own.safetensors")
     (copied / "model.safetensors").write_bytes(b"damaged")
     assert load_base(str(copied), "cpu", "float32").sha256 == sha256(copied / "own.safetensors")

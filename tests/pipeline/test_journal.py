@@ -1,6 +1,5 @@
 """A run that was killed goes on where it stood, and two do not write to one folder."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from helpers import ROOT, ROWS, arguments, files_of, write_queries
+from helpers import ROOT, ROWS, arguments, edit_json, files_of, write_queries
 from router.main import main
 from router.model import answer as module
 from router.model.answer import Answer
@@ -239,8 +238,7 @@ def test_an_unfinished_run_that_answers_otherwise_is_refused(
     with pytest.raises(Killed), killed_after(0, monkeypatch):
         main(words)
     if file:
-        old = json.loads((base / file).read_text())
-        (base / file).write_text(json.dumps(old | change))
+        edit_json(base / file, **change)
     monkeypatch.setattr("torch.get_num_threads", lambda: 99)  # which counts in half precision alone
     assert main([*words, *again]) == 2
     assert f"differs in {differs};" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Calibration is measured once for each base model and adapter, and is what a fresh measurement is."""
 
 import copy
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT, read_table, write_tiny_adapter
+from helpers import ROOT, edit_json, read_table, write_tiny_adapter
 from router.library.adapters import load_library
 from router.model.answer import encode
 from router.model.base import linear_shapes, load_base
@@ -118,23 +117,22 @@ def test_a_broken_file_is_measured_again(base, adapters, cache, name, count, kee
     assert not left
 
 
-def spoilt(base, name, change):
-    """The base model, read of another folder in which a file has another field."""
+def spoilt(base, name, **fields):
+    """The base model, read of another folder in which a file has other fields."""
     folder = Path(base.name).parent / "spoilt"
     shutil.copytree(base.name, folder, dirs_exist_ok=True)
-    (folder / name).write_text(json.dumps(change(json.loads((folder / name).read_text()))))
+    edit_json(folder / name, **fields)
     return load_base(str(folder), "cpu", "float32")
 
 
+PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 OTHER = {
     "limit": lambda base, patch: Calibration(base, 9),
     "texts": lambda base, patch: patch.setattr(
         "router.routing.calibration.generic_prompts", lambda frame: TEXTS[:-1]
     ),
-    "config": lambda base, patch: spoilt(base, "config.json", lambda of: of | {"rms_norm_eps": 0.1}),
-    "tokenizer": lambda base, patch: spoilt(
-        base, "tokenizer.json", lambda of: of | {"normalizer": {"type": "Lowercase"}}
-    ),
+    "config": lambda base, patch: spoilt(base, "config.json", rms_norm_eps=0.1),
+    "tokenizer": lambda base, patch: spoilt(base, "tokenizer.json", pre_tokenizer=PREFIXED),
     "weights": lambda base, patch: replace(base, sha256="0" * 64),
     "dtype": lambda base, patch: replace(base, model=copy.deepcopy(base.model).bfloat16()),
     "device": lambda base, patch: replace(base, model=copy.deepcopy(base.model).to("meta")),

@@ -7,10 +7,20 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, OURS, THEIRS, delta, dense_updates, logits, peft_deltas, raw_factors
+from helpers import (
+    NAMES,
+    OURS,
+    THEIRS,
+    delta,
+    dense_updates,
+    edit_json,
+    edit_weights,
+    logits,
+    peft_deltas,
+    raw_factors,
+)
 from merge.factors import Factors
 from router.model.apply import active
 from router.model.base import linear_shapes, load_base
@@ -116,10 +126,9 @@ def test_an_active_variant_is_pefts_own_concatenation(tmp_path, tiny_base, tiny_
         folded = shutil.copytree(tiny_library / name, tmp_path / "folded" / name)
         config = json.loads((folded / "adapter_config.json").read_text())
         scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
-        config |= {"lora_alpha": config["r"], "use_rslora": False}
-        (folded / "adapter_config.json").write_text(json.dumps(config))
+        edit_json(folded / "adapter_config.json", lora_alpha=config["r"], use_rslora=False)
         file = folded / "adapter_model.safetensors"
-        save_file({key: of * scale if "lora_B" in key else of for key, of in load_file(file).items()}, file)
+        edit_weights(file, lambda key, of, scale=scale: of * scale if "lora_B" in key else of)
         if name == NAMES[0]:
             theirs = PeftModel.from_pretrained(theirs, folded, adapter_name=name)
         else:

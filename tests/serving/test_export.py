@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, ROOT, write_tiny_adapter
+from helpers import NAMES, ROOT, edit_json, write_tiny_adapter
 from merge.folders import open_adapter
 from router.api import Router
 from router.cli import main as cli
@@ -76,18 +76,11 @@ def modules_named(words):
     return list(takewhile(lambda word: not word.startswith("--"), words[start:]))
 
 
-def rewrite(file, **fields):
-    """Changes fields of a JSON file; those of an object are added to it."""
-    old = json.loads(file.read_text())
-    new = {key: old[key] | of if isinstance(of, dict) and key in old else of for key, of in fields.items()}
-    file.write_text(json.dumps(old | new))
-
-
 def test_a_module_that_is_called_like_a_flag_is_refused(out, capsys):
     """Modules come from the weights: what the configuration calls them is never a word of the command."""
     config = folders_in(out)[0] / "adapter_config.json"
     targets = json.loads(config.read_text())["target_modules"]
-    rewrite(config, target_modules=[*targets, "!x", "@args", "--trust-remote-code"])
+    edit_json(config, target_modules=[*targets, "!x", "@args", "--trust-remote-code"])
     assert main([str(out)]) == 0
     assert modules_named(words_of(out)) == sorted(modules_in(out))
     (out / "serve.sh").unlink()
@@ -97,7 +90,7 @@ def test_a_module_that_is_called_like_a_flag_is_refused(out, capsys):
         for side, shape in (("A", (8, 4)), ("B", (4, 8)))
     }
     save_file(odd, file)
-    rewrite(config, target_modules=["--trust-remote-code"], r=8, lora_alpha=8)
+    edit_json(config, target_modules=["--trust-remote-code"], r=8, lora_alpha=8)
     record = json.loads((out / "run.json").read_text())
     record["variants"][0]["sha256"] = sha256_of(file)  # a stranger's run, whole
     (out / "run.json").write_text(json.dumps(record))
@@ -113,7 +106,8 @@ def test_a_module_that_is_called_like_a_flag_is_refused(out, capsys):
     ],
 )  # fmt: skip
 def test_no_word_of_a_strangers_run_is_a_flag(out, capsys, base):
-    rewrite(out / "run.json", base=base)
+    plain = json.loads((out / "run.json").read_text())["base"]
+    edit_json(out / "run.json", base=plain | base)
     assert main([str(out)]) == 2
     assert "run.json" in capsys.readouterr().err and not (out / "serve.sh").exists()
 
@@ -283,7 +277,7 @@ def test_what_has_no_variants_is_refused(out, capsys, tmp_path, command):
     assert str(tmp_path / "nothing") in refused(tmp_path / "nothing")
     assert "for each token" in refused(command("arrow", out="tokens")[1])
     shutil.rmtree(out / "variants")
-    rewrite(out / "run.json", variants=[{"folder": None, "queries": 1, "weights": {"base": 1.0}}])
+    edit_json(out / "run.json", variants=[{"folder": None, "queries": 1, "weights": {"base": 1.0}}])
     assert "the base model answers all" in refused(out)
     (out / "run.json").write_text("{")
     assert "run.json" in refused(out)
