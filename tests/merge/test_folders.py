@@ -441,13 +441,3 @@ def test_a_name_as_a_pattern_is_matched_as_peft_does(name):
     ):  # fmt: skip
         expected = re.match(rf"(.*\.)?({pattern})$", name) is not None  # peft.utils.get_pattern_key
         assert (_Matcher().by_pattern({pattern: 1}, name, 0) == 1) == expected, pattern
-
-
-def test_names_of_modules_need_no_regular_expressions(tmp_path, monkeypatch):
-    folder = write_tiny_adapter(tmp_path / "each", 1)
-    modules = list(open_adapter(folder).ranks)
-    alphas = {module: n for n, module in enumerate(modules, 1)}
-    change(folder, r=9, rank_pattern=dict.fromkeys(modules, 4), alpha_pattern=alphas)
-    monkeypatch.setattr(_Matcher, "match", lambda *_: pytest.fail("slow"))
-    found = open_adapter(folder)
-    assert [found.scale(module) for module in modules] == [n / 4 for n in range(1, len(modules) + 1)]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import logits
 from merge.folders import AdapterError
-from router.model.apply import Beside, Merged, active, applied, swap_order
+from router.model.apply import Beside, Merged, active, applied
 from router.model.base import linear_shapes, load_base
 from router.routing.variants import Variant, write_variant
 from router.system.errors import InputError
@@ -162,21 +162,6 @@ def test_weights_that_are_quantised_are_not_merged_into(tmp_path, base, adapters
         models.activate(tmp_path / "v")
     after = fresh.state_dict()
     assert all(torch.equal(value.float(), after[name].float()) for name, value in before.items())
-
-
-def test_variants_of_the_same_modules_share_the_wrapped_layers(tmp_path, base, adapters):
-    shapes, wrapped = linear_shapes(base.model), []
-    names = ["mlp 1", "attention 2", "mlp 3", "attention 1", "mlp 1"]
-    for n, name in enumerate(names):
-        adapter, rank = name.split()
-        write_variant(tmp_path / f"{n}", Variant({adapter: 1.0}, 0.0), adapters, base, shapes, int(rank))
-    folders = [*(tmp_path / f"{n}" for n in range(len(names))), None]
-    turns = swap_order(folders)
-    assert turns[0] == 5 and sorted(turns) == [0, 1, 2, 3, 4, 5]
-    with Beside(base) as swap:
-        for n in turns[1:]:
-            wrapped.append(swap.activate(folders[n]))
-    assert len({id(model) for model in wrapped}) == 2  # once for attention, once for mlp
 
 
 @pytest.mark.parametrize("how", WAYS)

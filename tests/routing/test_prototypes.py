@@ -1,3 +1,5 @@
+"""Prototypes against dense decompositions, and what is kept of them between runs."""
+
 import shutil
 from unittest.mock import Mock
 
@@ -9,7 +11,7 @@ from safetensors import SafetensorError
 from helpers import write_tiny_adapter
 from merge.factors import dense
 from router.library.adapters import load_library
-from router.routing.prototypes import of_some, prototypes
+from router.routing.prototypes import prototypes
 
 
 def test_prototypes_are_the_right_singular_vectors(tiny_library):
@@ -36,19 +38,6 @@ def test_prototypes_are_the_right_singular_vectors(tiny_library):
 def test_an_update_of_zero_has_no_prototype(tmp_path):
     write_tiny_adapter(tmp_path / "zero", 1, size=0.0)
     assert prototypes(load_library([str(tmp_path / "zero")])) == {}
-
-
-@pytest.mark.parametrize("some", [[1], [2, 0], [0, 1, 2]])
-def test_those_of_some_adapters_are_what_they_alone_would_have(tiny_library, some):
-    adapters = load_library([str(tiny_library)])
-    found = of_some(prototypes(adapters), some, len(adapters))
-    alone = prototypes([adapters[n] for n in some])
-    assert list(found) == list(alone)
-    for module, proto in alone.items():
-        for number in range(len(some)):
-            mine, theirs = found[module].owners == number, proto.owners == number
-            assert torch.equal(found[module].directions[:, mine], proto.directions[:, theirs])
-            assert torch.equal(found[module].weights[mine], proto.weights[theirs])
 
 
 @pytest.fixture()

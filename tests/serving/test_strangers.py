@@ -274,18 +274,6 @@ async def test_decisions_are_written_a_line_each(prompts, tmp_path):
     handler.close()
 
 
-async def test_decisions_are_rotated_by_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "FILE_SIZE", 1000)
-    handler = command.decisions_to(tmp_path / "decisions.jsonl")
-
-    async with fronted(decisions=handler) as (client, *_):
-        for n in range(40):
-            await client.post("/v1/completions", json=completion(f"x {n}"))
-    handler.close()
-    files = list(tmp_path.iterdir())
-    assert len(files) > 2 and all(file.stat().st_size <= 1000 and written(file) for file in files)
-
-
 @pytest.mark.parametrize(
     "flag", ["--port=-1", "--queue=0", "--max_body=x", "--timeout=nan", "--decisions=/proc/none/file"]
 )

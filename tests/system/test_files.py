@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from helpers import OURS, THEIRS
 from router.system.errors import InputError
 from router.system.files import (
     cache_folder,
-    check_shape,
     is_folder,
     is_ours,
     read_json,
@@ -20,27 +18,6 @@ from router.system.files import (
     sha256_of,
     work_folder,
 )
-
-
-@pytest.mark.parametrize(
-    ("value", "cause"),
-    [
-        (7, "it: expected an object, got a whole number"),
-        ({}, "n is missing"),
-        ({"n": None}, "n is missing"),
-        ({"n": True}, "n: expected a number, got true or false"),
-        ({"n": float("nan")}, "n: expected a number, got nan"),
-        ({"n": 10**400}, "n: expected a number, got "),
-        ({"n": 1, "of": {"a\x1b": "x"}}, r"of.'a\x1b': expected a whole number, got a text"),
-        ({"n": 1, "of": {"a": 1 << 64}}, "of.'a': expected a whole number"),
-        ({"n": 1, "one": "c"}, "one: expected one of a, b, got 'c'"),
-    ],
-)
-def test_a_value_of_another_shape_is_refused_by_where_it_is(value, cause):
-    shape = {"n": float, "of?": {"*": int}, "one?": {"a", "b"}}
-    check_shape({"n": 1, "of": {"x": 2}, "one": "a", "more": []}, shape)
-    with pytest.raises(ValueError, match=re.escape(cause)):
-        check_shape(value, shape)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "nowhere"])
