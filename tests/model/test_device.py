@@ -42,7 +42,7 @@ def test_batches_grow_with_the_memory_of_a_gpu_alone(monkeypatch):
         found.append(batch_tokens(mistral(), CUDA, torch.bfloat16))
         assert batch_tokens(mistral(), CPU, torch.bfloat16) == (4096, 2048)
     assert found[0] == (4096, 2048) and found[-1] == (65536, 32768)  # the least, and 16 times that
-    assert found == sorted(found) and len(set(found)) > 3
+    assert found == sorted(found) and len(set(found)) > 2
 
 
 @pytest.mark.parametrize("version", [0, 1])
