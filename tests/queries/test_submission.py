@@ -186,16 +186,6 @@ def test_a_submission_is_written_as_pandas_does(texts):
         assert Path(folder, "ours.csv").read_bytes() == Path(folder, "pandas.csv").read_bytes()
 
 
-def test_rows_that_break_off_leave_no_table(tmp_path):
-    def rows():
-        yield ["1"]
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_table(tmp_path / "out.csv", ["a"], rows())
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_competitions_queries_are_read_whole(competition):
     queries = read_queries(competition / "test.csv")
     assert len(queries) == 807

@@ -130,12 +130,6 @@ def test_the_same_seed_gives_the_same_result():
     assert first.labels.tolist() != other.labels.tolist()
 
 
-@pytest.mark.parametrize("n_variants", [0, -1])
-def test_fewer_than_one_variant_is_refused(n_variants):
-    with pytest.raises(ValueError, match=f"got {n_variants}"):
-        cluster(np.eye(2), n_variants, seed=0)
-
-
 # Many queries, many candidates.
 
 
