@@ -90,7 +90,8 @@ def test_wheel_and_sdist_hold_every_module_and_data_file(wheel_and_sdist):
 
 
 def test_the_installed_package_has_the_console_command():
-    scripts = {entry.name: entry.value for entry in distribution("proto-route").entry_points}
+    entries = distribution("proto-route").entry_points.select(group="console_scripts")
+    scripts = {entry.name: entry.value for entry in entries}
     assert scripts == {"proto-route": "router.cli:main"}
 
 
