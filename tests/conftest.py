@@ -4,8 +4,12 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import settings
 
 from helpers import PLAIN, arguments, shared, write_queries, write_tiny_library
+
+settings.register_profile("same cases each time", deadline=None, derandomize=True, database=None)
+settings.load_profile("same cases each time")
 
 
 def pytest_addoption(parser):
@@ -30,6 +34,12 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("router.library.store.cache_folder", lambda: folder)
         yield
+
+
+@pytest.fixture()
+def anyio_backend():
+    """Tests that are coroutines are run by anyio's plugin."""
+    return "asyncio"
 
 
 @pytest.fixture(scope="session")

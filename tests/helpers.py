@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from router.methods import load_method
 from router.pipeline.context import Context
@@ -56,6 +56,29 @@ def write_tiny_adapter(
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(settings | config))
     return folder
+
+
+def raw_factors(folder):
+    """lora_A and lora_B by module, straight from the file."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
+    return {
+        name: tuple(tensors[f"base_model.model.{name}.lora_{half}.weight"] for half in "AB") for name in names
+    }
+
+
+def dense_updates(folder):
+    """s B A by module in float64, as the files of an adapter say."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+    return {
+        module: scale * (b.double() @ a.double()).numpy() for module, (a, b) in raw_factors(folder).items()
+    }
+
+
+def delta(factors):
+    """B A in float64, not by the code under test."""
+    return factors.b.double().numpy() @ factors.a.double().numpy()
 
 
 NAMES = ["attention", "everything", "mlp"]
@@ -268,6 +291,18 @@ def write_run(out, weights, evidence=None, inputs=None, names=("one", "two", "th
     return out
 
 
+def edit_json(path, **fields):
+    """Changes fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | fields), "utf-8")
+
+
+def edit_weights(path, change):
+    """Has `change(name, tensor)` make each tensor of a file anew; the old file, which may be mapped, goes."""
+    tensors = {key: change(key, of.clone()).contiguous() for key, of in load_file(path).items()}
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def spoil(path, old, new):
     """Replaces a text in a file that has it."""
     content = path.read_text("utf-8")
@@ -275,9 +310,54 @@ def spoil(path, old, new):
     path.write_text(content.replace(old, new), "utf-8")
 
 
-# Answers of the tiny base model
+# Answers of a base model
+
+
+def written(model, tokenizer, prompt, length=6):
+    """What transformers generates greedily, as a submission has it."""
+    ids = tokenizer(prompt, return_tensors="pt")
+    new = model.generate(**ids, max_new_tokens=length, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    text = tokenizer.decode(new, skip_special_tokens=True).removeprefix(" ")
+    return text if text.strip() else "unknown"
+
+
+def choice_scores(model, tokenizer, prompt, choices):
+    """The log-probability of each choice and the end of the text, one by one, without a cache."""
+    read, found = tokenizer(prompt)["input_ids"], []
+    for choice in choices:
+        tail = [*tokenizer(choice)["input_ids"], tokenizer.eos_token_id]
+        with torch.inference_mode():
+            logp = model(torch.tensor([[*read, *tail]]), use_cache=False).logits[0].log_softmax(-1)
+        found.append(sum(float(logp[len(read) - 1 + n, token]) for n, token in enumerate(tail)))
+    return found
+
 
 IDS = torch.tensor([[5, 60, 7, 91, 12, 200, 33]])
+
+
+def peft_deltas(model, adapter="default"):
+    """The update of each module in float64, by PEFT's own layers."""
+    return {
+        name.removeprefix("base_model.model."): layer.get_delta_weight(adapter).detach().double().numpy()
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+
+
+def inputs_of(model, modules, run):
+    """The inputs of modules for one prompt while `run()` reads it, by module, (T, d_in) float64."""
+    seen = {}
+    handles = [
+        model.get_submodule(module).register_forward_hook(
+            lambda _, args, out, module=module: seen.update({module: args[0][0].double().numpy()})
+        )
+        for module in modules
+    ]
+    with torch.no_grad():
+        run()
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 def logits(model):

@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from types import SimpleNamespace
 
 import httpx
@@ -116,27 +116,22 @@ class Upstream:
             self.closed += 1
 
 
-def talk(work, router=None, upstream=None, quiet=False, **how):
-    """Runs `work(client, upstream, front)` against a front of a stub.
+@asynccontextmanager
+async def fronted(router=None, upstream=None, quiet=False, **how):
+    """A front of a stub; yields a client of it, the upstream and the front.
 
     Args:
         quiet: the client gets a status of 500 as a server gives it, not the error.
     """
     upstream = upstream or Upstream()
     transport = how.pop("transport", None) or httpx.ASGITransport(upstream.app)
-
-    async def run():
-        front = Front(router or Two(), "http://upstream", transport=transport, **how)
-        async with (
-            front._lifespan(front.app),
-            httpx.AsyncClient(
-                transport=httpx.ASGITransport(front.app, raise_app_exceptions=not quiet),
-                base_url="http://front",
-            ) as client,
-        ):
-            return await work(client, upstream, front)
-
-    return asyncio.run(run())
+    front = Front(router or Two(), "http://upstream", transport=transport, **how)
+    app = httpx.ASGITransport(front.app, raise_app_exceptions=not quiet)
+    async with (
+        front._lifespan(front.app),
+        httpx.AsyncClient(transport=app, base_url="http://front") as client,
+    ):
+        yield client, upstream, front
 
 
 def completion(prompt, **more):

@@ -13,7 +13,7 @@ PROMPTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "
 
 
 def test_a_stray_tensor_is_noticed():
-    with card(), pytest.raises(RuntimeError, match="expected all tensors on cuda:0"):
+    with card(), pytest.raises(RuntimeError, match="cuda:0"):
         torch.ones(3, device=CARD) + torch.ones(3)
 
 

@@ -5,14 +5,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import FAMILIES, arguments, family, read_by_id, read_table, write_queries
-from router.kit import Merges, StarterKitMethod
+from helpers import FAMILIES, arguments, choice_scores, family, read_by_id, read_table, write_queries, written
 from router.main import main
 from router.model.answer import likeliest
-from router.model.base import load_base
-from router.pipeline.context import Context
-from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
-from router.settings import Settings
 
 LENGTH = 6  # new tokens, as `arguments` asks for
 PROMPTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "abc"]
@@ -40,26 +35,6 @@ def folders(request, tmp_path, tiny_base):
     return saved(tmp_path, tiny_base, request.param)
 
 
-def written(model, tokenizer, prompt):
-    """What transformers generates."""
-    model.generation_config.eos_token_id = [1, 7]
-    ids = tokenizer(prompt, return_tensors="pt")
-    new = model.generate(**ids, max_new_tokens=LENGTH, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    text = tokenizer.decode(new, skip_special_tokens=True).removeprefix(" ")
-    return text if text.strip() else "unknown"
-
-
-def scores(model, tokenizer, prompt, choices):
-    """The log-probability of each choice and the end of the text, one by one, without a cache."""
-    read, found = tokenizer(prompt)["input_ids"], []
-    for choice in choices:
-        tail = [*tokenizer(choice)["input_ids"], tokenizer.eos_token_id]
-        with torch.inference_mode():
-            logp = model(torch.tensor([[*read, *tail]]), use_cache=False).logits[0].log_softmax(-1)
-        found.append(sum(float(logp[len(read) - 1 + n, token]) for n, token in enumerate(tail)))
-    return found
-
-
 def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatch):
     base, library = folders
     rows = [(f"g{n}", text, "generation", "") for n, text in enumerate(PROMPTS)]
@@ -75,40 +50,22 @@ def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatc
         if (folder := out / "variants" / row["variant"]).is_dir():
             model, mixed = PeftModel.from_pretrained(model, folder), mixed + 1
         model.eval()
+        model.generation_config.eos_token_id = [1, 7]
         answer = answers[row["id"]]["prediction"]
         if kind == "generation":
             assert answer == written(model, tokenizer, prompt)
         else:
-            expected = scores(model, tokenizer, prompt, CHOICES)
+            expected = choice_scores(model, tokenizer, prompt, CHOICES)
             assert scored == [pytest.approx(expected, abs=1e-4)]
             assert answer == str(expected.index(max(expected)))
     assert mixed
-
-
-def test_a_warning_of_a_kit_method_names_the_query_by_its_id(tmp_path, tiny_base, caplog):
-    base, _ = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
-    loaded = load_base(str(base), "cpu", "float32")
-
-    class Loaded(Merges):
-        def merge(self):
-            self.base_model, self.tokenizer = loaded.model, loaded.tokenizer
-
-    queries = [
-        Query("short", PROMPTS[0], GENERATION),
-        Query("long", "x" * 150, GENERATION),
-        Query("chosen", "x" * 150, MULTIPLE_CHOICE, ("a", "b")),
-    ]
-    found = StarterKitMethod(Loaded, "kit", Settings()).answer(queries, Context())
-    assert [answer.failed for answer in found] == [False, True, True]
-    told = [record.getMessage().partition(":")[0] for record in caplog.records]
-    assert told == ["query long", "query chosen"]
 
 
 ROUTERS = ("arrow", "spectr", "lag", "logo", "mass")
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "opt", "qwen2_moe"])  # pictures; tokens in a row; experts
-def test_published_routers_and_merges_take_unusual_families(kind, tmp_path, tiny_base, capsys):
+def test_published_methods_take_unusual_families(kind, tmp_path, tiny_base, capsys):
     base, library = saved(tmp_path, tiny_base, kind)
     queries = write_queries(tmp_path / "queries.csv", [(text, text, "generation", "") for text in PROMPTS])
     for method in (*ROUTERS, "average", "ties"):
@@ -119,9 +76,7 @@ def test_published_routers_and_merges_take_unusual_families(kind, tmp_path, tiny
 
 
 @pytest.mark.parametrize("method", ["proto_route", "logo"])  # which read some of a prompt, and all of it
-def test_a_query_that_a_table_of_positions_is_too_short_for_costs_its_own_answer(
-    method, tmp_path, tiny_base, capsys
-):
+def test_a_query_beyond_the_table_of_positions_fails_alone(method, tmp_path, tiny_base, capsys):
     base, library = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
     texts = {
         name: (PROMPTS[0] * 8)[:length] for name, length in (("whole", 20), ("near", 138), ("long", 150))
@@ -138,9 +93,3 @@ def test_a_query_that_a_table_of_positions_is_too_short_for_costs_its_own_answer
     assert "context" not in capsys.readouterr().err
     answers = read_by_id(tmp_path / "out" / "queries.csv")
     assert "unknown" not in [row["prediction"] for row in answers.values()]
-
-
-def test_a_plan_measures_no_prompts_beyond_a_table_of_positions(tmp_path, tiny_base):
-    base, library = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
-    queries = write_queries(tmp_path / "queries.csv", [("g", PROMPTS[0] * 8, "generation", "")])
-    assert main([*arguments("proto_route", [queries], library, base, tmp_path / "out"), "--plan"]) == 0

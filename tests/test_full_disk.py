@@ -39,7 +39,7 @@ FULL = {
 
 
 @pytest.mark.parametrize("full", FULL.values(), ids=FULL)
-def test_a_full_disk_leaves_earlier_results_and_the_same_command_goes_on(full, command, capsys):
+def test_a_full_disk_leaves_earlier_results_and_goes_on(full, command, capsys):
     new = ("--false_alarm", 0.9)
     _, reference = command("proto_route", *new, out="reference")
     _, out = command("proto_route")

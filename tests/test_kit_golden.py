@@ -1,6 +1,5 @@
 """Against what the unedited starter kit answered: tokens, predictions, scores and the exact average."""
 
-import csv
 import json
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from helpers import method_of
+from helpers import method_of, read_table
 from router.library.adapters import load_library
 from router.main import main
 from router.model.answer import encode
@@ -25,11 +24,6 @@ LENGTHS = {"full": None, "len256": 256}
 
 def golden_rows(folder, name):
     return json.loads((folder / f"{name}.json").read_text("utf-8"))
-
-
-def csv_rows(path):
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +71,7 @@ def test_predictions_are_the_kits(kit_golden, tmp_path, method, length):
     assert main(arguments) == 0
     for name in FILES:
         folder = kit_golden / "outputs" / f"{method}_{length}"
-        ours, kits = csv_rows(tmp_path / f"{name}.csv"), csv_rows(folder / f"{name}.csv")
+        ours, kits = read_table(tmp_path / f"{name}.csv"), read_table(folder / f"{name}.csv")
         scores = golden_rows(folder, f"{name}.scores")
         quirky = {
             str(row["id"]) for row in scores if row.get("argmax", 0) > 9 or row["csv_prediction"] == ""

@@ -28,18 +28,28 @@ from helpers import (
     ROOT,
     ROWS,
     arguments,
+    choice_scores,
+    edit_weights,
     files_of,
     read_table,
     variants_in,
     write_queries,
     write_tiny_adapter,
+    written,
 )
-from router.main import main, parser
+from merge.folders import WEIGHTS_FILE
+from router.main import main
 from router.model.answer import FAILED
 from router.routing.evidence import Evidence
 from router.runs.load import load
 from router.settings import Settings
 from router.system.errors import InputError
+
+FILES = {"queries.csv", "queries.routing.csv", "report.html", "run.json", "variants"}  # of a run
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def plain_model(tiny_base):
@@ -48,25 +58,14 @@ def plain_model(tiny_base):
 
 def answers_of(model, tiny_base, rows):
     """Query by query, with neither batches nor cache sharing: greedy, and the likeliest choice."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    answers = []
+    tokenizer, answers = AutoTokenizer.from_pretrained(tiny_base), []
     for _, text, kind, choices, *_ in rows:
-        prompt = tokenizer(text, return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            if kind == "generation":
-                new = model.generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6,
-                    do_sample=False,
-                )[0, prompt.shape[1] :]  # fmt: skip
-                answers.append(tokenizer.decode(new, skip_special_tokens=True).removeprefix(" "))
-                continue
-            scores = []
-            for choice in json.loads(choices.replace("'", '"')):
-                tail = torch.tensor([[*tokenizer(choice)["input_ids"], tokenizer.eos_token_id]])
-                logp = model(input_ids=torch.cat([prompt, tail], 1)).logits[0].log_softmax(-1)
-                scores.append(float(logp[prompt.shape[1] - 1 : -1].gather(1, tail.T).sum()))
+        if kind == "generation":
+            answers.append(written(model, tokenizer, text))
+        else:
+            scores = choice_scores(model, tokenizer, text, json.loads(choices.replace("'", '"')))
             answers.append(str(scores.index(max(scores))))
-    return [answer if answer.strip() else "unknown" for answer in answers]
+    return answers
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -74,9 +73,7 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
     code, out = command(method)
     assert code == 0 and str(out) in capsys.readouterr().out
     evidence = {"queries.evidence.safetensors"} if method == "proto_route" else set()
-    assert {path.name for path in out.iterdir()} == evidence | {
-        "queries.csv", "queries.routing.csv", "report.html", "run.json", "variants",
-    }  # fmt: skip
+    assert {path.name for path in out.iterdir()} == FILES | evidence
     answers = read_table(out / "queries.csv")
     assert [(row["id"], row["dummy_field"]) for row in answers] == [(row[0], "0") for row in ROWS]
     assert all(row["prediction"] for row in answers)
@@ -89,42 +86,32 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
         assert min(weights) >= 0 and sum(weights) == pytest.approx(1, abs=1e-5)
 
     assert record["method"] == method
-    assert torch.__version__.startswith(record["versions"]["torch"])  # PyPI leaves out "+cu..."
     assert record["versions"]["proto-route"] == version("proto-route")
     assert record["flags"]["max_gen_len"] == 6 and record["flags"]["output_folder"] == str(out)
-    assert (
-        record["seconds"].keys() == record["peak_mib"].keys() >= {"load", "clusters", "variants", "predict"}
-    )
-    base = {"name": str(tiny_base), "revision": None, "dtype": "float32", "device": "cpu"}
-    base |= {"tokens_at_once": 512, "apply": "merged"}
-    weight_file = (tiny_base / "model.safetensors").read_bytes()
-    assert record["base"] == base | {"sha256": hashlib.sha256(weight_file).hexdigest()}
-    assert list(record["adapters"]) == NAMES
-    for name, adapter in record["adapters"].items():
-        data = (tiny_library / name / "adapter_model.safetensors").read_bytes()
-        assert adapter == {"revision": None, "sha256": hashlib.sha256(data).hexdigest()}
+    assert record["seconds"].keys() == record["peak_mib"].keys() >= {"load", "clusters", "predict"}
+    assert record["base"] == {
+        "name": str(tiny_base), "revision": None, "dtype": "float32", "device": "cpu",
+        "tokens_at_once": 512, "apply": "merged", "sha256": sha256(tiny_base / "model.safetensors"),
+    }  # fmt: skip
+    assert record["adapters"] == {
+        name: {"revision": None, "sha256": sha256(tiny_library / name / "adapter_model.safetensors")}
+        for name in NAMES
+    }
 
-    assert len(record["variants"]) == record["n_variants"]
-    for n, variant in enumerate(record["variants"]):
+    variants = record["variants"]
+    assert len(variants) == record["n_variants"]
+    for n, variant in enumerate(variants):
         assert variant["queries"] == sum(row["variant"] == str(n) for row in routing) > 0
         assert sum(variant["weights"].values()) == pytest.approx(1)
-    folders = [variant["folder"] for variant in record["variants"] if variant["folder"]]
+    if method == "average":
+        assert variants[0]["weights"] == pytest.approx(dict.fromkeys(NAMES, 1 / 3) | {"base": 0})
+    folders = [variant["folder"] for variant in variants if variant["folder"]]
     assert sorted(folders) == [f"variants/{name}" for name in variants_in(out)]
+    assert bool(folders) == (method != "base")
     for folder in folders:
         model = PeftModel.from_pretrained(plain_model(tiny_base), out / folder)
         assert model.peft_config["default"].base_model_name_or_path == str(tiny_base)
         assert any(weight.abs().max() > 0 for name, weight in model.named_parameters() if "lora_B" in name)
-
-
-def test_the_methods_weights(command):
-    found = {}
-    for method in METHODS[:2]:
-        code, out = command(method)
-        assert code == 0
-        found[method] = json.loads((out / "run.json").read_text())["variants"]
-    assert found["base"] == [{"folder": None, "queries": 6, "weights": {"base": 1.0}, "sha256": ""}]
-    (average,) = found["average"]
-    assert average["weights"] == pytest.approx(dict.fromkeys(NAMES, 1 / 3) | {"base": 0})
 
 
 def test_oracle_answers_with_each_querys_own_adapter(command, tiny_base, tiny_library):
@@ -141,58 +128,26 @@ def test_oracle_answers_with_each_querys_own_adapter(command, tiny_base, tiny_li
         assert float(row[own[4]]) == 1
 
 
-def test_oracle_gives_a_query_that_needs_several_adapters_their_average(command, tmp_path):
-    rows = [
-        ("1", "a", "generation", "", "mlp"),
-        ("2", "b", "generation", "", "mlp+attention"),
-        ("3", "c", "generation", "", "attention+base+mlp"),
-    ]
-    code, out = command("oracle", "--dataset_filepaths", other_file(tmp_path, "several", rows=rows))
+def test_oracle_averages_the_adapters_that_a_query_needs(command, tmp_path):
+    shares = {"mlp": 1, "mlp+attention": 2, "attention+base+mlp": 3}
+    rows = [(name, "a", "generation", "", name) for name in shares]
+    code, out = command("oracle", "--dataset_filepaths", write_queries(tmp_path / "several.csv", rows))
     assert code == 0
-    for row, shares in zip(
-        read_table(out / "queries.routing.csv"),
-        [{"mlp": 1}, {"mlp": 1 / 2, "attention": 1 / 2}, {"mlp": 1 / 3, "attention": 1 / 3, "base": 1 / 3}],
-        strict=True,
-    ):
-        assert {name: float(row[name]) for name in (*NAMES, "base")} == pytest.approx(
-            dict.fromkeys((*NAMES, "base"), 0) | shares, abs=1e-6
-        )
-
-
-def test_base_answers_with_the_base_model(command, tiny_base):
-    _, out = command("base")
-    found = [row["prediction"] for row in read_table(out / "queries.csv")]
-    assert found == answers_of(plain_model(tiny_base), tiny_base, ROWS)
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("run.json", "report.html")
-    }
+    for row in read_table(out / "several.routing.csv"):
+        needed = row["id"].split("+")
+        expected = {name: (name in needed) / len(needed) for name in (*NAMES, "base")}
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_command_gives_the_same_bytes(command, method):
     first, second = (command(method, out=name)[1] for name in ("one", "two"))
-    assert contents(first) == contents(second)
-    assert len(contents(first)) >= 2
+    assert files_of(first) == files_of(second)
+    assert len(files_of(first)) >= 2
     records = [json.loads((folder / "run.json").read_text()) for folder in (first, second)]
     for record in records:
         del record["seconds"], record["peak_mib"], record["flags"]["output_folder"]
     assert records[0] == records[1]
-
-
-def test_batches_and_variants_asked_for(command):
-    _, whole = command("oracle", out="whole")
-    _, single = command("oracle", "--batch_size", 1, out="single")
-    assert contents(whole) == contents(single)
-    code, merged = command("oracle", "--n_variants", 1, "--variant_rank", 2, out="merged")
-    assert code == 0
-    assert variants_in(merged) == ["0"]
-    tensors = load_file(merged / "variants" / "0" / "adapter_model.safetensors")
-    assert {min(value.shape) for value in tensors.values()} == {2}
 
 
 def test_the_evidence_tells_what_was_decided(command):
@@ -208,26 +163,10 @@ def test_the_evidence_tells_what_was_decided(command):
         np.testing.assert_allclose(weights, expected / expected.sum(), atol=1e-4)  # three keep theirs: all
 
 
-def test_the_more_false_alarms_are_allowed_the_fewer_queries_stay_with_the_base_model(command):
-    levels, shares = [], []
-    for false_alarm in (0.01, 0.1, 0.5, 0.99):
-        _, out = command("proto_route", "--false_alarm", false_alarm, out=str(false_alarm))
-        assert json.loads((out / "run.json").read_text())["flags"]["false_alarm"] == false_alarm
-        levels.append(Evidence.load(out / "queries.evidence.safetensors").base_score)
-        shares.append([float(row["base"]) for row in read_table(out / "queries.routing.csv")])
-    steps = np.diff(levels, axis=0)  # the level alone moves, by the same for all queries
-    assert (steps < 0).all() and np.ptp(steps, axis=1).max() < 1e-5
-    assert np.ptp(levels[0]) > 0.1  # the base model is surer of some answers than of others
-    assert (np.diff(shares, axis=0) <= 1e-6).all() and np.mean(shares[0]) > np.mean(shares[-1])
-
-
 def test_a_second_run_replaces_the_first(command):
     command("proto_route")
     _, out = command("base")
-    assert variants_in(out) == []
-    assert {path.name for path in out.iterdir()} == {
-        "queries.csv", "queries.routing.csv", "report.html", "run.json", "variants",
-    }  # fmt: skip
+    assert variants_in(out) == [] and {path.name for path in out.iterdir()} == FILES
     assert {row["base"] for row in read_table(out / "queries.routing.csv")} == {"1"}
 
 
@@ -246,111 +185,91 @@ def test_every_query_file_gets_its_own_answers(command, tmp_path):
 def foreign(tmp_path):
     """An adapter for a base model of half the width."""
     folder = write_tiny_adapter(tmp_path / "foreign", 1, kinds=("self_attn.q_proj",))
-    tensors = load_file(folder / "adapter_model.safetensors")
-    halves = {key: value[:, :16] if "lora_A" in key else value[:16] for key, value in tensors.items()}
-    save_file(
-        {key: value.contiguous() for key, value in halves.items()}, folder / "adapter_model.safetensors"
-    )
+    edit_weights(folder / WEIGHTS_FILE, lambda key, of: of[:, :16] if "lora_A" in key else of[:16])
     return folder
 
 
-def other_file(tmp_path, name, **spec):
-    (tmp_path / name).mkdir()
-    return write_queries(tmp_path / name / "queries.csv", **spec)
+def other_file(tmp_path, **spec):
+    """Another queries.csv."""
+    (tmp_path / "other").mkdir()
+    return write_queries(tmp_path / "other" / "queries.csv", **spec)
 
 
+# What makes the flags from a folder with queries.csv, and what the error names.
 REFUSED = {
-    "a name that is no text": lambda t: (
+    "missing CSV": ("base", lambda t: ["--dataset_filepaths", t / "none.csv"], "none.csv: "),
+    "a name that is no text": (
         "base",
-        ["--dataset_filepaths", t / os.fsdecode(b"q\xff.csv")],
-        r"q\udcff.csv: expected a name in UTF-8",
+        lambda t: ["--dataset_filepaths", t / os.fsdecode(b"q\xff.csv")],
+        r"q\udcff.csv: ",
     ),
-    "missing CSV": lambda t: ("base", ["--dataset_filepaths", t / "none.csv"], "none.csv: expected a CSV"),
-    "bad eval_type": lambda t: (
+    "bad eval_type": (
         "base",
-        ["--dataset_filepaths", other_file(t, "bad", rows=[("1", "a", "choice", "", "")])],
-        "line 2, column eval_type: expected generation or multiple_choice, got 'choice'",
+        lambda t: ["--dataset_filepaths", other_file(t, rows=[("1", "a", "choice", "", "")])],
+        "line 2, column eval_type: ",
     ),
-    "files of one name": lambda t: (
+    "files of one name": (
         "base",
-        ["--dataset_filepaths", t / "queries.csv", other_file(t, "same")],
+        lambda t: ["--dataset_filepaths", t / "queries.csv", other_file(t)],
         "rename it",
     ),
-    "a routing table's name": lambda t: (
-        "base",
-        ["--dataset_filepaths", t / "queries.csv", write_queries(t / "queries.routing.csv")],
-        "rename it",
-    ),
-    "results over queries": lambda t: (
-        "base",
-        ["--dataset_filepaths", other_file(t, "out2"), "--output_folder", t / "out2"],
-        "would replace the queries",
-    ),
-    "output is a file": lambda t: (
-        "base",
-        ["--output_folder", t / "queries.csv"],
-        "expected a folder, found a file",
-    ),
-    "a name that is too long": lambda t: (
-        "base",
-        ["--output_folder", t / ("x" * 300)],
-        "expected a folder to write to, but in",
-    ),
-    "a base with such a name": lambda t: ("average", ["--base_model", "x" * 300], "--base_model xxx"),
-    "an adapter with such a name": lambda t: ("average", ["--adapters", "x" * 300], "--adapters xxx"),
-    "another base": lambda t: ("average", ["--adapters", foreign(t)], "adapter of another base model?"),
-    "no base": lambda t: ("average", ["--base_model", t / "no" / "model"], "--base_model"),
-    "DoRA": lambda t: (
+    "results over queries": ("base", lambda t: ["--output_folder", t], "would replace the queries"),
+    "output is a file": ("base", lambda t: ["--output_folder", t / "queries.csv"], "--output_folder"),
+    "a name that is too long": ("base", lambda t: ["--output_folder", t / ("x" * 300)], "--output_folder"),
+    "a base with such a name": ("average", lambda t: ["--base_model", "x" * 300], "--base_model xxx"),
+    "an adapter with such a name": ("average", lambda t: ["--adapters", "x" * 300], "--adapters xxx"),
+    "another base": ("average", lambda t: ["--adapters", foreign(t)], "adapter of another base model?"),
+    "no base": ("average", lambda t: ["--base_model", t / "no" / "model"], "--base_model"),
+    "DoRA": (
         "average",
-        ["--adapters", write_tiny_adapter(t / "dora", 1, use_dora=True)],
-        "dora: expected plain LoRA, got use_dora = True",
+        lambda t: ["--adapters", write_tiny_adapter(t / "dora", 1, use_dora=True)],
+        "use_dora = True",
     ),
-    "an adapter that does nothing": lambda t: (
+    "an adapter that does nothing": (
         "proto_route",
-        ["--adapters", write_tiny_adapter(t / "zero", 1, size=0.0)],
+        lambda t: ["--adapters", write_tiny_adapter(t / "zero", 1, size=0.0)],
         "adapter zero",
     ),
-    "no labels": lambda t: (
+    "no labels": (
         "oracle",
-        ["--dataset_filepaths", other_file(t, "bare", columns=COLUMNS[:4])],
+        lambda t: ["--dataset_filepaths", other_file(t, columns=COLUMNS[:4])],
         "adapter is missing",
     ),
-    "unknown label": lambda t: (
+    "unknown label": (
         "oracle",
-        ["--dataset_filepaths", other_file(t, "odd", rows=[("1", "a", "generation", "", "mlp+lyrics")])],
-        "line 2, column adapter: 'lyrics' is not in the library",
+        lambda t: ["--dataset_filepaths", other_file(t, rows=[("1", "a", "generation", "", "mlp+lyrics")])],
+        "line 2, column adapter: 'lyrics'",
     ),
 }
 
 
-def test_bad_adapters_change_nothing_but_what_is_said_of_them(command, capsys, tmp_path):
+def test_bad_adapters_change_nothing_but_what_is_said(command, capsys, tmp_path):
     _, expected = command("proto_route", out="expected")
     write_tiny_adapter(tmp_path / "library" / "dora", 1, use_dora=True)
     foreign(tmp_path / "library")
     code, out = command("proto_route", "--skip_bad")
     told = capsys.readouterr()
-    assert code == 0 and contents(out) == contents(expected)
-    reasons = json.loads((out / "run.json").read_text())["left_out"]
-    assert ["use_dora = True" in reasons[0], "adapter of another base model?" in reasons[1]] == [True, True]
-    for reason in reasons:
+    assert code == 0 and files_of(out) == files_of(expected)
+    first, second = json.loads((out / "run.json").read_text())["left_out"]
+    assert "use_dora = True" in first and "adapter of another base model?" in second
+    for reason in (first, second):
         assert f"left out: {reason}" in told.err and reason in told.out
-        assert html.escape(f"An adapter was left out: {reason}.") in (out / "report.html").read_text()
+        assert html.escape(reason) in (out / "report.html").read_text()
     assert command("proto_route", out="other")[0] == 2
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_a_person_can_mend_is_one_line_and_exit_code_2(command, capsys, tmp_path, kind):
-    method, flags, cause = REFUSED[kind](tmp_path)
-    code, out = command(method, *flags)
+    method, flags, cause = REFUSED[kind]
+    code, out = command(method, *flags(tmp_path))
     captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ""
+    assert code == 2 and captured.out == ""
     (error,) = [line for line in captured.err.splitlines() if "peak memory" not in line]
     assert error.startswith("error: ") and cause in error
     assert not out.exists()
 
 
-def test_each_stage_that_takes_its_time_has_a_line_and_quiet_has_none(command, capsys, monkeypatch):
+def test_each_slow_stage_has_a_line_and_quiet_has_none(command, capsys, monkeypatch):
     monkeypatch.setattr("router.system.stages.TOLD", 0.0)
     assert command("average")[0] == 0
     told = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if "peak memory" in line]
@@ -359,69 +278,30 @@ def test_each_stage_that_takes_its_time_has_a_line_and_quiet_has_none(command, c
     assert capsys.readouterr() == ("", "")
 
 
-def test_adapters_of_two_bases_need_a_base_model(capsys, tmp_path, tiny_library):
-    write_tiny_adapter(tiny_library / "other", 9, base_model_name_or_path="huge")
-    write_queries(tmp_path / "queries.csv")
-    argv = ["--dataset_filepaths", str(tmp_path / "queries.csv"), "--adapters", str(tiny_library)]
-    assert main(["-m", "average", *argv, "--output_folder", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "other names huge" in error and "--base_model" in error
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("flags", "accepted"),
     [
         (["-m", "nope"], METHODS),
         ([], METHODS),
-        (["--n_variants", "0"], ["--n_variants", "from 1 to 2147483647 or auto", "'0'"]),
-        (["--n_variants", "few"], ["--n_variants", "or auto", "'few'"]),
-        (["--variant_rank", "-1"], ["--variant_rank", "or exact", "'-1'"]),
-        (["--top_k", "2.5"], ["--top_k", "from 1 to 2147483647,", "'2.5'"]),
-        (["--seed", "-1"], ["--seed", "from 0 to 2147483647", "'-1'"]),
-        (["--seed", "2147483648"], ["--seed", "from 0 to 2147483647", "'2147483648'"]),
-        *(
-            ([f"--{name}", "1" * digits], [f"--{name}", "to 2147483647", "'1111"])
-            for name in ("n_variants", "variant_rank", "top_k", "batch_size", "max_gen_len", "max_seq_len")
-            for digits in (31, 5000)
-        ),
-        (["--batch_size", "all"], ["--batch_size", "or auto"]),
-        (["--max_seq_len", "x"], ["--max_seq_len", "or none"]),
-        (["--temperature", "0"], ["--temperature", "a number above 0", "'0'"]),
-        (["--temperature", "nan"], ["--temperature", "a number above 0"]),
-        *(
-            (["--false_alarm", text], ["--false_alarm", "a number between 0 and 1", repr(text)])
-            for text in ("0", "1", "-0.1", "nan", "few")
-        ),
-        (["--dtype", "int8"], ["auto", "float32", "bfloat16", "float16"]),
+        (["--n_variants", "0"], ["from 1 to 2147483647 or auto", "'0'"]),
+        (["--variant_rank", "-1"], ["or exact", "'-1'"]),
+        (["--top_k", "2.5"], ["from 1 to 2147483647,", "'2.5'"]),
+        (["--seed", "2147483648"], ["from 0 to 2147483647", "'2147483648'"]),
+        (["--max_gen_len", "1" * 5000], ["to 2147483647", "'1111"]),
+        (["--max_seq_len", "x"], ["or none"]),
+        (["--temperature", "nan"], ["a number above 0"]),
+        (["--false_alarm", "1"], ["a number between 0 and 1", "'1'"]),
         (["--dtype", "bfloat"], ["did you mean bfloat16?"]),
         (["--device", "tpu"], ["auto", "cpu", "cuda"]),
-        (["--scoring", "best"], ["full", "kit"]),
     ],
 )
 def test_wrong_flags_are_refused_with_what_is_accepted(capsys, flags, accepted):
+    words = [] if flags[:1] == ["-m"] or not flags else ["-m", "base"]
     with pytest.raises(SystemExit) as caught:
-        main(flags if flags[:1] == ["-m"] or not flags else ["-m", "base", *flags])
+        main(words + flags)
     assert caught.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert all(word in error for word in accepted) and len(error) < 400
-
-
-def test_the_help_has_the_defaults_of_the_settings(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "10000")
-    flags = re.sub(r"\n {10,}", " ", parser().format_help())  # each on a line of its own
-    told = dict(re.findall(r"^  --(\w+) .*\(default: ([^()]+)\)$", flags, re.MULTILINE))
-    defaults = vars(Settings())
-    assert told.keys() - defaults.keys() == {"time_limit", "memory_limit"} and defaults.keys() <= told.keys()
-    for name, default in defaults.items():
-        if name == "base_model":  # is told in words
-            assert default is None and "the one that the adapters name" in told[name]
-            continue
-        if default is False:  # a switch takes no value
-            assert told[name] == "False"
-            continue
-        given = vars(parser().parse_args([f"--{name}", *told[name].split()]))[name]
-        assert (tuple(given) if isinstance(given, list) else given) == default
+    assert all(word in error for word in [*flags[:1], *accepted]) and len(error) < 400
 
 
 @pytest.mark.parametrize("flag", ["--list_methods", "--help"])
@@ -433,11 +313,7 @@ def test_listing_and_help_load_no_model_library(flag):
     imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
     assert "argparse" in imported
     assert not imported & {"torch", "transformers", "peft", "numpy", "sklearn"}
-    if flag == "--list_methods":
-        files = (ROOT / "router" / "methods").glob("*.py")
-        assert done.stdout.split() == sorted(path.stem for path in files if path.stem != "__init__")
-    else:
-        assert all(word in done.stdout for word in [*METHODS, "--dataset_filepaths", "--adapters"])
+    assert all(word in done.stdout for word in METHODS)
 
 
 KIT_METHOD = """
@@ -505,22 +381,7 @@ def test_a_starter_kits_method_answers_as_it_stands(capsys, tmp_path, tiny_base,
     assert found != answers_of(plain_model(tiny_base), tiny_base, ROWS)
 
 
-def test_a_new_method_is_listed(capsys, kit_method):
-    assert main(["--list_methods"]) == 0
-    names = capsys.readouterr().out.split()
-    assert names == sorted(names) and {"kit_avg", *METHODS} <= set(names)
-    assert parser().parse_args(["-m", "kit_avg"]).merging_method == "kit_avg"
-
-
-def test_a_run_that_was_killed_while_it_wrote_leaves_the_earlier_one(command, monkeypatch):
-    _, out = command("proto_route")
-    monkeypatch.setattr("router.run._write_routing", lambda *_: sys.exit("killed"))
-    with pytest.raises(SystemExit):
-        command("oracle")
-    assert load(out).record.method == "proto_route"
-
-
-def test_a_run_that_was_killed_between_its_files_is_no_finished_run(command, monkeypatch):
+def test_a_run_killed_between_its_files_is_no_finished_run(command, monkeypatch):
     _, out = command("proto_route")
     replace = Path.replace
 
@@ -539,7 +400,7 @@ def test_a_run_that_was_killed_between_its_files_is_no_finished_run(command, mon
     assert not list(out.glob(".*"))
 
 
-def test_a_run_that_was_killed_before_its_report_has_no_earlier_ones(command, monkeypatch):
+def test_a_run_killed_before_its_report_has_no_earlier_one(command, monkeypatch):
     _, out = command("proto_route")
     earlier = (out / "report.html").read_bytes()
     monkeypatch.setattr("router.run.write_report", lambda *_: sys.exit("killed"))
@@ -563,21 +424,26 @@ def test_files_of_two_runs_do_not_pass_for_one(command):
         (out / name).write_bytes(before)
 
 
-def test_a_starter_kits_method_leaves_no_variants_of_an_earlier_run(command, kit_method, capsys):
+def test_a_starter_kits_method_leaves_no_variants_of_before(command, kit_method, capsys):
     _, out = command("average")
     assert (out / "variants" / "0").is_dir()
     command("kit_avg")
     assert not (out / "variants").exists()
 
 
-def test_an_output_folder_below_a_file_system_that_cannot_be_written_is_refused(command, capsys, monkeypatch):
+@pytest.fixture()
+def unloaded(monkeypatch):
+    """Fails where a method is loaded."""
     monkeypatch.setattr("router.run.load_method", lambda name: pytest.fail("loaded"))
+
+
+def test_a_file_system_that_cannot_be_written_is_refused(command, capsys, unloaded):
     assert command("proto_route", out="/proc/nothing/here")[0] == 2
-    assert "expected a folder to write to" in capsys.readouterr().err
+    assert "--output_folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_stopped_takes_its_temporary_folders_with_it(command, capsys, monkeypatch, sent):
+def test_a_run_that_is_stopped_leaves_no_temporary_folders(command, capsys, monkeypatch, sent):
     from router.pipeline.steps import Routed
 
     predict = Routed.predict
@@ -599,7 +465,7 @@ def test_a_run_that_is_stopped_takes_its_temporary_folders_with_it(command, caps
     assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same command goes on where it was"
 
 
-def test_where_nothing_finite_comes_out_the_run_ends_and_says_so(command, capsys, monkeypatch):
+def test_where_nothing_finite_comes_out_the_run_ends(command, capsys, monkeypatch):
     """As activations that overflow with a variant, when the base model's alone do not."""
     monkeypatch.setattr("router.model.answer.generate", lambda _, __, rows, ___: [FAILED] * len(rows))
     monkeypatch.setattr("router.model.answer.score_choices", lambda *a: [(math.nan,)] * len(a[2]))
@@ -609,12 +475,10 @@ def test_where_nothing_finite_comes_out_the_run_ends_and_says_so(command, capsys
 
 
 @pytest.mark.parametrize("rows", [ROWS, [row for row in ROWS if row[2] == "generation"]])
-def test_a_starter_kits_method_of_which_nothing_finite_comes_out_ends_and_says_so(
-    capsys, tmp_path, kit_method, rows
-):
+def test_nothing_finite_of_a_starter_kits_method_ends_its_run(capsys, tmp_path, kit_method, rows):
     for folder in kit_method:
         file = folder / "adapter_model.safetensors"
-        save_file({key: value * math.nan for key, value in load_file(file).items()}, file)
+        edit_weights(file, lambda key, of: of * math.nan)
     argv = ["--dataset_filepaths", str(write_queries(tmp_path / "q.csv", rows)), "--dtype", "float32"]
     assert main(["-m", "kit_avg", *argv, "--output_folder", str(tmp_path / "out")]) == 2
     assert "no query could be answered" in capsys.readouterr().err
@@ -636,7 +500,7 @@ def test_the_id_of_a_query_does_not_control_the_terminal(command, capsys, tmp_pa
     assert "\x1b" not in told
 
 
-def test_half_a_character_in_the_choice_that_wins_reaches_the_report(command, tmp_path, tiny_base):
+def test_half_a_character_of_a_choice_reaches_the_report(command, tmp_path, tiny_base):
     rows = [("half", "Which?", "multiple_choice", r"['\ud83d']", "base"), *ROWS]
     code, out = command("base", "--dataset_filepaths", write_queries(tmp_path / "half.csv", rows))
     assert code == 0 and not (out / ".journal").exists()
@@ -647,62 +511,45 @@ def test_half_a_character_in_the_choice_that_wins_reaches_the_report(command, tm
     assert data["predictions"][0] == "0: \ud83d" and data["predictions"][1] == found[1]
 
 
-def strangers_files(folder):
-    folder.mkdir(parents=True)
-    (folder / "mine.txt").write_text("mine")
-    return folder
+@pytest.mark.parametrize("flags", [(), ("--fresh",)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "queries.csv", "queries.routing.csv", "queries.evidence.safetensors", "run.json", "report.html",
+        "plan.json", ".commit.json", ".lock", "variants", "variants/mine.txt", ".journal/mine.txt",
+        ".journal/identity.json",
+    ],
+)  # fmt: skip
+def test_something_else_that_no_run_wrote_is_left_alone(name, flags, command, tmp_path, capsys, unloaded):
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text('{"pace": 5}')
+    assert command("proto_route", *flags)[0] == 2
+    error = capsys.readouterr().err
+    assert name.partition("/")[0] in error or "--output_folder" in error
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == '{"pace": 5}'
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "link"])
-def test_a_variants_folder_that_no_run_wrote_is_refused_and_left_alone(command, capsys, tmp_path, kind):
-    out, kept = tmp_path / "out", strangers_files(tmp_path / "kept")
-    out.mkdir()
-    if kind == "folder":
-        kept = strangers_files(out / "variants")
-    elif kind == "file":
-        (out / "variants").write_text("mine")
-    else:
-        (out / "variants").symlink_to(kept)
+def test_a_link_to_variants_that_no_run_wrote_is_refused(command, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "mine.txt").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "variants").symlink_to(tmp_path / "kept")
     assert command("average")[0] == 2
-    assert "--output_folder" in capsys.readouterr().err
-    assert (kept / "mine.txt").read_text() == "mine" and [path.name for path in out.iterdir()] == ["variants"]
-    assert kind != "file" or (out / "variants").read_text() == "mine"
-
-
-@pytest.mark.parametrize("flags", [[], ["--fresh"]])
-@pytest.mark.parametrize("name", ["mine.txt", "identity.json"])
-def test_a_journal_folder_that_no_run_wrote_is_refused_and_left_alone(
-    command, capsys, tmp_path, monkeypatch, name, flags
-):
-    monkeypatch.setattr("router.run.load_method", lambda name: pytest.fail("loaded"))
-    folder = tmp_path / "out" / ".journal"
-    folder.mkdir(parents=True)
-    (folder / name).write_text('{"mine": true}')
-    assert command("average", *flags)[0] == 2
-    assert "expected no .journal in it" in capsys.readouterr().err
-    assert [path.name for path in folder.iterdir()] == [name] and len(list(folder.parent.iterdir())) == 1
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine.txt"]
 
 
 def test_hidden_folders_that_no_run_wrote_are_left_alone(command, tmp_path):
-    kept = [strangers_files(tmp_path / "out" / name) for name in (".variants.mine", ".results.mine")]
+    kept = {tmp_path / "out" / name / "mine.txt" for name in (".variants.mine", ".results.mine")}
+    for file in kept:
+        file.parent.mkdir(parents=True)
+        file.touch()
     code, out = command("average")
-    assert code == 0 and all((folder / "mine.txt").read_text() == "mine" for folder in kept)
-    assert {path.name for path in out.iterdir() if path.name.startswith(".")} == {
-        folder.name for folder in kept
-    }
+    assert code == 0 and set(out.glob(".*/*")) == kept
 
 
-def test_a_lock_that_no_run_wrote_is_refused_and_left_alone(command, capsys, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".lock").write_text("mine")
-    assert command("average")[0] == 2
-    assert "expected no file `.lock` in it" in capsys.readouterr().err
-    assert (tmp_path / "out" / ".lock").read_text() == "mine"
-
-
-def test_variants_that_cannot_be_moved_cost_a_warning_and_not_the_answers(
-    command, tmp_path, monkeypatch, caplog
-):
+def test_variants_that_cannot_be_moved_cost_a_warning_alone(command, tmp_path, monkeypatch, caplog):
     """Somebody puts a file there while the run predicts."""
     from router.pipeline.steps import Routed
 
@@ -720,56 +567,17 @@ def test_variants_that_cannot_be_moved_cost_a_warning_and_not_the_answers(
 
 
 @pytest.mark.parametrize("name", ["run.json", "report.html", ".lock", "variants", ".journal"])
-def test_a_query_file_of_a_name_that_a_run_needs_is_refused_before_anything_is_loaded(
-    name, command, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("router.pipeline.steps.load_library", lambda *_, **__: pytest.fail("loaded"))
-    queries = write_queries(tmp_path / name)
-    assert command("base", "--dataset_filepaths", queries)[0] == 2
+def test_a_query_file_of_a_name_that_a_run_needs_is_refused(name, command, tmp_path, capsys, unloaded):
+    assert command("base", "--dataset_filepaths", write_queries(tmp_path / name))[0] == 2
     assert "rename it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["queries.csv", "queries.routing.csv", "run.json", "report.html"])
-def test_a_folder_where_a_result_would_be_is_told_before_anything_is_loaded(
-    name, command, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("router.pipeline.steps.load_library", lambda *_, **__: pytest.fail("loaded"))
+def test_a_folder_where_a_result_would_be_is_refused(name, command, tmp_path, capsys, unloaded):
     (tmp_path / "out" / name).mkdir(parents=True)
     assert command("proto_route")[0] == 2
     assert "--output_folder" in capsys.readouterr().err
     assert (tmp_path / "out" / name).is_dir()
-
-
-def test_a_dead_link_is_no_output_folder(command, tmp_path, capsys):
-    (tmp_path / "out").symlink_to(tmp_path / "gone")
-    assert command("base")[0] == 2
-    assert "expected a folder, got a dead link" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "text"), [("run.json", '{"pace": 5}'), ("report.html", "<p>My marathon</p>")]
-)
-def test_a_record_or_report_of_something_else_stays(name, text, command, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text(text)
-    assert command("base")[0] == 2
-    assert "--output_folder" in capsys.readouterr().err
-    assert (tmp_path / "out" / name).read_text() == text
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["queries.csv", "queries.routing.csv", "queries.evidence.safetensors", ".commit.json"],
-)
-def test_a_file_that_no_run_wrote_is_refused_before_anything_is_loaded(
-    name, command, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("router.pipeline.steps.load_library", lambda *_, **__: pytest.fail("loaded"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text("mine")
-    assert command("proto_route")[0] == 2
-    assert name in capsys.readouterr().err
-    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 def test_a_result_that_was_edited_since_is_not_replaced(command, capsys):
@@ -796,9 +604,7 @@ def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, m
     assert command("base")[0] == 0
 
 
-def test_a_token_beyond_the_embeddings_costs_only_the_prompts_that_spell_it(
-    tmp_path, tiny_base, tiny_library
-):
+def test_a_token_beyond_the_embeddings_costs_its_prompts_alone(tmp_path, tiny_base, tiny_library):
     base = shutil.copytree(tiny_base, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -816,16 +622,7 @@ def test_a_token_beyond_the_embeddings_costs_only_the_prompts_that_spell_it(
     assert found[1] == ["unknown", "unknown", *found[0]]
 
 
-def test_an_end_token_that_is_no_number_is_one_line(tmp_path, tiny_base, tiny_library, capsys):
-    base = shutil.copytree(tiny_base, tmp_path / "base")
-    config = json.loads((base / "generation_config.json").read_text())
-    (base / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": "x"}))
-    queries = write_queries(tmp_path / "queries.csv")
-    assert main(arguments("base", [queries], tiny_library, base, tmp_path / "out")) == 2
-    assert "--base_model" in capsys.readouterr().err
-
-
-def test_variants_that_are_a_runs_own_adapters_are_not_replaced(command, tmp_path, capsys):
+def test_variants_that_are_the_own_adapters_are_not_replaced(command, tmp_path, capsys):
     _, out = command("oracle")
     (tmp_path / "linked").symlink_to(next(path for path in (out / "variants").iterdir() if path.is_dir()))
     before = files_of(out)

@@ -35,18 +35,10 @@ def imported(tree):
 def required(extra=None):
     """The names of setup.py's install_requires, or of one of its extras, read without running it."""
     tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
-    listed = {
-        word.arg: word.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        for word in node.keywords
-    }
-    texts = (
-        ast.literal_eval(listed["extras_require"])[extra]
-        if extra
-        else ast.literal_eval(listed["install_requires"])
-    )
-    return {normal(re.match(r"[\w.-]+", text)[0]) for text in texts}
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    listed = {word.arg: word.value for call in calls for word in call.keywords}
+    texts = ast.literal_eval(listed["extras_require" if extra else "install_requires"])
+    return {normal(re.match(r"[\w.-]+", text)[0]) for text in (texts[extra] if extra else texts)}
 
 
 def test_all_that_is_imported_is_required():
@@ -75,12 +67,10 @@ def wheel_and_sdist(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     for kind in ("wheel", "sdist"):
-        command = [
-            sys.executable,
-            "-c",
-            f"from setuptools import build_meta as m; m.build_{kind}({str(out)!r})",
-        ]
-        done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+        code = f"from setuptools import build_meta as m; m.build_{kind}({str(out)!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 
@@ -115,23 +105,6 @@ def test_all_files_state_the_same_version_and_date():
     assert f"\nversion: {version}\ndate-released: {newest[2]}\n" in texts["CITATION.cff"]
 
 
-def test_hooks_pin_the_linters_of_the_test_script():
-    script, pinned, hooks = (
-        (ROOT / name).read_text("utf-8")
-        for name in ("scripts/test.sh", "scripts/constraints.txt", ".pre-commit-config.yaml")
-    )
-    linters = set(re.findall(r"^\.venv/bin/(ruff \w+|vulture)", script, re.M))
-    assert set(re.findall(r"entry: (ruff \w+|vulture)", hooks)) == linters != set()
-    versions = set(re.findall(r"\w+==[\d.]+", hooks))
-    assert versions <= set(pinned.split()) and ".venv" not in hooks
-
-
-def test_the_hosted_workflow_runs_the_readmes_commands():
-    commands = re.findall(r"^bash scripts/\w+\.sh$", (ROOT / "README.md").read_text("utf-8"), re.M)
-    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text("utf-8")
-    assert re.findall(r"- run: (.*)", workflow) == commands != []
-
-
 # Modules that Python does not have on Windows, and names in others that it has not.
 UNIX_ALONE = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog"}
 UNIX_NAMES = {
@@ -141,7 +114,7 @@ UNIX_NAMES = {
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_a_module_needs_nothing_at_its_import_that_windows_lacks(file):
+def test_a_module_needs_nothing_that_windows_lacks(file):
     tree = ast.parse(file.read_text("utf-8"))
     at_once = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert not set(imported(ast.Module(at_once, []))) & UNIX_ALONE

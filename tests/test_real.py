@@ -1,31 +1,20 @@
 """The committed library and queries, and the real base model on a part of them."""
 
-import csv
 import json
 import re
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
+from helpers import ROOT, read_table, write_csv
 from router.constants import LIBRARY
 from router.library.adapters import check_against_base, load_library
 from router.main import main
 from router.model.base import EMBEDDED, EMBEDDED_ID, embedded_gguf, linear_shapes, load_base
 from router.queries.submission import read_queries
 
-ROOT = LIBRARY.resolve().parents[1]
 EVAL = sorted((ROOT / "data" / "eval").glob("*.csv"))
-
-
-def rows(path):
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def card(folder):
-    from huggingface_hub import ModelCard
-
-    return ModelCard.load(folder / "README.md")
 
 
 def test_the_library_is_what_it_should_be():
@@ -37,7 +26,7 @@ def test_the_library_is_what_it_should_be():
     skills = set()
     for adapter in adapters:
         assert adapter.folder.base_model == EMBEDDED_ID
-        data = card(adapter.folder.path).data
+        data = ModelCard.load(adapter.folder.path / "README.md").data
         assert data.base_model == EMBEDDED_ID and data.license == "apache-2.0"
         skills |= set(data.tags)
         text = (adapter.folder.path / "README.md").read_text("utf-8")
@@ -55,28 +44,16 @@ def test_queries_are_complete_and_kept_apart():
     assert {path.stem for path in EVAL} == names
     seen = set()
     for path in EVAL:
-        unseen = rows(ROOT / "data" / "eval_unseen" / path.name)
-        assert len(rows(path)) >= 25 and len(unseen) >= 25
+        unseen = read_table(ROOT / "data" / "eval_unseen" / path.name)
+        assert len(read_table(path)) >= 25 and len(unseen) >= 25
         assert len({row["phrasing"] for row in unseen}) >= 2
-        assert {row["adapter"] for row in rows(path)} == {path.stem}
-        seen |= {row["input"] for row in rows(path)} | {row["input"] for row in unseen}
+        assert {row["adapter"] for row in read_table(path)} == {path.stem}
+        seen |= {row["input"] for row in read_table(path)} | {row["input"] for row in unseen}
     without = [p for p in (ROOT / "data" / "eval_unseen").glob("*.csv") if p.stem not in names]
-    assert len(without) >= 3 and all(row["adapter"] == "base" for p in without for row in rows(p))
+    assert len(without) >= 3 and all(row["adapter"] == "base" for p in without for row in read_table(p))
     queries = read_queries(ROOT / "data" / "test.csv")
     assert not seen & {query.input for query in queries}
     assert {query.eval_type for query in queries} == {"generation", "multiple_choice"}
-
-
-def test_no_test_item_is_a_training_item():
-    pytest.importorskip("reasoning_gym", reason="needs the extra `train`")
-    pytest.importorskip("bfcl_eval", reason="needs bfcl-eval, see CONTRIBUTING.md")
-    from scripts.library.tasks import all_tasks, split
-    from scripts.library.train import EXPERTS, SEED, SIZES
-
-    for name in EXPERTS:
-        parts = split(all_tasks()[name], SEED, SIZES)
-        items = {part: {tuple(item.fields.items()) for item in found} for part, found in parts.items()}
-        assert not items["train"] & (items["eval"] | items["unseen"] | items["test"])
 
 
 @pytest.mark.slow
@@ -94,26 +71,18 @@ def test_the_embedded_model_holds_the_weights_of_its_gguf_file():
 
 @pytest.mark.slow
 def test_queries_in_the_experts_phrasing_reach_their_expert(tmp_path):
-    header, part = None, []
-    for path in EVAL:
-        for row in rows(path)[:4]:
-            header = header or list(row)
-            part.append({**row, "id": f"{path.stem}-{row['id']}"})
-    with (tmp_path / "part.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, header)
-        writer.writeheader()
-        writer.writerows(part)
+    part = [{**row, "id": f"{path.stem}-{row['id']}"} for path in EVAL for row in read_table(path)[:4]]
+    queries = write_csv(tmp_path / "part.csv", list(part[0]), [row.values() for row in part])
     found = {}
     for method in ("proto_route", "oracle"):
         out = tmp_path / method
-        flags = ["-m", method, "--dataset_filepaths", str(tmp_path / "part.csv"), "--output_folder", str(out)]
-        assert main(flags) == 0
-        answers = rows(out / "part.csv")
+        assert main(["-m", method, "--dataset_filepaths", str(queries), "--output_folder", str(out)]) == 0
+        answers = read_table(out / "part.csv")
         assert [row["id"] for row in answers] == [row["id"] for row in part]
         assert all(row["prediction"] for row in answers)
         pairs = zip(answers, part, strict=True)
         found[method] = sum(a["prediction"].strip() == b["target"] for a, b in pairs) / len(part)
-    routing = rows(tmp_path / "proto_route" / "part.routing.csv")
+    routing = read_table(tmp_path / "proto_route" / "part.routing.csv")
     right = 0
     for row, wanted in zip(routing, part, strict=True):
         weights = {name: float(value) for name, value in row.items() if name not in ("id", "variant")}

@@ -18,7 +18,6 @@ from router.pipeline.answering import answered_by_vllm
 from router.pipeline.context import Context
 from router.queries.submission import Query
 from router.settings import Settings
-from router.system.errors import InputError
 
 
 class LoRARequest(SimpleNamespace):
@@ -99,8 +98,15 @@ QUERIES = [
 ]
 
 
+@pytest.fixture()
+def words(tmp_path, tiny_base, tiny_library):
+    """The command line of a run."""
+    queries = write_queries(tmp_path / "queries.csv")
+    return arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "out", "--engine", "vllm")
+
+
 @pytest.mark.parametrize("scoring", ["full", "kit"])
-def test_each_prompt_has_its_own_variant_and_the_answers_are_in_order(base, tmp_path, scoring, monkeypatch):
+def test_each_prompt_is_answered_by_its_own_variant(base, tmp_path, scoring, monkeypatch):
     monkeypatch.setattr(vllm, "AT_ONCE", 3)
     library = write_tiny_library(tmp_path)
     paths = [library / "mlp", None, library / "attention", library / "mlp"]
@@ -123,20 +129,17 @@ def test_each_prompt_has_its_own_variant_and_the_answers_are_in_order(base, tmp_
     assert [len(part) for part in llm.asked] == [5, 2]  # a prompt for each choice
 
 
-def test_a_run_has_the_same_results_as_in_this_process(tmp_path, tiny_base, tiny_library):
-    queries = write_queries(tmp_path / "queries.csv")
-    flags = ("--false_alarm", 0.9, "--temperature", 3.0)
-    words = arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "here", *flags)
+def test_a_run_has_the_same_results_as_in_this_process(words, tmp_path):
+    words += ["--false_alarm", "0.9", "--temperature", "3.0"]
     assert main(words) == 0
-    assert main([*words, "--engine", "vllm", "--output_folder", str(tmp_path / "there")]) == 0
-    here, there = (read_by_id(tmp_path / name / "queries.csv") for name in ("here", "there"))
+    assert main([*words, "--engine", "transformers", "--output_folder", str(tmp_path / "here")]) == 0
+    here, there = (read_by_id(tmp_path / name / "queries.csv") for name in ("here", "out"))
     assert here == there and len(here) == 6
     assert len({lora and lora.path for _, lora in LLM.made[0].asked[0]}) > 1
-    record = json.loads((tmp_path / "there" / "run.json").read_text())
-    assert record["flags"]["engine"] == "vllm"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["flags"]["engine"] == "vllm"
 
 
-def test_what_is_in_the_journal_is_not_asked_again_and_what_is_too_long_not_at_all(base, caplog):
+def test_what_is_kept_or_too_long_is_not_asked(base, caplog):
     rows = encode(base.tokenizer, [query.input for query in QUERIES])
     context = base.model.config.max_position_embeddings
     rows[3] = rows[3] * context
@@ -152,44 +155,21 @@ def test_what_is_in_the_journal_is_not_asked_again_and_what_is_too_long_not_at_a
     assert len(LLM.made) == 2  # not even loaded
 
 
-def test_why_vllm_does_not_start_is_said(base, monkeypatch):
-    monkeypatch.setattr(LLM, "says", "No available memory for the\ncache blocks.")
-    with pytest.raises(InputError, match="No available memory for the cache blocks"):
-        answered_by_vllm(base, QUERIES[:1], [[5, 6]], [None], Context())
-
-
-def test_a_run_whose_vllm_does_not_start_keeps_its_journal(
-    tmp_path, tiny_base, tiny_library, monkeypatch, capsys
-):
-    queries = write_queries(tmp_path / "queries.csv")
-    words = arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "out", "--engine", "vllm")
+def test_a_run_whose_vllm_does_not_start_keeps_its_journal(words, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(LLM, "says", "Free memory on device is less than desired.")
+        patch.setattr(LLM, "says", "No available memory for the\ncache blocks.")
         assert main(words) == 2
-    assert "What was answered is kept: when it can, the same command goes on" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "No available memory for the cache blocks" in said and "the same command goes on" in said
     assert (tmp_path / "out" / ".journal" / "routing.safetensors").is_file()
     assert main(words) == 0
 
 
 @pytest.mark.parametrize(
-    ("flags", "cause"),
-    [
-        (["--device_map", "auto"], "--device_map: expected --engine transformers"),
-        (["--time_limit", "9"], "--time_limit: expected --engine transformers, since vllm's pace"),
-        (["-m", "arrow"], "--engine vllm: expected a method that makes variants, got arrow"),
-    ],
+    "flags", [["--device_map", "auto"], ["--time_limit", "9"], ["-m", "arrow", "--engine", "vllm"]]
 )
-def test_what_does_not_go_together_is_refused(tmp_path, tiny_base, tiny_library, flags, cause, capsys):
-    queries = write_queries(tmp_path / "queries.csv")
-    words = arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "out", "--engine", "vllm")
+def test_what_does_not_go_together_is_refused(words, monkeypatch, flags, capsys):
     assert main([*words, *flags]) == 2
-    assert cause in capsys.readouterr().err
-
-
-def test_without_vllm_a_run_says_what_to_install(tmp_path, tiny_base, tiny_library, monkeypatch, capsys):
-    monkeypatch.setattr("router.run.find_spec", lambda name: None)
-    queries = write_queries(tmp_path / "queries.csv")
-    words = arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "out", "--engine", "vllm")
-    assert main(words) == 2
-    assert "expected the package vllm, found none; pip install" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "run.json").exists()
+    assert flags[-2] in capsys.readouterr().err
+    monkeypatch.setattr("router.run.find_spec", lambda name: None)  # nor is there vLLM
+    assert main(words) == 2 and "pip install" in capsys.readouterr().err

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from merge.factors import Factors, dense, gram, inner, pad, recompress, stacks, svd, weighted_sum
+from helpers import delta
+from merge.factors import Factors, gram, inner, pad, recompress, stacks, svd, weighted_sum
 
 
 def update(d_out, rank, d_in, seed):
@@ -13,19 +14,9 @@ def update(d_out, rank, d_in, seed):
     return Factors(torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32))
 
 
-def delta(factors):
-    """The update as numpy float64, not by the code under test."""
-    return factors.b.double().numpy() @ factors.a.double().numpy()
-
-
 UPDATES = [update(20, rank, 30, seed) for seed, rank in enumerate((4, 1, 7))]
 # Square, wide, tall, of full rank, and with more columns than the update has rank.
 SHAPES = [(20, 4, 30), (30, 4, 20), (12, 12, 12), (6, 10, 30), (30, 10, 6), (3, 9, 3), (5, 1, 5)]
-
-
-def test_dense():
-    assert UPDATES[2].rank == 7
-    np.testing.assert_allclose(dense(UPDATES[0]), delta(UPDATES[0]), atol=1e-5)
 
 
 @pytest.mark.parametrize("one", UPDATES)
@@ -54,22 +45,11 @@ def test_weighted_sum_is_the_dense_sum(weights):
     np.testing.assert_allclose(delta(found), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_opposite_weights_cancel():
-    found = delta(weighted_sum([UPDATES[0], UPDATES[0]], [3.0, -3.0]))
-    np.testing.assert_allclose(found, np.zeros((20, 30)), atol=1e-5)
-
-
-def test_weights_are_shared_evenly_so_that_half_precision_holds_both_factors():
+def test_weights_are_shared_evenly_by_both_factors():
     one = Factors(torch.ones(1, 4), torch.ones(4, 1))
     found = weighted_sum([one], [-1e-6])
     np.testing.assert_allclose(found.a.abs().numpy(), 1e-3, rtol=1e-6)
     np.testing.assert_allclose(found.b.abs().numpy(), 1e-3, rtol=1e-6)
-
-
-@pytest.mark.parametrize(("updates", "weights"), [([], []), (UPDATES, [1.0]), (UPDATES[:1], [0.5, 0.5])])
-def test_weighted_sum_wants_one_weight_per_update(updates, weights):
-    with pytest.raises(ValueError, match=f"{len(updates)} updates"):
-        weighted_sum(updates, weights)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -94,31 +74,10 @@ def test_svd_of_a_stack_is_that_of_each():
             np.testing.assert_allclose((u[n] * s[n]) @ vh[n], delta(dict(named)[name]), atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rank", [1, 2, 5])
-def test_recompress_is_the_truncated_dense_svd(shape, rank):
-    factors = update(*shape, seed=9)
-    u, s, vh = np.linalg.svd(delta(factors), full_matrices=False)
-    found = recompress(factors, rank)
-    assert found.rank <= rank
-    np.testing.assert_allclose(delta(found), (u[:, :rank] * s[:rank]) @ vh[:rank], atol=2e-4)
-
-
-def test_recompress_shares_the_singular_values_evenly():
-    found = recompress(UPDATES[2], 3)
-    np.testing.assert_allclose(found.a.norm(dim=1), found.b.norm(dim=0), rtol=1e-5)
-
-
-def test_recompress_of_zero_is_zero_and_of_repeated_factors_exact():
+def test_recompress_of_zero_or_repeated_factors_is_exact():
     assert not delta(recompress(Factors(torch.zeros(3, 8), torch.zeros(5, 3)), 2)).any()
     twice = weighted_sum([UPDATES[0], UPDATES[0]], [0.5, 0.5])
     np.testing.assert_allclose(delta(recompress(twice, 4)), delta(UPDATES[0]), atol=1e-4)
-
-
-@pytest.mark.parametrize("rank", [0, -1])
-def test_recompress_wants_a_positive_rank(rank):
-    with pytest.raises(ValueError, match=f"got {rank}"):
-        recompress(UPDATES[0], rank)
 
 
 def test_pad_adds_nothing_but_zeros():

@@ -14,23 +14,43 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import WIDTHS, write_tiny_adapter
+from helpers import WIDTHS, delta, edit_json, peft_deltas, raw_factors, write_tiny_adapter
 from merge.factors import Factors
-from merge.folders import CONFIG_FILE, AdapterError, _Matcher, open_adapter, served_rank, write_adapter
+from merge.folders import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterError,
+    _Matcher,
+    open_adapter,
+    served_rank,
+    write_adapter,
+)
 
 Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
+def config_of(folder):
+    return folder / CONFIG_FILE
+
+
+def weights_of(folder):
+    return folder / WEIGHTS_FILE
+
+
 def change(folder, tensors=None, **config):
     """Rewrites parts of an adapter folder."""
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    edit_json(config_of(folder), **config)
     if tensors is not None:
         save_file({key: value.contiguous() for key, value in tensors.items()}, weights_of(folder))
 
 
-def weights_of(folder):
-    return folder / "adapter_model.safetensors"
+def loaded_by_peft(base_folder, adapter_folder):
+    """The update of each module by PEFT's own loader; any warning is an error."""
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to True|Unexpected keyword arguments")
+        return peft_deltas(PeftModel.from_pretrained(model, adapter_folder))
 
 
 def with_patterns(folder):
@@ -71,29 +91,11 @@ KINDS = {
 }
 
 
-def peft_deltas(base_folder, adapter_folder):
-    """The update of each module by PEFT's own loader; any warning is an error."""
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to True|Unexpected keyword arguments")
-        model = PeftModel.from_pretrained(model, adapter_folder)
-    return {
-        name.removeprefix("base_model.model."): layer.get_delta_weight("default").double().numpy()
-        for name, layer in model.named_modules()
-        if hasattr(layer, "get_delta_weight")
-    }
-
-
-def delta(factors):
-    return factors.b.double().numpy() @ factors.a.double().numpy()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_read_is_what_peft_computes(tmp_path, tiny_base, kind):
     KINDS[kind](tmp_path / "a")
     adapter = open_adapter(tmp_path / "a")
-    expected = peft_deltas(tiny_base, tmp_path / "a")
+    expected = loaded_by_peft(tiny_base, tmp_path / "a")
     found = dict(adapter.read_all())
     assert set(found) == set(expected) == set(adapter.ranks)
     for module, update in found.items():
@@ -102,6 +104,7 @@ def test_read_is_what_peft_computes(tmp_path, tiny_base, kind):
         assert adapter.shapes[module] == expected[module].shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("kind", "module", "scale"),
     [
@@ -113,23 +116,14 @@ def test_read_is_what_peft_computes(tmp_path, tiny_base, kind):
         ("patterns", "model.layers.1.self_attn.q_proj", 20 / 4),
     ],
 )
-def test_read_is_scale_times_b_times_a(tmp_path, kind, module, scale):
-    KINDS[kind](tmp_path / "a")
-    tensors = load_file(weights_of(tmp_path / "a"))
-    a, b = (tensors[f"base_model.model.{module}.lora_{x}.weight"].double().numpy() for x in "AB")
-    found = open_adapter(tmp_path / "a").read(module)
+def test_read_is_scale_times_b_times_a(tmp_path, kind, module, scale, dtype):
+    folder = tmp_path / "a"
+    KINDS[kind](folder)
+    change(folder, {key: value.to(dtype) for key, value in load_file(weights_of(folder)).items()})
+    a, b = raw_factors(folder)[module]
+    found = open_adapter(folder).read(module)
     assert found.a.dtype == found.b.dtype == torch.float32
-    np.testing.assert_allclose(delta(found), scale * (b @ a), atol=1e-5)
-
-
-def test_half_precision_files_are_read_in_float32(tmp_path):
-    write_tiny_adapter(tmp_path / "a", 1, alpha=3)
-    tensors = {key: value.bfloat16() for key, value in load_file(weights_of(tmp_path / "a")).items()}
-    change(tmp_path / "a", tensors)
-    a, b = (tensors[f"base_model.model.{Q0}.lora_{x}.weight"].double() for x in "AB")
-    found = open_adapter(tmp_path / "a").read(Q0)
-    assert found.a.dtype == torch.float32
-    np.testing.assert_allclose(delta(found), (b @ a * 0.75).numpy(), atol=1e-5)
+    np.testing.assert_allclose(delta(found), scale * delta(Factors(a, b)), atol=1e-5)
 
 
 def updates_of(ranks):
@@ -158,27 +152,18 @@ UNEVEN = {(0, "self_attn.q_proj"): 3, (1, "mlp.up_proj"): 5, (1, "self_attn.q_pr
 def test_what_is_written_peft_loads_as_the_same_update(tmp_path, tiny_base, ranks, rank, targets):
     updates = updates_of(ranks)
     assert write_adapter(tmp_path / "out", updates, "some/base", "abc123") == rank
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    config = json.loads(config_of(tmp_path / "out").read_text())
     assert (config["r"], config["lora_alpha"]) == (rank, rank)
     assert (config["base_model_name_or_path"], config["revision"]) == ("some/base", "abc123")
-    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
     assert config["target_modules"] == (targets or sorted(updates))
     for key, value in load_file(weights_of(tmp_path / "out")).items():
         assert value.shape["lora_B" in key] == rank
-    found = peft_deltas(tiny_base, tmp_path / "out")
-    assert set(found) == set(updates)
-    for module, update in updates.items():
-        np.testing.assert_allclose(found[module], delta(update), atol=1e-5)
-
-
-def test_what_is_written_can_be_read_back(tmp_path):
-    updates = updates_of(UNEVEN)
-    write_adapter(tmp_path / "out", updates, "some/base", dtype=torch.bfloat16)
-    assert {value.dtype for value in load_file(weights_of(tmp_path / "out")).values()} == {torch.bfloat16}
-    adapter = open_adapter(tmp_path / "out")
-    assert adapter.base_model == "some/base"
-    for module, update in adapter.read_all():
-        assert np.abs(delta(update) - delta(updates[module])).max() < 0.02 * np.abs(delta(update)).max()
+    again = open_adapter(tmp_path / "out")
+    assert again.base_model == "some/base"
+    for found in loaded_by_peft(tiny_base, tmp_path / "out"), {m: delta(f) for m, f in again.read_all()}:
+        assert set(found) == set(updates)
+        for module, update in updates.items():
+            np.testing.assert_allclose(found[module], delta(update), atol=1e-5)
 
 
 def test_served_ranks():
@@ -192,15 +177,16 @@ def without_a_half(folder):
     change(folder, tensors)
 
 
-def with_mismatching_halves(folder):
+def with_one_factor_twice(folder):
     tensors = load_file(weights_of(folder))
-    tensors[f"base_model.model.{Q0}.lora_B.weight"] = torch.zeros(32, 5)
-    change(folder, tensors)
+    key = f"base_model.model.{Q0}.lora_B.weight"
+    change(folder, tensors | {key.removeprefix("base_model.model."): -tensors[key]})
 
 
-def with_a_saved_head(folder):
-    tensors = load_file(weights_of(folder))
-    change(folder, tensors | {"base_model.model.lm_head.weight": torch.zeros(3, 3)})
+def in_dtype(dtype):
+    return lambda folder: change(
+        folder, {key: of.to(dtype) for key, of in load_file(weights_of(folder)).items()}
+    )
 
 
 def with_a_pickle_only(folder):
@@ -209,18 +195,9 @@ def with_a_pickle_only(folder):
 
 
 def with_tensor(name, tensor):
-    """Adds a tensor to the weights, under a name in layer 0's attention."""
-    key = f"base_model.model.model.layers.0.self_attn.{name}"
+    """Adds a tensor to the weights, or replaces one."""
+    key = f"base_model.model.{name}"
     return lambda folder: change(folder, load_file(weights_of(folder)) | {key: tensor})
-
-
-def with_embeddings(folder):
-    tensors = {f"base_model.model.model.embed_tokens.lora_embedding_{x}": torch.ones(4, 4) for x in "AB"}
-    change(folder, load_file(weights_of(folder)) | tensors)
-
-
-def in_bytes_of_8(folder):
-    change(folder, {key: of.to(torch.float8_e4m3fn) for key, of in load_file(weights_of(folder)).items()})
 
 
 def with_header(header):
@@ -248,112 +225,76 @@ def truncated(folder):
     weights_of(folder).write_bytes(data[: len(data) // 2])
 
 
-def config_text(text):
-    return lambda folder: (folder / "adapter_config.json").write_text(text)
-
-
 def changed(**config):
     return lambda folder: change(folder, **config)
 
 
-def with_whole_numbers(folder):
-    tensors = load_file(weights_of(folder))
-    change(folder, {key: tensor.to(torch.int8) for key, tensor in tensors.items()})
-
-
-LIES = ("adapter_model.safetensors", "expected a complete safetensors file")
+# What spoils an adapter, the file that is named, and what is said of it.
 REFUSED = {
-    "fp8": (in_bytes_of_8, "adapter_model.safetensors", "got F8_E4M3"),
+    "no config": (lambda folder: config_of(folder).unlink(), "", CONFIG_FILE),
+    "link to itself": (instead(CONFIG_FILE, lambda at: at.symlink_to(at)), "", CONFIG_FILE),
+    "pipe": (instead(CONFIG_FILE, os.mkfifo), "", CONFIG_FILE),
+    "bad json": (lambda folder: config_of(folder).write_text("{'r': 4}"), CONFIG_FILE, "JSON"),
+    "deep": (lambda folder: config_of(folder).write_text("[" * 100_000), CONFIG_FILE, "JSON"),
+    "no object": (lambda folder: config_of(folder).write_text("[1, 2]"), CONFIG_FILE, "a list"),
+    "no weights": (lambda folder: weights_of(folder).unlink(), "", "found no weights"),
+    "dangling link": (instead(WEIGHTS_FILE, lambda at: at.symlink_to("/nowhere")), "", "no weights"),
+    "pipe of weights": (instead(WEIGHTS_FILE, os.mkfifo), "", "found no weights"),
+    "folder": (instead(WEIGHTS_FILE, Path.mkdir), "", "found no weights"),
+    "pickle": (with_a_pickle_only, "", "only the pickle adapter_model.bin"),
+    "truncated": (truncated, WEIGHTS_FILE, "safetensors"),
+    "empty file": (lambda folder: weights_of(folder).write_bytes(b""), WEIGHTS_FILE, "safetensors"),
+    "longer than the file": (with_header(tensor_of([4], 0, 16)), WEIGHTS_FILE, "safetensors"),
+    "another size": (with_header(tensor_of([3], 0, 8)), WEIGHTS_FILE, "safetensors"),
+    "overlapping": (
+        with_header(tensor_of([2], 0, 8) | {"b": tensor_of([2], 0, 8).popitem()[1]}),
+        WEIGHTS_FILE,
+        "safetensors",
+    ),
+    "huge shape": (with_header(tensor_of([1 << 40, 1 << 40], 0, 8)), WEIGHTS_FILE, "safetensors"),
+    "huge header": (lambda folder: weights_of(folder).write_bytes(b"\xff" * 64), WEIGHTS_FILE, "safetensors"),
+    "no tensors": (lambda folder: change(folder, {}), WEIGHTS_FILE, "holds none"),
+    "fp8": (in_dtype(torch.float8_e4m3fn), WEIGHTS_FILE, "got F8_E4M3"),
+    "int8": (in_dtype(torch.int8), WEIGHTS_FILE, "got I8"),
+    "lone half": (without_a_half, WEIGHTS_FILE, f"{Q0} has lora_A without its counterpart"),
+    "halves": (with_tensor(f"{Q0}.lora_B.weight", torch.zeros(32, 5)), WEIGHTS_FILE, "(32, 5)"),
+    "twice": (with_one_factor_twice, WEIGHTS_FILE, "lora_B"),
+    "conv": (with_tensor(f"{Q0}.lora_A.weight", torch.ones(4, 32, 3, 3)), WEIGHTS_FILE, "(4, 32, 3, 3)"),
+    "head": (with_tensor("lm_head.weight", torch.zeros(3, 3)), WEIGHTS_FILE, "lm_head.weight"),
     "magnitudes": (
-        with_tensor("q_proj.lora_magnitude_vector", torch.ones(32)),
-        "adapter_model.safetensors",
+        with_tensor(f"{Q0}.lora_magnitude_vector", torch.ones(32)),
+        WEIGHTS_FILE,
         "q_proj.lora_magnitude_vector",
     ),
-    "bias_weights": (
-        with_tensor("q_proj.lora_B.bias", torch.ones(32)),
-        "adapter_model.safetensors",
-        "lora_B.bias",
+    "bias weights": (with_tensor(f"{Q0}.lora_B.bias", torch.ones(32)), WEIGHTS_FILE, "lora_B.bias"),
+    "embeddings": (
+        with_tensor("model.embed_tokens.lora_embedding_A", torch.ones(4, 4)),
+        WEIGHTS_FILE,
+        "embed_tokens.lora_embedding_A",
     ),
-    "embeddings": (with_embeddings, "adapter_model.safetensors", "embed_tokens.lora_embedding_A"),
+    "no type": (changed(peft_type=None), "", "got peft_type None"),
     "tokens": (changed(trainable_token_indices=[5]), "", "trainable_token_indices = [5]"),
-    "conv": (
-        with_tensor("q_proj.lora_A.weight", torch.ones(4, 32, 3, 3)),
-        "adapter_model.safetensors",
-        "of a linear layer, got (4, 32, 3, 3)",
-    ),
-    "other_layers": (changed(layers_to_transform=[0]), "", "holds weights of model.layers.1."),
-    "excluded": (changed(exclude_modules=["q_proj"]), "", "which target_modules in"),
-    "layers_text": (changed(layers_to_transform="all"), "adapter_config.json", "to be numbers, got 'all'"),
-    "layers_pattern": (
-        changed(layers_pattern=["("]),
-        "adapter_config.json",
-        "'(' is no regular expression",
-    ),
-    "longer_than_the_file": (with_header(tensor_of([4], 0, 16)), *LIES),
-    "another_size": (with_header(tensor_of([3], 0, 8)), *LIES),
-    "overlapping": (with_header(tensor_of([2], 0, 8) | {"b": tensor_of([2], 0, 8).popitem()[1]}), *LIES),
-    "huge_shape": (with_header(tensor_of([1 << 40, 1 << 40], 0, 8)), *LIES),
-    "huge_header": (lambda folder: weights_of(folder).write_bytes(b"\xff" * 64), *LIES),
-    "deep": (config_text("[" * 100_000), "adapter_config.json", "expected JSON"),
-    "dangling_link": (
-        instead("adapter_model.safetensors", lambda at: at.symlink_to("/nowhere")),
-        "",
-        "no weights",
-    ),
-    "link_to_itself": (instead("adapter_config.json", lambda at: at.symlink_to(at)), "", "found none there"),
-    "pipe": (instead("adapter_config.json", os.mkfifo), "", "with adapter_config.json, found none there"),
-    "pipe_of_weights": (instead("adapter_model.safetensors", os.mkfifo), "", "found no weights"),
-    "folder": (instead("adapter_model.safetensors", Path.mkdir), "", "found no weights"),
-    "int8": (
-        with_whole_numbers,
-        "adapter_model.safetensors",
-        "expected weights in F64, F32, F16, BF16, got I8",
-    ),
-    "untargeted": (
-        changed(target_modules=["q_proj"]),
-        "",
-        "which target_modules in adapter_config.json leaves",
-    ),
-    "targets": (
-        changed(target_modules=[1]),
-        "adapter_config.json",
-        "target_modules to be names or a pattern",
-    ),
-    "targets_number": (changed(target_modules=0), "", "target_modules"),
-    "targets_pattern": (changed(target_modules="("), "adapter_config.json", "is no regular expression"),
-    "pickle": (with_a_pickle_only, "", "only the pickle adapter_model.bin"),
-    "no_weights": (lambda folder: weights_of(folder).unlink(), "", "found no weights"),
-    "truncated": (truncated, "adapter_model.safetensors", "expected a complete safetensors file"),
-    "empty_file": (
-        lambda folder: weights_of(folder).write_bytes(b""),
-        "adapter_model.safetensors",
-        "expected a complete safetensors file",
-    ),
-    "no_tensors": (lambda folder: change(folder, {}), "adapter_model.safetensors", "the file holds none"),
-    "no_config": (lambda folder: (folder / "adapter_config.json").unlink(), "", "with adapter_config.json"),
-    "bad_json": (config_text("{'r': 4}"), "adapter_config.json", "expected JSON"),
-    "no_object": (config_text("[1, 2]"), "adapter_config.json", "expected a JSON object, got a list"),
-    "ia3": (changed(peft_type="IA3"), "", "got peft_type 'IA3'"),
-    "no_type": (changed(peft_type=None), "", "got peft_type None"),
-    "dora": (changed(use_dora=True), "", "use_dora = True"),
-    "modules_to_save": (changed(modules_to_save=["lm_head"]), "", "modules_to_save = ['lm_head']"),
+    "DoRA": (changed(use_dora=True), "", "use_dora = True"),
+    "modules to save": (changed(modules_to_save=["lm_head"]), "", "modules_to_save = ['lm_head']"),
     "bias": (changed(bias="lora_only"), "", "bias = 'lora_only'"),
-    "lora_bias": (changed(lora_bias=True), "", "lora_bias = True"),
+    "lora bias": (changed(lora_bias=True), "", "lora_bias = True"),
     "replicated": (changed(layer_replication=[[0, 1], [0, 1]]), "", "layer_replication = "),
-    "lone_half": (without_a_half, "adapter_model.safetensors", f"{Q0} has lora_A without its counterpart"),
-    "halves": (with_mismatching_halves, "adapter_model.safetensors", "got (4, 32) and (32, 5)"),
-    "saved_head": (with_a_saved_head, "adapter_model.safetensors", "got base_model.model.lm_head.weight"),
-    "rank": (changed(r=8), "", "has rank 4 in adapter_model.safetensors but 8 in adapter_config.json"),
-    "rank_pattern": (changed(rank_pattern={"q_proj": 2}), "", "self_attn.q_proj has rank 4"),
-    "alpha_text": (changed(lora_alpha="16"), "adapter_config.json", "lora_alpha to be a positive number"),
-    "alpha_zero": (changed(lora_alpha=0), "adapter_config.json", "a positive number, got 0"),
-    "alpha_none": (changed(lora_alpha=None), "adapter_config.json", "a positive number, got None"),
-    "alpha_true": (changed(lora_alpha=True), "adapter_config.json", "a positive number, got True"),
-    "alpha_nan": (changed(lora_alpha=math.nan), "adapter_config.json", "a positive number, got nan"),
-    "alpha_endless": (changed(lora_alpha=math.inf), "adapter_config.json", "a positive number, got inf"),
-    "alpha_huge": (changed(lora_alpha=10**400), "adapter_config.json", "a positive number, got 1000"),
-    "alpha_pattern": (changed(alpha_pattern={"q": "8"}), "adapter_config.json", "alpha_pattern of q to be"),
-    "pattern_list": (changed(rank_pattern=["q"]), "adapter_config.json", "rank_pattern to be a JSON object"),
+    "other layers": (changed(layers_to_transform=[0]), "", "holds weights of model.layers.1."),
+    "layers text": (changed(layers_to_transform="all"), CONFIG_FILE, "got 'all'"),
+    "layers pattern": (changed(layers_pattern=["("]), CONFIG_FILE, "'(' is no regular expression"),
+    "excluded": (changed(exclude_modules=["q_proj"]), "", "target_modules"),
+    "untargeted": (changed(target_modules=["q_proj"]), "", "target_modules"),
+    "targets": (changed(target_modules=[1]), CONFIG_FILE, "target_modules"),
+    "targets number": (changed(target_modules=0), "", "target_modules"),
+    "targets pattern": (changed(target_modules="("), CONFIG_FILE, "is no regular expression"),
+    "rank": (changed(r=8), "", f"has rank 4 in {WEIGHTS_FILE} but 8 in {CONFIG_FILE}"),
+    "rank pattern": (changed(rank_pattern={"q_proj": 2}), "", "self_attn.q_proj has rank 4"),
+    "pattern list": (changed(rank_pattern=["q"]), CONFIG_FILE, "rank_pattern"),
+    "alpha pattern": (changed(alpha_pattern={"q": "8"}), CONFIG_FILE, "alpha_pattern of q"),
+    **{
+        f"alpha {value!r}"[:12]: (changed(lora_alpha=value), CONFIG_FILE, "lora_alpha")
+        for value in ("16", 0, None, True, math.nan, math.inf, 10**400)
+    },
 }
 
 
@@ -377,28 +318,22 @@ def test_other_types_of_peft_are_refused_by_name(tmp_path, kind):
         open_adapter(folder)
 
 
-@pytest.mark.parametrize("old, new", [(".lora_A.", ".lora_A.default."), ("base_model.model.", "")])
+@pytest.mark.parametrize(("old", "new"), [(".lora_A.", ".lora_A.default."), ("base_model.model.", "")])
 def test_older_names_of_weights_mean_the_same(tmp_path, old, new):
     folder = write_tiny_adapter(tmp_path / "a", 1)
     expected = {module: delta(update) for module, update in open_adapter(folder).read_all()}
-    weights = load_file(weights_of(folder))
-    save_file({key.replace(old, new, 1): value for key, value in weights.items()}, weights_of(folder))
-    found = {module: delta(update) for module, update in open_adapter(folder).read_all()}
+    change(folder, {key.replace(old, new, 1): of for key, of in load_file(weights_of(folder)).items()})
+    for file in folder.iterdir():  # links are followed, as in the hub's cache
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    found = {module: delta(update) for module, update in open_adapter(tmp_path / "snapshot").read_all()}
     assert found.keys() == expected.keys()
     assert all((found[module] == expected[module]).all() for module in expected)
 
 
-def test_links_are_followed_as_in_the_hubs_cache(tmp_path):
-    store = write_tiny_adapter(tmp_path / "blobs", 1)
-    (tmp_path / "snapshot").mkdir()
-    for file in store.iterdir():
-        (tmp_path / "snapshot" / file.name).symlink_to(file)
-    assert open_adapter(tmp_path / "snapshot").ranks == open_adapter(store).ranks
-
-
 @pytest.mark.filterwarnings("ignore:.*changes the base weights of the model")
 @pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
-def test_what_takes_a_part_out_of_the_base_is_converted_as_the_message_says(tmp_path, tiny_base, kind):
+def test_what_takes_a_part_out_of_the_base_can_be_converted(tmp_path, tiny_base, kind):
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     before = model.get_submodule(Q0).weight.double().detach().numpy().copy()
     torch.manual_seed(0)
@@ -412,7 +347,7 @@ def test_what_takes_a_part_out_of_the_base_is_converted_as_the_message_says(tmp_
     layer = model.base_model.model.get_submodule(Q0)
     after = (layer.base_layer.weight + layer.get_delta_weight("default")).double().detach().numpy()
     model.save_pretrained(tmp_path / "trained")
-    with pytest.raises(AdapterError, match=f"{kind}.*path_initial_model_for_weight_conversion=INITIAL"):
+    with pytest.raises(AdapterError, match=f"{kind}.*path_initial_model"):
         open_adapter(tmp_path / "trained")
     initial = str(tmp_path / "initial")
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
@@ -421,27 +356,9 @@ def test_what_takes_a_part_out_of_the_base_is_converted_as_the_message_says(tmp_
     )
 
 
-def test_harmless_settings_pass(tmp_path):
-    folder = write_tiny_adapter(
-        tmp_path / "a", 1, use_dora=None, modules_to_save=[], lora_bias=False, bias="none"
-    )
-    assert len(open_adapter(folder).ranks) == 14
-    assert open_adapter(folder).base_model == "tiny"
-
-
 def test_a_pattern_that_hangs_its_reader_is_given_up(tmp_path):
     folder = write_tiny_adapter(tmp_path / "slow", 1, rank_pattern={"(.*?[a-z])" * 12 + "(?<=0)": 4})
-    with pytest.raises(AdapterError, match=f"{folder}: .*takes too long"):
-        open_adapter(folder)
-
-
-def test_many_slow_patterns_are_given_up_together(tmp_path, monkeypatch):
-    folder = write_tiny_adapter(tmp_path / "slow", 1, alpha_pattern={"x+": 1, "y+": 2})
-    clock = iter(range(10**6))
-    monkeypatch.setattr("merge.folders.time.monotonic", lambda: next(clock) / 20)  # 28 matches, 0.05 s each
-    open_adapter(folder)
-    monkeypatch.setattr("merge.folders.time.monotonic", lambda: next(clock) / 10)
-    with pytest.raises(AdapterError, match="takes too long"):
+    with pytest.raises(AdapterError, match=f"{folder}: .*too long"):
         open_adapter(folder)
 
 
@@ -497,24 +414,16 @@ DEEP = "(" * 5000 + "a" + ")" * 5000
     "config",
     [
         {"alpha_pattern": {"(": 4}},
-        {"target_modules": DEEP},
         {"exclude_modules": DEEP},
         {"layers_pattern": ["x", DEEP]},
         {"rank_pattern": {DEEP: 4}},
-        {"alpha_pattern": {DEEP: 4}},
         {"rank_pattern": {f"x{n}y+": 4 for n in range(4000)}},
-        *(
-            {"target_modules": pattern}
-            for pattern in (
-                "|".join(f"module{n}" for n in range(2000)),
-                "x{99999999}",
-                "(?:(?:ab){999}){999}",
-                "(?:" * 40 + "a" + "b)+" * 40,
-                "(?x)" + "(?: " * 40 + "a" + r"\([)]b) { 1,2}" * 40,
-                "(?x)" + "(?:#)\n" * 40 + "a" + "b)+" * 40,
-                "(?:" * 40 + "a" + "b)(?#)+" * 40,
-            )
-        ),
+        {"target_modules": DEEP},
+        {"target_modules": "|".join(f"module{n}" for n in range(2000))},
+        {"target_modules": "x{99999999}"},
+        {"target_modules": "(?:(?:ab){999}){999}"},
+        {"target_modules": "(?:" * 40 + "a" + "b)+" * 40},
+        {"target_modules": "(?x)" + "(?:#)\n" * 40 + "a" + "b)+" * 40},
     ],
 )
 def test_patterns_that_take_long_to_compile_are_refused(tmp_path, config):
@@ -526,41 +435,9 @@ def test_patterns_that_take_long_to_compile_are_refused(tmp_path, config):
     "name", ["layers.1.self_attn.q_proj", "q_proj", "layers.11.q_proj", "a", "x.q_projx"]
 )
 def test_a_name_as_a_pattern_is_matched_as_peft_does(name):
-    patterns = [
-        "q_proj",
-        "layers.1.self_attn.q_proj",
-        "1.self_attn.q_proj",
-        "1.q_proj",
-        "self_attn",
-        "proj",
-        ".",
-        "",
-    ]
-    patterns += ["layers.1", "layers.1.q_proj", "q.proj", "[q]_proj", r"layers\.\d+\.q_proj"]
-    for pattern in patterns:
+    for pattern in (
+        "q_proj", "layers.1.self_attn.q_proj", "1.self_attn.q_proj", "1.q_proj", "self_attn", "proj", ".", "",
+        "layers.1", "layers.1.q_proj", "q.proj", "[q]_proj", r"layers\.\d+\.q_proj",
+    ):  # fmt: skip
         expected = re.match(rf"(.*\.)?({pattern})$", name) is not None  # peft.utils.get_pattern_key
         assert (_Matcher().by_pattern({pattern: 1}, name, 0) == 1) == expected, pattern
-
-
-def test_an_adapter_with_a_pattern_for_each_module_needs_no_regular_expressions(tmp_path, monkeypatch):
-    folder = write_tiny_adapter(tmp_path / "each", 1)
-    modules = list(open_adapter(folder).ranks)
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    config |= {
-        "rank_pattern": dict.fromkeys(modules, 4),
-        "alpha_pattern": {m: n for n, m in enumerate(modules, 1)},
-    }
-    (folder / CONFIG_FILE).write_text(json.dumps(config | {"r": 9}))
-    monkeypatch.setattr(_Matcher, "match", lambda *_: pytest.fail("slow"))
-    found = open_adapter(folder)
-    assert [found.scale(module) for module in modules] == [n / 4 for n in range(1, len(modules) + 1)]
-
-
-def test_two_tensors_for_one_factor_are_refused(tmp_path):
-    folder = write_tiny_adapter(tmp_path / "twice", 1)
-    weights = load_file(folder / "adapter_model.safetensors")
-    key = next(key for key in weights if "lora_B" in key)
-    weights[key.removeprefix("base_model.model.")] = -weights[key]
-    save_file(weights, folder / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: .*lora_B"):
-        open_adapter(folder)

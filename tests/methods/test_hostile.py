@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from helpers import write_tiny_adapter
+from helpers import edit_weights, write_tiny_adapter
+from merge.folders import WEIGHTS_FILE
 from router.library.adapters import load_library
 from router.methods.proto_route import ProtoRoute
 from router.model.answer import encode
@@ -17,11 +17,6 @@ QUERIES = [
     Query(str(n), text, GENERATION)
     for n, text in enumerate(["a", "two words", "What is 17 + 4?", "x" * 40, "über 漢字"])
 ]
-
-
-def edit(folder, change):
-    file = folder / "adapter_model.safetensors"
-    save_file({key: change(key, value).contiguous() for key, value in load_file(file).items()}, file)
 
 
 @pytest.fixture()
@@ -54,39 +49,29 @@ def least(base, rank=4):
     }
 
 
-def test_one_that_reads_what_text_hardly_has_gets_no_query(base, library):
+@pytest.mark.parametrize("mostly", [False, True])  # silent at all of its modules, or at all but one
+def test_one_that_reads_what_text_hardly_has_gets_no_query(base, library, mostly):
     directions = least(base)
+    heard = min(directions) if mostly else None
 
     def quiet(key, value):
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        return directions[module] if "lora_A" in key else value
-
-    without = routed(base, library)
-    edit(write_tiny_adapter(library / "quiet", 9), quiet)
-    found = routed(base, library)
-    assert found.evidence.silent == ["quiet"] and not found.weights[:, 3].any()
-    # The others' weights are what they would be if it were not there.
-    np.testing.assert_allclose(found.weights[:, [0, 1, 2, 4]], without.weights, atol=1e-6)
-
-
-def test_one_that_is_silent_at_most_of_its_modules_gets_no_query(base, library):
-    directions = least(base)
-    heard = min(directions)
-
-    def mostly_quiet(key, value):
-        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         return directions[module] if "lora_A" in key and module != heard else value
 
-    edit(write_tiny_adapter(library / "mostly", 9), mostly_quiet)
+    without = routed(base, library)
+    edit_weights(write_tiny_adapter(library / "quiet", 9) / WEIGHTS_FILE, quiet)
     found = routed(base, library)
-    assert found.evidence.silent == ["mostly"] and not found.weights[:, 3].any()
+    assert found.evidence.silent == ["quiet"] and not found.weights[:, 3].any()
+    if not mostly:  # the others' weights are what they would be if it were not there
+        np.testing.assert_allclose(found.weights[:, [0, 1, 2, 4]], without.weights, atol=1e-6)
 
 
 def test_copies_that_write_something_else_get_no_query(base, library):
     without = routed(base, library)
     for n in range(8):
-        edit(
-            write_tiny_adapter(library / f"hostile{n}", 0),  # reads as good0 does
+        folder = write_tiny_adapter(library / f"hostile{n}", 0)  # reads as good0 does
+        edit_weights(
+            folder / WEIGHTS_FILE,
             lambda key, value, n=n: value.roll(n + 1, 0) if "lora_B" in key else value,
         )
     found = routed(base, library)

@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from helpers import ROWS, read_table, variants_in
-from merge.dense import elect, stack, ties, to_factors, trim
-from merge.factors import Factors, from_svd, support, weighted_sum
+from helpers import ROWS, delta, peft_deltas, raw_factors, read_table, variants_in
+from merge.dense import elect, ties
+from merge.factors import Factors
 from router.library.adapters import load_library
 from router.methods import load_method
 from router.methods.dare_ties import DROP, thinned
-from router.methods.knots import aligned_ties
 from router.settings import Settings
 
 PEERS = ["task_arithmetic", "ties", "dare_ties", "knots", "tsv", "iso_c"]
@@ -27,10 +25,6 @@ def update(rank, seed, d_out=D_OUT, d_in=D_IN):
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((rank, d_in)), rng.standard_normal((d_out, rank))
     return Factors(torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32))
-
-
-def delta(factors):
-    return factors.b.double().numpy() @ factors.a.double().numpy()
 
 
 def combine(method, updates, seed=0):
@@ -143,7 +137,7 @@ def test_thinning_drops_or_rescales_and_keeps_the_mean():
     assert (np.abs(draws.mean(0) - delta(one)) < 5 * spread + 1e-6).all()
 
 
-def test_thinning_repeats_for_a_seed_and_differs_between_seeds_modules_and_adapters():
+def test_thinning_repeats_for_a_seed_module_and_adapter():
     def mask(module, one, seed):
         return (thinned(module, one, seed) == 0).numpy().tobytes()
 
@@ -151,41 +145,6 @@ def test_thinning_repeats_for_a_seed_and_differs_between_seeds_modules_and_adapt
     assert mask("m", Factors(*(half.clone() for half in MIXED[0])), 0) == first
     others = {mask("m", MIXED[0], 1), mask("n", MIXED[0], 0), mask("m", MIXED[1], 0)}
     assert len(others | {first}) == 4
-
-
-@pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("method", PEERS)
-def test_the_order_of_the_adapters_does_not_matter(method, library):
-    updates = LIBRARIES[library]
-    expected = delta(combine(method, updates))
-    for order in (updates[::-1], updates[1:] + updates[:1]):
-        np.testing.assert_allclose(delta(combine(method, order)), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("one", [MIXED[2], WIDE[0]])
-def test_one_adapter_alone_is_itself(one, monkeypatch):
-    np.testing.assert_allclose(delta(combine("tsv", [one])), delta(one), atol=1e-5)
-    np.testing.assert_allclose(ties(stack([one]), keep=1.0), delta(one), atol=1e-5)
-    np.testing.assert_allclose(delta(aligned_ties([one], keep=1.0)), delta(one), atol=1e-5)
-    np.testing.assert_allclose(delta(combine("task_arithmetic", [one])), 0.4 * delta(one), atol=1e-5)
-    monkeypatch.setattr("router.methods.task_arithmetic.SCALE", 1.0)
-    np.testing.assert_allclose(delta(combine("task_arithmetic", [one])), delta(one), atol=1e-5)
-
-
-def test_the_same_adapter_twice_is_that_adapter():
-    one = MIXED[1]
-    for found in (combine("tsv", [one, one]), aligned_ties([one, one], 1.0)):
-        np.testing.assert_allclose(delta(found), delta(one), atol=1e-4)
-    np.testing.assert_allclose(ties(stack([one, one]), keep=1.0), delta(one), atol=1e-5)
-
-
-@pytest.mark.parametrize(("library", "rank"), [("mixed", 8), ("thin", 4), ("wide", 6)])
-def test_iso_c_has_equal_singular_values_of_the_same_sum(library, rank):
-    updates = LIBRARIES[library]
-    found = np.linalg.svd(delta(combine("iso_c", updates)), compute_uv=False)
-    total = np.linalg.svd(sum(delta(one) for one in updates), compute_uv=False)
-    np.testing.assert_allclose(found[:rank], total.sum() / rank, rtol=1e-5)
-    assert found[rank:].max(initial=0) < 1e-4
 
 
 def test_tsv_keeps_as_many_components_as_fit():
@@ -203,32 +162,10 @@ def test_an_untrained_adapter_is_no_trouble(method):
     assert np.isfinite(delta(combine(method, [zero, MIXED[0]]))).all()
 
 
-def test_trim_keeps_the_largest_of_each_update_and_all_that_are_as_large():
-    updates = torch.tensor([[[1.0, -5.0], [3.0, 0.0], [-4.0, 2.0]], [[2.0, 2.0], [-2.0, 2.0], [1.0, 1.0]]])
-    expected = [[[0, -5], [0, 0], [-4, 0]], [[2, 2], [-2, 2], [0, 0]]]
-    assert trim(updates, 1 / 3).tolist() == expected
-    assert torch.equal(trim(updates, 1.0), updates)
-    assert trim(torch.tensor([[[1.0, -5.0, 3.0]]]), 0.01).tolist() == [[[0, -5, 0]]]  # at least one
-
-
 def test_a_drawn_vote_elects_no_sign():
     updates = torch.tensor([[[1.0, 3.0, 0.0]], [[-1.0, -1.0, 0.0]]])
     assert elect(updates).tolist() == [[0, 1, 0]]
     assert ties(updates, keep=1.0).tolist() == [[0, 3, 0]]
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
-def test_to_factors_is_exact_and_of_the_smaller_width(shape):
-    whole = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    found = to_factors(whole)
-    assert found.rank == min(shape) and torch.equal(found.b @ found.a, whole)
-
-
-def test_support_leaves_out_what_the_update_does_not_have():
-    twice = weighted_sum([MIXED[0], MIXED[0]], [0.5, 0.5])
-    u, s, vh = support(twice)
-    assert twice.rank == 4 and (u.shape, s.shape, vh.shape) == ((D_OUT, 2), (2,), (2, D_IN))
-    np.testing.assert_allclose(delta(from_svd(u, s, vh)), delta(MIXED[0]), atol=1e-5)
 
 
 # Through the command.
@@ -236,12 +173,7 @@ def test_support_leaves_out_what_the_update_does_not_have():
 
 def written(folder):
     """B A by module, straight from the file."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    halves = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
-    return {
-        name: delta(Factors(*(tensors[f"base_model.model.{name}.lora_{half}.weight"] for half in "AB")))
-        for name in halves
-    }
+    return {name: delta(Factors(*halves)) for name, halves in raw_factors(folder).items()}
 
 
 def by_module(library):
@@ -259,9 +191,8 @@ def test_a_peer_answers_all_queries_with_one_variant(command, method, tiny_base,
     rows = read_table(out / "queries.csv")
     assert code == 0 and [row["id"] for row in rows] == [row[0] for row in ROWS]
     assert all(row["prediction"] for row in rows)
-    record = json.loads((out / "run.json").read_text())
-    assert record["method"] == method and record["n_variants"] == 1
-    assert record["variants"][0]["folder"] == "variants/0" and record["variants"][0]["queries"] == len(ROWS)
+    (variant,) = json.loads((out / "run.json").read_text())["variants"]
+    assert variant["folder"] == "variants/0" and variant["queries"] == len(ROWS)
     assert variants_in(out) == ["0"]
 
     found, updates = written(out / "variants" / "0"), by_module(tiny_library)
@@ -272,12 +203,7 @@ def test_a_peer_answers_all_queries_with_one_variant(command, method, tiny_base,
             np.testing.assert_allclose(found[module], READINGS[method](parts), atol=1e-4)
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    model = PeftModel.from_pretrained(plain, out / "variants" / "0")
-    loaded = {
-        name.removeprefix("base_model.model."): layer.get_delta_weight("default").detach().numpy()
-        for name, layer in model.named_modules()
-        if hasattr(layer, "get_delta_weight")
-    }
+    loaded = peft_deltas(PeftModel.from_pretrained(plain, out / "variants" / "0"), "default")
     assert loaded.keys() == found.keys()
     for module in found:
         assert np.abs(found[module]).max() > 0.01
@@ -287,7 +213,6 @@ def test_a_peer_answers_all_queries_with_one_variant(command, method, tiny_base,
 def test_a_peers_variant_is_recompressed_on_demand(command, tiny_library):
     _, out = command("ties", "--variant_rank", 2, "--max_gen_len", 3)
     found = written(out / "variants" / "0")
-    assert json.loads((out / "variants" / "0" / "adapter_config.json").read_text())["r"] == 2
     for module, parts in by_module(tiny_library).items():
         u, s, vt = np.linalg.svd(ties_by_the_entry(parts))
         np.testing.assert_allclose(found[module], (u[:, :2] * s[:2]) @ vt[:2], atol=1e-4)

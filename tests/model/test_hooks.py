@@ -44,55 +44,24 @@ def test_hooks_are_there_in_the_block_and_gone_after_it(model, theirs, kind):
     with BLOCKS[kind](model):
         assert hooks(model) == theirs + 2
     assert hooks(model) == theirs
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_hooks_are_gone_after_an_error_in_the_block(model, theirs, kind, error):
     before = run(model).logits
-    with pytest.raises(error), BLOCKS[kind](model):
-        raise error
-    assert hooks(model) == theirs and torch.equal(run(model).logits, before)
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), BLOCKS[kind](model):
+            raise error
+        assert hooks(model) == theirs and torch.equal(run(model).logits, before)
 
 
-def test_an_error_in_a_hook_ends_the_block_and_leaves_none(model, theirs):
-    def refuse(name, x):
-        raise RuntimeError(name)
-
-    with pytest.raises(RuntimeError, match=QUERY), reading_inputs(model, [DOWN, QUERY], refuse):
-        run(model)
-    assert hooks(model) == theirs
-
-
-@pytest.mark.parametrize("kind", ["reading", "changing"])
-def test_a_module_that_is_not_there_leaves_no_hook_on_the_others(model, theirs, kind):
-    block = {
-        "reading": lambda: reading_inputs(model, [QUERY, "model.none"], lambda name, x: None),
-        "changing": lambda: changing_outputs(model, dict.fromkeys([QUERY, "model.none"], lambda x, out: out)),
-    }[kind]
-    with pytest.raises(AttributeError, match="none"), block():
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda model: reading_inputs(model, [QUERY, "model.none"], lambda name, x: None),
+        lambda model: changing_outputs(model, dict.fromkeys([QUERY, "model.none"], lambda x, out: out)),
+    ],
+)
+def test_a_module_that_is_not_there_leaves_no_hook(model, theirs, block):
+    with pytest.raises(AttributeError, match="none"), block(model):
         pass
     assert hooks(model) == theirs
-
-
-def test_inputs_are_those_that_the_modules_get(model):
-    seen = {}
-    with reading_inputs(model, [QUERY, DOWN], lambda name, x: seen.update({name: x})):
-        states = run(model).hidden_states
-    assert list(seen) == [QUERY, DOWN]  # in the order in which they run
-    first = model.model.layers[0]
-    torch.testing.assert_close(seen[QUERY], first.input_layernorm(states[0]))
-    assert seen[DOWN].shape == (*IDS.shape, model.config.intermediate_size)
-
-
-def test_outputs_are_replaced_by_what_the_change_makes_of_input_and_output(model):
-    layer, plain = model.get_submodule(DOWN), run(model).logits
-    with changing_outputs(model, {DOWN: lambda x, out: out + 2 * x @ layer.weight.T}):
-        changed = run(model).logits
-    with torch.no_grad():
-        layer.weight *= 3
-    torch.testing.assert_close(run(model).logits, changed, atol=1e-4, rtol=1e-4)
-    assert (changed - plain).abs().max() > 0.1
 
 
 def test_the_head_gets_contiguous_input_and_answers_the_same(model):

@@ -30,7 +30,7 @@ def test_a_conversation_is_written_as_the_tokenizer_writes_it(template):
     )
 
 
-def test_each_message_of_the_user_is_read_with_the_system_message_alone(template):
+def test_each_message_is_read_with_the_system_message_alone(template):
     first, last = template.turns(TALK)
     assert first.read == "system: Sort.\nuser: 3,\n1\nassistant: "
     assert last.read == "system: Sort.\nuser: Now 5, 4\nassistant: "

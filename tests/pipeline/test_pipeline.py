@@ -61,27 +61,6 @@ def test_a_method_keeps_nothing_of_what_it_answered(method, name):
     np.testing.assert_array_equal(again.decision.routing.weights, first.decision.routing.weights)
 
 
-def test_the_decision_is_that_of_the_answers(method, base, adapters, tmp_path):
-    folder = tmp_path / "elsewhere"
-    found = method("proto_route").answer(QUERIES, folder).decision
-    assert found.base is base and list(found.adapters) == adapters
-    weights, labels = found.routing.weights, found.clusters.labels
-    assert weights.shape == (len(QUERIES), 4) and labels.shape == (len(QUERIES),)
-    assert len(found.variants) == len(found.folders) == len(found.clusters.weights) == labels.max() + 1
-    assert sorted(path.name for path in folder.iterdir()) == sorted(filter(None, found.folders))
-    assert not (tmp_path / "out").exists()
-    for variant, folder in zip(found.variants, found.folders, strict=True):
-        assert bool(variant.weights) == (folder is not None)
-    evidence = found.routing.evidence
-    assert evidence.candidates.argmax(1).tolist() == weights.argmax(1).tolist()
-
-
-def test_the_same_prompt_has_the_same_weights(method):
-    twice = [QUERIES[0], *QUERIES, QUERIES[3]]
-    weights = method("proto_route").answer(twice).decision.routing.weights
-    np.testing.assert_array_equal(weights[[0, -1]], weights[[1, 4]])
-
-
 def test_prompts_are_cut_where_the_settings_say(method):
     whole = method("average").encoded(QUERIES)
     assert method("average", max_seq_len=7).encoded(QUERIES) == [row[:7] for row in whole]

@@ -1,13 +1,11 @@
 """Conversations: read from JSON lines, routed and answered in the base model's template, refused by row."""
 
-import csv
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from helpers import PLAIN, method_of
+from helpers import PLAIN, arguments, method_of, read_table
 from helpers import QUERIES as ROWS
 from router.api import Router
 from router.cli import main as cli
@@ -17,7 +15,6 @@ from router.main import main
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import BARE
-from router.pipeline.journal import Journal
 from router.pipeline.reading import SHARED, TURNS
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
@@ -35,15 +32,12 @@ def file_of(tmp_path, *lines):
 
 
 def test_lines_are_conversations_and_prompts(tmp_path):
-    first, second, third = read_queries(
-        file_of(
-            tmp_path,
-            {"id": "a", "messages": [{"role": "system", "content": "S"}, *HI]},
-            "",
-            {"input": "1 + 1 =", "eval_type": "multiple_choice", "answer_choices": ["2", "3"]},
-            {"id": 7, "input": "x", "more": None},
-        )
-    )
+    lines = (
+        {"id": "a", "messages": [{"role": "system", "content": "S"}, *HI]}, "",
+        {"input": "1 + 1 =", "eval_type": "multiple_choice", "answer_choices": ["2", "3"]},
+        {"id": 7, "input": "x", "more": None},
+    )  # fmt: skip
+    first, second, third = read_queries(file_of(tmp_path, *lines))
     assert (first.id, first.input, first.conversation[1:]) == ("a", "system: S\nuser: hi", HI)
     assert second == Query("3", "1 + 1 =", "multiple_choice", ("2", "3")) and not second.conversation
     assert third == Query("7", "x", "generation")
@@ -80,7 +74,7 @@ def test_a_bad_line_is_named(tmp_path, kind):
 
 
 def test_ids_stand_once_and_files_are_not_empty(tmp_path):
-    with pytest.raises(InputError, match="stands on line 1 too"):
+    with pytest.raises(InputError, match="line 1 too"):
         read_queries(file_of(tmp_path, {"id": "a", "messages": HI}, {"id": "a", "input": "x"}))
     with pytest.raises(InputError, match="at least one"):
         read_queries(file_of(tmp_path, ""))
@@ -91,43 +85,33 @@ def test_ids_stand_once_and_files_are_not_empty(tmp_path):
 
 @pytest.fixture()
 def command(tmp_path, tiny_base, tiny_library):
-    template = tmp_path / "template.jinja"
-    template.write_text(PLAIN)
+    (tmp_path / "template.jinja").write_text(PLAIN)
 
-    def run(*lines, given=("--chat_template", str(template))):
-        return main(
-            ["-m", "proto_route", "--dataset_filepaths", str(file_of(tmp_path, *lines)), "--adapters",
-             str(tiny_library), "--base_model", str(tiny_base), "--output_folder", str(tmp_path / "out"),
-             "--device", "cpu", "--dtype", "float32", "--max_gen_len", "4", "--quiet", *given]
-        )  # fmt: skip
+    def run(*lines, given=("--chat_template", tmp_path / "template.jinja")):
+        flags = ("--max_gen_len", 4, "--quiet", *given)
+        queries = [file_of(tmp_path, *lines)]
+        return main(arguments("proto_route", queries, tiny_library, tiny_base, tmp_path / "out", *flags))
 
     return run
 
 
-def test_a_run_answers_a_conversation_as_its_text_in_the_template(command, tmp_path, capsys):
+def test_a_run_answers_a_conversation_in_the_template(command, tmp_path, capsys):
     talk = [{"role": "system", "content": "S"}, *HI, {"role": "assistant", "content": "a"}, *HI]
-    assert (
-        command({"messages": talk}, {"input": "system: S\nuser: hi\nassistant: a\nuser: hi\nassistant: "})
-        == 0
-    )
-    with (tmp_path / "out" / "talks.csv").open() as file:
-        talked, _ = csv.DictReader(file)
-    assert talked["prediction"] and (tmp_path / "out" / "talks.routing.csv").exists()
-    evidence = Evidence.load(tmp_path / "out" / "talks.evidence.safetensors")
+    text, out = "system: S\nuser: hi\nassistant: a\nuser: hi\nassistant: ", tmp_path / "out"
+    assert command({"messages": talk}, {"input": text}) == 0
+    talked, asked = read_table(out / "talks.csv")
+    assert talked["prediction"] and asked["prediction"]
+    evidence = Evidence.load(out / "talks.evidence.safetensors")
     assert evidence.frames == [["user: ", "\nassistant: "], ["", ""]] and evidence.frame.tolist() == [0, 1]
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (out / "report.html").read_text()
     assert "system: S" in page and r"user: {query}\nassistant: " in page
-    assert "user: {query}" in (said := explained(tmp_path / "out", "1", capsys)) and "Frame" in said
-    assert "Frame" not in explained(tmp_path / "out", "2", capsys)
+    for query, framed in (("1", True), ("2", False)):
+        capsys.readouterr()
+        assert cli(["explain", str(out), query]) == 0
+        assert ("user: {query}" in capsys.readouterr().out) == framed
 
 
-def explained(out, query, capsys):
-    capsys.readouterr()
-    assert cli(["explain", str(out), query]) == 0
-    return capsys.readouterr().out
-
-
-def test_without_a_template_a_conversation_is_refused_with_its_id(command, tmp_path, capsys):
+def test_without_a_template_a_conversation_is_refused(command, tmp_path, capsys):
     assert command({"id": "q9", "messages": HI}, given=()) == 2
     assert "query q9" in (said := capsys.readouterr().err) and "--chat_template" in said
     assert not list((tmp_path / "out").glob("*.csv"))
@@ -164,7 +148,7 @@ def test_a_frame_that_is_told_is_that_of_a_template(method):
     np.testing.assert_array_equal(*found)
 
 
-def test_bare_prompts_are_decided_as_without_conversations_beside_them(method):
+def test_bare_prompts_are_decided_as_without_conversations(method):
     prompts = list(PROMPTS)
     alone, mixed = method(), method()
     together = [*queries_of("a", "b"), *prompts]
@@ -206,7 +190,7 @@ def routing_of(*scores):
         ([(0, 0, 1), (2, 0, 1)], 0),
     ],
 )
-def test_a_conversation_stays_until_another_candidate_clearly_leads(turns, row):
+def test_a_conversation_stays_until_another_clearly_leads(turns, row):
     routing = routing_of(*turns, (0, 0, 1))
     found = decided(routing, [len(turns), 1])
     np.testing.assert_array_equal(found.evidence.scores[0], routing.evidence.scores[row])
@@ -220,11 +204,7 @@ def test_python_takes_texts_and_conversations(chat_router, tmp_path):
     np.testing.assert_array_equal(weights[1], weights[2])
     assert len(router.answer(asked)) == 3
     router.fit(asked).save(tmp_path / "saved")
-    loaded = Router.load(tmp_path / "saved", device="cpu")
-    assert loaded.choose(asked) == router.choose(asked)
-    assert [choice.weights for choice in loaded.choose([HI])] == [
-        choice.weights for choice in router.choose([HI])
-    ]
+    assert Router.load(tmp_path / "saved", device="cpu").choose(asked) == router.choose(asked)
     with pytest.raises(InputError, match="text 2, message 1"):
         router.route(["x", [{"role": "bot"}]])
 
@@ -266,27 +246,7 @@ def test_a_request_brings_no_new_frame(chat_router, tmp_path):
     assert together[-1] == loaded.choose([HI])[0] and together[0] == loaded.choose(odd[:1])[0]
 
 
-def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch, tmp_path):
-    monkeypatch.setattr("router.routing.fitted.AT_ONCE", 4)
-    talks = queries_of(*(f"question {n}" for n in range(SHARED)), system="Be kind.")
-    found = method()
-    expected = found.route(talks, found.encoded(talks))
-    journal = Journal(tmp_path / "journal", {"a": 1})
-    kept = method_of_journal(found, journal)
-    for _ in range(2):  # the second time all is known
-        np.testing.assert_allclose(
-            kept.route(talks, kept.encoded(talks)).weights, expected.weights, atol=1e-6
-        )
-    journal.close()
-
-
-def method_of_journal(found, journal):
-    made = type(found)(found.name, found.base, found.adapters, replace(found.context, journal=journal))
-    made.template = found.template
-    return made
-
-
-def test_what_many_prompts_share_is_a_frame_unless_generic_text_has_it(method):
+def test_what_many_prompts_share_is_a_frame(method):
     texts = [f"{n} {'ab'[n % 2]}" for n in range(SHARED)]
     for form, found in (("Dear clerk,\n{}\nYours, Zed", True), ("{}\nAnswer:", False)):
         queries = [Query(text, form.format(text), "generation") for text in texts]
@@ -327,7 +287,7 @@ def test_a_template_of_an_adapter_that_refuses_is_not_used(chat_router, tiny_lib
     assert "no system" in caplog.text
 
 
-def test_what_the_model_cannot_read_stays_with_the_base_model_under_a_shared_message(method):
+def test_what_cannot_be_read_stays_with_the_base_model(method):
     talks = queries_of(*(f"question {n}" for n in range(SHARED)), system="Be kind.")
     found = method()
     found.route(talks, ())

@@ -1,10 +1,12 @@
 """Query files and submissions: text stays text, errors say where, files are whole or absent."""
 
-import csv
-import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from helpers import write_csv
 from router.queries.submission import Query, read_queries, read_rows, write_submission, write_table
@@ -23,31 +25,18 @@ def read(tmp_path, text, header=HEADER):
     return read_queries(file_of(tmp_path, text, header))
 
 
-@pytest.mark.parametrize("text", ["NA", "None", "nan", "NULL", "", "007", "1e5", "True", " blanks "])
-def test_text_stays_text(tmp_path, text):
-    (query,) = read(tmp_path, f"{text or 0},{text},generation,None\n")
-    assert query == Query(text or "0", text, "generation")
-
-
-def test_control_characters_in_a_field_stay(tmp_path):
-    text = 'one\rtwo\r\nthree\nfour\t,"five"\r'
-    quoted = text.replace('"', '""')
-    first, second = read(tmp_path, f'1,"{quoted}",generation,\n2,b,generation,\n')
-    assert first.input == text
-    assert (second.id, second.input) == ("2", "b")
-
-
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     assert read(tmp_path, "1,ä,generation,\n", header="\ufeff" + HEADER)[0] == Query("1", "ä", "generation")
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
 def test_another_encoding_is_refused(tmp_path, encoding):
     path = tmp_path / "queries.csv"
-    path.write_bytes((HEADER + "1,a,generation,\n").encode(encoding))
-    with pytest.raises(InputError, match="UTF-8") as told:
-        read_queries(path)
-    assert "\0" not in str(told.value)
+    path.write_bytes((HEADER + "1,\u00e4,generation,\n").encode(encoding))
+    for file in (path, tmp_path / "absent.csv", tmp_path):
+        with pytest.raises(InputError, match="CSV") as caught:
+            read_queries(file)
+        assert str(caught.value).startswith(str(file)) and "\0" not in str(caught.value)
 
 
 @pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
@@ -58,24 +47,21 @@ def test_rows_end_as_on_any_system(tmp_path, end):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a\0b",
-        "",
-        "\u05e9\u05dc\u05d5\u05dd, \u202e",
-        "\u0645\u0631\u062d\u0628\u0627",
-        "\U0001f9d1\u200d\U0001f680 e\u0301",
-        "x" * 2_000_000,
-    ],
-)
-def test_any_text_is_an_input_and_comes_back(tmp_path, text):
-    path = tmp_path / "queries.csv"
-    write_table(path, ("id", "input", "eval_type", "answer_choices"), [("1", text, "generation", "")])
-    assert read_queries(path) == [Query("1", text, "generation")]
-    write_submission(tmp_path / "out.csv", read_queries(path), [text])
-    ((_, row),) = read_rows(tmp_path / "out.csv", ["prediction"])
-    assert row["prediction"] == (text or "unknown")
+@given(st.text() | st.sampled_from(["NA", "None", "nan", "NULL", "007", "1e5", "True", " blanks ", "a\0b"]))
+@example("x" * 2_000_000)
+@example('one\rtwo\r\nthree\nfour\t,"five"\r')
+def test_any_text_is_an_input_and_comes_back(text):
+    queries = [Query("1", text, "generation"), Query("2", "b", "generation")]
+    with TemporaryDirectory() as folder:
+        file, out = Path(folder, "queries.csv"), Path(folder, "out.csv")
+        write_table(file, HEADER.strip().split(","), [(of.id, of.input, "generation", "") for of in queries])
+        assert read_queries(file) == queries
+        write_submission(out, queries, [text, "b"])
+        frame = pd.read_csv(out, dtype=str, keep_default_na=False)
+        if "\0" not in text:  # which ends a field for pandas
+            assert frame["prediction"].tolist() == [text if text.strip() else "unknown", "b"]
+        (_, row), _ = read_rows(out, ["prediction"])
+        assert row["prediction"] == (text if text.strip() else "unknown")
 
 
 def test_columns_come_in_any_order_with_others_between(tmp_path):
@@ -85,25 +71,23 @@ def test_columns_come_in_any_order_with_others_between(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "choices"),
+    ("text", "choices"),
     [
-        ("\"['yes', 'no']\"", ("yes", "no")),
-        ('"[""it\'s"", \'so, so\']"', ("it's", "so, so")),
-        ("\"('a', 'b')\"", ("a", "b")),
-        ('"[1, 2.5]"', ("1", "2.5")),
+        ("['yes', 'no']", ("yes", "no")),
+        ("""["it's", 'so, so']""", ("it's", "so, so")),
+        ("('a', 'b')", ("a", "b")),
+        ("[1, 2.5]", ("1", "2.5")),
+        ("""["he said 'a' 'b'", 'c']""", ("he said 'a' 'b'", "c")),
+        ("['a' , 'b',]", ("a", "b")),
+        ("['a',  # b\n'c']", ("a", "c")),
         ("None", ("Which?",)),  # no choices: as in the kit, the input is the only one
         ("", ("Which?",)),
     ],
 )
-def test_choices(tmp_path, field, choices):
-    assert read(tmp_path, f"1,Which?,multiple_choice,{field}\n")[0].choices == choices
-
-
-@pytest.mark.parametrize("field", ["[]", "()"])
-def test_an_empty_list_of_choices_is_refused_by_row(tmp_path, field):
-    with pytest.raises(InputError, match="line 3, column answer_choices: ") as caught:
-        read(tmp_path, f"1,Why?,generation,\n2,Which?,multiple_choice,{field}\n")
-    assert field in str(caught.value)
+def test_choices(tmp_path, text, choices):
+    rows = [("1", "Which?", "multiple_choice", text)]
+    path = write_csv(tmp_path / "queries.csv", HEADER.strip().split(","), rows)
+    assert read_queries(path)[0].choices == choices
 
 
 def test_eval_type_alone_decides(tmp_path):
@@ -115,69 +99,49 @@ def test_eval_type_alone_decides(tmp_path):
 
 @pytest.mark.parametrize("number", ["7" * 5000, "0x" + "f" * 6000])
 def test_a_number_of_thousands_of_digits_is_refused(tmp_path, number):
-    rows = [("1", "Which?", "multiple_choice", f"[{number}, 1]"), ("2", "Why?", "generation", "")]
-    path = write_csv(tmp_path / "queries.csv", HEADER.strip().split(","), rows)
     with pytest.raises(InputError, match="line 2, column answer_choices"):
-        read_queries(path)
+        read(tmp_path, f'1,Which?,multiple_choice,"[{number}, 1]"\n2,Why?,generation,\n')
 
 
+# A file, where the error is, and what it names.
 WRONG = {
-    "missing column": ("id,input,answer_choices\n1,a,\n", [], ["eval_type is missing", "found: id, input"]),
-    "empty": ("", [], ["found: nothing"]),
+    "missing column": ("id,input,answer_choices\n1,a,\n", [], ["eval_type is missing", "id, input"]),
+    "empty": ("", [], ["nothing"]),
     "header only": (HEADER, [], ["at least one query"]),
+    "a column twice": ("id," + HEADER, [], ["'id'"]),
+    "a cursor": ("\x1b[2J" + HEADER, [], ["id is missing", r"\x1b[2Jid, input"]),
     "eval_type": (
         HEADER + '1,"two\nlines",generation,\n2,b,choice,\n',
         ["line 4", "column eval_type"],
         ["generation or multiple_choice", "'choice'"],
     ),
     "eval_type empty": (HEADER + "1,a,,\n", ["line 2", "column eval_type"], ["got ''"]),
-    "no list": (
-        HEADER + "1,a,generation,\n2,b,multiple_choice,yes or no\n",
-        ["line 3", "column answer_choices"],
-        ["Python list", "'yes or no'"],
-    ),
-    "open list": (HEADER + "1,a,multiple_choice,\"['a',\"\n", ["line 2", "column answer_choices"], ["['a',"]),
-    "a call": (
-        HEADER + "1,a,multiple_choice,\"__import__('os').getcwd()\"\n",
-        ["line 2", "column answer_choices"],
-        ["Python list"],
-    ),
-    "nested list": (
-        HEADER + '1,a,multiple_choice,"[[1], 2]"\n',
-        ["line 2", "column answer_choices"],
-        ["[[1]"],
-    ),
     "duplicate id": (
         HEADER + "7,a,generation,\n8,b,generation,\n7,c,generation,\n",
         ["line 4", "column id"],
-        ["'7'", "line 2", "unique"],
+        ["'7'", "line 2"],
     ),
-    "too few fields": (HEADER + "1,a,generation,\n2,b\n", ["line 3"], ["expected 4 fields", "fewer"]),
-    "too many fields": (HEADER + "1,a, b,generation,\n", ["line 2"], ["expected 4 fields", "more"]),
+    "no id": (HEADER + "1,a,generation,\n,b,generation,\n", ["line 3", "column id"], ["got ''"]),
+    "too few fields": (HEADER + "1,a,generation,\n2,b\n", ["line 3"], ["4 fields", "fewer"]),
+    "too many fields": (HEADER + "1,a, b,generation,\n", ["line 2"], ["4 fields", "more"]),
     "open quote": (
         HEADER + '1,"a\nb",generation,\n2,"b,generation,\n3,c,generation,\n',
         ["after line 3"],
-        ["each quote closed"],
+        ["quote"],
     ),
-    "open quote and others": (
-        HEADER + '1,"a,generation,\n2,"b",generation,\n',
-        ["after line 1"],
-        ["each quote closed"],
-    ),
-    "a column twice": ("id," + HEADER, [], ["the column 'id' stands twice"]),
-    "no id": (HEADER + "1,a,generation,\n,b,generation,\n", ["line 3", "column id"], ["an id, got ''"]),
-    "a cursor": ("\x1b[2J" + HEADER, [], ["id is missing", r"found: \x1b[2Jid, input"]),
-    "a choice for a list": (
-        HEADER + "1,a,multiple_choice,\"{'a': 1}\"\n",
-        ["line 2", "column answer_choices"],
-        ["Python list"],
-    ),
-    "deep": (
-        HEADER + f"1,a,multiple_choice,{'[' * 100_000}\n",
-        ["line 2", "column answer_choices"],
-        ["Python list"],
-    ),
-}
+    "open quote and others": (HEADER + '1,"a,generation,\n2,"b",generation,\n', ["after line 1"], ["quote"]),
+    **{
+        f"choices {text[:20]}": (
+            HEADER + f'1,a,multiple_choice,"{text}"\n',
+            [f"line {2 + text.count(chr(10))}", "column answer_choices"],
+            [],
+        )
+        for text in (
+            "yes or no", "['a',", "__import__('os').getcwd()", "[[1], 2]", "{'a': 1}", "[" * 100_000, "[]",
+            "()", "['yes' 'no' 'maybe']", "['yes'\n 'no']", "['a', 'b' 'c']", "['yes' # or\n 'no']",
+        )
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -188,16 +152,7 @@ def test_errors_name_file_line_and_column(tmp_path, kind):
         read_queries(path)
     where, _, what = str(caught.value).partition(": ")
     assert where.split(", ") == [str(path), *places]
-    assert all(cause in what for cause in causes)
-
-
-def test_what_is_no_text_file_is_named(tmp_path):
-    latin = tmp_path / "latin.csv"
-    latin.write_bytes(HEADER.encode() + "1,ä,generation,\n".encode("latin-1"))
-    for path in (latin, tmp_path / "absent.csv", tmp_path):
-        with pytest.raises(InputError, match=r"expected (a )?CSV") as caught:
-            read_queries(path)
-        assert str(caught.value).startswith(str(path))
+    assert all(cause in what for cause in causes) and len(str(caught.value)) < 1000
 
 
 def test_rows_bring_their_lines_and_all_columns(tmp_path):
@@ -218,47 +173,17 @@ def test_a_submission_keeps_order_and_has_no_empty_prediction(tmp_path):
     assert (tmp_path / "out.csv").read_bytes() == expected
 
 
-def test_a_submission_is_written_as_pandas_does(tmp_path):
-    rng = random.Random(0)
-    texts = [
-        'a "quoted" word',
-        "a, b",
-        "two\nlines",
-        "'",
-        '"',
-        ",",
-        "NA",
-        " blank ",
-        "12",
-        "äöü 漢字 🙂",
-        "\\n",
-    ]
-    texts += ["".join(rng.choices("ab,\"'\n\t ;", k=12)) + "." for _ in range(100)]
+PIECES = st.sampled_from(["a", "b", ",", '"', "'", "\n", "\t", " ", ";", "\\n", "\u00e4 \u6f22 \U0001f642"])
+
+
+@given(st.lists(st.lists(PIECES, max_size=12).map(lambda parts: "".join(parts) + ".")))
+def test_a_submission_is_written_as_pandas_does(texts):
     queries = [Query(f"q,{n}" if n % 7 == 0 else str(n), "?", "generation") for n in range(len(texts))]
-    write_submission(tmp_path / "ours.csv", queries, texts)
     frame = pd.DataFrame({"id": [q.id for q in queries], "prediction": texts, "dummy_field": 0})
-    frame.to_csv(tmp_path / "pandas.csv", index=False)
-    assert (tmp_path / "ours.csv").read_bytes() == (tmp_path / "pandas.csv").read_bytes()
-
-
-@pytest.mark.parametrize("text", ["one\rtwo", "one\r\ntwo", "\rone"])
-def test_a_carriage_return_does_not_break_a_submission(tmp_path, text):
-    queries = [Query(str(n), "?", "generation") for n in range(2)]
-    write_submission(tmp_path / "out.csv", queries, [text, "b"])
-    frame = pd.read_csv(tmp_path / "out.csv", dtype=str, keep_default_na=False)
-    assert frame["prediction"].tolist() == [text, "b"]
-    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
-        assert [row["prediction"] for row in csv.DictReader(file, strict=True)] == [text, "b"]
-
-
-def test_rows_that_break_off_leave_no_table(tmp_path):
-    def rows():
-        yield ["1"]
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_table(tmp_path / "out.csv", ["a"], rows())
-    assert list(tmp_path.iterdir()) == []
+    with TemporaryDirectory() as folder:
+        write_submission(Path(folder, "ours.csv"), queries, texts)
+        frame.to_csv(Path(folder, "pandas.csv"), index=False)
+        assert Path(folder, "ours.csv").read_bytes() == Path(folder, "pandas.csv").read_bytes()
 
 
 def test_the_competitions_queries_are_read_whole(competition):
@@ -272,43 +197,10 @@ def test_the_competitions_queries_are_read_whole(competition):
     assert max(len(query.input) for query in read_queries(competition / "xsum.csv")) == 9513
 
 
-def with_choices(tmp_path, text):
-    path = tmp_path / "queries.csv"
-    write_table(path, ("id", "input", "eval_type", "answer_choices"), [("1", "?", "multiple_choice", text)])
-    return path
-
-
 @pytest.mark.parametrize(
-    "text",
-    [
-        "['yes' 'no' 'maybe']",
-        "['yes'\n 'no']",
-        "['a', 'b' 'c']",
-        "['yes' # or\n 'no']",
-        "['a' #\n#\n 'b', 1]",
-    ],
+    "end", [b'5,"open,generation,', b'5,"a"b,generation,', "5,\u00e4,generation,".encode("latin-1")]
 )
-def test_choices_without_a_comma_are_refused_instead_of_joined(tmp_path, text):
-    with pytest.raises(InputError, match="column answer_choices"):
-        read_queries(with_choices(tmp_path, text))
-
-
-@pytest.mark.parametrize(
-    ("text", "choices"),
-    [
-        ("""["he said 'a' 'b'", 'c']""", ("he said 'a' 'b'", "c")),
-        ("['a' , 'b',]", ("a", "b")),
-        ("['a',  # b\n'c']", ("a", "c")),
-    ],
-)
-def test_quotes_within_choices_are_no_missing_comma(tmp_path, text, choices):
-    assert read_queries(with_choices(tmp_path, text))[0].choices == choices
-
-
-@pytest.mark.parametrize(
-    "end", [b'5,"open,generation,', b'5,"a"b,generation,', "5,ä,generation,".encode("latin-1")]
-)
-def test_where_a_file_breaks_off_what_came_before_is_told_too(tmp_path, end):
+def test_where_a_file_breaks_off_what_came_before_is_told(tmp_path, end):
     path = tmp_path / "q.csv"
     long = "b" * 100_000  # more than is decoded at once
     path.write_bytes(f"{HEADER}1,a,guess,\n2,{long},generation,\n".encode() + end)
@@ -319,18 +211,16 @@ def test_where_a_file_breaks_off_what_came_before_is_told_too(tmp_path, end):
 
 
 def test_all_problems_of_a_file_are_told_at_once(tmp_path):
+    def problems(*rows):
+        with pytest.raises(InputError) as caught:
+            read(tmp_path, "\n".join(rows))
+        return str(caught.value).splitlines()
+
     rows = ["1,a,generation,", "5,too,many,of,them", "1,b,generation,", "2,c,guess,"]
     rows += ["3,d,multiple_choice,none", "4,e,generation,", "6"]
-    path = tmp_path / "q.csv"
-    path.write_text("\n".join(["id,input,eval_type,answer_choices", *rows]))
-    with pytest.raises(InputError) as caught:
-        read_queries(path)
-    told = str(caught.value).splitlines()
-    places = ["line 3: expected 4 fields, got more", "line 4, column id", "line 5, column eval_type"]
-    places += ["line 6, column answer_choices", "line 8: expected 4 fields, got fewer"]
-    assert len(told) == 5 and all(place in line for place, line in zip(places, told, strict=True))
-    path.write_text("\n".join(["id,input,eval_type,answer_choices", *(f"{n},a,guess," for n in range(50))]))
-    with pytest.raises(InputError) as caught:
-        read_queries(path)
-    told = str(caught.value).splitlines()
-    assert len(told) == 21 and told[-1] == "and 30 more like these" and "line 2," in told[0]
+    places = ["line 3: ", "line 4, column id", "line 5, column eval_type", "line 6, column answer_choices"]
+    places += ["line 8: "]
+    for place, line in zip(places, problems(*rows), strict=True):
+        assert place in line
+    many = problems(*(f"{n},a,guess," for n in range(50)))
+    assert len(many) == 21 and many[-1].startswith("and 30 more") and "line 2," in many[0]

@@ -4,8 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.base import clone
-from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
 
 from router.routing.gate import DOUBT, FACTORS, RIDGE, SHRINK, TAIL, PrototypeGate, level
@@ -130,7 +128,7 @@ def test_both_scores_are_those_of_the_dense_formula(gaps):
     np.testing.assert_allclose(found.votes, expected, atol=1e-9)
 
 
-def test_the_level_is_that_of_leads_by_gates_that_had_not_seen_the_text():
+def test_the_level_is_of_leads_on_text_that_was_not_seen():
     reference = library(5, modules=3, common=(0.5, 0.9))(50, 0)
     expected = np.empty(50)
     for fold in range(5):
@@ -143,7 +141,7 @@ def test_the_level_is_that_of_leads_by_gates_that_had_not_seen_the_text():
         assert gate.level_ == pytest.approx(level(expected, false_alarm), abs=1e-4)
 
 
-def test_the_base_model_is_as_far_below_the_best_adapter_as_that_one_leads():
+def test_the_base_model_is_as_far_below_as_the_best_one_leads():
     gate = PrototypeGate().fit(GENERIC, confidence=RNG.normal(size=200))
     judged, sure = gate.judge(queries(2, 0.1, n=200)), RNG.normal(size=200)
     found = gate.candidate_scores(judged, sure)
@@ -157,18 +155,6 @@ def test_the_base_model_is_as_far_below_the_best_adapter_as_that_one_leads():
     assert 0 < sent.mean() < 1
 
 
-def test_the_mean_of_the_votes_is_the_score():
-    gate, X = PrototypeGate().fit(with_gaps(GENERIC)), with_gaps(queries(4, 0.3))
-    judged = gate.judge(X)
-    np.testing.assert_allclose(np.nanmean(judged.votes, 1), judged.scores.max(1))
-
-
-def test_scores_of_generic_text_have_mean_0_and_deviation_1():
-    scores = PrototypeGate().fit(GENERIC).decision_function(GENERIC)
-    np.testing.assert_allclose(scores.mean(0), 0, atol=1e-9)
-    np.testing.assert_allclose(scores.std(0, ddof=1), 1)
-
-
 # Large libraries.
 
 
@@ -178,7 +164,7 @@ def large(monkeypatch, **sizes):
 
 
 @pytest.mark.parametrize("gaps", [False, True])
-def test_on_a_shortlist_the_scores_are_those_of_any_other_library(gaps, monkeypatch):
+def test_scores_on_a_shortlist_are_those_of_any_library(gaps, monkeypatch):
     draw = library(20, modules=4, common=(0.3, 0.9))
     reference, X = draw(60, 0), draw(30, 1)
     if gaps:
@@ -197,7 +183,7 @@ def test_on_a_shortlist_the_scores_are_those_of_any_other_library(gaps, monkeypa
     np.testing.assert_allclose(found[listed], expected.scores[listed], atol=1e-6)
 
 
-def test_the_shortlist_has_the_best_adapter_though_it_changes_few_modules(monkeypatch):
+def test_the_shortlist_has_the_best_adapter(monkeypatch):
     draw = library(60, modules=40)
     reference, X = draw(160, 0), draw(120, 1)
     X[np.arange(120), np.arange(120) % 60] *= 1.4
@@ -217,7 +203,7 @@ def test_the_shortlist_has_the_best_adapter_though_it_changes_few_modules(monkey
     assert ((weights[:, :-1] > 0) <= np.isfinite(found)).all()
 
 
-def test_a_few_landmarks_tell_what_all_of_a_large_library_respond_to_alike(monkeypatch):
+def test_a_few_landmarks_tell_what_all_respond_to_alike(monkeypatch):
     draw = library(120, modules=3, common=(0.3, 0.9))
     reference, X = draw(160, 0), draw(40, 1)
     X[np.arange(40), np.arange(40)] *= 1.3
@@ -230,8 +216,7 @@ def test_a_few_landmarks_tell_what_all_of_a_large_library_respond_to_alike(monke
 
 
 def test_only_a_library_of_more_than_256_is_large():
-    assert type(gate_for(256)) is PrototypeGate and type(gate_for(257, top_k=2)) is LargeGate
-    assert gate_for(257, top_k=2).get_params()["top_k"] == 2
+    assert type(gate_for(256)) is PrototypeGate and type(gate_for(257)) is LargeGate
 
 
 # What all adapters share.
@@ -251,38 +236,7 @@ def test_what_all_adapters_respond_to_alike_is_taken_out():
         assert gate.predict(strange) == 2
 
 
-def test_a_random_adapter_more_changes_the_others_scores_little():
-    draw = library(8, common=(0, 0.9))
-    reference, X = draw(160, 0), draw(50, 1)
-    rng = np.random.default_rng(5)
-
-    def more(X):
-        return np.concatenate([X, rng.lognormal(-2, 0.2, (len(X), 1, 6, 2))], 1)
-
-    plain = PrototypeGate().fit(reference).decision_function(X)
-    found = PrototypeGate().fit(more(reference)).decision_function(more(X))[:, :-1]
-    assert np.abs(found - plain).max() < 0.25 and np.sqrt(np.square(found - plain).mean()) < 0.05
-
-
 # The level of the base model.
-
-
-@pytest.mark.parametrize("false_alarm", [TAIL, 0.3, 0.5, 0.9, 0.999])
-def test_a_frequent_false_alarm_is_read_off_the_scores(false_alarm):
-    scores = np.random.default_rng(0).normal(size=160)
-    assert level(scores, false_alarm) == np.quantile(scores, 1 - false_alarm)
-
-
-@pytest.mark.parametrize("size", [160, 161])  # of the latter, the quantile is one of the scores
-@pytest.mark.parametrize("false_alarm", [0.001, 0.05, 0.1, 0.19])
-def test_a_rare_one_is_read_off_the_exponential_tail(false_alarm, size):
-    scores = np.random.default_rng(0).normal(size=size)
-    start = np.quantile(scores, 0.8)
-    beyond = scores[scores > start]
-    assert len(beyond) == 32
-    # The tail: a share of 0.2 beyond the start, and each mean excess further 1 / e of it.
-    found = level(scores, false_alarm)
-    assert 0.2 * math.exp(-(found - start) / (beyond.mean() - start)) == pytest.approx(false_alarm)
 
 
 def test_the_level_never_rises_with_the_false_alarm():
@@ -290,10 +244,11 @@ def test_the_level_never_rises_with_the_false_alarm():
     found = [level(scores, false_alarm) for false_alarm in np.linspace(0.001, 0.999, 999)]
     assert (np.diff(found) <= 0).all() and found[0] > scores.max() > found[-1] > scores.min() - 1e-9
     assert level(scores, TAIL - 1e-9) == pytest.approx(level(scores, TAIL))
+    assert level(np.full(40, 1.5), 0.01) == 1.5
 
 
 @pytest.mark.parametrize("false_alarm", [0.002, 0.01, 0.05, 0.1, 0.3])
-def test_the_promised_rate_is_the_measured_one_where_the_tail_is_exponential(false_alarm):
+def test_the_promised_rate_is_that_of_an_exponential_tail(false_alarm):
     rng = np.random.default_rng(2)
     fresh = 3 + 2 * rng.exponential(size=200_000)
     shares = [(fresh > level(3 + 2 * rng.exponential(size=160), false_alarm)).mean() for _ in range(100)]
@@ -302,7 +257,7 @@ def test_the_promised_rate_is_the_measured_one_where_the_tail_is_exponential(fal
     assert many == pytest.approx(false_alarm, rel=0.1)
 
 
-def test_levels_of_other_rates_are_those_of_gates_with_these_rates():
+def test_levels_of_other_rates_are_those_of_other_gates():
     found = PrototypeGate(false_alarm=0.3).fit(GENERIC)
     for share, more in found.levels().items():
         other = PrototypeGate(false_alarm=float(share)).fit(GENERIC)
@@ -310,18 +265,13 @@ def test_levels_of_other_rates_are_those_of_gates_with_these_rates():
     assert list(found.levels().values()) == sorted(found.levels().values(), reverse=True)
 
 
-@pytest.mark.parametrize("false_alarm", [0.01, 0.2, 0.5])
-def test_equal_scores_are_their_own_level(false_alarm):
-    assert level(np.full(40, 1.5), false_alarm) == 1.5
-
-
 # What is promised.
 
 
 @pytest.mark.parametrize("n", [3, 20, 200])
-def test_generic_text_passes_the_base_model_as_often_as_promised(n):
+def test_generic_text_passes_the_gate_as_often_as_promised(n):
     """Also with more adapters than generic prompts, where scores of text that was fitted to are too low."""
-    promised = (0.05, 0.1, 0.2)
+    promised = (0.05, 0.1, 0.2, 0.5)
     held, seen = [], []
     for seed in range(4):
         draw = library(n, seed)
@@ -336,66 +286,28 @@ def test_generic_text_passes_the_base_model_as_often_as_promised(n):
         assert np.mean(seen, 0)[0] > 1.5 * np.mean(held, 0)[0]
 
 
-@pytest.mark.parametrize("false_alarm", [0.1, 0.5, 0.9])
-def test_generic_text_passes_the_base_model_by_the_share_that_was_asked_for(false_alarm):
-    fresh = np.random.default_rng(9).lognormal(-2.0, 0.2, (300, 6, 10, 2))
-    predicted = PrototypeGate(false_alarm=false_alarm).fit(GENERIC).predict(fresh)
-    assert (predicted < 6).mean() == pytest.approx(false_alarm, abs=0.1)
-
-
 def test_the_default_is_the_commands():
     gate, settings = PrototypeGate(), Settings()
     assert gate.false_alarm == settings.false_alarm
     assert (gate.temperature, gate.top_k) == (settings.temperature, settings.top_k)
 
 
-def test_generic_text_itself_goes_to_the_base_model():
-    gate = PrototypeGate().fit(GENERIC)
-    middle = np.exp(np.log(GENERIC).mean(0, keepdims=True))
-    assert gate.predict(middle) == 6 and gate.predict_proba(middle)[0, 6] > 0.75
-    assert (gate.predict(GENERIC) == 6).mean() >= 1 - 1.5 * gate.false_alarm  # of what it was fitted to
-
-
-def test_weights_sum_to_one_and_the_risen_adapter_wins():
+@pytest.mark.parametrize("views", [0, 1, slice(None)])
+def test_weights_sum_to_one_and_the_risen_adapter_wins(views):
     gate = PrototypeGate().fit(GENERIC)
     for adapter in range(6):
-        weights = gate.predict_proba(queries(adapter))
+        X = queries(adapter, 0.0)
+        X[:, adapter, :, views] *= np.exp(0.8)
+        weights = gate.predict_proba(X)
         assert weights.shape == (20, 7)
         np.testing.assert_allclose(weights.sum(1), 1.0)
         assert (weights.argmax(1) == adapter).all()
 
 
-@pytest.mark.parametrize("view", [0, 1])
-def test_an_adapter_that_rises_in_one_view_alone_wins(view):
-    X = queries(3, 0.0)
-    X[:, 3, :, view] *= np.exp(0.8)
-    assert (PrototypeGate().fit(GENERIC).predict(X) == 3).all()
-
-
-def test_a_stronger_response_of_an_adapter_never_lowers_its_weight():
+def test_a_stronger_response_never_lowers_a_weight():
     gate = PrototypeGate(top_k=None).fit(GENERIC)
     weights = np.array([gate.predict_proba(queries(2, rise))[:, 2] for rise in np.linspace(0, 0.6, 7)])
     assert (np.diff(weights, axis=0) >= -1e-12).all() and (weights[-1] > weights[0]).all()
-
-
-def test_how_wide_a_prototype_is_does_not_matter_for_its_score():
-    size = np.array([1.0, 50.0, 0.02, 1.0, 3.0, 1.0])[:, None, None]
-    plain = PrototypeGate().fit(GENERIC).decision_function(queries(2, 0.3))
-    scaled = PrototypeGate().fit(GENERIC * size).decision_function(queries(2, 0.3) * size)
-    np.testing.assert_allclose(scaled, plain, atol=1e-9)
-
-
-def test_the_order_of_adapters_and_modules_does_not_matter():
-    X, adapters, modules = queries(2, 0.3), np.array([3, 1, 5, 0, 2, 4]), np.arange(10)[::-1]
-    plain = PrototypeGate().fit(GENERIC).predict_proba(X)
-    moved = PrototypeGate().fit(GENERIC[:, adapters][:, :, modules])
-    found = moved.predict_proba(X[:, adapters][:, :, modules])
-    np.testing.assert_allclose(found, plain[:, [*adapters, 6]], atol=1e-6)  # in float32
-
-
-def test_a_query_is_judged_alone():
-    gate, X = PrototypeGate().fit(GENERIC), queries(1, 0.3)
-    np.testing.assert_allclose(gate.predict_proba(X)[:1], gate.predict_proba(X[:1]), atol=1e-6)
 
 
 def test_no_queries_have_no_weights():
@@ -404,29 +316,8 @@ def test_no_queries_have_no_weights():
     assert gate.judge(GENERIC[:0]).votes.shape == (0, 10)
 
 
-def test_adapters_with_few_modules_are_comparable():
-    absent = GENERIC.copy()
-    absent[:, 0, 2:] = np.nan
-    X = queries(0)
-    X[:, 0, 2:] = np.nan
-    gate = PrototypeGate().fit(absent)
-    assert (gate.predict(X) == 0).all()
-    other = queries(3)
-    other[:, 0, 2:] = np.nan
-    assert (gate.predict(other) == 3).all()
-
-
-def test_top_k_and_temperature():
-    X = queries(1, 0.1)
-    assert ((PrototypeGate(top_k=2).fit(GENERIC).predict_proba(X)[:, :-1] > 0).sum(1) <= 2).all()
-    assert ((PrototypeGate(top_k=None).fit(GENERIC).predict_proba(X) > 0).all(1)).all()
-    cold = PrototypeGate(temperature=0.1).fit(GENERIC).predict_proba(X).max(1)
-    warm = PrototypeGate(temperature=10.0).fit(GENERIC).predict_proba(X).max(1)
-    assert (cold > warm).all()
-
-
 @pytest.mark.parametrize(("top_k", "kept"), [(2, ([1, 2, 4], [1, 2, 4])), (3, ([0, 1, 2, 4], [1, 2, 3, 4]))])
-def test_weights_are_the_softmax_of_the_candidates_that_are_kept(top_k, kept):
+def test_weights_are_the_softmax_of_the_kept_candidates(top_k, kept):
     candidates = np.array([[1.0, 3.0, 2.0, 0.5, 1.5], [-np.inf, 0.0, -1.0, -3.0, 9.0]])
     found = PrototypeGate(temperature=0.7, top_k=top_k).weights(candidates)
     for row, own, weights in zip(candidates, kept, found, strict=True):
@@ -444,24 +335,6 @@ def test_of_equal_adapters_the_first_keep_their_weights():
 # What says most.
 
 
-def test_a_view_that_varies_much_on_generic_text_says_little():
-    generic, X = GENERIC.copy(), queries(2, 0.2)
-    for of, seed in ((generic, 0), (X, 1)):
-        of[..., 1] = np.random.default_rng(seed).lognormal(-2.0, 4.0, of.shape[:3])  # was 0.2
-    found = PrototypeGate().fit(generic)
-    assert found.filter_[..., 1].mean() < 0.1 * found.filter_[..., 0].mean()
-    assert (found.predict(X) == 2).mean() > 0.9
-
-
-def test_a_module_where_generic_text_responds_weakly_says_more():
-    weak = np.ones((1, 1, 10, 1))
-    weak[:, :, :2] = 0.5  # a quarter in R^2, so four times the rise
-    gate = PrototypeGate().fit(GENERIC * weak)
-    plain = PrototypeGate().fit(GENERIC)
-    share, before = (of.filter_[:, :2].sum((1, 2)) / of.filter_[:, 2:].sum((1, 2)) for of in (gate, plain))
-    np.testing.assert_allclose(share, 4 * before)
-
-
 @pytest.mark.parametrize("noise", [0.0, 2e-6])
 def test_a_module_that_is_silent_on_generic_text_says_nothing(noise):
     generic, X = GENERIC.copy(), queries(2, 0.5)
@@ -472,34 +345,7 @@ def test_a_module_that_is_silent_on_generic_text_says_nothing(noise):
     assert np.abs(gate.decision_function(X)).max() < 100  # nor to the others
 
 
-@pytest.mark.parametrize(("response", "heard"), [(1.05e-5, True), (0.95e-5, False)])
-def test_responses_below_ten_times_the_rounding_are_silence(response, heard):
-    generic = GENERIC.copy()
-    generic[:, 2, 0] = response
-    assert PrototypeGate().fit(generic).filter_[2, 0].all() == heard
-
-
-def test_neither_energy_nor_deviation_counts_as_less_than_a_tenth_of_the_median():
-    def share(level, spread):
-        """The first module's part of the filter, with its own level of R and deviation of log R."""
-        logs = np.log(GENERIC[:, :1])
-        logs[:, :, 0] = math.log(level) + spread * (logs[:, :, 0] + 2)
-        found = PrototypeGate().fit(np.exp(logs)).filter_[0]
-        return found[0].sum() / found[1:].sum()
-
-    plain = share(np.exp(-2), 1)
-    assert share(np.exp(-2) / 100, 1) == pytest.approx(10 * plain, rel=0.05)
-    assert share(np.exp(-2), 0.01) == pytest.approx(10 * plain, rel=0.2)  # the energy is a little lower too
-
-
-def test_an_adapter_that_responds_to_all_text_alike_has_no_score():
-    generic, X = GENERIC.copy(), queries(2, 0.5)
-    generic[:, 4] = X[:, 4] = 0.5
-    gate = PrototypeGate().fit(generic)
-    assert np.abs(gate.decision_function(X)[:, 4]).max() < 1e-3 and (gate.predict(X) == 2).all()
-
-
-def test_the_filter_finds_a_rise_that_is_the_same_in_energy_better_than_equal_weights():
+def test_the_filter_finds_a_rise_better_than_equal_weights():
     rng = np.random.default_rng(0)
     level = rng.uniform(0.03, 0.3, (1, 6, 10, 2))  # of R, one for each adapter, module and view
     spread = rng.uniform(0.05, 0.5, (1, 6, 10, 2))
@@ -512,13 +358,6 @@ def test_the_filter_finds_a_rise_that_is_the_same_in_energy_better_than_equal_we
 
 
 # As an estimator.
-
-
-def test_it_is_a_scikit_learn_estimator():
-    given = {"temperature": 2.0, "top_k": None, "false_alarm": 0.3}
-    gate = PrototypeGate(**given)
-    assert clone(gate).get_params() == given
-    assert gate.fit(GENERIC) is gate
 
 
 class MatrixGate(PrototypeGate):
@@ -548,29 +387,11 @@ UNLIKE = {
     "check_estimator_sparse_array": "there is no sparse array of four dimensions to refuse by name",
     "check_estimator_sparse_matrix": "there is no sparse array of four dimensions to refuse by name",
 }
-# What it does on matrices, as MatrixGate shows, and cannot be seen to do where it is given two dimensions.
-UNSEEN = dict.fromkeys(
-    """
-    check_fit_score_takes_y check_estimators_overwrite_params check_dont_overwrite_parameters
-    check_estimators_fit_returns_self check_readonly_memmap_input check_positive_only_tag_during_fit
-    check_estimators_dtypes check_dtype_object check_estimators_nan_inf
-    check_pipeline_consistency check_estimators_pickle
-    check_f_contiguous_array_estimator check_methods_sample_order_invariance
-    check_methods_subset_invariance check_fit2d_1feature check_dict_unchanged check_fit_idempotent
-    check_fit_check_is_fitted
-    """.split(),
-    "the check's X has two dimensions, the gate's four",
-)
 
 
-@pytest.mark.parametrize(
-    ("gate", "expected"),
-    [(MatrixGate(), UNLIKE), (PrototypeGate(), UNLIKE | UNSEEN)],
-    ids=["matrix", "as_it_is"],
-)
-def test_it_passes_scikit_learns_checks_but_for_these(gate, expected):
-    results = check_estimator(gate, expected_failed_checks=expected, on_skip=None)
-    assert {result["check_name"] for result in results if result["status"] == "xfail"} == set(expected)
+def test_it_passes_scikit_learns_checks_but_for_these():
+    results = check_estimator(MatrixGate(), expected_failed_checks=UNLIKE, on_skip=None)
+    assert {result["check_name"] for result in results if result["status"] == "xfail"} == set(UNLIKE)
     assert sum(result["status"] == "passed" for result in results) >= 12
 
 
@@ -578,23 +399,30 @@ def test_it_passes_scikit_learns_checks_but_for_these(gate, expected):
 
 
 @pytest.mark.parametrize(
-    ("X", "message"),
+    "X",
     [
-        (GENERIC[..., 0], r"\(queries, adapters, modules, 2\), got \(200, 6, 10\)"),
-        (GENERIC[..., :1], r"got \(200, 6, 10, 1\)"),
-        (GENERIC[0], r"got \(6, 10, 2\)"),
-        (GENERIC[:3], "at least 4 reference queries, got 3"),
-        (GENERIC[:, :0], "at least 1 adapter"),
-        (np.full((5, 2, 3, 2), np.nan), r"adapters \[0, 1\] have no prototype"),
+        GENERIC[..., 0], GENERIC[..., :1], GENERIC[0], GENERIC[:3], GENERIC[:, :0],
+        np.full((5, 2, 3, 2), np.nan),
     ],
-)
-def test_wrong_references_are_refused(X, message):
-    with pytest.raises(ValueError, match=message):
+)  # fmt: skip
+def test_wrong_references_are_refused(X):
+    with pytest.raises(ValueError, match=r"expected|adapters"):
         PrototypeGate().fit(X)
+    assert np.isfinite(PrototypeGate().fit(GENERIC[:4]).predict_proba(queries(1))).all()  # the fewest
 
 
-def test_four_reference_queries_are_enough():
-    assert np.isfinite(PrototypeGate().fit(GENERIC[:4]).predict_proba(queries(1))).all()
+@pytest.mark.parametrize(
+    "X",
+    [
+        GENERIC[:, :5], GENERIC[:, :, :9], GENERIC[..., 0], np.full((1, 6, 10, 2), np.nan),
+        np.full((1, 6, 10, 2), np.inf),
+    ],
+)  # fmt: skip
+def test_responses_of_another_library_or_not_finite_are_refused(X):
+    with pytest.raises(ValueError, match="expected"), np.errstate(invalid="ignore"):
+        PrototypeGate().fit(GENERIC).predict(X)
+    with pytest.raises(ValueError, match="finite"):  # a response where an adapter has no prototype
+        PrototypeGate().fit(with_gaps(GENERIC)).predict(queries(1))
 
 
 @pytest.mark.parametrize(
@@ -616,40 +444,12 @@ def test_a_refused_fit_leaves_the_gate_as_it_was(value, place):
     found, fresh = PrototypeGate().fit(GENERIC), PrototypeGate().fit(GENERIC)
     broken = GENERIC.copy()
     broken[place] = value
-    with pytest.raises(ValueError, match="expected finite responses"):
+    with pytest.raises(ValueError, match="finite"):
         found.fit(broken)
     np.testing.assert_array_equal(found.predict_proba(GENERIC), fresh.predict_proba(GENERIC))
 
 
-def test_nothing_is_told_before_it_is_fitted():
-    for ask in (PrototypeGate().predict, PrototypeGate().decision_function, PrototypeGate().candidate_scores):
-        with pytest.raises(NotFittedError):
-            ask(GENERIC)
-
-
-def test_responses_of_another_library_are_refused():
-    gate = PrototypeGate().fit(GENERIC)
-    with pytest.raises(ValueError, match="6 adapters at 10 modules, got 5 and 10"):
-        gate.predict(GENERIC[:, :5])
-    with pytest.raises(ValueError, match="6 adapters at 10 modules, got 6 and 9"):
-        gate.predict(GENERIC[:, :, :9])
-    with pytest.raises(ValueError, match="shape"):
-        gate.predict(GENERIC[..., 0])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_query_without_a_number_is_refused(value):
-    with pytest.raises(ValueError, match="expected finite responses"), np.errstate(invalid="ignore"):
-        PrototypeGate().fit(GENERIC).predict_proba(np.full((1, 6, 10, 2), value))
-
-
-def test_a_query_with_a_response_where_an_adapter_has_no_prototype_is_refused():
-    gate = PrototypeGate().fit(with_gaps(GENERIC))
-    with pytest.raises(ValueError, match="expected finite responses"):
-        gate.predict(queries(1))
-
-
-def test_the_base_model_rises_with_its_confidence_and_the_promise_is_kept():
+def test_confidence_raises_the_base_model_within_the_promise():
     rng = np.random.default_rng(5)
 
     def generic(count):
@@ -670,6 +470,5 @@ def test_the_base_model_rises_with_its_confidence_and_the_promise_is_kept():
 
 @pytest.mark.parametrize("confidence", [[0.0] * 3, [np.nan] * 40, [[0.0]] * 40])
 def test_confidences_of_another_shape_or_not_finite_are_refused(confidence):
-    X = np.random.default_rng(0).uniform(0.1, 0.2, (40, 3, 4, 2))
-    with pytest.raises(ValueError, match="finite confidences"):
-        PrototypeGate().fit(X, confidence=confidence)
+    with pytest.raises(ValueError, match="confidences"):
+        PrototypeGate().fit(GENERIC[:40], confidence=confidence)

@@ -1,14 +1,11 @@
 """Both responses of a prompt against dense cosines in float64, token by token, from the files alone."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, write_tiny_adapter
+from helpers import NAMES, dense_updates, inputs_of
 from router.library.adapters import load_library
 from router.model.answer import encode
 from router.routing.probe import (
@@ -25,40 +22,15 @@ from router.routing.prototypes import prototypes
 TEXTS = ["a", "ab", "abc", "two words", "Question: what is 17 + 4?\nAnswer:", "wordy " * 12, "über 漢字"]
 
 
-def updates_of(folder):
-    """s B A in float64 by module, as the files of an adapter say."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    rank = config["r"]
-    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    found = {}
-    for key, a in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            b = tensors[key.replace("lora_A", "lora_B")]
-            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            found[module] = scale * b.double().numpy() @ a.double().numpy()
-    return found
-
-
 @pytest.fixture(scope="module")
 def plain(tiny_base):
     return AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64).eval()
 
 
-def inputs_of(model, row, modules):
+def read(model, row, modules):
     """The modules' inputs for one prompt alone, without the first token if there is another, (T, d_in)."""
-    seen = {}
-    handles = [
-        model.get_submodule(module).register_forward_hook(
-            lambda _, args, out, module=module: seen.update({module: args[0][0].numpy()})
-        )
-        for module in modules
-    ]
-    with torch.no_grad():
-        model(torch.tensor([row]))
-    for handle in handles:
-        handle.remove()
-    return {module: x[1:] if len(row) > 1 else x for module, x in seen.items()}
+    found = inputs_of(model, modules, lambda: model(torch.tensor([row])))
+    return {module: x[1:] if len(row) > 1 else x for module, x in found.items()}
 
 
 def squared_cosine(x, update):
@@ -80,8 +52,8 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
     means, _ = input_means(base.model, rows, 0, list(protos))
     found = probe(base.model, rows, 0, protos, means, 3).responses
     assert found.shape == (len(TEXTS), 3, 14, 2) and found.dtype == np.float32
-    inputs = [inputs_of(plain, row, list(protos)) for row in rows]
-    updates = [updates_of(tiny_library / name) for name in NAMES]
+    inputs = [read(plain, row, list(protos)) for row in rows]
+    updates = [dense_updates(tiny_library / name) for name in NAMES]
     for m, module in enumerate(protos):
         mean = np.concatenate([x[module] for x in inputs]).mean(0)
         np.testing.assert_allclose(means[module], mean, atol=1e-5, rtol=1e-4)
@@ -93,25 +65,6 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
                 squares = [squared_cosine(token - mean, own[module]) for token in x[module]]
                 expected = [np.mean(squares), np.mean(squares[-2:])]
                 np.testing.assert_allclose(found[q, i, m], np.sqrt(expected), rtol=1e-3, atol=1e-5)
-
-
-def test_a_prompt_that_is_no_longer_than_its_end_has_one_response_twice(base, measured):
-    protos, rows = measured
-    means, _ = input_means(base.model, rows, 0, list(protos))
-    found = probe(base.model, rows, 0, protos, means, 3).responses
-    same = [np.allclose(*np.nan_to_num(one.T), atol=1e-6) for one in found]
-    assert same == [len(row) <= 2 + 1 for row in rows] == [True] * 3 + [False] * 4
-
-
-def test_the_end_does_not_depend_on_how_long_the_rest_is(base, measured):
-    """Both views of a repeated token: with the same inputs at all places, there is nothing to tell apart."""
-    protos, _ = measured
-    means = {module: torch.zeros(len(proto.directions)) for module, proto in protos.items()}
-    (long,) = probe(base.model, [[7] * 9], 0, protos, means, 3).responses
-    (short,) = probe(base.model, [[7] * 4], 0, protos, means, 3).responses
-    first = list(protos).index("model.layers.0.self_attn.q_proj")  # it reads the embeddings alone
-    np.testing.assert_allclose(long[0, first], short[0, first], rtol=1e-5)
-    np.testing.assert_allclose(long[0, first, 0], long[0, first, 1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("a_pass", [4096, 160, 1])  # all prompts in one pass, in several, one at a time
@@ -127,29 +80,7 @@ def test_padding_and_the_order_of_prompts_do_not_matter(a_pass, base, measured, 
     np.testing.assert_allclose(found, alone[order], rtol=1e-3, atol=1e-5)
 
 
-def test_a_batch_that_does_not_fit_into_memory_changes_nothing(base, measured):
-    protos, rows = measured
-    means, _ = input_means(base.model, rows, 0, list(protos))
-    whole = probe(base.model, rows, 0, protos, means, 3)
-
-    def refuse(model, args, kwargs):
-        if len(kwargs["input_ids"]) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    undo = base.model.register_forward_pre_hook(refuse, with_kwargs=True).remove
-    try:
-        again, confidence = input_means(base.model, rows, 0, list(protos))
-        found = probe(base.model, rows, 0, protos, means, 3)
-    finally:
-        undo()
-    for module, mean in means.items():
-        torch.testing.assert_close(again[module], mean, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.responses, whole.responses, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(found.confidence, whole.confidence, rtol=1e-4)
-    np.testing.assert_allclose(confidence, whole.confidence, rtol=1e-4)
-
-
-def test_another_default_dtype_as_while_a_model_is_loaded_changes_nothing(base, measured):
+def test_another_default_dtype_changes_nothing(base, measured):
     protos, rows = measured
     means, _ = input_means(base.model, rows, 0, list(protos))
     whole = probe(base.model, rows, 0, protos, means, 3)
@@ -164,37 +95,6 @@ def test_another_default_dtype_as_while_a_model_is_loaded_changes_nothing(base, 
     assert confidence.dtype == torch.float32
 
 
-def test_adapters_do_not_change_each_others_responses_and_their_size_does_not_either(
-    base, measured, tiny_library, tmp_path
-):
-    protos, rows = measured
-    means, _ = input_means(base.model, rows, 0, list(protos))
-    whole = probe(base.model, rows, 0, protos, means, 3).responses
-    write_tiny_adapter(tmp_path / "library2" / "everything", 2, 2, alpha=40)  # twenty times as large
-    alone = prototypes(load_library([str(tmp_path / "library2")]))
-    found = probe(base.model, rows, 0, alone, means, 1).responses
-    assert list(alone) == list(protos)
-    np.testing.assert_allclose(found[:, 0], whole[:, 1], rtol=1e-4, atol=1e-6)
-
-
-def test_modules_do_not_change_each_others_responses(base, measured):
-    """Not even if they are centred with the same numbers."""
-    protos, rows = measured
-    means = {module: torch.zeros(len(proto.directions)) for module, proto in protos.items()}
-    whole = probe(base.model, rows, 0, protos, means, 3).responses
-    for m, module in enumerate(protos):
-        alone = probe(base.model, rows, 0, {module: protos[module]}, means, 3).responses
-        np.testing.assert_array_equal(alone[:, :, 0], whole[:, :, m])
-
-
-def test_responses_are_cosines(base, measured):
-    protos, rows = measured
-    means, _ = input_means(base.model, rows, 0, list(protos))
-    found = probe(base.model, rows, 0, protos, means, 3).responses
-    there = found[~np.isnan(found)]
-    assert there.min() >= 0 and there.max() <= 1 + 1e-5
-
-
 @pytest.mark.parametrize(
     ("mask", "counted"),
     [
@@ -204,12 +104,12 @@ def test_responses_are_cosines(base, measured):
         ([0, 0, 0, 0], [0, 0, 0, 0]),
     ],
 )
-def test_neither_padding_nor_the_first_of_several_tokens_counts(mask, counted):
+def test_neither_padding_nor_the_first_token_counts(mask, counted):
     mask = torch.tensor([mask])
     assert counted_tokens(torch.zeros_like(mask), mask).int().tolist() == [counted]
 
 
-def test_a_prompt_is_unreadable_if_anything_is_not_finite_that_should_be():
+def test_a_prompt_with_anything_not_finite_is_unreadable():
     responses, confidence, absent = np.ones((5, 2, 3, 2)), np.zeros(5), np.zeros((2, 3, 2), dtype=bool)
     responses[:, 1, 2], absent[1, 2] = np.nan, True  # no prototype there
     responses[:, 0, 1], absent[0, 1] = np.nan, True

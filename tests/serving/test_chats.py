@@ -77,11 +77,6 @@ def test_a_conversation_of_five_turns_is_routed_as_in_python(client, router):
         messages.append({"role": "assistant", "content": answer.choices[0].message.content})
 
 
-def test_the_model_auto_is_listed(client):
-    assert "auto" in [model.id for model in client.models.list()]
-    assert client.models.retrieve("auto").owned_by == "proto-route"
-
-
 @pytest.mark.parametrize(
     "messages", [[], [{"role": "system", "content": "x"}], [{"role": "bot", "content": "x"}]]
 )

@@ -49,7 +49,7 @@ Roman:",generation,
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_the_six_commands_lead_to_an_answer_of_the_right_variant(tmp_path):
+def test_the_six_commands_lead_to_an_answer(tmp_path):
     for port in (8000, 8080):
         with socket.socket() as one:
             if not one.connect_ex(("127.0.0.1", port)):

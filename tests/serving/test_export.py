@@ -16,11 +16,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, ROOT, write_tiny_adapter
+from helpers import NAMES, ROOT, edit_json, write_tiny_adapter
 from merge.folders import open_adapter
 from router.api import Router
 from router.cli import main as cli
-from router.routing.variants import served
 from router.serving.export import main
 from router.serving.names import read_served
 from router.system.errors import InputError
@@ -30,6 +29,13 @@ from router.system.files import sha256_of
 @pytest.fixture()
 def out(command):
     return command("proto_route", "--false_alarm", 0.9, "--temperature", 3.0)[1]
+
+
+@pytest.fixture()
+def saved(tiny_base, tiny_library, tmp_path):
+    router = Router.from_library(tiny_library, base_model=str(tiny_base), device="cpu", dtype="float32")
+    texts = [f"{word} number {n}" for n in range(9) for word in ("What is", "Say", "Bonjour")]
+    return router.fit(texts).save(tmp_path / "saved")
 
 
 def words_of(folder):
@@ -70,28 +76,21 @@ def modules_named(words):
     return list(takewhile(lambda word: not word.startswith("--"), words[start:]))
 
 
-def variant_config(out, **fields):
-    """Changes the configuration of the first variant."""
-    file = folders_in(out)[0] / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-
-@pytest.mark.parametrize("more", [["!x"], ["--trust-remote-code"], ["@args"]])
-def test_modules_come_from_the_weights(out, more):
-    config = json.loads((folders_in(out)[0] / "adapter_config.json").read_text())
-    variant_config(out, target_modules=[*config["target_modules"], *more])
+def test_a_module_that_is_called_like_a_flag_is_refused(out, capsys):
+    """Modules come from the weights: what the configuration calls them is never a word of the command."""
+    config = folders_in(out)[0] / "adapter_config.json"
+    targets = json.loads(config.read_text())["target_modules"]
+    edit_json(config, target_modules=[*targets, "!x", "@args", "--trust-remote-code"])
     assert main([str(out)]) == 0
     assert modules_named(words_of(out)) == sorted(modules_in(out))
-
-
-def test_a_module_that_is_called_like_a_flag_is_refused(out, capsys):
-    file = folders_in(out)[0] / "adapter_model.safetensors"
+    (out / "serve.sh").unlink()
+    file = config.with_name("adapter_model.safetensors")
     odd = {
         f"base_model.model.layers.0.--trust-remote-code.lora_{side}.weight": torch.ones(shape)
         for side, shape in (("A", (8, 4)), ("B", (4, 8)))
     }
     save_file(odd, file)
-    variant_config(out, target_modules=["--trust-remote-code"], r=8, lora_alpha=8)
+    edit_json(config, target_modules=["--trust-remote-code"], r=8, lora_alpha=8)
     record = json.loads((out / "run.json").read_text())
     record["variants"][0]["sha256"] = sha256_of(file)  # a stranger's run, whole
     (out / "run.json").write_text(json.dumps(record))
@@ -107,8 +106,8 @@ def test_a_module_that_is_called_like_a_flag_is_refused(out, capsys):
     ],
 )  # fmt: skip
 def test_no_word_of_a_strangers_run_is_a_flag(out, capsys, base):
-    record = json.loads((out / "run.json").read_text())
-    (out / "run.json").write_text(json.dumps(record | {"base": record["base"] | base}))
+    plain = json.loads((out / "run.json").read_text())["base"]
+    edit_json(out / "run.json", base=plain | base)
     assert main([str(out)]) == 2
     assert "run.json" in capsys.readouterr().err and not (out / "serve.sh").exists()
 
@@ -143,9 +142,7 @@ def llama_cpp(tmp_path):
     return ["--engine", "llamacpp", "--llama_cpp", tmp_path / "llama.cpp", "--gguf", tmp_path / "base.gguf"]
 
 
-def test_llamacpp_gets_the_adapters_with_their_scales_in_the_factors(
-    out, llama_cpp, tiny_library, tiny_base, capsys
-):
+def test_llamacpp_gets_the_adapters_with_scaled_factors(out, llama_cpp, tiny_library, tiny_base, capsys):
     assert main([str(out), *map(str, llama_cpp)]) == 0
     words = words_of(out)
     scaled = [words[n + 1].rpartition(":") for n, word in enumerate(words) if word == "--lora-scaled"]
@@ -164,19 +161,14 @@ def test_llamacpp_gets_the_adapters_with_their_scales_in_the_factors(
             torch.testing.assert_close(update, module.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
 
 
-def test_a_saved_router_has_its_variants_for_llamacpp(tiny_base, tiny_library, tmp_path, llama_cpp):
-    router = Router.from_library(tiny_library, base_model=str(tiny_base), device="cpu", dtype="float32")
-    router.fit([f"{word} number {n}" for n in range(9) for word in ("What is", "Say", "Bonjour")])
-    saved = router.save(tmp_path / "saved")
-    assert main([str(saved), *map(str, llama_cpp)]) == 0
-    made = {
-        f"{served(n, variant.sha256)}.gguf" for n, variant in enumerate(router.variants) if variant.weights
-    }
+def test_a_saved_router_has_its_variants_for_llamacpp(saved, llama_cpp):
+    for _ in range(2):  # the second time over the first
+        assert main([str(saved), *map(str, llama_cpp)]) == 0
+    made = {f"{name_of(path)}.gguf" for path in folders_in(saved)}
     assert {path.name for path in (saved / "gguf").glob("*.gguf")} == made and made
-    assert main([str(saved), *map(str, llama_cpp)]) == 0  # a second time, over the first
 
 
-def test_a_folder_that_no_export_wrote_is_refused_and_left_alone(out, llama_cpp, capsys):
+def test_a_folder_that_no_export_wrote_is_left_alone(out, llama_cpp, capsys):
     (out / "gguf").mkdir()
     (out / "gguf" / "mine").write_text("mine")
     assert main([str(out), *map(str, llama_cpp)]) == 2
@@ -184,23 +176,21 @@ def test_a_folder_that_no_export_wrote_is_refused_and_left_alone(out, llama_cpp,
     assert [path.read_text() for path in (out / "gguf").iterdir()] == ["mine"]
 
 
-def test_what_llamacpp_lacks_is_refused_in_a_line_and_nothing_is_left(out, llama_cpp, tiny_library, capsys):
-    *_, checkout, _, gguf = llama_cpp
-    for words, cause in (
-        (["--engine", "llamacpp", "--gguf", gguf], "--llama_cpp: expected a checkout"),
-        (["--engine", "llamacpp", "--gguf", gguf, "--llama_cpp", out], "no convert_lora_to_gguf.py"),
-        (["--engine", "llamacpp", "--llama_cpp", checkout], "as a GGUF file, got none"),
-    ):
-        assert main([str(out), *map(str, words)]) == 2
-        assert cause in capsys.readouterr().err
+def test_what_llamacpp_lacks_is_refused_and_nothing_is_left(out, llama_cpp, tiny_library, capsys):
+    def refused(*words):
+        assert main([str(out), "--engine", "llamacpp", *map(str, words)]) == 2
+        assert not list(out.glob("*gguf*")) and not (out / "serve.sh").exists()
+        return capsys.readouterr().err
+
+    checkout, gguf = llama_cpp[3], llama_cpp[5]
+    assert "--llama_cpp" in refused("--gguf", gguf)
+    assert "convert_lora_to_gguf.py" in refused("--gguf", gguf, "--llama_cpp", out)
+    assert "GGUF" in refused("--llama_cpp", checkout)
     script = checkout / "convert_lora_to_gguf.py"
     script.write_text("raise ValueError('this architecture is not known')")
-    assert main([str(out), *map(str, llama_cpp)]) == 2
-    assert "this architecture is not known" in capsys.readouterr().err
-    assert not list(out.glob("*gguf*")) and not (out / "serve.sh").exists()
+    assert "this architecture is not known" in refused(*llama_cpp[2:])
     write_tiny_adapter(tiny_library / "mlp", 9)
-    assert main([str(out), *map(str, llama_cpp)]) == 2
-    assert "expected the adapters of the run" in capsys.readouterr().err
+    assert "expected the adapters of the run" in refused(*llama_cpp[2:])
 
 
 def test_the_script_runs_what_it_says(out, tmp_path, monkeypatch):
@@ -236,30 +226,19 @@ def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(out, capsys):
     assert f"variants-rank-1/{path.name}" in " ".join(words_of(out))
 
 
-@pytest.mark.parametrize("engine", ["vllm", "llamacpp"])
-def test_no_written_rank_is_above_what_was_asked_for(out, llama_cpp, capsys, engine):
+@pytest.mark.parametrize(
+    ("engine", "files"), [("vllm", "variants-rank-3/*/*.safetensors"), ("llamacpp", "gguf/*.gguf")]
+)
+def test_no_written_rank_is_above_what_was_asked_for(out, llama_cpp, capsys, engine, files):
     words = list(map(str, llama_cpp)) if engine == "llamacpp" else []
     assert main([str(out), *words, "--max_rank", "3"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert "rank 3" in said[-1] and all(": rank 3, " in line for line in said[:-1])
-    files = (
-        (out / "gguf").glob("*.gguf") if engine == "llamacpp" else out.glob("variants-rank-3/*/*.safetensors")
-    )
-    written = [weights for file in files for weights in load_file(file).values()]
+    written = [weights for file in out.glob(files) for weights in load_file(file).values()]
     assert written and {min(weights.shape) for weights in written} == {3}
     if engine == "vllm":
         text = words_of(out)
         assert text[text.index("--max-lora-rank") + 1] == "8"  # the least that it accepts for 3
-
-
-def test_llamacpp_gets_adapters_of_the_rank_that_is_told(out, llama_cpp, tiny_library, capsys):
-    assert main([str(out), *map(str, llama_cpp)]) == 0
-    highest = max(max(open_adapter(tiny_library / name).ranks.values()) for name in NAMES)
-    assert f"rank {highest}, for llamacpp" in capsys.readouterr().out
-    ranks = {
-        min(tensor.shape) for file in (out / "gguf").glob("*.gguf") for tensor in load_file(file).values()
-    }
-    assert max(ranks) == highest
 
 
 def test_what_a_run_left_out_does_not_matter_for_llamacpp(command, tiny_library, llama_cpp, capsys):
@@ -290,36 +269,27 @@ def test_what_a_killed_export_left_goes_at_the_next_one(out, llama_cpp):
     assert [path.name for path in out.glob(".gguf.*")] == [".gguf.theirs"]
 
 
-def test_a_method_that_weighs_adapters_for_each_token_has_nothing_to_serve(command, capsys):
-    _, out = command("arrow")
-    assert main([str(out)]) == 2
-    said = capsys.readouterr().err
-    assert "for each token" in said and "base model answers" not in said
+def test_what_has_no_variants_is_refused(out, capsys, tmp_path, command):
+    def refused(folder):
+        assert main([str(folder)]) == 2
+        return capsys.readouterr().err
 
-
-def test_what_has_no_variants_is_refused_in_a_line(out, capsys, tmp_path):
-    assert main([str(tmp_path / "nothing")]) == 2
-    assert "expected a saved router or a finished run" in capsys.readouterr().err
+    assert str(tmp_path / "nothing") in refused(tmp_path / "nothing")
+    assert "for each token" in refused(command("arrow", out="tokens")[1])
     shutil.rmtree(out / "variants")
-    record = json.loads((out / "run.json").read_text())
-    record["variants"] = [{"folder": None, "queries": 1, "weights": {"base": 1.0}}]
-    (out / "run.json").write_text(json.dumps(record))
-    assert main([str(out)]) == 2
-    assert "the base model answers all" in capsys.readouterr().err
+    edit_json(out / "run.json", variants=[{"folder": None, "queries": 1, "weights": {"base": 1.0}}])
+    assert "the base model answers all" in refused(out)
     (out / "run.json").write_text("{")
-    assert main([str(out)]) == 2
+    assert "run.json" in refused(out)
     with pytest.raises(SystemExit):
         main([str(out), "--max_rank", "0"])
 
 
-def test_a_variant_whose_folder_is_gone_is_named_with_what_to_do(out, capsys, tmp_path, base, tiny_library):
+def test_a_variant_whose_folder_is_gone_is_named(out, saved, capsys):
     gone = folders_in(out)[-1]
     shutil.rmtree(gone)
     assert main([str(out)]) == 2
-    assert f"{gone}: expected variant {gone.name}" in capsys.readouterr().err
-    assert not (out / "serve.sh").exists()
-    router = Router.from_library(tiny_library, base_model=base.name, device="cpu", dtype="float32")
-    saved = router.fit(["What is two and two?", "Say x", "Bonjour !"]).save(tmp_path / "saved")
+    assert str(gone) in capsys.readouterr().err and not (out / "serve.sh").exists()
     assert read_served(saved).folders.keys() == {name_of(path) for path in folders_in(saved)}
     shutil.rmtree(folders_in(saved)[0])
     assert main([str(saved)]) == 2
@@ -339,5 +309,5 @@ def test_variants_that_were_exchanged_are_refused(out, capsys, tiny_base):
     first, second, *_ = folders_in(out)
     (first / "adapter_model.safetensors").write_bytes((second / "adapter_model.safetensors").read_bytes())
     assert main([str(out)]) == 2 and str(first) in capsys.readouterr().err
-    with pytest.raises(InputError, match="expected the weights that the run wrote"):
+    with pytest.raises(InputError, match="weights"):
         Router.load(out, device="cpu")

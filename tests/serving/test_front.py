@@ -4,36 +4,41 @@ import asyncio
 import gzip
 import json
 import re
-from types import SimpleNamespace
+import threading
 
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 pytest.importorskip("starlette", reason="needs the extra serve")
 
-from serving_stubs import LLAMACPP, Two, Upstream, chat, completion, talk  # noqa: E402
+from serving_stubs import LLAMACPP, Two, Upstream, chat, completion, fronted  # noqa: E402
 from starlette.responses import JSONResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from helpers import ROOT  # noqa: E402
-from router.api import Choice, Router  # noqa: E402
-from router.routing.variants import served  # noqa: E402
+from router.api import Choice  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
-from router.serving.text import NoText, prompt_of  # noqa: E402
+from router.serving.text import prompt_of  # noqa: E402
 from router.system.errors import InputError  # noqa: E402
-from router.system.files import sha256_of  # noqa: E402
 from router.system.keys import key_of  # noqa: E402
 
+pytestmark = pytest.mark.anyio
 
-def test_auto_is_answered_by_the_variant_and_another_model_passes_untouched():
-    async def work(client, upstream, _):
+
+async def test_auto_is_answered_by_the_variant_others_pass():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    picture = {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, image]}], "n": 2}
+
+    async with fronted() as (client, upstream, _):
         first = await client.post("/v1/completions", json=completion("x", temperature=0.5, logprobs=2))
         base = await client.post("/v1/completions", json=completion("y"))
         other = await client.post("/v1/completions", content=b'{"model": "theirs",  "prompt": "x"}')
+        await client.post("/v1/chat/completions", json=picture | {"model": "auto"})
         assert [body for _, body, _ in upstream.seen] == [
             {"model": "variant-0", "prompt": "x", "temperature": 0.5, "logprobs": 2},
             {"model": "the-base", "prompt": "y"},
             {"model": "theirs", "prompt": "x"},
+            picture | {"model": "variant-0"},
         ]
         decision = first.json()["router"]
         assert decision.pop("request_id") == first.headers["x-request-id"]
@@ -46,25 +51,18 @@ def test_auto_is_answered_by_the_variant_and_another_model_passes_untouched():
         assert base.headers["x-router-fits"] == "false" and base.headers["x-router-margin"] == "0.1"
         assert "router" not in other.json() and "x-router-model" not in other.headers
 
-    talk(work)
 
-
-def test_a_stream_passes_chunk_by_chunk_with_the_decision_in_its_headers():
-    async def work(client, upstream, _):
+async def test_a_stream_passes_chunk_by_chunk_with_its_decision():
+    async with fronted() as (client, upstream, _):
         async with client.stream("POST", "/v1/completions", json=completion("x", stream=True)) as answer:
             assert answer.headers["x-router-model"] == "variant-0"
-            assert (
-                b"".join([chunk async for chunk in answer.aiter_raw()])
-                == b"data: 0\n\ndata: 1\n\ndata: 2\n\n"
-            )
-        assert upstream.closed == 1
-
-    talk(work)
+            chunks = [chunk async for chunk in answer.aiter_raw()]
+        assert b"".join(chunks) == b"data: 0\n\ndata: 1\n\ndata: 2\n\n" and upstream.closed == 1
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
-def test_a_conversation_is_routed_by_what_the_user_says(path):
-    async def work(client, upstream, front):
+async def test_a_conversation_is_routed_by_what_the_user_says(path):
+    async with fronted() as (client, upstream, _):
         for body in (chat("x"), chat("x", "answer", "now y"), chat("y", "an x", "now x")):
             if path == "/v1/responses":
                 body["input"] = body.pop("messages")
@@ -72,8 +70,6 @@ def test_a_conversation_is_routed_by_what_the_user_says(path):
             assert answer.headers["x-router-model"] == upstream.seen[-1][1]["model"]
         models = [body["model"] for _, body, _ in upstream.seen]
         assert models == ["variant-0", "the-base", "variant-0"]
-
-    talk(work)
 
 
 CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
@@ -101,8 +97,8 @@ def test_what_is_read_of_a_request(body, read):
 @pytest.mark.parametrize(
     "path", ["/v1/../flush_cache", "/v1/%2e%2e/flush_cache", "/v1/a/%2E./b", "/v1/..%2fflush_cache"]
 )
-def test_no_path_leads_out_of_v1(path):
-    async def work(client, upstream, front):
+async def test_no_path_leads_out_of_v1(path):
+    async with fronted() as (_, upstream, front):
         told = []
 
         async def send(message):
@@ -116,10 +112,8 @@ def test_no_path_leads_out_of_v1(path):
         await front.app(scope, lambda: asyncio.sleep(0, {"type": "http.request", "body": b""}), send)
         assert told[0]["status"] == 404 and upstream.seen == []
 
-    talk(work)
 
-
-def test_odd_headers_and_names_pass_or_are_quoted():
+async def test_odd_headers_and_names_pass_or_are_quoted():
     upstream = Upstream()
 
     async def models(_):
@@ -127,7 +121,7 @@ def test_odd_headers_and_names_pass_or_are_quoted():
 
     upstream.app.router.routes[0] = Route("/v1/models", models)
 
-    async def work(client, upstream, _):
+    async with fronted(upstream=upstream) as (client, upstream, _):
         headers = [(b"user-agent", "é".encode("latin-1")), (b"accept-encoding", b"br")]
         answer = await client.post("/v1/completions", json=completion("y"), headers=headers)
         assert answer.status_code == 200 and answer.json()["router"]["model"] == "模型"
@@ -135,85 +129,64 @@ def test_odd_headers_and_names_pass_or_are_quoted():
         _, _, sent = upstream.seen[0]
         assert sent["user-agent"] == "é" and "br" not in sent["accept-encoding"]
 
-    talk(work, upstream=upstream)
 
-
-def test_a_compressed_body_is_refused():
-    async def work(client, upstream, _):
+async def test_a_compressed_body_is_refused():
+    async with fronted() as (client, upstream, _):
         zipped = gzip.compress(b'{"model": "auto", "prompt": "x"}')
         for path in ("/v1/completions", "/v1/embeddings", "/v1/route"):
             answer = await client.post(path, content=zipped, headers={"content-encoding": "gzip"})
             assert answer.status_code == 415 and upstream.seen == []
 
-    talk(work)
-
-
-def test_the_upstreams_own_key_is_brought():
-    async def work(client, upstream, _):
-        await client.post("/v1/completions", json=completion("x"), headers={"authorization": "Bearer mine"})
-        assert upstream.seen[0][2]["authorization"] == "Bearer theirs"
-
-    talk(work, upstream_key="theirs")
-
 
 WRONG = {
-    "nested": (b"[" * 100_000, 400, "expected JSON"),
-    "no JSON": (b"{", 400, "expected JSON"),
-    "a list": (b"[]", 400, "expected a JSON object, got a list"),
-    "no prompt": (b'{"model": "auto"}', 400, "expected text"),
-    "several": (b'{"model": "auto", "prompt": ["a", "b"]}', 400, "several requests"),
-    "token ids": (b'{"model": "auto", "prompt": [[1, 2]]}', 400, "expected"),
-    "10 MB": (b'{"model": "auto", "prompt": "' + b"x" * 10_000_000 + b'"}', 413, "at most 4194304 bytes"),
+    "nested": (b"[" * 100_000, 400),
+    "no JSON": (b"{", 400),
+    "a list": (b"[]", 400),
+    "no prompt": (b'{"model": "auto"}', 400),
+    "several": (b'{"model": "auto", "prompt": ["a", "b"]}', 400),
+    "token ids": (b'{"model": "auto", "prompt": [[1, 2]]}', 400),
+    "no message": (b'{"model": "auto", "messages": []}', 400),
+    "no user": (b'{"model": "auto", "messages": [{"role": "system", "content": "x"}]}', 400),
+    "no list": (b'{"model": "auto", "messages": "x"}', 400),
+    "no content": (b'{"model": "auto", "messages": [{"role": "user"}]}', 400),
+    "10 MB": (b'{"model": "auto", "prompt": "' + b"x" * 10_000_000 + b'"}', 413),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_cannot_be_routed_is_refused_and_does_not_reach_the_upstream(kind):
-    content, status, cause = WRONG[kind]
+async def test_what_cannot_be_routed_does_not_reach_the_upstream(kind):
+    content, status = WRONG[kind]
 
-    async def work(client, upstream, _):
+    async with fronted() as (client, upstream, _):
         answer = await client.post("/v1/completions", content=content)
-        assert answer.status_code == status and cause in answer.json()["error"]["message"]
+        assert answer.status_code == status and answer.json()["error"]["message"]
         assert upstream.seen == []
 
-    talk(work)
 
-
-def test_messages_without_a_user_are_refused():
-    for messages in ([], [{"role": "system", "content": "x"}], "x", None, [{"role": "user"}]):
-        with pytest.raises(NoText):
-            prompt_of({"messages": messages})
-
-
-def test_a_key_is_asked_for_and_not_passed_on():
-    async def work(client, upstream, _):
+@pytest.mark.parametrize("theirs", [None, "theirs"])
+async def test_a_key_is_asked_for_and_not_passed_on(theirs):
+    async with fronted(api_key="secret", upstream_key=theirs) as (client, upstream, _):
         for path in ("/v1/models", "/recent"):
             assert (await client.get(path)).status_code == 401
-        for key in ("", "Bearer wrong", "Bearer secre"):
-            answer = await client.post(
-                "/v1/completions", json=completion("x"), headers={"authorization": key}
-            )
-            assert answer.status_code == 401
-        right = {"authorization": "Bearer secret"}
-        assert (await client.post("/v1/completions", json=completion("x"), headers=right)).status_code == 200
-        assert len(upstream.seen) == 1 and "authorization" not in upstream.seen[0][2]
+        for key, status in (("", 401), ("Bearer wrong", 401), ("Bearer secre", 401), ("Bearer secret", 200)):
+            headers = {"authorization": key}
+            answer = await client.post("/v1/completions", json=completion("x"), headers=headers)
+            assert answer.status_code == status
+        (sent,) = (headers for _, _, headers in upstream.seen)
+        assert sent.get("authorization") == (theirs and f"Bearer {theirs}")
         assert (await client.get("/health")).status_code == 200
 
-    talk(work, api_key="secret")
 
-
-def test_the_upstreams_errors_come_back_with_their_status():
-    async def work(client, upstream, _):
+async def test_the_upstreams_errors_come_back_with_their_status():
+    async with fronted() as (client, upstream, _):
         upstream.broken = True
         answer = await client.post("/v1/completions", json=completion("x"))
         assert answer.status_code == 503 and answer.json() == {"error": "broken"}
         assert answer.headers["x-router-model"] == "variant-0"
 
-    talk(work)
 
-
-def test_a_variant_that_the_upstream_has_lost_is_its_own_404_and_the_others_go_on():
-    async def work(client, upstream, _):
+async def test_a_variant_that_the_upstream_has_lost_is_its_own_404():
+    async with fronted() as (client, upstream, _):
         assert (await client.post("/v1/completions", json=completion("x"))).status_code == 200
         upstream.unloaded, upstream.listed = {"variant-0"}, ({"id": "the-base"},)
         for more in ({}, {"stream": True}):
@@ -224,92 +197,72 @@ def test_a_variant_that_the_upstream_has_lost_is_its_own_404_and_the_others_go_o
         ready = await client.get("/ready")
         assert ready.status_code == 503 and "variant-0" in ready.json()["error"]["message"]
 
-    talk(work)
-
 
 @pytest.mark.parametrize(
     ("error", "status"), [(httpx.ConnectError("no"), 502), (httpx.ReadTimeout("slow"), 504)]
 )
-def test_an_upstream_that_is_not_there_or_too_slow(error, status):
+async def test_an_upstream_that_is_not_there_or_too_slow(error, status):
     def fail(request):
         raise error
 
-    async def work(client, *_):
+    async with fronted(transport=httpx.MockTransport(fail)) as (client, *_):
         answer = await client.post("/v1/completions", json=completion("x"))
         assert answer.status_code == status and "upstream" in answer.json()["error"]["message"]
         assert (await client.get("/ready")).status_code == status
         assert (await client.get("/health")).status_code == 200
 
-    talk(work, transport=httpx.MockTransport(fail))
+
+class Half(httpx.AsyncByteStream):
+    """An answer that begins and breaks off."""
+
+    def __init__(self, error):
+        self.error = error
+
+    async def __aiter__(self):
+        yield b"data: "
+        raise self.error
 
 
-def test_an_upstream_that_dies_in_the_middle_and_comes_back_with_other_names():
-    """Killed before it answers, killed while it answers, and started again."""
-    deaths = ["before", "during"]
+class Mortal(httpx.ASGITransport):
+    """Breaks off as many answers as there are errors, before or after their beginning; then lives."""
 
-    class Mortal(httpx.ASGITransport):
-        async def handle_async_request(self, request):
-            if request.method == "POST" and deaths:
-                if deaths.pop(0) == "before":
-                    raise httpx.RemoteProtocolError("server disconnected")
-                return httpx.Response(200, stream=Half())
+    def __init__(self, app, *errors):
+        super().__init__(app)
+        self.errors = list(errors)
+
+    async def handle_async_request(self, request):
+        if request.method == "GET" or not self.errors:
             return await super().handle_async_request(request)
+        error = self.errors.pop(0)
+        if isinstance(error, httpx.RemoteProtocolError):
+            raise error
+        stream = b'"stream"' in await request.aread()
+        kind = {"content-type": "text/event-stream"} if stream else {}
+        return httpx.Response(200, headers=kind, stream=Half(error))
 
-    class Half(httpx.AsyncByteStream):
-        async def __aiter__(self):
-            yield b'{"model": '
-            raise httpx.ReadError("reset by peer")
 
+async def test_an_upstream_that_dies_comes_back_with_other_names():
+    """Killed before it answers, killed while it answers, too slow, and started again."""
     upstream = Upstream()
+    deaths = (
+        httpx.RemoteProtocolError("disconnected"), httpx.ReadError("reset"), httpx.ReadTimeout("slow"),
+    )  # fmt: skip
 
-    async def work(client, upstream, _):
-        for _ in range(2):
+    async with fronted(upstream=upstream, transport=Mortal(upstream.app, *deaths)) as (client, upstream, _):
+        for status in (502, 502, 504):
             answer = await client.post("/v1/completions", json=completion("y"))
-            assert answer.status_code == 502 and "upstream" in answer.json()["error"]["message"]
+            assert answer.status_code == status and answer.json()["error"]["message"]
         upstream.listed = ({"id": "renamed"}, {"id": "variant-0", "parent": "renamed"})
         assert (await client.post("/v1/completions", json=completion("y"))).json()["model"] == "renamed"
 
-    talk(work, upstream=upstream, transport=Mortal(upstream.app))
 
-
-def test_an_upstream_that_stalls_in_the_middle_of_an_answer_is_too_slow():
-    class Half(httpx.AsyncByteStream):
-        async def __aiter__(self):
-            yield b'{"model": '
-            raise httpx.ReadTimeout("slow")
-
-    def answer(request):
-        if request.method == "GET":
-            return httpx.Response(200, json={"data": [{"id": "the-base"}]})
-        return httpx.Response(200, stream=Half())
-
-    async def work(client, *_):
-        answer = await client.post("/v1/completions", json=completion("x"))
-        assert answer.status_code == 504 and "in time" in answer.json()["error"]["message"]
-
-    talk(work, transport=httpx.MockTransport(answer))
-
-
-def test_a_stream_that_breaks_off_ends_and_the_next_request_is_answered():
-    class Half(httpx.AsyncByteStream):
-        async def __aiter__(self):
-            yield b"data: 0\n\n"
-            raise httpx.ReadError("reset by peer")
-
-    class Mortal(httpx.ASGITransport):
-        async def handle_async_request(self, request):
-            if b'"stream"' in await request.aread():
-                return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Half())
-            return await super().handle_async_request(request)
-
+async def test_a_stream_that_breaks_off_ends_and_the_next_is_answered():
     upstream = Upstream()
-
-    async def work(client, *_):
+    mortal = Mortal(upstream.app, httpx.ReadError("reset"))
+    async with fronted(upstream=upstream, transport=mortal) as (client, *_):
         with pytest.raises(httpx.ReadError):  # a server cuts the connection, so nobody takes it for whole
             await client.post("/v1/completions", json=completion("x", stream=True))
         assert (await client.post("/v1/completions", json=completion("x"))).status_code == 200
-
-    talk(work, upstream=upstream, transport=Mortal(upstream.app))
 
 
 @pytest.mark.parametrize(
@@ -321,8 +274,9 @@ def test_a_stream_that_breaks_off_ends_and_the_next_request_is_answered():
         ({"id": "another/base", "root": "/models/base"}, True),  # a folder says nothing
     ],
 )
-def test_variants_are_not_asked_of_an_upstream_with_another_base_model(listed, fine):
-    async def work(client, upstream, _):
+async def test_no_variant_is_asked_of_another_base_model(listed, fine):
+    listing = Upstream((listed, {"id": "variant-0", "parent": listed["id"]}))
+    async with fronted(upstream=listing) as (client, upstream, _):
         answer = await client.post("/v1/completions", json=completion("x"))
         ready = await client.get("/ready")
         assert (answer.status_code, ready.status_code) == ((200, 200) if fine else (502, 502))
@@ -331,84 +285,42 @@ def test_variants_are_not_asked_of_an_upstream_with_another_base_model(listed, f
         other = await client.post("/v1/completions", json={"model": "theirs", "prompt": "x"})
         assert other.status_code == 200
 
-    talk(work, upstream=Upstream((listed, {"id": "variant-0", "parent": listed["id"]})))
 
-
-def test_choices_tools_and_images_pass_as_they_are():
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    message = {"role": "user", "content": [{"type": "text", "text": "x"}, image]}
-    more = {
-        "n": 2, "logprobs": True, "top_logprobs": 3, "tool_choice": "auto",
-        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-    }  # fmt: skip
-
-    async def work(client, upstream, _):
-        body = {"model": "auto", "messages": [message], **more}
-        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
-        assert upstream.seen[0][1] == body | {"model": "variant-0"}
-
-    talk(work)
-
-
-def test_ready_says_which_variants_the_upstream_lacks():
-    async def work(client, *_):
-        assert (await client.get("/ready")).json() == {"status": "ready", "variants": 1}
-
-    talk(work)
-    router = Two()
-    router.variants[1].weights = {"two": 1.0}
-
-    async def missing(client, *_):
-        answer = await client.get("/ready")
-        assert answer.status_code == 503 and "does not serve variant-1" in answer.json()["error"]["message"]
-
-    talk(missing, router)
-
-
-def test_llamacpp_is_told_the_requests_own_mix_of_its_adapters():
-    async def work(client, upstream, _):
+@pytest.mark.parametrize(
+    ("adapters", "scales"),
+    [
+        (("two", "thr%20ee", "one"), [{0: 0.25, 1: 0, 2: 0.75}, {0: 0, 1: 0, 2: 0}]),
+        (("variant-0",), [{0: 1.0}, {0: 0.0}]),  # those of a saved router
+    ],
+)
+async def test_llamacpp_gets_the_requests_own_mix_of_its_adapters(adapters, scales):
+    async with fronted(upstream=Upstream(LLAMACPP, adapters)) as (client, upstream, _):
         first = await client.post("/v1/completions", json=completion("x"))
         await client.post("/v1/chat/completions", json=chat("y"))
-        scales = [{one["id"]: one["scale"] for one in body["lora"]} for _, body, _ in upstream.seen]
-        assert scales == [{0: 0.25, 1: 0, 2: 0.75}, {0: 0, 1: 0, 2: 0}]
-        assert first.json()["router"]["model"] == "variant-0"
-
-    talk(work, upstream=Upstream(LLAMACPP, ("two", "thr%20ee", "one")))
+        found = [{one["id"]: one["scale"] for one in body["lora"]} for _, body, _ in upstream.seen]
+        assert found == scales and first.json()["router"]["model"] == "variant-0"
 
 
-def test_llamacpp_with_the_variants_of_a_saved_router():
-    async def work(client, upstream, _):
-        for prompt in ("x", "y"):
-            await client.post("/v1/completions", json=completion(prompt))
-        assert [body["lora"] for _, body, _ in upstream.seen] == [
-            [{"id": 0, "scale": 1.0}], [{"id": 0, "scale": 0.0}]
-        ]  # fmt: skip
-
-    talk(work, upstream=Upstream(LLAMACPP, ("variant-0",)))
-
-
-def test_llamacpp_that_lacks_an_adapter():
-    async def work(client, upstream, _):
+async def test_llamacpp_that_lacks_an_adapter():
+    async with fronted(upstream=Upstream(LLAMACPP, ("one",))) as (client, upstream, _):
         assert (await client.get("/ready")).status_code == 503
         answer = await client.post("/v1/completions", json=completion("x"))
         assert answer.status_code == 502 and "variant-0" in answer.json()["error"]["message"]
         assert upstream.seen == []
 
-    talk(work, upstream=Upstream(LLAMACPP, ("one",)))
 
-
-def test_the_decision_alone():
-    async def work(client, upstream, _):
+async def test_the_decision_alone_is_that_of_the_answer():
+    async with fronted() as (client, upstream, _):
         answer = (await client.post("/v1/route", json={"prompt": "x"})).json()
         assert answer["model"] == "variant-0" and answer["fits"]
-        assert (await client.post("/v1/route", json=chat("y"))).json()["model"] == "the-base"
+        talk = {"messages": chat("x", "answer", "now y")["messages"]}
+        assert (await client.post("/v1/route", json=talk)).json()["model"] == "the-base"
         assert upstream.seen == []
 
-    talk(work)
 
+async def test_two_hundred_requests_at_once_get_their_own_answers():
+    async with fronted() as (client, _, front):
 
-def test_two_hundred_requests_at_once_are_probed_together_and_none_gets_anothers_answer():
-    async def work(client, upstream, front):
         async def ask(n):
             prompt = f"{'x' if n % 3 else 'y'} {n}"
             request = asyncio.create_task(client.post("/v1/completions", json=completion(prompt)))
@@ -425,105 +337,79 @@ def test_two_hundred_requests_at_once_are_probed_together_and_none_gets_anothers
         assert sum(answer is not None for answer in answers) == 160
         assert len(front.router.batches) < 40  # far fewer passes than requests
 
-    talk(work)
 
-
-def test_a_queue_that_is_full_says_when_to_try_again(monkeypatch):
+async def test_a_queue_that_is_full_says_when_to_try_again(monkeypatch):
     monkeypatch.setattr(prober_module, "MOST", 1)
 
-    async def work(client, *_):
+    async with fronted(queue=4) as (client, *_):
         asked = [client.post("/v1/completions", json=completion(f"x{n}")) for n in range(20)]
         answers = await asyncio.gather(*asked)
         refused = [answer for answer in answers if answer.status_code == 429]
         assert refused and all(answer.headers["retry-after"] == "1" for answer in refused)
         assert {answer.status_code for answer in answers} == {200, 429}
 
-    talk(work, queue=4)
 
-
-def test_a_reload_takes_the_new_router_and_forgets_conversations():
+async def test_a_reload_takes_the_new_router():
     new = Two()
     new.choose = lambda texts: [Choice(1, {"base": 1.0}, 1.0, False, False, {}) for _ in texts]
+    new.variants[0].sha256 = "0a1b2c3d4e"
 
-    async def work(client, upstream, front):
+    async with fronted(load=lambda: new) as (client, upstream, front):
         await client.post("/v1/chat/completions", json=chat("x"))
-        assert (await client.post("/admin/reload")).json() == {
-            "status": "reloaded",
-            "variants": 2,
-            "changed": [],
-        }
+        told = {"status": "reloaded", "variants": 2, "changed": ["variant-0-0a1b2c3d"]}
+        assert (await client.post("/admin/reload")).json() == told
         assert front.router is new
         await client.post("/v1/chat/completions", json=chat("x"))
         assert [body["model"] for _, body, _ in upstream.seen] == ["variant-0", "the-base"]
+        async with front.renewing:
+            assert (await client.post("/admin/reload")).status_code == 409
 
-    talk(work, load=lambda: new)
-
-    async def without(client, *_):
+    async with fronted() as (client, *_):
         assert (await client.post("/admin/reload")).status_code == 409
 
-    talk(without)
+
+async def test_a_reload_loses_no_request_and_mixes_none_up():
+    new, loaded = Two(), threading.Event()
+    new.choose = lambda texts: [Choice(1, {"base": 1.0}, 1.0, False, False, {}) for _ in texts]
+    async with fronted(load=lambda: loaded.wait(30) and new) as (client, *_):
+
+        async def ask(n):
+            answer = (await client.post("/v1/completions", json=completion(f"x {n}"))).json()
+            assert answer["choices"][0]["text"] == f"x {n}"
+            return answer["model"]
+
+        reload = asyncio.create_task(client.post("/admin/reload"))
+        assert set(await asyncio.gather(*map(ask, range(25)))) == {"variant-0"}
+        loaded.set()
+        assert set(await asyncio.gather(*map(ask, range(25)))) <= {"variant-0", "the-base"}
+        assert (await reload).status_code == 200
+        assert await ask(25) == "the-base"
 
 
-def test_metrics_and_the_last_decisions_hold_no_prompt():
-    async def work(client, *_):
+async def test_metrics_and_the_last_decisions_hold_no_prompt():
+    documented = re.search(r"  (.*vector.*)", (ROOT / "docs" / "serving.md").read_text("utf-8"))[1]
+    (pattern,) = re.findall(r'router_requests_total\{variant!~"(.+?)"\}', documented)
+
+    async with fronted() as (client, *_):
         for prompt in ("secret x", "secret x too", "y"):
             await client.post("/v1/completions", json=completion(prompt))
         text = (await client.get("/metrics")).text
-        assert 'router_requests_total{variant="variant-0"} 2.0' in text
-        assert 'router_requests_total{variant="the-base"} 1.0' in text
+        counts = dict(re.findall(r'^router_requests_total\{variant="(.+)"\} (.+)$', text, re.M))
+        assert counts == {"variant-0": "2.0", "the-base": "1.0"}
+        assert [name for name in counts if not re.fullmatch(pattern, name)] == ["the-base"]
         assert 'router_seconds_count{stage="probe"} 3.0' in text and "router_queue 0.0" in text
         recent = (await client.get("/recent")).json()
         assert [one["model"] for one in recent] == ["the-base", "variant-0", "variant-0"]
         assert "secret" not in text + json.dumps(recent)
         assert "What was routed where" in (await client.get("/")).text
 
-    talk(work)
 
-
-def test_the_share_of_the_base_model_can_be_asked_of_the_metrics_as_documented():
-    query = re.search(r"  (.*vector.*)", (ROOT / "docs" / "serving.md").read_text("utf-8"))[1]
-    (pattern,) = re.findall(r'router_requests_total\{variant!~"(.+?)"\}', query)
-
-    async def work(client, *_):
-        for prompt in ("x", "x too", "x again", "y"):
-            await client.post("/v1/completions", json=completion(prompt))
-        text = (await client.get("/metrics")).text
-        counts = dict(re.findall(r'^router_requests_total\{variant="(.+)"\} (.+)$', text, re.M))
-        base = sum(float(count) for name, count in counts.items() if not re.fullmatch(pattern, name))
-        assert base / sum(map(float, counts.values())) == 0.25
-
-    talk(work)
-
-
-def test_the_log_holds_prompts_only_if_it_is_asked_to(caplog):
-    async def work(client, *_):
+@pytest.mark.parametrize("asked", [False, True])
+async def test_the_log_holds_prompts_only_if_it_is_asked_to(asked, caplog):
+    caplog.set_level("INFO", "router.serving.front")
+    async with fronted(log_prompts=asked) as (client, *_):
         await client.post("/v1/completions", json=completion("secret x"))
-
-    with caplog.at_level("INFO", "router.serving.front"):
-        talk(work)
-        assert "variant-0 margin 2.00" in caplog.text and "secret" not in caplog.text
-        talk(work, log_prompts=True)
-        assert "secret x" in caplog.text
-
-
-def test_a_real_router_decides_as_it_does_in_python(tiny_base, tiny_library, tmp_path):
-    how = {"device": "cpu", "dtype": "float32", "max_gen_len": 6}
-    router = Router.from_library(tiny_library, base_model=str(tiny_base), **how)
-    texts = [f"{word} number {n}" for n in range(12) for word in ("What is", "Say", "Bonjour")]
-    loaded = Router.load(router.fit(texts).save(tmp_path / "saved"), device="cpu")
-    for n, made in enumerate(loaded.variants):
-        file = tmp_path / "saved" / "variants" / str(n) / "adapter_model.safetensors"
-        assert made.sha256 == (sha256_of(file) if made.weights else "")
-
-    async def work(client, *_):
-        asked = [client.post("/v1/route", json={"prompt": text}) for text in texts]
-        found = [answer.json() for answer in await asyncio.gather(*asked)]
-        for answer, choice in zip(found, router.choose(texts), strict=True):
-            made = router.variants[choice.variant]
-            assert answer["model"] == (served(choice.variant, made.sha256) if made.weights else "the-base")
-            assert answer["weights"] == pytest.approx(choice.weights, abs=1e-4)
-
-    talk(work, loaded)
+    assert "variant-0 margin 2.00" in caplog.text and ("secret" in caplog.text) == asked
 
 
 def cookies(request):
@@ -536,23 +422,19 @@ def cookies(request):
     return answer
 
 
-def test_a_clients_cookies_are_its_own_and_each_of_them_arrives():
+async def test_a_clients_cookies_are_its_own_and_arrive():
     upstream = Upstream()
     upstream.app.routes.insert(0, Route("/v1/completions", cookies, methods=["POST"]))
 
-    async def work(client, *_):
+    async with fronted(upstream=upstream) as (client, *_):
         first = await client.post("/v1/completions", json=completion("x"))
-        assert [value.split(";")[0] for value in first.headers.get_list("set-cookie")] == [
-            "session=of-alice",
-            "other=b",
-        ]
+        given = [value.split(";")[0] for value in first.headers.get_list("set-cookie")]
+        assert given == ["session=of-alice", "other=b"]
         client.cookies.clear()
         second = await client.post("/v1/completions", json=completion("x"))
         assert second.json()["cookie"] is None
         own = await client.post("/v1/completions", json=completion("x"), headers={"cookie": "session=of-bob"})
         assert own.json()["cookie"] == "session=of-bob"
-
-    talk(work, upstream=upstream)
 
 
 @pytest.mark.parametrize(
@@ -566,85 +448,38 @@ def test_a_clients_cookies_are_its_own_and_each_of_them_arrives():
         ({"host": "evil.example"}, 403),
     ],
 )
-def test_a_page_of_another_site_reaches_nothing_where_no_key_is_asked_for(headers, status):
-    async def work(client, upstream, front):
+async def test_a_page_of_another_site_reaches_nothing_without_a_key(headers, status):
+    async with fronted(hosts=("front",)) as (client, upstream, _):
         for method, path in (("POST", "/v1/completions"), ("GET", "/recent"), ("POST", "/v1/route")):
             answer = await client.request(method, path, json=completion("x"), headers=headers)
             assert answer.status_code == status
         assert len(upstream.seen) == (status == 200)
-
-    talk(work, hosts=("front",))
     with_key = headers | {"authorization": "Bearer k"}  # which no page of another site can guess
 
-    async def asked_for_a_key(client, *_):
+    async with fronted(api_key="k", hosts=("front",)) as (client, *_):
         assert (await client.get("/recent", headers=with_key)).status_code == 200
 
-    talk(asked_for_a_key, api_key="k", hosts=("front",))
 
-
-def test_the_clients_key_goes_to_the_upstreams_lists_too():
+async def test_the_clients_key_goes_to_the_upstreams_lists_too():
     class Asking(Upstream):
         async def models(self, request):
             if request.headers.get("authorization") != "Bearer theirs":
                 return JSONResponse({"error": "no key"}, 401)
             return await super().models(request)
 
-    async def work(client, *_):
+    async with fronted(upstream=Asking()) as (client, *_):
         known = {"headers": {"authorization": "Bearer theirs"}}
         for path in ("/v1/models", "/ready"):
             assert (await client.get(path)).status_code == 502
             assert (await client.get(path, **known)).status_code == 200
         assert (await client.post("/v1/completions", json=completion("y"), **known)).status_code == 200
 
-    talk(work, upstream=Asking())
-
-
-def test_a_decision_alone_is_that_of_the_answer():
-    async def work(client, *_):
-        body = {"messages": chat("x", "answer", "now y")["messages"]}
-        assert (await client.post("/v1/route", json=body)).json()["model"] == "the-base"
-
-    talk(work)
-
-
-def test_a_reload_says_which_variants_the_upstream_must_load_anew_and_is_not_asked_for_twice():
-    new = Two()
-    new.variants = [
-        SimpleNamespace(weights={"two": 1.0}, sha256="0a1b2c3d4e"),
-        SimpleNamespace(weights={}, sha256=""),
-    ]
-
-    async def work(client, _, front):
-        assert (await client.post("/admin/reload")).json()["changed"] == ["variant-0-0a1b2c3d"]
-        async with front.renewing:
-            assert (await client.post("/admin/reload")).status_code == 409
-
-    talk(work, load=lambda: new)
-
 
 @pytest.mark.parametrize("value", ["schl\u00fcssel", "a\nb", "\x00"])
-def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(value, monkeypatch):
+def test_a_key_that_no_header_can_hold_is_not_shown(value, monkeypatch):
     monkeypatch.setattr("router.system.keys.os.environ", {"PROTO_ROUTE_API_KEY": value})
     with pytest.raises(InputError) as caught:
         key_of("PROTO_ROUTE_API_KEY")
     assert value not in str(caught.value)
     monkeypatch.setattr("router.system.keys.os.environ", {"PROTO_ROUTE_API_KEY": " secret\n"})
     assert key_of("PROTO_ROUTE_API_KEY") == "secret" and key_of("ANOTHER") is None
-
-
-def test_the_upstream_is_asked_for_its_list_once_for_all_that_wait():
-    class Counting(Upstream):
-        asked = 0
-
-        async def models(self, request):
-            self.asked += 1
-            await asyncio.sleep(0.01)
-            return await super().models(request)
-
-    async def work(client, upstream, _):
-        answers = await asyncio.gather(
-            *(client.post("/v1/completions", json=completion(f"y{n}")) for n in range(9))
-        )
-        assert {answer.status_code for answer in answers} == {200} and upstream.asked == 1
-
-    talk(work, upstream=Counting())

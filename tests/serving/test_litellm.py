@@ -48,7 +48,7 @@ def ask(hook, *bodies):
     return asyncio.run(together())
 
 
-def test_auto_becomes_the_variant_or_the_base_model_and_other_names_pass(plug):
+def test_auto_becomes_the_variant_and_other_names_pass(plug):
     router = Two()
     chat = {"model": "auto", "messages": [{"role": "user", "content": "an x"}], "stream": True}
     found = ask(

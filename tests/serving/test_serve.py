@@ -99,7 +99,7 @@ def started(saved, upstream, *flags):
 
 
 @posix
-def test_it_serves_reloads_drains_and_tells_that_a_client_has_left(upstream, router, tmp_path):
+def test_it_serves_reloads_drains_and_tells_who_left(upstream, router, tmp_path):
     upstream, asked, left = upstream
     saved = router.save(tmp_path / "saved")
     with started(saved, upstream) as (process, client, log):
@@ -155,89 +155,6 @@ def test_a_slow_upstream_holds_up_its_own_request_alone(upstream):
         assert 'router_requests_total{variant="variant-0"} 3.0' in client.get("/metrics").text
 
 
-def test_of_two_hundred_at_once_some_leave_and_the_others_get_their_own_answers(upstream, router, tmp_path):
-    address, asked, left = upstream
-    words = ("What is", "Say", "Bonjour", "Count to")
-    staying = [f"{word} number {n}" for n in range(40) for word in words]
-    early, late = ([f"Endless {when} {n}" for n in range(20)] for when in ("early", "late"))
-    saved = router.save(tmp_path / "saved")
-    expected = dict(zip(staying, _names(router, staying), strict=True))
-
-    async def work(client):
-        texts = [text for n, own in enumerate(early + late) for text in (*staying[4 * n : 4 * n + 4], own)]
-        assert len(texts) == 200
-        tasks = {text: asyncio.create_task(_ask(client, text)) for text in texts}
-        await asyncio.wait([tasks[text] for text in staying], return_when=asyncio.FIRST_COMPLETED)
-        for text in early:  # most of them wait for their decision
-            tasks[text].cancel()
-        answers = await asyncio.gather(*(tasks[text] for text in staying))
-        while not set(late) <= set(asked):
-            await asyncio.sleep(0.01)
-        for text in late:
-            tasks[text].cancel()
-        return dict(zip(staying, answers, strict=True))
-
-    with started(saved, address) as (_, client, _):
-        assert _at_once(client, work) == expected
-        _until(lambda: sorted(left) == sorted(asked))
-        assert "router_queue 0.0" in client.get("/metrics").text
-        assert _post(client, staying[0])["model"] == expected[staying[0]]
-
-
-@posix
-def test_a_reload_loses_no_request_and_gives_none_anothers_variant(upstream, router, tmp_path):
-    saved = router.save(tmp_path / "saved")
-    old = dict(zip(TEXTS, _names(router, TEXTS), strict=True))
-    router.fit(TEXTS[:1]).save(tmp_path / "new")
-    new = dict(zip(TEXTS, _names(router, TEXTS), strict=True))
-    moved = next(text for text in TEXTS if old[text] != new[text])
-
-    async def work(client):
-        over = asyncio.Event()
-
-        async def go_on(text):
-            while not over.is_set():
-                assert await _ask(client, text) in (old[text], new[text])
-
-        busy = [asyncio.create_task(go_on(text)) for text in TEXTS]
-        assert await _ask(client, moved) == old[moved]
-        router.save(saved)
-        process.send_signal(signal.SIGHUP)
-        while await _ask(client, moved) != new[moved]:
-            pass
-        router.fit(TEXTS).save(saved)
-        assert (await client.post("/admin/reload")).status_code == 200
-        assert await _ask(client, moved) == old[moved]
-        over.set()
-        await asyncio.gather(*busy)
-
-    with started(saved, upstream[0]) as (process, client, _):
-        _at_once(client, work)
-
-
-def _at_once(client, work):
-    """What `work` gives of a client for many requests at a time, of the same server."""
-
-    async def run():
-        limits = httpx.Limits(max_connections=None)
-        async with (
-            asyncio.timeout(60),
-            httpx.AsyncClient(base_url=client.base_url, timeout=30, limits=limits) as many,
-        ):
-            return await work(many)
-
-    return asyncio.run(run())
-
-
-async def _ask(client, text):
-    """The model that answered a text, and no other."""
-    answer = await client.post("/v1/completions", json={"model": "auto", "prompt": text})
-    assert answer.is_success, answer.text
-    body = answer.json()
-    assert body["choices"][0]["text"] == text and body["model"] == body["router"]["model"]
-    return body["model"]
-
-
 def _names(router, texts):
     return [_name(router, choice) for choice in router.choose(texts)]
 
@@ -266,22 +183,23 @@ def _post(client, text):
 
 
 def test_what_cannot_start_says_why(capsys, tmp_path, monkeypatch):
-    assert main(["--router", str(tmp_path), "--upstream", "localhost:8000"]) == 2
-    assert "expected an address" in capsys.readouterr().err
-    assert main(["--router", str(tmp_path), "--upstream", "http://127.0.0.1:1", "--port", "0"]) == 2
-    assert "found none" in capsys.readouterr().err
+    def refused(upstream, *flags):
+        assert main(["--router", str(tmp_path), "--upstream", upstream, *flags]) == 2
+        return capsys.readouterr().err
+
+    assert "--upstream" in refused("localhost:8000")
+    assert str(tmp_path) in refused("http://127.0.0.1:1", "--port", "0")
     monkeypatch.setattr("router.serving.command.find_spec", lambda name: None)
-    assert main(["--router", str(tmp_path), "--upstream", "http://127.0.0.1:1"]) == 2
-    assert "pip install 'proto-route[serve]'" in capsys.readouterr().err
+    assert "pip install 'proto-route[serve]'" in refused("http://127.0.0.1:1")
 
 
-def test_a_port_that_is_taken_is_named_before_anything_is_announced(capsys, router, tmp_path):
+def test_a_port_that_is_taken_is_named_before_anything_is_said(capsys, router, tmp_path):
     saved = router.save(tmp_path / "saved")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         words = ["--router", saved, "--upstream", "http://127.0.0.1:1", "--device", "cpu", "--port", port]
         assert main(list(map(str, words))) == 2
     said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith(f"error: --port {port}: expected a free port")
+    assert said.out == "" and said.err.startswith(f"error: --port {port}: ")
     assert main([*map(str, words), "--host", "not an address"]) == 2
-    assert "--host not an address, but" in capsys.readouterr().err
+    assert "--host not an address" in capsys.readouterr().err

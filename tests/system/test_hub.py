@@ -5,6 +5,7 @@ import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -33,14 +34,10 @@ def asked(monkeypatch, tmp_path):
 )
 def test_a_repository_has_its_folder_id_and_commit(asked, tmp_path, spec, revision):
     assert fetch(spec, ("*.json",)) == (tmp_path / "snapshots" / COMMIT, "some/model", COMMIT)
-    how = {"allow_patterns": ["*.json"], "ignore_patterns": None, "local_files_only": False}
-    assert asked == [("some/model", {"revision": revision} | how)]
-
-
-def test_all_files_of_the_cache_alone(asked):
-    fetch("some/model", local_only=True, without=("a*",))
-    how = {"allow_patterns": None, "ignore_patterns": ["a*"], "local_files_only": True}
-    assert asked == [("some/model", {"revision": None} | how)]
+    fetch(spec, local_only=True, without=("a*",))
+    network = {"allow_patterns": ["*.json"], "ignore_patterns": None, "local_files_only": False}
+    cache = {"allow_patterns": None, "ignore_patterns": ["a*"], "local_files_only": True}
+    assert asked == [("some/model", {"revision": revision} | how) for how in (network, cache)]
 
 
 ANSWER = SimpleNamespace(headers={}, request=None, status_code=404)
@@ -56,11 +53,7 @@ ERRORS = {
 @pytest.mark.parametrize("kind", ERRORS)
 def test_whatever_goes_wrong_is_one_line(monkeypatch, kind):
     error, reason = ERRORS[kind]
-
-    def fail(*args, **how):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
     with pytest.raises(HubError) as caught:
         fetch("some/model")
     assert str(caught.value).startswith(reason) and "\n" not in str(caught.value)
@@ -68,17 +61,15 @@ def test_whatever_goes_wrong_is_one_line(monkeypatch, kind):
 
 
 @pytest.mark.parametrize("spec", ["some/model", "not/a/repository", "some/model@nothing"])
-def test_what_is_not_in_the_cache_is_refused_by_the_client_itself(monkeypatch, tmp_path, spec):
+def test_what_is_not_in_the_cache_is_refused(monkeypatch, tmp_path, spec):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(HubError):
         fetch(spec, local_only=True)
 
 
 def test_other_errors_are_not_the_hubs(monkeypatch):
-    def fail(*args, **how):
-        raise KeyError("a mistake in the code")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    mistake = Mock(side_effect=KeyError("a mistake in the code"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", mistake)
     with pytest.raises(KeyError):
         fetch("some/model")
 
@@ -142,13 +133,10 @@ def client(monkeypatch, tmp_path):
     huggingface_hub.close_session()
 
 
-def test_a_connection_that_drops_within_a_file_is_told(served, client):
+def test_a_dropped_connection_and_a_proxy_that_refuses_are_told(served, client, monkeypatch):
     client(served)
-    with pytest.raises(HubError, match="peer closed connection"):
+    with pytest.raises(HubError, match="peer closed"):
         fetch("some/model")
-
-
-def test_a_proxy_that_refuses_is_told(served, client, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", served)
     client("https://hub.invalid")
     with pytest.raises(HubError, match="403"):
