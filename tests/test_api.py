@@ -232,9 +232,9 @@ def test_a_record_that_lacks_what_a_router_needs_is_refused(run, tiny_base):
     record = json.loads((out / "run.json").read_text())
     flags = record["flags"]
     for change, cause in (
-        ({"flags": {"dataset_filepaths": flags["dataset_filepaths"]}}, "--output_folder"),
-        ({"flags": flags | {"top_k": "three"}}, "--top_k: "),
-        ({"flags": flags | {"apply": "merge"}}, "--apply: "),
+        ({"flags": {"dataset_filepaths": flags["dataset_filepaths"]}}, "output_folder"),
+        ({"flags": flags | {"top_k": "three"}}, "top_k"),
+        ({"flags": flags | {"apply": "merge"}}, "apply"),
         ({"variants": None, "base": None}, "variants"),
     ):
         parts = {key: value for key, value in (record | change).items() if value is not None}

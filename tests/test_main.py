@@ -516,7 +516,7 @@ def test_half_a_character_of_a_choice_reaches_the_report(command, tmp_path, tiny
     "name",
     [
         "queries.csv", "queries.routing.csv", "queries.evidence.safetensors", "run.json", "report.html",
-        "plan.json", ".commit.json", ".lock", "variants", "variants/mine.txt", ".journal/mine.txt",
+        ".commit.json", ".lock", "variants", "variants/mine.txt", ".journal/mine.txt",
         ".journal/identity.json",
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ pytest.importorskip("httpx", reason="needs the extra serve")
 pytest.importorskip("starlette", reason="needs the extra serve")
 openai = pytest.importorskip("openai", reason="needs the extra test")
 
-from serving_stubs import Upstream, chat, serving, talk  # noqa: E402
+from serving_stubs import Upstream, chat, fronted, serving  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
@@ -85,15 +85,17 @@ def test_what_is_no_conversation_is_a_bad_request(client, messages):
         client.chat.completions.create(model="auto", messages=messages)
 
 
-def test_a_variant_that_brings_a_template_is_asked_in_it(chat_router, tiny_library, tmp_path):
+@pytest.mark.anyio
+async def test_a_variant_that_brings_a_template_is_asked_in_it(chat_router, tiny_library, tmp_path):
     other = PLAIN.replace("assistant: ", "them> ")
     for folder in tiny_library.iterdir():
         (folder / "chat_template.jinja").write_text(other)
     made = chat_router(false_alarm=0.9).fit([chat(text)["messages"] for text in USER])
     router = Router.load(made.save(tmp_path / "saved"))
     fits = next(text for text in USER if router.choose([chat(text)["messages"]])[0].fits)
-
-    async def work(client, upstream, _):
+    names = [served(n, of.sha256) for n, of in enumerate(router.variants) if of.weights]
+    listed = Upstream([{"id": "the-base"}, *({"id": name} for name in names)])
+    async with fronted(router, listed) as (client, upstream, _):
         for path, body in (
             ("/v1/chat/completions", chat(fits)),
             ("/v1/responses", {"model": "auto", "input": fits}),
@@ -101,7 +103,4 @@ def test_a_variant_that_brings_a_template_is_asked_in_it(chat_router, tiny_libra
         ):
             await client.post(path, json=body)
         assert [body.get("chat_template") for _, body, _ in upstream.seen] == [other, None, None]
-
-    names = [served(n, of.sha256) for n, of in enumerate(router.variants) if of.weights]
-    talk(work, router, Upstream([{"id": "the-base"}, *({"id": name} for name in names)]))
     assert "--trust-request-chat-template" in vllm(read_served(tmp_path / "saved"))

@@ -198,6 +198,15 @@ async def test_a_variant_that_the_upstream_has_lost_is_its_own_404():
         assert ready.status_code == 503 and "variant-0" in ready.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("says", "status"), [(-0.4, 200), (-1.9, 503)])  # a variant's, the base model's
+async def test_a_variant_that_is_served_as_the_base_model_is_not_ready(says, status):
+    upstream = Upstream()
+    upstream.says = says
+    async with fronted(upstream=upstream) as (client, *_):
+        answer = await client.get("/ready")
+        assert answer.status_code == status and (status == 200 or "variant-0" in answer.text)
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(httpx.ConnectError("no"), 502), (httpx.ReadTimeout("slow"), 504)]
 )
