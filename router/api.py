@@ -31,7 +31,7 @@ from router.model.template import Template, template_of
 from router.pipeline.context import Context
 from router.pipeline.reading import Read
 from router.pipeline.result import Decision, Routing, joined
-from router.pipeline.steps import Routed
+from router.pipeline.steps import Method
 from router.pipeline.steps import load as load_library_and_base
 from router.queries.conversation import Message, checked, packed, shown
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
@@ -120,7 +120,7 @@ class Router:
             number; an adapter that was trained in one answers in no other.
     """
 
-    def __init__(self, method: Routed) -> None:
+    def __init__(self, method: Method) -> None:
         self._method = method
         self._lock = threading.RLock()
         self.variants: list[Variant] = []
@@ -155,7 +155,7 @@ class Router:
             ValueError: the method is one of the starter kit's, which give no weights.
         """
         made = load_method(method)
-        if not issubclass(made, Routed):
+        if not issubclass(made, Method):
             raise ValueError(f"method {method}: expected one that routes, this one is of the starter kit")
         if adapters:
             settings["adapters"] = tuple(map(str, adapters))

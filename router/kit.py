@@ -15,7 +15,7 @@ from router.model.answer import FAILED, Answer, answers, encode
 from router.model.base import EMBEDDED, load_base
 from router.pipeline.answering import warn
 from router.pipeline.context import Context
-from router.pipeline.steps import Routed, load
+from router.pipeline.steps import Method, load
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.settings import Settings
 
@@ -167,7 +167,7 @@ class StarterKitMethod:
 class Handler(Merges):
     """A method that routes, behind the kit's contract: its two calls route the batch that they are given."""
 
-    make: type[Routed]
+    make: type[Method]
 
     def merge(self) -> Any:
         """Loads the library and the base model."""

@@ -23,6 +23,9 @@ from router.system.errors import InputError, told_if_memory_runs_out
 LEAST = 3 << 29  # bytes of address space
 
 
+ALIASES = {"false_positive_rate": ("--false_alarm",)}  # what a flag was called in 0.1
+
+
 def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
     """Adds the flags of these settings. One that is not given is None; its default is in `Settings`."""
     for setting in fields(Settings):
@@ -36,7 +39,7 @@ def _add(p: argparse.ArgumentParser, name: str, kind: Kind, default: Any = None)
         how = {"action": "store_const", "const": True}
     shown = " ".join(map(str, default)) if kind.many else default
     shown = kind.none or "none" if default is None else shown
-    p.add_argument(f"--{name}", help=f"{kind.help} (default: {shown})", **how)
+    p.add_argument(f"--{name}", *ALIASES.get(name, ()), help=f"{kind.help} (default: {shown})", **how)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

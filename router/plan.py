@@ -31,7 +31,7 @@ from router.model.apply import picked
 from router.model.device import batch_tokens, cache_bytes, pick_device, pick_dtype
 from router.model.passes import MAX_TOKENS, forward
 from router.pipeline.per_token import PerToken
-from router.pipeline.steps import Routed, Static, default_base
+from router.pipeline.steps import Method, Static, default_base
 from router.queries.submission import GENERATION, read_queries
 from router.routing.calibration import generic_prompts
 from router.settings import Settings
@@ -97,7 +97,7 @@ class Plan:
 class _Run(NamedTuple):
     """What decides the cost of a run."""
 
-    method: type[Routed]
+    method: type[Method]
     settings: Settings
     model: Any  # the base model without weights
     file_bytes: int  # of its weights
@@ -122,7 +122,7 @@ def plan(name: str, settings: Settings) -> Plan:
             known: of a starter-kit method, or of weights that --device_map moves.
     """
     method = load_method(name)
-    if not issubclass(method, Routed):
+    if not issubclass(method, Method):
         raise InputError(f"--plan: expected -m with a method that routes, got {name}, of the starter kit")
     if settings.device_map:
         raise InputError("--plan: expected no --device_map, since the cost of moving weights is not known")

@@ -25,7 +25,7 @@ from router.pipeline.per_token import PerToken
 from router.pipeline.processes import Processes, connected
 from router.pipeline.record import RECORD, REPORT, Record, TimeLimit, record, versions
 from router.pipeline.result import Decision, Result
-from router.pipeline.steps import Loaded, Routed, answer, group, load, route, write
+from router.pipeline.steps import Loaded, Method, answer, group, load, route, write
 from router.queries.submission import (
     Query,
     digest_of,
@@ -95,12 +95,12 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
     settings, processes, made = context.settings, context.processes, load_method(name)
     torch.manual_seed(settings.seed)
     queries = [query for part in files.values() for query in part]
-    if not issubclass(made, Routed) and any(query.messages for query in queries):
+    if not issubclass(made, Method) and any(query.messages for query in queries):
         raise InputError(f"-m {name}: expected prompts, since a starter-kit method takes no conversations")
     with processes.first():
         _check_places(name, made, settings, processes)
         source = (
-            _loaded(made, context) if issubclass(made, Routed) else StarterKitMethod(made, name, settings)
+            _loaded(made, context) if issubclass(made, Method) else StarterKitMethod(made, name, settings)
         )
     identity = {"method": name, "queries": digest_of(queries)} | _identity(source, settings)
     identity["time_limit"] = context.deadline and context.deadline.minutes
@@ -112,7 +112,7 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
             if isinstance(source, StarterKitMethod):
                 result = Result(source.answer(queries, context))
             else:
-                method = cast(type[Routed], made)(name, source.base, source.adapters, context)
+                method = cast(type[Method], made)(name, source.base, source.adapters, context)
                 rows, routing = route(method, queries)
                 clusters, variants = group(method, routing)
                 decision = write(method, routing, clusters, variants, work / VARIANTS)
@@ -129,7 +129,7 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
     return found
 
 
-def _loaded(made: type[Routed], context: Context) -> Loaded:
+def _loaded(made: type[Method], context: Context) -> Loaded:
     """Loads what a method needs; refuses adapters and base models that are variants the run would replace."""
     made.check()
     found = load(context)
@@ -390,7 +390,7 @@ def check_engine(name: str, settings: Settings, time_limit: float | None) -> Non
     if time_limit is not None:
         raise InputError("--time_limit: expected --engine transformers, since vllm's pace is not ours")
     method = load_method(name)
-    if not issubclass(method, Routed) or issubclass(method, PerToken):
+    if not issubclass(method, Method) or issubclass(method, PerToken):
         raise InputError(f"--engine vllm: expected a method that makes variants, got {name}")
 
 
@@ -400,7 +400,7 @@ def _check_places(name: str, made: type[Any], settings: Settings, processes: Pro
         raise InputError("--device_map: expected one process, which takes all devices; leave torchrun out")
     if settings.engine != "transformers" and processes.count > 1:
         raise InputError(f"--engine {settings.engine}: expected one process; leave torchrun out")
-    if issubclass(made, Routed):
+    if issubclass(made, Method):
         return
     if settings.device_map:
         raise InputError(f"-m {name}: expected no --device_map; a starter-kit method takes none")

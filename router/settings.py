@@ -180,7 +180,7 @@ class Settings:
         0.7, above_zero("temperature of the gate's softmax, in standard deviations of generic text")
     )
     top_k: int = _whole(3, 1, "maximum number of adapters per query")
-    false_alarm: float = _setting(
+    false_positive_rate: float = _setting(
         0.15, above_zero("share of generic text, which no adapter fits, that may be sent to one", below=1)
     )
     seed: int = _whole(0, 0, "seed of the clustering and of dare_ties")

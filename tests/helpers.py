@@ -242,7 +242,7 @@ def variants_in(out):
 
 MODULES = [f"model.layers.{n}.{kind}" for n in range(6) for kind in ("self_attn.q_proj", "mlp.up_proj")]
 NONE = float("nan")
-# Three adapters; two score above the base model's level.
+# Three adapters; two score above the base model's threshold.
 DECIDED = {
     "responses": [0.10, 0.20, 0.05],
     "scores": [3.0, 2.4, -1.0],
@@ -269,7 +269,7 @@ def write_run(out, weights, evidence=None, inputs=None, names=("one", "two", "th
         "method": "by_hand", "versions": {"torch": "1"}, "seconds": {"load": 1.5}, "peak_mib": {"load": 9},
         "flags": {
             "dataset_filepaths": [str(path)], "output_folder": str(out),
-            "temperature": 0.5, "false_alarm": 0.1,
+            "temperature": 0.5, "false_positive_rate": 0.1,
         },
         "base": {
             "name": "tiny", "revision": None, "sha256": "0" * 64, "dtype": "float32", "device": "cpu",

@@ -107,7 +107,7 @@ def test_variants_are_written_once_and_go_with_the_router(made, tmp_path, monkey
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    router = made(false_alarm=0.9, temperature=3.0).fit(MORE)
+    router = made(false_positive_rate=0.9, temperature=3.0).fit(MORE)
     first = router.answer(TEXTS)
     (folder,) = temporary.iterdir()
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -186,7 +186,7 @@ def test_a_save_that_fails_leaves_the_router_that_was_there(router, saved, made,
     before = files_of(saved)
     large = write_tiny_adapter(tmp_path / "large" / "one", 1, alpha=1e6)
     with pytest.raises(InputError, match="dtype='float32'"):
-        made(large, dtype="float16", false_alarm=0.9).fit(MORE).save(saved)
+        made(large, dtype="float16", false_positive_rate=0.9).fit(MORE).save(saved)
     assert files_of(saved) == before
 
 
@@ -336,7 +336,7 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused(saved):
         (f"owners {module}", lambda of: of + 9),
         (f"directions {module}", lambda of: of[:5]),
         ("0 gate mean_", lambda of: of[:, :1]),
-        ("0 gate level_", lambda of: of / 0),
+        ("0 gate threshold_", lambda of: of / 0),
         ("0 gate residual_scale_", lambda of: 0 * of),
         ("0 gate landmarks_", lambda of: of + 9),
         ("0 reference", lambda of: of / 0),
@@ -395,7 +395,7 @@ def test_an_adapter_that_was_trained_again_is_not_the_runs(run, tiny_library):
 
 
 def test_weights_that_are_replaced_after_routing_are_refused(made, tiny_library, tmp_path):
-    router = made(false_alarm=0.9).fit(MORE)
+    router = made(false_positive_rate=0.9).fit(MORE)
     for name in NAMES:
         grow(tiny_library / name / "adapter_model.safetensors")
     with pytest.raises(InputError, match="was changed"):
@@ -445,7 +445,13 @@ def test_the_oracle_reads_labels_of_files_and_takes_no_others(tiny_base, tiny_li
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seed", 2147483648), ("dtype", "bf16"), ("batch_size", 2.5), ("scoring", None), ("false_alarm", 1.0)],
+    [
+        ("seed", 2147483648),
+        ("dtype", "bf16"),
+        ("batch_size", 2.5),
+        ("scoring", None),
+        ("false_positive_rate", 1.0),
+    ],
 )
 def test_a_setting_out_of_its_range_is_refused(tiny_library, saved, name, value):
     with pytest.raises(InputError, match=f"--{name}: .*got {value!r}"):

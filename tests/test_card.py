@@ -26,7 +26,7 @@ def test_a_run_answers_as_on_the_cpu(method, apply, tmp_path, tiny_base, tiny_li
     rows = [(f"g{n}", text, "generation", "") for n, text in enumerate(PROMPTS)]
     rows += [(f"m{n}", text, "multiple_choice", "['yes', 'no', 'perhaps']") for n, text in enumerate(PROMPTS)]
     queries = write_queries(tmp_path / "queries.csv", rows)
-    flags = ("--false_alarm", 0.9, "--temperature", 3.0, "--dtype", "float32", "--apply", apply)
+    flags = ("--false_positive_rate", 0.9, "--temperature", 3.0, "--dtype", "float32", "--apply", apply)
     cpu = arguments(method, [queries], tiny_library, tiny_base, tmp_path / "cpu", *flags)
     assert main(cpu) == 0
     there = arguments(method, [queries], tiny_library, tiny_base, tmp_path / "card", *flags)

@@ -41,7 +41,7 @@ def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatc
     rows.append(("m", PROMPTS[0], "multiple_choice", str(CHOICES)))
     queries, out, scored = write_queries(tmp_path / "queries.csv", rows), tmp_path / "out", []
     monkeypatch.setattr("router.model.answer.likeliest", lambda row: scored.append(row) or likeliest(row))
-    flags = ("--false_alarm", 0.9, "--temperature", 3.0)  # most queries get a mix
+    flags = ("--false_positive_rate", 0.9, "--temperature", 3.0)  # most queries get a mix
     assert main(arguments("proto_route", [queries], library, base, out, *flags)) == 0
     tokenizer = AutoTokenizer.from_pretrained(base)
     answers, mixed = read_by_id(out / "queries.csv"), 0

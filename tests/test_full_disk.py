@@ -40,7 +40,7 @@ FULL = {
 
 @pytest.mark.parametrize("full", FULL.values(), ids=FULL)
 def test_a_full_disk_leaves_earlier_results_and_goes_on(full, command, capsys):
-    new = ("--false_alarm", 0.9)
+    new = ("--false_positive_rate", 0.9)
     _, reference = command("proto_route", *new, out="reference")
     _, out = command("proto_route")
     before = files_of(out, but=())

@@ -41,7 +41,7 @@ QUERIES = [Query("1", "Two and two?", "generation"), Query("2", "a\nb", "multipl
 SECONDS, BYTES = 10, 2 << 30  # of a case, and of memory beyond what the process has
 COMMANDS = [
     "run -m proto_route --dataset_filepaths queries.csv --output_folder out --top_k 2 --dtype float32",
-    "run -m base --temperature 0.5 --false_alarm 0.1 --n_variants auto --time_limit 5 --base_model tiny@1",
+    "run -m base --temperature 0.5 --n_variants auto --time_limit 5 --base_model tiny@1",
     "explain out 7 --json", "compare out other --labels labels --show 3", "report out",
     "library check library --json", "export out --engine vllm --max_rank 8", "--version",
 ]  # fmt: skip

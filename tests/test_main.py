@@ -290,7 +290,7 @@ def test_each_slow_stage_has_a_line_and_quiet_has_none(command, capsys, monkeypa
         (["--max_gen_len", "1" * 5000], ["to 2147483647", "'1111"]),
         (["--max_seq_len", "x"], ["or none"]),
         (["--temperature", "nan"], ["a number above 0"]),
-        (["--false_alarm", "1"], ["a number between 0 and 1", "'1'"]),
+        (["--false_positive_rate", "1"], ["a number between 0 and 1", "'1'"]),
         (["--dtype", "bfloat"], ["did you mean bfloat16?"]),
         (["--device", "tpu"], ["auto", "cpu", "cuda"]),
     ],
@@ -444,15 +444,15 @@ def test_a_file_system_that_cannot_be_written_is_refused(command, capsys, unload
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_no_temporary_folders(command, capsys, monkeypatch, sent):
-    from router.pipeline.steps import Routed
+    from router.pipeline.steps import Method
 
-    predict = Routed.predict
+    predict = Method.predict
 
     def stopped(self, *args):
         os.kill(os.getpid(), sent)
         return predict(self, *args)
 
-    monkeypatch.setattr(Routed, "predict", stopped)
+    monkeypatch.setattr(Method, "predict", stopped)
     before = signal.getsignal(signal.SIGTERM)
     # A shell starts what it puts in the background with SIGINT ignored, the tests too.
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -551,15 +551,15 @@ def test_hidden_folders_that_no_run_wrote_are_left_alone(command, tmp_path):
 
 def test_variants_that_cannot_be_moved_cost_a_warning_alone(command, tmp_path, monkeypatch, caplog):
     """Somebody puts a file there while the run predicts."""
-    from router.pipeline.steps import Routed
+    from router.pipeline.steps import Method
 
-    predict = Routed.predict
+    predict = Method.predict
 
     def slow(self, *args):
         (tmp_path / "out" / "variants").write_text("in the way")
         return predict(self, *args)
 
-    monkeypatch.setattr(Routed, "predict", slow)
+    monkeypatch.setattr(Method, "predict", slow)
     code, out = command("average")
     assert code == 0 and len(read_table(out / "queries.csv")) == len(ROWS)
     assert "could not be kept" in caplog.text and (out / "variants").read_text() == "in the way"

@@ -1,6 +1,6 @@
 """The methods behind `-m`: one file each, found by its name.
 
-To add one, put a file here that defines a subclass of `router.pipeline.steps.Routed`, or of
+To add one, put a file here that defines a subclass of `router.pipeline.steps.Method`, or of
 `router.kit.Merges` (the starter kit's contract). Nothing else has to be edited.
 """
 
@@ -14,7 +14,7 @@ from router.system.errors import InputError
 
 if TYPE_CHECKING:
     from router.kit import Merges
-    from router.pipeline.steps import Routed
+    from router.pipeline.steps import Method
 
 
 def method_names() -> list[str]:
@@ -22,7 +22,7 @@ def method_names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__))
 
 
-def load_method(name: str) -> type[Merges] | type[Routed]:
+def load_method(name: str) -> type[Merges] | type[Method]:
     """The class of one method: the one that its file defines itself.
 
     Raises:
@@ -30,7 +30,7 @@ def load_method(name: str) -> type[Merges] | type[Routed]:
         ValueError: the file defines no method, or several.
     """
     from router.kit import Merges
-    from router.pipeline.steps import Routed
+    from router.pipeline.steps import Method
 
     if name not in method_names():
         raise InputError(f"method: expected one of {', '.join(method_names())}, got {name!r}")
@@ -40,11 +40,11 @@ def load_method(name: str) -> type[Merges] | type[Routed]:
         value
         for value in vars(module).values()
         if isinstance(value, type)
-        and issubclass(value, (Merges, Routed))
+        and issubclass(value, (Merges, Method))
         and value.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise ValueError(f"{module.__file__}: expected one subclass of Merges or Routed, found {len(found)}")
+        raise ValueError(f"{module.__file__}: expected one subclass of Merges or Method, found {len(found)}")
     return found[0]
 
 

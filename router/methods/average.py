@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from router.pipeline.result import Routing
-from router.pipeline.steps import Routed, evenly
+from router.pipeline.steps import Method, evenly
 from router.queries.submission import Query
 
 
-class Average(Routed):
+class Average(Method):
     """Every query is answered by the mean of all updates, whatever it asks."""
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from router.pipeline.result import Routing
-from router.pipeline.steps import Routed
+from router.pipeline.steps import Method
 from router.queries.submission import Query
 
 
-class BaseOnly(Routed):
+class BaseOnly(Method):
     """Every query goes to the base model."""
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:

@@ -13,7 +13,7 @@ import torch
 from router.library.adapters import Adapter, card
 from router.model.answer import by_length
 from router.pipeline.result import Routing
-from router.pipeline.steps import Routed, largest
+from router.pipeline.steps import Method, largest
 from router.queries.submission import Query
 from router.routing.clusters import Array
 from router.system.errors import InputError
@@ -46,7 +46,7 @@ def card_of(adapter: Adapter) -> str:
     return card(adapter.folder.path).strip() or adapter.name
 
 
-class Cards(Routed):
+class Cards(Method):
     """Picks adapters as people do today: by text search over their descriptions.
 
     all-MiniLM-L6-v2 embeds the query and each adapter's model card (mean of the last hidden states). The

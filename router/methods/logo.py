@@ -12,7 +12,7 @@ from router.library.adapters import Adapter, last_block
 from router.model.passes import batches, forward
 from router.pipeline.per_token import Experts, attached, load_experts, norms
 from router.pipeline.result import Routing
-from router.pipeline.steps import Routed, largest
+from router.pipeline.steps import Method, largest
 from router.queries.submission import Query
 from router.routing.clusters import Array
 
@@ -31,7 +31,7 @@ def probed(adapters: Sequence[Adapter]) -> set[str]:
     return set(shared or block)
 
 
-class LoGo(Routed):
+class LoGo(Method):
     """LoRA on the Go, ACL 2026, arXiv 2511.07129, with its default signal, the norm.
 
     One pass reads the prompt with all adapters attached, each at full weight. The signal of adapter i is

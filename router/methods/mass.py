@@ -14,7 +14,7 @@ from router.library.adapters import Adapter, last_block
 from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
 from router.pipeline.result import Routing
-from router.pipeline.steps import Routed, largest
+from router.pipeline.steps import Method, largest
 from router.queries.submission import Query
 from router.routing.clusters import Array
 
@@ -26,7 +26,7 @@ TEMPERATURE = 1.0
 _EPSILON = 1e-6  # the authors', added to the standard deviation
 
 
-class Mass(Routed):
+class Mass(Method):
     """Crisostomi et al. 2026, MASS: MoErging through Adaptive Subspace Selection, arXiv 2504.05342.
 
     The residual of task i is `r_i = norm(x - V_i V_i^T x)`, with x the query's features at one layer and V_i

@@ -8,12 +8,12 @@ import numpy as np
 
 from router.constants import BASE_COLUMN
 from router.pipeline.result import Routing
-from router.pipeline.steps import Routed
+from router.pipeline.steps import Method
 from router.queries.submission import Query, adapters_of, read_labels, read_queries
 from router.system.errors import InputError
 
 
-class Oracle(Routed):
+class Oracle(Method):
     """The best that routing could do: the column `adapter` of the query file names the adapter.
 
     A query that needs several, as `a+b`, goes to their average, each of the same weight.

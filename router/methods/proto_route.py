@@ -14,7 +14,7 @@ from router.model.frames import BARE, Frame
 from router.model.passes import truncated
 from router.pipeline.reading import FRAMES, Read, turns_of
 from router.pipeline.result import Routing, joined
-from router.pipeline.steps import Routed
+from router.pipeline.steps import Method
 from router.queries.submission import Query
 from router.routing.calibration import Calibration
 from router.routing.evidence import joined as together
@@ -49,7 +49,7 @@ def decided(routing: Routing, turns: Sequence[int]) -> Routing:
     return routing.rows(np.array(rows))
 
 
-class ProtoRoute(Routed):
+class ProtoRoute(Method):
     """Routes by how strongly the base model's activations align with each adapter's input subspace.
 
     A query that stands out no more than generic text in the same frame goes to the base model; docs/method.md
@@ -99,7 +99,9 @@ class ProtoRoute(Routed):
                         "text, got zero at every such module; was it trained? Leave it out of --adapters"
                     )
             reference = calibration.responses(self.adapters, protos, means)
-            how = {key: getattr(self.settings, key) for key in ("temperature", "top_k", "false_alarm")}
+            how = {
+                key: getattr(self.settings, key) for key in ("temperature", "top_k", "false_positive_rate")
+            }
             return Fitted.learn(
                 self.adapters, protos, means, reference, calibration.confidence(), frame,
                 calibration.prefix, calibration.end, **how,

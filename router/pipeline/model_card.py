@@ -71,7 +71,7 @@ vllm serve {quoted}{pinned} --dtype {dtype} --enable-lora \\
 
 ```
 -m {method} --seed {seed} --n_variants {n_variants} --variant_rank {variant_rank} \\
-  --temperature {temperature} --false_alarm {false_alarm} --top_k {top_k} \\
+  --temperature {temperature} --false_positive_rate {false_positive_rate} --top_k {top_k} \\
   --device {device} --dtype {dtype}
 ```
 """
@@ -133,7 +133,7 @@ def card(
         variant_rank=settings.variant_rank or "exact",
         temperature=settings.temperature,
         top_k=settings.top_k,
-        false_alarm=settings.false_alarm,
+        false_positive_rate=settings.false_positive_rate,
         device=base.model.device.type,
     )
 

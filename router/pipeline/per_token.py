@@ -31,7 +31,7 @@ from router.model.answer import Answer
 from router.model.hooks import Change, changing_outputs
 from router.model.passes import batches, forward
 from router.pipeline.result import Decision, Routing
-from router.pipeline.steps import Routed
+from router.pipeline.steps import Method
 from router.queries.submission import Query
 from router.routing.clusters import Array
 from router.routing.variants import Variant
@@ -176,7 +176,7 @@ def mean_weights(
     return out
 
 
-class PerToken(Routed):
+class PerToken(Method):
     """A method that weighs the adapters anew for every token and module.
 
     There is no variant to write: one entry without a folder stands for all queries, with the mean

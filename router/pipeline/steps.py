@@ -1,6 +1,6 @@
 """The steps of a run that routes: load, route, group, write, answer. router/run.py takes them in this order.
 
-A method that routes is one file in router/methods/. It subclasses `Routed` and gives each query its weights;
+A method that routes is one file in router/methods/. It subclasses `Method` and gives each query its weights;
 or `Static` and merges all adapters' updates of one module into one; or `PerToken` (per_token.py) and scores a
 module's adapters for each token.
 """
@@ -80,7 +80,7 @@ def load(context: Context) -> Loaded:
     return Loaded(base, adapters, bad or [])
 
 
-class Routed(ABC):
+class Method(ABC):
     """A method that gives every query its weights; clusters and variants do the rest.
 
     Args:
@@ -253,7 +253,7 @@ class Routed(ABC):
         return answer(self, queries, rows, decision, folder)
 
 
-def route(method: Routed, queries: Sequence[Query]) -> tuple[list[list[int]], Routing]:
+def route(method: Method, queries: Sequence[Query]) -> tuple[list[list[int]], Routing]:
     """Tokenises each prompt, once, and weighs the candidates; what the journal kept is not routed again."""
     rows = method.encoded(queries)
     for cut in _cuts(rows, method.settings, method.base.model):
@@ -264,7 +264,7 @@ def route(method: Routed, queries: Sequence[Query]) -> tuple[list[list[int]], Ro
     return rows, routing
 
 
-def group(method: Routed, routing: Routing) -> tuple[Clusters, list[Variant]]:
+def group(method: Method, routing: Routing) -> tuple[Clusters, list[Variant]]:
     """Groups queries of similar weights, and decides the variant of each group."""
     with method.stages("clusters"):
         clusters = method.context.processes.decided(
@@ -274,7 +274,7 @@ def group(method: Routed, routing: Routing) -> tuple[Clusters, list[Variant]]:
 
 
 def write(
-    method: Routed, routing: Routing, clusters: Clusters, variants: list[Variant], folder: Path
+    method: Method, routing: Routing, clusters: Clusters, variants: list[Variant], folder: Path
 ) -> Decision:  # fmt: skip
     """Writes the variants into a folder.
 
@@ -292,7 +292,7 @@ def write(
 
 
 def answer(
-    method: Routed, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path
+    method: Method, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path
 ) -> Result:  # fmt: skip
     """Answers each query with its variant, out of the folder that holds them."""
     deadline, processes = method.context.deadline, method.context.processes
@@ -353,7 +353,7 @@ def largest(values: Array, k: int) -> NDArray[np.bool_]:
     return np.asarray((-values).argsort(1, kind="stable").argsort(1) < k)
 
 
-class Static(Routed):
+class Static(Method):
     """A method that merges all adapters into one variant, whatever the queries.
 
     An adapter without an update for a module is absent there: `combine` gets no zero in its place, so

@@ -44,7 +44,7 @@ class Evidence:
         lookalikes: adapters that read what another one reads and write something else, with that one.
         silent: adapters that read directions which text hardly has, at most of their modules.
         frames: the texts before and after a query in each frame.
-        levels: by frame, what each of several rates of false alarms, written as a number, would add to the
+        thresholds: by frame, what each of several false positive rates, written as a number, would add to the
             base model's scores.
     """
 
@@ -60,7 +60,7 @@ class Evidence:
     lookalikes: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
     frames: list[list[str]] = field(default_factory=lambda: [["", ""]])
-    levels: list[dict[str, float]] = field(default_factory=lambda: [{}])
+    thresholds: list[dict[str, float]] = field(default_factory=lambda: [{}])
 
     @property
     def candidates(self) -> Array:
@@ -80,11 +80,11 @@ class Evidence:
 
     @property
     def sent(self) -> dict[str, int]:
-        """How many queries would go to an adapter, by the rate of false alarms."""
-        shares = self.levels[0] if self.levels else {}
+        """How many queries would go to an adapter, by false positive rate."""
+        shares = self.thresholds[0] if self.thresholds else {}
         return {
             share: int(
-                (self.lead > np.array([of[share] for of in self.levels])[self.frame.astype(int)]).sum()
+                (self.lead > np.array([of[share] for of in self.thresholds])[self.frame.astype(int)]).sum()
             )
             for share in shares
         }
@@ -133,15 +133,17 @@ class Evidence:
         scored = np.isfinite(found.scores).any(1) & np.isfinite(found.base_score)
         if not scored.all():
             raise ValueError("expected an adapter's score for each query, got none")
-        if not np.isin(found.frame, range(len(found.frames))).all() or len(found.levels) != len(found.frames):
-            raise ValueError("expected a frame, and its levels, for each query")
+        if not np.isin(found.frame, range(len(found.frames))).all() or len(found.thresholds) != len(
+            found.frames
+        ):
+            raise ValueError("expected a frame, and its thresholds, for each query")
         return found
 
 
-_NAMES = ("adapters", "modules", "duplicates", "lookalikes", "silent", "frames", "levels")
+_NAMES = ("adapters", "modules", "duplicates", "lookalikes", "silent", "frames", "thresholds")
 _SHAPE = {
     "adapters": [str], "modules": [str], "duplicates?": {"*": str}, "lookalikes?": {"*": str},
-    "silent?": [str], "frames?": [[str]], "levels?": [{"*": float}],
+    "silent?": [str], "frames?": [[str]], "thresholds?": [{"*": float}],
 }  # fmt: skip
 _ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]
 
@@ -149,7 +151,9 @@ _ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]
 def joined(parts: Sequence[Evidence]) -> Evidence:
     """The evidence of several parts of a run, such as its query files, as one."""
     frames = {
-        tuple(frame): levels for part in parts for frame, levels in zip(part.frames, part.levels, strict=True)
+        tuple(frame): thresholds
+        for part in parts
+        for frame, thresholds in zip(part.frames, part.thresholds, strict=True)
     }
     number = {frame: n for n, frame in enumerate(frames)}
     places = [np.array([number[tuple(frame)] for frame in part.frames], np.float32) for part in parts]
@@ -158,4 +162,4 @@ def joined(parts: Sequence[Evidence]) -> Evidence:
         name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS
     }
     arrays |= {"frame": np.concatenate(own), "frames": [list(frame) for frame in frames]}
-    return replace(parts[0], **arrays, levels=list(frames.values()))
+    return replace(parts[0], **arrays, thresholds=list(frames.values()))

@@ -219,7 +219,7 @@ class Fitted:
             lookalikes=lookalikes,
             silent=[self.names[n] for n in self.silent],
             frames=[list(self.frame)],
-            levels=[self.gate.levels()],
+            thresholds=[self.gate.thresholds()],
         )
 
     @cached_property

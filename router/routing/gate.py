@@ -17,8 +17,8 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 Array = NDArray[np.float64]
-FOLDS = 5  # of the cross-validation that places the level
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # false alarms that are shown side by side
+FOLDS = 5  # of the cross-validation that places the threshold
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # false positive rates that are shown side by side
 TAIL = 0.2  # share of the reference queries that an exponential tail is fitted to
 FACTORS = 16  # most directions in which adapters respond alike at a module, in a view
 SHRINK = 0.3  # share of independence in the adapters' correlations
@@ -58,14 +58,14 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     leave-one-out deviation. So what texts have in common across modules, views and adapters does not count.
 
     The base model is a candidate too. An adapter leads it by the mean of its two scores, less a share of the
-    base model's confidence in the next token, less a level (equation 6). The level is such that a share
-    `false_alarm` of generic text still goes to an adapter, when each text is judged by a gate that was fitted
-    without it.
+    base model's confidence in the next token, less a threshold (equation 6). It is such that a share
+    `false_positive_rate` of generic text still goes to an adapter, when each text is judged by a gate that
+    was fitted without it.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
         top_k: at most this many adapters keep a weight, at least 1; None keeps all.
-        false_alarm: share of text that belongs to no adapter and may still be sent to one, in (0, 1).
+        false_positive_rate: share of text that belongs to no adapter and may still be sent to one, in (0, 1).
 
     Attributes:
         mean_, std_: (adapters, modules, 2) of the log response over the reference queries, NaN without a
@@ -79,23 +79,25 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         coefficients_: (reference queries, adapters) of the regression of the scores on generic text.
         residual_scale_: (adapters,) deviation of its leave-one-out residuals.
         confidence_: (2,) mean and deviation of the base model's confidence over the reference queries.
-        reference_leads_: (reference queries,) cross-validated lead of the best adapter, before the level.
-        level_: what a lead has to exceed.
+        reference_leads_: (reference queries,) cross-validated lead of the best adapter, before the threshold.
+        threshold_: what a lead has to exceed.
 
     Example:
         >>> rng = np.random.default_rng(0)
         >>> generic = rng.uniform(0.1, 0.2, (40, 3, 5, 2))  # 40 prompts, 3 adapters, 5 modules
-        >>> gate = PrototypeGate(false_alarm=0.1).fit(generic)
+        >>> gate = PrototypeGate(false_positive_rate=0.1).fit(generic)
         >>> query = generic[:1].copy()
         >>> query[:, 1] *= 2  # the second adapter responds twice as strongly
         >>> gate.predict(query).tolist()
         [1]
     """
 
-    def __init__(self, temperature: float = 0.7, top_k: int | None = 3, false_alarm: float = 0.15) -> None:
+    def __init__(
+        self, temperature: float = 0.7, top_k: int | None = 3, false_positive_rate: float = 0.15
+    ) -> None:
         self.temperature = temperature
         self.top_k = top_k
-        self.false_alarm = false_alarm
+        self.false_positive_rate = false_positive_rate
 
     def fit(self, X: ArrayLike, y: Any = None, confidence: ArrayLike | None = None) -> Self:
         """Learns the reference from responses to generic text.
@@ -115,8 +117,10 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"expected at least 4 reference queries, got {len(X)}")
         if not X.shape[1]:
             raise ValueError("expected at least 1 adapter, got none")
-        if not 0 < self.false_alarm < 1:
-            raise ValueError(f"expected a false_alarm between 0 and 1, got {self.false_alarm}")
+        if not 0 < self.false_positive_rate < 1:
+            raise ValueError(
+                f"expected a false_positive_rate between 0 and 1, got {self.false_positive_rate}"
+            )
         _check(X, absent := np.isnan(X[0]))
         if (empty := absent.all((1, 2))).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
@@ -129,7 +133,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self._learn(X)
         self.confidence_ = np.array([sure.mean(), max(sure.std(ddof=1), 1e-3)])
         self.reference_leads_ = leads - self._doubt(confidence, len(X))
-        self.level_ = level(self.reference_leads_, self.false_alarm)
+        self.threshold_ = threshold(self.reference_leads_, self.false_positive_rate)
         return self
 
     def _landmarks(self, n_adapters: int) -> NDArray[np.int64]:
@@ -137,7 +141,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return np.arange(n_adapters)
 
     def _learn(self, X: NDArray[Any]) -> Self:
-        """Learns all but the level; module by module, as many adapters would fill the memory."""
+        """Learns all but the threshold; module by module, as many adapters would fill the memory."""
         n_queries, self.n_adapters_, self.n_modules_ = X.shape[:3]
         modules = range(self.n_modules_)
         self.mean_, self.std_ = np.empty((2, *X.shape[1:]))
@@ -256,14 +260,14 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             confidence: (queries,) of the base model, as in `fit`.
         """
         check_is_fitted(self)
-        lead = _lead(judged) - self._doubt(confidence, len(judged.scores)) - self.level_
+        lead = _lead(judged) - self._doubt(confidence, len(judged.scores)) - self.threshold_
         return np.column_stack([judged.scores, judged.scores.max(1, initial=-np.inf) - lead])
 
-    def levels(self) -> dict[str, float]:
-        """How far above its own level the gate would set each of SHARES, and its own `false_alarm`."""
+    def thresholds(self) -> dict[str, float]:
+        """How far above its threshold that of each of SHARES, and of `false_positive_rate`, would be."""
         check_is_fitted(self)
-        shares = sorted({*SHARES, self.false_alarm})
-        return {f"{share:g}": level(self.reference_leads_, share) - self.level_ for share in shares}
+        shares = sorted({*SHARES, self.false_positive_rate})
+        return {f"{share:g}": threshold(self.reference_leads_, share) - self.threshold_ for share in shares}
 
     def weights(self, candidates: Array) -> Array:
         """The softmax of the candidates' scores, in which at most `top_k` adapters keep a weight.
@@ -299,29 +303,29 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return np.asarray(self.predict_proba(X, confidence).argmax(1))
 
 
-def level(leads: Array, false_alarm: float) -> float:
-    """The level that a share `false_alarm` of such leads exceeds (equation 7).
+def threshold(leads: Array, false_positive_rate: float) -> float:
+    """The threshold that a share `false_positive_rate` of such leads exceeds (equation 7).
 
     Up to a share of TAIL it is read off the leads. A rarer one is read off the exponential that has the mean
     excess of the highest: generalised Pareto with shape 0 (Pickands 1975).
 
     Args:
         leads: (n,) of text that belongs to no adapter.
-        false_alarm: in (0, 1).
+        false_positive_rate: in (0, 1).
 
     Example:
-        >>> level(np.arange(101.0), 0.5)
+        >>> threshold(np.arange(101.0), 0.5)
         50.0
     """
-    start = float(np.quantile(leads, 1 - max(TAIL, false_alarm)))
-    if false_alarm >= TAIL or not (leads > start).any():
+    start = float(np.quantile(leads, 1 - max(TAIL, false_positive_rate)))
+    if false_positive_rate >= TAIL or not (leads > start).any():
         return start
     excess = float((leads[leads > start] - start).mean())
-    return start + excess * float(np.log(TAIL / false_alarm))
+    return start + excess * float(np.log(TAIL / false_positive_rate))
 
 
 def _lead(judged: Judged) -> Array:
-    """How far the best adapter leads, before doubt and level, (queries,)."""
+    """How far the best adapter leads, before doubt and threshold, (queries,)."""
     return np.asarray((1 - RESIDUAL) * judged.scores.max(1, initial=-np.inf) + RESIDUAL * judged.residual)
 
 

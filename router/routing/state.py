@@ -25,7 +25,7 @@ from router.system.errors import InputError
 from router.system.files import for_others, parsed
 
 FILE = "router.safetensors"
-FORMAT = 7  # raise it when a reader of the old one could not use the new one
+FORMAT = 8  # raise it when a reader of the old one could not use the new one
 # The gate's arrays, a letter an axis: adapters, modules, views, factors, landmarks, generic prompts.
 _LEARNED = {
     "mean_": "amv", "std_": "amv", "filter_": "amv", "landmarks_": "l", "axes_": "lmvf", "loadings_": "amvf",
@@ -35,7 +35,7 @@ _LEARNED = {
 _ABOUT = {
     "names": [str], "modules": [str], "representative": [int], "lookalikes": [int], "silent": [int],
     "frames": [{"before": str, "after": str, "prefix": [int], "end": int}],
-    "gate": {"temperature": float, "top_k?": int, "false_alarm": float},
+    "gate": {"temperature": float, "top_k?": int, "false_positive_rate": float},
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def save(fits: Sequence[Fitted], folder: Path) -> None:
             tensors[f"{part} {module}"] = getattr(proto, part)
     for n, fitted in enumerate(fits):
         arrays = {f"gate {name}": getattr(fitted.gate, name) for name in _LEARNED}
-        arrays |= {"gate level_": np.array([fitted.gate.level_]), "reference": fitted.reference}
+        arrays |= {"gate threshold_": np.array([fitted.gate.threshold_]), "reference": fitted.reference}
         own = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         own |= {f"mean {module}": mean for module, mean in fitted.means.items()}
         tensors |= {f"{n} {name}": tensor for name, tensor in own.items()}
@@ -107,7 +107,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
             gate = gate_for(len(own["gate mean_"]), **about["gate"])
             for name in _LEARNED:
                 setattr(gate, name, own[f"gate {name}"].numpy())
-            gate.level_ = float(own["gate level_"])
+            gate.threshold_ = float(own["gate threshold_"])
             gate.n_adapters_, gate.n_modules_ = gate.mean_.shape[:2]
             fits.append(
                 Fitted(
@@ -143,10 +143,10 @@ def _check(about: Mapping[str, Any], tensors: Mapping[str, Tensor], widths: Mapp
     if len(representative) != n or not n or not numbers <= set(range(n)):
         raise ValueError(f"expected a representative for each of {n} adapters, got {representative!s:.80}")
     gate = about["gate"]
-    if not (gate["temperature"] > 0 and 0 < gate["false_alarm"] < 1 and (gate["top_k"] or 1) >= 1):
+    if not (gate["temperature"] > 0 and 0 < gate["false_positive_rate"] < 1 and (gate["top_k"] or 1) >= 1):
         raise ValueError(f"expected settings of a gate in their ranges, got {gate!s:.80}")
     there = np.zeros((n, len(modules)), bool)  # which adapter has a prototype where
-    shapes: dict[str, tuple[int, ...]] = {"reference": (n, len(modules), 2), "gate level_": (1,)}
+    shapes: dict[str, tuple[int, ...]] = {"reference": (n, len(modules), 2), "gate threshold_": (1,)}
     for m, module in enumerate(modules):
         owners = tensors[f"owners {module}"]
         shapes[f"directions {module}"] = widths.get(module, 0), len(owners)

@@ -134,7 +134,7 @@ def _judged(of: Measured, chosen: tuple[tuple[str, float], ...]) -> tuple[gate.J
 
 
 def figures(of: Measured, chosen: Constants) -> dict[str, float]:
-    """Shares of each split that are sent to the right adapter, at the level where HARM of the foreign are.
+    """Shares of each split that are sent to the right adapter, where HARM of the foreign ones are.
 
     Under `own right`: of queries in own phrasing whose best adapter is the right one, sent or not.
     """
@@ -210,9 +210,9 @@ def terms(found: Sequence[Measured]) -> list[str]:
 
 
 def operating(found: Sequence[Measured]) -> list[str]:
-    """What is sent rightly in each split, and what stays with the base model, by rate of false alarms."""
-    lines = header(["false_alarm", *(of.name for of in found)], 1 + len(found))
-    now = PrototypeGate().false_alarm
+    """What is sent rightly in each split, and what stays with the base model, by false positive rate."""
+    lines = header(["false_positive_rate", *(of.name for of in found)], 1 + len(found))
+    now = PrototypeGate().false_positive_rate
     for share in SHARES:
         cells = []
         for of in found:
@@ -232,8 +232,8 @@ def operating(found: Sequence[Measured]) -> list[str]:
 
 
 @cache
-def _top(of: Measured, false_alarm: float) -> NDArray[np.int64]:
-    return of.fitted(false_alarm=false_alarm).predict(of.responses, of.confidence)
+def _top(of: Measured, false_positive_rate: float) -> NDArray[np.int64]:
+    return of.fitted(false_positive_rate=false_positive_rate).predict(of.responses, of.confidence)
 
 
 def reliability(found: Sequence[Measured], **settings: Any) -> list[str]:

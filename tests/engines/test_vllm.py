@@ -130,7 +130,7 @@ def test_each_prompt_is_answered_by_its_own_variant(base, tmp_path, scoring, mon
 
 
 def test_a_run_has_the_same_results_as_in_this_process(words, tmp_path):
-    words += ["--false_alarm", "0.9", "--temperature", "3.0"]
+    words += ["--false_positive_rate", "0.9", "--temperature", "3.0"]
     assert main(words) == 0
     assert main([*words, "--engine", "transformers", "--output_folder", str(tmp_path / "here")]) == 0
     here, there = (read_by_id(tmp_path / name / "queries.csv") for name in ("here", "out"))

@@ -91,7 +91,7 @@ class Models:
 
 @pytest.fixture()
 def saved(chat_router, tmp_path):
-    made = chat_router(false_alarm=0.9)
+    made = chat_router(false_positive_rate=0.9)
     return Router.load(made.fit([*TEXTS, TALK[:1]]).save(tmp_path / "saved"), device="cpu")
 
 

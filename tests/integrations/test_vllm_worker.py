@@ -67,7 +67,7 @@ class Runner:
 
 @pytest.fixture()
 def saved(chat_router, tmp_path):
-    made = chat_router(false_alarm=0.9)
+    made = chat_router(false_positive_rate=0.9)
     return Router.load(made.fit([*TEXTS, CHAT]).save(tmp_path / "saved"), device="cpu")
 
 

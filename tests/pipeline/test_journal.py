@@ -193,10 +193,10 @@ def test_a_run_that_was_refused_may_be_run_as_it_says(command, monkeypatch):
 
 def test_a_read_error_keeps_the_journal(command, monkeypatch):
     with patch("router.pipeline.steps.write_variant", side_effect=InputError("unread")):
-        code, out = command("proto_route", "--false_alarm", 0.99)
+        code, out = command("proto_route", "--false_positive_rate", 0.99)
     assert code == 2 and (out / ".journal" / "routing.safetensors").exists()
     monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
-    assert command("proto_route", "--false_alarm", 0.99)[0] == 0
+    assert command("proto_route", "--false_positive_rate", 0.99)[0] == 0
 
 
 def test_sigkill_at_any_moment(tmp_path, tiny_base, tiny_library):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.utils.estimator_checks import check_estimator
 
-from router.routing.gate import DOUBT, FACTORS, RIDGE, SHRINK, TAIL, PrototypeGate, level
+from router.routing.gate import DOUBT, FACTORS, RIDGE, SHRINK, TAIL, PrototypeGate, threshold
 from router.routing.large import LargeGate, gate_for
 from router.settings import Settings
 
@@ -128,17 +128,17 @@ def test_both_scores_are_those_of_the_dense_formula(gaps):
     np.testing.assert_allclose(found.votes, expected, atol=1e-9)
 
 
-def test_the_level_is_of_leads_on_text_that_was_not_seen():
+def test_the_threshold_is_of_leads_on_text_that_was_not_seen():
     reference = library(5, modules=3, common=(0.5, 0.9))(50, 0)
     expected = np.empty(50)
     for fold in range(5):
         out = np.arange(50) % 5 == fold
         scores, residuals = judged_by_loops(reference[~out], reference[out])
         expected[out] = (scores.max(1) + of_best(scores, residuals)) / 2
-    for false_alarm in (0.05, 0.1, 0.4):
-        gate = PrototypeGate(false_alarm=false_alarm).fit(reference)
+    for false_positive_rate in (0.05, 0.1, 0.4):
+        gate = PrototypeGate(false_positive_rate=false_positive_rate).fit(reference)
         np.testing.assert_allclose(gate.reference_leads_, expected, atol=1e-4)
-        assert gate.level_ == pytest.approx(level(expected, false_alarm), abs=1e-4)
+        assert gate.threshold_ == pytest.approx(threshold(expected, false_positive_rate), abs=1e-4)
 
 
 def test_the_base_model_is_as_far_below_as_the_best_one_leads():
@@ -148,7 +148,7 @@ def test_the_base_model_is_as_far_below_as_the_best_one_leads():
     assert found.shape == (200, 7)
     np.testing.assert_array_equal(found[:, :-1], judged.scores)
     doubt = DOUBT * (sure - gate.confidence_[0]) / gate.confidence_[1]
-    lead = (judged.scores.max(1) + judged.residual) / 2 - doubt - gate.level_
+    lead = (judged.scores.max(1) + judged.residual) / 2 - doubt - gate.threshold_
     np.testing.assert_allclose(found[:, :-1].max(1) - found[:, -1], lead)
     sent = gate.predict(queries(2, 0.1, n=200), sure) < 6
     np.testing.assert_array_equal(sent, lead > 0)
@@ -175,7 +175,7 @@ def test_scores_on_a_shortlist_are_those_of_any_library(gaps, monkeypatch):
     gate = LargeGate().fit(reference)
     for one, other in zip(gate.judge(X), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
-    assert gate.level_ == pytest.approx(plain.level_, abs=1e-6)
+    assert gate.threshold_ == pytest.approx(plain.threshold_, abs=1e-6)
     large(monkeypatch, SHORT=4)
     found = LargeGate().fit(reference).judge(X).scores
     listed = np.isfinite(found)
@@ -236,33 +236,35 @@ def test_what_all_adapters_respond_to_alike_is_taken_out():
         assert gate.predict(strange) == 2
 
 
-# The level of the base model.
+# The threshold of the base model.
 
 
-def test_the_level_never_rises_with_the_false_alarm():
+def test_the_threshold_never_rises_with_the_false_positive_rate():
     scores = np.random.default_rng(1).normal(size=160)
-    found = [level(scores, false_alarm) for false_alarm in np.linspace(0.001, 0.999, 999)]
+    found = [threshold(scores, false_positive_rate) for false_positive_rate in np.linspace(0.001, 0.999, 999)]
     assert (np.diff(found) <= 0).all() and found[0] > scores.max() > found[-1] > scores.min() - 1e-9
-    assert level(scores, TAIL - 1e-9) == pytest.approx(level(scores, TAIL))
-    assert level(np.full(40, 1.5), 0.01) == 1.5
+    assert threshold(scores, TAIL - 1e-9) == pytest.approx(threshold(scores, TAIL))
+    assert threshold(np.full(40, 1.5), 0.01) == 1.5
 
 
-@pytest.mark.parametrize("false_alarm", [0.002, 0.01, 0.05, 0.1, 0.3])
-def test_the_promised_rate_is_that_of_an_exponential_tail(false_alarm):
+@pytest.mark.parametrize("false_positive_rate", [0.002, 0.01, 0.05, 0.1, 0.3])
+def test_the_promised_rate_is_that_of_an_exponential_tail(false_positive_rate):
     rng = np.random.default_rng(2)
     fresh = 3 + 2 * rng.exponential(size=200_000)
-    shares = [(fresh > level(3 + 2 * rng.exponential(size=160), false_alarm)).mean() for _ in range(100)]
-    assert np.median(shares) == pytest.approx(false_alarm, rel=0.25)
-    many = (fresh > level(3 + 2 * rng.exponential(size=50_000), false_alarm)).mean()
-    assert many == pytest.approx(false_alarm, rel=0.1)
+    shares = [
+        (fresh > threshold(3 + 2 * rng.exponential(size=160), false_positive_rate)).mean() for _ in range(100)
+    ]
+    assert np.median(shares) == pytest.approx(false_positive_rate, rel=0.25)
+    many = (fresh > threshold(3 + 2 * rng.exponential(size=50_000), false_positive_rate)).mean()
+    assert many == pytest.approx(false_positive_rate, rel=0.1)
 
 
 def test_levels_of_other_rates_are_those_of_other_gates():
-    found = PrototypeGate(false_alarm=0.3).fit(GENERIC)
-    for share, more in found.levels().items():
-        other = PrototypeGate(false_alarm=float(share)).fit(GENERIC)
-        assert found.level_ + more == pytest.approx(other.level_, abs=1e-12)
-    assert list(found.levels().values()) == sorted(found.levels().values(), reverse=True)
+    found = PrototypeGate(false_positive_rate=0.3).fit(GENERIC)
+    for share, more in found.thresholds().items():
+        other = PrototypeGate(false_positive_rate=float(share)).fit(GENERIC)
+        assert found.threshold_ + more == pytest.approx(other.threshold_, abs=1e-12)
+    assert list(found.thresholds().values()) == sorted(found.thresholds().values(), reverse=True)
 
 
 # What is promised.
@@ -278,8 +280,8 @@ def test_generic_text_passes_the_gate_as_often_as_promised(n):
         reference, fresh = draw(160, 0), draw(400, 1)
         gate = PrototypeGate().fit(reference)
         leads, own = (of.scores.max(1) + of.residual for of in (gate.judge(fresh), gate.judge(reference)))
-        held.append([(leads / 2 > level(gate.reference_leads_, share)).mean() for share in promised])
-        seen.append([(leads > level(own, share)).mean() for share in promised])
+        held.append([(leads / 2 > threshold(gate.reference_leads_, share)).mean() for share in promised])
+        seen.append([(leads > threshold(own, share)).mean() for share in promised])
     found = np.mean(held, 0) / promised
     assert (found > 0.5).all() and (found < 2).all(), found
     if n == 200:
@@ -288,7 +290,7 @@ def test_generic_text_passes_the_gate_as_often_as_promised(n):
 
 def test_the_default_is_the_commands():
     gate, settings = PrototypeGate(), Settings()
-    assert gate.false_alarm == settings.false_alarm
+    assert gate.false_positive_rate == settings.false_positive_rate
     assert (gate.temperature, gate.top_k) == (settings.temperature, settings.top_k)
 
 
@@ -347,9 +349,9 @@ def test_a_module_that_is_silent_on_generic_text_says_nothing(noise):
 
 def test_the_filter_finds_a_rise_better_than_equal_weights():
     rng = np.random.default_rng(0)
-    level = rng.uniform(0.03, 0.3, (1, 6, 10, 2))  # of R, one for each adapter, module and view
+    threshold = rng.uniform(0.03, 0.3, (1, 6, 10, 2))  # of R, one for each adapter, module and view
     spread = rng.uniform(0.05, 0.5, (1, 6, 10, 2))
-    generic, X = (level * np.exp(spread * rng.normal(size=(n, 6, 10, 2))) for n in (200, 2000))
+    generic, X = (threshold * np.exp(spread * rng.normal(size=(n, 6, 10, 2))) for n in (200, 2000))
     X[:, 3] = np.sqrt(X[:, 3] ** 2 + 0.0006)
     gate = PrototypeGate().fit(generic)
     z = (np.log(X) - gate.mean_) / gate.std_
@@ -428,7 +430,7 @@ def test_responses_of_another_library_or_not_finite_are_refused(X):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("false_alarm", value) for value in (0, 1, -0.1, 1.5, np.nan)),
+        *(("false_positive_rate", value) for value in (0, 1, -0.1, 1.5, np.nan)),
         *(("temperature", value) for value in (0, -1.0, np.nan)),
         ("top_k", 0),
     ],
@@ -456,10 +458,12 @@ def test_confidence_raises_the_base_model_within_the_promise():
         return np.exp(rng.normal(-2, 0.2, (count, 8, 6, 2))), rng.normal(-1.5, 0.6, count)
 
     X, sure = generic(400)
-    gate = PrototypeGate(false_alarm=0.2).fit(X, confidence=sure)
-    again = np.array([gate.fit(X, confidence=sure).level_, gate.fit(X, confidence=3 * sure - 7).level_])
+    gate = PrototypeGate(false_positive_rate=0.2).fit(X, confidence=sure)
+    again = np.array(
+        [gate.fit(X, confidence=sure).threshold_, gate.fit(X, confidence=3 * sure - 7).threshold_]
+    )
     assert again[0] == pytest.approx(again[1])  # only how unusual a confidence is counts
-    plain = PrototypeGate(false_alarm=0.2).fit(X).reference_leads_
+    plain = PrototypeGate(false_positive_rate=0.2).fit(X).reference_leads_
     gate.fit(X, confidence=sure)
     doubt = DOUBT * (sure - sure.mean()) / sure.std(ddof=1)
     np.testing.assert_allclose(gate.reference_leads_, plain - doubt, atol=1e-9)

@@ -115,7 +115,7 @@ BROKEN = {
     "a variant": (lambda out: spoil(out / "run.routing.csv", "q1,1,", "q1,9,"), "run.routing.csv"),
     "evidence": (lambda out: (out / EVIDENCE).write_bytes(b"no"), EVIDENCE),
     "older evidence": (lambda out: save_file({"votes": np.zeros(1)}, out / EVIDENCE), EVIDENCE),
-    "evidence without a level": (
+    "evidence without a threshold": (
         lambda out: spoil_bytes(out / EVIDENCE, b'"base_score"', b'"candidates"'), EVIDENCE,
     ),
     "evidence of another shape": (evidence_of(votes=np.zeros((2, 3), np.float32)), EVIDENCE),

@@ -33,7 +33,7 @@ ARRAYS = [field.name for field in fields(Evidence)][2:-3]
 MODULES = [f"model.layers.{n}.{kind}" for n in range(3) for kind in ("self_attn.q_proj", "mlp.down_proj")]
 
 
-def evidence_of(n, rng, level):
+def evidence_of(n, rng, threshold):
     """Every query is one adapter's, or in every fifth case nobody's."""
     scores = rng.normal(size=(n, len(ADAPTERS)))
     own = rng.integers(len(ADAPTERS), size=n)
@@ -42,7 +42,7 @@ def evidence_of(n, rng, level):
     votes[:, 1] = np.nan
     responses = rng.uniform(0.03, 0.1, size=scores.shape)
     frame = np.zeros(n)
-    return Evidence(ADAPTERS, MODULES, responses, scores, np.full(n, level), scores.max(1), votes, frame)
+    return Evidence(ADAPTERS, MODULES, responses, scores, np.full(n, threshold), scores.max(1), votes, frame)
 
 
 def close(candidates):
@@ -50,12 +50,12 @@ def close(candidates):
     return np.array([np.subtract(*sorted(row)[:-3:-1]) < 0.5 for row in candidates])
 
 
-def synthetic(folder, texts, files=("queries.csv",), keep_queries=True, level=2.5):
+def synthetic(folder, texts, files=("queries.csv",), keep_queries=True, threshold=2.5):
     """A finished run's files, written without the code under test; returns the output folder."""
     out = folder / "out"
     out.mkdir(parents=True)
     rng, names, n = np.random.default_rng(0), [*ADAPTERS, "base"], len(texts)
-    evidence = evidence_of(n, rng, level)
+    evidence = evidence_of(n, rng, threshold)
     weights = np.exp((evidence.candidates - evidence.candidates.max(1, keepdims=True)) / 0.5)
     weights /= weights.sum(1, keepdims=True)
     _, labels = np.unique(weights.argmax(1), return_inverse=True)
@@ -79,7 +79,7 @@ def synthetic(folder, texts, files=("queries.csv",), keep_queries=True, level=2.
             "dataset_filepaths": [str(folder / name) for name in files],
             "output_folder": str(out),
             "temperature": 0.5,
-            "false_alarm": 0.1,
+            "false_positive_rate": 0.1,
         },
         "seconds": {"load": 1.5, "probe": 62.0},
         "peak_mib": {"load": 900, "probe": 2048},
@@ -223,7 +223,7 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("level", "told"),
+    ("threshold", "told"),
     [
         (100.0, "120 queries were left to the base model (100.0 %), because no adapter fits: none scores "
          "above the base model."),
@@ -231,26 +231,26 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
         (-100.0, "No query was left to the base model: some adapter always scores above it."),
     ],
 )  # fmt: skip
-def test_the_opening_says_how_many_queries_no_adapter_fits(tmp_path, level, told):
-    out = synthetic(tmp_path, sentences(120), level=level)
-    beaten = (Evidence.load(out / "queries.evidence.safetensors").scores < level).all(1).sum()
+def test_the_opening_says_how_many_queries_no_adapter_fits(tmp_path, threshold, told):
+    out = synthetic(tmp_path, sentences(120), threshold=threshold)
+    beaten = (Evidence.load(out / "queries.evidence.safetensors").scores < threshold).all(1).sum()
     assert told.format(beaten, 100 * beaten / 120) in Page(write_report(out)).words
-    assert (level == 2.5) == (0 < beaten < 120)
+    assert (threshold == 2.5) == (0 < beaten < 120)
 
 
 def test_the_table_counts_who_would_be_sent_at_other_rates(tmp_path):
     out = synthetic(tmp_path, sentences(30))
     file = out / "queries.evidence.safetensors"
     plain = Evidence.load(file)
-    assert "Does any adapter fit" not in Page(write_report(out)).words  # a run that kept no levels
-    levels = {"0.01": 1.5, "0.1": 0.0, "0.5": -9.0}
-    replace(plain, levels=[levels]).save(file)
+    assert "Does any adapter fit" not in Page(write_report(out)).words  # a run that kept no thresholds
+    thresholds = {"0.01": 1.5, "0.1": 0.0, "0.5": -9.0}
+    replace(plain, thresholds=[thresholds]).save(file)
     record = json.loads((out / "run.json").read_text())
-    record["flags"]["false_alarm"] = 0.1
+    record["flags"]["false_positive_rate"] = 0.1
     (out / "run.json").write_text(json.dumps(record))
     words = Page(write_report(out)).words
     table = words[words.index("queries sent to an adapter") :]
-    rare, now, common = ((plain.scores.max(1) > plain.base_score + add).sum() for add in levels.values())
+    rare, now, common = ((plain.scores.max(1) > plain.base_score + add).sum() for add in thresholds.values())
     assert rare < now < common == 30
     assert f"0.01 {rare} 0.1 this run {now} 0.5 {common}" in " ".join(table.split())
 

@@ -25,7 +25,7 @@ USER = ("What is number 1", "Say number 2", "Bonjour number 3", "thanks", "Say n
 
 @pytest.fixture()
 def router(chat_router, tmp_path):
-    made = chat_router(false_alarm=0.9)
+    made = chat_router(false_positive_rate=0.9)
     return Router.load(
         made.fit([[{"role": "user", "content": text}] for text in USER]).save(tmp_path / "saved")
     )
@@ -90,7 +90,7 @@ async def test_a_variant_that_brings_a_template_is_asked_in_it(chat_router, tiny
     other = PLAIN.replace("assistant: ", "them> ")
     for folder in tiny_library.iterdir():
         (folder / "chat_template.jinja").write_text(other)
-    made = chat_router(false_alarm=0.9).fit([chat(text)["messages"] for text in USER])
+    made = chat_router(false_positive_rate=0.9).fit([chat(text)["messages"] for text in USER])
     router = Router.load(made.save(tmp_path / "saved"))
     fits = next(text for text in USER if router.choose([chat(text)["messages"]])[0].fits)
     names = [served(n, of.sha256) for n, of in enumerate(router.variants) if of.weights]

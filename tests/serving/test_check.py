@@ -11,8 +11,10 @@ from router.cli import main
 @pytest.fixture(params=["run", "router"])
 def folder(request, command, tmp_path, tiny_base, tiny_library):
     if request.param == "run":
-        return command("proto_route", "--false_alarm", 0.9)[1]
-    router = Router.from_library(tiny_library, base_model=str(tiny_base), dtype="float32", false_alarm=0.9)
+        return command("proto_route", "--false_positive_rate", 0.9)[1]
+    router = Router.from_library(
+        tiny_library, base_model=str(tiny_base), dtype="float32", false_positive_rate=0.9
+    )
     return router.fit(["What is two and two?", "Bonjour"]).save(tmp_path / "saved")
 
 

@@ -28,7 +28,7 @@ from router.system.files import sha256_of
 
 @pytest.fixture()
 def out(command):
-    return command("proto_route", "--false_alarm", 0.9, "--temperature", 3.0)[1]
+    return command("proto_route", "--false_positive_rate", 0.9, "--temperature", 3.0)[1]
 
 
 @pytest.fixture()
@@ -244,7 +244,7 @@ def test_no_written_rank_is_above_what_was_asked_for(out, llama_cpp, capsys, eng
 def test_what_a_run_left_out_does_not_matter_for_llamacpp(command, tiny_library, llama_cpp, capsys):
     shutil.copytree(tiny_library / "mlp", tiny_library / "broken")
     (tiny_library / "broken" / "adapter_model.safetensors").write_bytes(b"half")
-    _, out = command("proto_route", "--skip_bad", "--false_alarm", 0.9, "--temperature", 3.0)
+    _, out = command("proto_route", "--skip_bad", "--false_positive_rate", 0.9, "--temperature", 3.0)
     shutil.copytree(tiny_library / "mlp", tiny_library / "later")
     assert main([str(out), *map(str, llama_cpp)]) == 0
     assert sorted(path.stem for path in (out / "gguf").glob("*.gguf")) == NAMES

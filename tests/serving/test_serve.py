@@ -71,7 +71,7 @@ def upstream():
 @pytest.fixture()
 def router(tiny_base, tiny_library):
     """A router of several variants for TEXTS."""
-    how = {"device": "cpu", "dtype": "float32", "false_alarm": 0.9}
+    how = {"device": "cpu", "dtype": "float32", "false_positive_rate": 0.9}
     return Router.from_library(tiny_library, base_model=str(tiny_base), **how).fit(TEXTS)
 
 

@@ -187,7 +187,7 @@ def data(run: Run) -> dict[str, Any]:
         "files": list(map(str, run.record.paths)),
         "routes": run.routes,
         "temperature": run.record.flags.get("temperature"),
-        "falseAlarm": run.record.flags.get("false_alarm"),
+        "falseAlarm": run.record.flags.get("false_positive_rate"),
         "limit": limit if any(len(text) > limit for text in every) else None,
         "ids": [cut(own, limit) for own in run.ids],
         "file": run.file.tolist(),

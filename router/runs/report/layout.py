@@ -15,7 +15,7 @@ def gate_space(run: Run) -> tuple[Array, list[int]]:
     """Directions of the queries, (queries, d), and which candidate each of the d axes belongs to.
 
     With evidence, an axis is a candidate's score as far as it is above generic text; the base model's is the
-    level that an adapter has to exceed. Without evidence, it is the weight.
+    threshold that an adapter has to exceed. Without evidence, it is the weight.
     """
     weighty = np.asarray(run.weights.any(0))
     if run.evidence is None:
