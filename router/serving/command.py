@@ -1,4 +1,4 @@
-"""`proto-route serve --router FOLDER --upstream URL`: the front, until it is stopped."""
+"""`proto-route serve --router FOLDER --upstream URL`: the proxy, until it is stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from router.system.keys import key_of
 if TYPE_CHECKING:
     from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-    from router.serving.front import Front
+    from router.serving.proxy import Proxy
 
 log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine alone
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     p = argparse.ArgumentParser(
         prog="proto-route serve",
-        description="An OpenAI-compatible front: requests for the model `auto` go to the variant that fits.",
+        description="An OpenAI-compatible proxy: requests for the model `auto` go to the variant that fits.",
     )
     add, count = p.add_argument, number(int, 1)
     add("--router", type=Path, required=True, metavar="DIR", help="a saved router, or a finished run")
@@ -123,19 +123,19 @@ def decisions_to(file: Path) -> RotatingFileHandler:
 
 def _serve(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request of the front
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request of the proxy
     with _listening(args.host, args.port) as listener:  # first, since loading takes long
-        front = _front(args)
-        count = len(front.router.variants)
+        proxy = _proxy(args)
+        count = len(proxy.router.variants)
         port = listener.getsockname()[1]  # --port 0 is any
         print(f"http://{args.host}:{port}: {count} variant{'s' * (count != 1)}", flush=True)
         with suppress(KeyboardInterrupt):  # uvicorn has drained, and raises it once more
-            asyncio.run(_served(front, listener, args.timeout))
+            asyncio.run(_served(proxy, listener, args.timeout))
 
 
-def _front(args: argparse.Namespace) -> Front:
+def _proxy(args: argparse.Namespace) -> Proxy:
     from router.api import Router
-    from router.serving.front import Front
+    from router.serving.proxy import Proxy
 
     def load() -> Router:
         found = Router.load(args.router, args.base_model, args.device, args.dtype)
@@ -146,10 +146,10 @@ def _front(args: argparse.Namespace) -> Front:
     api_key, here = key_of("PROTO_ROUTE_API_KEY"), args.host in LOOPBACK
     if api_key is None and not here:
         log.warning(
-            "--host %s: whoever reaches this machine can use the front; set PROTO_ROUTE_API_KEY", args.host
+            "--host %s: whoever reaches this machine can use the proxy; set PROTO_ROUTE_API_KEY", args.host
         )
     decisions = decisions_to(args.decisions) if args.decisions else None
-    return Front(
+    return Proxy(
         load(), args.upstream, load=load, api_key=api_key, upstream_key=key_of("PROTO_ROUTE_UPSTREAM_KEY"),
         max_body=args.max_body, queue=args.queue, timeout=args.timeout,
         log_prompts=args.log_prompts, decisions=decisions,
@@ -157,14 +157,14 @@ def _front(args: argparse.Namespace) -> Front:
     )  # fmt: skip
 
 
-async def _served(front: Front, listener: socket.socket, timeout: float) -> None:
+async def _served(proxy: Proxy, listener: socket.socket, timeout: float) -> None:
     import uvicorn
 
     loop, renewals = asyncio.get_running_loop(), set()
 
     async def renewed() -> None:
         try:
-            await front.renew()
+            await proxy.renew()
         except InputError as error:
             log.error("the router was not reloaded: %s", error)
 
@@ -176,7 +176,7 @@ async def _served(front: Front, listener: socket.socket, timeout: float) -> None
     if hasattr(signal, "SIGHUP"):
         loop.add_signal_handler(signal.SIGHUP, renew)
     config = uvicorn.Config(
-        front.app, log_level="warning", http=impatient(timeout),
+        proxy.app, log_level="warning", http=impatient(timeout),
         timeout_graceful_shutdown=timeout,  # type: ignore[arg-type]
     )  # fmt: skip
     await uvicorn.Server(config).serve([listener])  # drains on SIGTERM and Ctrl-C

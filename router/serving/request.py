@@ -23,7 +23,7 @@ def as_json(content: Any, status: int = 200, headers: Mapping[str, str] | None =
 
 def as_error(_: Request, error: Exception) -> Response:
     """OpenAI's error object."""
-    status, message, headers = 500, "the front failed; its log says why", None
+    status, message, headers = 500, "the proxy failed; its log says why", None
     if isinstance(error, HTTPException):
         status, message, headers = error.status_code, error.detail, error.headers
     kind = "invalid_request_error" if status < 500 else "server_error"

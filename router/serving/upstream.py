@@ -1,4 +1,4 @@
-"""The server behind the front: what it serves, and how requests reach it. It decides nothing."""
+"""The server behind the proxy: what it serves, and how requests reach it. It decides nothing."""
 
 from __future__ import annotations
 

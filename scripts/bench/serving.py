@@ -1,6 +1,6 @@
 """What routing costs a service: `python -m scripts.bench.serving`, once scripts/test_engines.sh has run.
 
-Asks its vLLM with the plugin, alone, and behind the front. Alone it is asked for the models that the plugin
+Asks its vLLM with the plugin, alone, and behind the proxy. Alone it is asked for the models that the plugin
 chose. Writes the table of docs/serving.md.
 """
 
@@ -30,7 +30,7 @@ from scripts.engines import PATIENCE
 WORK, PAGE = Path("build/engines"), Path("docs/serving.md")
 AT_ONCE = {1: 24, 8: 48, 32: 96}  # requests at once -> in all
 SERVED, SHARE, WRITTEN, TOGETHER = 100, 7, 32, 16  # requests, those for adapters, tokens of each, at once
-SERVER, FRONT = "http://127.0.0.1:8000", "http://127.0.0.1:8090"
+SERVER, PROXY = "http://127.0.0.1:8000", "http://127.0.0.1:8090"
 
 
 class Answered(NamedTuple):
@@ -158,12 +158,12 @@ def main() -> None:
         alone.measure(some, mixed)
         alone.mib = memory([server])
         words = ["serve", "--router", str(WORK / "router"), "--upstream", SERVER, "--port", "8090"]
-        with started("front", [sys.executable, "-m", "router", *words], FRONT, OMP_NUM_THREADS="2") as second:
-            front = Service(FRONT, {})
-            front.measure(some, mixed)
-            front.mib = memory([server, second])
-    ways = alone, plugin, front
-    lines = header(["", "vLLM alone", "with the plugin", "behind the front"])
+        with started("proxy", [sys.executable, "-m", "router", *words], PROXY, OMP_NUM_THREADS="2") as second:
+            proxy = Service(PROXY, {})
+            proxy.measure(some, mixed)
+            proxy.mib = memory([server, second])
+    ways = alone, plugin, proxy
+    lines = header(["", "vLLM alone", "with the plugin", "behind the proxy"])
     for count, prompts in some.items():
         for kind, sent in (("base model", False), ("variant", True)):
             which = [prompt for prompt in prompts if chosen[prompt].startswith("variant-") == sent]
@@ -176,7 +176,7 @@ def main() -> None:
     for what, of in (("right adapter", fits), ("foreign requests left to the base model", foreign)):
         shares = [
             fmean(way.answers[prompt].adapter == labels[prompt] for prompt in chosen if prompt in of)
-            for way in (plugin, front)
+            for way in (plugin, proxy)
         ]
         lines.append(row(what, "", *(f"{share:.2f}" for share in shares)))
     print("\n".join(lines))

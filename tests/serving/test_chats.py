@@ -1,4 +1,4 @@
-"""Chats through the front, by OpenAI's own client: a conversation of five turns, streamed and not."""
+"""Chats through the proxy, by OpenAI's own client: a conversation of five turns, streamed and not."""
 
 import json
 
@@ -8,7 +8,7 @@ pytest.importorskip("httpx", reason="needs the extra serve")
 pytest.importorskip("starlette", reason="needs the extra serve")
 openai = pytest.importorskip("openai", reason="needs the extra test")
 
-from serving_stubs import Upstream, chat, fronted, serving  # noqa: E402
+from serving_stubs import Upstream, chat, proxied, serving  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
@@ -17,8 +17,8 @@ from helpers import PLAIN  # noqa: E402
 from router.api import Router  # noqa: E402
 from router.routing.variants import served  # noqa: E402
 from router.serving.export import vllm  # noqa: E402
-from router.serving.front import Front  # noqa: E402
 from router.serving.names import read_served  # noqa: E402
+from router.serving.proxy import Proxy  # noqa: E402
 
 USER = ("What is number 1", "Say number 2", "Bonjour number 3", "thanks", "Say number 4")
 
@@ -56,8 +56,8 @@ def client(router):
     routes = [Route("/v1/models", models), Route("/v1/chat/completions", answer, methods=["POST"])]
     with (
         serving(Starlette(routes=routes)) as upstream,
-        serving(Front(router, upstream).app) as front,
-        openai.OpenAI(base_url=f"{front}/v1", api_key="none") as made,
+        serving(Proxy(router, upstream).app) as proxy,
+        openai.OpenAI(base_url=f"{proxy}/v1", api_key="none") as made,
     ):
         yield made
 
@@ -95,7 +95,7 @@ async def test_a_variant_that_brings_a_template_is_asked_in_it(chat_router, tiny
     fits = next(text for text in USER if router.choose([chat(text)["messages"]])[0].fits)
     names = [served(n, of.sha256) for n, of in enumerate(router.variants) if of.weights]
     listed = Upstream([{"id": "the-base"}, *({"id": name} for name in names)])
-    async with fronted(router, listed) as (client, upstream, _):
+    async with proxied(router, listed) as (client, upstream, _):
         for path, body in (
             ("/v1/chat/completions", chat(fits)),
             ("/v1/responses", {"model": "auto", "input": fits}),

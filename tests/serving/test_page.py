@@ -1,4 +1,4 @@
-"""The page of the front in a browser: shares of the variants and the last decisions."""
+"""The page of the proxy in a browser: shares of the variants and the last decisions."""
 
 import pytest
 
@@ -7,20 +7,20 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from serving_stubs import Two, Upstream, serving  # noqa: E402
 
-from router.serving.front import Front  # noqa: E402
+from router.serving.proxy import Proxy  # noqa: E402
 
 
-def front(**how):
-    """A front of a stub, in a thread."""
+def proxy(**how):
+    """A proxy of a stub, in a thread."""
     how["transport"] = httpx.ASGITransport(Upstream().app)
-    return serving(Front(Two(), "http://upstream", **how).app)
+    return serving(Proxy(Two(), "http://upstream", **how).app)
 
 
 def test_the_page_shows_who_answered_and_how_sure_it_was(browser):
     page, wrong = browser.new_page(), []
     page.on("console", lambda message: wrong.append(message.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    with front() as address:
+    with proxy() as address:
         page.goto(address)
         assert page.inner_text("#summary") == "No request yet." and not page.is_visible("#shares")
         for prompt in ("x", "x too", "<b>y</b>"):
@@ -46,7 +46,7 @@ def test_the_page_asks_for_the_key_and_keeps_it_to_itself(browser):
         body, own = {"model": "auto", "prompt": prompt}, {"authorization": "Bearer secret"}
         httpx.post(f"{address}/v1/completions", json=body, headers=own).raise_for_status()
 
-    with front(api_key="secret") as address:
+    with proxy(api_key="secret") as address:
         ask("x")
         page = browser.new_page()
         page.goto(address)

@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from router.routing.variants import served  # noqa: E402
-from router.serving.front import Front  # noqa: E402
+from router.serving.proxy import Proxy  # noqa: E402
 
 TEXTS = [f"{word} number {n}" for n in range(4) for word in ("What is", "Say", "Bonjour")]
 posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -140,8 +140,8 @@ def test_an_open_stream_does_not_hold_up_the_end(upstream, router, tmp_path):
 def test_a_slow_upstream_holds_up_its_own_request_alone(upstream):
     address, asked, left = upstream
     with (
-        serving(Front(Two(), address, timeout=1).app) as front,
-        httpx.Client(base_url=front, timeout=30) as client,
+        serving(Proxy(Two(), address, timeout=1).app) as proxy,
+        httpx.Client(base_url=proxy, timeout=30) as client,
         ThreadPoolExecutor() as pool,
     ):
         slow = pool.submit(client.post, "/v1/completions", json={"model": "auto", "prompt": "Endless x"})

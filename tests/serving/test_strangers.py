@@ -1,4 +1,4 @@
-"""What odd and hostile clients and servers send to the front: an error object, and nobody else is harmed."""
+"""What odd and hostile clients and servers send to the proxy: an error object, and nobody else is harmed."""
 
 import asyncio
 import json
@@ -11,12 +11,12 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from serving_stubs import LLAMACPP, Two, Upstream, chat, completion, fronted, serving  # noqa: E402
+from serving_stubs import LLAMACPP, Two, Upstream, chat, completion, proxied, serving  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from router.serving import command  # noqa: E402
-from router.serving.front import Front  # noqa: E402
+from router.serving.proxy import Proxy  # noqa: E402
 
 pytestmark = pytest.mark.anyio
 
@@ -29,18 +29,18 @@ def is_error(answer, *statuses):
 
 
 @pytest.mark.parametrize("headers", [{"origin": "http://["}, {"host": "["}])
-@pytest.mark.parametrize("hosts", [("front",), None])
+@pytest.mark.parametrize("hosts", [("proxy",), None])
 async def test_broken_addresses_in_headers(headers, hosts):
-    async with fronted(hosts=hosts) as (client, *_):
+    async with proxied(hosts=hosts) as (client, *_):
         for path in ("/v1/completions", "/v1/route", "/v1/models", "/none"):
             answer = await client.post(path, json=completion("x"), headers=headers)
             assert answer.status_code < 500
             assert hosts is None or is_error(answer, 403, 404, 405)
 
 
-@pytest.mark.parametrize("host", ["front", "FRONT:80", "[::1]:8080", "[::1]"])
+@pytest.mark.parametrize("host", ["proxy", "PROXY:80", "[::1]:8080", "[::1]"])
 async def test_a_host_is_known_with_and_without_its_port(host):
-    async with fronted(hosts=("front", "::1")) as (client, *_):
+    async with proxied(hosts=("proxy", "::1")) as (client, *_):
         assert (await client.get("/recent", headers={"host": host})).status_code == 200
 
 
@@ -55,14 +55,14 @@ async def test_an_upstream_that_answers_nested_json():
 
     upstream.app.routes.insert(0, Route("/v1/completions", deep, methods=["POST"]))
 
-    async with fronted(upstream=upstream) as (client, *_):
+    async with proxied(upstream=upstream) as (client, *_):
         answer = await client.post("/v1/completions", json=completion("x"))
         assert answer.status_code == 200 and answer.content == DEEP  # as it came
     listed = b'{"data": [{"id": "the-base", "a": ' + DEEP + b"}]}"
     other = Upstream()
     other.app.routes.insert(0, Route("/v1/models", lambda _: Response(listed)))
 
-    async with fronted(upstream=other) as (client, *_):
+    async with proxied(upstream=other) as (client, *_):
         assert is_error(await client.get("/v1/models"), 502)
 
 
@@ -77,7 +77,7 @@ async def test_auto_is_never_passed_on_unrouted(path):
     form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nauto\r\n--b--\r\n'
     upstream = Upstream()
     upstream.app.routes[-1] = Route("/v1/{path:path}", lambda _: JSONResponse({}), methods=["GET", "POST"])
-    async with fronted(upstream=upstream) as (client, *_):
+    async with proxied(upstream=upstream) as (client, *_):
         body = json.dumps(chat("x") | completion("x")).encode()
         for method, content, encoding in (
             ("POST", body, "identity"), ("GET", body, "identity"), ("POST", form, "identity"),
@@ -102,13 +102,13 @@ async def test_auto_is_never_passed_on_unrouted(path):
     ],
 )  # fmt: skip
 async def test_odd_methods_and_paths_get_an_error_object(method, path, status):
-    async with fronted() as (client, upstream, _):
-        url = httpx.URL("http://front").copy_with(raw_path=path.encode())
+    async with proxied() as (client, upstream, _):
+        url = httpx.URL("http://proxy").copy_with(raw_path=path.encode())
         assert is_error(await client.request(method, url), status) and upstream.seen == []
 
 
 async def test_auto_is_a_model_like_others():
-    async with fronted() as (client, upstream, _):
+    async with proxied() as (client, upstream, _):
         found = (await client.get("/v1/models/auto")).json()
         assert (found["id"], found["object"]) == ("auto", "model") and upstream.seen == []
         listed = (await client.get("/v1/models")).json()["data"]
@@ -129,7 +129,7 @@ async def test_headers_of_one_connection_are_not_forwarded():
 
     upstream.app.routes.insert(0, Route("/v1/{path:path}", answer, methods=["POST"]))
 
-    async with fronted(upstream=upstream) as (client, *_):
+    async with proxied(upstream=upstream) as (client, *_):
         for body in (completion("x"), {"model": "theirs", "prompt": "x"}):
             found = await client.post("/v1/completions", json=body, headers=hop | {"x-ours": "yes"})
             sent = upstream.seen[-1][2]
@@ -155,12 +155,12 @@ def told_of(address, *parts):
     return found, time.monotonic() - start
 
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: front\r\nContent-Length: 100\r\n\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 100\r\n\r\n"
 
 
 @pytest.mark.parametrize("parts", [(), (HEAD[:30],), (HEAD, b'{"model": '), (HEAD[:9], HEAD[9:], b"x")])
 def test_half_a_request_is_cut_at_the_time_limit(parts):
-    app = Front(Two(), "http://upstream", timeout=0.5, transport=httpx.ASGITransport(Upstream().app)).app
+    app = Proxy(Two(), "http://upstream", timeout=0.5, transport=httpx.ASGITransport(Upstream().app)).app
     with serving(app, http=command.impatient(0.5)) as address:
         url = httpx.URL(address)
         found, seconds = told_of((url.host, url.port), *parts)
@@ -170,7 +170,7 @@ def test_half_a_request_is_cut_at_the_time_limit(parts):
 
 
 def test_a_kept_connection_is_not_cut_while_it_is_used():
-    app = Front(Two(), "http://upstream", transport=httpx.ASGITransport(Upstream().app)).app
+    app = Proxy(Two(), "http://upstream", transport=httpx.ASGITransport(Upstream().app)).app
     with serving(app, http=command.impatient(0.3)) as address, httpx.Client(base_url=address) as client:
         for _ in range(8):
             assert client.post("/v1/completions", json=completion("x")).json()["model"] == "variant-0"
@@ -197,7 +197,7 @@ async def test_one_clients_prompt_fails_alone():
                     raise error("index out of range in self")
             return super().choose(texts)
 
-    async with fronted(Odd(), quiet=True) as (client, *_):
+    async with proxied(Odd(), quiet=True) as (client, *_):
 
         async def ask(n):
             prompt = f"x {n}" + {7: " [PAD]", 9: " boom"}.get(n, "")
@@ -219,14 +219,14 @@ async def test_ready_asks_the_router_and_each_variant(monkeypatch):
     router = Two()
     router.variants[1].weights = {"two": 1.0}
 
-    async with fronted(router, upstream) as (client, *_):
+    async with proxied(router, upstream) as (client, *_):
         assert (await client.get("/ready")).status_code == 200
         assert {body["model"] for _, body, _ in upstream.seen} == {"the-base", "variant-0", "variant-1"}
         assert {body["max_tokens"] for _, body, _ in upstream.seen} == {1}
         for _ in range(5):
             await client.get("/ready")
         assert len(upstream.seen) == 3 and len(router.batches) == 1  # not again so soon
-        monkeypatch.setattr("router.serving.front.READY", 0.0)
+        monkeypatch.setattr("router.serving.proxy.READY", 0.0)
         upstream.unloaded = {"variant-1"}
         answer = await client.get("/ready")
         assert is_error(answer, 503) and "variant-1" in answer.json()["error"]["message"]
@@ -242,7 +242,7 @@ async def test_ready_asks_the_router_and_each_variant(monkeypatch):
 
 
 async def test_ready_of_llamacpp_asks_each_adapter():
-    async with fronted(upstream=Upstream(LLAMACPP, ("one", "two"))) as (client, upstream, _):
+    async with proxied(upstream=Upstream(LLAMACPP, ("one", "two"))) as (client, upstream, _):
         assert (await client.get("/ready")).status_code == 200
         scales = [{one["id"]: one["scale"] for one in body["lora"]} for _, body, _ in upstream.seen]
         assert sorted(scales, key=str) == [{0: 0.0, 1: 1.0}, {0: 1.0, 1: 0.0}]
@@ -256,7 +256,7 @@ def written(path):
 async def test_decisions_are_written_a_line_each(prompts, tmp_path):
     file = tmp_path / "decisions.jsonl"
     handler = RotatingFileHandler(file, encoding="utf-8")
-    async with fronted(decisions=handler, log_prompts=prompts) as (client, upstream, _):
+    async with proxied(decisions=handler, log_prompts=prompts) as (client, upstream, _):
         known = {"x-request-id": "mine"}
         body = json.dumps(completion("x\n\ud83d"))  # half a character
         first = await client.post("/v1/completions", content=body, headers=known)

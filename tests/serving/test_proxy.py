@@ -1,4 +1,4 @@
-"""The front: what it passes on, to whom, and what it says in bad weather. The upstream is a small stub."""
+"""The proxy: what it passes on, to whom, and what it says in bad weather. The upstream is a small stub."""
 
 import asyncio
 import gzip
@@ -11,7 +11,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 pytest.importorskip("starlette", reason="needs the extra serve")
 
-from serving_stubs import LLAMACPP, Two, Upstream, chat, completion, fronted  # noqa: E402
+from serving_stubs import LLAMACPP, Two, Upstream, chat, completion, proxied  # noqa: E402
 from starlette.responses import JSONResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
@@ -29,7 +29,7 @@ async def test_auto_is_answered_by_the_variant_others_pass():
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     picture = {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, image]}], "n": 2}
 
-    async with fronted() as (client, upstream, _):
+    async with proxied() as (client, upstream, _):
         first = await client.post("/v1/completions", json=completion("x", temperature=0.5, logprobs=2))
         base = await client.post("/v1/completions", json=completion("y"))
         other = await client.post("/v1/completions", content=b'{"model": "theirs",  "prompt": "x"}')
@@ -53,7 +53,7 @@ async def test_auto_is_answered_by_the_variant_others_pass():
 
 
 async def test_a_stream_passes_chunk_by_chunk_with_its_decision():
-    async with fronted() as (client, upstream, _):
+    async with proxied() as (client, upstream, _):
         async with client.stream("POST", "/v1/completions", json=completion("x", stream=True)) as answer:
             assert answer.headers["x-router-model"] == "variant-0"
             chunks = [chunk async for chunk in answer.aiter_raw()]
@@ -62,7 +62,7 @@ async def test_a_stream_passes_chunk_by_chunk_with_its_decision():
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
 async def test_a_conversation_is_routed_by_what_the_user_says(path):
-    async with fronted() as (client, upstream, _):
+    async with proxied() as (client, upstream, _):
         for body in (chat("x"), chat("x", "answer", "now y"), chat("y", "an x", "now x")):
             if path == "/v1/responses":
                 body["input"] = body.pop("messages")
@@ -98,7 +98,7 @@ def test_what_is_read_of_a_request(body, read):
     "path", ["/v1/../flush_cache", "/v1/%2e%2e/flush_cache", "/v1/a/%2E./b", "/v1/..%2fflush_cache"]
 )
 async def test_no_path_leads_out_of_v1(path):
-    async with fronted() as (_, upstream, front):
+    async with proxied() as (_, upstream, proxy):
         told = []
 
         async def send(message):
@@ -106,10 +106,10 @@ async def test_no_path_leads_out_of_v1(path):
 
         scope = {
             "type": "http", "method": "GET", "headers": [], "query_string": b"", "http_version": "1.1",
-            "scheme": "http", "server": ("front", 80), "client": ("c", 1), "root_path": "",
+            "scheme": "http", "server": ("proxy", 80), "client": ("c", 1), "root_path": "",
             "path": "/v1/" + path.removeprefix("/v1/"), "raw_path": path.encode(),
         }  # fmt: skip
-        await front.app(scope, lambda: asyncio.sleep(0, {"type": "http.request", "body": b""}), send)
+        await proxy.app(scope, lambda: asyncio.sleep(0, {"type": "http.request", "body": b""}), send)
         assert told[0]["status"] == 404 and upstream.seen == []
 
 
@@ -121,7 +121,7 @@ async def test_odd_headers_and_names_pass_or_are_quoted():
 
     upstream.app.router.routes[0] = Route("/v1/models", models)
 
-    async with fronted(upstream=upstream) as (client, upstream, _):
+    async with proxied(upstream=upstream) as (client, upstream, _):
         headers = [(b"user-agent", "é".encode("latin-1")), (b"accept-encoding", b"br")]
         answer = await client.post("/v1/completions", json=completion("y"), headers=headers)
         assert answer.status_code == 200 and answer.json()["router"]["model"] == "模型"
@@ -131,7 +131,7 @@ async def test_odd_headers_and_names_pass_or_are_quoted():
 
 
 async def test_a_compressed_body_is_refused():
-    async with fronted() as (client, upstream, _):
+    async with proxied() as (client, upstream, _):
         zipped = gzip.compress(b'{"model": "auto", "prompt": "x"}')
         for path in ("/v1/completions", "/v1/embeddings", "/v1/route"):
             answer = await client.post(path, content=zipped, headers={"content-encoding": "gzip"})
@@ -157,7 +157,7 @@ WRONG = {
 async def test_what_cannot_be_routed_does_not_reach_the_upstream(kind):
     content, status = WRONG[kind]
 
-    async with fronted() as (client, upstream, _):
+    async with proxied() as (client, upstream, _):
         answer = await client.post("/v1/completions", content=content)
         assert answer.status_code == status and answer.json()["error"]["message"]
         assert upstream.seen == []
@@ -165,7 +165,7 @@ async def test_what_cannot_be_routed_does_not_reach_the_upstream(kind):
 
 @pytest.mark.parametrize("theirs", [None, "theirs"])
 async def test_a_key_is_asked_for_and_not_passed_on(theirs):
-    async with fronted(api_key="secret", upstream_key=theirs) as (client, upstream, _):
+    async with proxied(api_key="secret", upstream_key=theirs) as (client, upstream, _):
         for path in ("/v1/models", "/recent"):
             assert (await client.get(path)).status_code == 401
         for key, status in (("", 401), ("Bearer wrong", 401), ("Bearer secre", 401), ("Bearer secret", 200)):
@@ -178,7 +178,7 @@ async def test_a_key_is_asked_for_and_not_passed_on(theirs):
 
 
 async def test_the_upstreams_errors_come_back_with_their_status():
-    async with fronted() as (client, upstream, _):
+    async with proxied() as (client, upstream, _):
         upstream.broken = True
         answer = await client.post("/v1/completions", json=completion("x"))
         assert answer.status_code == 503 and answer.json() == {"error": "broken"}
@@ -186,7 +186,7 @@ async def test_the_upstreams_errors_come_back_with_their_status():
 
 
 async def test_a_variant_that_the_upstream_has_lost_is_its_own_404():
-    async with fronted() as (client, upstream, _):
+    async with proxied() as (client, upstream, _):
         assert (await client.post("/v1/completions", json=completion("x"))).status_code == 200
         upstream.unloaded, upstream.listed = {"variant-0"}, ({"id": "the-base"},)
         for more in ({}, {"stream": True}):
@@ -202,7 +202,7 @@ async def test_a_variant_that_the_upstream_has_lost_is_its_own_404():
 async def test_a_variant_that_is_served_as_the_base_model_is_not_ready(says, status):
     upstream = Upstream()
     upstream.says = says
-    async with fronted(upstream=upstream) as (client, *_):
+    async with proxied(upstream=upstream) as (client, *_):
         answer = await client.get("/ready")
         assert answer.status_code == status and (status == 200 or "variant-0" in answer.text)
 
@@ -214,7 +214,7 @@ async def test_an_upstream_that_is_not_there_or_too_slow(error, status):
     def fail(request):
         raise error
 
-    async with fronted(transport=httpx.MockTransport(fail)) as (client, *_):
+    async with proxied(transport=httpx.MockTransport(fail)) as (client, *_):
         answer = await client.post("/v1/completions", json=completion("x"))
         assert answer.status_code == status and "upstream" in answer.json()["error"]["message"]
         assert (await client.get("/ready")).status_code == status
@@ -257,7 +257,7 @@ async def test_an_upstream_that_dies_comes_back_with_other_names():
         httpx.RemoteProtocolError("disconnected"), httpx.ReadError("reset"), httpx.ReadTimeout("slow"),
     )  # fmt: skip
 
-    async with fronted(upstream=upstream, transport=Mortal(upstream.app, *deaths)) as (client, upstream, _):
+    async with proxied(upstream=upstream, transport=Mortal(upstream.app, *deaths)) as (client, upstream, _):
         for status in (502, 502, 504):
             answer = await client.post("/v1/completions", json=completion("y"))
             assert answer.status_code == status and answer.json()["error"]["message"]
@@ -268,7 +268,7 @@ async def test_an_upstream_that_dies_comes_back_with_other_names():
 async def test_a_stream_that_breaks_off_ends_and_the_next_is_answered():
     upstream = Upstream()
     mortal = Mortal(upstream.app, httpx.ReadError("reset"))
-    async with fronted(upstream=upstream, transport=mortal) as (client, *_):
+    async with proxied(upstream=upstream, transport=mortal) as (client, *_):
         with pytest.raises(httpx.ReadError):  # a server cuts the connection, so nobody takes it for whole
             await client.post("/v1/completions", json=completion("x", stream=True))
         assert (await client.post("/v1/completions", json=completion("x"))).status_code == 200
@@ -285,7 +285,7 @@ async def test_a_stream_that_breaks_off_ends_and_the_next_is_answered():
 )
 async def test_no_variant_is_asked_of_another_base_model(listed, fine):
     listing = Upstream((listed, {"id": "variant-0", "parent": listed["id"]}))
-    async with fronted(upstream=listing) as (client, upstream, _):
+    async with proxied(upstream=listing) as (client, upstream, _):
         answer = await client.post("/v1/completions", json=completion("x"))
         ready = await client.get("/ready")
         assert (answer.status_code, ready.status_code) == ((200, 200) if fine else (502, 502))
@@ -303,7 +303,7 @@ async def test_no_variant_is_asked_of_another_base_model(listed, fine):
     ],
 )
 async def test_llamacpp_gets_the_requests_own_mix_of_its_adapters(adapters, scales):
-    async with fronted(upstream=Upstream(LLAMACPP, adapters)) as (client, upstream, _):
+    async with proxied(upstream=Upstream(LLAMACPP, adapters)) as (client, upstream, _):
         first = await client.post("/v1/completions", json=completion("x"))
         await client.post("/v1/chat/completions", json=chat("y"))
         found = [{one["id"]: one["scale"] for one in body["lora"]} for _, body, _ in upstream.seen]
@@ -311,7 +311,7 @@ async def test_llamacpp_gets_the_requests_own_mix_of_its_adapters(adapters, scal
 
 
 async def test_llamacpp_that_lacks_an_adapter():
-    async with fronted(upstream=Upstream(LLAMACPP, ("one",))) as (client, upstream, _):
+    async with proxied(upstream=Upstream(LLAMACPP, ("one",))) as (client, upstream, _):
         assert (await client.get("/ready")).status_code == 503
         answer = await client.post("/v1/completions", json=completion("x"))
         assert answer.status_code == 502 and "variant-0" in answer.json()["error"]["message"]
@@ -319,7 +319,7 @@ async def test_llamacpp_that_lacks_an_adapter():
 
 
 async def test_the_decision_alone_is_that_of_the_answer():
-    async with fronted() as (client, upstream, _):
+    async with proxied() as (client, upstream, _):
         answer = (await client.post("/v1/route", json={"prompt": "x"})).json()
         assert answer["model"] == "variant-0" and answer["fits"]
         talk = {"messages": chat("x", "answer", "now y")["messages"]}
@@ -328,7 +328,7 @@ async def test_the_decision_alone_is_that_of_the_answer():
 
 
 async def test_two_hundred_requests_at_once_get_their_own_answers():
-    async with fronted() as (client, _, front):
+    async with proxied() as (client, _, proxy):
 
         async def ask(n):
             prompt = f"{'x' if n % 3 else 'y'} {n}"
@@ -344,13 +344,13 @@ async def test_two_hundred_requests_at_once_get_their_own_answers():
 
         answers = await asyncio.gather(*(ask(n) for n in range(200)))
         assert sum(answer is not None for answer in answers) == 160
-        assert len(front.router.batches) < 40  # far fewer passes than requests
+        assert len(proxy.router.batches) < 40  # far fewer passes than requests
 
 
 async def test_a_queue_that_is_full_says_when_to_try_again(monkeypatch):
     monkeypatch.setattr(prober_module, "MOST", 1)
 
-    async with fronted(queue=4) as (client, *_):
+    async with proxied(queue=4) as (client, *_):
         asked = [client.post("/v1/completions", json=completion(f"x{n}")) for n in range(20)]
         answers = await asyncio.gather(*asked)
         refused = [answer for answer in answers if answer.status_code == 429]
@@ -363,24 +363,24 @@ async def test_a_reload_takes_the_new_router():
     new.choose = lambda texts: [Choice(1, {"base": 1.0}, 1.0, False, False, {}) for _ in texts]
     new.variants[0].sha256 = "0a1b2c3d4e"
 
-    async with fronted(load=lambda: new) as (client, upstream, front):
+    async with proxied(load=lambda: new) as (client, upstream, proxy):
         await client.post("/v1/chat/completions", json=chat("x"))
         told = {"status": "reloaded", "variants": 2, "changed": ["variant-0-0a1b2c3d"]}
         assert (await client.post("/admin/reload")).json() == told
-        assert front.router is new
+        assert proxy.router is new
         await client.post("/v1/chat/completions", json=chat("x"))
         assert [body["model"] for _, body, _ in upstream.seen] == ["variant-0", "the-base"]
-        async with front.renewing:
+        async with proxy.renewing:
             assert (await client.post("/admin/reload")).status_code == 409
 
-    async with fronted() as (client, *_):
+    async with proxied() as (client, *_):
         assert (await client.post("/admin/reload")).status_code == 409
 
 
 async def test_a_reload_loses_no_request_and_mixes_none_up():
     new, loaded = Two(), threading.Event()
     new.choose = lambda texts: [Choice(1, {"base": 1.0}, 1.0, False, False, {}) for _ in texts]
-    async with fronted(load=lambda: loaded.wait(30) and new) as (client, *_):
+    async with proxied(load=lambda: loaded.wait(30) and new) as (client, *_):
 
         async def ask(n):
             answer = (await client.post("/v1/completions", json=completion(f"x {n}"))).json()
@@ -399,7 +399,7 @@ async def test_metrics_and_the_last_decisions_hold_no_prompt():
     documented = re.search(r"  (.*vector.*)", (ROOT / "docs" / "serving.md").read_text("utf-8"))[1]
     (pattern,) = re.findall(r'router_requests_total\{variant!~"(.+?)"\}', documented)
 
-    async with fronted() as (client, *_):
+    async with proxied() as (client, *_):
         for prompt in ("secret x", "secret x too", "y"):
             await client.post("/v1/completions", json=completion(prompt))
         text = (await client.get("/metrics")).text
@@ -415,8 +415,8 @@ async def test_metrics_and_the_last_decisions_hold_no_prompt():
 
 @pytest.mark.parametrize("asked", [False, True])
 async def test_the_log_holds_prompts_only_if_it_is_asked_to(asked, caplog):
-    caplog.set_level("INFO", "router.serving.front")
-    async with fronted(log_prompts=asked) as (client, *_):
+    caplog.set_level("INFO", "router.serving.proxy")
+    async with proxied(log_prompts=asked) as (client, *_):
         await client.post("/v1/completions", json=completion("secret x"))
     assert "variant-0 margin 2.00" in caplog.text and ("secret" in caplog.text) == asked
 
@@ -435,7 +435,7 @@ async def test_a_clients_cookies_are_its_own_and_arrive():
     upstream = Upstream()
     upstream.app.routes.insert(0, Route("/v1/completions", cookies, methods=["POST"]))
 
-    async with fronted(upstream=upstream) as (client, *_):
+    async with proxied(upstream=upstream) as (client, *_):
         first = await client.post("/v1/completions", json=completion("x"))
         given = [value.split(";")[0] for value in first.headers.get_list("set-cookie")]
         assert given == ["session=of-alice", "other=b"]
@@ -450,7 +450,7 @@ async def test_a_clients_cookies_are_its_own_and_arrive():
     ("headers", "status"),
     [
         ({}, 200),
-        ({"origin": "http://front"}, 200),
+        ({"origin": "http://proxy"}, 200),
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"sec-fetch-site": "cross-site"}, 403),
@@ -458,14 +458,14 @@ async def test_a_clients_cookies_are_its_own_and_arrive():
     ],
 )
 async def test_a_page_of_another_site_reaches_nothing_without_a_key(headers, status):
-    async with fronted(hosts=("front",)) as (client, upstream, _):
+    async with proxied(hosts=("proxy",)) as (client, upstream, _):
         for method, path in (("POST", "/v1/completions"), ("GET", "/recent"), ("POST", "/v1/route")):
             answer = await client.request(method, path, json=completion("x"), headers=headers)
             assert answer.status_code == status
         assert len(upstream.seen) == (status == 200)
     with_key = headers | {"authorization": "Bearer k"}  # which no page of another site can guess
 
-    async with fronted(api_key="k", hosts=("front",)) as (client, *_):
+    async with proxied(api_key="k", hosts=("proxy",)) as (client, *_):
         assert (await client.get("/recent", headers=with_key)).status_code == 200
 
 
@@ -476,7 +476,7 @@ async def test_the_clients_key_goes_to_the_upstreams_lists_too():
                 return JSONResponse({"error": "no key"}, 401)
             return await super().models(request)
 
-    async with fronted(upstream=Asking()) as (client, *_):
+    async with proxied(upstream=Asking()) as (client, *_):
         known = {"headers": {"authorization": "Bearer theirs"}}
         for path in ("/v1/models", "/ready"):
             assert (await client.get(path)).status_code == 502

@@ -1,4 +1,4 @@
-"""A thin OpenAI-compatible front: routes requests for the model `auto`, and passes all others on untouched.
+"""A thin OpenAI-compatible proxy: routes requests for the model `auto`, and passes all others on untouched.
 
 It names a variant, which the server behind it has as a LoRA adapter of this name. llama.cpp's server takes
 scales instead of a name, so it is sent each request's own mix of adapters. A conversation stays with its
@@ -75,8 +75,8 @@ def _prompt(body: Mapping[str, Any]) -> Prompt:
         raise HTTPException(400, str(error)) from error
 
 
-class Front:
-    """The front of one server. What is not listed here is a flag of `proto-route serve`.
+class Proxy:
+    """The proxy of one server. What is not listed here is a flag of `proto-route serve`.
 
     Args:
         router: decides; its variants are served by the upstream as `variant-N`.
@@ -145,7 +145,7 @@ class Front:
             yield
 
     def _key(self, request: Request) -> str:
-        """The header for the upstream: with its own key, or the client's where that is not for this front."""
+        """The header for the upstream: with its own key, or the client's where that is not for this proxy."""
         if self.upstream_key is not None:
             return f"Bearer {self.upstream_key}"
         return request.headers.get("authorization", "") if self.api_key is None else ""
@@ -289,7 +289,7 @@ class Front:
 
     async def _sent(self, request: Request, raw: bytes, shown: dict[str, Any] | None) -> httpx.Response:
         less, ours = {b"host", b"accept-encoding"}, []  # httpx says both anew
-        if self.api_key or self.upstream_key:  # the client's key is for this front
+        if self.api_key or self.upstream_key:  # the client's key is for this proxy
             less.add(b"authorization")
         if self.upstream_key:
             ours.append((b"authorization", self._key(request).encode()))
@@ -371,7 +371,7 @@ class Front:
             await self.prober(CANARY)
         except Exception as error:
             log.warning("the router does not decide: %r", error)
-            return "the router does not decide; the log of the front says why"
+            return "the router does not decide; the log of the proxy says why"
         silent = await self.upstream.silent(names, serves, key, router)
         what = f"the upstream does not answer for {', '.join(silent)}, or as the base model does"
         return what if silent else ""
