@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast, get_args
+from typing import Any, Literal, Self, TypeVar, cast
 
 import numpy as np
 import pandas as pd
 import torch
 
-from router.constants import BASE_COLUMN, CANARY, TEMPLATE, Apply, Device, Dtype
+from router.constants import BASE_COLUMN, CANARY, TEMPLATE, Device, Dtype
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute, decided
-from router.model.answer import Answer, Scoring, encode, pad_left
+from router.model.answer import Answer, encode, pad_left
 from router.model.apply import applied
 from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.model.frames import Frame
@@ -31,6 +30,7 @@ from router.model.template import Template, template_of
 from router.pipeline.context import Context
 from router.pipeline.reading import Read
 from router.pipeline.result import Decision, Routing, joined
+from router.pipeline.saved import ABOUT, Saved, changed, check_replaceable, hashes
 from router.pipeline.steps import Method
 from router.pipeline.steps import load as load_library_and_base
 from router.queries.conversation import Message, checked, packed, shown
@@ -45,34 +45,14 @@ from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
 from router.settings import Settings
 from router.system.errors import InputError, printable
-from router.system.files import (
-    MARKER,
-    check_shape,
-    is_ours,
-    mark,
-    read_json,
-    remove_ours,
-    replacing,
-    sha256_of,
-    work_folder,
-)  # fmt: skip
+from router.system.files import mark, remove_ours, sha256_of, work_folder
 from router.system.version import own_version
 
 log = logging.getLogger(__name__)
 
 REMEMBERED = 10_000  # texts, and turns of conversations
-ABOUT = "router.json"  # beside FILE in a saved router's folder
 WORK = ".router."  # how the name of the folder begins in which a router is written
 SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply", "frame")  # that a saved router keeps
-SHAPE = {
-    "base_model": str, "revision?": str, "embedded": bool, "base_sha256": str, "configuration?": str,
-    "dtype": {*get_args(Dtype)} - {"auto"},
-    "settings": {"max_seq_len?": int, "max_gen_len": int, "scoring": {*get_args(Scoring)}, "seed": int,
-                 "apply?": {*get_args(Apply)}, "frame?": str},
-    "chat_template?": str,
-    "variants": [{"weights": {"*": float}, "base": float, "sha256": str, "canary?": float}],
-    "centres": [[float]], "files": {"*": str},
-}  # fmt: skip
 Prompt = str | Sequence[Message]  # a text, or a conversation
 Work = TypeVar("Work", bound=Callable[..., Any])
 
@@ -194,30 +174,30 @@ class Router:
                 raise InputError(f"{folder}: expected a saved router; a run makes one by Router.save")
             return cls._of_run(folder, base_model, device, dtype)
         seen = sha256_of(folder / ABOUT)
-        about = _about(folder / ABOUT)
-        pinned = f"@{about['revision']}" if about.get("revision") else ""
-        own = EMBEDDED if about["embedded"] else f"{about['base_model']}{pinned}"
-        kept = {key: value for key in SETTINGS if (value := about["settings"].get(key)) is not None}
-        kept |= {"base_model": base_model or own, "dtype": dtype or about["dtype"]}
+        about = Saved.read(folder)
+        pinned = f"@{about.revision}" if about.revision else ""
+        own = EMBEDDED if about.embedded else f"{about.base_model}{pinned}"
+        kept = {key: value for key in SETTINGS if (value := about.settings.get(key)) is not None}
+        kept |= {"base_model": base_model or own, "dtype": dtype or about.dtype}
         kept |= {} if device == "meta" else {"device": device}
         settings = Settings(**kept)
         base = load_base(str(settings.base_model), device, settings.dtype)
-        if base.sha256 != about["base_sha256"]:
+        if base.sha256 != about.base_sha256:
             raise InputError(
                 f"--base_model {base.name}: expected the weights that {folder} was made for "
-                f"(sha256 {about['base_sha256'][:12]}), got others ({base.sha256[:12]}); pass the base model "
+                f"(sha256 {about.base_sha256[:12]}), got others ({base.sha256[:12]}); pass the base model "
                 "of the router, or make the router anew from the adapters"
             )
-        if about.get("configuration", base.configuration) != base.configuration:
+        if about.configuration != base.configuration:
             log.warning(
                 "%s: the base model's configuration or tokenizer is not the one that this router was saved "
                 "with, so it may choose otherwise", printable(str(folder)),
             )  # fmt: skip
         method = ProtoRoute("proto_route", base, [], Context(settings))
-        if about.get("chat_template"):
-            method.template = Template(base.tokenizer, about["chat_template"], str(folder))
+        if about.chat_template:
+            method.template = Template(base.tokenizer, about.chat_template, str(folder))
         widths = {module: width for module, (_, width) in method.shapes.items()}
-        if wrong := _changed(folder, about["files"]):
+        if wrong := changed(folder, about.files):
             raise InputError(
                 f"{folder / wrong}: expected the file that was saved with this router, got another or none; "
                 "save the router again"
@@ -226,17 +206,11 @@ class Router:
         if not (folder / ABOUT).is_file() or sha256_of(folder / ABOUT) != seen:
             raise InputError(f"{folder}: a router was saved there while this one was read; load it again")
         method.fits.update({fitted.frame: fitted for fitted in fits})
-        centres, variants = about["centres"], about["variants"]
-        if len(centres) != len(variants) or any(len(row) != len(fits[0].names) + 1 for row in centres):
-            raise InputError(
-                f"{folder / ABOUT}: expected a centre for each variant with a weight for each of "
-                f"{len(fits[0].names)} adapters and the base model; do its files belong together?"
-            )
+        if about.candidates != [*fits[0].names, BASE_COLUMN]:
+            raise InputError(f"{folder / ABOUT}: expected the adapters of {FILE}; save the router again")
         router = cls(method)
-        router.variants = [
-            Variant(of["weights"], of["base"], of["sha256"], of.get("canary")) for of in variants
-        ]
-        router._centres = np.array(centres, np.float64)
+        router.variants = about.variants
+        router._centres = np.array(about.centres, np.float64)
         router._folder, router._seen = folder, seen
         router._read_templates(folder)
         return router
@@ -426,7 +400,7 @@ class Router:
         folder, proto = Path(folder), self._proto
         if self._centres is None:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
-        _check_replaceable(folder)
+        check_replaceable(folder)
         work = work_folder(folder, WORK)
         try:
             if self._folder is not None:
@@ -441,8 +415,7 @@ class Router:
             if self._folder is None:
                 proto.prepare()
             state.save(list(proto.fits.values()), work)
-            with replacing(work / ABOUT) as file:
-                json.dump(self._about() | {"files": _hashes(work)}, file, indent=2, ensure_ascii=False)
+            self._about(work).write(work)
             (folder / ABOUT).unlink(missing_ok=True)  # from here on it is no router, until it is this one
             remove_ours(folder / VARIANTS)
             for name in (VARIANTS, FILE, ABOUT):
@@ -465,21 +438,17 @@ class Router:
                 found.append(replace(made, canary=said))
         return found
 
-    def _about(self) -> dict[str, Any]:
-        """What router.json holds of this router."""
+    def _about(self, folder: Path) -> Saved:
+        """The record of this router, whose other files are in a folder."""
         proto, base = self._proto, self._base
         settings = {key: getattr(proto.settings, key) for key in SETTINGS}
         assert self._centres is not None
-        return {
-            "format": FORMAT, "proto-route": own_version(), "base_model": base.name,
-            "revision": base.revision, "base_sha256": base.sha256, "configuration": base.configuration,
-            "embedded": base.name == EMBEDDED_ID and base.revision is None,
-            "dtype": str(base.model.dtype).removeprefix("torch."),
-            "candidates": self.candidates, "settings": settings,
-            "chat_template": proto.template.source,
-            "variants": [asdict(variant) for variant in self.variants],
-            "centres": self._centres.tolist(),
-        }  # fmt: skip
+        dtype: Any = str(base.model.dtype).removeprefix("torch.")
+        return Saved(
+            FORMAT, own_version(), base.name, base.revision, base.sha256, base.configuration,
+            base.name == EMBEDDED_ID and base.revision is None, dtype, self.candidates, settings,
+            proto.template.source, self.variants, self._centres.tolist(), hashes(folder),
+        )  # fmt: skip
 
     @_one_at_a_time
     def answer(self, texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None = None) -> list[str]:
@@ -555,69 +524,6 @@ class Router:
 def _key(read: Read) -> bytes:
     """A name of what was read."""
     return hashlib.sha256(repr(read).encode("utf-8", "surrogatepass")).digest()
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of a saved router but ABOUT, by its path in the folder."""
-    paths = [folder / FILE, *sorted(path for path in (folder / VARIANTS).rglob("*") if path.is_file())]
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths if path.name != MARKER}
-
-
-def _changed(folder: Path, files: Mapping[str, str]) -> str | None:
-    """A file of a saved router that is not as it was saved, or gone; None if all are there."""
-    for name, digest in files.items():
-        path = folder / name
-        if not path.is_file() or sha256_of(path) != digest:
-            return name
-    return None
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Refuses a folder in which a router would replace what no router left there.
-
-    Raises:
-        InputError: it would.
-    """
-    try:
-        about = read_json(folder / ABOUT, {"format": int, "proto-route": str})
-    except FileNotFoundError:
-        about = {}
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder / ABOUT}: expected none, or that of a router ({error}); move it away"
-        ) from error
-    files = about.get("files", {})
-    foreign = [VARIANTS] if not is_ours(folder / VARIANTS) else []
-    if (folder / FILE).exists() and (
-        not about or ("files" in about and _changed(folder, {FILE: files.get(FILE, "")}))
-    ):
-        foreign.append(FILE)
-    if foreign:
-        raise InputError(
-            f"{folder}: expected no {foreign[0]} in it but what a router left there, since it would be "
-            "replaced; move it away or choose another folder"
-        )
-
-
-def _about(path: Path) -> dict[str, Any]:
-    """What router.json holds.
-
-    Raises:
-        InputError: it is damaged, or of another format.
-    """
-    try:
-        about: dict[str, Any] = read_json(path, {"format": int, "proto-route": str})
-        if about["format"] != FORMAT:
-            raise InputError(
-                f"{path}: expected format {FORMAT}, got {about['format']}, as version {about['proto-route']} "
-                "writes it; save the router again with this version"
-            )
-        check_shape(about, SHAPE)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected what Router.save wrote ({error}); save it again") from error
-    return about
 
 
 def _queries(texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None) -> list[Query]:

@@ -312,13 +312,13 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused(saved):
     about, file = json.loads((saved / "router.json").read_text()), saved / "router.safetensors"
     variant = about["variants"][0]
     for change, cause in (
-        ({"variants": [[1]]}, "variants.1: "),
-        ({"variants": [variant | {"base": "1"}]}, "variants.1.base: "),
+        ({"variants": [[1]]}, "variants.0: "),
+        ({"variants": [variant | {"base": "x"}]}, "variants.0.base: "),
         ({"variants": [variant]}, "a centre for each variant"),
-        ({"centres": [row[:-1] for row in about["centres"]]}, "a weight for each of 3 adapters"),
-        ({"centres": [["1"]]}, "centres.1.1: "),
+        ({"centres": [row[:-1] for row in about["centres"]]}, "a weight for each candidate"),
+        ({"centres": [["x"]]}, "centres.0.0: "),
         ({"settings": []}, "settings: "),
-        ({"settings": about["settings"] | {"scoring": "best"}}, "settings.scoring: "),
+        ({"settings": about["settings"] | {"scoring": "best"}}, "--scoring: "),
         ({"dtype": "eval"}, "dtype: "),
         ({"base_sha256": None}, "base_sha256"),
     ):

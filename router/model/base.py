@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from router.model.answer import end_tokens, pad_id
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
 from router.system.errors import InputError, out_of_memory, reason
-from router.system.files import FULL, cache_folder, is_folder, read_json, sha256_of, told_if_full
+from router.system.files import FULL, cache_folder, is_folder, read_record, sha256_of, told_if_full
 from router.system.hub import HubError, fetch
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ EMBEDDED = "embedded"
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what adapters of the embedded model name as their base
 EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")  # that a base model is read from
-INDEX = {"weight_map": {"*": str}}  # of the files of a model that has several
 OTHERS = ("consolidated*.safetensors",)  # the same weights once more, for Mistral's own programs
 
 
@@ -300,6 +299,13 @@ def _check_finite(model: Any, spec: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Index:
+    """Which file of a model each tensor is in."""
+
+    weight_map: dict[str, str]
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers reads of a folder, in order of name.
 
@@ -309,12 +315,12 @@ def weight_files(folder: Path) -> list[Path]:
         OSError: the configuration or the index cannot be read.
         ValueError: one of them holds something else.
     """
-    named = read_json(folder / "config.json", {"transformers_weights?": str}).get("transformers_weights")
-    names = [named] if named else ["model.safetensors", "model.safetensors.index.json"]
+    named = read_record(dict[str, Any], folder / "config.json").get("transformers_weights")
+    names = [str(named)] if named else ["model.safetensors", "model.safetensors.index.json"]
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None or file.suffix != ".json":
         return [file] if file else []
-    return sorted({folder / name for name in read_json(file, INDEX)["weight_map"].values()})
+    return sorted({folder / name for name in read_record(_Index, file).weight_map.values()})
 
 
 def fetched(spec: str, local_only: bool = False) -> tuple[Path, str, str]:

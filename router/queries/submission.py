@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from router.queries.conversation import Message, checked, packed, shown
 from router.system.errors import InputError
-from router.system.files import parsed, replacing
+from router.system.files import record_of, replacing
 
 GENERATION, MULTIPLE_CHOICE = "generation", "multiple_choice"
 EVAL_TYPES = (GENERATION, MULTIPLE_CHOICE)
@@ -156,7 +156,7 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str,
                 if not text.strip():
                     continue
                 try:
-                    row = parsed(text, {})
+                    row = record_of(dict[str, Any], text)
                     if not isinstance(row.setdefault("id", line), (str, int)):
                         raise ValueError(f"expected a text or a whole number as id, got {row['id']!r:.40}")
                     yield line, row | {"id": str(row["id"])}

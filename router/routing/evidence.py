@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from router.system.files import for_others, parsed
+from router.system.files import for_others, record_of
 
 Array = NDArray[np.float32]
 
@@ -117,9 +117,9 @@ class Evidence:
             OSError, SafetensorError, ValueError: the file is missing, damaged, or of another kind.
         """
         with safe_open(path, framework="numpy") as file:
-            names = parsed((file.metadata() or {}).get("names", "null"), _SHAPE)
+            names = record_of(_Names, (file.metadata() or {}).get("names", "null"))
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        found = Evidence(**arrays, **{name: names[name] for name in _NAMES if name in names})
+        found = Evidence(**arrays, **vars(names))
         queries, adapters = len(found.base_score), len(found.adapters)
         for array, *shape in (
             (found.responses, queries, adapters), (found.scores, queries, adapters),
@@ -140,11 +140,20 @@ class Evidence:
         return found
 
 
-_NAMES = ("adapters", "modules", "duplicates", "lookalikes", "silent", "frames", "thresholds")
-_SHAPE = {
-    "adapters": [str], "modules": [str], "duplicates?": {"*": str}, "lookalikes?": {"*": str},
-    "silent?": [str], "frames?": [[str]], "thresholds?": [{"*": float}],
-}  # fmt: skip
+@dataclass(frozen=True)
+class _Names:
+    """What of an evidence is no array."""
+
+    adapters: list[str]
+    modules: list[str]
+    duplicates: dict[str, str] = field(default_factory=dict)
+    lookalikes: dict[str, str] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+    frames: list[list[str]] = field(default_factory=lambda: [["", ""]])
+    thresholds: list[dict[str, float]] = field(default_factory=lambda: [{}])
+
+
+_NAMES = [one.name for one in fields(_Names)]
 _ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]
 
 

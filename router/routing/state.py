@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from router.routing.gate import FACTORS
 from router.routing.large import gate_for
 from router.routing.prototypes import ModulePrototypes
 from router.system.errors import InputError
-from router.system.files import for_others, parsed
+from router.system.files import for_others, record_of
 
 FILE = "router.safetensors"
 FORMAT = 8  # raise it when a reader of the old one could not use the new one
@@ -32,11 +33,36 @@ _LEARNED = {
     "reference_": "glmv", "coefficients_": "ga", "residual_scale_": "a", "confidence_": "v",
     "reference_leads_": "g",
 }  # fmt: skip
-_ABOUT = {
-    "names": [str], "modules": [str], "representative": [int], "lookalikes": [int], "silent": [int],
-    "frames": [{"before": str, "after": str, "prefix": [int], "end": int}],
-    "gate": {"temperature": float, "top_k?": int, "false_positive_rate": float},
-}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Framed:
+    """What a file says of a frame, see `Fitted`."""
+
+    before: str
+    after: str
+    prefix: list[int]
+    end: int
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a file says of a library, see `Fitted`; its gate has these settings in each frame."""
+
+    names: list[str]
+    modules: list[str]
+    representative: list[int]
+    lookalikes: list[int]
+    silent: list[int]
+    frames: list[_Framed]
+    temperature: float
+    top_k: int | None
+    false_positive_rate: float
+
+    @property
+    def gate(self) -> dict[str, Any]:
+        """The gate's settings."""
+        return {key: getattr(self, key) for key in ("temperature", "top_k", "false_positive_rate")}
 
 
 def save(fits: Sequence[Fitted], folder: Path) -> None:
@@ -55,20 +81,16 @@ def save(fits: Sequence[Fitted], folder: Path) -> None:
         own = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         own |= {f"mean {module}": mean for module, mean in fitted.means.items()}
         tensors |= {f"{n} {name}": tensor for name, tensor in own.items()}
-    about = {
-        "names": one.names,
-        "modules": list(one.prototypes),
-        "representative": one.representative,
-        "lookalikes": one.lookalikes,
-        "silent": one.silent,
-        "frames": [{**fitted.frame._asdict(), "prefix": fitted.prefix, "end": fitted.end} for fitted in fits],
-        "gate": one.gate.get_params(),
-    }
+    frames = [_Framed(*fitted.frame, fitted.prefix, fitted.end) for fitted in fits]
+    about = _About(
+        one.names, list(one.prototypes), one.representative, one.lookalikes, one.silent, frames,
+        **one.gate.get_params(),
+    )  # fmt: skip
     work = folder / f".{FILE}"
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         work,
-        metadata={"router": json.dumps(about)},  # safetensors writes several in no certain order
+        metadata={"router": json.dumps(asdict(about))},  # safetensors writes several in no certain order
     )
     for_others(work)
     work.replace(folder / FILE)
@@ -86,11 +108,11 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
     """
     try:
         with safe_open(folder / FILE, framework="pt") as file:
-            about = parsed((file.metadata() or {}).get("router", "null"), _ABOUT)
+            about = record_of(_About, (file.metadata() or {}).get("router", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if not about["frames"]:
+        if not about.frames:
             raise ValueError("expected a frame, got none")
-        modules = about["modules"]
+        modules = about.modules
         protos = {
             m: ModulePrototypes(
                 tensors[f"directions {m}"].to(device, dtype),
@@ -100,27 +122,27 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
             for m in modules
         }
         fits = []
-        for n, framed in enumerate(about["frames"]):
+        for n, framed in enumerate(about.frames):
             start = f"{n} "
             own = {name.removeprefix(start): of for name, of in tensors.items() if name.startswith(start)}
             _check(about, tensors | own, widths)
-            gate = gate_for(len(own["gate mean_"]), **about["gate"])
+            gate = gate_for(len(own["gate mean_"]), **about.gate)
             for name in _LEARNED:
                 setattr(gate, name, own[f"gate {name}"].numpy())
             gate.threshold_ = float(own["gate threshold_"])
             gate.n_adapters_, gate.n_modules_ = gate.mean_.shape[:2]
             fits.append(
                 Fitted(
-                    about["names"],
+                    about.names,
                     protos,
                     {m: own[f"mean {m}"].to(device) for m in modules},
                     gate,
-                    about["representative"],
-                    about["lookalikes"],
-                    about["silent"],
-                    Frame(framed["before"], framed["after"]),
-                    framed["prefix"],
-                    framed["end"],
+                    about.representative,
+                    about.lookalikes,
+                    about.silent,
+                    Frame(framed.before, framed.after),
+                    framed.prefix,
+                    framed.end,
                     own["reference"].numpy(),
                 )
             )
@@ -131,20 +153,19 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
         ) from error
 
 
-def _check(about: Mapping[str, Any], tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
+def _check(about: _About, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
     """Refuses what does not fit together, or not to the base model.
 
     Raises:
         ValueError: something does not; the message says what.
         KeyError: a tensor is missing.
     """
-    n, representative, modules = len(about["names"]), about["representative"], about["modules"]
-    numbers = {*representative, *about["lookalikes"], *about["silent"]}
+    n, representative, modules = len(about.names), about.representative, about.modules
+    numbers = {*representative, *about.lookalikes, *about.silent}
     if len(representative) != n or not n or not numbers <= set(range(n)):
         raise ValueError(f"expected a representative for each of {n} adapters, got {representative!s:.80}")
-    gate = about["gate"]
-    if not (gate["temperature"] > 0 and 0 < gate["false_positive_rate"] < 1 and (gate["top_k"] or 1) >= 1):
-        raise ValueError(f"expected settings of a gate in their ranges, got {gate!s:.80}")
+    if not (about.temperature > 0 and 0 < about.false_positive_rate < 1 and (about.top_k or 1) >= 1):
+        raise ValueError(f"expected settings of a gate in their ranges, got {about.gate!s:.80}")
     there = np.zeros((n, len(modules)), bool)  # which adapter has a prototype where
     shapes: dict[str, tuple[int, ...]] = {"reference": (n, len(modules), 2), "gate threshold_": (1,)}
     for m, module in enumerate(modules):

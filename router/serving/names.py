@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
 
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
-from router.constants import BASE_COLUMN, TEMPLATE, Dtype
+from router.constants import BASE_COLUMN, TEMPLATE
 from router.library.adapters import load_library
-from router.routing.variants import VARIANTS, served
+from router.pipeline.record import RECORD, BaseRecord, Record, VariantRecord
+from router.pipeline.saved import ABOUT, Saved
+from router.routing.variants import VARIANTS, Variant, served
 from router.system.errors import InputError
-from router.system.files import is_folder, read_json, sha256_of
+from router.system.files import is_folder, sha256_of
 
 AUTO = "auto"  # the model that a client names to have its request routed
 # A run may come from a stranger, and its words go to a command line: none of them is a flag or a pattern.
 PLAIN = re.compile(r"[\w/][\w./-]*", re.ASCII)
-DTYPES = {*get_args(Dtype)} - {"auto"}
-MADE = [{"folder?": str, "weights?": {"*": float}, "sha256?": str}]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def read_served(folder: Path) -> Served:
     for number, variant in enumerate(variants):
         path = folder / VARIANTS / str(number)
         if (path / CONFIG_FILE).exists():
-            own, digest = _opened(path).ranks, variant.get("sha256") or ""
+            own, digest = _opened(path).ranks, variant.sha256
             if digest and sha256_of(path / WEIGHTS_FILE) != digest:
                 raise InputError(
                     f"{path}: expected the weights that {record.name} names, got others; put them back, or "
@@ -65,35 +65,47 @@ def read_served(folder: Path) -> Served:
             folders[served(number, digest)] = path
             ranks += own.values()
             modules |= {module.rpartition(".")[2] for module in own}
-        elif any(share for name, share in (variant.get("weights") or {}).items() if name != BASE_COLUMN):
-            if record.name == "run.json" and not variant.get("folder"):
+        elif any(share for name, share in variant.weights.items() if name != BASE_COLUMN):
+            if isinstance(variant, VariantRecord) and not variant.folder:
                 raise InputError(f"{folder}: its method weighs adapters for each token, which no server does")
             raise InputError(
                 f"{path}: expected variant {number}, which {record.name} names, found none; put its folder "
                 "back, or make it again"
             )
-    known, revision = is_folder(base["name"]), base.get("revision")
-    for word in (*modules, revision or "main", "folder" if known else base["name"]):
+    known, revision = is_folder(base.name), base.revision
+    for word in (*modules, revision or "main", "folder" if known else base.name):
         if not PLAIN.fullmatch(word):
             raise InputError(
                 f"{record}: expected plain names of its base model and of its variants' modules, got "
                 f"{word!r:.80}; do not serve what a stranger made like this"
             )
-    name = str(Path(base["name"]).resolve()) if known else base["name"]
+    name = str(Path(base.name).resolve()) if known else base.name
     templates = any((path / TEMPLATE).is_file() for path in folders.values())
-    return Served(name, revision, base["dtype"], folders, max(ranks), sorted(modules), templates)
+    return Served(name, revision, base.dtype, folders, max(ranks), sorted(modules), templates)
 
 
-def _made(folder: Path) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """The record of a saved router or of a run, and what it says of the base model and of the variants."""
-    saved = {"base_model": str, "revision?": str, "dtype": DTYPES, "variants": MADE}
-    if about := _json(folder / "router.json", saved):
-        return folder / "router.json", about | {"name": about["base_model"]}, about["variants"]
-    run = {"base?": {"name": str, "revision?": str, "dtype": DTYPES}, "variants?": MADE}
-    about = _json(folder / "run.json", run) or {}
-    if not about.get("base") or not about.get("variants"):
+def _made(folder: Path) -> tuple[Path, BaseRecord, Sequence[Variant | VariantRecord]]:
+    """Where the record of a saved router or of a run is, its base model and its variants."""
+    if (folder / ABOUT).is_file():
+        saved = Saved.read(folder)
+        base = BaseRecord(saved.base_model, saved.base_sha256, saved.dtype, saved.revision)
+        return folder / ABOUT, base, saved.variants
+    record = _run(folder)
+    if record is None or record.base is None or not record.variants:
         raise InputError(f"{folder}: expected a saved router or a finished run with variants, found neither")
-    return folder / "run.json", about["base"], about["variants"]
+    return folder / RECORD, record.base, record.variants
+
+
+def _run(folder: Path) -> Record | None:
+    """The record of a finished run; None if there is none."""
+    try:
+        return Record.read(folder / RECORD)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder / RECORD}: expected the record of a run ({error}); run it again"
+        ) from error
 
 
 def _opened(path: Path) -> AdapterFolder:
@@ -109,30 +121,16 @@ def read_adapters(folder: Path) -> dict[str, Path]:
     Raises:
         InputError: they are not what they were.
     """
-    run = _json(folder / "run.json", {"flags": {"adapters": [str]}, "adapters": {"*": {"sha256": str}}})
-    if (folder / "router.json").exists() or run is None:
+    run = _run(folder)
+    if (folder / ABOUT).exists() or run is None:
         return {}
-    specs = run["flags"]["adapters"]
+    specs = run.flags["adapters"]
     # Those that the run left out are no matter.
     found = {adapter.name: adapter for adapter in load_library(specs, bad=[])}
-    for name, about in run["adapters"].items():
-        if name not in found or found[name].sha256 != about["sha256"]:
+    for name, about in run.adapters.items():
+        if name not in found or found[name].sha256 != about.sha256:
             raise InputError(
                 f"{folder}: expected the adapters of the run in {', '.join(specs)}, but {name} is not there "
                 "as it was; put it back, or run again"
             )
-    return {name: found[name].folder.path for name in run["adapters"]}
-
-
-def _json(path: Path, shape: Any) -> Any:
-    """What a JSON file holds; None if it is not there.
-
-    Raises:
-        InputError: it is no JSON, or of another shape.
-    """
-    try:
-        return read_json(path, shape)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected JSON, got something else ({error}); write it again") from error
+    return {name: found[name].folder.path for name in run.adapters}

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -26,12 +27,6 @@ T = TypeVar("T")
 MARKER = ".proto-route"  # the mark of a folder, a file in it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # there is no room for a file
 JSON_BYTES = 64 << 20  # of a JSON file, at most
-LARGEST = sys.float_info.max
-# What a person calls the kinds of JSON values; a number is finite, and a whole one fits into 64 bits.
-CALLED = {
-    str: "a text", float: "a number", int: "a whole number", bool: "true or false", list: "a list",
-    dict: "an object", type(None): "null",
-}  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -68,33 +63,16 @@ def sha256_of(*files: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path, shape: Any) -> Any:
-    """What a JSON file holds.
-
-    Args:
-        shape: as `check_shape` takes it.
+def read_record(kind: type[T], path: Path) -> T:
+    """A typed record from a JSON file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it has more than JSON_BYTES, or holds no JSON, or JSON of another shape.
+        ValueError: it has more than JSON_BYTES, or is none; see `record_of`.
     """
     if path.stat().st_size > JSON_BYTES:
         raise ValueError(f"expected at most {JSON_BYTES >> 20} MiB")
-    return parsed(path.read_text("utf-8"), shape)
-
-
-def parsed(text: str | bytes, shape: Any) -> Any:
-    """What a JSON text holds.
-
-    Raises:
-        ValueError: it is no JSON, or JSON of another shape.
-    """
-    try:
-        found = json.loads(text, parse_constant=_refused)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    check_shape(found, shape)
-    return found
+    return record_of(kind, path.read_bytes())
 
 
 def record_of(kind: type[T], text: str | bytes) -> T:
@@ -111,7 +89,11 @@ def record_of(kind: type[T], text: str | bytes) -> T:
         ...
         ValueError: a: Input should be a valid integer, unable to parse string as an integer
     """
-    return typed(kind, parsed(text, object))
+    try:
+        found = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return typed(kind, found)
 
 
 def typed(kind: type[T], value: Any) -> T:
@@ -137,56 +119,16 @@ def _adapter(kind: Any) -> Any:
     return TypeAdapter(kind)
 
 
-def _refused(constant: str) -> None:
-    raise ValueError(f"expected finite numbers, got {constant}")
+def _number(text: str) -> float:
+    if not isfinite(value := float(text)):
+        raise ValueError(f"expected finite numbers, got {text:.20}")
+    return value
 
 
-def check_shape(value: Any, shape: Any, where: str = "it") -> None:
-    """Refuses a JSON value that has another shape than expected.
-
-    Args:
-        shape: a type, where float means any number; or a set of texts, one of which it has to be; or [SHAPE]
-            for a list; or {"key": SHAPE, ...} for an object with these keys among others, where `key?` may be
-            missing or null, and `*` means all keys.
-
-    Raises:
-        ValueError: it has; the message says where.
-
-    Example:
-        >>> check_shape({"a": [1, 2.5], "b": None}, {"a": [float], "b?": str, "c?": int})
-        >>> check_shape({"a": [1, "x"]}, {"a": [float]})
-        Traceback (most recent call last):
-        ...
-        ValueError: a.2: expected a number, got a text
-    """
-    if isinstance(shape, set):
-        check_shape(value, str, where)
-        if value not in shape:
-            raise ValueError(f"{where}: expected one of {', '.join(sorted(shape))}, got {value!r:.60}")
-        return
-    kind = type(shape) if isinstance(shape, (list, dict)) else shape
-    fits = isinstance(value, (int, float) if kind is float else kind)
-    if kind in (int, float):  # a larger whole number is none for numpy
-        fits = (
-            fits and not isinstance(value, bool) and abs(value) <= (sys.maxsize if kind is int else LARGEST)
-        )
-    if not fits:
-        got = CALLED[type(value)] if type(value) is not kind else f"{value!r:.20}"
-        raise ValueError(f"{where}: expected {CALLED[kind]}, got {got}")
-    inside = "" if where == "it" else f"{where}."
-    if isinstance(shape, list):
-        for n, item in enumerate(value, 1):
-            check_shape(item, shape[0], f"{inside}{n}")
-    elif isinstance(shape, dict):
-        for key, of in shape.items():
-            name = key.removesuffix("?")
-            if key == "*":
-                for other, item in value.items():
-                    check_shape(item, of, f"{inside}{other!r:.60}")
-            elif value.get(name) is not None:
-                check_shape(value[name], of, f"{inside}{name}")
-            elif name == key:
-                raise ValueError(f"{inside}{name} is missing")
+def _whole(text: str) -> int:
+    if abs(value := int(text)) > sys.maxsize:
+        raise ValueError(f"expected numbers of 64 bits, got {text:.20}")
+    return value
 
 
 def for_others(path: Path) -> None:

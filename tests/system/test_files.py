@@ -10,7 +10,7 @@ from router.system.errors import InputError
 from router.system.files import (
     cache_folder,
     is_ours,
-    read_json,
+    read_record,
     remove_ours,
     replacing,
     work_folder,
@@ -21,14 +21,14 @@ from router.system.files import (
 def test_what_is_no_json_is_a_value_error(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError):
-        read_json(tmp_path / "a.json", {})
+        read_record(dict[str, object], tmp_path / "a.json")
 
 
 def test_json_of_gigabytes_is_a_value_error(tmp_path):
     with (tmp_path / "a.json").open("wb") as file:
         file.truncate(3 << 30)  # of holes
     with pytest.raises(ValueError, match="MiB"):
-        read_json(tmp_path / "a.json", {})
+        read_record(dict[str, object], tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

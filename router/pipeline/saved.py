@@ -1,0 +1,124 @@
+"""What a saved router's `router.json` holds, read and written here alone, and the files beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from router.routing.state import FILE, FORMAT
+from router.routing.variants import VARIANTS, Variant
+from router.system.errors import InputError
+from router.system.files import MARKER, is_ours, read_record, replacing, sha256_of, typed
+
+ABOUT = "router.json"  # beside FILE and VARIANTS in the folder
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The record of a saved router.
+
+    Attributes:
+        format: of the whole folder, FORMAT of the version that wrote it.
+        version: of the package that wrote it.
+        revision: of a base model from the hub.
+        configuration: of the base model beside its weights, see `Base.configuration`.
+        embedded: whether the base model is the embedded one.
+        candidates: the adapters' names, and the base model's.
+        settings: those of a run that answers depend on.
+        chat_template: in place of the base model's own.
+        centres: (variants, candidates) the mean mix that each variant was made for.
+        files: the sha256 of the other files, by their paths in the folder.
+    """
+
+    format: int
+    version: str
+    base_model: str
+    revision: str | None
+    base_sha256: str
+    configuration: str
+    embedded: bool
+    dtype: Literal["float32", "bfloat16", "float16"]
+    candidates: list[str]
+    settings: dict[str, Any]
+    chat_template: str | None
+    variants: list[Variant]
+    centres: list[list[float]]
+    files: dict[str, str]
+
+    def __post_init__(self) -> None:
+        wide = len(self.candidates)
+        if len(self.centres) != len(self.variants) or any(len(row) != wide for row in self.centres):
+            raise ValueError("expected a centre for each variant, with a weight for each candidate")
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a folder, as a whole."""
+        with replacing(folder / ABOUT) as file:
+            json.dump(asdict(self), file, indent=2, ensure_ascii=False)
+
+    @staticmethod
+    def read(folder: Path) -> Saved:
+        """Reads it back.
+
+        Raises:
+            FileNotFoundError: there is none.
+            InputError: it is damaged, or of another format.
+        """
+        path = folder / ABOUT
+        try:
+            about = read_record(dict[str, Any], path)
+            if about.get("format", FORMAT) != FORMAT:
+                raise InputError(
+                    f"{path}: expected format {FORMAT}, got {about['format']!s:.20}, which another version "
+                    "writes; save the router again with this one"
+                )
+            return typed(Saved, about)
+        except (FileNotFoundError, InputError):
+            raise
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: expected what Router.save wrote ({error}); save it again") from error
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a saved router but ABOUT, by its path in the folder."""
+    paths = [folder / FILE, *sorted(path for path in (folder / VARIANTS).rglob("*") if path.is_file())]
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths if path.name != MARKER}
+
+
+def changed(folder: Path, files: Mapping[str, str]) -> str | None:
+    """A file of a saved router that is not as it was saved, or gone; None if all are there."""
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != digest:
+            return name
+    return None
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuses a folder in which a router would replace what no router left there.
+
+    Raises:
+        InputError: it would.
+    """
+    try:
+        about = read_record(dict[str, Any], folder / ABOUT)
+        typed(int, about.get("format"))
+        typed(str, about.get("version", about.get("proto-route")))  # as 0.1 called it
+        files = typed(dict[str, str], about.get("files", {}))  # none of 0.1
+    except FileNotFoundError:
+        files = None
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder / ABOUT}: expected none, or that of a router ({error}); move it away"
+        ) from error
+    foreign = [VARIANTS] if not is_ours(folder / VARIANTS) else []
+    known = files is not None and not (files and changed(folder, {FILE: files.get(FILE, "")}))
+    if (folder / FILE).exists() and not known:
+        foreign.append(FILE)
+    if foreign:
+        raise InputError(
+            f"{folder}: expected no {foreign[0]} in it but what a router left there, since it would be "
+            "replaced; move it away or choose another folder"
+        )
