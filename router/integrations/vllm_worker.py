@@ -7,9 +7,11 @@ bears no mark costs nothing.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from router.routing.probe import Inputs, averages, confidence_of, counted_tokens
 from router.system.errors import InputError
 from router.system.files import sha256_of
 
+log = logging.getLogger("vllm.proto_route")  # vLLM shows its own loggers alone
 MARKED = re.compile(r"proto-route-(\w+)-(\d+)-\w+")  # the library's version, the frame's number, the prompt's
 KEPT = 4096  # prompts of which nobody has asked for the responses yet
 VERSIONS = 2  # of the library: requests that began before a reload end with the old one
@@ -130,7 +133,8 @@ class Reader:
 
         def compute_logits(*args: Any, **how: Any) -> Any:
             logits = logits_of(*args, **how)
-            self._finish(logits)
+            with self._guarded():
+                self._finish(logits)
             return logits
 
         self.model.compute_logits = compute_logits
@@ -168,11 +172,21 @@ class Reader:
 
     def _hook(self, names: set[str]) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def read(_: Any, args: tuple[Tensor, ...]) -> None:
-            self._enter()
-            for group in self.groups:
-                self._visit(group, names, args[0])
+            with self._guarded():
+                self._enter()
+                for group in self.groups:
+                    self._visit(group, names, args[0])
 
         return read
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Leaves a step unread where the block fails: the engine must not fail for it."""
+        try:
+            yield
+        except Exception:
+            log.exception("the prompts of a step were not read, so the base model answers them")
+            self.groups, self.last = [], []
 
     def _visit(self, group: Group, names: set[str], x: Tensor) -> None:
         """Adds what the tokens of a module's input tell to the prompts' responses.

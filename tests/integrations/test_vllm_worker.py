@@ -155,6 +155,19 @@ def test_a_request_without_a_mark_or_of_an_unknown_library_is_not_read(loaded):
     assert not reader.groups
 
 
+def test_what_fails_while_a_prompt_is_read_never_fails_the_engine(loaded, monkeypatch, caplog):
+    reader, runner, prompts, wanted = loaded
+    first, second, *_ = wanted
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "_visit", lambda *_: 1 / 0)
+        runner.step(whole(prompts, [first]), prompts)
+    with monkeypatch.context() as patch:
+        patch.setattr("router.integrations.vllm_worker.confidence_of", lambda logits: 1 / 0)
+        runner.step(whole(prompts, [second]), prompts)
+    assert reader.take(wanted[first][0]) == reader.take(wanted[second][0]) == b""
+    assert caplog.text.count("not read") == 2
+
+
 def test_what_nobody_asks_for_is_dropped(loaded):
     reader, runner, prompts, wanted = loaded
     reader.done.update({str(n): b"x" for n in range(KEPT + 10)})
