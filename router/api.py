@@ -171,7 +171,7 @@ class Router:
         folder = Path(folder)
         if not (folder / ABOUT).is_file():
             if device == "meta":
-                raise InputError(f"{folder}: expected a saved router; a run makes one by Router.save")
+                raise InputError(f"{folder}: expected a saved router, of which others have the base model")
             return cls._of_run(folder, base_model, device, dtype)
         seen = sha256_of(folder / ABOUT)
         about = Saved.read(folder)

@@ -150,7 +150,9 @@ def check(work: Path, server: str) -> int:
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 told = [pool.submit(asked, client, query, stream) for query in queries]
                 if not proxy:
-                    client.post("/admin/reload").raise_for_status()  # while they are answered
+                    client.post(
+                        f"{'/v1' if server.endswith('8000') else ''}/admin/reload"
+                    ).raise_for_status()  # while they are answered
             found = [one.result() for one in told]
             elsewhere = different = 0
             for query, (name, text), (variant, answer) in zip(queries, found, expected, strict=True):

@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from copy import copy
@@ -26,26 +26,26 @@ from uuid import uuid4
 import numpy as np
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from router.api import Choice, Prompt, Router
 from router.constants import CANARY
-from router.integrations.vllm_worker import mark, version_of
+from router.integrations.vllm_worker import mark
 from router.model.answer import encode
 from router.model.base import embedded_folder
 from router.model.frames import Frame
 from router.model.template import Template
+from router.pipeline.saved import ABOUT, Saved
 from router.queries.conversation import checked
 from router.routing.fitted import Fitted
 from router.routing.probe import Probed
 from router.routing.state import FILE
 from router.routing.variants import VARIANTS, served, stray
 from router.serving.names import AUTO
-from router.serving.request import as_error, as_json, object_of
+from router.serving.request import admit, as_error, as_json, object_of
 from router.serving.text import NoText, prompt_of
 from router.system.errors import InputError
-from router.system.files import sha256_of
 
 log = logging.getLogger("vllm.proto_route")  # vLLM shows its own loggers alone
 FOLDER = "PROTO_ROUTE"
@@ -64,18 +64,25 @@ class Asked:
 
     Attributes:
         messages: of a chat without tools.
+        given: the prompt as vLLM made it.
         decided: whether it is known what answers.
         lora: vLLM's adapter that answers; None for the base model.
-        template: that it was trained in, if it is another than the router's.
+        anew: the prompt in the template that the adapter was trained in, if it is another than the router's.
         headers: that tell the client.
     """
 
     prompt: Prompt
     messages: Any = None
+    given: Any = None
     decided: bool = False
     lora: Any = None
-    template: Template | None = None
+    anew: Any = None
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+    @property
+    def with_lora(self) -> dict[str, Any]:
+        """The adapter, as the engine takes it."""
+        return {"lora_request": self.lora}
 
 
 ASKED: ContextVar[Asked | None] = ContextVar("proto_route_asked", default=None)
@@ -86,12 +93,12 @@ class Library:
 
     Args:
         router: without weights of the base model.
-        sha256: of the file with its prototypes.
+        version: of its prototypes in the workers; a stranger who knew it could have prompts read.
         loras: vLLM's adapters by the number of the variant.
     """
 
-    def __init__(self, router: Router, sha256: str, loras: dict[int, Any]) -> None:
-        self.router, self.version, self.loras = router, version_of(sha256), loras
+    def __init__(self, router: Router, version: str, loras: dict[int, Any]) -> None:
+        self.router, self.version, self.loras = router, version, loras
         self.frames = {frame: number for number, frame in enumerate(router.frames)}
         self.read: dict[Part, tuple[Any, float]] = {}  # responses and confidence, until the gate has them
         router.read_by(self._probed)
@@ -122,7 +129,8 @@ def check(config: Any) -> None:
         InputError: it is one.
     """
     parallel = config.parallel_config
-    sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
+    sizes = [getattr(parallel, f"{kind}_parallel_size") for kind in ("tensor", "pipeline", "data")]
+    sizes.append(getattr(parallel, "_api_process_count", 1))
     if config.lora_config is None:
         raise InputError(
             "expected vLLM with --enable-lora, since variants are adapters; see serve.sh of the router"
@@ -131,8 +139,8 @@ def check(config: Any) -> None:
         raise InputError("expected vLLM with --enforce-eager, since a compiled graph runs no hooks")
     if max(sizes) > 1 or config.speculative_config is not None:
         raise InputError(
-            "expected vLLM on one device without speculative decoding, since a prompt is read in one worker; "
-            "`proto-route serve` stands before any other"
+            "expected vLLM on one device, with one API server and without speculative decoding, since a "
+            "prompt is read in one worker; `proto-route serve` stands before any other"
         )
 
 
@@ -149,12 +157,12 @@ class Auto:
         self.failed = Counter(
             "router_failed", "Requests of which the gate has not decided.", registry=registry
         )
-        self.renewing = asyncio.Lock()
+        self.renewing, self.seen = asyncio.Lock(), set[str]()
 
     def attach_router(self, app: Any) -> None:
         """Adds the doors, behind vLLM's own check of keys."""
         app.add_middleware(Door)
-        app.add_api_route("/admin/reload", self.reload, methods=["POST"])
+        app.add_api_route("/v1/admin/reload", self.reload, methods=["POST"])
 
     async def init_state(self, engine: Any, state: Any, args: Any) -> None:
         """Loads the router that PROTO_ROUTE names, and puts `generate` in the place of the engine's.
@@ -173,6 +181,7 @@ class Auto:
         self.folder, self.engine, self.args = Path(folder), engine, args
         self.models, self.plain = state.openai_serving_models, engine.generate
         self.base: str = self.models.base_model_paths[0].name
+        self.last: set[str] = set()  # names of the variants of the library before
         self.library = await self._loaded()
         self.models.base_model_paths.append(BaseModelPath(name=AUTO, model_path=args.model))
         engine.generate = self.generate
@@ -183,12 +192,15 @@ class Auto:
         Raises:
             InputError: one of them is missing or does not fit.
         """
-        router = await asyncio.to_thread(self._router)
-        sha256 = await asyncio.to_thread(sha256_of, self.folder / FILE)
-        file = str(self.folder.resolve()), sha256
+        if not (self.folder / ABOUT).is_file():
+            raise InputError(f"{self.folder}: expected a saved router; a run makes one by Router.save")
+        sha256 = Saved.read(self.folder).files[FILE]  # which `load` compares with the file, and so do workers
+        router, version = await asyncio.to_thread(self._router), uuid4().hex
+        loras = await self._loras(router)
+        file = str(self.folder.resolve()), sha256, version
         for wrong in filter(None, await self.engine.collective_rpc("proto_route_load", args=file)):
             raise InputError(wrong)
-        return Library(router, sha256, await self._loras(router))
+        return Library(router, version, loras)
 
     def _router(self) -> Router:
         """The router without weights of the base model, which the engine has."""
@@ -208,11 +220,18 @@ class Auto:
 
         known = self.models.lora_requests
         names = {n: served(n, made.sha256) for n, made in enumerate(router.variants) if made.weights}
-        config = self.engine.vllm_config
-        if config.device_config.device_type == "cpu" and config.lora_config.max_loras <= len(names):
+        self.seen |= {*known, *names.values()}
+        config, many = self.engine.vllm_config, len({*known, *names.values()})
+        if config.device_config.device_type == "cpu" and config.lora_config.max_loras <= len(self.seen):
             raise InputError(
-                f"--max-loras: expected more than {len(names)}, one for each variant and one to spare, since "
-                f"vLLM on a CPU mixes them up else; got {config.lora_config.max_loras}"
+                f"--max-loras: expected more than {len(self.seen)}, one for each adapter that was loaded and "
+                f"one to spare, since vLLM on a CPU mixes them up else; got {config.lora_config.max_loras}; "
+                "restart"
+            )
+        if many > (room := config.lora_config.max_cpu_loras or config.lora_config.max_loras):
+            raise InputError(
+                f"--max-cpu-loras: expected at least {many}, since vLLM reads an adapter that it has put "
+                f"away from a folder that may have changed; got {room}"
             )
         for number, name in names.items():
             if name not in known:
@@ -230,6 +249,15 @@ class Auto:
             )
         return loras
 
+    async def _unload(self, old: Library) -> None:
+        """Drops the names of adapters that neither this library nor the one before answers with."""
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+        last, self.last = self.last, {lora.lora_name for lora in old.loras.values()}
+        now = {lora.lora_name for lora in self.library.loras.values()}
+        for name in last - self.last - now:
+            await self.models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+
     async def _said(self, router: Router, lora: Any) -> float:
         """The log-probability of the likeliest token after CANARY, by a variant."""
         from vllm import SamplingParams
@@ -241,12 +269,17 @@ class Auto:
         return max(float(one.logprob) for one in told.values())
 
     async def reload(self, request: Request) -> Response:
-        """POST /admin/reload: loads the router anew; requests that have begun end with the old one."""
+        """POST /v1/admin/reload: loads the router anew; requests that have begun end with the old one."""
+        try:
+            admit(request, None, None)
+        except HTTPException as error:
+            return as_error(request, error)
         if self.renewing.locked():
             return as_error(request, HTTPException(409, "not reloaded: it is being loaded already"))
         async with self.renewing:
             try:
-                self.library = await self._loaded()
+                old, self.library = self.library, await self._loaded()
+                await self._unload(old)
             except InputError as error:
                 return as_error(request, HTTPException(409, f"not reloaded: {error}"))
         return as_json({"status": "reloaded", "variants": len(self.library.router.variants)})
@@ -257,6 +290,7 @@ class Auto:
         if asked is not None and asked.decided:  # once more, with the result of a tool
             how |= {"lora_request": asked.lora}
         elif asked is not None:
+            asked.given = prompt
             return self._routed(asked, prompt, sampling_params, request_id, how)
         found: AsyncIterator[Any] = self.plain(prompt, sampling_params, request_id, **how)
         return found
@@ -267,50 +301,61 @@ class Auto:
         """Starts with the base model; goes on with it, or anew with a variant."""
         library = self.library
         if not (unread := await self._unread(asked, library)):  # it was read lately
-            await self._decide(asked, library, asyncio.sleep(0), [])
-            how |= {"lora_request": asked.lora}
-            async for out in self.plain(_written(asked, prompt), params, request_id, **how):
+            await self._decide(asked, library, [])
+            async for out in self.plain(asked.anew or prompt, params, request_id, **how | asked.with_lora):
                 yield out
             return
-        begun = params, request_id
+        begun, kinds = copy(params), type(params.output_kind)
+        whole = params.output_kind == kinds.FINAL_ONLY
         if itself := len(unread) == 1 and params.n == 1 and unread[0][1] == _ids(prompt):
-            begun = copy(params), self._mark(library, unread[0])
-            begun[0].skip_reading_prefix_cache = True  # what comes from there, no hook sees
-        async with aclosing(self.plain(prompt, *begun, **how)) as answer:
-            reading: asyncio.Future[Any] = asyncio.gather(
-                *(self._read(library, part) for part in unread if not itself)
-            )
+            begun.skip_reading_prefix_cache = True  # what comes from there, no hook sees
+            if whole:  # a first output says that the prompt was read
+                begun.output_kind = kinds.CUMULATIVE
+        name = self._mark(library, unread[0]) if itself else request_id
+        async with aclosing(self.plain(prompt, begun, name, **how)) as answer:
+            first = asyncio.ensure_future(anext(answer))
             try:
-                first = await anext(answer)
                 if itself:
-                    reading = asyncio.gather(self._take(library, unread[0], begun[1]))
-                await self._decide(asked, library, reading, unread)
+                    await asyncio.wait([first])
+                    reading = [self._take(library, unread[0], name)]
+                else:
+                    reading = [self._read(library, part, prompt) for part in unread]
+                await self._decide(asked, library, reading)
+                if asked.lora is None:
+                    if not (whole and itself) or (await first).finished:
+                        yield await first
+                    async for out in answer:
+                        if not (whole and itself) or out.finished:
+                            yield out
+                    return
             finally:
-                reading.cancel()
-            if asked.lora is None:
-                yield first
-                async for out in answer:
-                    yield out
-                return
-        how |= {"lora_request": asked.lora}
-        async for out in self.plain(_written(asked, prompt), params, f"{request_id}-variant", **how):
+                first.cancel()
+                await asyncio.wait([first])
+                for part in unread:
+                    library.read.pop(part, None)
+        async for out in self.plain(
+            asked.anew or prompt, params, f"{request_id}-variant", **how | asked.with_lora
+        ):
             yield out
 
     async def _unread(self, asked: Asked, library: Library) -> list[Part]:
         """What the engine has to read of a request; nothing where that cannot be told."""
         try:
-            return await asyncio.to_thread(library.router.unread, asked.prompt)
+            parts = await asyncio.to_thread(library.router.unread, asked.prompt)
+            for frame, _ in parts:
+                _ = library.frames[frame]  # of another template than the router's there is no generic text
+            return parts
         except Exception:
             log.exception("the base model answers, since a prompt could not be taken apart")
             return []
 
-    async def _read(self, library: Library, part: Part) -> None:
+    async def _read(self, library: Library, part: Part, prompt: Any) -> None:
         """Has the engine read a text that is no prompt itself, such as one message of a conversation."""
         from vllm import SamplingParams
 
         how = SamplingParams(temperature=0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
         name = self._mark(library, part)
-        async for _ in self.plain({"prompt_token_ids": list(part[1])}, how, name):
+        async for _ in self.plain(_tokens(part[1], prompt), how, name):
             pass
         await self._take(library, part, name)
 
@@ -323,16 +368,17 @@ class Auto:
         library.keep(part, raw)
 
     async def _decide(
-        self, asked: Asked, library: Library, reading: Awaitable[Any], parts: list[Part]
+        self, asked: Asked, library: Library, reading: Sequence[Coroutine[Any, Any, None]]
     ) -> None:
         """Has the gate decide once all is read; where that fails, the base model answers."""
         try:
             async with asyncio.timeout(PATIENCE):
-                await reading
+                await asyncio.gather(*reading)
                 (choice,) = await asyncio.to_thread(library.router.choose, [asked.prompt])
-            asked.lora = library.loras.get(choice.variant or 0)
-            asked.template = library.router.templates.get(choice.variant or 0)
-            name = asked.lora.lora_name if asked.lora else self.base
+                lora = library.loras.get(choice.variant or 0)
+                if lora and (template := library.router.templates.get(choice.variant or 0)):
+                    asked.anew = await asyncio.to_thread(_written, asked, template)
+            asked.lora, name = lora, lora.lora_name if lora else self.base
             asked.headers = told(choice, name)
             self.requests.labels(name).inc()
         except Exception:
@@ -340,8 +386,6 @@ class Auto:
             log.exception("the base model answers, since the gate has not decided")
         finally:
             asked.decided = True
-            for part in parts:
-                library.read.pop(part, None)
 
 
 def _ids(prompt: Any) -> tuple[int, ...]:
@@ -349,16 +393,24 @@ def _ids(prompt: Any) -> tuple[int, ...]:
     return tuple(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, Mapping) else ()
 
 
-def _written(asked: Asked, prompt: Any) -> Any:
-    """The prompt of a request as the variant that answers it was trained to be asked."""
-    if asked.template is None or not asked.messages:
-        return prompt
+def _tokens(ids: Sequence[int], prompt: Any) -> dict[str, Any]:
+    """A prompt of tokens, which shares its part of the cache with another one."""
+    salt = (
+        {"cache_salt": prompt["cache_salt"]} if isinstance(prompt, Mapping) and "cache_salt" in prompt else {}
+    )
+    return {"prompt_token_ids": list(ids), **salt}
+
+
+def _written(asked: Asked, template: Template) -> dict[str, Any] | None:
+    """A chat as the variant that answers it was trained to be asked; None where its template refuses it."""
+    if not asked.messages:
+        return None
     try:
-        text = asked.template.text(checked(asked.messages, ends=False))
+        text = template.text(checked(asked.messages, ends=False))
     except InputError as error:  # such as one that knows no system message
         log.warning("%s; it is asked in the template of the others", error)
-        return prompt
-    return {"prompt_token_ids": encode(asked.template.tokenizer, [text])[0]}
+        return None
+    return _tokens(encode(template.tokenizer, [text])[0], asked.given)
 
 
 def told(choice: Choice, name: str) -> list[tuple[bytes, bytes]]:
@@ -383,11 +435,15 @@ class Door:
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
+        kind = dict(scope.get("headers", ())).get(b"content-type", b"")
+        if scope["type"] != "http" or scope["method"] != "POST" or b"json" not in kind:
             await self.app(scope, receive, send)
             return
-        request = Request(scope, receive)
-        raw, given = await request.body(), False
+        request, given = Request(scope, receive), False
+        try:
+            raw = await request.body()
+        except ClientDisconnect:
+            return
 
         async def again() -> Message:
             nonlocal given
@@ -397,23 +453,24 @@ class Door:
             return {"type": "http.request", "body": raw, "more_body": False}
 
         try:
-            asked = self._asked(request, raw)
+            asked = self._asked(request, raw) if AUTO.encode() in raw else None
         except HTTPException as error:
             await as_error(request, error)(scope, again, send)
             return
         if asked is None:
             await self.app(scope, again, send)
             return
-        started: list[Message] = []  # the first part of the answer, which waits for the decision
+        held: list[Message] = []  # the answer, until its headers are known or it ends
 
         async def tell(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                started.append(message)
-                return
-            while started:
-                first = started.pop()
-                await send({**first, "headers": [*first.get("headers", ()), *asked.headers]})
-            await send(message)
+            held.append(message)
+            ends = message["type"] == "http.response.body" and not message.get("more_body")
+            if (asked.decided and message["type"] != "http.response.start") or ends:
+                if held[0]["type"] == "http.response.start":
+                    held[0] = {**held[0], "headers": [*held[0].get("headers", ()), *asked.headers]}
+                waiting, held[:] = list(held), []
+                for one in waiting:
+                    await send(one)
 
         token = ASKED.set(asked)
         try:
@@ -434,10 +491,11 @@ class Door:
             return None
         if body.get("model") != AUTO:
             return None
-        if (path := request.scope["path"]) not in ROUTED:
+        root = request.scope.get("root_path", "")
+        if (path := request.scope["path"].removeprefix(root)) not in ROUTED:
             raise HTTPException(400, f"model {AUTO}: expected a POST to {' or '.join(ROUTED)}, got {path}")
         try:
             talks = path == CHATS and not body.get("tools")
-            return Asked(prompt_of(body), body["messages"] if talks else None)
+            return Asked(prompt_of(body), body.get("messages") if talks else None)
         except NoText as error:
             raise HTTPException(400, str(error)) from error

@@ -26,7 +26,6 @@ from router.system.files import sha256_of
 
 log = logging.getLogger("vllm.proto_route")  # vLLM shows its own loggers alone
 MARKED = re.compile(r"proto-route-(\w+)-(\d+)-\w+")  # the library's version, the frame's number, the prompt's
-KEPT = 4096  # prompts of which nobody has asked for the responses yet
 VERSIONS = 2  # of the library: requests that began before a reload end with the old one
 
 
@@ -34,7 +33,7 @@ def mark(version: str, frame: int, number: str) -> str:
     """The id of a request whose prompt is read.
 
     Args:
-        version: of the library, letters and digits.
+        version: of the library.
         frame: the number of the frame that it is compared in.
         number: unlike any other's, letters and digits.
     """
@@ -49,12 +48,12 @@ def register() -> None:
     WorkerBase.proto_route_take = _take
 
 
-def _load(worker: Any, folder: str, sha256: str) -> str:
+def _load(worker: Any, folder: str, sha256: str, version: str) -> str:
     """Reads the prototypes of a saved router; "" or, in a sentence, why it cannot."""
     try:
         if not hasattr(worker, "proto_route"):
             worker.proto_route = Reader(worker.model_runner)
-        worker.proto_route.load(Path(folder), sha256)
+        worker.proto_route.load(Path(folder), sha256, version)
     except InputError as error:
         return str(error)
     return ""
@@ -139,8 +138,12 @@ class Reader:
 
         self.model.compute_logits = compute_logits
 
-    def load(self, folder: Path, sha256: str) -> None:
+    def load(self, folder: Path, sha256: str, version: str) -> None:
         """Reads the prototypes of a saved router, beside those of the one before.
+
+        Args:
+            sha256: of their file.
+            version: by which marks name it, letters and digits that nobody guesses.
 
         Raises:
             InputError: they are not those that are meant, or do not fit the model.
@@ -156,7 +159,7 @@ class Reader:
                 if (width := getattr(module, "input_size", None)) is not None:
                     places[f"{parent}.{part}"], widths[f"{parent}.{part}"] = place, width
         fits = state.load(folder, self.runner.device, self.runner.model_config.dtype, widths)
-        self.libraries[version_of(sha256)] = fits
+        self.libraries[version] = fits
         while len(self.libraries) > VERSIONS:
             self.libraries.popitem(last=False)
         for name in fits[0].prototypes:
@@ -187,6 +190,7 @@ class Reader:
         except Exception:
             log.exception("the prompts of a step were not read, so the base model answers them")
             self.groups, self.last = [], []
+            self.reading.clear()  # some are half read
 
     def _visit(self, group: Group, names: set[str], x: Tensor) -> None:
         """Adds what the tokens of a module's input tell to the prompts' responses.
@@ -221,12 +225,14 @@ class Reader:
             if marked is None or (library := self.libraries.get(marked[1])) is None:
                 continue
             start, count = int(batch.num_computed_tokens_cpu[n]), int(bounds[n + 1] - bounds[n])
+            if start + count > batch.num_prompt_tokens[n]:  # it writes, or was put off after it wrote
+                continue
             if start == 0:
                 tokens = torch.from_numpy(batch.token_ids_cpu[n, : batch.num_prompt_tokens[n]]).long()
                 self.reading[name] = Prompt(library[int(marked[2])], tokens, self.runner.device)
             prompt = self.reading.get(name)
-            if prompt is None or prompt.read != start or start >= prompt.tokens:
-                continue  # it writes already, or its start came from the cache
+            if prompt is None or prompt.read != start:
+                continue  # its start came from the cache
             parts.setdefault(id(prompt.fitted), []).append((prompt, int(bounds[n]), count))
             prompt.read += count
             if prompt.read == prompt.tokens:
@@ -235,7 +241,7 @@ class Reader:
         groups = (self._group(some, total) for some in parts.values())
         self.groups = [group for group in groups if group is not None]
         for kept in (self.reading, self.done):
-            while len(kept) > KEPT:
+            while len(kept) > 2 * self.runner.max_num_reqs:  # of clients that left
                 kept.popitem(last=False)
 
     def _group(self, parts: Sequence[tuple[Prompt, int, int]], total: int) -> Group | None:
@@ -264,8 +270,3 @@ class Reader:
             if logits is not None:
                 prompt.confidence = confidence_of(logits[row : row + 1])[0]
                 self.done[name] = prompt.responses()
-
-
-def version_of(sha256: str) -> str:
-    """The version of a library, from the sha256 of its file."""
-    return sha256[:8]

@@ -36,6 +36,7 @@ def vllm(served: Served) -> list[str]:
     return [
         "vllm", "serve", served.base, *(["--revision", served.revision] if served.revision else []),
         "--dtype", served.dtype, "--enable-lora", "--max-loras", str(len(served.folders) + 1),
+        "--max-cpu-loras", str(2 * (len(served.folders) + 1)),
         "--max-lora-rank", str(served_rank(served.rank)), "--lora-target-modules", *served.modules,
         *(["--trust-request-chat-template"] if served.templates else []),
         "--lora-modules", *(f"{name}={path.resolve()}" for name, path in served.folders.items()),

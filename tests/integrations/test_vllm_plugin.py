@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from enum import Enum
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -31,8 +32,18 @@ TALK = [
 ]
 
 
+Kind = Enum("Kind", ["CUMULATIVE", "DELTA", "FINAL_ONLY"])
+
+
 class Params(SimpleNamespace):
-    n, skip_reading_prefix_cache = 1, None
+    n, skip_reading_prefix_cache, output_kind = 1, None, Kind.DELTA
+
+
+def params_of(body):
+    how = dict(body.get("how", {}))
+    if "output_kind" in how:
+        how["output_kind"] = Kind(how["output_kind"])
+    return Params(**how)
 
 
 class Engine:
@@ -40,10 +51,11 @@ class Engine:
 
     def __init__(self, router):
         self.router, self.asked, self.read, self.left, self.broken = router, [], {}, 0, ""
-        self.forgets = False  # answers as the base model, whatever adapter is asked for
+        self.written, self.forgets = 0, False  # answers as the base model, whatever adapter is asked for
         parallel = {f"{kind}_parallel_size": 1 for kind in ("tensor", "pipeline", "data")}
         self.vllm_config = SimpleNamespace(
-            parallel_config=SimpleNamespace(**parallel), lora_config=SimpleNamespace(max_loras=9),
+            parallel_config=SimpleNamespace(**parallel),
+            lora_config=SimpleNamespace(max_loras=9, max_cpu_loras=18),
             model_config=SimpleNamespace(enforce_eager=True, quantization=None), speculative_config=None,
             device_config=SimpleNamespace(device_type="cpu"),
         )  # fmt: skip
@@ -67,7 +79,9 @@ class Engine:
                     probed = fitted.probe(base.model, [ids], base.tokenizer.pad_token_id, None)
                     raw = np.append(probed.responses.ravel(), probed.confidence).astype(np.float32)
                     self.read[marked[0]] = raw.tobytes()
-                yield n
+                self.written += 1
+                if n == 2 or sampling_params.output_kind != Kind.FINAL_ONLY:
+                    yield SimpleNamespace(text=str(n), finished=n == 2)
         finally:
             self.left += 1
 
@@ -88,6 +102,9 @@ class Models:
         self.lora_requests[asked.lora_name] = asked
         return "loaded"
 
+    async def unload_lora_adapter(self, asked):
+        del self.lora_requests[asked.lora_name]
+
 
 @pytest.fixture()
 def saved(chat_router, tmp_path):
@@ -100,7 +117,7 @@ def started(saved, tiny_base, monkeypatch):
     """Runs `work(client, engine, plugin)` against a server whose doors ask the engine."""
     for name, words in (
         ("vllm.entrypoints.openai.models.protocol", ["BaseModelPath"]),
-        ("vllm.entrypoints.serve.lora.protocol", ["LoadLoRAAdapterRequest"]),
+        ("vllm.entrypoints.serve.lora.protocol", ["LoadLoRAAdapterRequest", "UnloadLoRAAdapterRequest"]),
     ):
         module = ModuleType(name)
         for word in words:
@@ -118,10 +135,10 @@ def started(saved, tiny_base, monkeypatch):
             body = await request.json()
             text = body.get("prompt") or saved._method.template.text(body["messages"])
             ids = saved._base.tokenizer(text)["input_ids"]
-            found = engine.generate({"prompt_token_ids": ids}, Params(**body.get("how", {})), "cmpl-1")
+            found = engine.generate({"prompt_token_ids": ids}, params_of(body), "cmpl-1")
             if body.get("stream"):
-                return StreamingResponse(str(one) async for one in found)
-            return JSONResponse([one async for one in found])
+                return StreamingResponse(one.text async for one in found)
+            return JSONResponse([int(one.text) async for one in found])
 
         app = Starlette(routes=[Route(path, answer, methods=["POST"]) for path in ROUTED])
         app.add_api_route = lambda path, to, methods: app.add_route(path, to, methods)
@@ -194,6 +211,24 @@ def test_a_prompt_that_no_adapter_fits_is_asked_once_and_a_known_one_not_read(st
     started(work)
 
 
+def test_who_waits_for_a_whole_answer_gets_the_last_output_alone(started, saved):
+    """And a base model whose answer nobody wants stops after its first token."""
+    texts = ["x" * 300, *TEXTS, TALK, *(f"{n} and ?" for n in range(5))]
+
+    async def work(client, engine, plugin):
+        for text in texts:
+            engine.written = 0
+            answer = await client.post(
+                door(text), json=body(text, how={"output_kind": Kind.FINAL_ONLY.value})
+            )
+            assert answer.json() == [2]
+            if len(engine.asked) == 2 and MARKED.search(engine.asked[0][0]) and engine.asked[1][1]:
+                assert engine.written < 6
+            engine.asked.clear()
+
+    started(work)
+
+
 def test_several_answers_are_not_read_themselves(started, saved):
     async def work(client, engine, plugin):
         await client.post(ROUTED[0], json=body(TEXTS[0], how={"n": 2}))
@@ -246,16 +281,16 @@ def test_other_models_and_doors(started):
 def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, saved):
     async def work(client, engine, plugin):
         old = plugin.library
-        told = await client.post("/admin/reload")
+        told = await client.post("/v1/admin/reload")
         assert told.json() == {"status": "reloaded", "variants": len(saved.variants)}
         assert plugin.library is not old
         engine.broken = "it does not fit"
-        refused = await client.post("/admin/reload")
+        refused = await client.post("/v1/admin/reload")
         assert refused.status_code == 409 and "it does not fit" in refused.text
         engine.broken, engine.forgets = "", True
-        assert "answers as the base model" in (await client.post("/admin/reload")).text
+        assert "answers as the base model" in (await client.post("/v1/admin/reload")).text
         async with plugin.renewing:
-            assert (await client.post("/admin/reload")).status_code == 409
+            assert (await client.post("/v1/admin/reload")).status_code == 409
 
     started(work)
 

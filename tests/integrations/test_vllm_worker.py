@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from router.api import Router
-from router.integrations.vllm_worker import KEPT, Reader, mark, version_of
+from router.integrations.vllm_worker import Reader, mark
 from router.model.cache import cache_argument
 from router.routing.state import FILE
 from router.system.errors import InputError
@@ -27,7 +27,7 @@ class Runner:
         self.device, self.model_config = torch.device("cpu"), SimpleNamespace(dtype=torch.float32)
         self.query_start_loc = SimpleNamespace(np=np.zeros(16, np.int64))
         self.input_batch = SimpleNamespace()
-        self.caches = {}
+        self.caches, self.max_num_reqs, self.longer = {}, 8, 0
         for module in base.model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.input_size = module.in_features
@@ -42,7 +42,7 @@ class Runner:
         batch, bounds = self.input_batch, self.query_start_loc.np
         batch.req_ids = [name for name, _, _ in parts]
         batch.num_computed_tokens_cpu = np.array([start for _, start, _ in parts])
-        batch.num_prompt_tokens = np.array([len(prompts[name]) for name in batch.req_ids])
+        batch.num_prompt_tokens = np.array([len(prompts[name]) - self.longer for name in batch.req_ids])
         batch.token_ids_cpu = np.zeros((len(parts), 512), np.int32)
         for n, name in enumerate(batch.req_ids):
             batch.token_ids_cpu[n, : len(prompts[name])] = prompts[name]
@@ -86,8 +86,8 @@ def runner(tiny_base, monkeypatch):
 def loaded(saved, runner):
     """A reader, and prompts of two frames under marked ids beside one that bears no mark."""
     reader, file = Reader(runner), saved._folder / FILE
-    reader.load(saved._folder, sha256_of(file))
-    version, frames = version_of(sha256_of(file)), saved.frames
+    reader.load(saved._folder, sha256_of(file), "v1")
+    version, frames = "v1", saved.frames
     prompts = {"somebody-else": list(range(40, 60))}
     wanted = {}
     for n, text in enumerate([*TEXTS, CHAT]):
@@ -136,6 +136,18 @@ def test_a_prompt_that_is_read_in_parts_adds_up(loaded, saved):
     check(reader, saved._base, wanted, [name])
 
 
+def test_a_request_that_is_put_off_after_it_wrote_is_not_read_again(loaded, saved):
+    reader, runner, prompts, wanted = loaded
+    name, *_ = wanted
+    runner.step(whole(prompts, [name]), prompts)
+    check(reader, saved._base, wanted, [name])
+    length, runner.longer = len(prompts[name]), 3
+    runner.caches.clear()
+    prompts[name] = [*prompts[name], 7, 8, 9]  # it resumes with what it wrote
+    runner.step([(name, 0, length + 3)], prompts)
+    assert reader.take(wanted[name][0]) == b"" and not reader.reading
+
+
 def test_what_came_from_the_cache_gives_no_answer_rather_than_a_wrong_one(loaded):
     reader, runner, prompts, wanted = loaded
     name, *_ = wanted
@@ -170,19 +182,19 @@ def test_what_fails_while_a_prompt_is_read_never_fails_the_engine(loaded, monkey
 
 def test_what_nobody_asks_for_is_dropped(loaded):
     reader, runner, prompts, wanted = loaded
-    reader.done.update({str(n): b"x" for n in range(KEPT + 10)})
+    reader.done.update({str(n): b"x" for n in range(30)})
     runner.step(whole(prompts, list(wanted)[:1]), prompts)
-    assert len(reader.done) <= KEPT + 1 and reader.take(wanted[next(iter(wanted))][0])
+    assert len(reader.done) <= 17 and reader.take(wanted[next(iter(wanted))][0])
 
 
 def test_a_router_that_does_not_fit_is_refused(saved, runner, tmp_path):
     reader, file = Reader(runner), saved._folder / FILE
     with pytest.raises(InputError, match="reload"):
-        reader.load(saved._folder, "0" * 64)
+        reader.load(saved._folder, "0" * 64, "v1")
     for module in runner.get_model().modules():
         if hasattr(module, "input_size"):
             module.input_size = 17
     with pytest.raises(InputError, match=FILE):
-        reader.load(saved._folder, sha256_of(file))
+        reader.load(saved._folder, sha256_of(file), "v1")
     with pytest.raises(InputError, match="VLLM_USE_V2_MODEL_RUNNER"):
         Reader(SimpleNamespace())
