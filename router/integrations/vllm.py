@@ -152,7 +152,7 @@ class Auto:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.requests = Counter(
-            "router_requests", "Method requests by variant.", ["variant"], registry=registry
+            "router_requests", "Routed requests by variant.", ["variant"], registry=registry
         )
         self.failed = Counter(
             "router_failed", "Requests of which the gate has not decided.", registry=registry

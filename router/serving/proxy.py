@@ -114,7 +114,7 @@ class Proxy:
         self.tried: tuple[Any, float, str] = None, 0.0, ""  # what canaries were sent to, when, what was wrong
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.registry = own = CollectorRegistry()
-        self.requests = Counter("router_requests", "Method requests by variant.", ["variant"], registry=own)
+        self.requests = Counter("router_requests", "Routed requests by variant.", ["variant"], registry=own)
         self.seconds = Histogram(
             "router_seconds", "Seconds by stage.", ["stage"], registry=own,
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
