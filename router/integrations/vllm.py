@@ -117,9 +117,8 @@ class Library:
         """
         if not raw:
             raise ValueError("the engine did not read the prompt whole")
-        *responses, confidence = np.frombuffer(raw, np.float32)
-        shape = len(self.router.candidates) - 1, -1, 2
-        self.read[part] = np.array(responses).reshape(shape), float(confidence)
+        values = np.frombuffer(raw, np.float32)
+        self.read[part] = values[:-1].reshape(len(self.router.candidates) - 1, -1, 2), float(values[-1])
 
 
 def check(config: Any) -> None:
@@ -342,8 +341,8 @@ class Auto:
         """What the engine has to read of a request; nothing where that cannot be told."""
         try:
             parts = await asyncio.to_thread(library.router.unread, asked.prompt)
-            for frame, _ in parts:
-                _ = library.frames[frame]  # of another template than the router's there is no generic text
+            if strange := {frame for frame, _ in parts} - library.frames.keys():
+                raise LookupError(f"no generic text was read in {strange}, which is no frame of the router")
             return parts
         except Exception:
             log.exception("the base model answers, since a prompt could not be taken apart")

@@ -29,7 +29,7 @@ from scripts.engines import PATIENCE
 
 WORK, PAGE = Path("build/engines"), Path("docs/serving.md")
 AT_ONCE = {1: 24, 8: 48, 32: 96}  # requests at once -> in all
-SERVED, SHARE, WRITTEN, TOGETHER = 100, 7, 32, 16  # requests, those for adapters, tokens of each, at once
+SERVED, FITS, WRITTEN, TOGETHER = 100, 2, 32, 16  # requests, those for adapters, tokens of each, at once
 SERVER, PROXY = "http://127.0.0.1:8000", "http://127.0.0.1:8090"
 
 
@@ -103,6 +103,7 @@ class Service:
         self.models = models
         self.client = httpx.Client(base_url=address, timeout=PATIENCE)
         self.answers: dict[str, Answered] = {}
+        self.mixed: dict[str, Answered] = {}
         self.rate = self.mib = 0.0
 
     def measure(self, some: Mapping[int, Sequence[str]], mixed: Sequence[str]) -> None:
@@ -111,7 +112,7 @@ class Service:
         for count, prompts in some.items():
             self.answers |= self._ask(count, prompts, 1)
         start = time.perf_counter()
-        self._ask(TOGETHER, mixed, WRITTEN)
+        self.mixed = self._ask(TOGETHER, mixed, WRITTEN)
         self.rate = WRITTEN * len(mixed) / (time.perf_counter() - start)
 
     def _ask(self, at_once: int, prompts: Sequence[str], tokens: int) -> dict[str, Answered]:
@@ -134,7 +135,7 @@ def main() -> None:
     fits, foreign = prompts_of("data/eval"), prompts_of("data/eval_foreign")
     labels, ours, theirs = foreign | fits, iter(fits), iter(foreign)
     some = {count: [*islice(ours, many // 2), *islice(theirs, many // 2)] for count, many in AT_ONCE.items()}
-    mixed = [*islice(ours, SHARE), *islice(theirs, SERVED - SHARE)]
+    mixed = [*islice(ours, FITS), *islice(theirs, SERVED - FITS)]
     command = [
         str(WORK / "router" / "serve.sh"),
         "--port",
@@ -152,9 +153,8 @@ def main() -> None:
     chosen = {prompt: answer.model or "" for prompt, answer in plugin.answers.items()}
     with started("alone", command, SERVER, VLLM_PLUGINS="") as server:
         base = httpx.get(f"{SERVER}/v1/models").json()["data"][0]["id"]
-        variants = [model for model in chosen.values() if model.startswith("variant-")]
-        asked = dict.fromkeys(mixed, base) | dict(zip(mixed, variants[:SHARE], strict=False))
-        alone = Service(SERVER, defaultdict(lambda: base, chosen | asked))
+        asked = chosen | {prompt: answer.model or base for prompt, answer in plugin.mixed.items()}
+        alone = Service(SERVER, defaultdict(lambda: base, asked))
         alone.measure(some, mixed)
         alone.mib = memory([server])
         words = ["serve", "--router", str(WORK / "router"), "--upstream", SERVER, "--port", "8090"]
@@ -171,7 +171,8 @@ def main() -> None:
             cells = [f"{1e3 * time:.0f} ms ({time / times[0]:.2f}x)" for time in times]
             lines.append(row(f"first token of the {kind}, {count} at once", *cells))
     rates = [f"{way.rate:.1f} ({way.rate / alone.rate:.2f}x)" for way in ways]
-    lines.append(row(f"tokens a second, {SHARE} of {SERVED} requests to variants", *rates))
+    sent = sum((answer.model or "").startswith("variant-") for answer in plugin.mixed.values())
+    lines.append(row(f"tokens a second, {sent} of {SERVED} requests to variants", *rates))
     lines.append(row("memory", *(f"{way.mib:.0f} MiB ({way.mib - alone.mib:+.0f})" for way in ways)))
     for what, of in (("right adapter", fits), ("foreign requests left to the base model", foreign)):
         shares = [
