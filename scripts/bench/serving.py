@@ -171,8 +171,8 @@ def main() -> None:
             cells = [f"{1e3 * time:.0f} ms ({time / times[0]:.2f}x)" for time in times]
             lines.append(row(f"first token of the {kind}, {count} at once", *cells))
     rates = [f"{way.rate:.1f} ({way.rate / alone.rate:.2f}x)" for way in ways]
-    sent = sum((answer.model or "").startswith("variant-") for answer in plugin.mixed.values())
-    lines.append(row(f"tokens a second, {sent} of {SERVED} requests to variants", *rates))
+    routed = sum((answer.model or "").startswith("variant-") for answer in plugin.mixed.values())
+    lines.append(row(f"tokens a second, {routed} of {SERVED} requests to variants", *rates))
     lines.append(row("memory", *(f"{way.mib:.0f} MiB ({way.mib - alone.mib:+.0f})" for way in ways)))
     for what, of in (("right adapter", fits), ("foreign requests left to the base model", foreign)):
         shares = [
