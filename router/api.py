@@ -382,7 +382,7 @@ class Router:
     def _decide(self, centres: Array) -> None:
         """Keeps the groups of a sample and one for the base model, which has no folder and costs nothing."""
         self._forget()
-        self._written = None
+        self._written, self.templates = None, {}
         self._centres = with_base(centres)
         self.variants = decide(self._centres, self.candidates[:-1])
 

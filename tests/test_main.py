@@ -163,6 +163,24 @@ def test_the_evidence_tells_what_was_decided(command):
         np.testing.assert_allclose(weights, expected / expected.sum(), atol=1e-4)  # three keep theirs: all
 
 
+def test_a_higher_rate_leaves_fewer_queries_with_the_base_model(command):
+    thresholds, shares = [], []
+    for rate, flag in ((0.01, "false_alarm"), (0.1, "false_positive_rate"), (0.99, "false_positive_rate")):
+        _, out = command("proto_route", f"--{flag}", rate, out=str(rate))
+        assert json.loads((out / "run.json").read_text())["flags"]["false_positive_rate"] == rate
+        thresholds.append(Evidence.load(out / "queries.evidence.safetensors").base_score)
+        shares.append([float(row["base"]) for row in read_table(out / "queries.routing.csv")])
+    steps = np.diff(thresholds, axis=0)  # the threshold alone moves, by the same for all queries
+    assert (steps < 0).all() and np.ptp(steps, axis=1).max() < 1e-5
+    assert (np.diff(shares, axis=0) <= 1e-6).all() and np.mean(shares[0]) > np.mean(shares[-1])
+
+
+def test_a_dead_link_is_no_output_folder(command, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    assert command("base")[0] == 2
+    assert "dead link" in capsys.readouterr().err
+
+
 def test_a_second_run_replaces_the_first(command):
     command("proto_route")
     _, out = command("base")

@@ -10,7 +10,6 @@ fails, the base model answers.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
@@ -20,7 +19,6 @@ from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 from uuid import uuid4
 
 import numpy as np
@@ -29,7 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from router.api import Choice, Prompt, Router
+from router.api import Prompt, Router
 from router.constants import CANARY
 from router.integrations.vllm_worker import mark
 from router.model.answer import encode
@@ -42,15 +40,13 @@ from router.routing.fitted import Fitted
 from router.routing.probe import Probed
 from router.routing.state import FILE
 from router.routing.variants import VARIANTS, served, stray
+from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed, routed_by
 from router.serving.names import AUTO
 from router.serving.request import admit, as_error, as_json, object_of
-from router.serving.text import NoText, prompt_of
 from router.system.errors import InputError
 
 log = logging.getLogger("vllm.proto_route")  # vLLM shows its own loggers alone
 FOLDER = "PROTO_ROUTE"
-CHATS = "/v1/chat/completions"
-ROUTED = ("/v1/completions", CHATS, "/v1/responses", "/v1/messages")
 PATIENCE = 60.0  # seconds until the base model answers because the gate has not
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -378,7 +374,8 @@ class Auto:
                 if lora and (template := library.router.templates.get(choice.variant or 0)):
                     asked.anew = await asyncio.to_thread(_written, asked, template)
             asked.lora, name = lora, lora.lora_name if lora else self.base
-            asked.headers = told(choice, name)
+            told = headers_of(described(choice, name))
+            asked.headers = [(key.encode(), value.encode()) for key, value in told.items()]
             self.requests.labels(name).inc()
         except Exception:
             self.failed.inc()
@@ -402,24 +399,8 @@ def _tokens(ids: Sequence[int], prompt: Any) -> dict[str, Any]:
 
 def _written(asked: Asked, template: Template) -> dict[str, Any] | None:
     """A chat as the variant that answers it was trained to be asked; None where its template refuses it."""
-    if not asked.messages:
-        return None
-    try:
-        text = template.text(checked(asked.messages, ends=False))
-    except InputError as error:  # such as one that knows no system message
-        log.warning("%s; it is asked in the template of the others", error)
-        return None
-    return _tokens(encode(template.tokenizer, [text])[0], asked.given)
-
-
-def told(choice: Choice, name: str) -> list[tuple[bytes, bytes]]:
-    """A decision as headers."""
-    weights = {key: round(weight, 4) for key, weight in choice.weights.items()}
-    found = {
-        "x-router-model": quote(name, safe="/:@ "), "x-router-weights": json.dumps(weights),
-        "x-router-margin": f"{choice.margin:.3f}", "x-router-fits": str(choice.fits).lower(),
-    }  # fmt: skip
-    return [(key.encode(), value.encode()) for key, value in found.items()]
+    text = template.tried(checked(asked.messages, ends=False)) if asked.messages else None
+    return _tokens(encode(template.tokenizer, [text])[0], asked.given) if text else None
 
 
 class Door:
@@ -492,9 +473,6 @@ class Door:
             return None
         root = request.scope.get("root_path", "")
         if (path := request.scope["path"].removeprefix(root)) not in ROUTED:
-            raise HTTPException(400, f"model {AUTO}: expected a POST to {' or '.join(ROUTED)}, got {path}")
-        try:
-            talks = path == CHATS and not body.get("tools")
-            return Asked(prompt_of(body), body.get("messages") if talks else None)
-        except NoText as error:
-            raise HTTPException(400, str(error)) from error
+            raise not_routed(path)
+        talks = path == CHATS and not body.get("tools")
+        return Asked(routed_by(body), body.get("messages") if talks else None)

@@ -85,12 +85,10 @@ class Prompt:
         self.confidence: Tensor | None = None
 
     def responses(self) -> bytes:
-        """(adapters, modules, 2) float32, NaN without a prototype; and, last, the base model's confidence."""
+        """(adapters, modules, 2) float32, NaN where none is heard; and, last, the base model's confidence."""
         assert self.confidence is not None
         found = self.squares.sqrt().permute(2, 0, 1).cpu()  # (adapters, modules, 2)
-        for m, proto in enumerate(self.fitted.prototypes.values()):
-            columns = torch.bincount(proto.owners.cpu(), minlength=len(found))
-            found[columns == 0, m] = torch.nan
+        found[torch.from_numpy(self.fitted.absent)] = torch.nan
         return torch.cat([found.flatten(), self.confidence.cpu()[None]]).numpy().tobytes()
 
 
@@ -100,11 +98,13 @@ class Group(NamedTuple):
     Attributes:
         inputs: picks the tokens that count.
         views: (2, prompts, T') their weights.
+        places: the numbers of the prototypes' modules.
     """
 
     prompts: list[Prompt]
     inputs: Inputs
     views: Tensor
+    places: dict[str, int]
 
 
 class Reader:
@@ -200,13 +200,11 @@ class Reader:
         """
         fitted = group.prompts[0].fitted
         x = x[: group.inputs.counted.of]  # what fills up the batch comes last
-        for m, name in enumerate(fitted.prototypes):
-            if name not in names:
-                continue
+        for name in names & group.places.keys():
             centred, size = group.inputs.centred(name, x, fitted.means[name])
             cosines = squared_cosines(fitted.prototypes[name], centred, size, len(fitted.names))
             for prompt, part in zip(group.prompts, group.views.transpose(0, 1) @ cosines.T, strict=True):
-                prompt.squares[m] += part  # (2, adapters)
+                prompt.squares[group.places[name]] += part  # (2, adapters)
 
     def _enter(self) -> None:
         """Looks, once a step, which of its tokens belong to marked prompts."""
@@ -257,7 +255,9 @@ class Reader:
         counted = views[0].any(0)  # (total,)
         if not counted.any():
             return None
-        return Group([prompt for prompt, _, _ in parts], Inputs(counted[None]), views[..., counted])
+        prompts = [prompt for prompt, _, _ in parts]
+        places = {name: m for m, name in enumerate(prompts[0].fitted.prototypes)}
+        return Group(prompts, Inputs(counted[None]), views[..., counted], places)
 
     def _finish(self, logits: Tensor | None) -> None:
         """Keeps the responses of the prompts that end in this step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from router.model.frames import Frame, Parts
 from router.queries.conversation import SYSTEM, Message, content
 from router.system.errors import InputError, reason
 
+log = logging.getLogger(__name__)
 MARK = "\u2063proto-route\u2063"  # stands for the user's message; nobody writes it
 LARGEST = 1 << 20  # bytes of a template file
 
@@ -64,6 +66,17 @@ class Template:
                 f"{which}the chat template of {self.name} does not take its messages ({reason(error)})"
             ) from error
         return str(text).removeprefix(self._first)
+
+    def tried(self, messages: Sequence[Message], query: str = "") -> str | None:
+        """The same; None, with a warning, where the template refuses the messages.
+
+        So does one that knows no system message.
+        """
+        try:
+            return self.text(messages, query)
+        except InputError as error:
+            log.warning("%s; it is asked in the template of the others", error)
+            return None
 
     @cached_property
     def frame(self) -> Frame:

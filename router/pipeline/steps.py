@@ -188,12 +188,8 @@ class Method(ABC):
             if query.messages and folder and (file := folder / TEMPLATE).is_file():
                 if folder not in templates:
                     templates[folder] = template_of(self.tokenizer, file)
-                try:
-                    text = templates[folder].text(query.conversation, query.id)
-                except InputError as error:  # such as one that knows no system message
-                    log.warning("%s; it is asked in the template of the others", error)
-                    continue
-                found[n] = encode(self.tokenizer, [text], self.settings.max_seq_len)[0]
+                if text := templates[folder].tried(query.conversation, query.id):
+                    found[n] = encode(self.tokenizer, [text], self.settings.max_seq_len)[0]
         return found
 
     def answer_with(

@@ -131,7 +131,7 @@ class Fitted:
         confidence: NDArray[np.float32],
     ) -> Fitted:
         """The same library in another frame. Which adapters stand for others or are silent stays as it is."""
-        reference = np.where(self._absent, np.float32(np.nan), reference)
+        reference = np.where(self.absent, np.float32(np.nan), reference)
         gate = gate_for(len(self.kept), **self.gate.get_params())
         gate.fit(reference[:, self.kept], confidence=confidence)
         return replace(
@@ -163,19 +163,19 @@ class Fitted:
         return at_once(len(self.names), len(self.prototypes))
 
     @cached_property
-    def _absent(self) -> NDArray[np.bool_]:
+    def absent(self) -> NDArray[np.bool_]:
         """Where no adapter has a prototype, (adapters, modules, 2)."""
         return np.isnan(self.reference)
 
     @cached_property
     def _telling(self) -> NDArray[np.int64]:
         """Which adapter's response tells whether a prompt is readable, (modules, 2)."""
-        return telling(self._absent)
+        return telling(self.absent)
 
     @cached_property
     def _expected(self) -> int:
         """How many responses there are to a prompt."""
-        return int(np.count_nonzero(~self._absent))
+        return int(np.count_nonzero(~self.absent))
 
     def decide(self, probed: Probed) -> tuple[Array, Evidence]:
         """Weights (queries, adapters + 1), the base model last, and why.
@@ -187,7 +187,7 @@ class Fitted:
         # One readable prompt tells whether adapters respond where they are silent.
         if unread.any() or np.count_nonzero(np.isfinite(responses[:1])) > self._expected:
             responses, confidence = responses.copy(), confidence.copy()
-            responses[:, self._absent] = np.nan
+            responses[:, self.absent] = np.nan
             responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]
         own = responses if len(self.kept) == len(self.names) else responses[:, self.kept]
         judged = self.gate.judge(own)

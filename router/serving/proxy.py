@@ -13,11 +13,11 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 from uuid import uuid4
 
 import httpx
@@ -33,18 +33,16 @@ from starlette.routing import Route
 from router.api import Choice, Prompt, Router
 from router.constants import CANARY
 from router.routing.variants import served
+from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed, routed_by
 from router.serving.names import AUTO
 from router.serving.prober import Prober
 from router.serving.request import GONE, admit, as_error, as_json, body_of, left, object_of
-from router.serving.text import NoText, prompt_of
 from router.serving.upstream import Serves, Upstream, end_to_end, variants_of
 from router.system.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 RECENT = 100  # decisions on the page
 READY = 30.0  # seconds that the canaries' result holds
-CHATS = "/v1/chat/completions"
-ROUTED = ("/v1/completions", CHATS, "/v1/responses", "/v1/messages")
 # In a body that is no JSON: a form, or what another reader takes for JSON.
 FOR_AUTO = re.compile(rb'name="?model"?\s+auto\s|"model"\s*:\s*"auto"')
 MODEL = {"id": AUTO, "object": "model", "created": 0, "owned_by": "proto-route"}
@@ -57,22 +55,6 @@ class Decided(NamedTuple):
     choice: Choice
     variant: str | None  # None for the plain base model
     template: str | None = None  # that the variant's adapters were trained in, if it is another
-
-
-def _told(shown: Mapping[str, Any]) -> dict[str, str]:
-    """A decision as headers."""
-    return {
-        "x-request-id": shown["request_id"], "x-router-model": quote(shown["model"], safe="/:@ "),
-        "x-router-weights": json.dumps(shown["weights"]), "x-router-margin": str(shown["margin"]),
-        "x-router-fits": str(shown["fits"]).lower(),
-    }  # fmt: skip
-
-
-def _prompt(body: Mapping[str, Any]) -> Prompt:
-    try:
-        return prompt_of(body)
-    except NoText as error:
-        raise HTTPException(400, str(error)) from error
 
 
 class Proxy:
@@ -190,20 +172,12 @@ class Proxy:
             raise HTTPException(502, f"the upstream lacks {', '.join(missing)}; export the router again")
         return serves.scales(mix)
 
-    @staticmethod
-    def _shown(choice: Choice, name: str) -> dict[str, Any]:
-        """A decision for a person or a program."""
-        return {
-            "model": name, "weights": {key: round(w, 4) for key, w in choice.weights.items()},
-            "margin": round(choice.margin, 3), "low_margin": choice.low_margin, "fits": choice.fits,
-        }  # fmt: skip
-
     async def route(self, request: Request) -> Response:
         """POST /v1/route: the decision alone."""
         admit(request, self.api_key, self.hosts)
         body = object_of(request, await body_of(request, self.max_body, self.timeout))
-        decided = await self._decided(_prompt(body))
-        return as_json(self._shown(decided.choice, await self._name(decided, self._key(request))))
+        decided = await self._decided(routed_by(body))
+        return as_json(described(decided.choice, await self._name(decided, self._key(request))))
 
     async def forward(self, request: Request) -> Response:
         """All else under /v1: passed on; with the model `auto` under a variant's name, or refused."""
@@ -234,7 +208,7 @@ class Proxy:
         if body.get("model") != AUTO:
             return await self._passed_on(request, raw)
         if not routes:
-            raise HTTPException(400, f"model {AUTO}: expected a POST to {' or '.join(ROUTED)}, got {path}")
+            raise not_routed(path)
         shown, fields = await self._decision(request, body)
         try:
             raw = json.dumps(body | fields).encode()
@@ -246,7 +220,7 @@ class Proxy:
         self, request: Request, body: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The decision as it is shown, and the fields of the request that tell the upstream."""
-        prompt, key = _prompt(body), self._key(request)
+        prompt, key = routed_by(body), self._key(request)
         decided = await self._decided(prompt)
         name = await self._name(decided, key)
         fields: dict[str, Any] = {"model": name}
@@ -256,7 +230,7 @@ class Proxy:
             fields["chat_template"] = decided.template  # vLLM's word; serve.sh has it trust this one
         self.requests.labels(name).inc()
         number = request.headers.get("x-request-id", "")[:128] or uuid4().hex
-        shown = self._shown(decided.choice, name) | {"request_id": number}
+        shown = described(decided.choice, name) | {"request_id": number}
         self._write_down(shown, prompt)
         return shown, fields
 
@@ -281,7 +255,7 @@ class Proxy:
             response = self._streamed(answer, start)
         else:
             response = await self._whole(answer, shown, start)
-        told = _told(shown) if shown else {}
+        told = headers_of(shown) if shown else {}
         response.headers.update(told)
         for key, value in end_to_end(answer.headers.raw, {b"content-encoding", *map(str.encode, told)}):
             response.headers.append(key.decode("latin-1"), value.decode("latin-1"))

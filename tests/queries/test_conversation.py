@@ -1,6 +1,7 @@
 """Conversations: read from JSON lines, routed and answered in the base model's template, refused by row."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from router.main import main
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import BARE
+from router.pipeline.journal import Journal
 from router.pipeline.reading import SHARED, TURNS
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
@@ -244,6 +246,19 @@ def test_a_request_brings_no_new_frame(chat_router, tmp_path):
     together = loaded.choose([*odd, *many, HI])
     assert set(loaded._proto.fits) == before
     assert together[-1] == loaded.choose([HI])[0] and together[0] == loaded.choose(odd[:1])[0]
+
+
+def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch, tmp_path):
+    monkeypatch.setattr("router.routing.fitted.AT_ONCE", 4)
+    talks = queries_of(*(f"question {n}" for n in range(SHARED)), system="Be kind.")
+    found, journal = method(), Journal(tmp_path / "journal", {"a": 1})
+    expected = found.route(talks, found.encoded(talks))
+    kept = type(found)(found.name, found.base, found.adapters, replace(found.context, journal=journal))
+    kept.template = found.template
+    for _ in range(2):  # the second time all is known
+        weights = kept.route(talks, kept.encoded(talks)).weights
+        np.testing.assert_allclose(weights, expected.weights, atol=1e-6)
+    journal.close()
 
 
 def test_what_many_prompts_share_is_a_frame(method):

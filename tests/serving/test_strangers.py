@@ -252,6 +252,17 @@ def written(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+async def test_decisions_are_rotated_by_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "FILE_SIZE", 1000)
+    handler = command.decisions_to(tmp_path / "decisions.jsonl")
+    async with proxied(decisions=handler) as (client, *_):
+        for n in range(40):
+            await client.post("/v1/completions", json=completion(f"x {n}"))
+    handler.close()
+    files = list(tmp_path.iterdir())
+    assert len(files) > 2 and all(file.stat().st_size <= 1000 and written(file) for file in files)
+
+
 @pytest.mark.parametrize("prompts", [False, True])
 async def test_decisions_are_written_a_line_each(prompts, tmp_path):
     file = tmp_path / "decisions.jsonl"

@@ -1,0 +1,55 @@
+"""A decision as clients see it: the doors that are routed, and the fields and headers that tell of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+from starlette.exceptions import HTTPException
+
+from router.api import Choice, Prompt
+from router.serving.names import AUTO
+from router.serving.text import NoText, prompt_of
+
+CHATS = "/v1/chat/completions"
+ROUTED = ("/v1/completions", CHATS, "/v1/responses", "/v1/messages")
+
+
+def routed_by(body: Mapping[str, Any]) -> Prompt:
+    """What a request for the model `auto` is routed by.
+
+    Raises:
+        HTTPException: 400, it says nothing by which it could be routed.
+    """
+    try:
+        return prompt_of(body)
+    except NoText as error:
+        raise HTTPException(400, str(error)) from error
+
+
+def not_routed(path: str) -> HTTPException:
+    """The error for the model `auto` at a door that does not route."""
+    return HTTPException(400, f"model {AUTO}: expected a POST to {' or '.join(ROUTED)}, got {path}")
+
+
+def described(choice: Choice, name: str) -> dict[str, Any]:
+    """A decision for a person or a program.
+
+    Args:
+        name: of the model that answers.
+    """
+    return {
+        "model": name, "weights": {key: round(w, 4) for key, w in choice.weights.items()},
+        "margin": round(choice.margin, 3), "low_margin": choice.low_margin, "fits": choice.fits,
+    }  # fmt: skip
+
+
+def headers_of(told: Mapping[str, Any]) -> dict[str, str]:
+    """What `described` tells as headers, and the number of the request if that is known."""
+    number = {"x-request-id": told["request_id"]} if "request_id" in told else {}
+    return number | {
+        "x-router-model": quote(told["model"], safe="/:@ "), "x-router-weights": json.dumps(told["weights"]),
+        "x-router-margin": str(told["margin"]), "x-router-fits": str(told["fits"]).lower(),
+    }  # fmt: skip
