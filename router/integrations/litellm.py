@@ -17,7 +17,7 @@ from litellm.integrations.custom_logger import CustomLogger
 
 from router.api import Choice, Prompt, Router
 from router.constants import BASE_COLUMN
-from router.routing.variants import served
+from router.routing.variants import served_names
 from router.serving.names import AUTO
 from router.serving.prober import Prober
 from router.serving.text import NoText, prompt_of
@@ -80,8 +80,7 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
 
     def _name(self, choice: Choice) -> str:
         assert self.router is not None and choice.variant is not None
-        variant = self.router.variants[choice.variant]
-        return served(choice.variant, variant.sha256) if variant.weights else BASE_COLUMN
+        return served_names(self.router.variants)[choice.variant] or BASE_COLUMN
 
 
 hook = AutoModel()

@@ -39,7 +39,7 @@ from router.queries.conversation import checked
 from router.routing.fitted import Fitted
 from router.routing.probe import Probed
 from router.routing.state import FILE
-from router.routing.variants import VARIANTS, served, stray
+from router.routing.variants import VARIANTS, served_names, stray
 from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed, routed_by
 from router.serving.names import AUTO
 from router.serving.request import admit, as_error, as_json, object_of
@@ -214,7 +214,7 @@ class Auto:
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
         known = self.models.lora_requests
-        names = {n: served(n, made.sha256) for n, made in enumerate(router.variants) if made.weights}
+        names = {n: name for n, name in enumerate(served_names(router.variants)) if name}
         self.seen |= {*known, *names.values()}
         config, many = self.engine.vllm_config, len({*known, *names.values()})
         if config.device_config.device_type == "cpu" and config.lora_config.max_loras <= len(self.seen):

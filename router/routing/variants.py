@@ -61,6 +61,11 @@ class Variant:
         return replace(self, sha256=sha256_of(folder / WEIGHTS_FILE)) if self.weights else self
 
 
+def served_names(variants: Sequence[Variant]) -> list[str | None]:
+    """The name of each variant on a server; None for the plain base model."""
+    return [served(n, variant.sha256) if variant.weights else None for n, variant in enumerate(variants)]
+
+
 def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:
     """Which variants a server answers as the base model would, though they answer otherwise.
 

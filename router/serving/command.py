@@ -136,6 +136,7 @@ def _serve(args: argparse.Namespace) -> None:
 def _proxy(args: argparse.Namespace) -> Proxy:
     from router.api import Router
     from router.serving.proxy import Proxy
+    from router.serving.tracing import tracer
 
     def load() -> Router:
         found = Router.load(args.router, args.base_model, args.device, args.dtype)
@@ -152,7 +153,7 @@ def _proxy(args: argparse.Namespace) -> Proxy:
     return Proxy(
         load(), args.upstream, load=load, api_key=api_key, upstream_key=key_of("PROTO_ROUTE_UPSTREAM_KEY"),
         max_body=args.max_body, queue=args.queue, timeout=args.timeout,
-        log_prompts=args.log_prompts, decisions=decisions,
+        log_prompts=args.log_prompts, decisions=decisions, tracer=tracer(),
         hosts=LOOPBACK if here else None,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from typing import Any, NamedTuple
@@ -32,11 +32,12 @@ from starlette.routing import Route
 
 from router.api import Choice, Prompt, Router
 from router.constants import CANARY
-from router.routing.variants import served
+from router.routing.variants import served_names
 from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed, routed_by
 from router.serving.names import AUTO
 from router.serving.prober import Prober
 from router.serving.request import GONE, admit, as_error, as_json, body_of, left, object_of
+from router.serving.tracing import traced
 from router.serving.upstream import Serves, Upstream, end_to_end, variants_of
 from router.system.errors import InputError, printable
 
@@ -57,6 +58,14 @@ class Decided(NamedTuple):
     template: str | None = None  # that the variant's adapters were trained in, if it is another
 
 
+class Routed(NamedTuple):
+    """A decision as it is shown to the client, and the fields and headers that tell the upstream."""
+
+    shown: dict[str, Any]
+    fields: dict[str, Any]
+    headers: dict[str, str]
+
+
 class Proxy:
     """The proxy of one server. What is not listed here is a flag of `proto-route serve`.
 
@@ -67,6 +76,7 @@ class Proxy:
         api_key: that clients have to bring; None asks for none.
         upstream_key: that the upstream asks for; None passes on what the client sent.
         decisions: takes one line of JSON a routed request.
+        tracer: takes a span of each; see router/serving/tracing.py.
         hosts: names that it answers to where it asks for no key; None answers to any.
         transport: in place of the network, for tests.
     """
@@ -84,12 +94,13 @@ class Proxy:
         timeout: float = 600.0,
         log_prompts: bool = False,
         decisions: logging.Handler | None = None,
+        tracer: Any = None,
         hosts: Collection[str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.router, self.load, self.api_key, self.upstream_key = router, load, api_key, upstream_key
         self.max_body, self.timeout, self.hosts = max_body, timeout, hosts
-        self.log_prompts, self.decisions = log_prompts, decisions
+        self.log_prompts, self.decisions, self.tracer = log_prompts, decisions, tracer
         self.renewing, self.trying = asyncio.Lock(), asyncio.Lock()
         self.upstream = Upstream(upstream, timeout, transport)
         self.prober = Prober(self._choose, queue)
@@ -133,14 +144,12 @@ class Proxy:
         return request.headers.get("authorization", "") if self.api_key is None else ""
 
     def _choose(self, prompts: Sequence[Prompt]) -> list[Decided]:
-        router = self.router
-        found = []
+        router, found = self.router, []
+        names = served_names(router.variants)
         for choice in router.choose(prompts):
             assert choice.variant is not None  # a router without variants is refused at the start
-            variant = router.variants[choice.variant]
-            name = served(choice.variant, variant.sha256) if variant.weights else None
             own = router.templates.get(choice.variant)
-            found.append(Decided(choice, name, own.source if own else None))
+            found.append(Decided(choice, names[choice.variant], own.source if own else None))
         return found
 
     async def _decided(self, prompt: Prompt) -> Decided:
@@ -209,18 +218,15 @@ class Proxy:
             return await self._passed_on(request, raw)
         if not routes:
             raise not_routed(path)
-        shown, fields = await self._decision(request, body)
+        routed = await self._decision(request, body)
         try:
-            raw = json.dumps(body | fields).encode()
+            raw = json.dumps(body | routed.fields).encode()
         except RecursionError as error:
             raise HTTPException(400, "expected JSON that is nested less deeply") from error
-        return await self._passed_on(request, raw, shown)
+        return await self._passed_on(request, raw, routed)
 
-    async def _decision(
-        self, request: Request, body: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The decision as it is shown, and the fields of the request that tell the upstream."""
-        prompt, key = routed_by(body), self._key(request)
+    async def _decision(self, request: Request, body: dict[str, Any]) -> Routed:
+        prompt, key, began = routed_by(body), self._key(request), time.time_ns()
         decided = await self._decided(prompt)
         name = await self._name(decided, key)
         fields: dict[str, Any] = {"model": name}
@@ -232,7 +238,8 @@ class Proxy:
         number = request.headers.get("x-request-id", "")[:128] or uuid4().hex
         shown = described(decided.choice, name) | {"request_id": number}
         self._write_down(shown, prompt)
-        return shown, fields
+        headers = traced(self.tracer, request.headers, shown, began) if self.tracer else {}
+        return Routed(shown, fields, headers | {"x-request-id": number})
 
     def _write_down(self, shown: dict[str, Any], prompt: Prompt) -> None:
         """A decision goes to the page, to the log and to the file of decisions."""
@@ -246,33 +253,32 @@ class Proxy:
             line |= {"prompt": prompt} if self.log_prompts else {}
             self.decisions.handle(logging.makeLogRecord({"msg": json.dumps(line)}))
 
-    async def _passed_on(self, request: Request, raw: bytes, shown: dict[str, Any] | None = None) -> Response:
+    async def _passed_on(self, request: Request, raw: bytes, routed: Routed | None = None) -> Response:
         """What the upstream answers to a request, with the decision on it."""
         start = time.perf_counter()
-        answer = await self._sent(request, raw, shown)
+        answer = await self._sent(request, raw, routed.headers if routed else {})
         streams = "event-stream" in answer.headers.get("content-type", "") or answer.status_code >= 400
-        if shown is None or streams:
+        if routed is None or streams:
             response = self._streamed(answer, start)
         else:
-            response = await self._whole(answer, shown, start)
-        told = headers_of(shown) if shown else {}
+            response = await self._whole(answer, routed.shown, start)
+        told = headers_of(routed.shown) if routed else {}
         response.headers.update(told)
         for key, value in end_to_end(answer.headers.raw, {b"content-encoding", *map(str.encode, told)}):
             response.headers.append(key.decode("latin-1"), value.decode("latin-1"))
         return response
 
-    async def _sent(self, request: Request, raw: bytes, shown: dict[str, Any] | None) -> httpx.Response:
-        less, ours = {b"host", b"accept-encoding"}, []  # httpx says both anew
-        if self.api_key or self.upstream_key:  # the client's key is for this proxy
-            less.add(b"authorization")
+    async def _sent(self, request: Request, raw: bytes, ours: Mapping[str, str]) -> httpx.Response:
+        """Passes a request on, with some headers of our own in place of the client's."""
         if self.upstream_key:
-            ours.append((b"authorization", self._key(request).encode()))
-        if shown:
-            less.add(b"x-request-id")
-            ours.append((b"x-request-id", shown["request_id"].encode("latin-1")))
+            ours = {**ours, "authorization": self._key(request)}
+        less = {b"host", b"accept-encoding", *map(str.encode, ours)}  # httpx says the first two anew
+        if self.api_key:  # the client's key is for this proxy
+            less.add(b"authorization")
         query = request.scope["query_string"]
         target = request.scope["raw_path"] + (b"?" + query if query else b"")
-        headers = end_to_end(request.headers.raw, less) + ours
+        headers = end_to_end(request.headers.raw, less)
+        headers += [(key.encode(), value.encode("latin-1")) for key, value in ours.items()]
         return await self.upstream.send(request.method, target.decode("latin-1"), headers, raw)
 
     async def _whole(self, answer: httpx.Response, shown: dict[str, Any], start: float) -> Response:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from router.api import Router
 from router.constants import CANARY
-from router.routing.variants import served, stray
+from router.routing.variants import served_names, stray
 from router.system.files import is_folder
 
 PATIENCE = 60.0  # seconds that a canary may take
@@ -62,7 +62,7 @@ class Serves(NamedTuple):
 
 def variants_of(router: Router) -> set[str]:
     """The names of the variants that a server has to have."""
-    return {served(n, variant.sha256) for n, variant in enumerate(router.variants) if variant.weights}
+    return {name for name in served_names(router.variants) if name}
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]], less: Collection[bytes]) -> Headers:
@@ -185,7 +185,7 @@ class Upstream:
 
         One of the router's variants that answers as the base model does, does not either.
         """
-        numbers = {served(n, of.sha256): n for n, of in enumerate(router.variants) if of.weights}
+        numbers = {name: n for n, name in enumerate(served_names(router.variants)) if name}
 
         async def answers(name: str) -> bool:
             body = {"model": name, "prompt": CANARY, "max_tokens": 1, "temperature": 0, "logprobs": 1}

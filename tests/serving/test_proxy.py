@@ -327,24 +327,37 @@ async def test_the_decision_alone_is_that_of_the_answer():
         assert upstream.seen == []
 
 
-async def test_two_hundred_requests_at_once_get_their_own_answers():
-    async with proxied() as (client, _, proxy):
+async def test_three_hundred_clients_some_of_whom_leave_and_reloads():
+    routers = [Two() for _ in range(4)]
+    loads = iter(routers[1:])
+    async with proxied(routers[0], load=lambda: next(loads)) as (client, upstream, proxy):
 
         async def ask(n):
-            prompt = f"{'x' if n % 3 else 'y'} {n}"
-            request = asyncio.create_task(client.post("/v1/completions", json=completion(prompt)))
-            if n % 5 == 0:  # one in five leaves
+            await asyncio.sleep(n / 3000)
+            prompt, model = f"{'x' if n % 3 else 'y'} {n}", "variant-0" if n % 3 else "the-base"
+            body = completion(prompt, stream=n % 7 == 1)
+            request = asyncio.create_task(client.post("/v1/completions", json=body))
+            if n % 5 == 0:
                 await asyncio.sleep(0.001)
                 request.cancel()
                 return None
-            answer = (await request).json()
-            assert answer["choices"][0]["text"] == prompt
-            assert answer["model"] == ("variant-0" if n % 3 else "the-base")
-            return answer
+            answer = await request
+            assert answer.headers["x-router-model"] == model
+            if not body["stream"]:
+                assert answer.json()["choices"][0]["text"] == prompt and answer.json()["model"] == model
+            return answer.status_code
 
-        answers = await asyncio.gather(*(ask(n) for n in range(200)))
-        assert sum(answer is not None for answer in answers) == 160
-        assert len(proxy.router.batches) < 40  # far fewer passes than requests
+        async def reload():
+            for _ in routers[1:]:
+                await asyncio.sleep(0.02)
+                assert (await client.post("/admin/reload")).status_code == 200
+
+        codes, _ = await asyncio.gather(asyncio.gather(*map(ask, range(300))), reload())
+        assert codes.count(200) == 240 and codes.count(None) == 60
+        assert proxy.router is routers[-1]
+        assert sum(len(router.batches) for router in routers) < 120  # far fewer passes than requests
+        asked = [body for _, body, _ in upstream.seen]
+        assert all((body["model"] == "variant-0") == ("x" in body["prompt"]) for body in asked)
 
 
 async def test_a_queue_that_is_full_says_when_to_try_again(monkeypatch):

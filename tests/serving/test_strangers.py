@@ -12,6 +12,7 @@ httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from serving_stubs import LLAMACPP, Two, Upstream, chat, completion, proxied, serving  # noqa: E402
+from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
@@ -283,6 +284,54 @@ async def test_decisions_are_written_a_line_each(prompts, tmp_path):
             "fits": True,
         }  # fmt: skip
     handler.close()
+
+
+async def test_a_decision_is_a_span_between_the_clients_and_the_servers(monkeypatch):
+    trace = pytest.importorskip("opentelemetry.sdk.trace", reason="needs the extra trace")
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from router.serving import tracing
+
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    assert tracing.tracer() is None
+    provider, spans = trace.TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    async with proxied(tracer=provider.get_tracer("test")) as (client, upstream, _):
+        headers = {"traceparent": f"00-{trace_id}-{parent}-01", "x-request-id": "mine"}
+        for body in (completion("x"), {"model": "theirs", "prompt": "x"}):
+            await client.post("/v1/completions", json=body, headers=headers)
+        (span,) = spans.get_finished_spans()
+        _, number, own, _ = upstream.seen[0][2]["traceparent"].split("-")
+        assert (number, int(own, 16)) == (trace_id, span.context.span_id)
+        assert span.parent.span_id == int(parent, 16) and 0 < span.end_time - span.start_time < 60e9
+        assert upstream.seen[1][2]["traceparent"] == headers["traceparent"]  # what passes is left alone
+        assert dict(span.attributes) == {
+            "gen_ai.request.model": "auto", "gen_ai.response.model": "variant-0", "router.margin": 2.0,
+            "router.fits": True, "router.low_margin": False, "router.request_id": "mine",
+        }  # fmt: skip
+
+
+def test_spans_reach_the_endpoint_in_the_environment(monkeypatch):
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the extra trace")
+    from router.serving import tracing
+
+    posted = []
+
+    async def take(request):
+        posted.append((request.url.path, await request.body()))
+        return Response(b"", media_type="application/x-protobuf")
+
+    collector = Starlette(routes=[Route("/{path:path}", take, methods=["POST"])])
+    with serving(collector) as address:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        sending = tracing.tracer()
+        shown = {"model": "variant-0", "margin": 1.0, "fits": True, "low_margin": False, "request_id": "mine"}
+        assert tracing.traced(sending, {}, shown, time.time_ns()).keys() == {"traceparent"}
+        sending.span_processor.force_flush()
+    ((path, body),) = posted
+    assert path == "/v1/traces" and b"router.margin" in body and b"proto-route" in body
 
 
 @pytest.mark.parametrize(
