@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -102,9 +101,10 @@ def places_of(modules: Sequence[str]) -> tuple[list[str], list[int]]:
     """
     parts = [module.split(".") for module in modules]
     numbers = [[int(part) for part in of if re.fullmatch("[0-9]{1,9}", part)] for of in parts]
-    kinds = [".".join(part for part in of if not re.fullmatch("[0-9]+", part)) for of in parts]
-    shared = len(commonprefix(kinds).rpartition(".")[0])
-    return [kind[shared:].lstrip(".") for kind in kinds], [next(iter(of), -1) for of in numbers]
+    kinds = [[part for part in of if not re.fullmatch("[0-9]+", part)] for of in parts]
+    while len({tuple(kind[:1]) for kind in kinds}) == 1 and min(map(len, kinds)) > 1:
+        kinds = [kind[1:] for kind in kinds]
+    return list(map(".".join, kinds)), [next(iter(of), -1) for of in numbers]
 
 
 def vote_means(votes: NDArray[np.float32], modules: Sequence[str]) -> tuple[list[str], list[int], Array]:
@@ -194,7 +194,7 @@ def candidates(run: Run, most: int = BEST) -> list[list[list[float]]]:
     model. An adapter without a score, such as a duplicate, is left out.
     """
     e, base = run.evidence, len(run.names) - 1
-    columns = [run.weights]
+    columns: list[NDArray[Any]] = [run.weights]
     if e:
         columns += [e.candidates, np.column_stack([e.responses, np.zeros(len(e.responses))])]
     level = columns[1 if e else 0]
