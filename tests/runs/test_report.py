@@ -5,15 +5,13 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from helpers import METHODS, ROOT, ROWS, read_table, write_csv
+from helpers import METHODS, ROWS, read_table, write_csv, write_run
 from router.routing.evidence import Evidence
 from router.runs import explain
 from router.runs.load import load
@@ -31,6 +29,7 @@ HOSTILE = [
     "مرحبا \u202eabc 🙂👩‍👩‍👧 \x00\x1b NUL",
 ]
 ADAPTERS = ["one", "two", "<img src=x onerror=alert(1)>", "four", "five/six"]
+EVIDENCE = "run.evidence.safetensors"
 MODULES = [f"model.layers.{n}.{kind}" for n in range(3) for kind in ("self_attn.q_proj", "mlp.down_proj")]
 
 
@@ -51,52 +50,24 @@ def close(candidates):
     return np.array([np.subtract(*sorted(row)[:-3:-1]) < 0.5 for row in candidates])
 
 
-def synthetic(folder, texts, files=("queries.csv",), keep_queries=True, threshold=2.5):
-    """A finished run's files, written without the code under test; returns the output folder."""
-    out = folder / "out"
-    out.mkdir(parents=True)
-    rng, names, n = np.random.default_rng(0), [*ADAPTERS, "base"], len(texts)
+def synthetic(folder, texts, threshold=2.5):
+    """A finished run's files, with a variant for each top candidate; returns the output folder."""
+    rng, n = np.random.default_rng(0), len(texts)
     evidence = evidence_of(n, rng, threshold)
     weights = np.exp((evidence.candidates - evidence.candidates.max(1, keepdims=True)) / 0.5)
-    weights /= weights.sum(1, keepdims=True)
+    weights = (weights / weights.sum(1, keepdims=True)).round(6)
     _, labels = np.unique(weights.argmax(1), return_inverse=True)
-    variants = np.stack([weights[labels == k].mean(0) for k in range(labels.max() + 1)])
-    for number, name in enumerate(files):
-        part = slice(n * number // len(files), n * (number + 1) // len(files))
-        ids, stem = range(part.start, part.stop), name.removesuffix(".csv")
-        if keep_queries:
-            header = ("id", "input", "eval_type", "answer_choices")
-            write_csv(folder / name, header, [(f"q{k}", texts[k], "generation", "") for k in ids])
-        write_csv(
-            out / name, ("id", "prediction", "dummy_field"), [(f"q{k}", texts[k][::-1], 0) for k in ids]
-        )
-        rows = [(f"q{k}", labels[k], *(f"{value:.6g}" for value in weights[k])) for k in ids]
-        write_csv(out / f"{stem}.routing.csv", ("id", "variant", *names), rows)
-        evidence.rows(part).save(out / f"{stem}.evidence.safetensors")
-    record = {
-        "method": "proto_route",
-        "versions": {"python": "3.11.7", "torch": "2.6.0"},
-        "flags": {
-            "dataset_filepaths": [str(folder / name) for name in files],
-            "output_folder": str(out),
-            "temperature": 0.5,
-            "false_positive_rate": 0.1,
-        },
-        "seconds": {"load": 1.5, "probe": 62.0},
-        "peak_mib": {"load": 900, "probe": 2048},
-        "base": {
-            "name": "some/base", "revision": None, "sha256": "ab" * 32, "dtype": "float32", "device": "cpu",
-        },
-        "adapters": {name: {"revision": None, "sha256": "cd" * 32} for name in ADAPTERS},
-        "n_variants": len(variants),
-        "low_margin": int(close(evidence.candidates).sum()),
-        "variants": [
-            {"folder": f"variants/{k}", "queries": int((labels == k).sum()),
-             "weights": dict(zip(names, map(float, row), strict=True))}
-            for k, row in enumerate(variants)
-        ],
-    }  # fmt: skip
-    (out / "run.json").write_text(json.dumps(record))
+    means = [weights[labels == k].mean(0).tolist() for k in range(labels.max() + 1)]
+    variants = [
+        {"queries": int((labels == k).sum()), "weights": dict(zip([*ADAPTERS, "base"], row, strict=True))}
+        for k, row in enumerate(means)
+    ]
+    out = write_run(
+        folder / "run", weights.tolist(), inputs=texts, names=ADAPTERS, labels=labels, variants=variants,
+        seconds={"load": 1.5, "probe": 62.0}, peak_mib={"load": 900, "probe": 2048},
+    )  # fmt: skip
+    write_csv(out / "run.csv", ("id", "prediction"), [(f"q{k}", text[::-1]) for k, text in enumerate(texts)])
+    evidence.save(out / EVIDENCE)
     return out
 
 
@@ -145,8 +116,7 @@ def record_with(out, drop=(), **more):
 
 def evidence_with(out, **more):
     """Changes the evidence."""
-    path = out / "queries.evidence.safetensors"
-    replace(Evidence.load(path), **more).save(path)
+    replace(Evidence.load(out / EVIDENCE), **more).save(out / EVIDENCE)
 
 
 # The files
@@ -195,14 +165,13 @@ def test_a_run_without_routing_has_a_report_of_its_answers(small):
 def test_what_a_gpu_took_has_a_column(small):
     assert "on the GPU" not in Page(write_report(small)).words
     record_with(small, peak_gpu_mib={"load": 270, "probe": 3579})
-    words = Page(write_report(small)).words
-    assert "on the GPU, MiB" in words and "2,048 3,579" in words and words.count("3,579") == 2
+    assert "2,048 3,579" in Page(write_report(small)).words
 
 
 def test_the_numbers_are_those_of_the_files(tmp_path):
     out = synthetic(tmp_path, sentences(120))
     run, page = load(out), Page(write_report(out))
-    evidence = Evidence.load(out / "queries.evidence.safetensors")
+    evidence = Evidence.load(out / EVIDENCE)
     low = np.flatnonzero(close(run.evidence.candidates))
     assert page.data["lowMargin"] == low.tolist() and len(low)
     assert f"{len(low)} queries have a low margin" in page.words and "1 min 4 s" in page.words
@@ -223,22 +192,17 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
 @pytest.mark.parametrize(
     ("threshold", "told"),
     [
-        (100.0, "120 queries were left to the base model (100.0 %), because no adapter fits: none scores "
-         "above the base model."),
-        (2.5, "{} queries were left to the base model ({:.1f} %), because no adapter fits"),
-        (-100.0, "No query was left to the base model: some adapter always scores above it."),
+        (100, "120 queries were left to the base model (100.0 %)"),
+        (-100, "No query was left to the base model"),
     ],
-)  # fmt: skip
+)
 def test_the_opening_says_how_many_queries_no_adapter_fits(tmp_path, threshold, told):
-    out = synthetic(tmp_path, sentences(120), threshold=threshold)
-    beaten = (Evidence.load(out / "queries.evidence.safetensors").scores < threshold).all(1).sum()
-    assert told.format(beaten, 100 * beaten / 120) in Page(write_report(out)).words
-    assert (threshold == 2.5) == (0 < beaten < 120)
+    assert told in Page(write_report(synthetic(tmp_path, sentences(120), threshold))).words
 
 
 def test_the_table_counts_who_would_be_sent_at_other_rates(tmp_path):
     out = synthetic(tmp_path, sentences(30))
-    plain = Evidence.load(out / "queries.evidence.safetensors")
+    plain = Evidence.load(out / EVIDENCE)
     assert "Does any adapter fit" not in Page(write_report(out)).words  # a run that kept no thresholds
     thresholds = {"0.01": 1.5, "0.1": 0.0, "0.5": -9.0}
     evidence_with(out, thresholds=[thresholds])
@@ -283,20 +247,21 @@ def test_modules_of_any_name_make_a_report(small):
     assert len(Page(write_report(small)).data["layers"]) > 1
 
 
-def test_several_query_files_are_one_report(tmp_path):
-    out = synthetic(tmp_path, sentences(30), files=("first.csv", "second.csv", "third.csv"))
+def test_several_query_files_are_one_report(runs, tmp_path):
+    out = shutil.copytree(runs("proto_route"), tmp_path / "out")
     page = Page(write_report(out))
-    assert page.data["file"] == [0] * 10 + [1] * 10 + [2] * 10
-    assert page.data["texts"] == sentences(30) and len(page.data["candidates"]) == 30
-    (out / "second.evidence.safetensors").unlink()
+    assert page.data["file"] == [0, 0, 0, 1] and len(page.data["candidates"]) == 4
+    record_with(out, drop=("files",))
+    (out / "more.evidence.safetensors").unlink()
     assert "lowMargin" not in Page(write_report(out)).data
 
 
 def test_query_files_that_are_gone_leave_ids(tmp_path):
-    out = synthetic(tmp_path, sentences(5), keep_queries=False)
+    out = synthetic(tmp_path, sentences(5))
+    (tmp_path / "run.csv").unlink()
     page = Page(write_report(out))
     assert page.data["texts"] == [None] * 5 and page.data["ids"] == [f"q{k}" for k in range(5)]
-    assert "The texts of 5 queries of " in page.words and "are shown by their ids alone" in page.words
+    assert "The texts of 5 queries of " in page.words
 
 
 def test_adapters_that_may_be_hostile_are_named(small):
@@ -316,7 +281,7 @@ def test_duplicates_stand_aside_and_are_named(small):
     assert 3 not in [axis for axis, *_ in page.data["prototypes"]]
 
 
-@pytest.mark.parametrize("harm", [lambda out: shutil.rmtree(out), lambda out: (out / "queries.csv").unlink()])
+@pytest.mark.parametrize("harm", [lambda out: shutil.rmtree(out), lambda out: (out / "run.csv").unlink()])
 def test_what_does_not_belong_together_is_one_line_and_exit_code_2(small, capsys, harm):
     harm(small)
     with pytest.raises(InputError):
@@ -325,22 +290,6 @@ def test_what_does_not_belong_together_is_one_line_and_exit_code_2(small, capsys
     error = capsys.readouterr().err
     assert error.startswith(f"error: {small}") and error.count("\n") == 1
     assert not (small / "report.html").exists()
-
-
-def test_scikit_learn_is_imported_only_to_draw_a_map(tmp_path):
-    """A run without a map is not kept waiting for it; the process is another, as this one has it already."""
-    out = synthetic(tmp_path, sentences(20))
-    code = "import sys; from pathlib import Path; from router.runs.report.page import write_report; "
-    code += "write_report(Path(sys.argv[1])); print('sklearn' in sys.modules)"
-
-    def drew():
-        done = subprocess.run([sys.executable, "-c", code, out], cwd=ROOT, capture_output=True, text=True)
-        assert done.stderr == ""
-        return done.stdout.strip()
-
-    assert drew() == "True"
-    record_with(out, drop=("variants",))
-    assert drew() == "False"
 
 
 def test_hostile_text_stays_text(small):
@@ -372,20 +321,16 @@ def test_the_same_run_gives_the_same_bytes(tmp_path):
 
 def test_of_many_queries_a_sample_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr("router.runs.report.page.SHOWN_QUERIES", 100)  # 2,000 take long
-    texts = [f"{k}: {text}" * 60 for k, text in enumerate(sentences(3_000))]
-    out = synthetic(tmp_path, texts, files=("queries.csv", "more.csv"))
-    page, table = (
-        Page(write_report(out)),
-        [read_table(out / f"{stem}.routing.csv") for stem in ("queries", "more")],
-    )
+    out = synthetic(tmp_path, [f"{k}: {text}" * 60 for k, text in enumerate(sentences(3_000))])
+    page = Page(write_report(out))
     assert max(map(len, page.data["texts"])) == 1_000 and "Texts are cut after 1,000 characters" in page.words
-    told = {row["id"]: row["variant"] for rows in table for row in rows}
-    shown = dict(zip(page.data["ids"], map(str, page.data["variants"]), strict=True))
-    assert len(shown) == 100 and shown.items() <= told.items()
-    assert {told[own] for own in told} == set(shown.values()) and set(page.data["file"]) == {0, 1}
-    texts = dict(zip(page.data["ids"], page.data["texts"], strict=True))
-    assert all(text.startswith(own[1:] + ":") for own, text in texts.items())
-    assert "3,000 queries" in page.words and "Here are 100 of the 3,000 queries" in page.words
+    variants = {row["id"]: int(row["variant"]) for row in read_table(out / "run.routing.csv")}
+    shown = dict(zip(page.data["ids"], page.data["variants"], strict=True))
+    assert len(shown) == 100 and shown.items() <= variants.items()
+    assert set(shown.values()) == set(variants.values())
+    pairs = zip(page.data["ids"], page.data["texts"], strict=True)
+    assert all(text.startswith(own[1:] + ":") for own, text in pairs)
+    assert "Here are 100 of the 3,000 queries" in page.words
     low = sum(close(load(out).evidence.candidates))
     assert f"{low:,} queries have a low margin" in page.words  # of all
 
@@ -433,9 +378,8 @@ def visit(browser):
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    """The report of 125 queries in two files, the hostile ones among them."""
-    texts = [*HOSTILE, *sentences(120)]
-    return write_report(synthetic(tmp_path_factory.mktemp("page"), texts, files=("one.csv", "two.csv")))
+    """The report of 125 queries, the hostile ones among them."""
+    return write_report(synthetic(tmp_path_factory.mktemp("page"), [*HOSTILE, *sentences(120)]))
 
 
 def ids(page):
@@ -476,8 +420,6 @@ def test_filters_apply_to_table_and_map(visit, path):
     page.check("#by-margin")
     assert page.locator("#rows .badge").all_inner_texts() == ["low margin"] * len(data["lowMargin"])
     page.click("#show-all")
-    page.select_option("#by-file", "1")
-    assert page.inner_text("#count") == "63 of 125 queries"
     page.fill("#by-text", "nothing is like this")
     page.wait_for_selector("#rows .nothing")
 
@@ -530,10 +472,8 @@ def test_everything_is_reached_by_keyboard(visit, path):
 @pytest.mark.parametrize("to_base", [True, False])
 def test_a_row_says_why(visit, path, to_base, low):
     page, names = visit(path), [*ADAPTERS, "base model"]
-    parts = [Evidence.load(path.parent / f"{name}.evidence.safetensors") for name in ("one", "two")]
-    responses, scores = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("responses", "scores")
-    )
+    evidence = Evidence.load(path.parent / EVIDENCE)
+    responses, scores = evidence.responses, evidence.scores
     candidates = np.column_stack([scores, np.full(len(scores), 2.5)])
     wanted = ((candidates.argmax(1) == len(ADAPTERS)) == to_base) & (close(candidates) == low)
     q = np.flatnonzero(wanted)[-1]
@@ -548,10 +488,9 @@ def test_a_row_says_why(visit, path, to_base, low):
         "No adapter scores above the base model, which stands at 2.50, so the base model answers."
     )  # fmt: skip
     sentence = why.locator("p:not(.whole):not(.note)").inner_text()
-    assert sentence.startswith(f"{told} The next candidate, {following}, is ")
-    margin, _, rest = sentence.removeprefix(f"{told} The next candidate, {following}, is ").partition(
-        " behind"
-    )
+    beginning = f"{told} The next candidate, {following}, is "
+    assert sentence.startswith(beginning)
+    margin, _, rest = sentence.removeprefix(beginning).partition(" behind")
     assert float(margin) == pytest.approx(candidates[q, best] - candidates[q, second], abs=0.006)
     assert rest == (": a low margin." if low else ".")
     headings = why.locator("thead th").all_text_contents()
@@ -586,7 +525,7 @@ def test_hostile_text_is_read_as_it_was_written(visit, path):
     page.click("#rows .opener >> nth=0")
     shown = page.locator("#why-0 .whole").all_inner_texts()
     assert shown == [HOSTILE[0], HOSTILE[0][::-1]]
-    assert page.title() == "proto_route: 125 queries"
+    assert page.title() == "by_hand: 125 queries"
     assert page.locator("main img, main b").count() == 0
     assert page.evaluate("document.scripts.length") == 2
 
