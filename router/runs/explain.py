@@ -32,10 +32,12 @@ NEAREST = 8  # adapters shown for their score
 LONG = 600  # characters shown of a text
 BAR = 20  # characters of the longest bar
 Rows = list[dict[str, Any]]
-LEGEND = """weight: softmax of the scores; score: calibrated response, in standard deviations of generic
-text; of the base model what an adapter has to exceed, which is lower the larger the adapter's residual,
-what generic text does not explain of its score; response: root mean square cosine to the
-prototype, which the base model has not; adapters without a score, such as duplicates, are left out"""
+LEGEND = (
+    "weight: softmax of the scores; score: calibrated response, in standard deviations of generic text; the "
+    "base model's is what an adapter has to exceed, and lower the larger the adapter's residual, what generic "
+    "text does not explain of its score; response: root mean square cosine to the prototype. Adapters "
+    "without a score, such as duplicates, are left out."
+)
 
 
 def explain(folder: Path, name: str) -> dict[str, Any]:
