@@ -253,11 +253,12 @@ DECIDED = {
 }
 
 
-def write_run(out, weights, evidence=None, inputs=None, names=("one", "two", "three"), **more):
+def write_run(out, weights, evidence=None, inputs=None, names=("one", "two", "three"), labels=None, **more):
     """A finished run by hand, a query and a variant for each row of weights.
 
     Args:
         evidence: fields of one query's that differ from DECIDED, the same of all; None writes none.
+        labels: the variant of each query, if they differ from the rows' numbers.
         more: what else run.json holds.
     """
     out.mkdir(parents=True)
@@ -283,7 +284,8 @@ def write_run(out, weights, evidence=None, inputs=None, names=("one", "two", "th
     } | more  # fmt: skip
     (out / "run.json").write_text(json.dumps(record))
     write_csv(out / path.name, ("id", "prediction"), [(own, f"answer {own}") for own in ids])
-    rows = [(own, n, *row) for n, (own, row) in enumerate(zip(ids, weights, strict=True))]
+    labels = range(len(ids)) if labels is None else labels
+    rows = [(own, label, *row) for own, label, row in zip(ids, labels, weights, strict=True)]
     write_csv(out / f"{out.name}.routing.csv", ("id", "variant", *columns), rows)
     if evidence is not None:
         fields = {key: np.array([value] * len(ids)) for key, value in (DECIDED | evidence).items()}

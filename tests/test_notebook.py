@@ -11,10 +11,9 @@ import shutil
 import numpy as np
 import pytest
 
-from helpers import NAMES, ROOT, ROWS, arguments, write_queries, write_tiny_adapter
+from helpers import NAMES, ROOT, ROWS, arguments, write_queries, write_run, write_tiny_adapter
 from router.constants import LIBRARY
 from router.main import main
-from router.routing.clusters import Clusters
 from router.runs import tables
 
 NOTEBOOK = ROOT / "notebooks" / "clusters.ipynb"
@@ -97,18 +96,19 @@ def test_a_replay_with_other_settings_is_the_run_with_them(finished, flags):
     assert tables.settings_of(run) != tables.settings_of(other)
 
 
-def test_two_decisions_are_compared_by_query_and_by_name():
-    groups = Clusters(np.array([0, 1]), np.eye(2))
-    first = tables.Outcome(["f:1", "f:2"], ["x", "base"], np.array([[1.0, 0.0], [0.5, 0.5]]), groups)
-    second = tables.Outcome(["f:2", "f:3"], ["y", "base"], np.array([[0.3, 0.7], [0.0, 1.0]]), groups)
-    (row,) = tables.compare(first, second).to_dict("records")
-    assert row["weights apart"] == pytest.approx(0.5) and not row["same top"]
-    assert row["variants apart"] == 1  # B's variant 0 is y, A's variant 1 the base model
-    assert (row["A"], row["B"]) == ("x 0.50, base 0.50", "base 0.70, y 0.30")
-    assert (row["variant A"], row["variant B"]) == (1, 0)
-    alien = tables.Outcome(["g:1"], ["x"], np.ones((1, 1)), Clusters(np.zeros(1, int), np.ones((1, 1))))
-    with pytest.raises(tables.NotShown, match="none in common"):
-        tables.compare(first, alien)
+def test_two_runs_are_compared_by_query_and_by_name(tmp_path):
+    one = write_run(tmp_path / "a" / "run", [[1, 0], [0.5, 0.5]], names=("x",))
+    two = write_run(tmp_path / "b" / "run", [[0.3, 0.7], [0.5, 0.5]], names=("y",), labels=[1, 0])
+    for name in ("run.csv", "run.routing.csv"):
+        header, *lines = (two / name).read_text().splitlines()
+        (two / name).write_text("\n".join([header, *reversed(lines)]))
+    rows = tables.compare(*(tables.open_run(out, evidence=False) for out in (one, two))).to_dict("index")
+    assert list(rows) == ["run:q0", "run:q1"]  # the most different first
+    assert rows["run:q0"]["weights apart"] == 1 and rows["run:q1"]["weights apart"] == pytest.approx(0.5)
+    assert rows["run:q0"]["variants apart"] == 1  # B's variant 1 is y and the base model
+    assert (rows["run:q0"]["A"], rows["run:q0"]["B"]) == ("x 1.00", "base 0.70, y 0.30")
+    assert (rows["run:q0"]["variant A"], rows["run:q0"]["variant B"]) == (0, 1)
+    assert not rows["run:q0"]["same top"]
 
 
 def test_a_run_is_found_from_a_folder_below(finished, monkeypatch, tmp_path):
@@ -117,7 +117,7 @@ def test_a_run_is_found_from_a_folder_below(finished, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / "notebooks")
     run = tables.open_run("out", evidence=False)
     assert run.line(0, 70) == ROWS[0][1] and run.keys[0] == "queries:g1" and not run.notes
-    with pytest.raises(tables.NotShown, match="found no run"):
+    with pytest.raises(tables.NotShown, match="nowhere"):
         tables.open_run("nowhere")
     with pytest.raises(tables.NotShown, match="method base"):
         tables.open_run("out")

@@ -18,12 +18,11 @@ from rich.console import Console
 from router.pipeline.record import Record
 from router.queries.submission import adapters_of, read_rows
 from router.runs.explain import Rows, called, open_console, section
-from router.runs.load import Run, load
+from router.runs.load import Run, cut, load
 from router.system.errors import InputError, exit_code
 from router.system.files import is_folder
 
 PARTS = ("flags", "base", "versions")  # of a record that decide a run
-DRAWS = 2000
 WIDTH = 48  # characters of a prediction or a setting shown
 
 
@@ -38,18 +37,18 @@ def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
         InputError: a folder holds no finished run, the queries differ, or there are no labels.
     """
     one, two = load(a), load(b)
-    both = _joined(one, two)
+    both = joined(one, two)
     rows = _labels(labels, one.stems) if labels else {}
     for name, column in (("label", "target"), ("adapter", "adapter")):  # None where there is none
-        known = [rows.get(key, {}).get(column) for key in both.index]
-        both[name] = pd.Series(known, both.index, object)
-    changed = both[both["a"] != both["b"]]
-    moved = both[both["top a"].map(called) != both["top b"].map(called)]
-    groups = moved.groupby([moved["top a"].map(called), moved["top b"].map(called)], sort=False)["id"]
+        both[name] = pd.Series([rows.get(key, {}).get(column) for key in both.index], both.index, object)
+    changed = both[both["answer A"] != both["answer B"]]
+    both["from"], both["to"] = both["top A"].map(called), both["top B"].map(called)
+    moved = both[both["from"] != both["to"]]
     moves = [
         {"from": source, "to": target, "queries": len(ids), "ids": ids.tolist()}
-        for (source, target), ids in groups
+        for (source, target), ids in moved.groupby(["from", "to"], sort=False)["id"]
     ]
+    columns = {"id": "id", "answer A": "a", "answer B": "b", "label": "label"}
     return {
         "a": str(a),
         "b": str(b),
@@ -57,39 +56,42 @@ def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
         "settings": _settings(one.record, two.record),
         "moved": len(moved),
         "moves": sorted(moves, key=lambda move: -move["queries"]),
-        "changes": changed[["id", "a", "b", "label"]].to_dict("records"),
+        "changes": changed[list(columns)].rename(columns=columns).to_dict("records"),
         "score": _score(both) if labels else None,
     }
 
 
-def _joined(one: Run, two: Run) -> pd.DataFrame:
-    """The queries of two runs by `STEM:ID`: the predictions `a` and `b`, and each run's top candidate."""
-    if sorted(one.stems) != sorted(two.stems):
-        got = " and ".join(f"{', '.join(run.stems)} in {run.folder}" for run in (one, two))
-        raise InputError(f"expected two runs on the same query files, got {got}")
-    a, b = (
-        pd.DataFrame(
-            {"answer": run.predictions, "top": run.top, "asked": run.queries}, run.keys, dtype=object
-        )
-        for run in (one, two)
-    )
-    if len(alone := a.index.symmetric_difference(b.index)):
+def joined(one: Run, two: Run) -> pd.DataFrame:
+    """The queries of two runs by `STEM:ID`: of each run, A and B, the answer, the variant, the top candidate.
+
+    Raises:
+        InputError: the runs are not on the same queries.
+    """
+    keys, place = one.keys, {key: n for n, key in enumerate(two.keys)}
+    if alone := sorted(place.keys() ^ set(keys)):
         raise InputError(
-            f"expected the same ids in both runs, but {len(alone)} are in one alone, such as {alone[0]!r}; "
-            "run both on one query file"
+            f"expected the same queries in both runs, but {len(alone)} are in one alone, such as "
+            f"{alone[0]!r}; run both on the same query files"
         )
-    b = b.loc[a.index]
-    for key, asked, other in zip(a.index, a["asked"], b["asked"], strict=True):
+    two = two.rows([place[key] for key in keys])
+    for key, asked, other in zip(keys, one.queries, two.queries, strict=True):
         if asked and other and asked != other:
             raise InputError(
                 f"expected two runs on the same queries, but {key!r} is another in {one.folder} than in "
                 f"{two.folder}; run both on one query file"
             )
-    return pd.DataFrame({
-        "file": [one.stems[number] for number in one.file],
-        "id": one.keys if len(one.stems) > 1 else one.ids,
-        "a": a["answer"], "b": b["answer"], "top a": a["top"], "top b": b["top"],
-    }, a.index)  # fmt: skip
+    both = pd.DataFrame({"id": keys if len(one.stems) > 1 else one.ids}, keys)
+    both["file"] = [one.stems[number] for number in one.file]
+    for side, run in (("A", one), ("B", two)):
+        both[f"answer {side}"], both[f"variant {side}"] = run.predictions, run.labels
+        both[f"top {side}"] = pd.Series(_tops(run), keys, object)
+    return both
+
+
+def _tops(run: Run) -> list[str | None]:
+    """Each query's top candidate; None if several are level, as in a static merge, or there is none."""
+    tops = [np.flatnonzero(row == row.max(initial=0)) for row in run.weights]
+    return [run.names[top[0]] if len(top) == 1 else None for top in tops]
 
 
 def _settings(a: Record, b: Record) -> Rows:
@@ -132,27 +134,27 @@ def _score(both: pd.DataFrame) -> dict[str, Any]:
     if known.empty:
         raise InputError("--labels: expected ids of the runs' queries, found none of them")
     right = pd.DataFrame({"file": known["file"]})
-    for side in "ab":
-        right[side] = (known[side].str.strip() == known["label"]).astype(float)
-    for side in "ab":  # how often the top candidate is a labelled adapter, unless there is none
-        tops = known[f"top {side}"]
-        named = known["adapter"] if tops.any() else [None] * len(tops)
-        pairs = zip(tops, named, strict=True)
-        right[f"routed {side}"] = [float(top in adapters_of(of)) if of else np.nan for top, of in pairs]
+    for side in "AB":
+        right[side.lower()] = (known[f"answer {side}"].str.strip() == known["label"]).astype(float)
+    for side in "AB":  # how often the top candidate is a labelled adapter, unless there is none
+        pairs = zip(known[f"top {side}"], known["adapter"], strict=True)
+        routed = [float(top in adapters_of(of)) if top and of else np.nan for top, of in pairs]
+        right[f"routed {side.lower()}"] = routed
     groups = right.groupby("file", sort=False)
     means = groups.mean()
-    # To draw queries with replacement is to draw how many were lost, equal and gained.
-    rng, steps, drawn = np.random.default_rng(0), np.array([-1, 0, 1]), []
-    for _, of in groups:
-        shares = ((of["b"] - of["a"]).to_numpy()[:, None] == steps).mean(0)
-        drawn.append(rng.multinomial(len(of), shares, DRAWS) @ steps / len(of))
-    low, high = np.quantile(np.mean(drawn, 0), (0.025, 0.975)).tolist()
+    steps = (right["b"] - right["a"]).groupby(right["file"], sort=False)
+    spread = 1.96 * float(np.sqrt((steps.var(ddof=0) / steps.size()).sum())) / len(means)
     means.insert(0, "queries", groups.size())
     means.loc["mean over files"] = means.mean()
     means.loc["mean over files", "queries"] = len(known)
     files = means.astype({"queries": int}).reset_index().astype(object).where(lambda of: of.notna(), None)
     difference = float((means["b"] - means["a"]).iloc[-1])
-    return {"files": files.to_dict("records"), "difference": difference, "low": low, "high": high}
+    return {
+        "files": files.to_dict("records"),
+        "difference": difference,
+        "low": difference - spread,
+        "high": difference + spread,
+    }
 
 
 def show(found: Mapping[str, Any], console: Console, most: int) -> None:
@@ -161,19 +163,14 @@ def show(found: Mapping[str, Any], console: Console, most: int) -> None:
     settings = [{"setting": row["setting"], **_apart(row["a"], row["b"])} for row in found["settings"]]
     section(console, f"Settings that differ: {len(settings)}", settings)
     total = found["queries"]
-    moves = [row | {"ids": _line(", ".join(row["ids"]))} for row in found["moves"]]
+    moves = [row | {"ids": cut(", ".join(row["ids"]), WIDTH)} for row in found["moves"]]
     section(console, f"Top candidate: changed for {found['moved']} of {total} queries", moves)
     changes = [row | _apart(row["a"], row["b"]) for row in found["changes"][:most]]
     section(console, f"Predictions: {len(found['changes'])} of {total} differ, {len(changes)} shown", changes)
     if score := found["score"]:
         points = [f"{100 * score[key]:+.1f}" for key in ("difference", "low", "high")]
-        how = f"95 % interval {points[1]} to {points[2]} (paired, queries drawn {DRAWS} times)"
-        text = f"B - A: {points[0]} points, {how}"
+        text = f"B - A: {points[0]} points, 95 % interval {points[1]} to {points[2]} (paired by query)"
         section(console, "Shares of right answers and of right routes", score["files"], text)
-
-
-def _line(text: str) -> str:
-    return (text if len(text) <= WIDTH else f"{text[:WIDTH]}...").replace("\n", "\\n")
 
 
 def _apart(a: Any, b: Any) -> dict[str, str]:
@@ -184,7 +181,8 @@ def _apart(a: Any, b: Any) -> dict[str, str]:
     a, b = (", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in (a, b))
     same = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     start = max(0, same - WIDTH // 3)
-    return {key: ("..." if start else "") + _line(text[start:]) for key, text in (("a", a), ("b", b))}
+    before = "…" if start else ""
+    return {key: before + cut(text[start:], WIDTH).replace("\n", "\\n") for key, text in (("a", a), ("b", b))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

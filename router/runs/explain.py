@@ -1,7 +1,7 @@
 """Explains one query of a finished run: `proto-route explain output 7`.
 
 Tells from the run's files how strongly each adapter responded, how that compares with generic text, which
-variant answered, and why. Only `--answers` loads a model.
+variant answered, and why. Loads no model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,25 +22,25 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from router.constants import BASE_COLUMN, Device
-from router.queries.submission import MULTIPLE_CHOICE, Query
+from router.constants import BASE_COLUMN
 from router.routing.evidence import LOW_MARGIN, Evidence
-from router.runs.load import Run, load
-from router.runs.report.data import best_of, places_of
+from router.runs.load import Run, cut, load
+from router.runs.report.data import best_of, candidates, vote_means
 from router.system.errors import InputError, exit_code, printable
 
 NEAREST = 8  # adapters shown for their score
 LONG = 600  # characters shown of a text
 BAR = 20  # characters of the longest bar
 Rows = list[dict[str, Any]]
-THIRDS = ("first third of the layers", "middle third", "last third")
-LEGEND = """response: root mean square cosine to the prototype; score: calibrated response, in standard
-deviations of generic text (a duplicate has none); of the base model what an adapter has to
-exceed, which is lower the larger the adapter's residual, what generic text does not explain of
-its score; weight: softmax of the scores"""
+LEGEND = (
+    "weight: softmax of the scores; score: calibrated response, in standard deviations of generic text; the "
+    "base model's is what an adapter has to exceed, lower the larger the adapter's residual, what generic "
+    "text does not explain of its score; response: root mean square cosine to the prototype. Adapters "
+    "without a score, such as duplicates, are left out."
+)
 
 
-def explain(folder: Path, name: str, answers: bool = False) -> dict[str, Any]:
+def explain(folder: Path, name: str) -> dict[str, Any]:
     """What `--json` prints about the query `ID` or `STEM:ID`; None marks what was not kept or measured.
 
     Raises:
@@ -48,20 +48,20 @@ def explain(folder: Path, name: str, answers: bool = False) -> dict[str, Any]:
     """
     run = load(folder)
     n = _find(run, name)
-    query, e, label, candidates = run.queries[n], run.evidence, int(run.labels[n]), _candidates(run, n)
-    variant = asdict(run.record.variants[label]) if candidates else None
+    query, e, label = run.queries[n], run.evidence, int(run.labels[n])
+    rows = _candidates(run, n) if run.names else []
+    variant = {"number": label, **asdict(run.record.variants[label])} if run.names else None
     return {
         "run": str(folder),
         "method": run.record.method,
         "file": run.stems[run.file[n]],
         "id": run.ids[n],
-        "summary": _summary(candidates, variant) if variant else "the method writes no routing table",
+        "summary": "; ".join(_summary(rows, variant)),
         "query": asdict(query) if query else None,
         "frame": e.frames[int(e.frame[n])] if e else None,
         "answer": run.predictions[n],
-        "base_answer": _base_answer(run, query) if answers else None,
-        "candidates": candidates,
-        "variant": {"number": label, **variant} if variant else None,
+        "candidates": rows,
+        "variant": variant,
         "votes": _votes(e, n) if e else None,
     }
 
@@ -80,39 +80,20 @@ def _find(run: Run, name: str) -> int:
 
 
 def _candidates(run: Run, n: int) -> Rows:
-    """The adapters, best score first (without evidence, top weight first), and then the base model."""
-    if not run.names:
-        return []
-    e, level = run.evidence, run.weights[n, :-1]
-    columns: dict[str, list[Any]] = {"name": run.names}
-    if e:
-        level = np.nan_to_num(e.scores[n], nan=-np.inf)
-        columns |= {
-            "response": [*_numbers(e.responses[n]), None],
-            "rank": [*(1 + (-e.responses[n]).argsort().argsort()).tolist(), None],
-            "score": _numbers(e.candidates[n]),
-        }
-    columns["weight"] = run.weights[n].tolist()
-    order = [*np.argsort(-level, kind="stable").tolist(), -1]
-    return [{key: column[k] for key, column in columns.items()} for k in order]
-
-
-def _numbers(values: Iterable[Any]) -> list[float | None]:
-    return [float(value) if np.isfinite(value) else None for value in values]
+    """The candidates, those with a weight first, then by score; one without a score is left out."""
+    rows = candidates(run.rows([n]), len(run.names))[0]
+    return [
+        dict(zip(("name", "weight", "score", "response"), (run.names[int(k)], *numbers), strict=False))
+        for k, *numbers in rows
+    ]
 
 
 def _votes(e: Evidence, n: int) -> dict[str, Any]:
-    """Mean votes for the adapter with the highest score; a run keeps no others."""
-    layers, kinds = places_of(e.modules)
-    votes, deepest = e.votes[n].tolist(), max(layers, default=0)
-    by_depth = sorted(zip(layers, votes, strict=True))
-    thirds = [(THIRDS[3 * layer // (deepest + 1)], vote) for layer, vote in by_depth if layer >= 0]
-    groups: dict[str, list[float]] = {}
-    for name, vote in [*zip(kinds, votes, strict=True), *thirds]:
-        if np.isfinite(vote):
-            groups.setdefault(name, []).append(vote)
-    means = [{"modules": name, "count": len(of), "mean": sum(of) / len(of)} for name, of in groups.items()]
-    return {"adapter": e.adapters[best_of(e)[n]], "residual": float(e.residual[n]), "means": means}
+    """Mean votes, by kind of module, for the adapter with the highest score; a run keeps no others."""
+    kinds, _, means = vote_means(e.votes[[n]], e.modules)
+    of_kind = zip(kinds, means[:-1, -1].tolist(), strict=True)
+    rows = [{"modules": kind, "mean": mean} for kind, mean in of_kind if np.isfinite(mean)]
+    return {"adapter": e.adapters[best_of(e)[n]], "residual": float(e.residual[n]), "means": rows}
 
 
 def called(name: str | None) -> str:
@@ -120,67 +101,45 @@ def called(name: str | None) -> str:
     return {BASE_COLUMN: "the base model", None: "no single one"}.get(name, str(name))
 
 
-def _summary(candidates: Rows, variant: dict[str, Any]) -> str:
-    """Which candidate is the top one, and why, in one sentence."""
-    top, mix = max(candidates, key=lambda c: c["weight"]), variant["weights"]
+def _summary(rows: Rows, variant: Mapping[str, Any] | None) -> Iterator[str]:
+    """Which candidate is the top one, and why."""
+    if variant is None:
+        yield "the method writes no routing table"
+        return
+    top, mix = max(rows, key=lambda row: row["weight"]), variant["weights"]
     share = f"{top['weight']:.2f} of the weight"
-    if (alike := sum(c["weight"] == top["weight"] for c in candidates)) > 1:
-        return f"{alike} candidates have {share} each"
-    told = f"{called(top['name'])} has {share}"
-    if variant.get("folder") is None and any(mix[name] for name in mix if name != BASE_COLUMN):
-        return f"{told}, averaged over tokens, since the adapters are mixed anew for each token"
+    if (alike := sum(row["weight"] == top["weight"] for row in rows)) > 1:
+        yield f"{alike} candidates have {share} each"
+        return
+    yield f"{called(top['name'])} has {share}"
+    if variant["folder"] is None and any(mix[name] for name in mix if name != BASE_COLUMN):
+        yield "averaged over tokens, since the adapters are mixed anew for each token"
+        return
+    if "score" in top:
+        yield from _reasons(rows)
     mixed = max(mix, key=lambda name: mix[name])
-    other = [f"but {called(mixed)} has more in the variant that answered"] if mixed != top["name"] else []
-    reasons = _reasons(candidates, top) if "score" in top else ()
-    return "; ".join([told, *reasons, *other])
+    if mixed != top["name"]:
+        yield f"but {called(mixed)} has more in the variant that answered"
 
 
-def _reasons(candidates: Rows, top: dict[str, Any]) -> Iterator[str]:
-    """Its score beside the base model's, whether its margin is low, and what calibration changed."""
-    *adapters, base = candidates
-    first, second = sorted((c for c in candidates if c["score"] is not None), key=lambda c: -c["score"])[:2]
-    level = f"{base['score']:.2f}"
-    if top is base:
-        yield f"no adapter scores above the base model, which stands at {level}"
-        yield f"the nearest is {adapters[0]['name']} at {adapters[0]['score']:.2f}"
+def _reasons(rows: Rows) -> Iterator[str]:
+    """The best score beside the base model's and the next one's, and what calibration changed."""
+    first, second = sorted(rows, key=lambda row: -row["score"])[:2]
+    level = next(row["score"] for row in rows if row["name"] == BASE_COLUMN)
+    if first["name"] == BASE_COLUMN:
+        yield f"no adapter scores above the base model, which stands at {level:.2f}"
     else:
-        yield f"it scores {top['score']:.2f}"
-        yield f"the base model stands at {level}"
-    if (margin := first["score"] - second["score"]) < LOW_MARGIN:
-        yield f"its margin is low: {called(second['name'])} is only {margin:.2f} behind"
-    read = min(adapters, key=lambda c: c["rank"])
-    yield f"{'it' if read is top else read['name']} had the strongest response before calibration"
+        yield f"it scores {first['score']:.2f}"
+        yield f"the base model stands at {level:.2f}"
+    margin = first["score"] - second["score"]
+    low = ", a low margin" if margin < LOW_MARGIN else ""
+    yield f"the next candidate, {called(second['name'])}, is {margin:.2f} behind{low}"
+    read = _strongest(rows)
+    yield f"{'it' if read is first else read['name']} had the strongest response before calibration"
 
 
-def _base_answer(run: Run, query: Query | None) -> str:
-    """What the base model answers by itself, with the run's settings; on a CPU where the run's card is gone.
-
-    Raises:
-        InputError: the query's text or the base model is not at hand, or the model has other weights now.
-    """
-    recorded = run.record.base
-    if query is None or recorded is None:
-        missing = "the query's text" if query is None else "a base model in run.json"
-        raise InputError(f"--answers: expected {missing}, found none; leave --answers out")
-    from router.model.answer import answers, encode
-    from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
-    from router.model.template import template_of
-
-    name, revision, settings = recorded.name, recorded.revision, run.settings
-    spec = f"{name}@{revision}" if revision else EMBEDDED if name == EMBEDDED_ID else name
-    device: Device = "cpu" if recorded.device == "cpu" else "auto"
-    base = load_base(spec, device, recorded.dtype, settings.device_map)
-    if base.sha256 != recorded.sha256:
-        raise InputError(
-            f"--answers: expected the base model of the run, {spec} (sha256 {recorded.sha256[:12]}), got "
-            f"other weights ({base.sha256[:12]}); leave --answers out"
-        )
-    template = template_of(base.tokenizer, settings.chat_template)
-    text = template.text(query.conversation, query.id) if query.messages else query.input
-    rows = encode(base.tokenizer, [text], settings.max_seq_len)
-    choices = [query.choices if query.eval_type == MULTIPLE_CHOICE else ()]
-    how: dict[str, Any] = {"scoring": settings.scoring, "max_new_tokens": settings.max_gen_len}
-    return answers(base.model, base.tokenizer, rows, choices, **how)[0].text
+def _strongest(rows: Rows) -> dict[str, Any]:
+    return max(rows, key=lambda row: row.get("response", 0))
 
 
 def open_console() -> Console:
@@ -217,22 +176,20 @@ def show(story: Mapping[str, Any], console: Console) -> None:
     where = f"{story['file']}:{story['id']} in {story['run']}, method {story['method']}"
     section(console, where, f"{story['summary']}.")
     query, variant, votes = story["query"], story["variant"], story["votes"]
-    text = _shortened(query["input"]) if query else "not at hand: the query file is gone or has changed"
-    choices = query["choices"] if query and query["eval_type"] == MULTIPLE_CHOICE else ()
-    numbered = {str(n): f"{n}: {_shortened(choice)}" for n, choice in enumerate(choices)}
-    section(console, "Query", text, *numbered.values())
+    text = query["input"] if query else "not at hand: the query file is gone or has changed"
+    choices = {str(n): f"{n}: {choice}" for n, choice in enumerate(query["choices"] if query else ())}
+    section(console, "Query", cut(text, LONG), *(cut(choice, LONG) for choice in choices.values()))
     if any(story["frame"] or ()):
-        before, after = map(_shortened, story["frame"])
-        section(console, "Frame, in which it is compared with generic text", f"{before}{{query}}{after}")
-    for title, key in (("Answer", "answer"), ("Answer of the base model", "base_answer")):
-        if story[key] is not None:
-            section(console, title, numbered.get(story[key]) or _shortened(story[key]) or "(empty)")
+        before, after = story["frame"]
+        frame = f"{cut(before, LONG)}{{query}}{cut(after, LONG)}"
+        section(console, "Frame, in which it is compared with generic text", frame)
+    section(console, "Answer", cut(choices.get(story["answer"], story["answer"]), LONG))
     if variant:
-        *adapters, base = story["candidates"]
-        also = [c for c in adapters[NEAREST:] if c["weight"] >= 0.005 or c.get("rank") == 1]
-        rows = [*adapters[:NEAREST], *also, base]
+        rows = story["candidates"]
+        aside = BASE_COLUMN, _strongest(rows)["name"]
+        near = rows[:NEAREST] + [c for c in rows[NEAREST:] if c["weight"] >= 0.005 or c["name"] in aside]
         why = LEGEND if votes else "The run kept no evidence, so there are no scores or votes."
-        section(console, f"Nearest {len(rows) - 1} of {len(adapters)} adapters", rows, why)
+        section(console, f"Nearest {len(near)} of {len(rows)} candidates", near, why)
         shares = sorted(variant["weights"].items(), key=lambda share: -share[1])
         mix = ", ".join(f"{called(name)} {weight:.3f}" for name, weight in shares if weight >= 0.005)
         number, queries = variant["number"], variant["queries"]
@@ -245,11 +202,6 @@ def show(story: Mapping[str, Any], console: Console) -> None:
         section(console, f"{title} and a residual of {votes['residual']:.2f}", rows)
 
 
-def _shortened(text: str) -> str:
-    text, half = text.strip("\n"), LONG // 2
-    return text if len(text) <= LONG else f"{text[:half]} [... {len(text) - LONG} more ...] {text[-half:]}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 for input that a person can fix."""
     p = argparse.ArgumentParser(
@@ -257,12 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     p.add_argument("output", type=Path, metavar="OUTPUT", help="the output folder of a finished run")
     p.add_argument("id", metavar="ID", help="a query's id; STEM:ID if several query files have it")
-    p.add_argument("--answers", action="store_true", help="load the base model and show its answer too")
     p.add_argument("--json", action="store_true", help="print JSON, with all adapters and the whole query")
     args = p.parse_args(argv)
 
     def work() -> None:
-        story = explain(args.output, args.id, args.answers)
+        story = explain(args.output, args.id)
         if args.json:
             print(json.dumps(story, indent=2))
         else:

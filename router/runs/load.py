@@ -13,14 +13,7 @@ from safetensors import SafetensorError
 
 from router.constants import BASE_COLUMN
 from router.pipeline.record import RECORD, Record
-from router.queries.submission import (
-    MULTIPLE_CHOICE,
-    Query,
-    digest_of,
-    read_queries,
-    read_rows,
-    submission_name,
-)
+from router.queries.submission import Query, digest_of, read_queries, read_rows, submission_name
 from router.routing.clusters import Array, Clusters
 from router.routing.evidence import Evidence, joined
 from router.settings import Settings
@@ -41,8 +34,8 @@ class Run:
         ids, predictions: each query's id and the answer to it.
         queries: what was asked; None if the file, or the query in it, is gone or has changed.
         names: the candidates, adapters and then the base model; empty if the method does not route.
-        labels: (queries,) number of the variant; zeros if the method does not route.
         weights: (queries, candidates).
+        clusters: the variants, with the weights that each was made with; if the method does not route, none.
         evidence: why; None if the method keeps none.
     """
 
@@ -53,9 +46,14 @@ class Run:
     predictions: list[str]
     queries: list[Query | None]
     names: list[str]
-    labels: Labels
     weights: Array
+    clusters: Clusters
     evidence: Evidence | None
+
+    @property
+    def labels(self) -> Labels:
+        """(queries,) number of the variant; zeros if the method does not route."""
+        return self.clusters.labels
 
     @property
     def stems(self) -> list[str]:
@@ -67,11 +65,6 @@ class Run:
         """`STEM:ID` of each query, as `proto-route explain` takes it."""
         stems = self.stems
         return [f"{stems[number]}:{own}" for number, own in zip(self.file, self.ids, strict=True)]
-
-    @property
-    def texts(self) -> list[str | None]:
-        """Each query's text, None if it is not at hand."""
-        return [query.input if query else None for query in self.queries]
 
     @property
     def answers(self) -> list[str]:
@@ -89,10 +82,10 @@ class Run:
         return [*self.names[:-1], "base model"] if self.names else []
 
     @property
-    def top(self) -> list[str | None]:
-        """Each query's top candidate; None if several are level, as in a static merge, or there is none."""
-        tops = [np.flatnonzero(row == row.max(initial=0)) for row in self.weights]
-        return [self.names[top[0]] if len(top) == 1 else None for top in tops]
+    def routes(self) -> bool:
+        """Whether different queries may get different weights."""
+        alike = not self.names or np.ptp(self.weights, axis=0).max() <= 1e-6
+        return self.evidence is not None or not alike
 
     @property
     def settings(self) -> Settings:
@@ -104,44 +97,28 @@ class Run:
         with _refused(self.folder / RECORD):
             return Settings.from_plain(self.record.flags)
 
+    def rows(self, chosen: Sequence[int]) -> Run:
+        """The run of some of its queries, by their numbers."""
+        part = np.array(chosen)
+        return replace(
+            self,
+            file=self.file[part],
+            ids=[self.ids[n] for n in chosen],
+            predictions=[self.predictions[n] for n in chosen],
+            queries=[self.queries[n] for n in chosen],
+            weights=self.weights[part],
+            clusters=replace(self.clusters, labels=self.labels[part]),
+            evidence=self.evidence and self.evidence.rows(part),
+        )
+
     def sample(self, most: int) -> Run:
         """The run of at most so many of its queries, in order, among them the first of each variant.
 
         The same run gives the same sample.
         """
-        total = len(self.ids)
-        if total <= most:
-            return self
         firsts = np.unique(self.labels, return_index=True)[1][:most]
-        rest = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(total), firsts))
-        chosen = np.sort(np.append(firsts, rest[: most - len(firsts)]))
-        return replace(
-            self,
-            file=self.file[chosen],
-            ids=[self.ids[n] for n in chosen],
-            predictions=[self.predictions[n] for n in chosen],
-            queries=[self.queries[n] for n in chosen],
-            labels=self.labels[chosen],
-            weights=self.weights[chosen],
-            evidence=self.evidence and self.evidence.rows(chosen),
-        )
-
-    @property
-    def clusters(self) -> Clusters:
-        """The variants, with the weights that each was made with."""
-        made = [[variant.weights.get(name, 0) for name in self.names] for variant in self.record.variants]
-        return Clusters(self.labels, np.array(made, np.float64))
-
-    @property
-    def routes(self) -> bool:
-        """Whether different queries may get different weights."""
-        alike = not self.names or np.ptp(self.weights, axis=0).max() <= 1e-6
-        return self.evidence is not None or not alike
-
-    @property
-    def low_margin(self) -> NDArray[np.bool_]:
-        """(queries,) whether the margin is low; False for all if there is no evidence."""
-        return np.zeros(len(self.ids), bool) if self.evidence is None else self.evidence.low_margin
+        rest = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(len(self.ids)), firsts))
+        return self.rows(sorted([*firsts.tolist(), *rest[: most - len(firsts)].tolist()]))
 
     @property
     def notes(self) -> list[str]:
@@ -164,7 +141,7 @@ def cut(text: str, limit: int) -> str:
 
 
 def _spelt(query: Query | None, prediction: str) -> str:
-    choices = query.choices if query and query.eval_type == MULTIPLE_CHOICE else ()
+    choices = query.choices if query else ()
     return {str(n): f"{n}: {choice}" for n, choice in enumerate(choices)}.get(prediction, prediction)
 
 
@@ -182,30 +159,32 @@ def load(folder: Path) -> Run:
                 raise ValueError("it is not the one that run.json lists")
     names = [*record.adapters, BASE_COLUMN] if record.variants else []  # a starter-kit method does not route
     file, answers, queries = list[int](), list[tuple[str, str]](), list[Query | None]()
-    tables, evidence = list[tuple[Labels, Array]](), list[Evidence | None]()
+    tables, evidence = list[tuple[Labels, Array]](), list[Evidence]()
     for number, path in enumerate(record.paths):
-        with _refused(folder / submission_name(path)):
-            part = _answers(folder / submission_name(path))
-        with _refused(folder / f"{path.stem}.routing.csv"):
-            tables.append(_routing(folder / f"{path.stem}.routing.csv", list(part), names, record))
-        with _refused(folder / f"{path.stem}.evidence.safetensors"):
-            evidence.append(_evidence(folder / f"{path.stem}.evidence.safetensors", len(part), names))
+        with _refused(folder / submission_name(path)) as submission:
+            part = _answers(submission)
+        with _refused(folder / f"{path.stem}.routing.csv") as table:
+            tables.append(_routing(table, list(part), names, record))
+        with _refused(folder / f"{path.stem}.evidence.safetensors") as kept:
+            if names and kept.exists():
+                evidence.append(_evidence(kept, len(part), names))
         file += [number] * len(part)
         answers += part.items()
         queries += _asked(path, list(part), record)
     ids, predictions = ([pair[n] for pair in answers] for n in (0, 1))
     labels, weights = (np.concatenate([table[n] for table in tables]) for n in (0, 1))
-    kept = [part for part in evidence if part]
+    made = [[variant.weights.get(name, 0) for name in names] for variant in record.variants]
+    clusters = Clusters(labels, np.array(made, np.float64))
     with _refused(folder):
-        whole = joined(kept) if len(kept) == len(evidence) else None
-    return Run(folder, record, np.array(file), ids, predictions, queries, names, labels, weights, whole)
+        whole = joined(evidence) if len(evidence) == len(tables) else None
+    return Run(folder, record, np.array(file), ids, predictions, queries, names, weights, clusters, whole)
 
 
 @contextmanager
-def _refused(path: Path) -> Iterator[None]:
+def _refused(path: Path) -> Iterator[Path]:
     """Names the file in which the block meets something else than a run wrote there."""
     try:
-        yield
+        yield path
     except (OSError, ValueError, KeyError, TypeError, OverflowError, SafetensorError) as error:
         why = (isinstance(error, OSError) and error.strerror) or error
         raise InputError(
@@ -214,15 +193,9 @@ def _refused(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _rows(path: Path, needed: Sequence[str]) -> Iterator[dict[str, str]]:
-    if not path.is_file():
-        raise ValueError("it is not there")
-    return (row for _, row in read_rows(path, needed))
-
-
 def _answers(path: Path) -> dict[str, str]:
     """The answers by their queries' ids."""
-    rows = [(row["id"], row["prediction"]) for row in _rows(path, ("id", "prediction"))]
+    rows = [(row["id"], row["prediction"]) for _, row in read_rows(path, ("id", "prediction"))]
     if not rows or len(found := dict(rows)) < len(rows):
         raise ValueError("it has no answers, or two of one query")
     return found
@@ -244,7 +217,7 @@ def _routing(path: Path, ids: list[str], names: list[str], record: Record) -> tu
     """The variant of each query, and its weights."""
     if not names:
         return np.zeros(len(ids), np.int64), np.zeros((len(ids), 0))
-    rows = list(_rows(path, ("id", "variant", *names)))
+    rows = [row for _, row in read_rows(path, ("id", "variant", *names))]
     labels = np.array([int(row["variant"]) for row in rows], np.int64)
     weights = np.array([[float(row[name]) for name in names] for row in rows], np.float64)
     if [row["id"] for row in rows] != ids or not np.isin(labels, range(len(record.variants))).all():
@@ -254,9 +227,7 @@ def _routing(path: Path, ids: list[str], names: list[str], record: Record) -> tu
     return labels, weights
 
 
-def _evidence(path: Path, queries: int, names: list[str]) -> Evidence | None:
-    if not names or not path.exists():
-        return None
+def _evidence(path: Path, queries: int, names: list[str]) -> Evidence:
     evidence = Evidence.load(path)
     if evidence.adapters != names[:-1] or len(evidence.scores) != queries:
         raise ValueError("its adapters or queries are not those of the routing table")

@@ -6,8 +6,9 @@ come after everything that needs the model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import chdir
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import numpy as np
 import pandas as pd
 
 from router.pipeline.record import RECORD
-from router.routing.clusters import Array, Clusters, cluster, losses, mixes
+from router.routing.clusters import Array, cluster, losses, mixes
 from router.routing.gate import PrototypeGate
-from router.runs.load import Labels, Run, load
+from router.runs.compare import joined
+from router.runs.load import Run, load
 from router.runs.report.data import best_of, largest_first, mix, nearest_first, vote_means
 from router.system.errors import InputError
 
@@ -32,36 +34,6 @@ class NotShown(InputError):
         return [f"error: {self}"]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Weights of queries and their groups, as a run made them or as other settings would.
-
-    Attributes:
-        queries: `STEM:ID` of each.
-        names: the candidates, adapters and then the base model.
-        weights: (queries, candidates).
-        clusters: the groups.
-    """
-
-    queries: list[str]
-    names: list[str]
-    weights: Array
-    clusters: Clusters
-
-    def figures(self) -> dict[str, float]:
-        """The decision in a few numbers; a shared query is answered with a mix."""
-        own = mixes(self.weights)
-        lost, tops = losses(own, self.clusters), self.weights.max(1)
-        return {
-            "variants": len(self.clusters.weights),
-            "shared queries": int((own.max(1) < 1).sum()),
-            "top weight, mean": float(tops.mean()),
-            "left to the base model": int((self.weights.argmax(1) == len(self.names) - 1).sum()),
-            "mean loss": float(lost.mean()),
-            "worst loss": float(lost.max()),
-        }
-
-
 def open_run(folder: str | Path, evidence: bool = True) -> Run:
     """Reads a finished run, and its query files where they still are.
 
@@ -72,14 +44,12 @@ def open_run(folder: str | Path, evidence: bool = True) -> Run:
         NotShown: there is no run, or it has no routing table, or evidence is needed and it has none.
     """
     here = [Path.cwd(), *Path.cwd().parents]
-    root = next((place for place in here if (place / folder / RECORD).is_file()), None)
-    if root is None:
-        raise NotShown(f"{folder}: expected the folder of a finished run, found no {RECORD}; set RUN")
+    root = next((place for place in here if (place / folder / RECORD).is_file()), Path.cwd())
     try:
         with chdir(root):
             run = load(root / folder)
     except InputError as error:
-        raise NotShown(str(error)) from None
+        raise NotShown(f"{error}; set RUN") from None
     if not run.names or (evidence and run.evidence is None):
         kind, method = "evidence" if run.names else "a routing table", run.record.method
         raise NotShown(f"{folder}: expected {kind}, but the method {method} keeps none; choose another run")
@@ -87,11 +57,6 @@ def open_run(folder: str | Path, evidence: bool = True) -> Run:
 
 
 # What the run decided
-
-
-def decided(run: Run) -> Outcome:
-    """The weights and groups that the run wrote."""
-    return Outcome(run.keys, run.names, run.weights, run.clusters)
 
 
 def adapter_table(run: Run) -> pd.DataFrame:
@@ -167,26 +132,37 @@ def settings_of(run: Run) -> dict[str, Any]:
     return {name: getattr(run.settings, name) for name in ("temperature", "top_k", "n_variants")}
 
 
-def replay(run: Run, temperature: float, top_k: int | None, n_variants: int | None) -> Outcome:
-    """Decides again from the evidence, as a run with these settings would."""
+def replay(run: Run, temperature: float, top_k: int | None, n_variants: int | None) -> Run:
+    """The run as it would have routed with these settings, decided again from its evidence."""
     assert run.evidence is not None
     scores = run.evidence.candidates.astype(np.float64)
     scores = np.where(np.isnan(scores), -np.inf, scores)  # a duplicate, which has no score of its own
     weights = PrototypeGate(temperature, top_k).weights(scores)
-    clusters = cluster(weights, n_variants, run.settings.seed)
-    return Outcome(run.keys, run.names, weights, clusters)
+    return replace(run, weights=weights, clusters=cluster(weights, n_variants, run.settings.seed))
 
 
-def figures_table(decisions: dict[Any, Outcome]) -> pd.DataFrame:
-    """The figures of several decisions, one per row."""
-    return pd.DataFrame.from_dict({name: d.figures() for name, d in decisions.items()}, orient="index")
+def figures_table(runs: Mapping[Any, Run]) -> pd.DataFrame:
+    """What several runs decided in a few numbers, a row for each; a shared query is answered with a mix."""
+    rows = {}
+    for name, run in runs.items():
+        own, tops = mixes(run.weights), run.weights.max(1)
+        lost = losses(own, run.clusters)
+        rows[name] = {
+            "variants": len(run.clusters.weights),
+            "shared queries": (own.max(1) < 1).sum(),
+            "top weight, mean": tops.mean(),
+            "left to the base model": (run.weights.argmax(1) == len(run.names) - 1).sum(),
+            "mean loss": lost.mean(),
+            "worst loss": lost.max(),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def loss_curve(decision: Outcome, seed: int = 0) -> pd.DataFrame:
-    """Mean and worst loss of the decision's mixes by number of variants."""
-    own = mixes(decision.weights)
+def loss_curve(run: Run, seed: int = 0) -> pd.DataFrame:
+    """Mean and worst loss of the run's mixes by number of variants."""
+    own = mixes(run.weights)
     distinct = len(np.unique(own.round(6), axis=0))
-    lost = {k: losses(own, cluster(decision.weights, k, seed)) for k in KS if k <= distinct}
+    lost = {k: losses(own, cluster(run.weights, k, seed)) for k in KS if k <= distinct}
     rows = {k: {"mean": each.mean(), "worst": each.max()} for k, each in lost.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variants")
 
@@ -194,33 +170,25 @@ def loss_curve(decision: Outcome, seed: int = 0) -> pd.DataFrame:
 # Two decisions
 
 
-def compare(first: Outcome, second: Outcome) -> pd.DataFrame:
-    """The queries that both have, most different first.
+def compare(one: Run, two: Run) -> pd.DataFrame:
+    """The queries of two runs, A and B, most different first.
 
-    Distances are total variation: between the queries' own weights, and between the mixes that answer them.
+    Distances are total variation: between a query's own weights, and between the mixes that answered it.
 
     Raises:
-        NotShown: they have no query in common.
+        InputError: the runs are not on the same queries.
     """
-    known = set(second.queries)
-    queries = [key for key in first.queries if key in known]
-    if not queries:
-        raise NotShown("expected two runs over the same queries, but these have none in common")
-    names = list(dict.fromkeys([*first.names, *second.names]))
-    (a, answered, groups), (b, other, others) = (_aligned(of, queries, names) for of in (first, second))
-    found = pd.DataFrame({"weights apart": np.abs(a - b).sum(1) / 2}, queries)
-    found["variants apart"] = np.abs(answered - other).sum(1) / 2
-    found["A"], found["B"] = ([mix(names, row) for row in own] for own in (a, b))
-    found["same top"] = a.argmax(1) == b.argmax(1)
-    found["variant A"], found["variant B"] = groups, others
-    return found.sort_values("weights apart", ascending=False, kind="stable")
+    found = joined(one, two)
+    names = list(dict.fromkeys([*one.names, *two.names]))
 
+    def aligned(run: Run, rows: Array) -> pd.DataFrame:
+        return pd.DataFrame(rows, run.keys, run.names).reindex(found.index, columns=names, fill_value=0)
 
-def _aligned(decision: Outcome, queries: list[str], names: list[str]) -> tuple[Array, Array, Labels]:
-    """These queries' weights and those of their variants, a column for each name; the variants' numbers."""
-    rows = pd.Index(decision.queries).get_indexer(pd.Index(queries))
-    groups = decision.clusters.labels[rows]
-    own, answered = np.zeros((2, len(queries), len(names)))
-    columns = [names.index(name) for name in decision.names]
-    own[:, columns], answered[:, columns] = decision.weights[rows], decision.clusters.weights[groups]
-    return own, answered, groups
+    a, b = (aligned(run, run.weights) for run in (one, two))
+    answered, other = (aligned(run, run.clusters.weights[run.labels]) for run in (one, two))
+    found["weights apart"] = (a - b).abs().sum(axis=1) / 2
+    found["variants apart"] = (answered - other).abs().sum(axis=1) / 2
+    found["A"], found["B"] = ([mix(names, row) for row in own.to_numpy()] for own in (a, b))
+    found["same top"] = a.idxmax(axis=1) == b.idxmax(axis=1)
+    shown = ["weights apart", "variants apart", "A", "B", "same top", "variant A", "variant B"]
+    return found[shown].sort_values("weights apart", ascending=False, kind="stable")

@@ -117,7 +117,6 @@ def test_the_score_and_the_interval_of_the_paired_difference(capsys, tmp_path):
     assert found["difference"] == pytest.approx(steps.mean())
     drawn = steps[rng.integers(150, size=(20000, 150))].mean(1)
     assert np.allclose((found["low"], found["high"]), np.quantile(drawn, (0.025, 0.975)), atol=0.008)
-    assert scored(capsys, tmp_path / "b", right_a, right_b) == found  # the same every time
     alike = scored(capsys, tmp_path / "c", [0, 1], [0, 1])
     assert alike["low"] == alike["high"] == alike["difference"] == 0
 
@@ -178,7 +177,7 @@ def test_what_a_person_can_mend_is_one_line_and_exit_code_2(capsys, tmp_path, ki
 
 def test_runs_on_other_query_files(capsys, runs, tmp_path):
     assert main([str(runs("base")), str(write_run(tmp_path / "run", [[1, 0, 0, 0]]))]) == 2
-    assert "queries, more in" in capsys.readouterr().err
+    assert "more:g1" in capsys.readouterr().err
 
 
 def test_two_labels_of_one_query_are_refused(capsys, tmp_path):

@@ -15,6 +15,10 @@ from router.system.errors import InputError
 EVIDENCE = "run.evidence.safetensors"
 
 
+def texts(run):
+    return [query and query.input for query in run.queries]
+
+
 def test_a_run_is_read_as_it_was_written(runs):
     out = runs("proto_route")
     run = load(out)
@@ -30,28 +34,25 @@ def test_a_run_is_read_as_it_was_written(runs):
         assert run.weights[rows].tolist() == [
             [float(row[name]) for name in run.names] for row in table.values()
         ]
-        assert [run.top[n] for n in rows] == [
-            max(run.names, key=lambda name: float(row[name])) for row in table.values()
-        ]
         arrays = load_file(out / f"{stem}.evidence.safetensors")
         assert np.array_equal(run.evidence.scores[rows], arrays["scores"])
-    assert run.texts == [*(row[1] for row in QUERIES), "1 + 1 ="]
+    assert texts(run) == [*(row[1] for row in QUERIES), "1 + 1 ="]
     assert run.keys == [*(f"queries:{row[0]}" for row in QUERIES), "more:g1"]
 
 
 def test_what_is_not_there_is_none(runs, tmp_path):
     static = load(runs("average"))
-    assert set(static.top) == {None} and static.evidence is None
+    assert static.evidence is None and not static.routes
     out = write_run(tmp_path / "run", [[1, 0, 0, 0]] * 2)
     write_queries(tmp_path / "run.csv", [("q1", "Another?", "generation", "")])
-    assert load(out).texts == [None, "Another?"]
+    assert texts(load(out)) == [None, "Another?"]
     (tmp_path / "run.csv").unlink()
     record = json.loads((out / "run.json").read_text())
     del record["variants"], record["adapters"]  # as of a method of the starter kit
     (out / "run.json").write_text(json.dumps(record))
     (out / "run.routing.csv").unlink()
     run = load(out)
-    assert run.queries == run.top == [None, None] and run.names == [] and run.weights.shape == (2, 0)
+    assert run.queries == [None, None] and run.names == [] and run.weights.shape == (2, 0)
     assert run.predictions == ["answer q0", "answer q1"]
 
 
@@ -96,7 +97,7 @@ BROKEN = {
     "endless": (lambda out: change(out, seconds={"load": float("inf")}), "Infinity"),
     "an object of variants": (lambda out: change(out, variants={"0": {}}), "variants: "),
     "a variant of nothing": (
-        lambda out: change(out, variants=[{"queries": 1, "weights": {}}] * 2), "a variant has no weights",
+        lambda out: change(out, variants=[{"queries": 1, "weights": {}}] * 2), "run.json",
     ),
     "no adapters": (lambda out: change(out, adapters=None), "adapters"),
     "no hash": (lambda out: change(out, adapters={"one": {}}), "adapters.one.sha256: "),
@@ -146,7 +147,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path, kind):
 def test_queries_that_changed_since_are_not_shown_as_what_was_asked(tmp_path, tiny_base, tiny_library):
     queries, out = write_queries(tmp_path / "queries.csv", QUERIES), tmp_path / "out"
     assert main(arguments("base", [queries], tiny_library, tiny_base, out)) == 0
-    assert load(out).texts == [row[1] for row in QUERIES]
+    assert texts(load(out)) == [row[1] for row in QUERIES]
     write_queries(queries, [(own, f"{text}?", *rest) for own, text, *rest in QUERIES])
     assert load(out).queries == [None] * len(QUERIES)
 
@@ -162,3 +163,29 @@ def test_a_missing_file_and_a_repeated_id_are_told(tmp_path, tiny_base, tiny_lib
         spoil(made / name, "q1", "q0")
     with pytest.raises(InputError, match=r"run\.csv"):
         load(made)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("max_gen_len", None), ("max_seq_len", "ten"), ("scoring", "best"), ("adapters", [7])]
+)
+def test_a_flag_that_is_missing_or_unknown_is_named(runs, flag, value):
+    run = load(runs("proto_route"))
+    run.record.flags[flag] = value
+    with pytest.raises(InputError, match=rf"run\.json.*\({flag}"):
+        _ = run.settings
+
+
+def test_a_sample_has_each_variant_and_whole_rows(tmp_path):
+    weights = [[1, 0, 0, 0]] * 8 + [[0, 1, 0, 0], [0, 0, 1, 0]]
+    run = load(write_run(tmp_path / "run", weights, {"scores": [3, 2, 1]}))
+    run = run.rows(range(len(weights)))  # of a variant for each query
+    part = run.sample(10)
+    assert part.ids == run.ids
+    run.labels[:] = [0] * 8 + [1, 2]
+    part = run.sample(5)
+    assert part.ids == run.sample(5).ids == sorted(part.ids) and len(part.ids) == 5
+    assert {"q0", "q8", "q9"} <= set(part.ids)
+    for n, own in enumerate(part.ids):
+        k = run.ids.index(own)
+        assert part.queries[n] == run.queries[k] and part.labels[n] == run.labels[k]
+        assert part.weights[n].tolist() == weights[k] and len(part.evidence.scores) == 5

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from router.pipeline.record import REPORT
 from router.routing.evidence import LOW_MARGIN
 from router.runs.load import Run, load
-from router.runs.report.data import SHOWN_QUERIES, data, escaped, explained, headline, layers, variants
+from router.runs.report.data import BEST, LONG, SHOWN_QUERIES, data, escaped, headline, layers, variants
 from router.system.errors import exit_code
 from router.system.files import replacing
 
@@ -48,9 +48,10 @@ def render(run: Run) -> str:
     found, rows, layered = data(shown), variants(run, shown), layers(run)
     found["layers"] = layered["groups"] if layered else []
     used = [k for k in range(len(run.names)) if any(row["weights"][k] >= 0.005 for row in rows)]
+    adapters = {name: [of.revision or "none", of.sha256] for name, of in run.record.adapters.items()}
     return _template().render(
         run=run, shown=shown, record=run.record.plain(), headline=headline(run), variants=rows, used=used,
-        layers=layered, explained=explained(len(shown.ids)), low_margin=LOW_MARGIN,
+        adapters=adapters, layers=layered, best=BEST, low_margin=LOW_MARGIN, long=LONG,
         data=found, json=Markup(escaped(found)),
     )  # fmt: skip
 
