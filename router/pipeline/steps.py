@@ -292,8 +292,6 @@ def answer(
 ) -> Result:  # fmt: skip
     """Answers each query with its variant, out of the folder that holds them."""
     deadline, processes = method.context.deadline, method.context.processes
-    if deadline:
-        deadline.begin(sum(map(len, rows)))
     with method.stages("predict"):
         parts = processes.gathered(method.predict(queries, rows, decision, folder))
     if deadline:

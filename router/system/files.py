@@ -96,8 +96,11 @@ def record_of(kind: type[T], text: str | bytes) -> T:
     return typed(kind, found)
 
 
-def typed(kind: type[T], value: Any) -> T:
+def typed(kind: type[T], value: Any, strict: bool = False) -> T:
     """The same of JSON values.
+
+    Args:
+        strict: takes no value of another type, such as a text that spells a number.
 
     Raises:
         ValueError: something is missing, or of another type; the message says where.
@@ -105,11 +108,11 @@ def typed(kind: type[T], value: Any) -> T:
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_python(value)  # type: ignore[arg-type, no-any-return]
+        return _adapter(kind).validate_python(value, strict=strict)  # type: ignore[arg-type, no-any-return]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {first['msg']}") from error
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from error
 
 
 @cache
