@@ -24,7 +24,7 @@ from typing import Any, get_args
 from router.constants import Dtype
 from router.main import stop
 from router.pipeline.journal import alone_in
-from router.queries.submission import Query, parse_line, read_queries, submitted
+from router.queries.submission import Query, query_of, read_queries, submitted
 from router.settings import Settings
 from router.system.errors import InputError, exit_code, reason, told_if_memory_runs_out
 from router.system.files import is_folder, sha256_of, told_if_full
@@ -111,7 +111,7 @@ def read(path: Path) -> list[Query]:
     found = []
     for n, row in enumerate(rows, 1):
         given = {key: value for key, value in row.items() if value is not None}
-        found.append(parse_line(given | {"id": str(row.get("id", n))}, f"{path}, row {n}"))
+        found.append(query_of(given | {"id": str(row.get("id", n))}, f"{path}, row {n}"))
     return found
 
 

@@ -1,7 +1,7 @@
 """The settings of a run. Each stands here once, with its default, its range and its help.
 
-The type of a setting is its range; pydantic checks it. The command line's flags, run.json, Ray's flags and the
-model cards derive from the fields of `Settings`.
+The type of a setting is its range; pydantic checks it. The command line's flags, run.json and the model cards
+derive from the fields of `Settings`.
 """
 # ruff: noqa: RUF009
 
@@ -28,7 +28,7 @@ Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 def _framing(text: str) -> str:
     if text != "none" and text.count("{input}") != 1:
-        raise ValueError("expected auto, none, or a text with {input} in it once")
+        raise ValueError("expected none or a text with {input} in it once")
     return text
 
 
@@ -115,7 +115,9 @@ class Settings:
     )
     top_k: Count = setting(3, "maximum number of adapters per query, from 1", "INT")
     false_positive_rate: Annotated[float, Field(gt=0, lt=1)] = setting(
-        0.15, "share of generic text, which no adapter fits, that may be sent to one, between 0 and 1", "FLOAT"
+        0.15,
+        "share of generic text, which no adapter fits, that may be sent to one, between 0 and 1",
+        "FLOAT",
     )
     seed: Annotated[int, Field(ge=0, le=LARGEST)] = setting(
         0, "seed of the clustering and of dare_ties, from 0", "INT"

@@ -43,11 +43,9 @@ def alone_in(output: Path) -> Iterator[None]:
     where, file = f"--output_folder {output}", output / LOCK
     lock = FileLock(file)
     try:
-        if file.is_symlink() or (file.exists() and (not file.is_file() or file.stat().st_size)):
-            raise InputError(  # ours is empty
-                f"{where}: expected no file `{LOCK}` in it, since it would be removed; move it away or choose "
-                "another folder"
-            )
+        ours = not file.exists() or (file.is_file() and not file.stat().st_size)
+        if file.is_symlink() or not ours:
+            raise InputError(f"{where}: expected no {LOCK} in it but a run's, which is empty; move it away")
         new = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
