@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from router.queries.conversation import Message, checked, packed, shown
 from router.system.errors import InputError
-from router.system.files import record_of, replacing, typed
+from router.system.files import record_of, replacing
 
 GENERATION, MULTIPLE_CHOICE = "generation", "multiple_choice"
 EVAL_TYPES = (GENERATION, MULTIPLE_CHOICE)
@@ -53,47 +53,45 @@ class Query:
         return json.loads(self.messages) if self.messages else []
 
 
-def read_rows(
-    path: Path, needed: Sequence[str], problems: list[str] | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a query file, JSON lines if its name ends in `.jsonl`, else CSV, with the line of each.
 
-    pandas cannot read such CSV: it names no lines, fills rows that are too short, and takes text after a
-    quote. Of JSON lines without an id, the line is the id.
+    Of JSON lines without an id, the line is the id.
 
     Args:
         needed: columns of CSV.
-        problems: takes what is wrong with a row, which is left out, and where the file breaks off, since it
-            is not in UTF-8 or an open quote ends it. None raises the first problem.
 
     Raises:
-        InputError: there is no such file, its header lacks a needed column or has one twice, or there is a
-            problem and no list for it.
+        InputError: there is no such file, its header lacks a needed column or has one twice, or a row or line
+            is none.
+    """
+    for line, row in _rows(path, needed):
+        if isinstance(row, str):
+            raise InputError(f"{path}, line {line}: {row}")
+        yield line, row
+
+
+def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """As `read_rows`, with what is wrong in place of a row that is none.
+
+    pandas cannot read such CSV: it names no lines, fills rows that are too short, and takes text after a
+    quote.
     """
     json_lines = path.suffix.casefold() == JSON_LINES
     kind = "JSON lines" if json_lines else "CSV"
     line = 0 if json_lines else 1  # of the header
-
-    def note(problem: str) -> None:
-        if problems is None:
-            raise InputError(problem)
-        problems.append(problem)
-
     try:
         # newline="": a bare carriage return inside a field belongs to the text.
         with path.open(encoding="utf-8-sig", newline=None if json_lines else "") as file:
             for line, row in _json_rows(file) if json_lines else _csv_rows(file, path, needed):
-                if isinstance(row, str):
-                    note(f"{path}, line {line}: {row}")
-                else:
-                    yield line, row
+                yield line, row
     except OSError as error:
         raise InputError(
             f"{path}: expected a file of {kind} ({error.strerror}); check --dataset_filepaths"
         ) from error
     except (UnicodeDecodeError, csv.Error) as error:
         quotes = "" if json_lines else ", each quote closed, and doubled within a text"
-        note(f"{path}, after line {line}: expected {kind} in UTF-8{quotes} ({error})")
+        raise InputError(f"{path}, after line {line}: expected {kind} in UTF-8{quotes} ({error})") from error
 
 
 def _csv_rows(
@@ -125,9 +123,11 @@ def _json_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if text.strip():
             try:
                 row = record_of(dict[str, Any], text)
-                yield line, row | {"id": str(typed(str | int, row.get("id", line)))}
+                if not isinstance(row.setdefault("id", line), (str, int)):
+                    raise ValueError(f"expected a text or a whole number as id, got {row['id']!r:.40}")
+                yield line, row | {"id": str(row["id"])}
             except ValueError as error:
-                yield line, f"expected a JSON object, with a text or a whole number as id ({error})"
+                yield line, f"expected a JSON object ({error})"
 
 
 def read_labels(path: Path, column: str) -> Iterator[tuple[int, str]]:
@@ -171,26 +171,33 @@ def read_queries(path: Path) -> list[Query]:
     lines: dict[str, int] = {}
     problems: list[str] = []
     columns = None if path.suffix.casefold() == JSON_LINES else COLUMNS  # further ones of CSV are no matter
-    for line, row in read_rows(path, COLUMNS, problems):
-        where = f"{path}, line {line}"
-        if not row["id"].strip():
-            problems.append(f"{where}, column id: expected an id, got {row['id']!r}")
-            continue
-        first = lines.setdefault(row["id"], line)
-        if first != line:
-            problems.append(
-                f"{where}, column id: {row['id']!r} stands on line {first} too; ids must be unique"
-            )
-        try:
-            queries.append(query_of({name: row[name] for name in columns or row}, where))
-        except InputError as error:
-            problems.append(str(error))
+    try:
+        for line, row in _rows(path, COLUMNS):
+            try:
+                if isinstance(row, str):
+                    raise InputError(f"{path}, line {line}: {row}")
+                _check_id(row["id"], line, lines, path)
+                queries.append(query_of({name: row[name] for name in columns or row}, f"{path}, line {line}"))
+            except InputError as error:
+                problems.append(str(error))
+    except InputError as error:  # where the file breaks off
+        problems.append(str(error))
     if problems:
         more = len(problems) - SHOWN
         raise InputError("\n".join(problems[:SHOWN]) + (f"\nand {more} more like these" if more > 0 else ""))
     if not queries:
         raise InputError(f"{path}: expected at least one query, found none")
     return queries
+
+
+def _check_id(name: str, line: int, lines: dict[str, int], path: Path) -> None:
+    """Refuses no id, and one of an earlier line."""
+    if not name.strip():
+        raise InputError(f"{path}, line {line}, column id: expected an id, got {name!r}")
+    if (first := lines.setdefault(name, line)) != line:
+        raise InputError(
+            f"{path}, line {line}, column id: {name!r} stands on line {first} too; ids must be unique"
+        )
 
 
 def query_of(row: Mapping[str, Any], where: str) -> Query:
