@@ -535,7 +535,7 @@ def test_half_a_character_of_a_choice_reaches_the_report(command, tmp_path, tiny
     [
         "queries.csv", "queries.routing.csv", "queries.evidence.safetensors", "run.json", "report.html",
         ".commit.json", ".lock", "variants", "variants/mine.txt", ".journal/mine.txt",
-        ".journal/identity.json",
+        ".journal/identity.json", "queries.csv/mine.txt", "run.json/mine.txt", "report.html/mine.txt",
     ],
 )  # fmt: skip
 def test_something_else_that_no_run_wrote_is_left_alone(name, flags, command, tmp_path, capsys, unloaded):
@@ -549,36 +549,10 @@ def test_something_else_that_no_run_wrote_is_left_alone(name, flags, command, tm
     assert mine.read_text() == '{"pace": 5}'
 
 
-def test_a_link_to_variants_that_no_run_wrote_is_refused(command, tmp_path):
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "mine.txt").touch()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "variants").symlink_to(tmp_path / "kept")
-    assert command("average")[0] == 2
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine.txt"]
-
-
-def test_hidden_folders_that_no_run_wrote_are_left_alone(command, tmp_path):
-    kept = {tmp_path / "out" / name / "mine.txt" for name in (".variants.mine", ".results.mine")}
-    for file in kept:
-        file.parent.mkdir(parents=True)
-        file.touch()
-    code, out = command("average")
-    assert code == 0 and set(out.glob(".*/*")) == kept
-
-
 @pytest.mark.parametrize("name", ["run.json", "report.html", ".lock", "variants", ".journal"])
 def test_a_query_file_of_a_name_that_a_run_needs_is_refused(name, command, tmp_path, capsys, unloaded):
     assert command("base", "--dataset_filepaths", write_queries(tmp_path / name))[0] == 2
     assert "rename it" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["queries.csv", "queries.routing.csv", "run.json", "report.html"])
-def test_a_folder_where_a_result_would_be_is_refused(name, command, tmp_path, capsys, unloaded):
-    (tmp_path / "out" / name).mkdir(parents=True)
-    assert command("proto_route")[0] == 2
-    assert "--output_folder" in capsys.readouterr().err
-    assert (tmp_path / "out" / name).is_dir()
 
 
 def test_a_result_that_was_edited_since_is_not_replaced(command, capsys):
