@@ -25,34 +25,30 @@ ALIASES = {"false_positive_rate": ("--false_alarm",)}  # what a flag was called 
 
 
 def _add_setting(p: argparse.ArgumentParser, setting: Field[Any]) -> None:
-    """Adds the flag of a setting. One that is not given is None; its default is in `Settings`."""
+    """Adds the flag of a setting."""
     kind, about, default = kinds()[setting.name], setting.metadata, setting.default
     many, none = get_origin(kind) is tuple, about["none"]
     words = [word for part in (kind, *get_args(kind)) for word in get_args(part) if isinstance(word, str)]
     how: dict[str, Any] = {
+        "default": default,
         "type": reader(get_args(kind)[0] if many else kind, none),
         "metavar": about["metavar"] or "|".join([none, *words] if none else words),
         "nargs": "+" if many else None,
     }
     if kind is bool:
-        how = {"action": "store_const", "const": True}
+        how = {"action": "store_true"}
     shown = none if default is None else " ".join(map(str, default)) if many else default
     names = (f"--{setting.name}", *ALIASES.get(setting.name, ()))
     p.add_argument(*names, help=f"{about['help']} (default: {shown})", **how)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """The settings that were given as flags, and the defaults of the others."""
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name in kinds()
-        if (value := getattr(args, name)) is not None
-    }
-    return Settings(**given)
+    given = {name: getattr(args, name) for name in kinds()}
+    return Settings(**{k: tuple(value) if isinstance(value, list) else value for k, value in given.items()})
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags. One that is not given is None; its default is in `Settings`."""
+    """The flags."""
     module = Path(sys.argv[0]).name == "main.py"  # as `python -m` says it
     p = argparse.ArgumentParser(
         prog="python -m router.main" if module else "proto-route run",

@@ -314,7 +314,7 @@ def _cuts(rows: Rows, settings: Settings, model: Any) -> Iterator[str]:
     limit = settings.max_seq_len
     if limit and (long := sum(len(row) >= limit for row in rows)):
         yield f"{long} of {len(rows)} prompts reach --max_seq_len {limit}; what comes after is not read"
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context: int = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
     ends = context == positions(model)  # it cannot go beyond; the last new token is not read
     room = max(1, context + 1 - settings.max_gen_len) if ends else context
     if room and (long := sum(len(row) > room for row in rows)):
