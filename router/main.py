@@ -26,7 +26,8 @@ ALIASES = {"false_positive_rate": ("--false_alarm",)}  # what a flag was called 
 
 def _add_setting(p: argparse.ArgumentParser, setting: Field[Any]) -> None:
     """Adds the flag of a setting."""
-    kind, about, default = kinds()[setting.name], setting.metadata, setting.default
+    kind, about = kinds()[setting.name], setting.metadata
+    default: Any = setting.default
     many, none = get_origin(kind) is tuple, about["none"]
     words = [word for part in (kind, *get_args(kind)) for word in get_args(part) if isinstance(word, str)]
     how: dict[str, Any] = {
@@ -43,8 +44,10 @@ def _add_setting(p: argparse.ArgumentParser, setting: Field[Any]) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    given = {name: getattr(args, name) for name in kinds()}
-    return Settings(**{k: tuple(value) if isinstance(value, list) else value for k, value in given.items()})
+    given: dict[str, Any] = {name: getattr(args, name) for name in kinds()}
+    for name, value in given.items():
+        given[name] = tuple(value) if isinstance(value, list) else value
+    return Settings(**given)
 
 
 def parser() -> argparse.ArgumentParser:
