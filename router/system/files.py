@@ -87,7 +87,7 @@ def record_of(kind: type[T], text: str | bytes) -> T:
         >>> record_of(dict[str, int], '{"a": "x"}')
         Traceback (most recent call last):
         ...
-        ValueError: a: Input should be a valid integer, unable to parse string as an integer
+        ValueError: a: it should be a valid integer, unable to parse string as an integer
     """
     try:
         found = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole)
@@ -111,8 +111,9 @@ def typed(kind: type[T], value: Any, strict: bool = False) -> T:
         return _adapter(kind).validate_python(value, strict=strict)  # type: ignore[arg-type, no-any-return]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        what = first["msg"].replace("Input should", "it should").removeprefix("Value error, ")
         where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from error
+        raise ValueError(f"{where}: {what}" if where else what) from error
 
 
 @cache
