@@ -7,13 +7,12 @@ A method written for the kit goes into router/methods/; only its import line cha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from router.model.answer import FAILED, Answer, answers, encode
 from router.model.base import EMBEDDED, load_base
-from router.pipeline.answering import warn
+from router.pipeline.answering import known_to, warn
 from router.pipeline.context import Context
 from router.pipeline.steps import Method, load
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
@@ -119,26 +118,17 @@ class StarterKitMethod:
 
     def answer(self, queries: Sequence[Query], context: Context) -> list[Answer]:
         """Answers queries in order, batch by batch, through the kit's two calls."""
-        known = {} if context.journal is None else context.journal
-        kit, deadline, own = self.kit, context.deadline, self.kit.max_gen_len
-        most = own or self.settings.max_gen_len
-        batches = [part for part in self._batches(queries) if any(query not in known for query in part)]
-        if deadline:
-            deadline.begin(sum(map(len, batches)))
-        for part in batches:
-            limit = deadline.new_tokens(most) if deadline else most
-            if deadline and not limit:
-                deadline.unanswered += sum(query not in known for query in part)
-                continue
-            kit.max_gen_len = own if limit == most else limit
-            writes = part[0].eval_type == GENERATION
-            for query, found in zip(part, self._ask(part), strict=True):
-                if found.failed:
-                    warn(query, "the method has none, perhaps for want of room or of finite numbers")
-                known.setdefault(query, replace(found, cut=writes and limit < most))
-            if deadline:
-                deadline.note(len(part), limit / most if writes else 1.0)
-        kit.max_gen_len = own
+        known, deadline = known_to(context), context.deadline
+        for part in self._batches(queries):
+            missing = sum(query not in known for query in part)
+            if missing and deadline and deadline.over():
+                deadline.unanswered += missing
+            elif missing:
+                for query, found in zip(part, self._ask(part), strict=True):
+                    if found.failed:
+                        warn(query, "the method has none, perhaps for want of room or of finite numbers")
+                    else:
+                        known.setdefault(query, found)
         return [known.get(query, FAILED) for query in queries]
 
     def _batches(self, queries: Sequence[Query]) -> Iterator[list[Query]]:

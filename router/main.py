@@ -9,60 +9,60 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from router.methods import method_names
 from router.pipeline.processes import leads, several
-from router.settings import Kind, Settings, above_zero, one_of
+from router.settings import Positive, Settings, kinds, reader
 from router.system.errors import InputError, told_if_memory_runs_out
 
 LEAST = 3 << 29  # bytes of address space
-
-
 ALIASES = {"false_positive_rate": ("--false_alarm",)}  # what a flag was called in 0.1
 
 
-def add_settings(p: argparse.ArgumentParser, wanted: Collection[str]) -> None:
-    """Adds the flags of these settings. One that is not given is None; its default is in `Settings`."""
-    for setting in fields(Settings):
-        if setting.name in wanted:
-            _add(p, setting.name, setting.metadata["kind"], setting.default)
-
-
-def _add(p: argparse.ArgumentParser, name: str, kind: Kind, default: Any = None) -> None:
-    how: dict[str, Any] = {"type": kind.parse, "metavar": kind.metavar, "nargs": "+" if kind.many else None}
-    if kind.read is bool:
-        how = {"action": "store_const", "const": True}
-    shown = " ".join(map(str, default)) if kind.many else default
-    shown = kind.none or "none" if default is None else shown
-    p.add_argument(f"--{name}", *ALIASES.get(name, ()), help=f"{kind.help} (default: {shown})", **how)
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings that were given as flags, and the defaults of the others."""
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for setting in fields(Settings)
-        if (value := getattr(args, name := setting.name, None)) is not None
+def _add_setting(p: argparse.ArgumentParser, setting: Field[Any]) -> None:
+    """Adds the flag of a setting."""
+    kind, about = kinds()[setting.name], setting.metadata
+    default: Any = setting.default
+    many, none = get_origin(kind) is tuple, about["none"]
+    words = [word for part in (kind, *get_args(kind)) for word in get_args(part) if isinstance(word, str)]
+    how: dict[str, Any] = {
+        "default": default,
+        "type": reader(get_args(kind)[0] if many else kind, none),
+        "metavar": about["metavar"] or "|".join([none, *words] if none else words),
+        "nargs": "+" if many else None,
     }
+    if kind is bool:
+        how = {"action": "store_true"}
+    shown = none if default is None else " ".join(map(str, default)) if many else default
+    names = (f"--{setting.name}", *ALIASES.get(setting.name, ()))
+    p.add_argument(*names, help=f"{about['help']} (default: {shown})", **how)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    given: dict[str, Any] = {name: getattr(args, name) for name in kinds()}
+    for name, value in given.items():
+        given[name] = tuple(value) if isinstance(value, list) else value
     return Settings(**given)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags. One that is not given is None; its default is in `Settings`."""
+    """The flags."""
     module = Path(sys.argv[0]).name == "main.py"  # as `python -m` says it
-    methods = one_of(tuple(method_names()), "the method")
     p = argparse.ArgumentParser(
         prog="python -m router.main" if module else "proto-route run",
         description="Answers unlabelled queries with a routed mixture of LoRA adapters.",
     )
-    p.add_argument("-m", "--merging_method", type=methods.parse, metavar="NAME", help=methods.expected)
+    methods = method_names()
+    shown = f"one of {', '.join(methods)}"
+    p.add_argument("-m", "--merging_method", choices=methods, metavar="NAME", help=shown)
     p.add_argument("--list_methods", action="store_true", help="print the names of all methods and exit")
-    add_settings(p, [setting.name for setting in fields(Settings)])
+    for setting in fields(Settings):
+        _add_setting(p, setting)
     p.add_argument(
         "--fresh",
         action="store_true",
@@ -74,16 +74,16 @@ def parser() -> argparse.ArgumentParser:
         help="instead of running, print what the run would take: seconds, memory, downloads; exit with code "
         "1 if that exceeds a limit",
     )
-    _add(
-        p,
-        "time_limit",
-        above_zero(
-            "answers get shorter, and the last ones are left out, so that the results are written by then; "
-            "checked by --plan",
-            "MINUTES",
-        ),
+    p.add_argument(
+        "--time_limit",
+        type=reader(Positive),
+        metavar="MINUTES",
+        help="what is not answered by then says `unknown`, so that the results are written in time; checked "
+        "by --plan (default: none)",
     )
-    _add(p, "memory_limit", above_zero("checked by --plan", "GIB"))
+    p.add_argument(
+        "--memory_limit", type=reader(Positive), metavar="GIB", help="checked by --plan (default: none)"
+    )
     output = p.add_mutually_exclusive_group()
     output.add_argument("--quiet", action="store_true", help="print nothing but errors")
     output.add_argument("--json", action="store_true", help="print the record of the run, as in run.json")
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_address_space()
         with told_if_memory_runs_out():
-            settings = settings_of(args)
+            settings = _settings(args)
             return _plan(args, settings) if args.plan else _run(args, settings, began)
     except InputError as error:
         where = "" if leads() else f"process {os.environ['RANK']}: "
@@ -183,10 +183,10 @@ def _logging(level: str) -> Iterator[None]:
 def _plan(args: argparse.Namespace, settings: Settings) -> int:
     """Prints what the run would take; returns 1 if that exceeds a limit, else 0."""
     from router.plan import plan
-    from router.run import check_engine, check_outputs
+    from router.run import check_flags, check_outputs
 
     check_outputs(settings)
-    check_engine(args.merging_method, settings, args.time_limit)
+    check_flags(args.merging_method, settings)
     found = plan(args.merging_method, settings)
     over = found.over(args.time_limit, args.memory_limit)
     if args.json:

@@ -79,19 +79,17 @@ class Plan:
         ])  # fmt: skip
 
     def over(self, time_limit: float | None, memory_limit: float | None) -> list[str]:
-        """A sentence about each limit that the run is not known to keep.
-
-        Args:
-            time_limit: minutes.
-            memory_limit: GiB.
-        """
-        minutes, gib = sum(self.seconds.values()) / 60, self.peak_mib / 1024
-        over = []
-        if time_limit is not None and (minutes > time_limit or self.download):
-            over.append(f"--time_limit {time_limit:g}: expected to take about {minutes:.1f} minutes")
-        if memory_limit is not None and (gib > memory_limit or self.download):
-            over.append(f"--memory_limit {memory_limit:g}: expected to take about {gib:.1f} GiB")
-        return [f"{said}, and more with what is to download" if self.download else said for said in over]
+        """A sentence about each limit, of minutes and of GiB, that the run is not known to keep."""
+        limits = (
+            ("time_limit", time_limit, sum(self.seconds.values()) / 60, "minutes"),
+            ("memory_limit", memory_limit, self.peak_mib / 1024, "GiB"),
+        )
+        more = ", and more with what is to download" if self.download else ""
+        return [
+            f"--{flag} {limit:g}: expected to take about {value:.1f} {unit}{more}"
+            for flag, limit, value, unit in limits
+            if limit is not None and (value > limit or more)
+        ]
 
 
 class _Run(NamedTuple):

@@ -24,8 +24,8 @@ from typing import Any, get_args
 from router.constants import Dtype
 from router.main import stop
 from router.pipeline.journal import alone_in
-from router.queries.submission import Query, parse_line, read_queries, submitted
-from router.settings import Settings
+from router.queries.submission import Query, query_of, read_queries, submitted
+from router.settings import Count, Settings, reader
 from router.system.errors import InputError, exit_code, reason, told_if_memory_runs_out
 from router.system.files import is_folder, sha256_of, told_if_full
 from router.system.progress import progress
@@ -48,17 +48,12 @@ def parser() -> argparse.ArgumentParser:
     add("--base_model", metavar="embedded|FOLDER|HUB_ID", help="in place of the router's own")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="of each actor (default: auto)")
     add("--dtype", choices=get_args(Dtype), help="of the base model (default: the router's)")
-    add("--actors", type=_count, default=2, help="processes that answer, from 1 (default: 2)")
-    add("--block", type=_count, default=1000, help="queries of a file of answers, from 1 (default: 1000)")
+    count = reader(Count)
+    add("--actors", type=count, default=2, help="processes that answer, from 1 (default: 2)")
+    add("--block", type=count, default=1000, help="queries of a file of answers, from 1 (default: 1000)")
     where = "this machine alone, or the Ray cluster that it belongs to (default: local)"
     add("--address", default="local", choices=("local", "auto"), help=where)
     return p
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not (value := int(text)):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r:.40}")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,8 +74,8 @@ def _run(args: argparse.Namespace) -> None:
     for package in ("ray", "pyarrow"):
         if find_spec(package) is None:
             raise InputError(f"expected the package {package}; pip install 'proto-route[ray]'")
-    check_outputs(Settings((), args.output))
     with told_if_memory_runs_out(LESS), told_if_full(args.output), alone_in(args.output):
+        check_outputs(Settings((), args.output))
         every: dict[Path, list[Query]] = {}
         for path in args.input:
             queries, folder = read(path), args.output.absolute() / _name(path, args)
@@ -111,7 +106,7 @@ def read(path: Path) -> list[Query]:
     found = []
     for n, row in enumerate(rows, 1):
         given = {key: value for key, value in row.items() if value is not None}
-        found.append(parse_line(given | {"id": str(row.get("id", n))}, f"{path}, row {n}"))
+        found.append(query_of(given | {"id": str(row.get("id", n))}, f"{path}, row {n}"))
     return found
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from router.constants import BASE_COLUMN
 from router.kit import StarterKitMethod
@@ -23,7 +22,7 @@ from router.pipeline.deadline import Deadline
 from router.pipeline.journal import FOLDER, LOCK, Journal, alone_in
 from router.pipeline.per_token import PerToken
 from router.pipeline.processes import Processes, connected
-from router.pipeline.record import RECORD, REPORT, Record, TimeLimit, record, versions
+from router.pipeline.record import RECORD, REPORT, Record, record, versions
 from router.pipeline.result import Decision, Result
 from router.pipeline.steps import Loaded, Method, answer, group, load, route, write
 from router.queries.submission import (
@@ -37,7 +36,7 @@ from router.queries.submission import (
 from router.routing.variants import VARIANTS, replace_variants
 from router.runs.report.page import MADE_BY, write_report
 from router.settings import Settings
-from router.system.errors import InputError
+from router.system.errors import InputError, reason
 from router.system.files import (
     is_ours,
     record_of,
@@ -67,25 +66,22 @@ def run(
 
     Args:
         fresh: forgets what an unfinished run in the output folder has answered.
-        time_limit: minutes, in which the results are written even if answers have to be cut; None sets none.
+        time_limit: minutes, in which the results are written even if queries are left out; None sets none.
         began: when the time began, by `time.monotonic`; None is now.
 
     Raises:
         InputError: something a person can fix is wrong with the queries, adapters or base model, the output
             folder holds what no run wrote, another run writes there, an unfinished one with other settings is
-            there, there are several processes where there cannot be, or there was no time for any answer.
+            there, flags do not go together, or there was no time for any answer.
     """
     deadline = None if time_limit is None else Deadline(time_limit, began=began)
     with connected(settings.device) as processes:
         context = Context(settings, processes=processes, deadline=deadline)
-        with processes.first():
-            check_outputs(settings)
-            check_engine(name, settings, time_limit)
-            files = {path: read_queries(path) for path in settings.dataset_filepaths}
-        with (
-            told_if_full(settings.output_folder),
-            nullcontext() if processes.rank else alone_in(settings.output_folder),
-        ):
+        alone = nullcontext() if processes.rank else alone_in(settings.output_folder)
+        with told_if_full(settings.output_folder), alone:
+            with processes.first():
+                check_outputs(settings)
+                files = {path: read_queries(path) for path in settings.dataset_filepaths}
             return _run(name, files, context, fresh)
 
 
@@ -98,12 +94,11 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
     if not issubclass(made, Method) and any(query.messages for query in queries):
         raise InputError(f"-m {name}: expected prompts, since a starter-kit method takes no conversations")
     with processes.first():
-        _check_places(name, made, settings, processes)
+        check_flags(name, settings, processes)
         source = (
             _loaded(made, context) if issubclass(made, Method) else StarterKitMethod(made, name, settings)
         )
     identity = {"method": name, "queries": digest_of(queries)} | _identity(source, settings)
-    identity["time_limit"] = context.deadline and context.deadline.minutes
     with processes.first():
         journal = Journal(settings.output_folder, identity, fresh, processes.rank)
     try:
@@ -119,9 +114,12 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
                 result = answer(method, queries, rows, decision, work / VARIANTS)
             if processes.rank:
                 return None
-            _check_answered(result, context.deadline)
+            if all(answer.failed for answer in result.answers):
+                raise _no_answer(journal, context.deadline)
+            digests = {path.name: digest_of(part) for path, part in files.items()}
             left_out = source.left_out if isinstance(source, Loaded) else []
-            found = _commit(files, result, _record(name, files, context, result, left_out), settings, work)
+            found = record(name, context, result.decision, queries=digests, left_out=left_out)
+            found = _commit(files, result, found, settings, work)
     finally:
         journal.close()
     write_report(settings.output_folder)
@@ -185,35 +183,18 @@ def _identity(source: Loaded | StarterKitMethod, settings: Settings) -> dict[str
     }  # fmt: skip
 
 
-def _check_answered(result: Result, deadline: Deadline | None) -> None:
-    """Refuses a run without a single answer."""
-    if not all(answer.failed for answer in result.answers):
-        return
+def _no_answer(journal: Journal, deadline: Deadline | None) -> InputError:
+    """Why a run without a single answer is refused; what may help must not be kept from it by the journal."""
     if deadline and deadline.unanswered:
-        raise InputError(
+        return InputError(
             f"--time_limit {deadline.minutes:g}: expected time for an answer, but loading and routing took "
-            "it all; the routing is kept: the same command goes on there, or pass a longer limit and --fresh"
+            "it all; the routing is kept: the same command goes on there, also with a longer limit"
         )
-    raise InputError(
+    journal.discard()
+    return InputError(
         "no query could be answered: the model's output is not finite, or memory ran out (see the warnings "
         "above); try --dtype float32, or a smaller --max_seq_len"
     )
-
-
-def _record(
-    name: str, files: Files, context: Context, result: Result, left_out: list[str]
-) -> Record:  # fmt: skip
-    """The record of the run, but for the hashes of its results."""
-    deadline, count = context.deadline, context.processes.count
-    cut = None
-    if deadline:
-        shortened = sum(answer.cut for answer in result.answers)
-        cut = TimeLimit(deadline.minutes, shortened, deadline.unanswered)
-    return record(
-        name, context, result.decision, left_out=left_out, time_limit=cut,
-        queries={path.name: digest_of(part) for path, part in files.items()},
-        processes=count if count > 1 else None,
-    )  # fmt: skip
 
 
 def _commit(files: Files, result: Result, found: Record, settings: Settings, work: Path) -> Record:
@@ -236,9 +217,9 @@ def _commit(files: Files, result: Result, found: Record, settings: Settings, wor
     found = replace(found, files={name: sha256_of(work / name) for name in written})
     with replacing(work / RECORD) as file:
         file.write(found.text(indent=2) + "\n")
-    known = _check_results(settings)  # what was put there meanwhile stays, too
+    known = check_outputs(settings)  # what was put there meanwhile stays, too
     with replacing(folder / COMMIT) as file:
-        json.dump({name: [*known.get(name, []), found.files.get(name, "")] for name in names}, file)
+        json.dump(sorted(known.union(found.files.values())), file)
     # From here on the folder holds no finished run, until it holds this one.
     for name in (RECORD, REPORT):
         (folder / name).unlink(missing_ok=True)
@@ -271,138 +252,96 @@ def _outputs(path: Path) -> tuple[str, str, str]:
     return submission_name(path), f"{path.stem}.routing.csv", f"{path.stem}.evidence.safetensors"
 
 
-def _results(folder: Path) -> dict[str, list[str]]:
-    """The hashes of results that runs left in a folder: the last one, and one that was killed as it wrote."""
-    found: dict[str, list[str]] = {}
-    if (folder / COMMIT).exists():
-        found |= record_of(dict[str, list[str]], (folder / COMMIT).read_bytes())
-    if (folder / RECORD).exists():
-        for name, digest in Record.read(folder / RECORD).files.items():
-            found.setdefault(name, []).append(digest)
-    return found
-
-
-def check_outputs(settings: Settings) -> None:
-    """Refuses a run that would replace what no run wrote, or could not write all it has.
-
-    Of results, a run replaces those alone that the folder's record names, with the hashes that it names.
+def check_outputs(settings: Settings) -> set[str]:
+    """Refuses to replace what no run wrote; returns the hashes of the results that runs did.
 
     Raises:
-        InputError: it would, the output folder is a file or cannot be written, a result would have the name
-            of another or of its queries, or a name is no UTF-8, so that the record could not be written.
+        InputError: the output folder holds something that no run wrote where a result will be, a result would
+            have the name of another or of its queries, or a name is no UTF-8, so that the record could not be
+            written.
     """
-    folder = settings.output_folder
     _check_names(settings)
-    _check_folder(folder)
-    for name in (VARIANTS, FOLDER):
-        if not is_ours(folder / name):
-            _refuse(folder, name)
-    try:
-        ours = not (folder / REPORT).exists() or MADE_BY.encode() in (folder / REPORT).read_bytes()[:4096]
-    except OSError:
-        ours = False
-    if not ours:
-        _refuse(folder, REPORT)
-    _check_results(settings)
-
-
-def _check_results(settings: Settings) -> dict[str, list[str]]:
-    """Refuses to replace results that no run wrote; the hashes of those that runs did, by name."""
     folder = settings.output_folder
     try:
-        known = _results(folder)
-    except (OSError, ValueError):
-        _refuse(folder, f"{RECORD} or {COMMIT}")
-    for path in settings.dataset_filepaths:
-        for output in (folder / name for name in _outputs(path)):
-            there = output.is_symlink() or output.exists()
-            if there and not (output.is_file() and sha256_of(output) in known.get(output.name, ())):
-                _refuse(folder, output.name)
+        known = _hashes(folder)
+        foreign = list(_foreign(settings, known))
+    except (OSError, ValueError) as error:
+        known, foreign = set(), [f"a result, {RECORD} or {COMMIT} that cannot be read ({reason(error)})"]
+    if foreign:
+        raise InputError(
+            f"--output_folder {folder}: expected nothing in it that no run wrote where a run writes, got "
+            f"{', '.join(foreign)}; move it away or choose another folder"
+        )
     return known
 
 
-def _refuse(folder: Path, name: str) -> NoReturn:
-    raise InputError(
-        f"--output_folder {folder}: expected no {name} in it but what an earlier run wrote, since it would "
-        "be replaced; move it away or choose another folder"
-    )
+def _hashes(folder: Path) -> set[str]:
+    """Those of results that runs left in a folder: the last one, and one that was killed as it wrote."""
+    found: set[str] = set()
+    if (folder / COMMIT).exists():
+        found.update(record_of(list[str], (folder / COMMIT).read_bytes()))
+    if (folder / RECORD).exists():
+        found.update(Record.read(folder / RECORD).files.values())
+    return found
+
+
+def _foreign(settings: Settings, known: set[str]) -> Iterator[str]:
+    """The names of what a run would replace though no run wrote it."""
+    folder = settings.output_folder
+    yield from (name for name in (VARIANTS, FOLDER) if not is_ours(folder / name))
+    report = folder / REPORT
+    if report.exists() and MADE_BY.encode() not in report.read_bytes()[:4096]:
+        yield REPORT
+    for path in settings.dataset_filepaths:
+        for output in (folder / name for name in _outputs(path)):
+            if (output.is_symlink() or output.exists()) and sha256_of(output) not in known:
+                yield output.name
 
 
 def _check_names(settings: Settings) -> None:
     """Refuses names not in UTF-8, and results of one name, or of that of queries or of what a run needs."""
     for flag, value in settings.plain().items():
         for text in value if isinstance(value, list) else [value]:
-            try:
-                str(text).encode()
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"--{flag} {text}: expected a name in UTF-8, got another; rename it"
-                ) from error
+            if any("\ud800" <= letter <= "\udfff" for letter in str(text)):  # bytes that were no UTF-8
+                raise InputError(f"--{flag} {text}: expected a name in UTF-8, got another; rename it")
     queries = {path.resolve() for path in settings.dataset_filepaths}
     taken = {RECORD, REPORT, VARIANTS, FOLDER, LOCK, COMMIT}
     for path in settings.dataset_filepaths:
         for name in _outputs(path):
-            if (output := settings.output_folder / name).resolve() in queries:
+            output = settings.output_folder / name
+            if name in taken or output.resolve() in queries:
                 raise InputError(
-                    f"--output_folder {settings.output_folder}: the results would replace the queries in "
-                    f"{output}; choose another folder"
-                )
-            if name in taken:
-                raise InputError(
-                    f"--dataset_filepaths: {path} would be answered in {output}, which a run or another file "
-                    "needs; rename it"
+                    f"--dataset_filepaths: {path} would be answered in {output}, which is a query file, or "
+                    "which a run or another file needs; rename it or choose another --output_folder"
                 )
             taken.add(name)
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuses an output folder that cannot be written."""
-    where = f"--output_folder {folder}"
-    place = folder.absolute()
-    try:
-        if folder.is_symlink() and not folder.exists():
-            raise InputError(f"{where}: expected a folder, got a dead link")
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{where}: expected a folder, found a file")
-        place = next(path for path in (place, *place.parents) if path.exists())
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{where}: expected a folder to write to, but in {place}: {error.strerror}"
-        ) from error
-
-
-def check_engine(name: str, settings: Settings, time_limit: float | None) -> None:
-    """Refuses what another engine than transformers cannot answer.
+def check_flags(name: str, settings: Settings, processes: Processes | None = None) -> None:
+    """Refuses flags that do not go together, or not with the method or with several processes.
 
     Raises:
-        InputError: it is asked for.
+        InputError: they do not.
     """
-    if settings.engine == "transformers":
-        return
-    if find_spec("vllm") is None:
-        raise InputError(
-            "--engine vllm: expected the package vllm, found none; pip install 'proto-route[vllm]'"
-        )
-    if settings.device_map:
-        raise InputError("--device_map: expected --engine transformers, since vLLM places the model itself")
-    if time_limit is not None:
-        raise InputError("--time_limit: expected --engine transformers, since vllm's pace is not ours")
-    method = load_method(name)
-    if not issubclass(method, Method) or issubclass(method, PerToken):
-        raise InputError(f"--engine vllm: expected a method that makes variants, got {name}")
-
-
-def _check_places(name: str, made: type[Any], settings: Settings, processes: Processes) -> None:
-    """Refuses several processes, or a model that is spread over devices, where that cannot be."""
-    if settings.device_map and processes.count > 1:
-        raise InputError("--device_map: expected one process, which takes all devices; leave torchrun out")
-    if settings.engine != "transformers" and processes.count > 1:
-        raise InputError(f"--engine {settings.engine}: expected one process; leave torchrun out")
-    if issubclass(made, Method):
-        return
-    if settings.device_map:
-        raise InputError(f"-m {name}: expected no --device_map; a starter-kit method takes none")
-    if processes.count > 1:
-        raise InputError(f"-m {name}: expected one process; a starter-kit method runs in one")
+    method, several = load_method(name), processes is not None and processes.count > 1
+    kit, vllm = not issubclass(method, Method), settings.engine == "vllm"
+    refused: dict[str, object] = {
+        "--engine vllm: expected the package vllm, found none; pip install 'proto-route[vllm]'": (
+            vllm and find_spec("vllm") is None
+        ),
+        f"--engine vllm: expected a method that makes variants, got {name}": (
+            vllm and (kit or issubclass(method, PerToken))
+        ),
+        "--engine vllm: expected one process; leave torchrun out": vllm and several,
+        "--device_map: expected --engine transformers, since vLLM places the model itself": (
+            vllm and settings.device_map
+        ),
+        "--device_map: expected one process, which takes all devices; leave torchrun out": (
+            settings.device_map and several
+        ),
+        f"-m {name}: expected no --device_map; a starter-kit method takes none": kit and settings.device_map,
+        f"-m {name}: expected one process; a starter-kit method runs in one": kit and several,
+    }
+    for why, wrong in refused.items():
+        if wrong:
+            raise InputError(why)

@@ -1,124 +1,60 @@
 """The settings of a run. Each stands here once, with its default, its range and its help.
 
-The command line's flags, run.json, Ray's flags and the model cards derive from the fields of `Settings`.
+The type of a setting is its range; pydantic checks it. The command line's flags, run.json and the model cards
+derive from the fields of `Settings`.
 """
 # ruff: noqa: RUF009
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from math import inf
-from numbers import Integral, Real
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import AfterValidator, Field, FiniteFloat
 
 from router.constants import Apply, Device, DeviceMap, Dtype, Engine, Scoring
 from router.system.errors import InputError
 from router.system.files import typed
 
 LARGEST = (1 << 31) - 1  # whole number of a flag; faiss takes no larger seed
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """Which values a setting takes, and how they are written as a flag.
+def _framing(text: str) -> str:
+    if text != "none" and text.count("{input}") != 1:
+        raise ValueError("expected none or a text with {input} in it once")
+    return text
 
-    Attributes:
-        help: what the setting does.
-        expected: its values in words.
-        metavar: its values in the usage line.
-        read: makes a value of a word of the command line, or raises ValueError.
-        fits: whether a value is one of them.
-        none: how None is written; "" where the setting is never None.
-        many: whether the setting is a tuple of such values.
-        choices: all values, where they are words.
+
+def setting(default: Any, help: str, metavar: str = "", none: str = "") -> Any:
+    """A field of `Settings`.
+
+    Args:
+        metavar: its values in the usage line; "" lists the words of its type.
+        none: how None is written as a flag.
     """
+    return field(default=default, metadata={"help": help, "metavar": metavar, "none": none})
 
-    help: str
-    expected: str
-    metavar: str
-    read: Callable[[str], Any]
-    fits: Callable[[Any], bool]
-    none: str = ""
-    many: bool = False
-    choices: tuple[str, ...] = ()
 
-    def parse(self, text: str) -> Any:
-        """The value that a word of the command line stands for.
+def reader(kind: Any, none: str = "") -> Callable[[str], Any]:
+    """What makes a value of a type of a word of the command line; argparse tells what it raises."""
 
-        Raises:
-            ArgumentTypeError: it stands for none.
-        """
-        if self.none and text == self.none:
+    def read(word: str) -> Any:
+        if none and word == none:
             return None
         try:
-            value = self.read(text)
-        except ValueError:
-            value = None
-        if not self.fits(value):
-            close = difflib.get_close_matches(text, self.choices, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text!r:.40}{hint}")
-        return value
+            return typed(kind, word)
+        except ValueError as error:
+            more = f", or {none}" if none else ""
+            raise argparse.ArgumentTypeError(f"{error}{more}, got {word!r:.40}") from error
 
-    def takes(self, value: Any) -> bool:
-        """Whether the setting may have this value."""
-        if value is None:
-            return bool(self.none)
-        if self.many:
-            return isinstance(value, tuple) and all(map(self.fits, value))
-        return self.fits(value)
-
-
-def _setting(default: Any, kind: Kind) -> Any:
-    return field(default=default, metadata={"kind": kind})
-
-
-def _whole(default: int | None, least: int, help: str, none: str = "", more: str = "") -> Any:
-    """A setting that is a whole number from `least` to LARGEST; `more` ends its help."""
-
-    def fits(value: Any) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= LARGEST
-
-    help = f"{help}, from {least}{more and f'; {more}'}"
-    expected = f"a whole number from {least} to {LARGEST}{none and f' or {none}'}"
-    return _setting(default, Kind(help, expected, f"INT{none and f'|{none}'}", int, fits, none))
-
-
-def above_zero(help: str, metavar: str = "FLOAT", below: float = inf) -> Kind:
-    """A finite number above 0 and below another."""
-    where = "above 0" if below == inf else f"between 0 and {below:g}"
-    return Kind(
-        help=f"{help}, {where}",
-        expected=f"a number {where}",
-        metavar=metavar,
-        read=float,
-        fits=lambda value: isinstance(value, Real) and 0 < float(value) < below,
-    )
-
-
-def one_of(choices: tuple[str, ...], help: str, none: str = "") -> Kind:
-    """One of some words."""
-    shown = (none, *choices) if none else choices
-    expected, usage = f"one of {', '.join(shown)}", "|".join(shown)
-    return Kind(help, expected, usage, str, choices.__contains__, none, choices=choices)
-
-
-def _word(default: str | None, words: Any, help: str, none: str = "") -> Any:
-    """A setting that is one of the words of a Literal."""
-    return _setting(default, one_of(get_args(words), help, none))
-
-
-def _text(default: Any, metavar: str, help: str, none: str = "", read: type = str) -> Any:
-    """A setting that is a text or a path, or several where the default is a tuple."""
-    many = isinstance(default, tuple)
-    expected = f"{'texts' if many else 'a text'}{none and f' or {none}'}"
-    fits: Callable[[Any], bool] = lambda value: isinstance(value, read)  # noqa: E731
-    return _setting(default, Kind(help, expected, metavar, read, fits, none, many))
+    return read
 
 
 @dataclass(frozen=True)
@@ -129,100 +65,105 @@ class Settings:
         InputError: one has a value that it does not take.
     """
 
-    dataset_filepaths: tuple[Path, ...] = _text(
-        (Path("data/test.csv"),), "CSV", "the query files to answer", read=Path
+    dataset_filepaths: tuple[Path, ...] = setting(
+        (Path("data/test.csv"),), "the query files to answer", metavar="CSV"
     )
-    output_folder: Path = _text(Path("output"), "DIR", "the folder for the results", read=Path)
-    adapters: tuple[str, ...] = _text(
+    output_folder: Path = setting(Path("output"), "the folder for the results", metavar="DIR")
+    adapters: tuple[str, ...] = setting(
         ("data/library",),
-        "NAME_OR_FOLDER_OR_HUB_ID",
         "adapters, folders of adapter folders, or the word competition",
+        metavar="NAME_OR_FOLDER_OR_HUB_ID",
     )
-    base_model: str | None = _text(
+    base_model: str | None = setting(
         None,
-        "embedded|FOLDER|HUB_ID[@REVISION]",
         "the base model",
-        "the one that the adapters name; embedded if that is SmolLM2-135M-Instruct",
+        metavar="embedded|FOLDER|HUB_ID[@REVISION]",
+        none="the one that the adapters name; embedded if that is SmolLM2-135M-Instruct",
     )
-    chat_template: Path | None = _text(
-        None, "auto|FILE", "a Jinja template for conversations; auto is the base model's own", "auto", Path
-    )
-    frame: str | None = _setting(
+    chat_template: Path | None = setting(
         None,
-        Kind(
-            "what stands around queries and says nothing of them; auto knows chat templates and common "
-            "instruction frames, and finds what many queries share; none compares all with bare generic text",
-            "auto, none, or a text with {input} in it once",
-            "auto|none|'TEXT {input} TEXT'",
-            str,
-            lambda value: value == "none" or (isinstance(value, str) and value.count("{input}") == 1),
-            "auto",
-        ),
+        "a Jinja template for conversations; auto is the base model's own",
+        metavar="auto|FILE",
+        none="auto",
     )
-    skip_bad: bool = _setting(
+    frame: Annotated[str, AfterValidator(_framing)] | None = setting(
+        None,
+        "what stands around queries and says nothing of them; auto knows chat templates and common "
+        "instruction frames, and finds what many queries share; none compares all with bare generic text",
+        metavar="auto|none|'TEXT {input} TEXT'",
+        none="auto",
+    )
+    skip_bad: bool = setting(
         False,
-        Kind(
-            "go on without adapters that are missing, broken, of an unsupported kind or of another base "
-            "model, and list them; else the first one ends the run",
-            "true or false",
-            "",
-            bool,
-            lambda value: isinstance(value, bool),
-        ),
+        "go on without adapters that are missing, broken, of an unsupported kind or of another base "
+        "model, and list them; else the first one ends the run",
     )
-    n_variants: int | None = _whole(
-        None, 1, "number of merged variants", "auto", "auto makes as few as the weights allow"
+    n_variants: Count | None = setting(
+        None,
+        "number of merged variants, from 1; auto makes as few as the weights allow",
+        metavar="INT|auto",
+        none="auto",
     )
-    variant_rank: int | None = _whole(
-        None, 1, "recompress variants to at most this rank", "exact", "exact does not recompress"
+    variant_rank: Count | None = setting(
+        None,
+        "recompress variants to at most this rank, from 1; exact does not recompress",
+        metavar="INT|exact",
+        none="exact",
     )
-    temperature: float = _setting(
-        0.7, above_zero("temperature of the gate's softmax, in standard deviations of generic text")
+    temperature: Positive = setting(
+        0.7, "temperature of the gate's softmax, in standard deviations of generic text, above 0", "FLOAT"
     )
-    top_k: int = _whole(3, 1, "maximum number of adapters per query")
-    false_positive_rate: float = _setting(
-        0.15, above_zero("share of generic text, which no adapter fits, that may be sent to one", below=1)
+    top_k: Count = setting(3, "maximum number of adapters per query, from 1", "INT")
+    false_positive_rate: Annotated[float, Field(gt=0, lt=1)] = setting(
+        0.15,
+        "share of generic text, which no adapter fits, that may be sent to one, between 0 and 1",
+        "FLOAT",
     )
-    seed: int = _whole(0, 0, "seed of the clustering and of dare_ties")
-    batch_size: int | None = _whole(None, 1, "queries per batch", "auto", "auto fills batches by tokens")
-    device: Device = _word("auto", Device, "auto uses a GPU if there is one")
-    dtype: Dtype = _word(
+    seed: Annotated[int, Field(ge=0, le=LARGEST)] = setting(
+        0, "seed of the clustering and of dare_ties, from 0", "INT"
+    )
+    batch_size: Count | None = setting(
+        None, "queries per batch, from 1; auto fills batches by tokens", "INT|auto", none="auto"
+    )
+    device: Device = setting("auto", "auto uses a GPU if there is one")
+    dtype: Dtype = setting(
         "auto",
-        Dtype,
         "auto uses bfloat16 if the device multiplies it natively, else float16 on a GPU and float32 on a CPU",
     )
-    device_map: DeviceMap | None = _word(
+    device_map: DeviceMap | None = setting(
         None,
-        DeviceMap,
         "how accelerate spreads a base model that is too large for one device: over all devices, the memory "
         "and the disk; none does not",
-        "none",
+        none="none",
     )
-    apply: Apply = _word(
+    apply: Apply = setting(
         "auto",
-        Apply,
         "add a variant to the weights, of which a copy is kept (merged), or compute it beside them; auto "
         "adds it in float32 where the memory has room for the copy, since other dtypes round the sum",
     )
-    engine: Engine = _word(
-        "transformers", Engine, "what answers, in this process; transformers routes in both cases"
+    engine: Engine = setting(
+        "transformers", "what answers, in this process; transformers routes in both cases"
     )
-    max_gen_len: int = _whole(64, 1, "maximum number of new tokens per answer")
-    max_seq_len: int | None = _whole(
-        None, 1, "maximum number of tokens per prompt", "none", "longer ones keep their start, none keeps all"
+    max_gen_len: Count = setting(64, "maximum number of new tokens per answer, from 1", "INT")
+    max_seq_len: Count | None = setting(
+        None,
+        "maximum number of tokens per prompt, from 1; longer ones keep their start, none keeps all",
+        "INT|none",
+        none="none",
     )
-    scoring: Scoring = _word(
+    scoring: Scoring = setting(
         "full",
-        Scoring,
         "score a choice by the log-probability of all of its tokens (full) or of all but its first, as the "
         "starter kit does (kit)",
     )
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            kind, value = setting.metadata["kind"], getattr(self, setting.name)
-            if not kind.takes(value):
-                raise InputError(f"--{setting.name}: expected {kind.expected}, got {value!r:.60}")
+        for name, kind in kinds().items():
+            value = getattr(self, name)
+            try:
+                typed(kind, value, strict=True)
+            except ValueError as error:
+                raise InputError(f"--{name}: {error}, got {value!r:.60}") from error
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON values: paths become texts, tuples become lists."""
@@ -236,4 +177,10 @@ class Settings:
         Raises:
             ValueError: one is missing, or has a value that it does not take; the message names it.
         """
-        return typed(cls, {setting.name: values.get(setting.name) for setting in fields(cls)})
+        return typed(cls, {of.name: values.get(of.name) for of in fields(cls)})
+
+
+@cache
+def kinds() -> dict[str, Any]:
+    """The type of each setting, by its name."""
+    return get_type_hints(Settings, include_extras=True)

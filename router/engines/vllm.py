@@ -67,7 +67,7 @@ def answer(
     }
     reads = {n: len(rows[n]) + max(map(len, tails[n])) for n in asked}
     if long := [n for n in asked if context and reads[n] >= context]:
-        yield Done(long, [FAILED] * len(long), 1.0, f"does not fit into a context of {context} tokens")
+        yield Done(long, [FAILED] * len(long), f"does not fit into a context of {context} tokens")
     if not (asked := [n for n in asked if n not in long]):
         return
     longest = max(reads[n] + (1 if choices[n] else max_new_tokens) for n in asked)
@@ -102,7 +102,7 @@ def answer(
                     use_tqdm=False,
                 )
             )
-            yield Done(part, [read(n, list(islice(outputs, len(tails[n])))) for n in part], 1.0, NOT_FINITE)
+            yield Done(part, [read(n, list(islice(outputs, len(tails[n])))) for n in part], NOT_FINITE)
 
 
 def _score(output: Any, tail: Sequence[int], scoring: Scoring) -> float:

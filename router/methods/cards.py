@@ -13,7 +13,7 @@ import torch
 from router.library.adapters import Adapter, card
 from router.model.answer import by_length
 from router.pipeline.result import Routing
-from router.pipeline.steps import Method, largest
+from router.pipeline.steps import Method, largest, without_base
 from router.queries.submission import Query
 from router.routing.clusters import Array
 from router.system.errors import InputError
@@ -66,7 +66,7 @@ class Cards(Method):
             texts = [*map(card_of, self.adapters), *(query.input for query in queries)]
             vectors = embed(texts, encoder_folder(), device)
             cosines = vectors[len(self.adapters) :] @ vectors[: len(self.adapters)].T
-        return Routing(np.column_stack([softmax_of_nearest(cosines), np.zeros(len(queries))]))
+        return without_base(softmax_of_nearest(cosines))
 
 
 def embed(texts: Sequence[str], folder: Path, device: str = "cpu") -> Array:

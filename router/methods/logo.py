@@ -12,7 +12,7 @@ from router.library.adapters import Adapter, last_block
 from router.model.passes import batches, forward
 from router.pipeline.per_token import Experts, attached, load_experts, norms
 from router.pipeline.result import Routing
-from router.pipeline.steps import Method, largest
+from router.pipeline.steps import Method, largest, without_base
 from router.queries.submission import Query
 from router.routing.clusters import Array
 
@@ -51,7 +51,7 @@ class LoGo(Method):
             experts = load_experts(self.adapters, str(model.device), model.dtype)
         with self.stages("probe"):
             signals = self._signals(rows, experts)
-        return Routing(np.column_stack([proportional(signals, TOP_K), np.zeros(len(queries))]))
+        return without_base(proportional(signals, TOP_K))
 
     def _signals(self, rows: Sequence[Sequence[int]], experts: dict[str, Experts]) -> Array:
         """The norm of each adapter's output for each prompt's last token, (prompts, adapters)."""

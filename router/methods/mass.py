@@ -14,7 +14,7 @@ from router.library.adapters import Adapter, last_block
 from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
 from router.pipeline.result import Routing
-from router.pipeline.steps import Method, largest
+from router.pipeline.steps import Method, largest, without_base
 from router.queries.submission import Query
 from router.routing.clusters import Array
 
@@ -55,7 +55,7 @@ class Mass(Method):
         with self.stages("probe"):
             pad = self.tokenizer.pad_token_id
             left = residuals(self.base.model, rows, pad, spaces, len(self.adapters))
-        return Routing(np.column_stack([select(left), np.zeros(len(queries))]))
+        return without_base(select(left))
 
 
 def subspaces(adapters: Sequence[Adapter], device: str = "cpu") -> dict[str, dict[int, Tensor]]:

@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from router.constants import Scoring as Scoring
@@ -103,14 +102,12 @@ class Answer:
         scores: log-probability of each choice in nats; empty for generation.
         failed: whether there is no answer, since the model's output was not finite or the prompt did not fit
             into memory or the model's context; the text is then `unknown`.
-        cut: whether fewer new tokens were allowed than were asked for, for want of time.
     """
 
     text: str
     ids: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
     failed: bool = False
-    cut: bool = False
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -312,13 +309,11 @@ class Done(NamedTuple):
     Attributes:
         numbers: of its prompts.
         answers: to them, in order.
-        share: of the new tokens asked for that were allowed; 1 for choices.
         why: those that failed did.
     """
 
     numbers: list[int]
     answers: list[Answer]
-    share: float
     why: str
 
 
@@ -373,9 +368,8 @@ def answer(
     *,
     max_new_tokens: int,
     scoring: Scoring = "full",
-    allowed: Callable[[], int] | None = None,
 ) -> Iterator[Done]:
-    """Yields batches as they are finished, in order.
+    """Yields batches as they are finished, in order. One begins when it is asked for.
 
     If one does not fit into memory, it and all batches after it are split into halves. A prompt that does not
     fit alone, or for which the model's output is not finite, has no answer (`Answer.failed`). One that leaves
@@ -386,30 +380,26 @@ def answer(
         choices: of each prompt; none where text is to be written.
         batches: as `batched` makes them.
         max_new_tokens: the most tokens of a text.
-        allowed: asked before each batch how many new tokens it may have now; 0 ends all. None: as many as
-            that.
     """
     most = positions(model)
 
-    def written(part: list[int], limit: int) -> list[Answer]:
+    def written(part: list[int]) -> list[Answer]:
         room = most + 1 - max(len(rows[n]) for n in part)
-        found = generate(model, tokenizer, [rows[n] for n in part], min(limit, room))
-        return [replace(one, cut=True) for one in found] if limit < max_new_tokens else found
+        return generate(model, tokenizer, [rows[n] for n in part], min(max_new_tokens, room))
 
-    def chosen(part: list[int], limit: int) -> list[Answer]:
+    def chosen(part: list[int]) -> list[Answer]:
         options = [choices[n] for n in part]
         scored = score_choices(model, tokenizer, [rows[n] for n in part], options, scoring)
         return [likeliest(scores) for scores in scored]
 
     waiting = list(batches)
-    while waiting and (limit := allowed() if allowed else max_new_tokens):
+    while waiting:
         (numbers, _, chooses), *rest = waiting
-        found = if_it_fits(partial(chosen if chooses else written, limit=limit), numbers)
+        found = if_it_fits(chosen if chooses else written, numbers)
         if found is None and len(numbers) > 1:
             waiting = [batch._replace(numbers=half) for batch in waiting for half in halves(batch.numbers)]
             continue
-        share = 1.0 if chooses else limit / max_new_tokens
-        yield Done(numbers, found or [FAILED], share, NOT_FINITE if found else NO_ROOM)
+        yield Done(numbers, found or [FAILED], NOT_FINITE if found else NO_ROOM)
         waiting = rest
 
 

@@ -8,9 +8,8 @@ each writes a file of answers and reads all; the first one does the rest.
 from __future__ import annotations
 
 import json
-import os
-import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,11 +24,10 @@ from router.model.answer import Answer
 from router.pipeline.result import Routing
 from router.queries.submission import Query
 from router.routing.evidence import Evidence
-from router.system.errors import InputError
+from router.system.errors import InputError, reason
 from router.system.files import is_ours, mark, record_of, remove_ours, replacing
 
 FOLDER, LOCK = ".journal", ".lock"
-SYNCED = 5.0  # seconds between two calls of fsync at least; the machine may lose what came after the last
 
 
 @contextmanager
@@ -39,23 +37,22 @@ def alone_in(output: Path) -> Iterator[None]:
     The operating system releases the lock of a process that was killed.
 
     Raises:
-        InputError: another run is writing there, or something that is no lock is called like it.
+        InputError: it cannot be written, another run is writing there, or something that is no lock is
+            called like it.
     """
-    file = output / LOCK
-    if file.is_symlink() or (file.exists() and (not file.is_file() or file.stat().st_size)):  # ours is empty
-        raise InputError(
-            f"--output_folder {output}: expected no file `{LOCK}` in it, since it would be removed; move it "
-            "away or choose another folder"
-        )
-    new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
+    where, file = f"--output_folder {output}", output / LOCK
     lock = FileLock(file)
     try:
+        ours = not file.exists() or (file.is_file() and not file.stat().st_size)
+        if file.is_symlink() or not ours:
+            raise InputError(f"{where}: expected no {LOCK} in it but a run's, which is empty; move it away")
+        new = not output.exists()
+        output.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(
-            f"--output_folder {output}: another run is writing there; wait for it or choose another folder"
-        ) from error
+        raise InputError(f"{where}: another run is writing there; wait or choose another folder") from error
+    except OSError as error:
+        raise InputError(f"{where}: expected a folder to write to ({reason(error)})") from error
     try:
         yield
     finally:
@@ -66,7 +63,7 @@ def alone_in(output: Path) -> Iterator[None]:
             output.rmdir()
 
 
-class Journal(MutableMapping[Query, Answer]):
+class Journal(UserDict[Query, Answer]):
     """The answers so far, by query; what is added is kept at once.
 
     The same query has the same answer wherever it stands: its prompt alone decides how it is routed.
@@ -83,23 +80,19 @@ class Journal(MutableMapping[Query, Answer]):
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any], fresh: bool = False, rank: int = 0) -> None:
+        super().__init__()
         self.folder, self.rank = output / FOLDER, rank
         if fresh:
             self.discard()
-        self._answers: dict[Query, Answer] = {}
-        self._synced = time.monotonic()
         if not is_ours(self.folder):
             raise InputError(f"{self.folder}: expected the journal of a run, or none; move it away")
         self._begin(json.loads(json.dumps(identity)))
         own = self.folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
         own.touch()
-        ends = {path: self._read(path) for path in self._files()}
+        ends = {path: self._read(path) for path in self.folder.glob("answers*.jsonl")}
         self._file: IO[bytes] = own.open("r+b")
         self._file.truncate(ends[own])
         self._file.seek(ends[own])
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("answers*.jsonl"))
 
     def _begin(self, identity: dict[str, Any]) -> None:
         """Goes on with what is there, or starts anew where there is nothing, or nothing of this identity."""
@@ -116,7 +109,7 @@ class Journal(MutableMapping[Query, Answer]):
         other = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
         if not other:
             return
-        if known and not self._hopeless():
+        if known:
             raise InputError(
                 f"--output_folder {self.folder.parent}: holds an unfinished run that differs in "
                 f"{', '.join(other)}; choose another folder, or pass --fresh to start anew there"
@@ -125,13 +118,6 @@ class Journal(MutableMapping[Query, Answer]):
         mark(self.folder)
         with replacing(file) as new:
             json.dump(identity, new)
-
-    def _hopeless(self) -> bool:
-        """Whether all that was asked has failed, so that other flags are to be tried."""
-        for path in self._files():
-            self._read(path)
-        found, self._answers = list(self._answers.values()), {}
-        return bool(found) and all(answer.failed for answer in found)
 
     def _read(self, path: Path) -> int:
         """Reads whole lines and returns where the last of them ends; a killed run may leave half a one."""
@@ -144,29 +130,14 @@ class Journal(MutableMapping[Query, Answer]):
                     query, answer = record_of(tuple[Query, Answer], line)
                 except ValueError:
                     break
-                self._answers[query] = answer
+                self.data[query] = answer
                 end += len(line)
         return end
 
     def __setitem__(self, query: Query, answer: Answer) -> None:
-        self._answers[query] = answer
+        super().__setitem__(query, answer)
         self._file.write(json.dumps([asdict(query), asdict(answer)]).encode() + b"\n")
         self._file.flush()
-        if time.monotonic() - self._synced >= SYNCED:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
-
-    def __getitem__(self, query: Query) -> Answer:
-        return self._answers[query]
-
-    def __delitem__(self, query: Query) -> None:
-        raise TypeError("expected answers to be added only")
-
-    def __iter__(self) -> Iterator[Query]:
-        return iter(self._answers)
-
-    def __len__(self) -> int:
-        return len(self._answers)
 
     def kept(self, name: str, queries: int) -> Routing | None:
         """The routing of so many queries, as `keep` was given it; None if there is none."""
@@ -192,7 +163,7 @@ class Journal(MutableMapping[Query, Answer]):
     def close(self) -> None:
         """Closes the file; a journal without an entry goes."""
         self._file.close()
-        if not self._answers and not any(self.folder.glob("*.safetensors")):
+        if not self.data and not any(self.folder.glob("*.safetensors")):
             self.discard()
 
     def discard(self) -> None:

@@ -28,9 +28,10 @@ CARD = """\
 {header}
 ---
 
-# {method}, variant {number}
+# {recipe.method}, variant {number}
 
-A LoRA adapter of `{base}`, made by proto-route: {what}. It has rank {rank} and alpha {alpha}, so its scale
+A LoRA adapter of `{base.name}`, made by proto-route: {what}. It has rank {config[r]} and \
+alpha {config[lora_alpha]}, so its scale
 is 1, in {dtype}, on {targets}.
 
 ## Sources
@@ -47,8 +48,8 @@ Prompts reach the model as they are, without a chat template. With PEFT:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({base!r}, revision={revision!r})
-model = AutoModelForCausalLM.from_pretrained({base!r}, revision={revision!r}, dtype="{dtype}")
+tokenizer = AutoTokenizer.from_pretrained({base.name!r}, revision={base.revision!r})
+model = AutoModelForCausalLM.from_pretrained({base.name!r}, revision={base.revision!r}, dtype="{dtype}")
 model = PeftModel.from_pretrained(model, "variants/{number}", autocast_adapter_dtype=False)
 ```
 
@@ -67,12 +68,13 @@ vllm serve {quoted}{pinned} --dtype {dtype} --enable-lora \\
 
 ## How it was made
 
-`{method}`: {about}
+`{recipe.method}`: {recipe.about}
 
 ```
--m {method} --seed {seed} --n_variants {n_variants} --variant_rank {variant_rank} \\
-  --temperature {temperature} --false_positive_rate {false_positive_rate} --top_k {top_k} \\
-  --device {device} --dtype {dtype}
+-m {recipe.method} --seed {settings.seed} --n_variants {n_variants} --variant_rank {variant_rank} \\
+  --temperature {settings.temperature} --false_positive_rate {settings.false_positive_rate} \
+--top_k {settings.top_k} \\
+  --device {base.model.device.type} --dtype {dtype}
 ```
 """
 EMBEDDED_NOTE = (
@@ -99,43 +101,30 @@ def write_card(
         adapters: the library.
         variant: its weights; None if the method merged all adapters alike, by its own formula.
     """
-    (folder / CARD_FILE).write_text(card(folder, recipe, base, adapters, variant), "utf-8", newline="\n")
-
-
-def card(
-    folder: Path, recipe: Recipe, base: Base, adapters: Sequence[Adapter], variant: Variant | None = None
-) -> str:
-    """The text of the card; see `write_card`."""
     config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    name, settings = recipe.method, recipe.settings
     by_name = {adapter.name: adapter for adapter in adapters}
     sources = [by_name[source] for source in variant.weights] if variant else adapters
-    return CARD.format(
-        header=_header(base, sources),
-        method=name,
+    merged = f"its sources merged by `{recipe.method}`"
+    text = CARD.format(
+        recipe=recipe,
+        settings=recipe.settings,
+        base=base,
+        config=config,
         number=folder.name,
-        base=base.name,
-        what="the weighted sum of its sources' updates" if variant else f"its sources merged by `{name}`",
-        rank=config["r"],
+        header=_header(base, sources),
+        what="the weighted sum of its sources' updates" if variant else merged,
         slots=served_rank(config["r"]),
-        alpha=config["lora_alpha"],
         dtype=str(base.model.dtype).removeprefix("torch."),
         targets=", ".join(config["target_modules"]),
         sources=_sources(base, sources, variant),
         note=EMBEDDED_NOTE if base.name == EMBEDDED_ID and base.revision is None else "",
-        revision=base.revision,
         served=SERVED_RANKS[-1],
         quoted=shlex.quote(base.name),
         pinned=f" --revision {base.revision}" if base.revision else "",
-        about=recipe.about,
-        seed=settings.seed,
-        n_variants=settings.n_variants or "auto",
-        variant_rank=settings.variant_rank or "exact",
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        false_positive_rate=settings.false_positive_rate,
-        device=base.model.device.type,
+        n_variants=recipe.settings.n_variants or "auto",
+        variant_rank=recipe.settings.variant_rank or "exact",
     )
+    (folder / CARD_FILE).write_text(text, "utf-8", newline="\n")
 
 
 def _header(base: Base, sources: Sequence[Adapter]) -> str:

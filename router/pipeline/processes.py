@@ -102,8 +102,7 @@ def connected(device: str) -> Iterator[Processes]:
         device: `auto`, `cpu` or `cuda`; on `cuda` each process takes the card of its number on its machine.
 
     Raises:
-        InputError: they cannot be connected, are not as many as WORLD_SIZE says, or are more than there are
-            cards.
+        InputError: they cannot be connected, or are more than there are cards.
     """
     if not several():
         yield Processes()
@@ -131,11 +130,6 @@ def connected(device: str) -> Iterator[Processes]:
     except (RuntimeError, ValueError) as error:
         raise InputError(f"WORLD_SIZE={size}: the processes cannot be connected: {error}") from error
     try:
-        if str(state.num_processes) != size:
-            raise InputError(
-                f"WORLD_SIZE={size}: expected as many processes, but accelerate found {state.num_processes}; "
-                "start the run with torchrun, or unset WORLD_SIZE"
-            )
         yield Processes(state.process_index, state.num_processes)
     finally:
         state.destroy_process_group()

@@ -59,17 +59,13 @@ class VariantRecord:
 
 @dataclass(frozen=True)
 class TimeLimit:
-    """What --time_limit cut: numbers of queries."""
+    """What --time_limit cut: how many queries have no answer."""
 
     minutes: FiniteFloat
-    shortened: int
     unanswered: int
 
     def __str__(self) -> str:
-        return (
-            f"to end within {self.minutes:g} minutes, queries with a shorter answer: {self.shortened}, with "
-            f"none: {self.unanswered}"
-        )
+        return f"to end within {self.minutes:g} minutes, queries without an answer: {self.unanswered}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,15 +141,17 @@ class Record:
         return json.dumps(self.plain(), indent=indent, ensure_ascii=False)
 
 
-def record(name: str, context: Context, decision: Decision | None, **more: Any) -> Record:
-    """The record of a run.
+def record(
+    name: str, context: Context, decision: Decision | None, queries: dict[str, str], left_out: list[str]
+) -> Record:  # fmt: skip
+    """The record of a run, but for the hashes of its results.
 
     Args:
         name: the method.
         decision: how queries were routed; None of a method that does not route.
-        more: further fields.
     """
-    stages, settings = context.stages, context.settings
+    stages, settings, count = context.stages, context.settings, context.processes.count
+    deadline = context.deadline
     return Record(
         method=name,
         versions=versions(settings.engine),
@@ -161,8 +159,11 @@ def record(name: str, context: Context, decision: Decision | None, **more: Any) 
         seconds={stage: round(value, 3) for stage, value in stages.seconds.items()},
         peak_mib=dict(stages.peak_mib),
         peak_gpu_mib=dict(stages.peak_gpu_mib),
+        queries=queries,
+        left_out=left_out,
+        processes=count if count > 1 else None,
+        time_limit=TimeLimit(deadline.minutes, deadline.unanswered) if deadline else None,
         **(_decided(decision, settings.apply) if decision else {}),
-        **more,
     )
 
 

@@ -102,20 +102,13 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         InputError: it would.
     """
+    about, file = folder / ABOUT, folder / FILE
     try:
-        about = read_record(dict[str, Any], folder / ABOUT)
-        typed(int, about.get("format"))
-        typed(str, about.get("version", about.get("proto-route")))  # as 0.1 called it
-        files = typed(dict[str, str], about.get("files", {}))  # none of 0.1
-    except FileNotFoundError:
-        files = None
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder / ABOUT}: expected none, or that of a router ({error}); move it away"
-        ) from error
+        known = typed(dict[str, str], read_record(dict[str, Any], about)["files"]) if about.exists() else {}
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{about}: expected none, or that of a router ({error}); move it away") from error
     foreign = [VARIANTS] if not is_ours(folder / VARIANTS) else []
-    known = files is not None and not (files and changed(folder, {FILE: files.get(FILE, "")}))
-    if (folder / FILE).exists() and not known:
+    if file.exists() and changed(folder, {FILE: known.get(FILE, "")}):
         foreign.append(FILE)
     if foreign:
         raise InputError(

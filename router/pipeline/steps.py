@@ -292,8 +292,6 @@ def answer(
 ) -> Result:  # fmt: skip
     """Answers each query with its variant, out of the folder that holds them."""
     deadline, processes = method.context.deadline, method.context.processes
-    if deadline:
-        deadline.begin(sum(map(len, rows)))
     with method.stages("predict"):
         parts = processes.gathered(method.predict(queries, rows, decision, folder))
     if deadline:
@@ -313,30 +311,28 @@ def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list
 
 def _cuts(rows: Rows, settings: Settings, model: Any) -> Iterator[str]:
     """What is not read of long prompts, and which are longer than the base model's context."""
-    limit, new = settings.max_seq_len, settings.max_gen_len
+    limit = settings.max_seq_len
     if limit and (long := sum(len(row) >= limit for row in rows)):
         yield f"{long} of {len(rows)} prompts reach --max_seq_len {limit}; what comes after is not read"
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context == positions(model):  # it cannot go beyond; the last new token is not read
-        room = max(1, context + 1 - new)
-        if long := sum(len(row) > room for row in rows):
-            yield (
-                f"{long} of {len(rows)} prompts leave no room for {new} new tokens in the {context} that the "
-                f"base model can read, so answers are shorter, or missing; --max_seq_len {room} reads the "
-                "start of each alone"
-            )
-    elif context and (long := sum(len(row) > context for row in rows)):
+    context: int = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+    ends = context == positions(model)  # it cannot go beyond; the last new token is not read
+    room = max(1, context + 1 - settings.max_gen_len) if ends else context
+    if room and (long := sum(len(row) > room for row in rows)):
+        why = "leaves room for, so answers are shorter, or missing" if ends else "was made for"
         yield (
-            f"{long} of {len(rows)} prompts have more than the {context} tokens that the base model was made "
-            f"for; --max_seq_len {context} reads the start of each alone"
+            f"{long} of {len(rows)} prompts have more than the {room} tokens that the base model {why}; "
+            f"--max_seq_len {room} reads the start of each alone"
         )
 
 
 def evenly(queries: Sequence[Query], adapters: Sequence[Adapter]) -> Routing:
     """The same weight for every adapter, none for the base model."""
-    weights = np.zeros((len(queries), len(adapters) + 1))
-    weights[:, :-1] = 1.0 / len(adapters)
-    return Routing(weights)
+    return without_base(np.full((len(queries), len(adapters)), 1.0 / len(adapters)))
+
+
+def without_base(weights: Array) -> Routing:
+    """The routing by the adapters' weights, (queries, adapters); the base model has none."""
+    return Routing(np.column_stack([weights, np.zeros(len(weights))]))
 
 
 def largest(values: Array, k: int) -> NDArray[np.bool_]:

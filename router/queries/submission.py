@@ -12,7 +12,7 @@ import io
 import json
 import tokenize
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -53,51 +53,54 @@ class Query:
         return json.loads(self.messages) if self.messages else []
 
 
-def read_rows(
-    path: Path, needed: Sequence[str], problems: list[str] | None = None
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file as dictionaries, with the line on which each ends.
+def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a query file, JSON lines if its name ends in `.jsonl`, else CSV, with the line of each.
 
-    pandas cannot read them: it names no lines, fills rows that are too short, and takes text after a quote.
+    Of JSON lines without an id, the line is the id.
 
     Args:
-        problems: takes what is wrong with a row that is too long or too short, which is left out, and where
-            the file is no CSV in UTF-8 any more, which ends it. None raises the first problem.
+        needed: columns of CSV.
 
     Raises:
-        InputError: there is no such file, its header lacks a needed column or has one twice, or there is a
-            problem and no list for it.
+        InputError: there is no such file, its header lacks a needed column or has one twice, or a row or line
+            is none.
     """
-    csv.field_size_limit(1 << 30)
-    line = 0
+    for line, row in _rows(path, needed):
+        if isinstance(row, str):
+            raise InputError(f"{path}, line {line}: {row}")
+        yield line, row
+
+
+def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """As `read_rows`, with what is wrong in place of a row that is none.
+
+    pandas cannot read such CSV: it names no lines, fills rows that are too short, and takes text after a
+    quote.
+    """
+    json_lines = path.suffix.casefold() == JSON_LINES
+    kind = "JSON lines" if json_lines else "CSV"
+    line = 0 if json_lines else 1  # of the header
     try:
         # newline="": a bare carriage return inside a field belongs to the text.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = list(reader.fieldnames or ())
-            _check_header(path, header, needed)
-            line = reader.line_num
-            for row in reader:
-                line = reader.line_num
-                if None in row or None in row.values():
-                    got = "more" if None in row else "fewer"
-                    where = f"{path}, line {line}"
-                    _add(problems, f"{where}: expected {len(header)} fields, got {got}; is a quote missing?")
-                else:
-                    yield line, row
+        with path.open(encoding="utf-8-sig", newline=None if json_lines else "") as file:
+            for line, row in _json_rows(file) if json_lines else _csv_rows(file, path, needed):
+                yield line, row
     except OSError as error:
         raise InputError(
-            f"{path}: expected a CSV file ({error.strerror}); check --dataset_filepaths"
+            f"{path}: expected a file of {kind} ({error.strerror}); check --dataset_filepaths"
         ) from error
     except (UnicodeDecodeError, csv.Error) as error:
-        _add(
-            problems,
-            f"{path}, after line {line}: expected CSV in UTF-8, each quote closed, and doubled within a text "
-            f"({error})",
-        )
+        quotes = "" if json_lines else ", each quote closed, and doubled within a text"
+        raise InputError(f"{path}, after line {line}: expected {kind} in UTF-8{quotes} ({error})") from error
 
 
-def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:
+def _csv_rows(
+    file: TextIO, path: Path, needed: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Any] | str]]:  # fmt: skip
+    """The lines on which rows end, and the rows as dictionaries, or what is wrong with them."""
+    csv.field_size_limit(1 << 30)
+    reader = csv.DictReader(file, strict=True)
+    header = list(reader.fieldnames or ())
     if missing := [name for name in needed if name not in header]:
         found = ", ".join(header)[:300].replace("\0", "") or "nothing"
         raise InputError(
@@ -106,12 +109,25 @@ def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> N
         )
     if twice := [name for name in header if header.count(name) > 1]:
         raise InputError(f"{path}: the column {twice[0]!r} stands twice in the header; rename one")
+    for row in reader:
+        if None in row or None in row.values():
+            got = "more" if None in row else "fewer"
+            yield reader.line_num, f"expected {len(header)} fields, got {got}; is a quote missing?"
+        else:
+            yield reader.line_num, row
 
 
-def _add(problems: list[str] | None, problem: str) -> None:
-    if problems is None:
-        raise InputError(problem)
-    problems.append(problem)
+def _json_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """The lines that are not blank, and their objects, or what is wrong with them."""
+    for line, text in enumerate(file, 1):
+        if text.strip():
+            try:
+                row = record_of(dict[str, Any], text)
+                if not isinstance(row.setdefault("id", line), (str, int)):
+                    raise ValueError(f"expected a text or a whole number as id, got {row['id']!r:.40}")
+                yield line, row | {"id": str(row["id"])}
+            except ValueError as error:
+                yield line, f"expected a JSON object ({error})"
 
 
 def read_labels(path: Path, column: str) -> Iterator[tuple[int, str]]:
@@ -120,12 +136,9 @@ def read_labels(path: Path, column: str) -> Iterator[tuple[int, str]]:
     Raises:
         InputError: there is no such column.
     """
-    if path.suffix.casefold() != JSON_LINES:
-        yield from ((line, row[column]) for line, row in read_rows(path, (column,)))
-        return
-    for line, row in read_lines(path, []):
+    for line, row in read_rows(path, (column,)):
         if not isinstance(row.get(column), str):
-            raise InputError(f"{path}, line {line}: expected a text as {column}, got none")
+            raise InputError(f"{path}, line {line}, column {column}: expected a text, got none")
         yield line, row[column]
 
 
@@ -137,63 +150,6 @@ def adapters_of(label: str) -> list[str]:
 def digest_of(queries: Sequence[Query]) -> str:
     """A sha256 of what is asked."""
     return hashlib.sha256(repr(list(queries)).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file of JSON lines, with their lines; without an id a line's number is its id.
-
-    Args:
-        problems: takes what is wrong with a line, which is left out, and where the file is not in UTF-8,
-            which ends it.
-
-    Raises:
-        InputError: there is no such file.
-    """
-    line = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line, text in enumerate(file, 1):
-                if not text.strip():
-                    continue
-                try:
-                    row = record_of(dict[str, Any], text)
-                    if not isinstance(row.setdefault("id", line), (str, int)):
-                        raise ValueError(f"expected a text or a whole number as id, got {row['id']!r:.40}")
-                    yield line, row | {"id": str(row["id"])}
-                except ValueError as error:
-                    problems.append(f"{path}, line {line}: expected a JSON object ({error})")
-    except OSError as error:
-        raise InputError(
-            f"{path}: expected a file of JSON lines ({error.strerror}); check --dataset_filepaths"
-        ) from error
-    except UnicodeDecodeError as error:
-        problems.append(f"{path}, after line {line}: expected JSON lines in UTF-8 ({error})")
-
-
-def parse_line(row: Mapping[str, Any], where: str) -> Query:
-    """The query of a JSON object: its `messages` or its `input`, and for multiple choice `answer_choices`.
-
-    Raises:
-        InputError: the object is none.
-    """
-    if ("messages" in row) == ("input" in row):
-        both = "both" if "input" in row else "neither"
-        raise InputError(f"{where}: expected `messages` or `input`, got {both}")
-    kind, choices = row.get("eval_type", GENERATION), row.get("answer_choices") or []
-    if kind not in EVAL_TYPES:
-        raise InputError(f"{where}, eval_type: expected {' or '.join(EVAL_TYPES)}, got {kind!r:.40}")
-    texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
-    if kind == MULTIPLE_CHOICE and not (texts and choices):
-        raise InputError(
-            f"{where}, answer_choices: expected a list of at least one text, got {choices!r:.60}"
-        )
-    options = tuple(choices) if kind == MULTIPLE_CHOICE else ()
-    if "messages" in row:
-        messages = checked(row["messages"], where)
-        return Query(row["id"], shown(messages), kind, options, packed(messages))
-    if not isinstance(row["input"], str):
-        raise InputError(f"{where}, input: expected a text, got {row['input']!r:.40}")
-    return Query(row["id"], row["input"], kind, options)
 
 
 def read_queries(path: Path) -> list[Query]:
@@ -214,26 +170,18 @@ def read_queries(path: Path) -> list[Query]:
     queries: list[Query] = []
     lines: dict[str, int] = {}
     problems: list[str] = []
-    parse: Callable[[Any, str], Query] = parse_query
-    rows: Iterator[tuple[int, Mapping[str, Any]]] = iter(())
-    if path.suffix.casefold() == JSON_LINES:
-        parse, rows = parse_line, read_lines(path, problems)
-    else:
-        rows = read_rows(path, COLUMNS, problems)
-    for line, row in rows:
-        where = f"{path}, line {line}"
-        if not row["id"].strip():
-            problems.append(f"{where}, column id: expected an id, got {row['id']!r}")
-            continue
-        first = lines.setdefault(row["id"], line)
-        if first != line:
-            problems.append(
-                f"{where}, column id: {row['id']!r} stands on line {first} too; ids must be unique"
-            )
-        try:
-            queries.append(parse(row, where))
-        except InputError as error:
-            problems.append(str(error))
+    columns = None if path.suffix.casefold() == JSON_LINES else COLUMNS  # further ones of CSV are no matter
+    try:
+        for line, row in _rows(path, COLUMNS):
+            try:
+                if isinstance(row, str):
+                    raise InputError(f"{path}, line {line}: {row}")
+                _check_id(row["id"], line, lines, path)
+                queries.append(query_of({name: row[name] for name in columns or row}, f"{path}, line {line}"))
+            except InputError as error:
+                problems.append(str(error))
+    except InputError as error:  # where the file breaks off
+        problems.append(str(error))
     if problems:
         more = len(problems) - SHOWN
         raise InputError("\n".join(problems[:SHOWN]) + (f"\nand {more} more like these" if more > 0 else ""))
@@ -242,45 +190,70 @@ def read_queries(path: Path) -> list[Query]:
     return queries
 
 
-def parse_query(row: Mapping[str, str], where: str) -> Query:
-    """The query of one row, a text for each of COLUMNS.
+def _check_id(name: str, line: int, lines: dict[str, int], path: Path) -> None:
+    """Refuses no id, and one of an earlier line."""
+    if not name.strip():
+        raise InputError(f"{path}, line {line}, column id: expected an id, got {name!r}")
+    if (first := lines.setdefault(name, line)) != line:
+        raise InputError(
+            f"{path}, line {line}, column id: {name!r} stands on line {first} too; ids must be unique"
+        )
+
+
+def query_of(row: Mapping[str, Any], where: str) -> Query:
+    """The query of a row: its `messages` or its `input`, and for multiple choice `answer_choices`.
+
+    Args:
+        where: begins the sentence about what is wrong.
 
     Raises:
         InputError: the row is none.
     """
-    if row["eval_type"] not in EVAL_TYPES:
+    if ("messages" in row) == ("input" in row):
+        both = "both" if "input" in row else "neither"
+        raise InputError(f"{where}: expected `messages` or `input`, got {both}")
+    kind = row.get("eval_type", GENERATION)
+    if kind not in EVAL_TYPES:
+        raise InputError(f"{where}, column eval_type: expected {' or '.join(EVAL_TYPES)}, got {kind!r:.40}")
+    messages = checked(row["messages"], where) if "messages" in row else []
+    text = shown(messages) if messages else row["input"]
+    if not isinstance(text, str):
+        raise InputError(f"{where}, column input: expected a text, got {text!r:.40}")
+    # Of generation nobody reads the column of choices, so anything may stand in it.
+    choices = _choices(row.get("answer_choices"), text, where) if kind == MULTIPLE_CHOICE else ()
+    return Query(row["id"], text, kind, choices, packed(messages) if messages else "")
+
+
+def _choices(given: Any, text: str, where: str) -> tuple[str, ...]:
+    """The choices in a list, or in a text that spells a Python list.
+
+    Where the text is blank, the input is the only choice, answered with 0, as the starter kit does.
+    """
+    if isinstance(given, str) and given.strip() in ("", "None", "nan"):
+        return (text,)
+    found = _literal(given.strip()) if isinstance(given, str) else given
+    fits = isinstance(found, (list, tuple)) and all(isinstance(one, (str, int, float)) for one in found)
+    if not (fits and found):
         raise InputError(
-            f"{where}, column eval_type: expected {' or '.join(EVAL_TYPES)}, got {row['eval_type']!r}"
+            f"{where}, column answer_choices: expected a list of at least one text, such as "
+            f"\"['yes', 'no']\", got {given!r:.60}"
         )
-    choices: tuple[str, ...] = ()  # of generation nobody reads the column, so anything may stand in it
-    if row["eval_type"] == MULTIPLE_CHOICE:
-        # Where the cell is blank, the input is the only choice, answered with 0, as the starter kit does.
-        choices = _choices(row["answer_choices"], where) or (row["input"],)
-    return Query(row["id"], row["input"], row["eval_type"], choices)
+    return tuple(map(str, found))
 
 
-def _choices(text: str, where: str) -> tuple[str, ...]:
-    literal = text.strip()
-    if literal in ("", "None", "nan"):
-        return ()
+def _literal(text: str) -> Any:
+    """The list that a text spells; None if it spells none, or one in which a comma is missing."""
     try:
         with warnings.catch_warnings():  # a stray backslash in a choice is the author's business
             warnings.simplefilter("ignore", SyntaxWarning)
-            value = ast.literal_eval(literal)
-        tokens = tokenize.generate_tokens(io.StringIO(literal).readline)
-        n_texts = sum(token.type == tokenize.STRING for token in tokens)
-        fits = isinstance(value, (list, tuple)) and all(
-            isinstance(choice, (str, int, float)) for choice in value
-        )
+            value = ast.literal_eval(text)
+        str(value)  # a ValueError for a whole number of more than 4,300 digits
         # Two texts without a comma between them, as NumPy prints a list, are one to Python.
-        if fits and value and n_texts == sum(isinstance(choice, str) for choice in value):
-            return tuple(map(str, value))
-    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
-        pass  # a whole number of more than 4,300 digits among them
-    raise InputError(
-        f"{where}, column answer_choices: expected a Python list of at least one text, such as "
-        f"\"['yes', 'no']\", got {text[:60]!r}"
-    )
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        texts = sum(token.type == tokenize.STRING for token in tokens)
+        return value if texts == sum(isinstance(choice, str) for choice in value) else None
+    except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
+        return None
 
 
 class _UnixLines:

@@ -87,7 +87,7 @@ def record_of(kind: type[T], text: str | bytes) -> T:
         >>> record_of(dict[str, int], '{"a": "x"}')
         Traceback (most recent call last):
         ...
-        ValueError: a: Input should be a valid integer, unable to parse string as an integer
+        ValueError: a: it should be a valid integer, unable to parse string as an integer
     """
     try:
         found = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole)
@@ -96,8 +96,11 @@ def record_of(kind: type[T], text: str | bytes) -> T:
     return typed(kind, found)
 
 
-def typed(kind: type[T], value: Any) -> T:
+def typed(kind: type[T], value: Any, strict: bool = False) -> T:
     """The same of JSON values.
+
+    Args:
+        strict: takes no value of another type, such as a text that spells a number.
 
     Raises:
         ValueError: something is missing, or of another type; the message says where.
@@ -105,11 +108,12 @@ def typed(kind: type[T], value: Any) -> T:
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_python(value)  # type: ignore[arg-type, no-any-return]
+        return _adapter(kind).validate_python(value, strict=strict)  # type: ignore[arg-type, no-any-return]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        what = first["msg"].replace("Input should", "it should").removeprefix("Value error, ")
         where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {first['msg']}") from error
+        raise ValueError(f"{where}: {what}" if where else what) from error
 
 
 @cache

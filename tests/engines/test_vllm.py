@@ -165,9 +165,7 @@ def test_a_run_whose_vllm_does_not_start_keeps_its_journal(words, tmp_path, monk
     assert main(words) == 0
 
 
-@pytest.mark.parametrize(
-    "flags", [["--device_map", "auto"], ["--time_limit", "9"], ["-m", "arrow", "--engine", "vllm"]]
-)
+@pytest.mark.parametrize("flags", [["--device_map", "auto"], ["-m", "arrow", "--engine", "vllm"]])
 def test_what_does_not_go_together_is_refused(words, monkeypatch, flags, capsys):
     assert main([*words, *flags]) == 2
     assert flags[-2] in capsys.readouterr().err

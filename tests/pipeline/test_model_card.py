@@ -16,7 +16,7 @@ from router.main import parser
 from router.methods import load_method
 from router.model.base import EMBEDDED_ID
 from router.pipeline.context import Context
-from router.pipeline.model_card import _cell, card
+from router.pipeline.model_card import _cell, write_card
 from router.pipeline.steps import load
 from router.routing.variants import Variant
 from router.settings import Settings
@@ -159,7 +159,8 @@ def test_a_base_model_from_the_hub_is_pinned_in_the_code(write, tiny_base, tiny_
 
     def text_with(**changed):
         base = dataclasses.replace(method.base, **changed)
-        return card(folder, method.recipe, base, method.adapters, MIXED)
+        write_card(folder, method.recipe, base, method.adapters, MIXED)
+        return (folder / "README.md").read_text("utf-8")
 
     text = text_with(name="some/base", revision="0123abc")
     assert ModelCard(text).data.base_model == "some/base"

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -179,9 +178,9 @@ def test_what_all_processes_left_out_for_want_of_time_is_counted(started, tmp_pa
 
         looked = 0
 
-        def new_tokens(self, most):
+        def over(self):
             self.looked += 1
-            return most if self.looked < 4 else 0
+            return self.looked >= 4
 
     record = started("base", 2, "out", lambda: Looks(1))[0]
     unknown = [row for row in read_table(tmp_path / "out" / "queries.csv") if row["prediction"] == "unknown"]
@@ -205,14 +204,8 @@ def test_a_starter_kit_method_runs_in_one_process(started, monkeypatch):
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
-@pytest.mark.parametrize(("environment", "found"), [({"WORLD_SIZE": "2"}, None), (TORCHRUN, 1)])
-def test_another_number_of_processes_than_was_said_is_refused(
-    command, capsys, monkeypatch, environment, found
-):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    state = SimpleNamespace(num_processes=found, process_index=0, destroy_process_group=lambda: None)
-    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+def test_several_processes_without_torchrun_are_refused(command, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     code, out = command("base")
     assert code == 2 and not out.exists()
     (error,) = capsys.readouterr().err.splitlines()
