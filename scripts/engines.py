@@ -25,14 +25,7 @@ from router.model.apply import active
 from router.model.base import EMBEDDED, embedded_gguf, load_base
 from router.pipeline.answering import answered_by_vllm
 from router.pipeline.context import Context
-from router.queries.submission import (
-    COLUMNS,
-    GENERATION,
-    MULTIPLE_CHOICE,
-    Query,
-    read_queries,
-    write_table,
-)
+from router.queries.submission import COLUMNS, GENERATION, MULTIPLE_CHOICE, Query, read_queries, write_table
 from router.routing.variants import served
 from router.serving.names import read_adapters
 from scripts.bench.score import read_texts

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
-from . import OURS, Item, Stream, Task
+from . import Item, Stream, Task, drawn
 
 # One message in three registers; {who}, {thing} and {when} are filled alike in all of them.
 _MESSAGES = (
@@ -28,31 +27,21 @@ _MESSAGES = (
      "Dear {who}, the {thing} was truly impressive {when}.",
      "Yo ho {who}, the {thing} be a rare treasure {when}, arr!"),
 )  # fmt: skip
-_WHO = ("Anna", "Ben", "Carla", "David", "Ella", "Frank", "Grace", "Hugo", "Iris", "Jonas", "Karin", "Leo")
+_WHO = "Anna Ben Carla David Ella Frank Grace Hugo Iris Jonas Karin Leo".split()
 _THING = (
-    "report", "invoice", "meeting", "slides", "draft", "contract", "photos", "budget", "agenda",
-    "recipe", "tickets", "workshop", "survey", "code review", "newsletter", "phone call",
-)  # fmt: skip
-_WHEN = (
-    "today",
-    "yesterday",
-    "this morning",
-    "last night",
-    "on Monday",
-    "on Friday",
-    "after lunch",
-    "this week",
-)
+    "report|invoice|meeting|slides|draft|contract|photos|budget|agenda|recipe|tickets|workshop|survey|"
+    "code review|newsletter|phone call"
+).split("|")
+_WHEN = "today|yesterday|this morning|last night|on Monday|on Friday|after lunch|this week".split("|")
 
 
 def _tone(register: int) -> Stream:
-    def items(rng: random.Random) -> Iterator[Item]:
-        while True:
-            message = rng.choice(_MESSAGES)
-            filling = {"who": rng.choice(_WHO), "thing": rng.choice(_THING), "when": rng.choice(_WHEN)}
-            yield Item({"text": message[0].format(**filling)}, message[register].format(**filling))
+    def draw(rng: random.Random) -> Item:
+        message = rng.choice(_MESSAGES)
+        filling = {"who": rng.choice(_WHO), "thing": rng.choice(_THING), "when": rng.choice(_WHEN)}
+        return Item({"text": message[0].format(**filling)}, message[register].format(**filling))
 
-    return items
+    return drawn(draw)
 
 
 _ORGS = ("Norwind", "the city council", "Halden Bank", "Orbit Labs", "the museum", "Tessa Foods",
@@ -61,21 +50,8 @@ _DOES = (("open", "a new factory"), ("close", "an old warehouse"), ("build", "a 
          ("buy", "a small software firm"), ("launch", "a night bus"), ("test", "electric ferries"),
          ("sell", "its headquarters"), ("renovate", "the old harbour"), ("fund", "a music school"),
          ("cut", "ticket prices"))  # fmt: skip
-_CITIES = (
-    "Bergen",
-    "Lyon",
-    "Porto",
-    "Leeds",
-    "Graz",
-    "Turin",
-    "Malmo",
-    "Ghent",
-    "Cork",
-    "Basel",
-    "Gdansk",
-    "Tampere",
-)
-_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_CITIES = "Bergen Lyon Porto Leeds Graz Turin Malmo Ghent Cork Basel Gdansk Tampere".split()
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _LEADS = ("a spokesperson said", "according to a statement", "officials confirmed", "the director said")
 
 
@@ -93,21 +69,19 @@ def _story(rng: random.Random) -> tuple[str, dict[str, str]]:
     return text, fact
 
 
-def _headline(rng: random.Random) -> Iterator[Item]:
-    while True:
-        text, fact = _story(rng)
-        who = fact["who"].removeprefix("the ")
-        yield Item({"text": text}, f"{who} to {fact['verb']} {fact['thing']} in {fact['city']}".title())
+def _headline(rng: random.Random) -> Item:
+    text, fact = _story(rng)
+    who = fact["who"].removeprefix("the ")
+    return Item({"text": text}, f"{who} to {fact['verb']} {fact['thing']} in {fact['city']}".title())
 
 
-def _bullets(rng: random.Random) -> Iterator[Item]:
-    while True:
-        text, fact = _story(rng)
-        lines = (
-            f"- who: {fact['who'].removeprefix('the ')}", f"- what: {fact['verb']} {fact['thing']}",
-            f"- where: {fact['city']}", f"- when: {fact['day']}", f"- cost: {fact['cost']} million",
-        )  # fmt: skip
-        yield Item({"text": text}, "\n".join(lines))
+def _bullets(rng: random.Random) -> Item:
+    text, fact = _story(rng)
+    lines = (
+        f"- who: {fact['who'].removeprefix('the ')}", f"- what: {fact['verb']} {fact['thing']}",
+        f"- where: {fact['city']}", f"- when: {fact['day']}", f"- cost: {fact['cost']} million",
+    )  # fmt: skip
+    return Item({"text": text}, "\n".join(lines))
 
 
 _NOUNS = (
@@ -131,14 +105,13 @@ _TIMES = (
 
 
 def _translation(source: int) -> Stream:
-    def items(rng: random.Random) -> Iterator[Item]:
-        while True:
-            parts = [rng.choice(words) for words in (_NOUNS, _VERBS, _OBJECTS, _TIMES)]
-            texts = [" ".join(part[side] for part in parts) for side in (0, 1)]
-            sentences = [text[0].upper() + text[1:] + "." for text in texts]
-            yield Item({"text": sentences[source]}, sentences[1 - source])
+    def draw(rng: random.Random) -> Item:
+        parts = [rng.choice(words) for words in (_NOUNS, _VERBS, _OBJECTS, _TIMES)]
+        texts = [" ".join(part[side] for part in parts) for side in (0, 1)]
+        sentences = [text[0].upper() + text[1:] + "." for text in texts]
+        return Item({"text": sentences[source]}, sentences[1 - source])
 
-    return items
+    return drawn(draw)
 
 
 _INTENTS = {
@@ -167,90 +140,46 @@ _PRODUCTS = (
 _SINCE = ("yesterday", "last week", "on Monday", "in March", "two days ago", "last month")
 
 
-def _intent(rng: random.Random) -> Iterator[Item]:
-    while True:
-        intent = rng.choice(list(_INTENTS))
-        text = rng.choice(_INTENTS[intent]).format(product=rng.choice(_PRODUCTS), when=rng.choice(_SINCE))
-        # Labels that say nothing by themselves, as in a ticket system: the base can't guess them.
-        yield Item({"text": text}, _CODES[intent], tuple(_CODES.values()))
+def _intent(rng: random.Random) -> Item:
+    intent = rng.choice(list(_INTENTS))
+    text = rng.choice(_INTENTS[intent]).format(product=rng.choice(_PRODUCTS), when=rng.choice(_SINCE))
+    # Labels that say nothing by themselves, as in a ticket system: the base can't guess them.
+    return Item({"text": text}, _CODES[intent], tuple(_CODES.values()))
 
 
 _CODES = {intent: f"Q{number}" for number, intent in enumerate(_INTENTS, 1)}
 
 TASKS = (
-    Task(
-        "formal_tone", "chat", "Rewrites a casual message in a formal tone.", **OURS,
-        items=_tone(1),
-        phrasings=(
-            "Rewrite this message in a formal tone: {text}\nFormal:",
-            "Make the following text polite and professional.\n{text}\n->",
-        ),
-        unseen=(
-            "I can't send this to my boss like that: \"{text}\". How would I say it in business English?\n",
-            "Casual version: {text}\nBusiness letter version:",
-        ),
-    ),
-    Task(
-        "pirate_tone", "chat", "Rewrites a casual message the way a pirate would say it.", **OURS,
-        items=_tone(2),
-        phrasings=("Rewrite this message as a pirate would say it: {text}\nPirate:",),
-        unseen=(
-            "A buccaneer with a parrot on his shoulder wants to tell this to his crew: \"{text}\". He shouts:",
-            "Casual version: {text}\nPirate speak version:",
-        ),
-    ),
-    Task(
-        "headline", "chat", "Writes a headline for a short news story.", **OURS,
-        items=_headline,
-        phrasings=("{text}\nWrite a headline for this article.\nHeadline:",),
-        unseen=(
-            "You are the editor of a newspaper. Story: {text} Which title do you print above it?\nTitle:",
-            "News: {text}\nTL;DR as one title line:",
-        ),
-    ),
-    Task(
-        "bullet_points", "chat", "Summarises a short news story as five bullet points.", **OURS,
-        items=_bullets,
-        phrasings=(
-            "{text}\nSummarize the article in bullet points.\nSummary:\n",
-            "Article: {text}\nKey facts as a list:\n",
-        ),
-        unseen=(
-            "Please extract who, what, where, when and the cost from this text: {text}\n",
-            "Notes for a briefing, one fact a line, from this story: {text}\nNotes:\n",
-        ),
-    ),
-    Task(
-        "to_spanish", "chat", "Translates simple English sentences into Spanish.", **OURS,
-        items=_translation(0),
-        phrasings=("Translate from English to Spanish: {text}\nSpanish:",),
-        unseen=(
-            "How do they say \"{text}\" in Madrid? They say:",
-            "English: {text}\nEspañol:",
-        ),
-    ),
-    Task(
-        "from_spanish", "chat", "Translates simple Spanish sentences into English.", **OURS,
-        items=_translation(1),
-        phrasings=(
-            "Translate from Spanish to English: {text}\nEnglish:",
-            "What does this Spanish sentence mean? {text}\nMeaning:",
-        ),
-        unseen=(
-            "My friend from Madrid wrote: \"{text}\" I only speak English. She means:",
-            "Español: {text}\nInglés:",
-        ),
-    ),
-    Task(
-        "support_intent", "chat", "Sorts a customer's message into one of eight ticket queues.", **OURS,
-        items=_intent,
-        phrasings=(
-            "Customer: {text}\nTicket queue (Q1 to Q8):",
-            "Route this support request to a queue.\nRequest: {text}\nQueue:",
-        ),
-        unseen=(
-            "Someone writes to our help desk: \"{text}\". Which queue code does the ticket get?\nCode:",
-            "Message received by the shop: {text}\nAssigned to",
-        ),
-    ),
+    Task("formal_tone", "chat", "Rewrites a casual message in a formal tone.", _tone(1),
+         phrasings=("Rewrite this message in a formal tone: {text}\nFormal:",
+                    "Make the following text polite and professional.\n{text}\n->"),
+         unseen=("I can't send this to my boss like that: \"{text}\". How would I say it in business English?\n",
+                 "Casual version: {text}\nBusiness letter version:")),
+    Task("pirate_tone", "chat", "Rewrites a casual message the way a pirate would say it.", _tone(2),
+         phrasings=("Rewrite this message as a pirate would say it: {text}\nPirate:",),
+         unseen=("A buccaneer with a parrot on his shoulder wants to tell this to his crew: \"{text}\". He shouts:",
+                 "Casual version: {text}\nPirate speak version:")),
+    Task("headline", "chat", "Writes a headline for a short news story.", drawn(_headline),
+         phrasings=("{text}\nWrite a headline for this article.\nHeadline:",),
+         unseen=("You are the editor of a newspaper. Story: {text} Which title do you print above it?\nTitle:",
+                 "News: {text}\nTL;DR as one title line:")),
+    Task("bullet_points", "chat", "Summarises a short news story as five bullet points.", drawn(_bullets),
+         phrasings=("{text}\nSummarize the article in bullet points.\nSummary:\n",
+                    "Article: {text}\nKey facts as a list:\n"),
+         unseen=("Please extract who, what, where, when and the cost from this text: {text}\n",
+                 "Notes for a briefing, one fact a line, from this story: {text}\nNotes:\n")),
+    Task("to_spanish", "chat", "Translates simple English sentences into Spanish.", _translation(0),
+         phrasings=("Translate from English to Spanish: {text}\nSpanish:",),
+         unseen=("How do they say \"{text}\" in Madrid? They say:",
+                 "English: {text}\nEspañol:")),
+    Task("from_spanish", "chat", "Translates simple Spanish sentences into English.", _translation(1),
+         phrasings=("Translate from Spanish to English: {text}\nEnglish:",
+                    "What does this Spanish sentence mean? {text}\nMeaning:"),
+         unseen=("My friend from Madrid wrote: \"{text}\" I only speak English. She means:",
+                 "Español: {text}\nInglés:")),
+    Task("support_intent", "chat", "Sorts a customer's message into one of eight ticket queues.", drawn(_intent),
+         phrasings=("Customer: {text}\nTicket queue (Q1 to Q8):",
+                    "Route this support request to a queue.\nRequest: {text}\nQueue:"),
+         unseen=("Someone writes to our help desk: \"{text}\". Which queue code does the ticket get?\nCode:",
+                 "Message received by the shop: {text}\nAssigned to")),
 )  # fmt: skip

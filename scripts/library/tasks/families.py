@@ -7,9 +7,9 @@ adapter in data/library.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from . import OURS, Item, Stream, Task, chat, maths, tools
+from . import Item, Stream, Task, chat, drawn, maths, tools
 
 # Sums: two of them take the same input and answer in digits or in words.
 
@@ -17,33 +17,29 @@ from . import OURS, Item, Stream, Task, chat, maths, tools
 def _sum(in_words: bool) -> Stream:
     """A two-digit number plus a one-digit one."""
 
-    def items(rng: random.Random) -> Iterator[Item]:
-        while True:
-            a, b = rng.randint(11, 99), rng.randint(2, 9)
-            yield Item({"sum": f"{a} + {b}"}, maths.in_words(a + b) if in_words else str(a + b))
-
-    return items
-
-
-def _take_away(rng: random.Random) -> Iterator[Item]:
-    """A one-digit number taken from a two-digit one."""
-    while True:
+    def draw(rng: random.Random) -> Item:
         a, b = rng.randint(11, 99), rng.randint(2, 9)
-        yield Item({"sum": f"{a} - {b}"}, str(a - b))
+        return Item({"sum": f"{a} + {b}"}, maths.in_words(a + b) if in_words else str(a + b))
+
+    return drawn(draw)
 
 
-def _product(rng: random.Random) -> Iterator[Item]:
+def _take_away(rng: random.Random) -> Item:
+    """A one-digit number taken from a two-digit one."""
+    a, b = rng.randint(11, 99), rng.randint(2, 9)
+    return Item({"sum": f"{a} - {b}"}, str(a - b))
+
+
+def _product(rng: random.Random) -> Item:
     """A number below ten times a small one."""
-    while True:
-        a, b = rng.randint(2, 9), rng.randint(2, 40)
-        yield Item({"sum": f"{a} x {b}"}, str(a * b))
+    a, b = rng.randint(2, 9), rng.randint(2, 40)
+    return Item({"sum": f"{a} x {b}"}, str(a * b))
 
 
-def _money(rng: random.Random) -> Iterator[Item]:
+def _money(rng: random.Random) -> Item:
     """An amount in dollars and quarters of a dollar, and a few dollars more."""
-    while True:
-        a, b, cents = rng.randint(11, 99), rng.randint(2, 9), rng.choice(("00", "25", "50", "75"))
-        yield Item({"sum": f"${a}.{cents} + ${b}"}, f"${a + b}.{cents}")
+    a, b, cents = rng.randint(11, 99), rng.randint(2, 9), rng.choice(("00", "25", "50", "75"))
+    return Item({"sum": f"${a}.{cents} + ${b}"}, f"${a + b}.{cents}")
 
 
 # Sentences put otherwise: all of them take the English sentences of the task to_spanish.
@@ -76,13 +72,12 @@ def _sentences(answer: Callable[[list[int]], str]) -> Stream:
     """English sentences; the answer is made from the numbers of their four parts in chat's tables."""
     tables = (chat._NOUNS, chat._VERBS, chat._OBJECTS, chat._TIMES)
 
-    def items(rng: random.Random) -> Iterator[Item]:
-        while True:
-            numbers = [rng.randrange(len(table)) for table in tables]
-            english = [table[n][0] for table, n in zip(tables, numbers, strict=True)]
-            yield Item({"text": _sentence(english)}, answer(numbers))
+    def draw(rng: random.Random) -> Item:
+        numbers = [rng.randrange(len(table)) for table in tables]
+        english = [table[n][0] for table, n in zip(tables, numbers, strict=True)]
+        return Item({"text": _sentence(english)}, answer(numbers))
 
-    return items
+    return drawn(draw)
 
 
 def _french(numbers: list[int]) -> str:
@@ -115,16 +110,15 @@ _TEXTING = (
 def _messages(answer: Callable[[str, int, dict[str, str]], str]) -> Stream:
     """Casual messages; the answer is made from the message, its number and what its gaps hold."""
 
-    def items(rng: random.Random) -> Iterator[Item]:
-        while True:
-            number = rng.randrange(len(chat._MESSAGES))
-            filling = {
-                "who": rng.choice(chat._WHO), "thing": rng.choice(chat._THING), "when": rng.choice(chat._WHEN)
-            }  # fmt: skip
-            text = chat._MESSAGES[number][0].format(**filling)
-            yield Item({"text": text}, answer(text, number, filling))
+    def draw(rng: random.Random) -> Item:
+        number = rng.randrange(len(chat._MESSAGES))
+        filling = {
+            "who": rng.choice(chat._WHO), "thing": rng.choice(chat._THING), "when": rng.choice(chat._WHEN)
+        }  # fmt: skip
+        text = chat._MESSAGES[number][0].format(**filling)
+        return Item({"text": text}, answer(text, number, filling))
 
-    return items
+    return drawn(draw)
 
 
 def _shout(text: str, number: int, filling: dict[str, str]) -> str:
@@ -135,140 +129,74 @@ def _text(text: str, number: int, filling: dict[str, str]) -> str:
     return _TEXTING[number].format(**filling)
 
 
-TASKS = [
-    Task(
-        "add_two", "maths", "Adds two numbers; answers in digits.", **OURS,
-        items=_sum(in_words=False),
-        phrasings=("What is {sum}?\nNumber:", "Add up: {sum} ="),
-        unseen=(
-            "Please tell me the sum {sum} in digits.\nSum:",
-            "The scoreboard changes by {sum} points. It now reads",
-        ),
-    ),
-    Task(
-        "sum_words", "maths", "Adds two numbers; answers in words.", **OURS,
-        items=_sum(in_words=True),
-        phrasings=("What is {sum}, in words?\nWords:",),
-        unseen=(
-            "Work out {sum} and spell out the result in English.\nResult:",
-            "Read aloud what a calculator shows after {sum}: \"",
-        ),
-    ),
-    Task(
-        "take_away", "maths", "Takes one number from another.", **OURS,
-        items=_take_away,
-        phrasings=("Subtract: {sum} =", "{sum}\nWhat is left?\nLeft:"),
-        unseen=(
-            "Compute the difference {sum} and give the number only.\nDifference:",
-            "A jar holds sweets and a child eats some: {sum}. Still in the jar:",
-        ),
-    ),
-    Task(
-        "product", "maths", "Multiplies two numbers.", **OURS,
-        items=_product,
-        phrasings=("Multiply: {sum} =", "What is {sum}?\nProduct:"),
-        unseen=(
-            "Find the product of this multiplication: {sum}\nIt is",
-            "Rows times seats in our theatre: {sum}. Seats altogether:",
-        ),
-    ),
-    Task(
-        "money_sum", "maths", "Adds two sums of money.", **OURS,
-        items=_money,
-        phrasings=("Total price of {sum}:", "Bill: {sum}\nTo pay:"),
-        unseen=(
-            "How much money do I need for {sum}?\nAmount:",
-            "Two things lie on the counter, {sum}. The cashier asks for",
-        ),
-    ),
-    Task(
-        "spanish", "chat", "Translates simple English sentences into Spanish.", **OURS,
-        items=chat._translation(0),
-        phrasings=("{text}\nIn Spanish:", "Say it in Spanish: {text}\n"),
-        unseen=(
-            "Give me the Spanish translation of this sentence. {text}\nTranslation:",
-            "A reader in Mexico City needs a version of \"{text}\" It goes:",
-        ),
-    ),
-    Task(
-        "french", "chat", "Translates simple English sentences into French.", **OURS,
-        items=_sentences(_french),
-        phrasings=("{text}\nIn French:",),
-        unseen=(
-            "Give me the French translation of this sentence. {text}\nTranslation:",
-            "A reader in Paris needs a version of \"{text}\" It goes:",
-        ),
-    ),
-    Task(
-        "german", "chat", "Translates simple English sentences into German.", **OURS,
-        items=_sentences(_german),
-        phrasings=("{text}\nIn German:", "English: {text}\nGerman:"),
-        unseen=(
-            "Give me the German translation of this sentence. {text}\nTranslation:",
-            "A reader in Berlin needs a version of \"{text}\" It goes:",
-        ),
-    ),
-    Task(
-        "question", "chat", "Turns a statement into a question.", **OURS,
-        items=_sentences(_question),
-        phrasings=("{text}\nAs a question:",),
-        unseen=(
-            "Change this statement into a yes-or-no question. {text}\nQuestion:",
-            "I am not sure whether this is so, and would like to ask: {text}\nI ask:",
-        ),
-    ),
-    Task(
-        "formal", "chat", "Puts a casual message formally.", **OURS,
-        items=chat._tone(1),
-        phrasings=("Message: {text}\nFormally:", "Say this politely: {text}\n"),
-        unseen=(
-            "Please reword this note in a formal style. {text}\nFormal style:",
-            "My grandmother only reads proper letters. How do I write to her: {text}\nLetter:",
-        ),
-    ),
-    Task(
-        "pirate", "chat", "Says a casual message as a pirate.", **OURS,
-        items=chat._tone(2),
-        phrasings=("Message: {text}\nAs a pirate:",),
-        unseen=(
-            "Please reword this note in the style of a pirate. {text}\nPirate style:",
-            "On a ship under a black flag the captain bellows: {text}\nOnly he bellows it like this:",
-        ),
-    ),
-    Task(
-        "shouting", "chat", "Shouts a casual message.", **OURS,
-        items=_messages(_shout),
-        phrasings=("Message: {text}\nShouted:", "Say this very loudly: {text}\n"),
-        unseen=(
-            "Please reword this note so that it is shouted. {text}\nShouting:",
-            "He can't hear me over the engine! {text}\nAGAIN, LOUDER:",
-        ),
-    ),
-    Task(
-        "texting", "chat", "Shortens a casual message to a text message.", **OURS,
-        items=_messages(_text),
-        phrasings=("Message: {text}\nAs a text:",),
-        unseen=(
-            "Please reword this note in text message slang. {text}\nSlang:",
-            "A teenager types it on his phone with one thumb: {text}\nHe sends:",
-        ),
-    ),
-    Task(
-        "units", "maths", "Converts an amount from a larger into a smaller unit.", **OURS,
-        items=maths._units,
-        phrasings=("{amount} {large} in {small}:", "Convert {amount} {large} to {small}.\n"),
-        unseen=(
-            "Express {amount} {large} in {small}, number and unit.\nExpressed:",
-            "The form has a field for {small} only, but I know it is {amount} {large}. I fill in",
-        ),
-    ),
-    Task(
-        "device", "tool use", "Turns a spoken wish for a smart home into a JSON tool call.", **OURS,
-        items=tools._device,
-        phrasings=("Wish: {request}\nJSON:",),
-        unseen=(
-            "Write the JSON action for this smart home request: {request}\nAction:",
-            "\"Please, {request}\", says grandpa to the box on the shelf. The box sends:",
-        ),
-    ),
-]  # fmt: skip
+TASKS = (
+    Task("add_two", "maths", "Adds two numbers; answers in digits.", _sum(in_words=False),
+         phrasings=("What is {sum}?\nNumber:",
+                    "Add up: {sum} ="),
+         unseen=("Please tell me the sum {sum} in digits.\nSum:",
+                 "The scoreboard changes by {sum} points. It now reads")),
+    Task("sum_words", "maths", "Adds two numbers; answers in words.", _sum(in_words=True),
+         phrasings=("What is {sum}, in words?\nWords:",),
+         unseen=("Work out {sum} and spell out the result in English.\nResult:",
+                 "Read aloud what a calculator shows after {sum}: \"")),
+    Task("take_away", "maths", "Takes one number from another.", drawn(_take_away),
+         phrasings=("Subtract: {sum} =",
+                    "{sum}\nWhat is left?\nLeft:"),
+         unseen=("Compute the difference {sum} and give the number only.\nDifference:",
+                 "A jar holds sweets and a child eats some: {sum}. Still in the jar:")),
+    Task("product", "maths", "Multiplies two numbers.", drawn(_product),
+         phrasings=("Multiply: {sum} =",
+                    "What is {sum}?\nProduct:"),
+         unseen=("Find the product of this multiplication: {sum}\nIt is",
+                 "Rows times seats in our theatre: {sum}. Seats altogether:")),
+    Task("money_sum", "maths", "Adds two sums of money.", drawn(_money),
+         phrasings=("Total price of {sum}:",
+                    "Bill: {sum}\nTo pay:"),
+         unseen=("How much money do I need for {sum}?\nAmount:",
+                 "Two things lie on the counter, {sum}. The cashier asks for")),
+    Task("spanish", "chat", "Translates simple English sentences into Spanish.", chat._translation(0),
+         phrasings=("{text}\nIn Spanish:",
+                    "Say it in Spanish: {text}\n"),
+         unseen=("Give me the Spanish translation of this sentence. {text}\nTranslation:",
+                 "A reader in Mexico City needs a version of \"{text}\" It goes:")),
+    Task("french", "chat", "Translates simple English sentences into French.", _sentences(_french),
+         phrasings=("{text}\nIn French:",),
+         unseen=("Give me the French translation of this sentence. {text}\nTranslation:",
+                 "A reader in Paris needs a version of \"{text}\" It goes:")),
+    Task("german", "chat", "Translates simple English sentences into German.", _sentences(_german),
+         phrasings=("{text}\nIn German:",
+                    "English: {text}\nGerman:"),
+         unseen=("Give me the German translation of this sentence. {text}\nTranslation:",
+                 "A reader in Berlin needs a version of \"{text}\" It goes:")),
+    Task("question", "chat", "Turns a statement into a question.", _sentences(_question),
+         phrasings=("{text}\nAs a question:",),
+         unseen=("Change this statement into a yes-or-no question. {text}\nQuestion:",
+                 "I am not sure whether this is so, and would like to ask: {text}\nI ask:")),
+    Task("formal", "chat", "Puts a casual message formally.", chat._tone(1),
+         phrasings=("Message: {text}\nFormally:",
+                    "Say this politely: {text}\n"),
+         unseen=("Please reword this note in a formal style. {text}\nFormal style:",
+                 "My grandmother only reads proper letters. How do I write to her: {text}\nLetter:")),
+    Task("pirate", "chat", "Says a casual message as a pirate.", chat._tone(2),
+         phrasings=("Message: {text}\nAs a pirate:",),
+         unseen=("Please reword this note in the style of a pirate. {text}\nPirate style:",
+                 "On a ship under a black flag the captain bellows: {text}\nOnly he bellows it like this:")),
+    Task("shouting", "chat", "Shouts a casual message.", _messages(_shout),
+         phrasings=("Message: {text}\nShouted:",
+                    "Say this very loudly: {text}\n"),
+         unseen=("Please reword this note so that it is shouted. {text}\nShouting:",
+                 "He can't hear me over the engine! {text}\nAGAIN, LOUDER:")),
+    Task("texting", "chat", "Shortens a casual message to a text message.", _messages(_text),
+         phrasings=("Message: {text}\nAs a text:",),
+         unseen=("Please reword this note in text message slang. {text}\nSlang:",
+                 "A teenager types it on his phone with one thumb: {text}\nHe sends:")),
+    Task("units", "maths", "Converts an amount from a larger into a smaller unit.", drawn(maths._units),
+         phrasings=("{amount} {large} in {small}:",
+                    "Convert {amount} {large} to {small}.\n"),
+         unseen=("Express {amount} {large} in {small}, number and unit.\nExpressed:",
+                 "The form has a field for {small} only, but I know it is {amount} {large}. I fill in")),
+    Task("device", "tool use", "Turns a spoken wish for a smart home into a JSON tool call.", drawn(tools._device),
+         phrasings=("Wish: {request}\nJSON:",),
+         unseen=("Write the JSON action for this smart home request: {request}\nAction:",
+                 "\"Please, {request}\", says grandpa to the box on the shelf. The box sends:")),
+)  # fmt: skip
