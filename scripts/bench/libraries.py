@@ -1,4 +1,4 @@
-"""Libraries for the benchmarks: the committed one with adapters left out or decoys added, and random ones.
+"""Libraries for the benchmarks: the committed one with decoys added, and random ones.
 
 What is made are PEFT folders like any other, under output/benchmark/libraries, each from one seed. A copy is
 named after the adapter that it comes from, `NAME~mark`, so that a table can tell whose skill it has.
@@ -6,13 +6,9 @@ named after the adapter that it comes from, `NAME~mark`, so that a table can tel
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -32,16 +28,6 @@ SEED = 20241
 
 Change = Callable[[Factors], Factors]
 Choice = Callable[[Sequence[Adapter]], list[Adapter]]
-
-
-def without(name: str) -> Choice:
-    """All adapters but one."""
-    return lambda adapters: [adapter for adapter in adapters if adapter.name != name]
-
-
-def only(name: str) -> Choice:
-    """One adapter alone."""
-    return lambda adapters: [adapter for adapter in adapters if adapter.name == name]
 
 
 def with_random(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -72,9 +58,8 @@ def with_duplicates(adapters: Sequence[Adapter]) -> list[Adapter]:
     return _with(adapters, "duplicates", made)
 
 
-def grown(adapters: Sequence[Adapter], size: int | None = None) -> list[Adapter]:
-    """Adds perturbed copies until there are so many adapters, 200 if nothing is said."""
-    size = size or GROWN
+def grown(adapters: Sequence[Adapter], size: int = GROWN) -> list[Adapter]:
+    """Adds perturbed copies until there are so many adapters."""
     generator = torch.Generator().manual_seed(SEED)
 
     def perturbed(update: Factors) -> Factors:
@@ -104,13 +89,17 @@ def _with(
     return [*adapters, *load_library([str(FOLDER / kind)])]
 
 
-def uniform(model: Any, base_model: str, rank: int, count: int, folder: Path) -> list[Adapter]:
+def uniform(
+    model: Any, base_model: str, rank: int, count: int, folder: Path, within: str = ""
+) -> list[Adapter]:
     """Seeded random adapters of one rank on all linear layers, as small as trained ones.
 
     Args:
         base_model: what they name as theirs.
-        folder: where they are written, if they are not there yet.
+        folder: where they are written.
+        within: only on modules that have this in their name.
     """
+    shapes = {module: shape for module, shape in linear_shapes(model).items() if within in module}
     generator = torch.Generator().manual_seed(SEED)
     for n in range(count):
         updates = {
@@ -118,15 +107,7 @@ def uniform(model: Any, base_model: str, rank: int, count: int, folder: Path) ->
                 torch.randn(rank, d_in, generator=generator) / d_in**0.5,
                 torch.randn(d_out, rank, generator=generator) * 0.01,
             )
-            for module, (d_out, d_in) in linear_shapes(model).items()
+            for module, (d_out, d_in) in shapes.items()
         }
-        if not (folder / f"uniform{n:02}").exists():
-            write_adapter(folder / f"uniform{n:02}", updates, base_model, None, torch.bfloat16)
+        write_adapter(folder / f"uniform{n:05}", updates, base_model, None, torch.bfloat16)
     return load_library([str(folder)])
-
-
-@contextmanager
-def empty_cache() -> Iterator[None]:
-    """Inside the block nothing is found that earlier runs kept, and what is kept goes with it."""
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, PROTO_ROUTE_CACHE=folder):
-        yield

@@ -22,6 +22,8 @@ import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from router.model.base import EMBEDDED, convert, load_base
 from router.queries.submission import COLUMNS, GENERATION, write_table
 from scripts.bench.score import read_texts
@@ -90,9 +92,9 @@ def note(path: Path, adapter: str, scores: Scores) -> None:
     """Puts an adapter's scores into the table of scores, in place of older ones."""
     if scores["own"] - scores["base"] < GAIN:
         print(f"{adapter}: learned too little; change how it is trained, or the task", flush=True)
-    rows = read_texts(path).to_dict("records") if path.exists() else []
-    rows = [row for row in rows if row["adapter"] != adapter] + [{"adapter": adapter, **scores}]
-    write_table(path, SCORES, ([row[column] for column in SCORES] for row in rows))
+    known = read_texts(path) if path.exists() else pd.DataFrame(columns=list(SCORES))
+    rows = known[known["adapter"] != adapter].to_numpy().tolist()
+    write_table(path, SCORES, [*rows, [adapter, *(scores[column] for column in SCORES[1:])]])
 
 
 def write_queries(folder: Path, names: Sequence[str]) -> None:
