@@ -96,6 +96,11 @@ def timed(work: Callable[[], T], clock: Callable[[], float] = timer) -> tuple[fl
     return clock() - start, found
 
 
+def write_prompts(file: Path, queries: Iterable[Query]) -> None:
+    """Writes queries that are no conversations as CSV."""
+    write_table(file, COLUMNS, ((q.id, q.input, q.eval_type, list(q.choices) or "") for q in queries))
+
+
 def run(queries: Sequence[Query], *words: str, cache: str | None = None) -> Found:
     """One run of `router.main` in a process of its own.
 
@@ -109,7 +114,7 @@ def run(queries: Sequence[Query], *words: str, cache: str | None = None) -> Foun
     """
     with tempfile.TemporaryDirectory() as work:
         file, out = Path(work) / "queries.csv", Path(work) / "out"
-        write_table(file, COLUMNS, ((q.id, q.input, q.eval_type, list(q.choices) or "") for q in queries))
+        write_prompts(file, queries)
         command = [sys.executable, "-m", "router.main", *words, "--quiet", "--output_folder", str(out)]
         command += ["--dataset_filepaths", str(file)]
         start = time.perf_counter()

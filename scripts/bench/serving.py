@@ -7,14 +7,10 @@ chose. Writes the table of docs/serving.md.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
@@ -25,12 +21,11 @@ import psutil
 
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.score import read_texts
-from scripts.engines import PATIENCE
+from scripts.engines import PATIENCE, PROXY, SERVER, proxy, vllm
 
-WORK, PAGE = Path("build/engines"), Path("docs/serving.md")
+WORK, PAGE = Path("build/engines").resolve(), Path("docs/serving.md")
 AT_ONCE = {1: 24, 8: 48, 32: 96}  # requests at once -> in all
 SERVED, FITS, WRITTEN, TOGETHER = 100, 2, 32, 16  # requests, those for adapters, tokens of each, at once
-SERVER, PROXY = "http://127.0.0.1:8000", "http://127.0.0.1:8090"
 
 
 class Answered(NamedTuple):
@@ -45,31 +40,6 @@ class Answered(NamedTuple):
     seconds: float
     model: str | None
     adapter: str | None
-
-
-@contextmanager
-def started(name: str, command: Sequence[str], address: str, **more: str) -> Iterator[psutil.Process]:
-    """A server that is ready, until the block ends."""
-    here = os.environ | {
-        "PATH": f"{(WORK / 'bin').resolve()}:{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1",
-    }  # fmt: skip
-    with (WORK / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, env=here | more, stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end and process.poll() is None:
-            try:
-                if httpx.get(f"{address}/health").is_success:
-                    break
-            except httpx.HTTPError:
-                time.sleep(1)
-        else:
-            sys.exit(f"{name}: did not start; see {log.name}")
-        yield psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def memory(processes: Sequence[psutil.Process]) -> float:
@@ -136,33 +106,25 @@ def main() -> None:
     labels, ours, theirs = foreign | fits, iter(fits), iter(foreign)
     some = {count: [*islice(ours, many // 2), *islice(theirs, many // 2)] for count, many in AT_ONCE.items()}
     mixed = [*islice(ours, FITS), *islice(theirs, SERVED - FITS)]
-    command = [
-        str(WORK / "router" / "serve.sh"),
-        "--port",
-        "8000",
-        "--enforce-eager",
-        "--max-model-len",
-        "1024",
-    ]
-    command += ["--block-size", "32"]
-    named = {"PROTO_ROUTE": str(WORK / "router"), "VLLM_PLUGINS": "proto_route"}
-    with started("plugin", command, SERVER, **named) as server:
+    blocks = "--block-size", "32"
+    with vllm(
+        WORK, "plugin", *blocks, PROTO_ROUTE=str(WORK / "router"), VLLM_PLUGINS="proto_route"
+    ) as server:
         plugin = Service(SERVER, {})
         plugin.measure(some, mixed)
         plugin.mib = memory([server])
     chosen = {prompt: answer.model or "" for prompt, answer in plugin.answers.items()}
-    with started("alone", command, SERVER, VLLM_PLUGINS="") as server:
+    with vllm(WORK, "alone", *blocks, VLLM_PLUGINS="") as server:
         base = httpx.get(f"{SERVER}/v1/models").json()["data"][0]["id"]
         asked = chosen | {prompt: answer.model or base for prompt, answer in plugin.mixed.items()}
         alone = Service(SERVER, defaultdict(lambda: base, asked))
         alone.measure(some, mixed)
         alone.mib = memory([server])
-        words = ["serve", "--router", str(WORK / "router"), "--upstream", SERVER, "--port", "8090"]
-        with started("proxy", [sys.executable, "-m", "router", *words], PROXY, OMP_NUM_THREADS="2") as second:
-            proxy = Service(PROXY, {})
-            proxy.measure(some, mixed)
-            proxy.mib = memory([server, second])
-    ways = alone, plugin, proxy
+        with proxy(WORK, OMP_NUM_THREADS="2") as second:
+            behind = Service(PROXY, {})
+            behind.measure(some, mixed)
+            behind.mib = memory([server, second])
+    ways = alone, plugin, behind
     lines = header(["", "vLLM alone", "with the plugin", "behind the proxy"])
     for count, prompts in some.items():
         for kind, sent in (("base model", False), ("variant", True)):
@@ -177,7 +139,7 @@ def main() -> None:
     for what, of in (("right adapter", fits), ("foreign requests left to the base model", foreign)):
         shares = [
             fmean(way.answers[prompt].adapter == labels[prompt] for prompt in chosen if prompt in of)
-            for way in (plugin, proxy)
+            for way in (plugin, behind)
         ]
         lines.append(row(what, "", *(f"{share:.2f}" for share in shares)))
     print("\n".join(lines))

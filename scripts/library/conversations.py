@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,19 +181,25 @@ def changed(jobs: Mapping[str, Job]) -> Iterator[Row]:
         yield str(row["task"]), "change", [*messages, *more], row["metric"], row["target"]
 
 
+def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
+    """Writes JSON lines, numbered."""
+    texts = (json.dumps({"id": str(n), **line}, ensure_ascii=False) for n, line in enumerate(lines))
+    path.write_text("".join(f"{text}\n" for text in texts), "utf-8")
+
+
 def write_queries(folder: Path, jobs: Mapping[str, Job]) -> None:
     """Writes the conversations, shuffled, and their labels apart."""
     rng = random.Random(SEED)
     rows = [row for name in jobs for row in asked(name, jobs, rng)]
     rows += [*foreign(jobs, rng), *changed(jobs)]
     rng.shuffle(rows)
-    with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
-        for n, (_, _, messages, _, _) in enumerate(rows):
-            if messages[0]["role"] == "alpaca":
-                line: dict[str, Any] = {"id": str(n), "input": ALPACA.format(messages[0]["content"])}
-            else:
-                line = {"id": str(n), "messages": messages}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    asked_of = [
+        {"input": ALPACA.format(messages[0]["content"])}
+        if messages[0]["role"] == "alpaca"
+        else {"messages": messages}
+        for _, _, messages, _, _ in rows
+    ]
+    write_lines(folder / "queries.jsonl", asked_of)
     labels = [(n, task, part, metric, target) for n, (task, part, _, metric, target) in enumerate(rows)]
     write_table(folder / "labels.csv", LABELS, labels)
 
@@ -234,13 +240,11 @@ def commit(folder: Path) -> None:
     shown = [row for part in ("own", "unseen", "turns", "follow", "none", "change")
              for row in [row for row in kept if row["split"] == part][:6]]  # fmt: skip
     random.Random(SEED).shuffle(shown)
-    for path, some, keys in ((EVAL, kept, ("id", "messages", "adapter", "split", "metric", "target")),
-                             (EVAL.with_name("chat.jsonl"), shown, ("id", "messages"))):  # fmt: skip
-        with path.open("w", encoding="utf-8") as file:
-            for n, row in enumerate(some):
-                right = row["task"] if row["task"] in COMMITTED else BASE_COLUMN
-                line = row | {"id": str(n), "adapter": right}
-                file.write(json.dumps({key: line[key] for key in keys}, ensure_ascii=False) + "\n")
+    for row in kept:
+        row["adapter"] = row["task"] if row["task"] in COMMITTED else BASE_COLUMN
+    keys = "messages", "adapter", "split", "metric", "target"
+    write_lines(EVAL, ({key: row[key] for key in keys} for row in kept))
+    write_lines(EVAL.with_name("chat.jsonl"), ({"messages": row["messages"]} for row in shown))
 
 
 def main() -> None:
@@ -253,7 +257,7 @@ def main() -> None:
         return
     for name in args.libraries or PLANS:
         folder, plan = args.output / name, PLANS[name]
-        for job in missing(folder / "library", plan.experts, args.force):
+        for job in missing(folder / "library", plan.experts):
             note(folder / "scores.csv", job, learn(job, plan, folder))
         write_queries(folder, plan.jobs)
         if plan.template:

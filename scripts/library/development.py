@@ -118,7 +118,6 @@ def command(doc: str | None, libraries: Collection[str]) -> argparse.ArgumentPar
     known = [*libraries, []]  # argparse asks whether the default, which is none of them, is a choice
     parser.add_argument("libraries", nargs="*", choices=known, help=f"of {', '.join(libraries)}; all if none")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--force", nargs="*", default=(), metavar="NAME", help="adapters to train again")
     return parser
 
 
@@ -127,7 +126,7 @@ def main() -> None:
     args = command(__doc__, LIBRARIES).parse_args()
     for library in args.libraries or LIBRARIES:
         folder, experts = args.output / library, LIBRARIES[library]
-        for name in missing(folder / "library", experts, args.force):
+        for name in missing(folder / "library", experts):
             task, expert = TASKS[name], experts[name]
             # A fresh base model: no trace of the last adapter.
             base = load_base(gemma(folder) if library == "otherbase" else EMBEDDED)

@@ -11,7 +11,7 @@ import argparse
 import random
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -253,12 +253,10 @@ def learn(name: str, folder: Path) -> None:
     build(name, expert, base, examples, tests, folder, lambda s: {"README.md": card(task, expert, s, *made)})
 
 
-def missing(folder: Path, names: Iterable[str], again: Collection[str]) -> Iterator[str]:
-    """The adapters of a library that are not trained yet, or are to be trained again."""
+def missing(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """The adapters that a library lacks; delete one to train it again."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if name in again or not (folder / name / "adapter_model.safetensors").exists():
-            yield name
+    yield from (name for name in names if not (folder / name / "adapter_model.safetensors").exists())
 
 
 def main() -> None:
@@ -266,12 +264,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", help="experts to train; all that are missing if none")
     parser.add_argument("--output", type=Path, default=LIBRARY)
-    parser.add_argument("--force", action="store_true", help="train again what stands finished")
     args = parser.parse_args()
     if unknown := set(args.names) - set(EXPERTS):
         parser.error(f"unknown experts {sorted(unknown)}; known are {', '.join(EXPERTS)}")
-    names = args.names or EXPERTS
-    for name in missing(args.output, names, names if args.force else ()):
+    for name in missing(args.output, args.names or EXPERTS):
         learn(name, args.output)
 
 
