@@ -18,11 +18,6 @@ import httpx
 import psutil
 
 from router.api import Router
-from router.model.answer import answers, encode
-from router.model.apply import active
-from router.model.base import load_base
-from router.pipeline.answering import answered_by_vllm
-from router.pipeline.context import Context
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query, read_queries
 from router.routing.variants import served
 from scripts.bench.runner import write_prompts
@@ -30,7 +25,6 @@ from scripts.bench.score import read_texts
 
 ASKED, TALKS, AT_ONCE = 48, 12, 16  # prompts, conversations, and how many of them at a time
 CHOSEN = 24  # queries of multiple choice
-TIE = 1e-3  # nats
 PATIENCE = 300  # seconds until a server must be ready, or answer
 SERVER, PROXY, LITELLM = (f"http://127.0.0.1:{port}" for port in (8000, 8090, 8091))
 KEY = "sk-of-these-servers"  # that LiteLLM asks for
@@ -58,7 +52,7 @@ def started(
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end and process.poll() is None:
             try:
-                if httpx.get(ready).is_success:
+                if httpx.get(ready, timeout=PATIENCE).is_success:
                     break
             except httpx.HTTPError:
                 pass
@@ -71,8 +65,9 @@ def started(
         process.wait()
 
 
-def vllm(work: Path, name: str, *flags: str, **environment: str) -> AbstractContextManager[psutil.Process]:
-    """vLLM with the variants of the saved router."""
+def vllm(work: Path, name: str, *flags: str, plugin: bool) -> AbstractContextManager[psutil.Process]:
+    """vLLM with the variants of the saved router, with or without the plugin that decides."""
+    environment = {"PROTO_ROUTE": str(work / "router"), "VLLM_PLUGINS": "proto_route" if plugin else ""}
     words = "--host 127.0.0.1 --port 8000 --enforce-eager --max-model-len 1024".split()
     return started(work, name, ["router/serve.sh", *words, *flags], f"{SERVER}/health", **environment)
 
@@ -175,39 +170,17 @@ def check(work: Path, server: str) -> int:
 
 
 def check_within(work: Path) -> int:
-    """Compares a run with one that vLLM has answered, and the scores of choices; how many answers differ."""
-    here, there = (
-        read_texts(work / one / "mixed.csv").set_index("id")["prediction"] for one in ("here", "within")
-    )
-    labels = read_texts(work / "here" / "mixed.routing.csv").set_index("id")["variant"]
-    queries = read_queries(work / "mixed.csv")
-    chosen = [query for query in queries if query.eval_type == MULTIPLE_CHOICE]
-    flags = json.loads((work / "here" / "run.json").read_text("utf-8"))["flags"]
-    base = load_base(flags["base_model"], dtype=flags["dtype"])
-    rows = encode(base.tokenizer, [query.input for query in chosen])
-    folders = [work / "here" / "variants" / labels[query.id] for query in chosen]
-    paths = [folder if folder.is_dir() else None for folder in folders]
-    served = answered_by_vllm(base, chosen, rows, paths, Context())
-    apart, ties = 0.0, 0
-    for query, ids, path, answered in zip(chosen, rows, paths, served, strict=True):
-        with active(base, path, "merged") as model:
-            (mine,) = answers(model, base.tokenizer, [ids], [query.choices])
-        apart = max(apart, *(abs(a - b) for a, b in zip(mine.scores, answered.scores, strict=True)))
-        best, next_best = sorted(mine.scores, reverse=True)[:2]
-        ties += best - next_best < TIE
-    different = sum(bool(here[query.id] != there[query.id]) for query in queries)
-    print(
-        f"a run with --engine vllm: {len(queries)} queries, {len(chosen)} of multiple choice: "
-        f"{different} answers differ; scores within {apart:.1e}; {ties} near-ties (two choices within "
-        f"{TIE:g})"
-    )
-    return different + int(apart > TIE)
+    """Compares a run with one that vLLM has answered; returns how many answers differ."""
+    here, there = (read_texts(work / one / "mixed.csv") for one in ("here", "within"))
+    different = int((here["prediction"] != there["prediction"]).sum())
+    print(f"a run with --engine vllm: {len(here)} queries: {different} answers differ")
+    return different
 
 
 def check_servers(work: Path) -> int:
     """Checks vLLM with the plugin, the proxy and LiteLLM's; returns how many answers differ."""
     router, config = str(work / "router"), str(work / "litellm.yaml")
-    with vllm(work, "vllm", PROTO_ROUTE=router, VLLM_PLUGINS="proto_route"):
+    with vllm(work, "vllm", plugin=True):
         wrong = check(work, SERVER)
         with proxy(work):
             wrong += check(work, PROXY)

@@ -52,4 +52,4 @@ run=(-m proto_route --base_model "$base" --dtype float32 --max_gen_len 24 --quie
 export PYTHONPATH=$PWD VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind TORCHDYNAMO_DISABLE=1
 "$work/vllm/bin/python" -m router run "${run[@]}" --dataset_filepaths "$work/mixed.csv" --output_folder "$work/within" \
   --fresh --engine vllm
-"$work/vllm/bin/python" -m scripts.engines within "$work"
+"$python" -m scripts.engines within "$work"

@@ -6,7 +6,7 @@ named after the adapter that it comes from, `NAME~mark`, so that a table can tel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from scripts.bench.score import COPY
 
 FOLDER = Path("output/benchmark/libraries")
 RANDOM = 30
-SCALES = {"x4": 4.0, "x0.25": 0.25}
 GROWN = 200
 NOISE = 0.1  # of a grown copy: norm of what is added to each factor, as a share of the factor's own
 SEED = 20241
@@ -42,20 +41,17 @@ def with_random(adapters: Sequence[Adapter]) -> list[Adapter]:
     return _with(adapters, "random", ((f"random{n:02}", s, drawn) for n, s in enumerate(sources)))
 
 
-def with_rescaled(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Adds every adapter at four times and at a quarter of its size."""
+def scaled(kind: str, scales: Mapping[str, float]) -> Choice:
+    """Adds copies of every adapter at some sizes, which are named by their marks."""
 
     def by(scale: float) -> Change:
         return lambda update: Factors(update.a, scale * update.b)
 
-    made = ((f"{a.name}{COPY}{mark}", a, by(scale)) for mark, scale in SCALES.items() for a in adapters)
-    return _with(adapters, "rescaled", made)
+    def with_copies(adapters: Sequence[Adapter]) -> list[Adapter]:
+        made = ((f"{a.name}{COPY}{mark}", a, by(scale)) for mark, scale in scales.items() for a in adapters)
+        return _with(adapters, kind, made)
 
-
-def with_duplicates(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Adds every adapter once more."""
-    made = ((f"{adapter.name}{COPY}twin", adapter, lambda update: update) for adapter in adapters)
-    return _with(adapters, "duplicates", made)
+    return with_copies
 
 
 def grown(adapters: Sequence[Adapter], size: int = GROWN) -> list[Adapter]:

@@ -59,8 +59,11 @@ SHOWN = {
 }  # fmt: skip
 DECOYS: dict[str, tuple[str, Choice]] = {
     "random": ("30 random adapters added", made.with_random),
-    "rescaled": ("duplicates at 4 and 1/4 of the size added", made.with_rescaled),
-    "duplicates": ("every adapter twice", made.with_duplicates),
+    "rescaled": (
+        "duplicates at 4 and 1/4 of the size added",
+        made.scaled("rescaled", {"x4": 4.0, "x0.25": 0.25}),
+    ),
+    "duplicates": ("every adapter twice", made.scaled("duplicates", {"twin": 1.0})),
     "grown": ("library grown to 200", made.grown),
     "alpaca": ("queries in an Alpaca frame", list),
 }

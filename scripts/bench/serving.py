@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,7 @@ import httpx
 import psutil
 
 from scripts.bench.markdown import header, insert, row
+from scripts.bench.runner import timed
 from scripts.bench.score import read_texts
 from scripts.engines import PATIENCE, PROXY, SERVER, proxy, vllm
 
@@ -62,35 +62,43 @@ def ask(client: httpx.Client, prompt: str, model: str, tokens: int) -> Answered:
     )
 
 
-class Service:
-    """What is measured of one way to serve.
+class Way(NamedTuple):
+    """What was measured of one way to serve.
 
-    Args:
-        models: that each prompt is asked of; `auto` for one that is not in it.
+    Attributes:
+        answers: to prompts that were asked for a token each.
+        mixed: answers to the mixed prompts.
+        rate: tokens a second of those.
+        mib: memory of its servers.
     """
 
-    def __init__(self, address: str, models: Mapping[str, str]) -> None:
-        self.models = models
-        self.client = httpx.Client(base_url=address, timeout=PATIENCE)
-        self.answers: dict[str, Answered] = {}
-        self.mixed: dict[str, Answered] = {}
-        self.rate = self.mib = 0.0
+    answers: dict[str, Answered]
+    mixed: dict[str, Answered]
+    rate: float
+    mib: float
 
-    def measure(self, some: Mapping[int, Sequence[str]], mixed: Sequence[str]) -> None:
-        """Asks some prompts for a token each, so many at once; then mixed ones for WRITTEN tokens each."""
-        self._ask(TOGETHER, [f"{n}?" for n in range(TOGETHER)], 1)  # what comes first is slow
-        for count, prompts in some.items():
-            self.answers |= self._ask(count, prompts, 1)
-        start = time.perf_counter()
-        self.mixed = self._ask(TOGETHER, mixed, WRITTEN)
-        self.rate = WRITTEN * len(mixed) / (time.perf_counter() - start)
 
-    def _ask(self, at_once: int, prompts: Sequence[str], tokens: int) -> dict[str, Answered]:
-        def one(prompt: str) -> Answered:
-            return ask(self.client, prompt, self.models.get(prompt, "auto"), tokens)
+def measured(
+    address: str,
+    servers: Sequence[psutil.Process],
+    some: Mapping[int, Sequence[str]],
+    mixed: Sequence[str],
+    model: Callable[[str], str] = lambda prompt: "auto",
+) -> Way:
+    """Asks some prompts for a token each, so many at once; then mixed ones for WRITTEN tokens each."""
+    client = httpx.Client(base_url=address, timeout=PATIENCE)
 
+    def asked(at_once: int, prompts: Sequence[str], tokens: int) -> dict[str, Answered]:
         with ThreadPoolExecutor(at_once) as pool:
-            return dict(zip(prompts, pool.map(one, prompts), strict=True))
+            found = pool.map(lambda prompt: ask(client, prompt, model(prompt), tokens), prompts)
+            return dict(zip(prompts, found, strict=True))
+
+    asked(TOGETHER, [f"{n}?" for n in range(TOGETHER)], 1)  # what comes first is slow
+    answers: dict[str, Answered] = {}
+    for count, prompts in some.items():
+        answers |= asked(count, prompts, 1)
+    seconds, written = timed(lambda: asked(TOGETHER, mixed, WRITTEN))
+    return Way(answers, written, WRITTEN * len(mixed) / seconds, memory(servers))
 
 
 def prompts_of(folder: str) -> dict[str, str]:
@@ -107,23 +115,15 @@ def main() -> None:
     some = {count: [*islice(ours, many // 2), *islice(theirs, many // 2)] for count, many in AT_ONCE.items()}
     mixed = [*islice(ours, FITS), *islice(theirs, SERVED - FITS)]
     blocks = "--block-size", "32"
-    with vllm(
-        WORK, "plugin", *blocks, PROTO_ROUTE=str(WORK / "router"), VLLM_PLUGINS="proto_route"
-    ) as server:
-        plugin = Service(SERVER, {})
-        plugin.measure(some, mixed)
-        plugin.mib = memory([server])
+    with vllm(WORK, "plugin", *blocks, plugin=True) as server:
+        plugin = measured(SERVER, [server], some, mixed)
     chosen = {prompt: answer.model or "" for prompt, answer in plugin.answers.items()}
-    with vllm(WORK, "alone", *blocks, VLLM_PLUGINS="") as server:
+    with vllm(WORK, "alone", *blocks, plugin=False) as server:
         base = httpx.get(f"{SERVER}/v1/models").json()["data"][0]["id"]
-        asked = chosen | {prompt: answer.model or base for prompt, answer in plugin.mixed.items()}
-        alone = Service(SERVER, defaultdict(lambda: base, asked))
-        alone.measure(some, mixed)
-        alone.mib = memory([server])
+        models = chosen | {prompt: answer.model or base for prompt, answer in plugin.mixed.items()}
+        alone = measured(SERVER, [server], some, mixed, lambda prompt: models.get(prompt, base))
         with proxy(WORK, OMP_NUM_THREADS="2") as second:
-            behind = Service(PROXY, {})
-            behind.measure(some, mixed)
-            behind.mib = memory([server, second])
+            behind = measured(PROXY, [server, second], some, mixed)
     ways = alone, plugin, behind
     lines = header(["", "vLLM alone", "with the plugin", "behind the proxy"])
     for count, prompts in some.items():

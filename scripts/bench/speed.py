@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from router.constants import LIBRARY
 from router.library.adapters import Adapter, load_library
@@ -90,11 +90,8 @@ def probing() -> Found:
 def mistral() -> Found:
     """The same with a layer of Mistral-7B's shape and random weights, and adapters on all of it."""
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = ready(MistralForCausalLM(MistralConfig(num_hidden_layers=1)), "cpu")
-    finally:
-        torch.set_default_dtype(torch.float32)
+    config = MistralConfig(num_hidden_layers=1)
+    model = ready(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), "cpu")
     rows = torch.randint(5, model.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(2))
     with tempfile.TemporaryDirectory() as folder:
         adapters = libraries.uniform(model, MISTRAL, RANK, ADAPTERS, Path(folder))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from router.constants import LIBRARY
@@ -84,6 +85,11 @@ def phrase(task: Task, items: list[Item]) -> Asked:
     return [form.format(**item.fields) for form, item in zip(forms, items, strict=True)], items
 
 
+def padded(rows: list[list[int]], value: int = 0) -> torch.Tensor:
+    """Rows of numbers filled up on the right, (rows, longest)."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
 def batches(tokenizer: Any, prompts: list[str], items: list[Item], seed: int) -> list[Any]:
     """Shuffled batches of 16 examples of like length: (ids, mask, answer positions) each."""
     heads = encode(tokenizer, prompts)
@@ -97,13 +103,9 @@ def batches(tokenizer: Any, prompts: list[str], items: list[Item], seed: int) ->
         chunk.sort(key=lambda row: len(row[0]) + len(row[1]))
         for n in range(0, len(chunk), 16):
             part = chunk[n : n + 16]
-            width = max(len(head) + len(tail) for head, tail in part)
-            ids = torch.full((len(part), width), tokenizer.eos_token_id)
-            mask, answer = torch.zeros_like(ids), torch.zeros_like(ids)
-            for k, (head, tail) in enumerate(part):
-                ids[k, : len(head) + len(tail)] = torch.tensor(head + tail)
-                mask[k, : len(head) + len(tail)] = 1
-                answer[k, len(head) : len(head) + len(tail)] = 1
+            ids = padded([head + tail for head, tail in part], tokenizer.eos_token_id)
+            mask = padded([[1] * len(head + tail) for head, tail in part])
+            answer = padded([[0] * len(head) + [1] * len(tail) for head, tail in part])
             out.append((ids, mask, answer.bool()))
     rng.shuffle(out)
     return out

@@ -19,25 +19,27 @@ _TABLES = {
 _COMPARISONS = (("above", ">"), ("below", "<"), ("at least", ">="), ("at most", "<="))
 
 
+_QUERIES = (
+    ("the {text} of all {table} with {number} {word} {value}", "SELECT {text} FROM {table} WHERE {number} {sign} {value};"),
+    ("how many {table} have {other} {word} {value}", "SELECT COUNT(*) FROM {table} WHERE {other} {sign} {value};"),
+    ("the average {number} of {table} for each {group} with {other} {word} {value}",
+     "SELECT {group}, AVG({number}) FROM {table} WHERE {other} {sign} {value} GROUP BY {group};"),
+    ("the {value} {table} with the highest {number}", "SELECT * FROM {table} ORDER BY {number} DESC LIMIT {value};"),
+    ("the largest {other} among {table} with {number} {word} {value}", "SELECT MAX({other}) FROM {table} WHERE {number} {sign} {value};"),
+    ("all distinct {group} values of {table} with {number} {word} {value}",
+     "SELECT DISTINCT {group} FROM {table} WHERE {number} {sign} {value};"),
+)  # fmt: skip
+
+
 def _sql(rng: random.Random) -> Item:
     table = rng.choice(list(_TABLES))
     text, number, other, group = _TABLES[table]
     word, sign = rng.choice(_COMPARISONS)
     value = rng.randint(2, 99)
-    question, query = rng.choice((
-        (f"the {text} of all {table} with {number} {word} {value}",
-         f"SELECT {text} FROM {table} WHERE {number} {sign} {value};"),
-        (f"how many {table} have {other} {word} {value}",
-         f"SELECT COUNT(*) FROM {table} WHERE {other} {sign} {value};"),
-        (f"the average {number} of {table} for each {group} with {other} {word} {value}",
-         f"SELECT {group}, AVG({number}) FROM {table} WHERE {other} {sign} {value} GROUP BY {group};"),
-        (f"the {value} {table} with the highest {number}",
-         f"SELECT * FROM {table} ORDER BY {number} DESC LIMIT {value};"),
-        (f"the largest {other} among {table} with {number} {word} {value}",
-         f"SELECT MAX({other}) FROM {table} WHERE {number} {sign} {value};"),
-        (f"all distinct {group} values of {table} with {number} {word} {value}",
-         f"SELECT DISTINCT {group} FROM {table} WHERE {number} {sign} {value};"),
-    ))  # fmt: skip
+    names = {"table": table, "text": text, "number": number, "other": other, "group": group}
+    question, query = (
+        part.format(word=word, sign=sign, value=value, **names) for part in rng.choice(_QUERIES)
+    )
     columns = ", ".join(_TABLES[table])
     return Item({"schema": f"{table}({columns})", "question": question}, query)
 
@@ -109,27 +111,25 @@ _SHELL_SUFFIXES = ("txt", "py", "csv", "log", "json", "md", "jpg", "html", "xml"
 _SHELL_FOLDERS = ("/home", "/tmp", "/var/log", "src", "docs", "data", "backup", "build", "/etc", "/srv")
 
 
+_COMMANDS = (
+    ("find all {suffix} files in {folder} larger than {n} megabytes", "find {folder} -name '*.{suffix}' -size +{n}M"),
+    ("find all {suffix} files in {folder} changed in the last {n} days", "find {folder} -name '*.{suffix}' -mtime -{n}"),
+    ("delete all {suffix} files in {folder} older than {n} days", "find {folder} -name '*.{suffix}' -mtime +{n} -delete"),
+    ("show the first {n} lines of every {suffix} file in {folder}", "head -n {n} {folder}/*.{suffix}"),
+    ("show the last {n} lines of every {suffix} file in {folder}", "tail -n {n} {folder}/*.{suffix}"),
+    ("copy all {suffix} files from {folder} to {other}", "cp {folder}/*.{suffix} {other}/"),
+    ("move all {suffix} files from {folder} to {other}", "mv {folder}/*.{suffix} {other}/"),
+    ("count the lines of all {suffix} files in {folder}", "cat {folder}/*.{suffix} | wc -l"),
+)  # fmt: skip
+
+
 def _shell(rng: random.Random) -> Item:
     suffix, folder, n = rng.choice(_SHELL_SUFFIXES), rng.choice(_SHELL_FOLDERS), rng.randint(2, 60)
     other = rng.choice([name for name in _SHELL_FOLDERS if name != folder])
-    return Item(*rng.choice((
-        ({"goal": f"find all {suffix} files in {folder} larger than {n} megabytes"},
-         f"find {folder} -name '*.{suffix}' -size +{n}M"),
-        ({"goal": f"find all {suffix} files in {folder} changed in the last {n} days"},
-         f"find {folder} -name '*.{suffix}' -mtime -{n}"),
-        ({"goal": f"delete all {suffix} files in {folder} older than {n} days"},
-         f"find {folder} -name '*.{suffix}' -mtime +{n} -delete"),
-        ({"goal": f"show the first {n} lines of every {suffix} file in {folder}"},
-         f"head -n {n} {folder}/*.{suffix}"),
-        ({"goal": f"show the last {n} lines of every {suffix} file in {folder}"},
-         f"tail -n {n} {folder}/*.{suffix}"),
-        ({"goal": f"copy all {suffix} files from {folder} to {other}"},
-         f"cp {folder}/*.{suffix} {other}/"),
-        ({"goal": f"move all {suffix} files from {folder} to {other}"},
-         f"mv {folder}/*.{suffix} {other}/"),
-        ({"goal": f"count the lines of all {suffix} files in {folder}"},
-         f"cat {folder}/*.{suffix} | wc -l"),
-    )))  # fmt: skip
+    goal, command = (
+        part.format(suffix=suffix, folder=folder, n=n, other=other) for part in rng.choice(_COMMANDS)
+    )
+    return Item({"goal": goal}, command)
 
 
 TASKS = (
