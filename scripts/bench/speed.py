@@ -90,8 +90,8 @@ def probing() -> Found:
 def mistral() -> Found:
     """The same with a layer of Mistral-7B's shape and random weights, and adapters on all of it."""
     torch.manual_seed(0)
-    config = MistralConfig(num_hidden_layers=1)
-    model = ready(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), "cpu")
+    made: Any = AutoModelForCausalLM
+    model = ready(made.from_config(MistralConfig(num_hidden_layers=1), dtype=torch.bfloat16), "cpu")
     rows = torch.randint(5, model.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(2))
     with tempfile.TemporaryDirectory() as folder:
         adapters = libraries.uniform(model, MISTRAL, RANK, ADAPTERS, Path(folder))

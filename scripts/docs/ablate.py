@@ -35,7 +35,7 @@ TRIED = {
     "DOUBT": (0.0, 0.5, 1.0),
 }
 Constants = Mapping[str, float]
-NOW = {name: float(getattr(gate, name)) for name in TRIED}  # the gate's own
+NOW: Constants = {name: getattr(gate, name) for name in TRIED}  # the gate's own
 EVERY = [dict(zip(TRIED, values, strict=True)) for values in product(*TRIED.values())]
 
 
