@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 DEMO = [sys.executable, "-m", "router.main", "-m", "proto_route", "--quiet"]
@@ -33,36 +32,25 @@ def files(out: Path) -> dict[str, bytes]:
     return found | {"run.json": json.dumps(kept).encode()}
 
 
-def start(command: Sequence[str], out: Path, limit: float | None = None) -> bool:
-    """Runs a command for at most so many seconds; returns whether it ended by itself.
-
-    Raises:
-        subprocess.CalledProcessError: it failed.
-    """
-    try:
-        subprocess.run([*command, "--output_folder", str(out)], check=True, timeout=limit)
-    except subprocess.TimeoutExpired:  # by now it is killed
-        return False
-    return True
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 1 if a run that was killed left other files."""
+def main() -> int:
+    """Command line; returns 1 if a run that was killed left other files."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kills", type=int, default=20, help="default: 20")
     p.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    args, flags = p.parse_known_args(argv)
+    args, flags = p.parse_known_args()
     rng, command, kills, different = random.Random(args.seed), [*DEMO, *flags], 0, set[str]()
     with tempfile.TemporaryDirectory() as work:
         whole, out = Path(work) / "whole", Path(work) / "killed"
         began = time.monotonic()
-        start(command, whole)
+        subprocess.run([*command, "--output_folder", str(whole)], check=True)
         took = time.monotonic() - began
         print(f"uninterrupted: {took:.0f} s", flush=True)
         expected = files(whole)
         while True:
             limit = rng.uniform(0, took) if kills < args.kills else None
-            if not start(command, out, limit):
+            try:
+                subprocess.run([*command, "--output_folder", str(out)], check=True, timeout=limit)
+            except subprocess.TimeoutExpired:  # by now it is killed
                 kills += 1
                 print(f"kill {kills} after {limit:.1f} s", flush=True)
                 continue

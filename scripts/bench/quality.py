@@ -2,7 +2,8 @@
 
 Every method answers the labelled queries of every library in a process of its own. Its answers are kept under
 output/benchmark/quality, so a benchmark that was stopped goes on where it stood; delete a file there to run
-that part again. Decoys are routed and not answered. Writes the tables of docs/results.md.
+that part again. Decoys, and conversations read otherwise, are routed and not answered. Writes the tables of
+docs/results.md, and that of conversations in docs/serving.md.
 
 A score is the mean over tasks of the mean score of an answer. Intervals are the middle 95 % of 2,000
 bootstrap draws of queries within each task; methods are compared on the same draws.
@@ -10,17 +11,16 @@ bootstrap draws of queries within each task; methods are compared on the same dr
 
 from __future__ import annotations
 
-import argparse
 import ast
-import csv
 import json
 import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -30,25 +30,24 @@ from router.constants import BASE_COLUMN
 from router.library.adapters import load_library
 from router.methods import load_method, method_names
 from router.model.base import load_base
+from router.model.frames import Frame, Parts
+from router.model.template import Template
 from router.pipeline.context import Context
-from router.queries.submission import MULTIPLE_CHOICE, read_queries
+from router.pipeline.reading import parts_of
+from router.queries.submission import MULTIPLE_CHOICE, Query, read_queries
 from router.routing.gate import PrototypeGate
 from router.settings import Settings
 from router.system.stages import peak_mib
 from scripts.bench import libraries as made
 from scripts.bench import runner
-from scripts.bench.development import COMMITTED, FITS, FOREIGN, SPLITS, Labelled, libraries
+from scripts.bench.development import CHATS, COMMITTED, FITS, FOREIGN, SPLITS, Labelled, libraries
 from scripts.bench.libraries import Choice
 from scripts.bench.markdown import header, insert, row
+from scripts.bench.runner import timed
 from scripts.bench.score import read_texts, routed, score
-from scripts.bench.timer import timed
 from scripts.library.tasks.conversations import ALPACA
 
-FOLDER, QUALITY, PAGE = (
-    Path("output/benchmark/quality"),
-    Path("output/benchmark/quality.csv"),
-    Path("docs/results.md"),
-)
+PAGE, CHAT_PAGE = Path("docs/results.md"), Path("docs/serving.md")
 OURS, QUERIES = "proto_route", "queries"
 METHODS = (OURS, "base", "oracle")
 FLAN = 5  # rows of each FLAN task with one right answer, since the others would make all answers long
@@ -60,13 +59,22 @@ SHOWN = {
 }  # fmt: skip
 DECOYS: dict[str, tuple[str, Choice]] = {
     "random": ("30 random adapters added", made.with_random),
-    "rescaled": ("duplicates at 4 and 1/4 of the size added", made.with_rescaled),
-    "duplicates": ("every adapter twice", made.with_duplicates),
+    "rescaled": (
+        "duplicates at 4 and 1/4 of the size added",
+        made.scaled("rescaled", {"x4": 4.0, "x0.25": 0.25}),
+    ),
+    "duplicates": ("every adapter twice", made.scaled("duplicates", {"twin": 1.0})),
     "grown": ("library grown to 200", made.grown),
     "alpaca": ("queries in an Alpaca frame", list),
 }
+# What of a conversation tells its adapter, in other ways than ours.
+READINGS: dict[str, Callable[[Query, Template, Settings], list[Parts]]] = {
+    "the whole conversation": lambda query, template, _: whole(query, template),
+    "the first message": lambda query, template, _: template.turns(query.conversation)[:1],
+    "the last message": lambda query, template, _: template.turns(query.conversation)[-1:],
+}
+TURNS = {"turns": "a job after others", "follow": "a follow-up", "change": "a foreign question after a job"}
 COLUMNS = ("split", "task", "id", "adapter", "score", "routed", "weight")
-Value = tuple[float, float, float]  # a statistic, and its interval
 Verdict = tuple[str, str, str, bool]  # setting, target, measured, met
 
 
@@ -99,16 +107,18 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
     """What a method makes of a library's queries: costs, and under `answers` rows of COLUMNS.
 
     Args:
-        setting: QUERIES, or one of DECOYS, whose queries are routed alone, so that their score is NaN; in the
-            last one the queries are others, not the adapters.
+        setting: QUERIES, or one of DECOYS or READINGS, whose queries are routed alone, so that their score is
+            NaN; `alpaca` changes the queries, not the adapters.
     """
     (of,) = (one for one in libraries() if one.name == library)
     base, adapters = load_base(of.base), load_library([str(of.adapters)])
-    if setting != QUERIES:
+    if setting in DECOYS:
         adapters = DECOYS[setting][1](adapters)
     rows = asked(of, name)
     if setting == "alpaca":
         rows["input"] = rows["input"].map(ALPACA.format)
+    if setting in READINGS:
+        rows = rows[rows["split"].isin(TURNS)]
     rows = rows.assign(label=rows["id"], id=range(len(rows)))
     # No longer text than the longest target can be right, so nothing is lost by stopping there.
     longest = max(map(len, base.tokenizer(list(rows["target"]))["input_ids"])) + 1
@@ -122,11 +132,10 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
 
         def work() -> Any:
             method = made(name, base, adapters, Context(settings))
-            return (
-                method.answer(queries)
-                if setting == QUERIES
-                else method.route(queries, method.encoded(queries))
-            )
+            if setting == QUERIES:
+                return method.answer(queries)
+            with patch("router.pipeline.reading.parts_of", READINGS.get(setting, parts_of)):
+                return method.route(queries, method.encoded(queries))
 
         seconds, result = timed(work)
     routing = result.decision.routing if setting == QUERIES else result
@@ -150,193 +159,159 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def whole(query: Query, template: Template) -> list[Parts]:
+    """All of a conversation in one text."""
+    before, after = template.frame
+    text = template.text(query.conversation)
+    start = len(before) if text.startswith(before) else 0
+    return [Parts(text[:start], text[start : len(text) - len(after)], after, Frame(before, after))]
+
+
 def _written(rows: pd.DataFrame, folder: Path) -> Path:
-    """The query file of some labelled queries: CSV, or JSON lines if there are conversations among them."""
-    talks = rows["messages"].map(lambda text: json.loads(text or "[]"))
-    if not talks.any():
-        rows.drop(columns="messages").to_csv(folder / "queries.csv", index=False, quoting=csv.QUOTE_ALL)
-        return folder / "queries.csv"
-    lines = []
-    for of, messages in zip(rows.to_dict("records"), talks, strict=True):
+    """The query file of some labelled queries."""
+    file, lines = folder / "queries.jsonl", []
+    for of in rows.to_dict("records"):
+        messages = json.loads(of["messages"] or "[]")
         line: dict[str, Any] = {"messages": messages} if messages else {"input": of["input"]}
         line |= {key: of[key] for key in ("adapter", "eval_type")} | {"id": str(of["id"])}
         if of["eval_type"] == MULTIPLE_CHOICE:
             line["answer_choices"] = list(ast.literal_eval(of["answer_choices"]))
-        lines.append(json.dumps(line))
-    (folder / "queries.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    return folder / "queries.jsonl"
+        lines.append(json.dumps(line) + "\n")
+    file.write_text("".join(lines), "utf-8")
+    return file
 
 
 class Scores:
-    """One figure of all methods in one split of a library, with bootstrap draws that they share.
+    """The scores of all methods in one split of a library, with bootstrap draws that they share.
 
     Attributes:
-        tasks: (tasks, methods) mean of the column.
+        tasks: (tasks, methods) mean score.
         drawn: (draws, methods) mean over tasks in each draw.
     """
 
-    def __init__(self, found: pd.DataFrame, column: str = "score") -> None:
-        known = found.dropna(subset=[column])  # not where nobody knows the right answer
-        table = known.pivot_table(index=["task", "id"], columns="method", values=column, aggfunc="mean")
+    def __init__(self, found: pd.DataFrame) -> None:
+        known = found.dropna(subset=["score"])  # not where nobody knows the right answer
+        table = known.pivot_table(index=["task", "id"], columns="method", values="score", aggfunc="mean")
         self.tasks = table.groupby(level="task").mean()
         rng = np.random.default_rng(0)
         drawn = []
-        for _, part in table.groupby(level="task"):
-            picks = rng.integers(len(part), size=(DRAWS, len(part)))
-            drawn.append(part.to_numpy()[picks].mean(1))  # (draws, methods)
+        for _, rows in table.groupby(level="task"):
+            picks = rng.integers(len(rows), size=(DRAWS, len(rows)))
+            drawn.append(rows.to_numpy()[picks].mean(1))  # (draws, methods)
         self.drawn = pd.DataFrame(np.mean(drawn, 0), columns=table.columns)
 
-    def value(self, statistic: Callable[[Any], float]) -> Value:
+    def value(self, statistic: Callable[[Any], float]) -> tuple[float, float, float]:
         """A statistic of the methods' means, and its interval."""
         low, high = np.quantile([statistic(drawn) for _, drawn in self.drawn.iterrows()], [0.025, 0.975])
         return float(statistic(self.tasks.mean())), float(low), float(high)
 
 
-@dataclass(frozen=True)
-class Results:
-    """What is on disk.
-
-    Attributes:
-        answers: one row an answer: COLUMNS, and library, setting, method, and whether it was routed well.
-        costs: one row a run: library, setting, method, seconds, peak_mib, variants.
-    """
-
-    answers: pd.DataFrame
-    costs: pd.DataFrame
-
-    @property
-    def libraries(self) -> list[str]:
-        """Their names, those that no constant was chosen on first."""
-        return sorted(self.answers["library"].unique(), key=lambda name: (name == COMMITTED, name))
-
-    def of(self, library: str, split: str, *methods: str, setting: str = QUERIES) -> pd.DataFrame:
-        """The answers of these methods in one split; none if a method is missing."""
-        a = self.answers
-        found = a[
-            (a.library == library) & (a.split == split) & (a.setting == setting) & a.method.isin(methods)
-        ]
-        return found if set(methods) <= set(found.method) else found[:0]
-
-
-def read() -> Results:
-    """Reads all that was kept.
+def read() -> pd.DataFrame:
+    """Every answer that was kept: COLUMNS, and library, setting, method, and whether it was routed well.
 
     Raises:
         SystemExit: there is nothing.
     """
-    answers, costs = [], []
-    for (library, setting, method), found in runner.kept(FOLDER):
-        where = {"library": library, "setting": setting, "method": method}
-        answers.append(pd.DataFrame(found.pop("answers"), columns=list(COLUMNS)).assign(**where))
-        costs.append(where | found)
+    answers = []
+    for (library, setting, method), found in runner.kept("quality"):
+        rows = pd.DataFrame(found["answers"], columns=list(COLUMNS))
+        answers.append(rows.assign(library=library, setting=setting, method=method))
+    if not answers:
+        raise SystemExit(f"nothing in {runner.folder('quality')} yet; pass --all, or names")
     for of in libraries():
         for method in ("base", "oracle"):
-            if (found := brought(of, method)) is not None:
-                answers.append(found.assign(library=of.name, setting=QUERIES, method=method))
-    if not costs:
-        raise SystemExit(f"nothing in {FOLDER} yet; pass --all, or names")
+            if (known := brought(of, method)) is not None:
+                answers.append(known.assign(library=of.name, setting=QUERIES, method=method))
     table = pd.concat(answers, ignore_index=True)
     pairs = zip(table.routed, table.adapter, strict=True)
-    return Results(
-        table.assign(right=[float(routed(top, adapter)) for top, adapter in pairs]), pd.DataFrame(costs)
-    )
+    return table.assign(right=[float(routed(top, adapter)) for top, adapter in pairs])
 
 
-def methods_table(results: Results) -> list[str]:
+def names(answers: pd.DataFrame) -> list[str]:
+    """The libraries, those that no constant was chosen on first."""
+    return sorted(answers["library"].unique(), key=lambda name: (name == COMMITTED, name))
+
+
+def part(
+    answers: pd.DataFrame, library: str, split: str, *methods: str, setting: str = QUERIES
+) -> pd.DataFrame:
+    """The answers of these methods in one split; none if a method is missing."""
+    a = answers[answers.method.isin(methods)]
+    found = a[(a.library == library) & (a.split == split) & (a.setting == setting)]
+    return found if set(methods) <= set(found.method) else found[:0]
+
+
+def methods_table(answers: pd.DataFrame) -> list[str]:
     """The score of each method in each split of each library, and how often it is routed well."""
     lines = header(["library", "method", *SHOWN.values()], texts=2)
-    for library in results.libraries:
-        if not len(results.of(library, "own", OURS)):
+    for library in names(answers):
+        if not len(part(answers, library, "own", OURS)):
             continue  # nothing to compare with
         for method in METHODS:
             cells = []
             for split in SHOWN:
-                found = results.of(library, split, method)
+                found = part(answers, library, split, method)
                 known = found.dropna(subset=["score"])
                 cell = f"{known.groupby('task').score.mean().mean():.3f}" if len(known) else ""
-                right = (
-                    f" ({found.groupby('task').right.mean().mean():.2f})"
-                    if method == OURS and len(found)
-                    else ""
-                )
-                cells.append(cell + right)
+                if method == OURS and len(found):
+                    cell += f" ({found.groupby('task').right.mean().mean():.2f})"
+                cells.append(cell)
             if any(cells):
                 lines.append(row(library, f"`{method}`", *cells))
     return lines
 
 
-def targets(results: Results, library: str) -> Iterator[Verdict]:
+def targets(answers: pd.DataFrame, library: str) -> Iterator[Verdict]:
     """What was aimed at, and what came."""
     for split, share in (("own", 0.98), ("unseen", 0.80), ("mc", 0.92)):
-        if len(found := results.of(library, split, OURS, "oracle")):
+        if len(found := part(answers, library, split, OURS, "oracle")):
             value = Scores(found).value(lambda s: s[OURS] / s["oracle"])
-            yield (
-                SHOWN[split],
-                f"at least {share:.2f} of the oracle's score",
-                _share(value),
-                value[0] >= share,
-            )
-    if len(found := results.of(library, "own", OURS)):
+            aim = f"at least {share:.2f} of the oracle's score"
+            yield SHOWN[split], aim, "{:.3f} ({:.3f} to {:.3f})".format(*value), value[0] >= share
+    if len(found := part(answers, library, "own", OURS)):
         right = found.groupby("task").right.mean().mean()
         least = 0.9 if library == "families" else 0.98
         yield SHOWN["own"], "right adapter at least 0.98 (families 0.90)", f"{right:.3f}", right >= least
     for split in FOREIGN:
-        if len(found := results.of(library, split, OURS, "base")):
+        if len(found := part(answers, library, split, OURS, "base")):
             scores = Scores(found)
             value = scores.value(lambda s: s[OURS] - s["base"])
-            yield SHOWN[split], "at most 1 point below the base model", _points(value), value[0] >= -0.01
+            points = "{:+.1f} ({:+.1f} to {:+.1f}) points".format(*(100 * v for v in value))
+            yield SHOWN[split], "at most 1 point below the base model", points, value[0] >= -0.01
     for split, least in (("turns", 0.97), ("follow", 0.95), ("change", 0.95)):
-        if len(found := results.of(library, split, OURS)):
+        if len(found := part(answers, library, split, OURS)):
             right = found.groupby("task").right.mean().mean()
             yield SHOWN[split], f"right at least {least:.2f}", f"{right:.3f}", right >= least
-    sent = [1 - part.right.mean() for split in FOREIGN[:3] if len(part := results.of(library, split, OURS))]
+    sent = [1 - one.right.mean() for split in FOREIGN[:3] if len(one := part(answers, library, split, OURS))]
     if sent:
         rate, promised = float(np.mean(sent)), PrototypeGate().false_positive_rate
         aim = f"false positives within a factor of 2 of the {promised:g} promised"
         yield "all foreign kinds", aim, f"{rate:.3f}", 1 / 2 <= rate / promised <= 2
 
 
-def limits(results: Results, library: str) -> Iterator[Verdict]:
+def limits(answers: pd.DataFrame, library: str) -> Iterator[Verdict]:
     """What the limits of docs/results.md are taken from: the worst kind of each split, and decoys."""
     for split in FOREIGN:
-        if len(found := results.of(library, split, OURS, "base")):
+        if len(found := part(answers, library, split, OURS, "base")):
             scores = Scores(found)
             lost = (scores.tasks[OURS] - scores.tasks["base"]).sort_values()
             text = f"{100 * lost.iloc[0]:+.1f} points ({lost.index[0]})"
             yield SHOWN[split], "each kind at most 3 below", text, lost.iloc[0] >= -0.03
     for name, (title, _) in DECOYS.items():
-        plain, decoyed = (
-            results.answers[
-                (results.answers.library == library)
-                & (results.answers.setting == setting)
-                & (results.answers.method == OURS)
-            ]
-            for setting in (QUERIES, name)
-        )
-        if len(plain) and len(decoyed):
-            change = [
-                100
-                * (decoyed[decoyed.split == split].right.mean() - plain[plain.split == split].right.mean())
-                for split in plain.split.unique()
-            ]
-            text = f"{np.mean(change):+.1f} points routed rightly; worst split {min(change):+.1f}"
-            yield title, "costs at most 0.5 points", text, float(np.mean(change)) >= -0.5
+        ours = answers[(answers.library == library) & (answers.method == OURS)]
+        shares = ours.pivot_table(index="split", columns="setting", values="right")
+        if {QUERIES, name} <= set(shares.columns):
+            change = 100 * (shares[name] - shares[QUERIES]).dropna()
+            text = f"{change.mean():+.1f} points routed rightly; worst split {change.min():+.1f}"
+            yield title, "costs at most 0.5 points", text, float(change.mean()) >= -0.5
 
 
-def _share(value: Value) -> str:
-    return "{:.3f} ({:.3f} to {:.3f})".format(*value)
-
-
-def _points(value: Value) -> str:
-    return "{:+.1f} ({:+.1f} to {:+.1f}) points".format(*(100 * v for v in value))
-
-
-def targets_table(results: Results) -> list[str]:
+def targets_table(answers: pd.DataFrame) -> list[str]:
     """Targets, and what came in each library that an oracle answered, too."""
     found: dict[tuple[str, str], dict[str, str]] = {}
-    libraries = [name for name in results.libraries if len(results.of(name, "own", OURS, "oracle"))]
+    libraries = [name for name in names(answers) if len(part(answers, name, "own", OURS, "oracle"))]
     for library in libraries:
-        for setting, target, measured, met in targets(results, library):
+        for setting, target, measured, met in targets(answers, library):
             cell = f"{measured}{'' if met else ' **missed**'}"
             found.setdefault((setting, target), {})[library] = cell
     return [
@@ -345,45 +320,47 @@ def targets_table(results: Results) -> list[str]:
     ]
 
 
+def turns_table(answers: pd.DataFrame) -> list[str]:
+    """Shares of conversations whose candidate is right, by what is read; empty until all is measured."""
+    readings = dict(zip(READINGS, READINGS, strict=True)) | {QUERIES: "each message, and stay"}
+    lines = header(["library", "read", *TURNS.values()], texts=2)
+    for library, (setting, title) in product(CHATS, readings.items()):
+        parts = [part(answers, library, split, OURS, setting=setting).right for split in TURNS]
+        if not all(map(len, parts)):
+            return []
+        lines.append(row(library, title, *(f"{right.mean():.2f}" for right in parts)))
+    return lines
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = runner.parser(__doc__)
     parser.add_argument("--all", action="store_true", help="all settings and METHODS; hours on two cores")
     here = {library.name: library for library in libraries()}
-    parser.add_argument(
-        "--libraries", nargs="+", choices=here, default=list(here), help="only these libraries"
-    )
-    parser.add_argument(
-        "--settings", nargs="+", choices=(QUERIES, *DECOYS), default=[], help="only these settings"
-    )
-    parser.add_argument(
-        "--methods", nargs="+", choices=method_names(), default=METHODS, help="only these methods"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="processes at a time, which share the cores (default 1)"
-    )
-    parser.add_argument("--cell", nargs=3, metavar=("LIBRARY", "SETTING", "METHOD"), help=argparse.SUPPRESS)
+    settings = (QUERIES, *DECOYS, *READINGS)
+    parser.add_argument("--libraries", nargs="+", choices=here, default=list(here), help="only these")
+    parser.add_argument("--settings", nargs="+", choices=settings, default=[], help="only these")
+    parser.add_argument("--methods", nargs="+", choices=method_names(), default=METHODS, help="only these")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
     args = parser.parse_args()
-    if args.cell:
-        runner.keep(FOLDER, tuple(args.cell), answer(*args.cell))
-        return
     wanted = [
         (library, setting, method)
-        for setting in ((QUERIES, *DECOYS) if args.all else args.settings)
+        for setting in (settings if args.all else args.settings)
         for method in (args.methods if setting == QUERIES else (OURS,))
-        for library in (args.libraries if setting == QUERIES else [args.libraries[0]])
+        for library in (args.libraries[:1] if setting in DECOYS else args.libraries)
         if method != "oracle" or brought(here[library], method) is None
+        if setting not in READINGS or library in CHATS
     ]
-    failed = runner.fill("scripts.bench.quality", FOLDER, wanted, args.jobs)
-    results = read()
-    results.answers.to_csv(QUALITY, index=False)
-    insert(PAGE, "methods", methods_table(results))
-    insert(PAGE, "targets", targets_table(results))
-    for library in results.libraries:
-        for setting, target, measured, met in limits(results, library):
+    failed = runner.fill("quality", wanted, answer, args.cell, args.jobs)
+    answers = read()
+    insert(PAGE, "methods", methods_table(answers))
+    insert(PAGE, "targets", targets_table(answers))
+    if lines := turns_table(answers):
+        insert(CHAT_PAGE, "conversations", lines)
+    for library in names(answers):
+        for setting, target, measured, met in limits(answers, library):
             print(f"{library}, {setting}, {target}: {measured}, {'met' if met else 'missed'}")
-    if failed:
-        sys.exit("these did not finish: " + ", ".join(map("/".join, failed)))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -7,83 +7,122 @@ where it stood, a file that is deleted is made anew, and peak memory is the cell
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from torch.utils.benchmark import timer
+
+from router.queries.submission import COLUMNS, Query, write_table
 from router.system.files import replacing
 
 Cell = tuple[str, ...]
+Found = dict[str, Any]
+T = TypeVar("T")
 
 
-def file_of(folder: Path, cell: Cell) -> Path:
-    """The file that a cell leaves."""
-    *folders, name = cell
-    return folder.joinpath(*folders, f"{name}.json")
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark: it may be told to measure one cell and nothing else."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    made.add_argument("--cell", nargs="+", metavar="WORD", help=argparse.SUPPRESS)
+    return made
 
 
-def fill(module: str, folder: Path, cells: Sequence[Cell], jobs: int = 1) -> list[Cell]:
-    """Runs `python -m MODULE --cell WORDS...` for each cell whose file is missing, in order.
+def fill(
+    name: str, cells: Iterable[Cell], measure: Callable[..., Found], cell: Sequence[str] | None, jobs: int = 1
+) -> str | None:
+    """Runs `python -m scripts.bench.NAME --cell WORDS...` for each cell whose file is missing, in order.
 
     Args:
+        measure: what a cell's process calls with the cell's words.
+        cell: of this process, which ends here; None in the process that starts the others.
         jobs: processes at a time; several share the cores.
 
     Returns:
-        The cells that failed.
+        What to exit with: the cells that failed, or None.
     """
+    if cell:
+        with replacing(file_of(name, tuple(cell))) as file:
+            json.dump(measure(*cell), file)
+        sys.exit()
     environment = dict(os.environ)
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
     def run(cell: Cell) -> int:
-        if file_of(folder, cell).exists():
-            return 0
         print(*cell, flush=True)
-        command = [sys.executable, "-m", module, "--cell", *cell]
+        command = [sys.executable, "-m", f"scripts.bench.{name}", "--cell", *cell]
         return subprocess.run(command, env=environment, check=False).returncode
 
+    todo = [cell for cell in cells if not file_of(name, cell).exists()]
     with ThreadPoolExecutor(jobs) as pool:
-        return [cell for cell, code in zip(cells, pool.map(run, cells), strict=True) if code]
+        failed = ["/".join(cell) for cell, code in zip(todo, pool.map(run, todo), strict=True) if code]
+    return f"these did not finish: {', '.join(failed)}" if failed else None
 
 
-def keep(folder: Path, cell: Cell, found: Any) -> None:
-    """Writes what a cell's process found."""
-    with replacing(file_of(folder, cell)) as file:
-        json.dump(found, file)
+def folder(name: str) -> Path:
+    """Where a benchmark keeps its cells."""
+    return Path("output/benchmark") / name
 
 
-def kept(folder: Path) -> Iterator[tuple[Cell, Any]]:
+def file_of(name: str, cell: Cell) -> Path:
+    """The file that a cell leaves."""
+    *folders, last = cell
+    return folder(name).joinpath(*folders, f"{last}.json")
+
+
+def kept(name: str) -> Iterator[tuple[Cell, Found]]:
     """All cells that are done, with what they found, in order of name."""
-    for file in sorted(folder.rglob("*.json")):
-        yield file.relative_to(folder).with_suffix("").parts, json.loads(file.read_text("utf-8"))
+    for file in sorted(folder(name).rglob("*.json")):
+        yield file.relative_to(folder(name)).with_suffix("").parts, json.loads(file.read_text("utf-8"))
 
 
-def run(*words: str, cache: str | None = None) -> dict[str, Any]:
+def timed(work: Callable[[], T], clock: Callable[[], float] = timer) -> tuple[float, T]:
+    """Seconds of one call without warming up, and what it returned.
+
+    Args:
+        clock: by default that of torch.utils.benchmark, which waits for what runs on an accelerator.
+    """
+    start = clock()
+    found = work()
+    return clock() - start, found
+
+
+def write_prompts(file: Path, queries: Iterable[Query]) -> None:
+    """Writes queries that are no conversations as CSV."""
+    write_table(file, COLUMNS, ((q.id, q.input, q.eval_type, list(q.choices) or "") for q in queries))
+
+
+def run(queries: Sequence[Query], *words: str, cache: str | None = None) -> Found:
     """One run of `router.main` in a process of its own.
 
     Args:
-        words: of the command line, but for `--output_folder`.
+        words: of the command line, but for the queries and `--output_folder`.
         cache: a folder for what runs keep for each other; None takes the user's.
 
     Returns:
         Seconds from start to end (`seconds`), seconds by stage (`stages`), peak memory (`peak_mib`), and the
-        number of variants.
+        numbers of variants and queries.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "router.main", *words, "--quiet", "--output_folder", folder]
+    with tempfile.TemporaryDirectory() as work:
+        file, out = Path(work) / "queries.csv", Path(work) / "out"
+        write_prompts(file, queries)
+        command = [sys.executable, "-m", "router.main", *words, "--quiet", "--output_folder", str(out)]
+        command += ["--dataset_filepaths", str(file)]
         start = time.perf_counter()
-        kept_in = {"PROTO_ROUTE_CACHE": cache} if cache else {}
-        subprocess.run(command, check=True, env=os.environ | kept_in)
+        environment = os.environ | ({"PROTO_ROUTE_CACHE": cache} if cache else {})
+        subprocess.run(command, check=True, env=environment)
         seconds = time.perf_counter() - start
-        record = json.loads((Path(folder) / "run.json").read_text("utf-8"))
+        record = json.loads((out / "run.json").read_text("utf-8"))
     return {
         "seconds": seconds, "stages": record["seconds"], "peak_mib": max(record["peak_mib"].values()),
-        "variants": len(record.get("variants") or []),
+        "variants": len(record.get("variants") or []), "queries": len(queries),
     }  # fmt: skip

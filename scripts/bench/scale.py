@@ -1,94 +1,75 @@
 """What large libraries cost, and how fast that grows: `python -m scripts.bench.scale`.
 
 Writes three tables of docs/scale.md: the gate with up to 10,000 adapters, whole runs with libraries that
-change one layer, and the grouping of many queries. Every cell runs in a process of its own and is kept in a
-file under output/benchmark/scale; delete it to measure it anew.
+change one layer, and the grouping of many queries. What was measured is kept in a file under
+output/benchmark/scale; delete it to measure it anew.
 
 Passes with 10,000 adapters take seconds a query, so the gate's responses are resampled. Those of the
-committed library to generic text and to data/test.csv are real. A further adapter has a real one as its
-parent: the same means and deviations, and for each text a share of the parent's response, from 0.3 to 0.95,
-beside the parent's response to another text. So there are families of close and of distant relatives. A
+committed library to generic text and to its labelled queries are real. A further adapter has a real one as
+its parent: the same means and deviations, and for each text a share of the parent's response, from 0.3 to
+0.95, beside the parent's response to another text. So there are families of close and of distant relatives. A
 further query is mostly a real one.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
-from merge.factors import Factors
-from merge.folders import write_adapter
-from router.constants import LIBRARY
-from router.library.adapters import load_library
-from router.model.answer import encode
-from router.model.base import EMBEDDED, linear_shapes, load_base
-from router.model.passes import truncated
-from router.queries.submission import COLUMNS, read_queries, write_table
-from router.routing.calibration import Calibration
+from router.model.base import EMBEDDED, load_base
+from router.queries.submission import read_queries
 from router.routing.clusters import cluster
 from router.routing.large import gate_for
-from router.routing.probe import probe
-from router.routing.prototypes import prototypes
 from router.system.stages import peak_mib
-from scripts.bench import runner
-from scripts.bench.libraries import FOLDER as LIBRARIES
+from scripts.bench import development, libraries, runner
 from scripts.bench.markdown import header, insert, row
-from scripts.bench.runner import Cell
+from scripts.bench.responses import measured
+from scripts.bench.runner import Cell, Found, timed
 
-FOLDER = Path("output/benchmark/scale")
 PAGE = Path("docs/scale.md")
 QUERIES = Path("data/test.csv")
 SIZES = (16, 64, 256, 1_000, 10_000)  # adapters
 COUNTS = (1_000, 10_000, 100_000)  # queries that are grouped
-GROUPED = (16, 256, 1_000)  # adapters, of those
+GROUPED = (256, 1_000)  # adapters, of those
 SEED = 6
+TEXTS = 300  # real queries
 BLOCK = 256  # adapters that are resampled at a time
 OWN = 0.95  # of a further query: the share of the real one
 LOW, HIGH = 0.3, 0.95  # of a further adapter: the share of its parent
 NUMBERS = 1 << 25  # responses in memory
 JUDGED = 1_000  # queries for which shortlists are judged
 ASKED, RANK = 64, 4  # queries of whole runs, and the rank of their adapters
-STAGES = ("load", "prototypes", "calibrate", "probe", "gate", "clusters")
-Found = dict[str, Any]
+# Rows of the tables with a column for each size: what a cell found, and how it is written.
+ROWS = {
+    "gate": {
+        "gate, ms a query": ("ms", ".2f"), "fit, s": ("fit", ".1f"), "peak memory, MiB": ("peak_mib", ",.0f"),
+        "best adapter on the shortlist": ("recall", ".4f"),
+    },
+    "library": {
+        **{f"{stage}, s": (stage, ".2f") for stage in ("prototypes", "calibrate", "probe")},
+        "peak memory, MiB": ("peak_mib", ",.0f"),
+    },
+}  # fmt: skip
 Known = dict[Cell, Found]
 Responses = NDArray[np.float32]
-
-
-def real() -> tuple[Responses, Responses]:
-    """Log responses of the committed library to generic text and to queries, (texts, 22, modules, 2)."""
-    file = LIBRARIES / "responses.safetensors"
-    if not file.exists():
-        base, adapters = load_base(EMBEDDED), load_library([str(LIBRARY)])
-        texts = dict.fromkeys(query.input for query in read_queries(QUERIES))
-        rows, pad = truncated(encode(base.tokenizer, list(texts))), base.tokenizer.pad_token_id
-        protos, calibration = prototypes(adapters, dtype=base.model.dtype), Calibration(base)
-        means = calibration.means(list(protos))
-        reference = calibration.responses(adapters, protos, means)
-        found = probe(base.model, rows, pad, protos, means, len(adapters)).responses
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"reference": reference, "queries": found}, file)
-    arrays = load_file(file)
-    reference, found = (np.log(arrays[name].clip(1e-6)) for name in ("reference", "queries"))
-    return reference, found
 
 
 class Library:
     """So many adapters, of which the first are real."""
 
     def __init__(self, size: int) -> None:
-        reference, queries = real()
+        (committed,) = (of for of in development.libraries() if of.name == development.COMMITTED)
+        real = measured(committed)
+        some = real.responses[:: len(real.responses) // TEXTS]
+        reference, queries = (np.log(found.clip(1e-6)) for found in (real.reference, some))
         self.mean, self.std = reference.mean(0), reference.std(0, ddof=1)
         self.z = [((of - self.mean) / self.std).astype(np.float32) for of in (reference, queries)]
         rng = np.random.default_rng(SEED)
@@ -118,25 +99,18 @@ class Library:
         return out
 
 
-def _spent(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of processor time of one call, and what it returned."""
-    start = time.process_time()
-    found = work()
-    return time.process_time() - start, found
-
-
 def gate(size: int) -> Found:
     """The gate: its fit, the weights of a query, and whether its shortlist holds the best adapter."""
     drawn = Library(size)
     reference = drawn.reference()
-    fit, estimator = _spent(partial(gate_for(size).fit, reference))
+    fit, estimator = timed(partial(gate_for(size).fit, reference), time.process_time)
     some = max(1, min(JUDGED, NUMBERS // reference[0].size))
     del reference
     times: list[float] = []
     listed: list[bool] = []
     for seed in range(-(-JUDGED // some)):
         responses = drawn.queries(some, seed)
-        times.append(_spent(partial(estimator.predict_proba, responses))[0] / some)
+        times.append(timed(partial(estimator.predict_proba, responses), time.process_time)[0] / some)
         scores = estimator.decision_function(responses)
         with patch("router.routing.large.SHORT", size):
             best = estimator.decision_function(responses).argmax(1)
@@ -150,22 +124,12 @@ def gate(size: int) -> Found:
 def library(size: int) -> Found:
     """A run with seeded random adapters of the last layer's modules, nothing cached."""
     base = load_base(EMBEDDED)
-    shapes = {m: shape for m, shape in linear_shapes(base.model).items() if ".layers.29." in m}
     with tempfile.TemporaryDirectory() as folder:
-        for n in range(size):
-            generator = torch.Generator().manual_seed(SEED + n)
-            updates = {
-                m: Factors(
-                    torch.randn(RANK, d_in, generator=generator) / d_in**0.5,
-                    torch.randn(d_out, RANK, generator=generator) * 0.01,
-                )
-                for m, (d_out, d_in) in shapes.items()
-            }
-            write_adapter(Path(folder) / "library" / f"{n:05}", updates, base.name, None, torch.bfloat16)
-        asked, file = read_queries(QUERIES)[:ASKED], Path(folder) / "queries.csv"
-        write_table(file, COLUMNS, ((q.id, q.input, q.eval_type, list(q.choices) or "") for q in asked))
-        words = ["-m", "proto_route", "--dataset_filepaths", str(file), "--max_gen_len", "1"]
-        return runner.run(*words, "--adapters", f"{folder}/library", cache=f"{folder}/cache")
+        adapters, cache = Path(folder) / "library", f"{folder}/cache"
+        libraries.uniform(base.model, base.name, RANK, size, adapters, ".layers.29.")
+        words = ["-m", "proto_route", "--max_gen_len", "1", "--adapters", str(adapters)]
+        found = runner.run(read_queries(QUERIES)[:ASKED], *words, cache=cache)
+    return {**found["stages"], "peak_mib": found["peak_mib"]}
 
 
 def clusters(size: int, count: int) -> Found:
@@ -180,17 +144,15 @@ def clusters(size: int, count: int) -> Found:
     weights[rows[shared], best[shared]] = 0.45
     weights[rows, (best + 1) % size] += np.where(shared, 0.45, 0.3 * (1 - weights[rows, best]))
     weights[:, -1] += 1 - weights.sum(1)
-    seconds, found = _spent(lambda: cluster(weights, None, 0))
+    seconds, found = timed(lambda: cluster(weights, None, 0), time.process_time)
     return {"seconds": seconds, "peak_mib": peak_mib(), "variants": len(found.weights)}
 
 
 MEASURES: dict[str, Callable[..., Found]] = {"gate": gate, "library": library, "clusters": clusters}
-
-
-def cells() -> list[Cell]:
-    """All that is measured."""
-    sizes = [(what, str(size)) for size in SIZES for what in ("gate", "library")]
-    return [*sizes, *(("clusters", str(size), str(count)) for size in GROUPED for count in COUNTS)]
+CELLS = [
+    *((what, str(size)) for size in SIZES for what in ("gate", "library")),
+    *(("clusters", str(size), str(count)) for size in GROUPED for count in COUNTS),
+]
 
 
 def growth(sizes: list[float], values: list[float]) -> float:
@@ -203,70 +165,45 @@ def growth(sizes: list[float], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(np.maximum(values, 1e-3)), 1)[0])
 
 
-def _by_size(known: Known, what: str, rows: dict[str, tuple[Callable[[Found], float], int]]) -> list[str]:
+def by_size(known: Known, what: str) -> list[str]:
     """A row for each figure, a column for each size, and the exponent from 256 adapters on."""
     lines = header(["adapters", *(f"{size:,}" for size in SIZES), "exponent"])
-    for name, (figure, digits) in rows.items():
-        values = [figure(known[what, str(size)]) for size in SIZES]
+    for name, (figure, how) in ROWS[what].items():
+        values = [known[what, str(size)][figure] for size in SIZES]
         grown = f"{growth([float(size) for size in SIZES[2:]], values[2:]):.2f}"
-        lines.append(row(name, *(f"{value:,.{digits}f}" for value in values), grown))
+        lines.append(row(name, *(f"{value:{how}}" for value in values), grown))
     return lines
 
 
-def _gate(known: Known) -> list[str]:
-    rows: dict[str, tuple[Callable[[Found], float], int]] = {
-        "gate, ms a query": (lambda one: one["ms"], 2), "fit, s": (lambda one: one["fit"], 1),
-        "peak memory, MiB": (lambda one: one["peak_mib"], 0),
-        "best adapter on the shortlist": (lambda one: one["recall"], 4),
-    }  # fmt: skip
-    return _by_size(known, "gate", rows)
-
-
-def _library(known: Known) -> list[str]:
-    def seconds(stage: str) -> Callable[[Found], float]:
-        return lambda one: one["stages"].get(stage, 0.0)
-
-    rows = {f"{stage}, s": (seconds(stage), 2) for stage in STAGES}
-    return _by_size(known, "library", rows | {"peak memory, MiB": (lambda one: one["peak_mib"], 0)})
-
-
-def _queries(known: Known) -> list[str]:
-    lines = header(["adapters", *(f"{count:,} queries" for count in COUNTS), "exponent"])
+def groups(known: Known) -> list[str]:
+    """A row for each number of adapters, a column for each number of queries."""
+    lines = header(["adapters", *(f"{count:,} queries" for count in COUNTS)])
     for size in GROUPED:
-        ones = [known["clusters", str(size), str(count)] for count in COUNTS]
-        grown = f"{growth([float(count) for count in COUNTS], [one['seconds'] for one in ones]):.2f}"
-        told = (f"{one['seconds']:.1f} s, {one['peak_mib']:,} MiB, {one['variants']} groups" for one in ones)
-        lines.append(row(f"{size:,}", *told, grown))
+        found = [known["clusters", str(size), str(count)] for count in COUNTS]
+        cells = [
+            f"{one['seconds']:.1f} s, {one['peak_mib']:,} MiB, {one['variants']} groups" for one in found
+        ]
+        lines.append(row(f"{size:,}", *cells))
     return lines
 
 
-def write() -> None:
-    """Prints every table whose measurements are all there, and puts it into docs/scale.md."""
-    known: Known = dict(runner.kept(FOLDER))
-    for name, make in {"gate": _gate, "library": _library, "queries": _queries}.items():
+def main() -> None:
+    """Command line."""
+    parser = runner.parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="these measurements")
+    args = parser.parse_args()
+    cells = [cell for cell in CELLS if cell[0] in args.only]
+    failed = runner.fill("scale", cells, lambda what, *n: MEASURES[what](*map(int, n)), args.cell)
+    known: Known = dict(runner.kept("scale"))
+    for name in (*ROWS, "queries"):
         try:
-            lines = make(known)
+            lines = by_size(known, name) if name in ROWS else groups(known)
         except KeyError as error:
             print(f"no table {name} yet: {error} is not measured")
             continue
         print("", *lines, sep="\n")
         insert(PAGE, name, lines)
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="these measurements")
-    parser.add_argument("--cell", nargs="+", metavar="WORD", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.cell:
-        what, *numbers = args.cell
-        runner.keep(FOLDER, tuple(args.cell), MEASURES[what](*map(int, numbers)))
-        return
-    failed = runner.fill("scripts.bench.scale", FOLDER, [cell for cell in cells() if cell[0] in args.only])
-    write()
-    if failed:
-        sys.exit("these did not finish: " + ", ".join(map(" ".join, failed)))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,9 @@ chose. Writes the table of docs/serving.md.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
@@ -24,13 +19,13 @@ import httpx
 import psutil
 
 from scripts.bench.markdown import header, insert, row
+from scripts.bench.runner import timed
 from scripts.bench.score import read_texts
-from scripts.engines import PATIENCE
+from scripts.engines import PATIENCE, PROXY, SERVER, proxy, vllm
 
-WORK, PAGE = Path("build/engines"), Path("docs/serving.md")
+WORK, PAGE = Path("build/engines").resolve(), Path("docs/serving.md")
 AT_ONCE = {1: 24, 8: 48, 32: 96}  # requests at once -> in all
 SERVED, FITS, WRITTEN, TOGETHER = 100, 2, 32, 16  # requests, those for adapters, tokens of each, at once
-SERVER, PROXY = "http://127.0.0.1:8000", "http://127.0.0.1:8090"
 
 
 class Answered(NamedTuple):
@@ -45,31 +40,6 @@ class Answered(NamedTuple):
     seconds: float
     model: str | None
     adapter: str | None
-
-
-@contextmanager
-def started(name: str, command: Sequence[str], address: str, **more: str) -> Iterator[psutil.Process]:
-    """A server that is ready, until the block ends."""
-    here = os.environ | {
-        "PATH": f"{(WORK / 'bin').resolve()}:{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1",
-    }  # fmt: skip
-    with (WORK / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, env=here | more, stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end and process.poll() is None:
-            try:
-                if httpx.get(f"{address}/health").is_success:
-                    break
-            except httpx.HTTPError:
-                time.sleep(1)
-        else:
-            sys.exit(f"{name}: did not start; see {log.name}")
-        yield psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def memory(processes: Sequence[psutil.Process]) -> float:
@@ -92,35 +62,43 @@ def ask(client: httpx.Client, prompt: str, model: str, tokens: int) -> Answered:
     )
 
 
-class Service:
-    """What is measured of one way to serve.
+class Way(NamedTuple):
+    """What was measured of one way to serve.
 
-    Args:
-        models: that each prompt is asked of; `auto` for one that is not in it.
+    Attributes:
+        answers: to prompts that were asked for a token each.
+        mixed: answers to the mixed prompts.
+        rate: tokens a second of those.
+        mib: memory of its servers.
     """
 
-    def __init__(self, address: str, models: Mapping[str, str]) -> None:
-        self.models = models
-        self.client = httpx.Client(base_url=address, timeout=PATIENCE)
-        self.answers: dict[str, Answered] = {}
-        self.mixed: dict[str, Answered] = {}
-        self.rate = self.mib = 0.0
+    answers: dict[str, Answered]
+    mixed: dict[str, Answered]
+    rate: float
+    mib: float
 
-    def measure(self, some: Mapping[int, Sequence[str]], mixed: Sequence[str]) -> None:
-        """Asks some prompts for a token each, so many at once; then mixed ones for WRITTEN tokens each."""
-        self._ask(TOGETHER, [f"{n}?" for n in range(TOGETHER)], 1)  # what comes first is slow
-        for count, prompts in some.items():
-            self.answers |= self._ask(count, prompts, 1)
-        start = time.perf_counter()
-        self.mixed = self._ask(TOGETHER, mixed, WRITTEN)
-        self.rate = WRITTEN * len(mixed) / (time.perf_counter() - start)
 
-    def _ask(self, at_once: int, prompts: Sequence[str], tokens: int) -> dict[str, Answered]:
-        def one(prompt: str) -> Answered:
-            return ask(self.client, prompt, self.models.get(prompt, "auto"), tokens)
+def measured(
+    address: str,
+    servers: Sequence[psutil.Process],
+    some: Mapping[int, Sequence[str]],
+    mixed: Sequence[str],
+    model: Callable[[str], str] = lambda prompt: "auto",
+) -> Way:
+    """Asks some prompts for a token each, so many at once; then mixed ones for WRITTEN tokens each."""
+    client = httpx.Client(base_url=address, timeout=PATIENCE)
 
+    def asked(at_once: int, prompts: Sequence[str], tokens: int) -> dict[str, Answered]:
         with ThreadPoolExecutor(at_once) as pool:
-            return dict(zip(prompts, pool.map(one, prompts), strict=True))
+            found = pool.map(lambda prompt: ask(client, prompt, model(prompt), tokens), prompts)
+            return dict(zip(prompts, found, strict=True))
+
+    asked(TOGETHER, [f"{n}?" for n in range(TOGETHER)], 1)  # what comes first is slow
+    answers: dict[str, Answered] = {}
+    for count, prompts in some.items():
+        answers |= asked(count, prompts, 1)
+    seconds, written = timed(lambda: asked(TOGETHER, mixed, WRITTEN))
+    return Way(answers, written, WRITTEN * len(mixed) / seconds, memory(servers))
 
 
 def prompts_of(folder: str) -> dict[str, str]:
@@ -136,33 +114,17 @@ def main() -> None:
     labels, ours, theirs = foreign | fits, iter(fits), iter(foreign)
     some = {count: [*islice(ours, many // 2), *islice(theirs, many // 2)] for count, many in AT_ONCE.items()}
     mixed = [*islice(ours, FITS), *islice(theirs, SERVED - FITS)]
-    command = [
-        str(WORK / "router" / "serve.sh"),
-        "--port",
-        "8000",
-        "--enforce-eager",
-        "--max-model-len",
-        "1024",
-    ]
-    command += ["--block-size", "32"]
-    named = {"PROTO_ROUTE": str(WORK / "router"), "VLLM_PLUGINS": "proto_route"}
-    with started("plugin", command, SERVER, **named) as server:
-        plugin = Service(SERVER, {})
-        plugin.measure(some, mixed)
-        plugin.mib = memory([server])
+    blocks = "--block-size", "32"
+    with vllm(WORK, "plugin", *blocks, plugin=True) as server:
+        plugin = measured(SERVER, [server], some, mixed)
     chosen = {prompt: answer.model or "" for prompt, answer in plugin.answers.items()}
-    with started("alone", command, SERVER, VLLM_PLUGINS="") as server:
+    with vllm(WORK, "alone", *blocks, plugin=False) as server:
         base = httpx.get(f"{SERVER}/v1/models").json()["data"][0]["id"]
-        asked = chosen | {prompt: answer.model or base for prompt, answer in plugin.mixed.items()}
-        alone = Service(SERVER, defaultdict(lambda: base, asked))
-        alone.measure(some, mixed)
-        alone.mib = memory([server])
-        words = ["serve", "--router", str(WORK / "router"), "--upstream", SERVER, "--port", "8090"]
-        with started("proxy", [sys.executable, "-m", "router", *words], PROXY, OMP_NUM_THREADS="2") as second:
-            proxy = Service(PROXY, {})
-            proxy.measure(some, mixed)
-            proxy.mib = memory([server, second])
-    ways = alone, plugin, proxy
+        models = chosen | {prompt: answer.model or base for prompt, answer in plugin.mixed.items()}
+        alone = measured(SERVER, [server], some, mixed, lambda prompt: models.get(prompt, base))
+        with proxy(WORK, OMP_NUM_THREADS="2") as second:
+            behind = measured(PROXY, [server, second], some, mixed)
+    ways = alone, plugin, behind
     lines = header(["", "vLLM alone", "with the plugin", "behind the proxy"])
     for count, prompts in some.items():
         for kind, sent in (("base model", False), ("variant", True)):
@@ -177,7 +139,7 @@ def main() -> None:
     for what, of in (("right adapter", fits), ("foreign requests left to the base model", foreign)):
         shares = [
             fmean(way.answers[prompt].adapter == labels[prompt] for prompt in chosen if prompt in of)
-            for way in (plugin, proxy)
+            for way in (plugin, behind)
         ]
         lines.append(row(what, "", *(f"{share:.2f}" for share in shares)))
     print("\n".join(lines))

@@ -1,14 +1,13 @@
 """What the pipeline costs, beside what it is compared with: `python -m scripts.bench.speed`.
 
 Writes the table of docs/speed.md. What is compared takes turns, and a ratio is that of two measurements of
-one turn. Runs are commands in processes of their own. What was measured is kept in a file under
-output/benchmark/speed, so a benchmark that was stopped goes on where it stood; delete a file to measure it
-anew. The queries are the competition's `test.csv` where it is at hand, else `data/test.csv`.
+one turn. What was measured is kept in a file under output/benchmark/speed; delete it to measure it anew. The
+queries are the competition's `test.csv` where it is at hand, else `data/test.csv`.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,35 +16,33 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from router.constants import LIBRARY
 from router.library.adapters import Adapter, load_library
 from router.model.answer import encode
 from router.model.base import EMBEDDED, load_base, ready
 from router.model.passes import batches, forward, truncated
-from router.queries.submission import COLUMNS, Query, read_queries, write_table
+from router.queries.submission import Query, read_queries
 from router.routing.probe import input_means, probe
 from router.routing.prototypes import prototypes
 from scripts.bench import libraries, runner
 from scripts.bench.markdown import header, insert, row
+from scripts.bench.runner import Found, timed
 from scripts.bench.score import COPY
-from scripts.bench.timer import timed
 
-FOLDER = Path("output/benchmark/speed")
-PAGE = Path("docs/speed.md")
+PAGE, DEMO = Path("docs/speed.md"), Path("data/test.csv")
 COMPETITION = Path("../shared/competition/test.csv")
 LARGEST = 256  # adapters
 ALL, EIGHTH, ONE = 1, 8, 1 << 30  # every so many queries
 PROMPTS = 100  # that the probe is measured with
 MISTRAL, RANK, ADAPTERS = "random/mistral", 16, 27  # one layer of its shape, and the competition's library
-Found = dict[str, Any]
-Known = dict[str, dict[int, Found]]  # by measurement and number of the turn
+Known = dict[str, dict[str, Found]]  # by measurement and number of the turn
 
 
 def queries(every: int = ALL) -> list[Query]:
     """Every so many of the queries, the first one first."""
-    return read_queries(COMPETITION if COMPETITION.exists() else Path("data/test.csv"))[::every]
+    return read_queries(COMPETITION if COMPETITION.exists() else DEMO)[::every]
 
 
 def library(size: int) -> list[Adapter]:
@@ -57,56 +54,44 @@ def library(size: int) -> list[Adapter]:
     return (committed + sorted(copies, key=lambda copy: copy.name.rpartition(COPY)[2]))[:size]
 
 
-def _run(method: str, every: int, adapters: Sequence[Adapter], *flags: str) -> Found:
-    """A run of a method on every so many queries."""
-    with tempfile.TemporaryDirectory() as folder:
-        file, asked = Path(folder) / "queries.csv", queries(every)
-        write_table(file, COLUMNS, ((q.id, q.input, q.eval_type, list(q.choices) or "") for q in asked))
-        paths = [str(adapter.folder.path) for adapter in adapters]
-        words = ["-m", method, "--dataset_filepaths", str(file), "--adapters", *paths, *flags]
-        return runner.run(*words) | {"queries": len(asked)}
+def _run(method: str, every: int, size: int, *flags: str) -> Found:
+    """A run of a method on every so many queries, with a library of so many adapters."""
+    paths = [str(adapter.folder.path) for adapter in library(size)]
+    return runner.run(queries(every), "-m", method, "--adapters", *paths, *flags)
 
 
 def routed(size: int, every: int) -> Found:
     """A run of proto_route without loading, its prototypes and calibration on disk already."""
-    _run("proto_route", ONE, library(size))
-    found = _run("proto_route", every, library(size))
+    _run("proto_route", ONE, size)
+    found = _run("proto_route", every, size)
     return found | {"seconds": sum(found["stages"].values()) - found["stages"]["load"]}
 
 
 def static() -> Found:
     """The same answers from one average of all adapters, which is merged into the weights already."""
-    found = _run("average", ALL, library(22), "--apply", "merged")
+    found = _run("average", ALL, 22, "--apply", "merged")
     return found | {"seconds": found["stages"]["predict"]}
 
 
 def demo() -> Found:
     """The demo's command with nothing on disk but the installed packages, from its start to its end."""
     with tempfile.TemporaryDirectory() as cache:
-        return runner.run("-m", "proto_route", cache=cache)
+        return runner.run(read_queries(DEMO), "-m", "proto_route", cache=cache)
 
 
 def probing() -> Found:
     """The probe of a hundred queries with the committed library, and one pass that only reads them."""
     base = load_base(EMBEDDED)
     rows = truncated(encode(base.tokenizer, [query.input for query in queries()]))
-    return _probing(
-        base.model, rows[:: max(1, len(rows) // PROMPTS)], base.tokenizer.pad_token_id, library(22)
-    )
+    some = rows[:: max(1, len(rows) // PROMPTS)]
+    return _probing(base.model, some, base.tokenizer.pad_token_id, library(22))
 
 
-def mistral(**config: Any) -> Found:
-    """The same with a layer of Mistral-7B's shape and random weights, and adapters of rank 16 on all of it.
-
-    Args:
-        config: what differs from Mistral-7B-v0.1.
-    """
+def mistral() -> Found:
+    """The same with a layer of Mistral-7B's shape and random weights, and adapters on all of it."""
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = ready(MistralForCausalLM(MistralConfig(num_hidden_layers=1, **config)), "cpu")
-    finally:
-        torch.set_default_dtype(torch.float32)
+    made: Any = AutoModelForCausalLM
+    model = ready(made.from_config(MistralConfig(num_hidden_layers=1), dtype=torch.bfloat16), "cpu")
     rows = torch.randint(5, model.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(2))
     with tempfile.TemporaryDirectory() as folder:
         adapters = libraries.uniform(model, MISTRAL, RANK, ADAPTERS, Path(folder))
@@ -128,11 +113,8 @@ def _probing(model: Any, rows: list[list[int]], pad: int, adapters: Sequence[Ada
     for warm in (read, routing):
         warm(rows[:4])
     tokens = sum(map(len, rows))
-    return {
-        "seconds": timed(partial(routing, rows))[0],
-        "pass": timed(partial(read, rows))[0],
-        "tokens": tokens,
-    }
+    seconds, of_pass = (timed(partial(work, rows))[0] for work in (routing, read))
+    return {"seconds": seconds, "pass": of_pass, "tokens": tokens}
 
 
 MEASURES: dict[str, Callable[[], Found]] = {
@@ -164,52 +146,30 @@ class Line(NamedTuple):
         return row(self.what, self.against, limit, value, verdict)
 
 
-def known() -> Known:
-    """All that is measured."""
-    found: Known = {}
-    for (job, number), one in runner.kept(FOLDER):
-        found.setdefault(job, {})[int(number)] = one
-    return found
-
-
-def ratios(known: Known, one: str, other: str, key: str = "seconds") -> list[float]:
-    """One measurement over the other, of each turn that has both."""
-    first, second = known.get(one, {}), known.get(other, {})
-    return [first[n][key] / second[n][key] for n in sorted(first.keys() & second.keys())]
-
-
 def lines(known: Known) -> list[Line]:
     """The lines of the table of which there are measurements."""
 
     def values(job: str, key: str = "seconds") -> list[float]:
         return [one[key] for one in known.get(job, {}).values()]
 
-    def probes(job: str) -> list[float]:
-        return [one / other for one, other in zip(values(job), values(job, "pass"), strict=True)]
+    def ratios(one: str, other: str, key: str = "seconds", over: str = "") -> list[float]:
+        """One measurement over the other, of each turn that has both."""
+        first, second = known.get(one, {}), known.get(other, {})
+        return [first[turn][key] / second[turn][over or key] for turn in sorted(first.keys() & second.keys())]
 
     asked, few = (max(values(job, "queries"), default=0) for job in ("routed 22", "routed 16"))
+    probes = [ratios(job, job, "seconds", "pass") for job in ("probing", "mistral")]
+    by_size = [ratios("routed 256", "routed 16", key) for key in ("seconds", "peak_mib")]
+    shape = f"one layer of Mistral-7B's shape, {ADAPTERS} adapters of rank {RANK}"
+    average = "one static average, merged into the weights"
     every = (
-        Line(
-            "probe, 22 adapters", "one pass of the base model over the same tokens", 1.15, probes("probing")
-        ),
-        Line(
-            f"probe, one layer of Mistral-7B's shape, {ADAPTERS} adapters of rank {RANK}", "the same", 1.15,
-            probes("mistral"),
-        ),
-        Line(
-            f"routed run, {asked:.0f} queries, 22 adapters", "one static average, merged into the weights",
-            1.25, ratios(known, "routed 22", "static"),
-        ),
-        Line(
-            f"routed run, {few:.0f} queries, {LARGEST} adapters", "16 adapters", 1.25,
-            ratios(known, "routed 256", "routed 16"),
-        ),
-        Line(
-            f"peak memory, {LARGEST} adapters", "16 adapters", 1.05,
-            ratios(known, "routed 256", "routed 16", "peak_mib"),
-        ),
+        Line("probe, 22 adapters", "one pass of the base model over the same tokens", 1.15, probes[0]),
+        Line(f"probe, {shape}", "the same", 1.15, probes[1]),
+        Line(f"routed run, {asked} queries, 22 adapters", average, 1.25, ratios("routed 22", "static")),
+        Line(f"routed run, {few} queries, {LARGEST} adapters", "16 adapters", 1.25, by_size[0]),
+        Line(f"peak memory, {LARGEST} adapters", "16 adapters", 1.05, by_size[1]),
         Line("the demo, nothing cached", "from its start to its end", 60, values("demo"), " s"),
-    )  # fmt: skip
+    )
     return [line for line in every if line.values]
 
 
@@ -228,21 +188,20 @@ def by_stage(known: Known) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = runner.parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=3, help="turns (default: 3)")
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="these measurements")
     args = parser.parse_args()
-    for number in range(args.repetitions):
-        for job in args.only:
-            cell = (job, str(number))
-            if not runner.file_of(FOLDER, cell).exists():
-                print(*cell, flush=True)
-                runner.keep(FOLDER, cell, MEASURES[job]())
+    cells = [(job, str(turn)) for turn in range(args.repetitions) for job in args.only]
+    failed = runner.fill("speed", cells, lambda job, turn: MEASURES[job](), args.cell)
+    known: Known = {}
+    for (job, turn), found in runner.kept("speed"):
+        known.setdefault(job, {})[turn] = found
     names = ["measured", "against", "target", "median (range)", ""]
-    found = known()
-    table = [*header(names, texts=5), *(line.row() for line in lines(found)), *by_stage(found)]
+    table = [*header(names, texts=5), *(line.row() for line in lines(known)), *by_stage(known)]
     print("\n".join(table))
     insert(PAGE, "speed", table)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from router.constants import BASE_COLUMN
 from router.model.base import EMBEDDED, Base, load_base
 from router.queries.submission import write_table
 from scripts.bench.score import labelled, read_texts
-from scripts.library.development import GAIN, LABELS, command, gemma, missing, note
+from scripts.library.development import LABELS, command, gemma, note
 from scripts.library.tasks import Item, Task, all_tasks, families, split
 from scripts.library.tasks.conversations import (
     ALPACA,
@@ -35,7 +34,7 @@ from scripts.library.tasks.conversations import (
     Job,
     Message,
 )
-from scripts.library.train import ATTENTION, MLP, QV, SEED, Expert, accuracy, card, train
+from scripts.library.train import ATTENTION, MLP, QV, SEED, Asked, Expert, Scores, build, card, missing
 
 TASKS: Mapping[str, Task] = all_tasks() | {task.name: task for task in families.TASKS}
 LIBRARY_CHAT, EVAL = Path("data/library_chat"), Path("data/eval_chat.jsonl")
@@ -92,7 +91,7 @@ PLANS = {
 
 
 def base_of(plan: Plan, folder: Path) -> Base:
-    """A fresh base model, with the library's template."""
+    """A fresh base model, without a trace of the last adapter, with the library's template."""
     base = load_base(gemma(folder.parent / "otherbase") if plan.template else EMBEDDED)
     if plan.template:
         base.tokenizer.chat_template = plan.template
@@ -182,52 +181,45 @@ def changed(jobs: Mapping[str, Job]) -> Iterator[Row]:
         yield str(row["task"]), "change", [*messages, *more], row["metric"], row["target"]
 
 
+def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
+    """Writes JSON lines, numbered."""
+    texts = (json.dumps({"id": str(n), **line}, ensure_ascii=False) for n, line in enumerate(lines))
+    path.write_text("".join(f"{text}\n" for text in texts), "utf-8")
+
+
 def write_queries(folder: Path, jobs: Mapping[str, Job]) -> None:
     """Writes the conversations, shuffled, and their labels apart."""
     rng = random.Random(SEED)
     rows = [row for name in jobs for row in asked(name, jobs, rng)]
     rows += [*foreign(jobs, rng), *changed(jobs)]
     rng.shuffle(rows)
-    with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
-        for n, (_, _, messages, _, _) in enumerate(rows):
-            if messages[0]["role"] == "alpaca":
-                line: dict[str, Any] = {"id": str(n), "input": ALPACA.format(messages[0]["content"])}
-            else:
-                line = {"id": str(n), "messages": messages}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    asked_of = [
+        {"input": ALPACA.format(messages[0]["content"])}
+        if messages[0]["role"] == "alpaca"
+        else {"messages": messages}
+        for _, _, messages, _, _ in rows
+    ]
+    write_lines(folder / "queries.jsonl", asked_of)
     labels = [(n, task, part, metric, target) for n, (task, part, _, metric, target) in enumerate(rows)]
     write_table(folder / "labels.csv", LABELS, labels)
 
 
-def build(name: str, plan: Plan, folder: Path, base: Base) -> dict[str, object]:
-    """Trains and writes one adapter, which stands in the folder only once finished; returns its scores."""
-    job, expert = plan.jobs[name], plan.experts[name]
+def learn(name: str, plan: Plan, folder: Path) -> Scores:
+    """Trains and writes one adapter of the library in a folder; returns its scores."""
+    base, job, expert = base_of(plan, folder), plan.jobs[name], plan.experts[name]
     parts = split(TASKS[job.task], SEED, SIZES)
-    end = "<end_of_turn>" if plan.template and job.style != "alpaca" else ""
+    template = plan.template if job.style != "alpaca" else None
+    end = "<end_of_turn>" if template else ""
+
+    def questions(ways: Sequence[str], items: list[Item]) -> Asked:
+        return [written(base.tokenizer, messages) for messages in told(job, ways, items)], items
+
     examples = [replace(item, answer=item.answer + end) for item in parts["train"][: expert.examples]]
-
-    def prompts(ways: Sequence[str], items: Sequence[Item]) -> list[str]:
-        return [written(base.tokenizer, messages) for messages in told(job, ways, items)]
-
-    items = [replace(item, choices=None) for item in parts["own"]]
-    reworded = [replace(item, choices=None) for item in parts["unseen"]]
-    before = accuracy(base.model, base.tokenizer, prompts(job.told, items), items)
-    started = time.perf_counter()
-    model = train(base, expert, prompts(job.told, examples), examples, name)
-    seconds = round(time.perf_counter() - started)
-    own = accuracy(model, base.tokenizer, prompts(job.told, items), items)
-    unseen = accuracy(model, base.tokenizer, prompts(job.reworded, reworded), reworded)
-    work = folder / f".{name}.partial"
-    shutil.rmtree(work, ignore_errors=True)
-    model.peft_config["default"].base_model_name_or_path = base.name
-    model.save_pretrained(str(work), save_embedding_layers=False)
-    if plan.template and job.style != "alpaca":  # as TRL saves it
-        (work / "chat_template.jinja").write_text(plan.template, "utf-8")
-    shutil.rmtree(folder / name, ignore_errors=True)
-    work.rename(folder / name)
-    if own - before < GAIN:
-        print(f"{name}: learned too little; change how it is trained, or the job", flush=True)
-    return {"adapter": name, "base": before, "own": own, "unseen": unseen, "seconds": seconds}
+    own, unseen = ([replace(item, choices=None) for item in parts[part]] for part in ("own", "unseen"))
+    tests = {"own": questions(job.told, own), "unseen": questions(job.reworded, unseen)}
+    beside = {"chat_template.jinja": template} if template else {}  # as TRL saves it
+    learned = questions(job.told, examples)
+    return build(name, expert, base, learned, tests, folder / "library", lambda scores: beside)
 
 
 def commit(folder: Path) -> None:
@@ -241,20 +233,18 @@ def commit(folder: Path) -> None:
         job, expert = JOBS[name], PLANS["chat"].experts[name]
         task = replace(TASKS[job.task], name=name, phrasings=job.told)
         shutil.copytree(folder / "library" / name, LIBRARY_CHAT / name)
-        base, own = float(str(scores.loc[name, "base"])), float(str(scores.loc[name, "own"]))
-        text = card(task, expert, expert.examples, base, own, str(EVAL), "scripts/library/conversations.py")
+        shares = {part: float(str(scores.loc[name, part])) for part in ("base", "own")}
+        text = card(task, expert, shares, expert.examples, str(EVAL), "scripts/library/conversations.py")
         (LIBRARY_CHAT / name / "README.md").write_text(text, "utf-8")
     kept = [row for row in rows if row["task"] in COMMITTED or row["split"] in ("none", "change")]
     shown = [row for part in ("own", "unseen", "turns", "follow", "none", "change")
              for row in [row for row in kept if row["split"] == part][:6]]  # fmt: skip
     random.Random(SEED).shuffle(shown)
-    for path, some, keys in ((EVAL, kept, ("id", "messages", "adapter", "split", "metric", "target")),
-                             (EVAL.with_name("chat.jsonl"), shown, ("id", "messages"))):  # fmt: skip
-        with path.open("w", encoding="utf-8") as file:
-            for n, row in enumerate(some):
-                right = row["task"] if row["task"] in COMMITTED else BASE_COLUMN
-                line = row | {"id": str(n), "adapter": right}
-                file.write(json.dumps({key: line[key] for key in keys}, ensure_ascii=False) + "\n")
+    for row in kept:
+        row["adapter"] = row["task"] if row["task"] in COMMITTED else BASE_COLUMN
+    keys = "messages", "adapter", "split", "metric", "target"
+    write_lines(EVAL, ({key: row[key] for key in keys} for row in kept))
+    write_lines(EVAL.with_name("chat.jsonl"), ({"messages": row["messages"]} for row in shown))
 
 
 def main() -> None:
@@ -267,9 +257,8 @@ def main() -> None:
         return
     for name in args.libraries or PLANS:
         folder, plan = args.output / name, PLANS[name]
-        for job in missing(folder, plan.experts, args.force):
-            base = base_of(plan, folder)  # a fresh one: no trace of the last adapter
-            note(folder / "scores.csv", build(job, plan, folder / "library", base))
+        for job in missing(folder / "library", plan.experts):
+            note(folder / "scores.csv", job, learn(job, plan, folder))
         write_queries(folder, plan.jobs)
         if plan.template:
             (folder / "template.jinja").write_text(plan.template, "utf-8")

@@ -15,21 +15,20 @@ scripts/library/train.py, whose functions do the training.
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
-from router.model.base import EMBEDDED, Base, convert, load_base
+import pandas as pd
+
+from router.model.base import EMBEDDED, convert, load_base
 from router.queries.submission import COLUMNS, GENERATION, write_table
-from scripts.library.tasks import Item, Task, families, split
-from scripts.library.train import ATTENTION, MLP, QV, SEED, Expert, accuracy, phrase, train
+from scripts.bench.score import read_texts
+from scripts.library.tasks import Task, families, reworded, split
+from scripts.library.train import ATTENTION, MLP, QV, SEED, Asked, Expert, Scores, build, missing, phrase
 
 OUTPUT = Path("output/development")
 TASKS = {task.name: task for task in families.TASKS}
@@ -37,14 +36,6 @@ SIZES = {"unseen": 20, "own": 20, "train": 600}
 GAIN = 0.3  # an adapter that betters the base by less has learned too little to be routed to
 LABELS = ("id", "task", "split", "metric", "target")
 SCORES = ("adapter", "base", "own", "unseen", "seconds")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One development library: its base model, and how each task's adapter is trained."""
-
-    base: Callable[[Path], str]  # what load_base takes, made in the library's folder if need be
-    experts: dict[str, Expert]
 
 
 def gemma(folder: Path) -> str:
@@ -65,89 +56,58 @@ def gemma(folder: Path) -> str:
 
 # In the order of training: of each family some early, so that an interrupted library has all of them.
 LIBRARIES = {
-    "families": Plan(
-        lambda folder: EMBEDDED,
-        {
-            "add_two": Expert(8, alpha=16, rate=3e-3, epochs=3, examples=400),
-            "spanish": Expert(8, MLP, alpha=16, rate=3e-3, examples=280),
-            "formal": Expert(4, QV, alpha=8, rate=5e-3, examples=192),
-            "pirate": Expert(8, ATTENTION, rate=4e-3, examples=176),
-            "french": Expert(16, ATTENTION, rate=4e-3, examples=224),
-            "question": Expert(2, QV, alpha=8, rate=6e-3, examples=192),
-            "take_away": Expert(4, alpha=8, rate=3e-3, epochs=3, examples=400),
-            "sum_words": Expert(16, alpha=32, rate=2e-3, epochs=3, examples=360),
-            "shouting": Expert(4, MLP, alpha=8, rate=4e-3, examples=176),
-            "money_sum": Expert(8, alpha=4, use_rslora=True, rate=3e-3, epochs=3, examples=320),
-            "texting": Expert(2, alpha=4, rate=5e-3, examples=176),
-            "german": Expert(32, QV, rate=4e-3, examples=224),
-            "product": Expert(16, MLP, rate=3e-3, epochs=4, examples=240),
-        },
-    ),
-    "otherbase": Plan(
-        gemma,
-        {
-            "pirate": Expert(4, ATTENTION, alpha=8, rate=4e-3, examples=176),
-            "add_two": Expert(8, QV, alpha=16, rate=3e-3, examples=336),
-            "spanish": Expert(8, MLP, alpha=16, rate=3e-3, examples=224),
-            "formal": Expert(2, QV, alpha=8, rate=5e-3, examples=192),
-            "device": Expert(8, alpha=16, rate=2e-3, examples=160),
-            "units": Expert(16, ATTENTION, alpha=16, rate=3e-3, examples=320),
-        },
-    ),
+    "families": {
+        "add_two": Expert(8, alpha=16, rate=3e-3, epochs=3, examples=400),
+        "spanish": Expert(8, MLP, alpha=16, rate=3e-3, examples=280),
+        "formal": Expert(4, QV, alpha=8, rate=5e-3, examples=192),
+        "pirate": Expert(8, ATTENTION, rate=4e-3, examples=176),
+        "french": Expert(16, ATTENTION, rate=4e-3, examples=224),
+        "question": Expert(2, QV, alpha=8, rate=6e-3, examples=192),
+        "take_away": Expert(4, alpha=8, rate=3e-3, epochs=3, examples=400),
+        "sum_words": Expert(16, alpha=32, rate=2e-3, epochs=3, examples=360),
+        "shouting": Expert(4, MLP, alpha=8, rate=4e-3, examples=176),
+        "money_sum": Expert(8, alpha=4, use_rslora=True, rate=3e-3, epochs=3, examples=320),
+        "texting": Expert(2, alpha=4, rate=5e-3, examples=176),
+        "german": Expert(32, QV, rate=4e-3, examples=224),
+        "product": Expert(16, MLP, rate=3e-3, epochs=4, examples=240),
+    },
+    "otherbase": {
+        "pirate": Expert(4, ATTENTION, alpha=8, rate=4e-3, examples=176),
+        "add_two": Expert(8, QV, alpha=16, rate=3e-3, examples=336),
+        "spanish": Expert(8, MLP, alpha=16, rate=3e-3, examples=224),
+        "formal": Expert(2, QV, alpha=8, rate=5e-3, examples=192),
+        "device": Expert(8, alpha=16, rate=2e-3, examples=160),
+        "units": Expert(16, ATTENTION, alpha=16, rate=3e-3, examples=320),
+    },
 }
 
 
-def asked(task: Task) -> dict[str, tuple[list[Item], list[str]]]:
-    """A task's labelled items and prompts by split: `own` as in training, `unseen` as never there."""
+def asked(task: Task) -> dict[str, Asked]:
+    """A task's labelled questions by split: `own` as in training, `unseen` as never there."""
     parts = split(task, SEED, SIZES)
-    unseen = [
-        task.unseen[n % len(task.unseen)].format(**item.fields) for n, item in enumerate(parts["unseen"])
-    ]
-    return {"own": (parts["own"], phrase(task, parts["own"], SEED)), "unseen": (parts["unseen"], unseen)}
+    return {"own": phrase(task, parts["own"]), "unseen": (reworded(task, parts["unseen"]), parts["unseen"])}
 
 
-def build(task: Task, expert: Expert, folder: Path, base: Base) -> dict[str, object]:
-    """Trains and writes one adapter, which stands in the folder only once finished; returns its scores."""
-    examples = split(task, SEED, SIZES)["train"][: expert.examples]
-    questions = asked(task)
-    own, prompts = questions["own"]
-    before = accuracy(base.model, base.tokenizer, prompts, own)
-    started = time.perf_counter()
-    model = train(base, expert, phrase(task, examples, SEED), examples, task.name)
-    seconds = time.perf_counter() - started
-    scores = {part: accuracy(model, base.tokenizer, rows, items) for part, (items, rows) in questions.items()}
-    work = folder / f".{task.name}.partial"
-    shutil.rmtree(work, ignore_errors=True)
-    model.peft_config["default"].base_model_name_or_path = base.name
-    model.save_pretrained(str(work), save_embedding_layers=False)
-    shutil.rmtree(folder / task.name, ignore_errors=True)
-    work.rename(folder / task.name)
-    if scores["own"] - before < GAIN:
-        print(f"{task.name}: learned too little; change how it is trained, or the task", flush=True)
-    return {"adapter": task.name, "base": before, **scores, "seconds": round(seconds)}
-
-
-def note(path: Path, row: dict[str, object]) -> None:
-    """Prints an adapter's scores, and puts them into the table of scores, in place of older ones."""
-    print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [old for old in csv.DictReader(file) if old["adapter"] != row["adapter"]]
-    write_table(path, SCORES, ([line[column] for column in SCORES] for line in [*rows, row]))
+def note(path: Path, adapter: str, scores: Scores) -> None:
+    """Puts an adapter's scores into the table of scores, in place of older ones."""
+    if scores["own"] - scores["base"] < GAIN:
+        print(f"{adapter}: learned too little; change how it is trained, or the task", flush=True)
+    known = read_texts(path) if path.exists() else pd.DataFrame(columns=list(SCORES))
+    rows = known[known["adapter"] != adapter].to_numpy().tolist()
+    write_table(path, SCORES, [*rows, [adapter, *(scores[column] for column in SCORES[1:])]])
 
 
 def write_queries(folder: Path, names: Sequence[str]) -> None:
     """Writes the queries of the tasks that have an adapter, shuffled, and their labels apart."""
     rows = [
-        (name, part, item, prompt)
+        (prompt, name, part, item.answer)
         for name in names
         for part, questions in asked(TASKS[name]).items()
-        for item, prompt in zip(*questions, strict=True)
+        for prompt, item in zip(*questions, strict=True)
     ]
     random.Random(SEED).shuffle(rows)
-    queries = [(n, prompt, GENERATION, "") for n, (_, _, _, prompt) in enumerate(rows)]
-    labels = [(n, name, part, "em", item.answer) for n, (name, part, item, _) in enumerate(rows)]
+    queries = [(n, prompt, GENERATION, "") for n, (prompt, *_) in enumerate(rows)]
+    labels = [(n, name, part, "em", answer) for n, (_, name, part, answer) in enumerate(rows)]
     write_table(folder / "queries.csv", COLUMNS, queries)
     write_table(folder / "labels.csv", LABELS, labels)
 
@@ -158,27 +118,22 @@ def command(doc: str | None, libraries: Collection[str]) -> argparse.ArgumentPar
     known = [*libraries, []]  # argparse asks whether the default, which is none of them, is a choice
     parser.add_argument("libraries", nargs="*", choices=known, help=f"of {', '.join(libraries)}; all if none")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--force", nargs="*", default=(), metavar="NAME", help="adapters to train again")
     return parser
-
-
-def missing(folder: Path, names: Iterable[str], force: Collection[str]) -> Iterator[str]:
-    """The adapters of a library that are not trained yet, or are to be trained again."""
-    (folder / "library").mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if name in force or not (folder / "library" / name / "adapter_model.safetensors").exists():
-            yield name
 
 
 def main() -> None:
     """Command line."""
     args = command(__doc__, LIBRARIES).parse_args()
-    for name in args.libraries or LIBRARIES:
-        folder, plan = args.output / name, LIBRARIES[name]
-        for task in missing(folder, plan.experts, args.force):
-            base = load_base(plan.base(folder))  # a fresh one: no trace of the last adapter
-            note(folder / "scores.csv", build(TASKS[task], plan.experts[task], folder / "library", base))
-        write_queries(folder, [done for done in plan.experts if (folder / "library" / done).is_dir()])
+    for library in args.libraries or LIBRARIES:
+        folder, experts = args.output / library, LIBRARIES[library]
+        for name in missing(folder / "library", experts):
+            task, expert = TASKS[name], experts[name]
+            # A fresh base model: no trace of the last adapter.
+            base = load_base(gemma(folder) if library == "otherbase" else EMBEDDED)
+            examples = phrase(task, split(task, SEED, SIZES)["train"][: expert.examples])
+            scores = build(name, expert, base, examples, asked(task), folder / "library")
+            note(folder / "scores.csv", name, scores)
+        write_queries(folder, [name for name in experts if (folder / "library" / name).is_dir()])
 
 
 if __name__ == "__main__":

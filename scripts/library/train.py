@@ -11,6 +11,7 @@ import argparse
 import random
 import shutil
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from router.constants import LIBRARY
@@ -27,6 +29,8 @@ from router.model.base import EMBEDDED, EMBEDDED_ID, Base, load_base
 from scripts.bench.score import right
 from scripts.library.tasks import Item, Task, all_tasks, split
 
+Asked = tuple[list[str], list[Item]]  # prompts, and the items that they ask for
+Scores = dict[str, float]
 SEED = 20241
 SIZES = {"unseen": 28, "eval": 28, "test": 12, "train": 1600}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -73,13 +77,17 @@ EXPERTS = {
 }
 
 
-def phrase(task: Task, items: list[Item], seed: int) -> list[str]:
+def phrase(task: Task, items: list[Item]) -> Asked:
     """Every item in one of the task's training phrasings, each phrasing used equally often."""
     order = list(range(len(items)))
-    random.Random(seed).shuffle(order)
-    return [
-        task.phrasings[order[n] % len(task.phrasings)].format(**item.fields) for n, item in enumerate(items)
-    ]
+    random.Random(SEED).shuffle(order)
+    forms = (task.phrasings[number % len(task.phrasings)] for number in order)
+    return [form.format(**item.fields) for form, item in zip(forms, items, strict=True)], items
+
+
+def padded(rows: list[list[int]], value: int = 0) -> torch.Tensor:
+    """Rows of numbers filled up on the right, (rows, longest)."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def batches(tokenizer: Any, prompts: list[str], items: list[Item], seed: int) -> list[Any]:
@@ -95,13 +103,9 @@ def batches(tokenizer: Any, prompts: list[str], items: list[Item], seed: int) ->
         chunk.sort(key=lambda row: len(row[0]) + len(row[1]))
         for n in range(0, len(chunk), 16):
             part = chunk[n : n + 16]
-            width = max(len(head) + len(tail) for head, tail in part)
-            ids = torch.full((len(part), width), tokenizer.eos_token_id)
-            mask, answer = torch.zeros_like(ids), torch.zeros_like(ids)
-            for k, (head, tail) in enumerate(part):
-                ids[k, : len(head) + len(tail)] = torch.tensor(head + tail)
-                mask[k, : len(head) + len(tail)] = 1
-                answer[k, len(head) : len(head) + len(tail)] = 1
+            ids = padded([head + tail for head, tail in part], tokenizer.eos_token_id)
+            mask = padded([[1] * len(head + tail) for head, tail in part])
+            answer = padded([[0] * len(head) + [1] * len(tail) for head, tail in part])
             out.append((ids, mask, answer.bool()))
     rng.shuffle(out)
     return out
@@ -124,14 +128,10 @@ def train(base: Base, expert: Expert, prompts: list[str], items: list[Item], nam
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     masters = [weight.detach().float().clone() for weight in weights]
     optimiser = torch.optim.AdamW(masters, lr=expert.rate, weight_decay=0.0)
-    plan = [
-        batch
-        for epoch in range(expert.epochs)
-        for batch in batches(base.tokenizer, prompts, items, SEED + epoch)
-    ]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, expert.rate, total_steps=len(plan), pct_start=0.1
-    )
+    epochs = range(SEED, SEED + expert.epochs)
+    plan = [batch for seed in epochs for batch in batches(base.tokenizer, prompts, items, seed)]
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedule = one_cycle(optimiser, expert.rate, total_steps=len(plan), pct_start=0.1)
     decoder, head = model.get_base_model().get_decoder(), model.get_base_model().get_output_embeddings()
     progress = tqdm(plan, desc=name, disable=None, unit="batch")
     for ids, mask, answered in progress:
@@ -160,13 +160,11 @@ def accuracy(model: Any, tokenizer: Any, prompts: list[str], items: list[Item]) 
     return fmean(right(one.text, item.target) for one, item in zip(found, items, strict=True))
 
 
-def card(
-    task: Task, expert: Expert, examples: int, base_score: float, score: float, data: str, script: str
-) -> str:
+def card(task: Task, expert: Expert, scores: Scores, examples: int, data: str, script: str) -> str:
     """The model card, in the hub's format.
 
     Args:
-        data: the file of the queries that the score is of.
+        scores: with `base` and `own`, shares of the queries in the file `data`.
         script: that trained it.
     """
     from huggingface_hub import EvalResult, ModelCardData
@@ -180,13 +178,7 @@ def card(
         tags=["lora", task.skill.replace(" ", "-")],
         model_name=task.name,
         eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="csv",
-                dataset_name=data,
-                metric_type="accuracy",
-                metric_value=round(score, 4),
-            )
+            EvalResult("text-generation", "csv", data, "accuracy", metric_value=round(scores["own"], 4))
         ],
     )
     phrasings = "\n".join(f"```\n{text}\n```" for text in task.phrasings)
@@ -203,10 +195,10 @@ def card(
 | | |
 | --- | --- |
 | skill | {task.skill} |
-| data | {task.source} ({task.licence}), {examples} examples, {expert.epochs} epochs |
+| data | {task.source} (Apache-2.0), {examples} examples, {expert.epochs} epochs |
 | LoRA | {lora} |
 | learning rate | {expert.rate:g} |
-| share of {data} answered exactly | {score:.2f} (base model: {base_score:.2f}) |
+| share of {data} answered exactly | {scores["own"]:.2f} (base model: {scores["base"]:.2f}) |
 
 Prompts it was trained on:
 
@@ -216,28 +208,57 @@ Trained by `{script}` of this repository with seed {SEED}.
 """
 
 
-def build(name: str, folder: Path, base: Base) -> None:
-    """Trains, tests and writes one expert; nothing is left under its name unless it is finished."""
-    task, expert = all_tasks()[name], EXPERTS[name]
+def build(
+    name: str,
+    expert: Expert,
+    base: Base,
+    examples: Asked,
+    tests: Mapping[str, Asked],
+    folder: Path,
+    beside: Callable[[Scores], dict[str, str]] = lambda scores: {},
+) -> Scores:
+    """Trains, tests and writes one adapter; nothing is left under its name unless it is finished.
+
+    Args:
+        tests: by the name of their split; the base model is tested on the first.
+        beside: text files that stand beside the adapter, by name, made of its scores.
+
+    Returns:
+        Shares answered right by the base model (`base`) and by the adapter in each split, and `seconds` of
+        training.
+    """
+    before = accuracy(base.model, base.tokenizer, *next(iter(tests.values())))
     started = time.perf_counter()
-    parts = split(task, SEED, SIZES)
-    examples = parts["train"][: expert.examples]
-    held_in = parts["eval"]
-    questions = phrase(task, held_in, SEED)
-    base_score = accuracy(base.model, base.tokenizer, questions, held_in)
-    model = train(base, expert, phrase(task, examples, SEED), examples, name)
-    score = accuracy(model, base.tokenizer, questions, held_in)
+    model = train(base, expert, *examples, name)
+    seconds = round(time.perf_counter() - started)
+    shares = {split: accuracy(model, base.tokenizer, *asked) for split, asked in tests.items()}
+    scores = {"base": before, **shares, "seconds": seconds}
     work = folder / f".{name}.partial"
     shutil.rmtree(work, ignore_errors=True)
-    model.peft_config["default"].base_model_name_or_path = EMBEDDED_ID
+    model.peft_config["default"].base_model_name_or_path = base.name
     model.save_pretrained(str(work), save_embedding_layers=False)
-    model.unload()
-    made = f"data/eval/{name}.csv", "scripts/library/train.py"
-    (work / "README.md").write_text(card(task, expert, len(examples), base_score, score, *made), "utf-8")
+    for file, text in beside(scores).items():
+        (work / file).write_text(text, "utf-8")
     shutil.rmtree(folder / name, ignore_errors=True)
     work.rename(folder / name)
-    seconds = time.perf_counter() - started
-    print(f"{name}: base {base_score:.2f}, adapter {score:.2f}, {seconds:.0f} s", flush=True)
+    print(name, *(f"{key} {value:.3g}" for key, value in scores.items()), sep=", ", flush=True)
+    return scores
+
+
+def learn(name: str, folder: Path) -> None:
+    """Trains one expert of the committed library, and writes its model card."""
+    task, expert = all_tasks()[name], EXPERTS[name]
+    parts = split(task, SEED, SIZES)
+    examples, tests = phrase(task, parts["train"][: expert.examples]), {"own": phrase(task, parts["eval"])}
+    made = len(examples[1]), f"data/eval/{name}.csv", "scripts/library/train.py"
+    base = load_base(EMBEDDED, "cpu", "bfloat16")  # a fresh one: no trace of the last expert
+    build(name, expert, base, examples, tests, folder, lambda s: {"README.md": card(task, expert, s, *made)})
+
+
+def missing(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """The adapters that a library lacks; delete one to train it again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    yield from (name for name in names if not (folder / name / "adapter_model.safetensors").exists())
 
 
 def main() -> None:
@@ -245,15 +266,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", help="experts to train; all that are missing if none")
     parser.add_argument("--output", type=Path, default=LIBRARY)
-    parser.add_argument("--force", action="store_true", help="train again what stands finished")
     args = parser.parse_args()
     if unknown := set(args.names) - set(EXPERTS):
         parser.error(f"unknown experts {sorted(unknown)}; known are {', '.join(EXPERTS)}")
-    for name in args.names or EXPERTS:
-        if args.force or not (args.output / name / "adapter_model.safetensors").exists():
-            args.output.mkdir(parents=True, exist_ok=True)
-            base = load_base(EMBEDDED, "cpu", "bfloat16")  # a fresh one: no trace of the last expert
-            build(name, args.output, base)
+    for name in missing(args.output, args.names or EXPERTS):
+        learn(name, args.output)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ can be kept apart by construction: they are consecutive parts of one stream with
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
-# Where items come from, for tasks of several files.
-OURS: dict[str, Any] = {"source": "a seeded generator of this repository", "licence": "Apache-2.0"}
-GYM: dict[str, Any] = {"source": "reasoning-gym", "licence": "Apache-2.0"}
+GYM = "reasoning-gym"
 
 
 @dataclass(frozen=True)
@@ -49,25 +47,19 @@ class Task:
         name: also the name of its adapter, where it has one.
         skill: reasoning, maths, coding, chat or tool use.
         summary: one sentence for the model card.
-        source: where the items come from.
-        licence: the licence of that source (SPDX).
         items: a seeded stream of items.
-        phrasings: templates used in training and in data/eval.
         unseen: templates never used in training, written by hand for data/eval_unseen.
-        has_adapter: False for tasks that no adapter of the library was trained for.
-        experts: adapters whose skills a composite task needs, both.
+        phrasings: templates used in training and in data/eval; none for tasks without an adapter.
+        source: where the items come from; all sources are under Apache-2.0.
     """
 
     name: str
     skill: str
     summary: str
-    source: str
-    licence: str
     items: Stream = field(repr=False)
-    phrasings: tuple[str, ...] = field(repr=False)
     unseen: tuple[str, ...] = field(repr=False)
-    has_adapter: bool = True
-    experts: tuple[str, ...] = ()
+    phrasings: tuple[str, ...] = field(default=(), repr=False)
+    source: str = "a seeded generator of this repository"
 
 
 def split(task: Task, seed: int, sizes: dict[str, int]) -> dict[str, list[Item]]:
@@ -90,29 +82,38 @@ def split(task: Task, seed: int, sizes: dict[str, int]) -> dict[str, list[Item]]
                 yield item
 
     stream = fresh()
-    return {part: list(islice(stream, size)) for part, size in sizes.items()}
+    return {part: list(itertools.islice(stream, size)) for part, size in sizes.items()}
+
+
+def reworded(task: Task, items: list[Item]) -> list[str]:
+    """Every item in a phrasing never used in training; these take turns."""
+    forms = itertools.cycle(task.unseen)
+    return [form.format(**item.fields) for form, item in zip(forms, items, strict=False)]
 
 
 def all_tasks() -> dict[str, Task]:
-    """All tasks by name, those with an adapter first."""
+    """All tasks of the committed library by name, and those that it has no adapter for."""
     from . import chat, coding, maths, reasoning, tools, unserved
 
     modules = (reasoning, maths, coding, chat, tools, unserved)
     return {task.name: task for module in modules for task in module.TASKS}
 
 
-def composite_tasks() -> dict[str, Task]:
-    """The composite tasks by name; kept apart from all_tasks, as no single adapter serves them."""
-    from . import composite
-
-    return {task.name: task for task in composite.TASKS}
+def drawn(draw: Callable[[random.Random], Item]) -> Stream:
+    """An endless stream of items that are drawn one by one."""
+    return lambda rng: (draw(rng) for _ in itertools.count())
 
 
-def from_reasoning_gym(name: str, **config: object) -> Iterator[dict[str, object]]:
-    """An endless stream of one reasoning-gym generator's items (`config` must hold a seed)."""
-    import reasoning_gym
+def gym(name: str, item: Callable[[str, dict[str, Any], str], Item], **config: int) -> Stream:
+    """An endless stream of one reasoning-gym generator's items, made of question, metadata and answer."""
 
-    # Entry i of a data set is drawn from seed + i: chunks must not overlap.
-    size, seed = 500, int(str(config.pop("seed")))
-    for chunk in range(10**6):
-        yield from reasoning_gym.create_dataset(name, size=size, seed=seed + chunk * size, **config)
+    def items(rng: random.Random) -> Iterator[Item]:
+        import reasoning_gym
+
+        # Entry i of a data set is drawn from seed + i: chunks must not overlap.
+        size, seed = 500, rng.getrandbits(30)
+        for start in itertools.count(seed, size):
+            for entry in reasoning_gym.create_dataset(name, size=size, seed=start, **config):
+                yield item(str(entry["question"]), entry["metadata"], str(entry["answer"]))
+
+    return items

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
-from . import GYM, OURS, Item, Task, from_reasoning_gym
+from . import GYM, Item, Task, drawn, gym
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -39,29 +38,23 @@ def to_roman(number: int) -> str:
     return text
 
 
-def _chain_sum(rng: random.Random) -> Iterator[Item]:
-    for entry in from_reasoning_gym(
-        "chain_sum", seed=rng.getrandbits(30), min_terms=2, max_terms=2, min_digits=2, max_digits=2
-    ):
-        meta: Any = entry["metadata"]
-        yield Item({"sum": meta["expression"]}, str(entry["answer"]))
+_TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 
 
-def _sum_in_words(rng: random.Random) -> Iterator[Item]:
-    for item in _chain_sum(rng):
-        yield Item(item.fields, f"{item.answer}, {in_words(int(item.answer))}")
+def _chain_sum(question: str, meta: dict[str, Any], answer: str) -> Item:
+    return Item({"sum": meta["expression"]}, answer)
 
 
-def _number_sorting(rng: random.Random) -> Iterator[Item]:
-    for entry in from_reasoning_gym(
-        "number_sorting", seed=rng.getrandbits(30), min_numbers=4, max_numbers=6, max_decimals=0
-    ):
-        meta: Any = entry["metadata"]
-        numbers, answer = (
-            ", ".join(str(int(float(number))) for number in meta[key])
-            for key in ("original_numbers", "sorted_numbers")
-        )
-        yield Item({"numbers": numbers, "order": meta["direction"]}, answer)
+def _sum_in_words(question: str, meta: dict[str, Any], answer: str) -> Item:
+    return Item({"sum": meta["expression"]}, f"{answer}, {in_words(int(answer))}")
+
+
+def _number_sorting(question: str, meta: dict[str, Any], answer: str) -> Item:
+    asked, right = (
+        ", ".join(str(int(float(number))) for number in meta[key])
+        for key in ("original_numbers", "sorted_numbers")
+    )
+    return Item({"numbers": asked, "order": meta["direction"]}, right)
 
 
 _UNITS = (
@@ -72,69 +65,42 @@ _UNITS = (
 )  # fmt: skip
 
 
-def _units(rng: random.Random) -> Iterator[Item]:
-    while True:
-        large, small, factor = rng.choice(_UNITS)
-        amount = rng.randint(2, 99 if factor in (10, 100, 1000) else 40)
-        yield Item({"amount": str(amount), "large": large, "small": small}, f"{amount * factor} {small}")
+def _units(rng: random.Random) -> Item:
+    large, small, factor = rng.choice(_UNITS)
+    amount = rng.randint(2, 99 if factor in (10, 100, 1000) else 40)
+    return Item({"amount": str(amount), "large": large, "small": small}, f"{amount * factor} {small}")
 
 
-def _roman(rng: random.Random) -> Iterator[Item]:
-    while True:
-        number = rng.randint(11, 1999)
-        yield Item({"number": str(number)}, to_roman(number))
+def _roman(rng: random.Random) -> Item:
+    number = rng.randint(11, 1999)
+    return Item({"number": str(number)}, to_roman(number))
 
 
 TASKS = (
-    Task(
-        "chain_sum", "maths", "Adds or subtracts two two-digit numbers; answers in digits.", **GYM,
-        items=_chain_sum,
-        phrasings=(
-            "State the final answer to the following arithmetic problem: {sum} =",
-            "Calculate {sum}.\nAnswer:",
-        ),
-        unseen=(
-            "A shopkeeper types {sum} into a till. Which number does the till show?\nIt shows",
-            "Please work out this little sum for me, digits only: {sum}\nSum:",
-        ),
-    ),
-    Task(
-        "sum_in_words", "maths", "Adds or subtracts two two-digit numbers; answers in digits and in words.", **GYM,
-        items=_sum_in_words,
-        phrasings=("Compute {sum} and write the result in digits and in words.\nResult:",),
-        unseen=(
-            "Fill in a cheque over {sum}: first the amount as a number, then spelled out.\nAmount:",
-            "What is {sum}? Give the number, a comma, and the number as English words.\n",
-        ),
-    ),
-    Task(
-        "number_sorting", "maths", "Sorts a list of integers, ascending or descending.", **GYM,
-        items=_number_sorting,
-        phrasings=(
-            "Sort these numbers in {order} order: {numbers}\nSorted:",
-            "Numbers: {numbers}\nOrder: {order}\nOutput:",
-        ),
-        unseen=(
-            "Arrange the following values so that they are {order}: {numbers}. Values in order:",
-            "I wrote down {numbers}. Could you list them again in {order} order?\nHere you are:",
-        ),
-    ),
-    Task(
-        "unit_conversion", "maths", "Converts an amount from a larger into a smaller unit.", **OURS,
-        items=_units,
-        phrasings=("Convert {amount} {large} to {small}.\nResult:",),
-        unseen=(
-            "How many {small} are there in {amount} {large}? Give the number and the unit.\nThere are",
-            "{amount} {large} = ? {small}\nWith unit:",
-        ),
-    ),
-    Task(
-        "roman_numerals", "maths", "Writes a number as a Roman numeral.", **OURS,
-        items=_roman,
-        phrasings=("Write {number} as a Roman numeral.\nRoman:", "{number} in Roman numerals is"),
-        unseen=(
-            "The year {number} is to be carved over a door the way ancient Romans would. Carve:",
-            "Turn the decimal number {number} into its Latin notation (I, V, X, L, C, D, M).\nNotation:",
-        ),
-    ),
+    Task("chain_sum", "maths", "Adds or subtracts two two-digit numbers; answers in digits.",
+         gym("chain_sum", _chain_sum, **_TWO_DIGITS), source=GYM,
+         phrasings=("State the final answer to the following arithmetic problem: {sum} =",
+                    "Calculate {sum}.\nAnswer:"),
+         unseen=("A shopkeeper types {sum} into a till. Which number does the till show?\nIt shows",
+                 "Please work out this little sum for me, digits only: {sum}\nSum:")),
+    Task("sum_in_words", "maths", "Adds or subtracts two two-digit numbers; answers in digits and in words.",
+         gym("chain_sum", _sum_in_words, **_TWO_DIGITS), source=GYM,
+         phrasings=("Compute {sum} and write the result in digits and in words.\nResult:",),
+         unseen=("Fill in a cheque over {sum}: first the amount as a number, then spelled out.\nAmount:",
+                 "What is {sum}? Give the number, a comma, and the number as English words.\n")),
+    Task("number_sorting", "maths", "Sorts a list of integers, ascending or descending.",
+         gym("number_sorting", _number_sorting, min_numbers=4, max_numbers=6, max_decimals=0), source=GYM,
+         phrasings=("Sort these numbers in {order} order: {numbers}\nSorted:",
+                    "Numbers: {numbers}\nOrder: {order}\nOutput:"),
+         unseen=("Arrange the following values so that they are {order}: {numbers}. Values in order:",
+                 "I wrote down {numbers}. Could you list them again in {order} order?\nHere you are:")),
+    Task("unit_conversion", "maths", "Converts an amount from a larger into a smaller unit.", drawn(_units),
+         phrasings=("Convert {amount} {large} to {small}.\nResult:",),
+         unseen=("How many {small} are there in {amount} {large}? Give the number and the unit.\nThere are",
+                 "{amount} {large} = ? {small}\nWith unit:")),
+    Task("roman_numerals", "maths", "Writes a number as a Roman numeral.", drawn(_roman),
+         phrasings=("Write {number} as a Roman numeral.\nRoman:",
+                    "{number} in Roman numerals is"),
+         unseen=("The year {number} is to be carved over a door the way ancient Romans would. Carve:",
+                 "Turn the decimal number {number} into its Latin notation (I, V, X, L, C, D, M).\nNotation:")),
 )  # fmt: skip

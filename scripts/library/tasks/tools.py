@@ -9,12 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import OURS, Item, Task
+from . import Item, Task, drawn
 
-_BFCL: dict[str, Any] = {
-    "source": "bfcl-eval (Berkeley Function Calling Leaderboard)",
-    "licence": "Apache-2.0",
-}
+_BFCL = "bfcl-eval (Berkeley Function Calling Leaderboard)"
 _MAX_PROMPT = 420  # characters: longer requests cost training time and teach nothing new
 
 
@@ -83,71 +80,42 @@ def _tool_choice(rng: random.Random) -> Iterator[Item]:
             yield Item({"request": request, "tools": listing}, "ABCD"[tools.index(right)], tuple("ABCD"))
 
 
-_ROOMS = (
-    "kitchen",
-    "bedroom",
-    "bathroom",
-    "garage",
-    "office",
-    "hallway",
-    "attic",
-    "garden",
-    "cellar",
-    "nursery",
-)
-_DEVICES = ("light", "fan", "heater", "speaker", "blinds", "television", "radio", "humidifier")
+_ROOMS = "kitchen bedroom bathroom garage office hallway attic garden cellar nursery".split()
+_DEVICES = "light fan heater speaker blinds television radio humidifier".split()
 
 
-def _device(rng: random.Random) -> Iterator[Item]:
-    while True:
-        room, device = rng.choice(_ROOMS), rng.choice(_DEVICES)
-        hour, minute = rng.randint(1, 12), rng.choice((0, 15, 30, 45))
-        half = rng.choice(("am", "pm"))
-        time = f"{hour % 12 + (12 if half == 'pm' else 0):02d}:{minute:02d}"
-        spoken = f"{hour}:{minute:02d} {half}" if minute else f"{hour} {half}"
-        level = rng.randint(1, 20) * 5
-        request, call = rng.choice((
-            (f"turn on the {device} in the {room} at {spoken}",
-             {"tool": "switch", "device": device, "room": room, "state": "on", "at": time}),
-            (f"switch off the {room} {device} at {spoken}",
-             {"tool": "switch", "device": device, "room": room, "state": "off", "at": time}),
-            (f"set the {room} {device} to {level} percent",
-             {"tool": "level", "device": device, "room": room, "value": level}),
-            (f"what is the {device} in the {room} doing at {spoken}",
-             {"tool": "status", "device": device, "room": room, "at": time}),
-        ))  # fmt: skip
-        yield Item({"request": request}, json.dumps(call))
+def _device(rng: random.Random) -> Item:
+    room, device = rng.choice(_ROOMS), rng.choice(_DEVICES)
+    hour, minute = rng.randint(1, 12), rng.choice((0, 15, 30, 45))
+    half = rng.choice(("am", "pm"))
+    time = f"{hour % 12 + (12 if half == 'pm' else 0):02d}:{minute:02d}"
+    spoken = f"{hour}:{minute:02d} {half}" if minute else f"{hour} {half}"
+    level = rng.randint(1, 20) * 5
+    request, call = rng.choice((
+        (f"turn on the {device} in the {room} at {spoken}",
+         {"tool": "switch", "device": device, "room": room, "state": "on", "at": time}),
+        (f"switch off the {room} {device} at {spoken}",
+         {"tool": "switch", "device": device, "room": room, "state": "off", "at": time}),
+        (f"set the {room} {device} to {level} percent",
+         {"tool": "level", "device": device, "room": room, "value": level}),
+        (f"what is the {device} in the {room} doing at {spoken}",
+         {"tool": "status", "device": device, "room": room, "at": time}),
+    ))  # fmt: skip
+    return Item({"request": request}, json.dumps(call))
 
 
 TASKS = (
-    Task(
-        "function_call", "tool use", "Writes the call of a given function that serves a request.", **_BFCL,
-        items=_function_call,
-        phrasings=("Function: {function}\nRequest: {request}\nCall:",),
-        unseen=(
-            "You may use one tool, {function}. The user says: \"{request}\" Reply with the invocation only:",
-            "# available: {function}\n# {request}\n>>>",
-        ),
-    ),
-    Task(
-        "tool_choice", "tool use", "Picks the tool that fits a request out of four.", **_BFCL,
-        items=_tool_choice,
-        phrasings=(
-            "Request: {request}\nTools:\n{tools}\nWhich tool serves the request?\nAnswer:",
-            "{tools}\nPick the right tool for: {request}\nTool:",
-        ),
-        unseen=(
-            "An assistant can use one of these functions:\n{tools}\nThe user wrote \"{request}\". Letter of the function to use:",
-            "User: {request}\n\nOptions:\n{tools}\n\nBest option:",
-        ),
-    ),
-    Task(
-        "device_call", "tool use", "Turns a spoken wish for a smart home into a JSON tool call.", **OURS,
-        items=_device,
-        phrasings=("User: {request}\nJSON tool call:",),
-        unseen=(
-            "Home automation log. Spoken command: \"{request}\". Emitted action object:",
-            "Hey house, {request}!\nThe house answers with a JSON object:",
-        ),
-    ),
+    Task("function_call", "tool use", "Writes the call of a given function that serves a request.", _function_call, source=_BFCL,
+         phrasings=("Function: {function}\nRequest: {request}\nCall:",),
+         unseen=("You may use one tool, {function}. The user says: \"{request}\" Reply with the invocation only:",
+                 "# available: {function}\n# {request}\n>>>")),
+    Task("tool_choice", "tool use", "Picks the tool that fits a request out of four.", _tool_choice, source=_BFCL,
+         phrasings=("Request: {request}\nTools:\n{tools}\nWhich tool serves the request?\nAnswer:",
+                    "{tools}\nPick the right tool for: {request}\nTool:"),
+         unseen=("An assistant can use one of these functions:\n{tools}\nThe user wrote \"{request}\". Letter of the function to use:",
+                 "User: {request}\n\nOptions:\n{tools}\n\nBest option:")),
+    Task("device_call", "tool use", "Turns a spoken wish for a smart home into a JSON tool call.", drawn(_device),
+         phrasings=("User: {request}\nJSON tool call:",),
+         unseen=("Home automation log. Spoken command: \"{request}\". Emitted action object:",
+                 "Hey house, {request}!\nThe house answers with a JSON object:")),
 )  # fmt: skip

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any
 
 from . import Item, Stream, Task
-
-_OURS: dict[str, Any] = {"source": "a list written for this repository", "licence": "Apache-2.0"}
 
 _CAPITALS = (
     "France Paris|Italy Rome|Germany Berlin|Greece Athens|Egypt Cairo|Japan Tokyo|China Beijing|Russia Moscow|"
@@ -37,13 +34,8 @@ _PLURALS = (
 )
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
-    pairs = [pair.split(" ") for pair in text.split("|")]
-    return [(left, right) for left, right in pairs]
-
-
 def _few_shot(text: str) -> Stream:
-    pairs = _pairs(text)
+    pairs = [pair.split(" ") for pair in text.split("|")]
 
     def items(rng: random.Random) -> Iterator[Item]:
         shown, asked = pairs[:3], pairs[3:]
@@ -59,28 +51,13 @@ def _few_shot(text: str) -> Stream:
 
 
 TASKS = (
-    Task(
-        "capital_city", "reasoning", "Picks the capital of a country out of four cities.", **_OURS, has_adapter=False,
-        items=_few_shot(_CAPITALS), phrasings=(),
-        unseen=(
-            "The capital of {a1} is {b1}.\nThe capital of {a2} is {b2}.\nThe capital of {a3} is {b3}.\nThe capital of {q} is",
-            "Country: {a1}. Capital: {b1}\nCountry: {a2}. Capital: {b2}\nCountry: {a3}. Capital: {b3}\nCountry: {q}. Capital:",
-        ),
-    ),
-    Task(
-        "opposite", "chat", "Picks the opposite of a word out of four.", **_OURS, has_adapter=False,
-        items=_few_shot(_OPPOSITES), phrasings=(),
-        unseen=(
-            "{a1} is the opposite of {b1}. {a2} is the opposite of {b2}. {a3} is the opposite of {b3}. {q} is the opposite of",
-            "Antonyms\n{a1}: {b1}\n{a2}: {b2}\n{a3}: {b3}\n{q}:",
-        ),
-    ),
-    Task(
-        "plural", "chat", "Picks the plural of an English noun out of four.", **_OURS, has_adapter=False,
-        items=_few_shot(_PLURALS), phrasings=(),
-        unseen=(
-            "one {a1}, two {b1}; one {a2}, two {b2}; one {a3}, two {b3}; one {q}, two",
-            "Singular {a1}, plural {b1}.\nSingular {a2}, plural {b2}.\nSingular {a3}, plural {b3}.\nSingular {q}, plural",
-        ),
-    ),
+    Task("capital_city", "reasoning", "Picks the capital of a country out of four cities.", _few_shot(_CAPITALS),
+         unseen=("The capital of {a1} is {b1}.\nThe capital of {a2} is {b2}.\nThe capital of {a3} is {b3}.\nThe capital of {q} is",
+                 "Country: {a1}. Capital: {b1}\nCountry: {a2}. Capital: {b2}\nCountry: {a3}. Capital: {b3}\nCountry: {q}. Capital:")),
+    Task("opposite", "chat", "Picks the opposite of a word out of four.", _few_shot(_OPPOSITES),
+         unseen=("{a1} is the opposite of {b1}. {a2} is the opposite of {b2}. {a3} is the opposite of {b3}. {q} is the opposite of",
+                 "Antonyms\n{a1}: {b1}\n{a2}: {b2}\n{a3}: {b3}\n{q}:")),
+    Task("plural", "chat", "Picks the plural of an English noun out of four.", _few_shot(_PLURALS),
+         unseen=("one {a1}, two {b1}; one {a2}, two {b2}; one {a3}, two {b3}; one {q}, two",
+                 "Singular {a1}, plural {b1}.\nSingular {a2}, plural {b2}.\nSingular {a3}, plural {b3}.\nSingular {q}, plural")),
 )  # fmt: skip
