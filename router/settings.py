@@ -16,7 +16,17 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args
 
-from router.constants import Apply, Device, DeviceMap, Dtype, Engine, Scoring
+from router.constants import (
+    FALSE_POSITIVE_RATE,
+    TEMPERATURE,
+    TOP_K,
+    Apply,
+    Device,
+    DeviceMap,
+    Dtype,
+    Engine,
+    Scoring,
+)
 from router.system.errors import InputError
 from router.system.files import typed
 
@@ -177,11 +187,12 @@ class Settings:
         None, 1, "recompress variants to at most this rank", "exact", "exact does not recompress"
     )
     temperature: float = _setting(
-        0.7, above_zero("temperature of the gate's softmax, in standard deviations of generic text")
+        TEMPERATURE, above_zero("temperature of the gate's softmax, in standard deviations of generic text")
     )
-    top_k: int = _whole(3, 1, "maximum number of adapters per query")
+    top_k: int = _whole(TOP_K, 1, "maximum number of adapters per query")
     false_positive_rate: float = _setting(
-        0.15, above_zero("share of generic text, which no adapter fits, that may be sent to one", below=1)
+        FALSE_POSITIVE_RATE,
+        above_zero("share of generic text, which no adapter fits, that may be sent to one", below=1),
     )
     seed: int = _whole(0, 0, "seed of the clustering and of dare_ties")
     batch_size: int | None = _whole(None, 1, "queries per batch", "auto", "auto fills batches by tokens")

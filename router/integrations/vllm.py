@@ -34,11 +34,11 @@ from router.model.answer import encode
 from router.model.base import embedded_folder
 from router.model.frames import Frame
 from router.model.template import Template
+from router.pipeline.fitted import Fitted
 from router.pipeline.saved import ABOUT, Saved
+from router.pipeline.state import FILE
 from router.queries.conversation import checked
-from router.routing.fitted import Fitted
 from router.routing.probe import Probed
-from router.routing.state import FILE
 from router.routing.variants import VARIANTS, served, stray
 from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed, routed_by
 from router.serving.names import AUTO
@@ -101,7 +101,7 @@ class Library:
 
     def _probed(self, fitted: Fitted, rows: Sequence[Sequence[int]]) -> Probed:
         """What the engine read of prompts, as `Fitted.probe` has it."""
-        found = [self.read[fitted.frame, tuple(row)] for row in rows]
+        found = [self.read[fitted.framing.frame, tuple(row)] for row in rows]
         confidence = np.array([confidence for _, confidence in found], np.float32)
         return Probed(np.stack([responses for responses, _ in found]), confidence)
 

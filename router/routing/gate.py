@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from router.constants import FALSE_POSITIVE_RATE, TEMPERATURE, TOP_K
+
 Array = NDArray[np.float64]
 FOLDS = 5  # of the cross-validation that places the threshold
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # false positive rates that are shown side by side
@@ -94,7 +96,10 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     """
 
     def __init__(
-        self, temperature: float = 0.7, top_k: int | None = 3, false_positive_rate: float = 0.15
+        self,
+        temperature: float = TEMPERATURE,
+        top_k: int | None = TOP_K,
+        false_positive_rate: float = FALSE_POSITIVE_RATE,
     ) -> None:
         self.temperature = temperature
         self.top_k = top_k
@@ -411,7 +416,7 @@ def _four_dimensional(X: ArrayLike) -> NDArray[Any]:
 
 
 def _columns(X: NDArray[Any]) -> Array:
-    """Log responses, (modules, 2, queries, adapters): a matrix for each module and view, 0 without a prototype."""
+    """Log responses, (modules, 2, queries, adapters): matrices side by side, 0 without a prototype."""
     columns = np.empty((*X.shape[2:], *X.shape[:2]))
     for m, part in enumerate(columns):  # module by module, since the array may be large
         part[:] = X[:, :, m].transpose(2, 0, 1)

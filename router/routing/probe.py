@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from router.model.frames import BARE, Frame
 from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
 from router.routing.prototypes import ModulePrototypes
@@ -23,6 +24,20 @@ from router.system.errors import InputError
 
 END = 2  # counted tokens that are the end of a prompt, just before the answer
 BLOCK = 256  # tokens that a processor centres at once in float32, so that they stay in its caches
+
+
+class Framing(NamedTuple):
+    """What prompts stand in, and what of them counts.
+
+    Attributes:
+        frame: the texts around each.
+        prefix: token ids with which all begin, which say nothing; see `counted_tokens`.
+        end: how many counted tokens are the end of each.
+    """
+
+    frame: Frame = BARE
+    prefix: Sequence[int] = ()
+    end: int = END
 
 
 def counted_tokens(ids: Tensor, mask: Tensor, prefix: Sequence[int] = ()) -> Tensor:
@@ -177,14 +192,13 @@ def probe(
     means: Mapping[str, Tensor],
     n_adapters: int,
     title: str | None = "probe",
-    prefix: Sequence[int] = (),
-    end: int = END,
+    framing: Framing = Framing(),  # noqa: B008
 ) -> Probed:
     """How strongly a prompt's activations align with an adapter's input subspace, module by module.
 
     The input of every counted token is centred with `means`. Its weighted squared cosine to a prototype is
     `sum_j w_j (v_j . x)^2 / norm(x)^2`, in [0, 1]. A prompt has two responses, each the root of a mean of
-    these: over all of its counted tokens, and over its end, the last `end` of them.
+    these: over all of its counted tokens, and over its end, the last few of them.
 
     Args:
         model: the base model.
@@ -193,8 +207,7 @@ def probe(
         means: what to centre with, by module, (d_in,).
         n_adapters: the number of adapters in the library.
         title: of the bar; None shows none.
-        prefix: token ids that the prompts of a frame have in common, which say nothing; see `counted_tokens`.
-        end: counted tokens that are the end of a prompt.
+        framing: what of the prompts counts.
 
     Returns:
         The responses, and what the same pass tells of the base model.
@@ -204,8 +217,8 @@ def probe(
     place = {name: m for m, name in enumerate(prototypes)}
 
     def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        counted = counted_tokens(ids, mask, prefix)
-        inputs, views = Inputs(counted), averages(counted, end)
+        counted = counted_tokens(ids, mask, framing.prefix)
+        inputs, views = Inputs(counted), averages(counted, framing.end)
         # The dtype is named, since while transformers loads a model, another is torch's default.
         shape = len(prototypes), 2, len(ids), n_adapters
         squares = torch.zeros(shape, device=ids.device, dtype=torch.float32)

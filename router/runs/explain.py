@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from router.constants import BASE_COLUMN, Device
+from router.pipeline.evidence import LOW_MARGIN, Evidence
 from router.queries.submission import MULTIPLE_CHOICE, Query
-from router.routing.evidence import LOW_MARGIN, Evidence
 from router.runs.load import Run, load
 from router.runs.report.data import best_of, places_of
 from router.system.errors import InputError, exit_code, printable

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from router.constants import BASE_COLUMN
+from router.pipeline.evidence import Evidence, joined
 from router.pipeline.record import RECORD, Record
 from router.queries.submission import (
     MULTIPLE_CHOICE,
@@ -22,7 +23,6 @@ from router.queries.submission import (
     submission_name,
 )
 from router.routing.clusters import Array, Clusters
-from router.routing.evidence import Evidence, joined
 from router.settings import Settings
 from router.system.errors import InputError
 from router.system.files import sha256_of

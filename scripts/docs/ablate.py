@@ -102,14 +102,15 @@ def measured(of: Labelled) -> Measured:
         )
         protos, calibration = prototypes(adapters, dtype=base.model.dtype), Calibration(base)
         means, pad = calibration.means(list(protos)), base.tokenizer.pad_token_id
+        measured = calibration.measured(adapters, protos, means)
         rows = truncated(encode(base.tokenizer, of.rows["input"].tolist()))
         probed = probe(base.model, rows, pad, protos, means, len(adapters), of.name)
         KEPT.mkdir(parents=True, exist_ok=True)
         np.savez(
             file,
             candidates=[*(adapter.name for adapter in adapters), BASE_COLUMN],
-            reference=calibration.responses(adapters, protos, means),
-            reference_confidence=calibration.confidence(),
+            reference=measured.responses,
+            reference_confidence=measured.confidence,
             responses=probed.responses,
             confidence=probed.confidence,
         )
@@ -127,8 +128,7 @@ def constants() -> dict[str, float]:
 def _judged(of: Measured, chosen: tuple[tuple[str, float], ...]) -> tuple[gate.Judged, Array]:
     """What a gate with these constants makes of the queries, and the base model's standardised confidence."""
     with patch.dict(vars(gate), dict(chosen)):
-        learned = PrototypeGate()._learn(of.reference)
-        judged = learned.judge(of.responses)
+        judged = PrototypeGate().fit(of.reference).judge(of.responses)
     sure = (of.confidence - of.reference_confidence.mean()) / of.reference_confidence.std(ddof=1)
     return judged, np.asarray(sure, np.float64)
 

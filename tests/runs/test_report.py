@@ -5,14 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from helpers import METHODS, ROOT, ROWS, read_table, write_csv
-from router.routing.evidence import Evidence
+from router.pipeline.evidence import Evidence
 from router.runs import explain
 from router.runs.load import load
 from router.runs.report.data import LIMITS, layers, place_of
@@ -29,7 +29,6 @@ HOSTILE = [
     "مرحبا \u202eabc 🙂👩‍👩‍👧 \x00\x1b NUL",
 ]
 ADAPTERS = ["one", "two", "<img src=x onerror=alert(1)>", "four", "five/six"]
-ARRAYS = [field.name for field in fields(Evidence)][2:-3]
 MODULES = [f"model.layers.{n}.{kind}" for n in range(3) for kind in ("self_attn.q_proj", "mlp.down_proj")]
 
 
@@ -42,7 +41,10 @@ def evidence_of(n, rng, threshold):
     votes[:, 1] = np.nan
     responses = rng.uniform(0.03, 0.1, size=scores.shape)
     frame = np.zeros(n)
-    return Evidence(ADAPTERS, MODULES, responses, scores, np.full(n, threshold), scores.max(1), votes, frame)
+    return Evidence(
+        ADAPTERS, MODULES, responses=responses, scores=scores, base_score=np.full(n, threshold),
+        residual=scores.max(1), votes=votes, frame=frame,
+    )  # fmt: skip
 
 
 def close(candidates):
@@ -289,9 +291,8 @@ def test_names_of_modules_of_any_shape(module, place):
 
 def test_modules_of_any_name_make_a_report(small):
     path = small / "queries.evidence.safetensors"
-    evidence = Evidence.load(path)
     names = ["head", "encoder.block.1.wi", "decoder.block.1.wi", "blocks.10", "0", ""]
-    Evidence(ADAPTERS, names, *[getattr(evidence, name) for name in ARRAYS]).save(path)
+    replace(Evidence.load(path), modules=names).save(path)
     assert len(Page(write_report(small)).data["layers"]) > 1
 
 
