@@ -199,7 +199,7 @@ class Reader:
             x: (tokens of the batch, d_in).
         """
         fitted = group.prompts[0].fitted
-        x = x[: group.inputs.counted.of]  # what fills up the batch comes last
+        x = x[: group.inputs.of]  # what fills up the batch comes last
         for name in names & group.places.keys():
             centred, size = group.inputs.centred(name, x, fitted.means[name])
             cosines = squared_cosines(fitted.prototypes[name], centred, size, len(fitted.names))

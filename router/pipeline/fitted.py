@@ -19,17 +19,12 @@ from router.routing.calibration import Measured, silent
 from router.routing.clusters import Array
 from router.routing.gate import PrototypeGate
 from router.routing.large import gate_for
-from router.routing.probe import Framing, Probed, probe, telling, unreadable
+from router.routing.probe import Framing, Probed, probe, unreadable
 from router.routing.prototypes import ModulePrototypes
 from router.system.errors import InputError
 
 AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
 RESPONSES = 1 << 25  # of a large library fewer prompts, so that there are at most so many responses
-
-
-def at_once(n_adapters: int, n_modules: int) -> int:
-    """How many prompts are probed together, at least 1 and at most AT_ONCE."""
-    return max(1, min(AT_ONCE, RESPONSES // max(1, 2 * n_adapters * n_modules)))
 
 
 @dataclass(frozen=True)
@@ -124,23 +119,13 @@ class Fitted:
 
     @property
     def at_once(self) -> int:
-        """How many prompts are probed together."""
-        return at_once(len(self.names), len(self.prototypes))
+        """How many prompts are probed together, at least 1 and at most AT_ONCE."""
+        return max(1, min(AT_ONCE, RESPONSES // max(1, self.reference.size)))
 
     @cached_property
     def absent(self) -> NDArray[np.bool_]:
         """Where no adapter has a prototype, (adapters, modules, 2)."""
         return np.isnan(self.reference)
-
-    @cached_property
-    def _telling(self) -> NDArray[np.int64]:
-        """Which adapter's response tells whether a prompt is readable, (modules, 2)."""
-        return telling(self.absent)
-
-    @cached_property
-    def _expected(self) -> int:
-        """How many responses there are to a prompt."""
-        return int(np.count_nonzero(~self.absent))
 
     def decide(self, probed: Probed) -> tuple[Array, Evidence]:
         """Weights (queries, adapters + 1), the base model last, and why.
@@ -148,9 +133,9 @@ class Fitted:
         A prompt without finite activations goes to the base model.
         """
         responses, confidence = probed
-        unread = unreadable(probed, self._telling)
+        unread = unreadable(probed, self.absent)
         # One readable prompt tells whether adapters respond where they are silent.
-        if unread.any() or np.count_nonzero(np.isfinite(responses[:1])) > self._expected:
+        if unread.any() or np.isfinite(responses[:1, self.absent]).any():
             responses, confidence = responses.copy(), confidence.copy()
             responses[:, self.absent] = np.nan
             responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]

@@ -303,11 +303,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"expected top_k of at least 1 or None, got {self.top_k}")
         weights = np.exp((candidates - candidates.max(1, keepdims=True)) / self.temperature)
         if self.top_k is not None and self.top_k < weights.shape[1] - 1:
-            left, rows = weights[:, :-1].copy(), np.arange(len(weights))
-            weights[:, :-1] = 0.0
-            for _ in range(self.top_k):  # of equal ones the first; sorting thousands takes longer
-                best = left.argmax(1)
-                weights[rows, best], left[rows, best] = left[rows, best], -1.0
+            order = np.argsort(-weights[:, :-1], axis=1, kind="stable")  # of equal ones the first
+            np.put_along_axis(weights, order[:, self.top_k :], 0.0, axis=1)
         return np.asarray(weights / weights.sum(1, keepdims=True))
 
     def predict_proba(self, X: ArrayLike, confidence: ArrayLike | None = None) -> Array:
