@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -105,19 +106,13 @@ class Calibration:
         self.rows = truncated(encode(base.tokenizer, generic_prompts(frame), limit))
         self.framing = framing_of(base.tokenizer, self.rows, frame)
         self.pad, model = base.tokenizer.pad_token_id, base.model
+        self.probe = partial(probe, model, self.rows, self.pad, title="calibrate", framing=self.framing)
         # Each number of threads cuts products otherwise, which in bfloat16 moves what is measured.
         threads = torch.get_num_threads() if model.device.type == "cpu" else None
         what = [
-            FORMAT,
-            PROTOTYPES,
-            base.sha256,
-            str(model.dtype),
-            model.device.type,
-            threads,
-            torch.__version__,
-            self.rows,
-            *([self.framing.end] if self.framing.end != END else []),
-        ]
+            FORMAT, PROTOTYPES, base.sha256, str(model.dtype), model.device.type, threads, torch.__version__,
+            self.rows, *([self.framing.end] if self.framing.end != END else []),
+        ]  # fmt: skip
         text = json.dumps(what) + model.config.to_json_string()
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.folder = f"calibration/{name}"
@@ -158,7 +153,7 @@ class Calibration:
         if adapters:
             responses = self.responses(adapters, protos, means)
         else:
-            responses = self._probed(protos, means, n_adapters)
+            responses = self.probe(protos, means, n_adapters).responses
         return Measured(self.framing, means, responses, self._read([])[CONFIDENCE].numpy())
 
     def responses(
@@ -171,7 +166,7 @@ class Calibration:
 
         def measure(new: list[int]) -> Iterator[dict[str, Tensor]]:
             theirs = of_some(protos, new, len(adapters))
-            found = self._probed(theirs, means, len(new))
+            found = self.probe(theirs, means, len(new)).responses
             for k in range(len(new)):
                 there = {module: m for m, module in enumerate(theirs) if not np.isnan(found[0, k, m, 0])}
                 yield {module: torch.from_numpy(found[:, k, m].copy()) for module, m in there.items()}
@@ -183,12 +178,3 @@ class Calibration:
             for module, values in known.items():
                 out[:, n, place[module]] = values.numpy()
         return out
-
-    def _probed(
-        self, protos: Mapping[str, ModulePrototypes], means: Mapping[str, Tensor], n_adapters: int
-    ) -> NDArray[np.float32]:
-        """The responses without the disk."""
-        model, title = self.base.model, "calibrate"
-        return probe(
-            model, self.rows, self.pad, protos, means, n_adapters, title, self.framing
-        ).responses  # fmt: skip

@@ -165,13 +165,13 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.filter_ = _matched(self.mean_, self.std_)
         who = self.landmarks_ = self._landmarks(self.n_adapters_)
         axes, loadings = (np.zeros((*logs.shape[:2], n, FACTORS)) for n in (len(who), self.n_adapters_))
+        self.axes_, self.loadings_ = axes.transpose(2, 0, 1, 3), loadings.transpose(2, 0, 1, 3)
         n_queries = int(some.sum())
         self.reference_ = np.empty((n_queries, len(who), *logs.shape[:2]), np.float32)
         scores = np.zeros((n_queries, self.n_adapters_))
         for part in blocks:
-            z = (logs[part][:, :, some] - mean[part, :, None]) / std[
-                part, :, None
-            ]  # (some, 2, queries, adapters)
+            z = logs[part][:, :, some] - mean[part, :, None]  # (BLOCK, 2, queries, adapters)
+            z /= std[part, :, None]
             theirs = z if len(who) == self.n_adapters_ else z[..., who]
             self.reference_[:, :, part] = theirs.astype(np.float32).transpose(2, 3, 0, 1)
             found, shares, factors, noise = _common(z, theirs)
@@ -179,7 +179,6 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             self.filter_[:, part] /= noise
             z -= factors @ shares.swapaxes(2, 3)
             scores += np.einsum("mvqa,amv->qa", z, self.filter_[:, part])
-        self.axes_, self.loadings_ = axes.transpose(2, 0, 1, 3), loadings.transpose(2, 0, 1, 3)
         # Of an adapter that responds to all text alike, there is rounding alone.
         scale = np.maximum(scores.std(0, ddof=1), 1e-6 * self.filter_.sum((1, 2)))  # (adapters,)
         self.filter_ /= scale[:, None, None]
@@ -195,7 +194,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     def _standard(self, X: NDArray[Any], who: Any = slice(None)) -> Array:
         """Standardised log responses of some adapters (equation 2), (queries, some, modules, 2)."""
-        z = _logs(X[:, who])
+        z = np.array(X[:, who], dtype=np.float64)
+        np.log(z.clip(FLOOR, out=z), out=z)
         z -= self.mean_[who]
         z /= self.std_[who]
         return np.nan_to_num(z, copy=False)
@@ -420,8 +420,3 @@ def _columns(X: NDArray[Any]) -> Array:
         np.log(part.clip(FLOOR, out=part), out=part)
         np.nan_to_num(part, copy=False)
     return columns
-
-
-def _logs(X: ArrayLike) -> Array:
-    logs = np.array(X, dtype=np.float64)
-    return np.log(logs.clip(FLOOR, out=logs), out=logs)

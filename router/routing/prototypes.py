@@ -65,30 +65,23 @@ def prototypes(
     An adapter has no prototype at a module that it does not change: one that it does not target, or where
     its update is zero.
     """
-    shapes = {m: shape[1] for adapter in adapters for m, shape in adapter.folder.shapes.items()}
-    room = {m: sum(adapter.folder.ranks.get(m, 0) for adapter in adapters) for m in sorted(shapes)}
-    directions = {m: torch.empty(shapes[m], most, dtype=dtype) for m, most in room.items()}
-    weights = {m: torch.empty(most) for m, most in room.items()}
-    owners = {m: torch.empty(most, dtype=torch.long) for m, most in room.items()}
-    used = dict.fromkeys(room, 0)
     folder = f"prototypes/{FORMAT}-torch{torch.__version__}-{dtype}"
+    parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}  # by module
     for owner, adapter in enumerate(progress(adapters, desc="prototypes", unit="adapter")):
         known = kept(f"{folder}/{content(adapter)}", partial(subspaces, adapter, dtype))
         for module in {key.rpartition(".")[0] for key in known}:
-            v, start = known[f"{module}.directions"], used[module]
-            used[module] = end = start + v.shape[1]
-            directions[module][:, start:end] = v
-            weights[module][start:end] = known[f"{module}.weights"]
-            owners[module][start:end] = owner
-    return {
-        m: ModulePrototypes(
-            directions.pop(m)[:, :end].contiguous().to(device),  # at most one module twice
-            weights[m][:end].to(device),
-            owners[m][:end].to(device),
+            part = owner, known[f"{module}.directions"], known[f"{module}.weights"]
+            parts.setdefault(module, []).append(part)
+    found = {}
+    for module in sorted(parts):
+        owners, directions, weights = zip(*parts.pop(module), strict=True)  # at most one module twice
+        columns = torch.tensor([len(of) for of in weights])
+        found[module] = ModulePrototypes(
+            torch.cat(directions, 1).to(device),
+            torch.cat(weights).to(device),
+            torch.tensor(owners).repeat_interleave(columns).to(device),
         )
-        for m, end in used.items()
-        if end
-    }
+    return found
 
 
 def of_some(
