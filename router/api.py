@@ -27,20 +27,20 @@ from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
 from router.model.frames import Frame
 from router.model.passes import forward, truncated
 from router.model.template import Template, template_of
+from router.pipeline import state
 from router.pipeline.context import Context
+from router.pipeline.evidence import LOW_MARGIN
+from router.pipeline.fitted import Fitted
 from router.pipeline.reading import Read
 from router.pipeline.result import Decision, Routing, joined
 from router.pipeline.saved import ABOUT, Saved, changed, check_replaceable, hashes
+from router.pipeline.state import FILE, FORMAT
 from router.pipeline.steps import Method
 from router.pipeline.steps import load as load_library_and_base
 from router.queries.conversation import Message, checked, packed, shown
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
-from router.routing import state
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
-from router.routing.evidence import LOW_MARGIN
-from router.routing.fitted import Fitted
 from router.routing.probe import Probed, confidence_of
-from router.routing.state import FILE, FORMAT
 from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
 from router.settings import Settings
@@ -205,7 +205,7 @@ class Router:
         fits = state.load(folder, base.model.device, base.model.dtype, widths)
         if not (folder / ABOUT).is_file() or sha256_of(folder / ABOUT) != seen:
             raise InputError(f"{folder}: a router was saved there while this one was read; load it again")
-        method.fits.update({fitted.frame: fitted for fitted in fits})
+        method.fits.update({fitted.framing.frame: fitted for fitted in fits})
         if about.candidates != [*fits[0].names, BASE_COLUMN]:
             raise InputError(f"{folder / ABOUT}: expected the adapters of {FILE}; save the router again")
         router = cls(method)

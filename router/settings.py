@@ -17,7 +17,17 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import AfterValidator, Field, FiniteFloat
 
-from router.constants import Apply, Device, DeviceMap, Dtype, Engine, Scoring
+from router.constants import (
+    FALSE_POSITIVE_RATE,
+    TEMPERATURE,
+    TOP_K,
+    Apply,
+    Device,
+    DeviceMap,
+    Dtype,
+    Engine,
+    Scoring,
+)
 from router.system.errors import InputError
 from router.system.files import typed
 
@@ -111,11 +121,13 @@ class Settings:
         none="exact",
     )
     temperature: Positive = setting(
-        0.7, "temperature of the gate's softmax, in standard deviations of generic text, above 0", "FLOAT"
+        TEMPERATURE,
+        "temperature of the gate's softmax, in standard deviations of generic text, above 0",
+        "FLOAT",
     )
-    top_k: Count = setting(3, "maximum number of adapters per query, from 1", "INT")
+    top_k: Count = setting(TOP_K, "maximum number of adapters per query, from 1", "INT")
     false_positive_rate: Annotated[float, Field(gt=0, lt=1)] = setting(
-        0.15,
+        FALSE_POSITIVE_RATE,
         "share of generic text, which no adapter fits, that may be sent to one, between 0 and 1",
         "FLOAT",
     )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from router.methods import load_method
 from router.pipeline.context import Context
-from router.routing.evidence import Evidence
+from router.pipeline.evidence import Evidence
 from router.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,7 +29,7 @@ from router.main import main
 from router.model.answer import encode
 from router.model.apply import applied
 from router.model.passes import truncated
-from router.routing import state
+from router.pipeline import state
 from router.system.errors import InputError
 from router.system.files import sha256_of
 

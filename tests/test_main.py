@@ -40,7 +40,7 @@ from helpers import (
 from merge.folders import WEIGHTS_FILE
 from router.main import main
 from router.model.answer import FAILED
-from router.routing.evidence import Evidence
+from router.pipeline.evidence import Evidence
 from router.runs.load import load
 from router.settings import Settings
 from router.system.errors import InputError

@@ -81,7 +81,7 @@ def test_want_of_memory_for_a_copy_keeps_the_answers(command, capsys, monkeypatc
         patched.setattr(torch.Tensor, "clone", failing)
         assert command("average", *flags)[0] == 2
     assert "memory ran out (no memory for a copy" in capsys.readouterr().err
-    monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
+    monkeypatch.setattr("router.pipeline.fitted.probe", lambda *_: pytest.fail("routed again"))
     code, out = command("average", *flags)
     assert code == 0 and (out / "queries.csv").read_bytes() == (whole / "queries.csv").read_bytes()
 

@@ -34,11 +34,11 @@ from router.model.answer import encode
 from router.model.base import embedded_folder
 from router.model.frames import Frame
 from router.model.template import Template
+from router.pipeline.fitted import Fitted
 from router.pipeline.saved import ABOUT, Saved
+from router.pipeline.state import FILE
 from router.queries.conversation import checked
-from router.routing.fitted import Fitted
 from router.routing.probe import Probed
-from router.routing.state import FILE
 from router.routing.variants import VARIANTS, served_names, stray
 from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed, routed_by
 from router.serving.names import AUTO

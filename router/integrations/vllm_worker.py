@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from router.routing import state
-from router.routing.fitted import Fitted
+from router.pipeline import state
+from router.pipeline.fitted import Fitted
 from router.routing.probe import Inputs, averages, confidence_of, counted_tokens, squared_cosines
 from router.system.errors import InputError
 from router.system.files import sha256_of
@@ -76,9 +76,9 @@ class Prompt:
 
     def __init__(self, fitted: Fitted, ids: Tensor, device: torch.device) -> None:
         self.fitted, self.tokens, self.read = fitted, len(ids), 0
-        counted = counted_tokens(ids[None], torch.ones_like(ids[None]), fitted.prefix)  # (1, T)
+        counted = counted_tokens(ids[None], torch.ones_like(ids[None]), fitted.framing.prefix)  # (1, T)
         self.views = torch.zeros(2, len(ids))  # weight of each token in the two responses
-        self.views[:, counted[0]] = averages(counted, fitted.end)[:, 0]
+        self.views[:, counted[0]] = averages(counted, fitted.framing.end)[:, 0]
         self.views = self.views.to(device)
         shape = len(fitted.prototypes), 2, len(fitted.names)
         self.squares = torch.zeros(shape, device=device, dtype=torch.float32)
@@ -199,7 +199,7 @@ class Reader:
             x: (tokens of the batch, d_in).
         """
         fitted = group.prompts[0].fitted
-        x = x[: group.inputs.counted.of]  # what fills up the batch comes last
+        x = x[: group.inputs.of]  # what fills up the batch comes last
         for name in names & group.places.keys():
             centred, size = group.inputs.centred(name, x, fitted.means[name])
             cosines = squared_cosines(fitted.prototypes[name], centred, size, len(fitted.names))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,6 +33,25 @@ def kept(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         known = make()
         save(name, known)
     return known
+
+
+def each_kept(
+    names: Sequence[str], make: Callable[[list[int]], Iterable[dict[str, Tensor]]]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The number of each name with the tensors kept under it; those that are missing are made and kept.
+
+    Args:
+        make: makes the tensors of the names with these numbers, in one go.
+    """
+    missing = []
+    for n, name in enumerate(names):
+        if (known := load(name)) is None:
+            missing.append(n)
+        else:
+            yield n, known
+    for n, made in zip(missing, make(missing) if missing else (), strict=True):
+        save(names[n], made)
+        yield n, made
 
 
 def load(name: str) -> dict[str, Tensor] | None:

@@ -12,13 +12,14 @@ from router.model.answer import by_length
 from router.model.device import tokens_at_once
 from router.model.frames import BARE, Frame
 from router.model.passes import truncated
+from router.pipeline.evidence import joined as together
+from router.pipeline.fitted import Fitted
 from router.pipeline.reading import FRAMES, Read, turns_of
 from router.pipeline.result import Routing, joined
 from router.pipeline.steps import Method
 from router.queries.submission import Query
 from router.routing.calibration import Calibration
-from router.routing.evidence import joined as together
-from router.routing.fitted import Fitted
+from router.routing.gate import PrototypeGate
 from router.routing.probe import Probed
 from router.routing.prototypes import ModulePrototypes, prototypes
 from router.system.errors import InputError
@@ -86,10 +87,7 @@ class ProtoRoute(Method):
             calibration = Calibration(self.base, self.settings.max_seq_len, frame)
             means = calibration.means(list(protos))
             if bare:
-                reference = calibration.responses(self.adapters, protos, means, len(bare.names))
-                return bare.in_frame(
-                    frame, calibration.prefix, calibration.end, means, reference, calibration.confidence()
-                )
+                return bare.in_frame(calibration.measured(self.adapters, protos, means, len(bare.names)))
             protos = {module: protos[module] for module in means}
             present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
             for number, adapter in enumerate(self.adapters):
@@ -98,14 +96,9 @@ class ProtoRoute(Method):
                         f"adapter {adapter.name} ({adapter.folder.path}): expected an update of what reads "
                         "text, got zero at every such module; was it trained? Leave it out of --adapters"
                     )
-            reference = calibration.responses(self.adapters, protos, means)
-            how = {
-                key: getattr(self.settings, key) for key in ("temperature", "top_k", "false_positive_rate")
-            }
-            return Fitted.learn(
-                self.adapters, protos, means, reference, calibration.confidence(), frame,
-                calibration.prefix, calibration.end, **how,
-            )  # fmt: skip
+            generic = calibration.measured(self.adapters, protos, means)
+            how = {name: getattr(self.settings, name) for name in PrototypeGate().get_params()}
+            return Fitted.learn(self.adapters, protos, generic, **how)
 
     def turns(
         self, queries: Sequence[Query], rows: Sequence[Sequence[int]] = (), new: int = FRAMES

@@ -90,8 +90,8 @@ class Template:
     @cached_property
     def end(self) -> int:
         """The token that ends a turn, if the template writes one after the user's message; else -1."""
-        first, *_ = self.tokenizer(self.frame.after, add_special_tokens=False)["input_ids"] or [-1]
-        return int(first) if first in self.tokenizer.added_tokens_decoder else -1
+        ids = self.tokenizer(self.frame.after, add_special_tokens=False)["input_ids"]
+        return int(ids[0]) if is_mark(self.tokenizer, ids) else -1
 
     def turns(self, messages: Sequence[Message], query: str = "") -> list[Parts]:
         """Each message of the user that has text, with the system message alone, in the template.
@@ -110,6 +110,11 @@ class Template:
         if not found:
             raise InputError(f"{self.name}: expected a chat template that writes the user's message")
         return Frame(before, after)
+
+
+def is_mark(tokenizer: Any, ids: Sequence[int]) -> bool:
+    """Whether what follows a message begins with a token of its own, as chat templates end a turn."""
+    return bool(ids) and ids[0] in tokenizer.added_tokens_decoder
 
 
 def template_of(tokenizer: Any, file: Path | None) -> Template:

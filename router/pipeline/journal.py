@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from router.model.answer import Answer
+from router.pipeline.evidence import Evidence
 from router.pipeline.result import Routing
 from router.queries.submission import Query
-from router.routing.evidence import Evidence
 from router.system.errors import InputError, reason
 from router.system.files import is_ours, mark, record_of, remove_ours, replacing
 

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import FiniteFloat
 
 from router.constants import BASE_COLUMN, Apply, Dtype, Engine
-from router.routing.evidence import LOW_MARGIN
+from router.pipeline.evidence import LOW_MARGIN
 from router.system.files import record_of, typed
 from router.system.version import own_version
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from router.library.adapters import Adapter
 from router.model.answer import Answer
 from router.model.base import Base
+from router.pipeline.evidence import Evidence
+from router.pipeline.evidence import joined as together
 from router.routing.clusters import Array, Clusters
-from router.routing.evidence import Evidence
-from router.routing.evidence import joined as together
 from router.routing.variants import Variant
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from router.routing.state import FILE, FORMAT
+from router.pipeline.state import FILE, FORMAT
 from router.routing.variants import VARIANTS, Variant
 from router.system.errors import InputError
 from router.system.files import MARKER, is_ours, read_record, replacing, sha256_of, typed

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.library.adapters import Adapter
-from router.library.store import content, load, save
+from router.library.store import content, each_kept, load, save
 from router.model.answer import encode
 from router.model.base import Base
 from router.model.frames import BARE, Frame, alike
 from router.model.passes import truncated
-from router.routing.probe import END, input_means, probe
+from router.model.template import is_mark
+from router.routing.probe import END, Framing, input_means, probe
 from router.routing.prototypes import FORMAT as PROTOTYPES
 from router.routing.prototypes import ModulePrototypes, of_some
 
@@ -61,57 +64,63 @@ def silent(responses: NDArray[np.float32], widths: Sequence[int]) -> NDArray[np.
     return np.asarray(energy < SILENT)
 
 
+class Measured(NamedTuple):
+    """What generic text in a frame does to a base model and its adapters.
+
+    Attributes:
+        framing: what the text stood in, and what of it counted.
+        means: the mean input of each module that text reaches, (d_in,) float32.
+        responses: (generic prompts, adapters, modules, 2), NaN without a prototype.
+        confidence: the base model's at the end of each prompt, (generic prompts,).
+    """
+
+    framing: Framing
+    means: Mapping[str, Tensor]
+    responses: NDArray[np.float32]
+    confidence: NDArray[np.float32]
+
+
+def framing_of(tokenizer: Any, rows: Sequence[Sequence[int]], frame: Frame) -> Framing:
+    """What the tokens of generic prompts have in common in a frame.
+
+    After a chat template's message stand marks that say nothing by themselves. They count as a part of the
+    end, and so do the last tokens before them.
+    """
+    prefix = rows[0][: alike(rows)] if frame.before else []
+    tail = alike([row[::-1] for row in rows]) if frame.after else 0
+    marked = is_mark(tokenizer, rows[0][len(rows[0]) - tail :])
+    return Framing(frame, prefix, END + (tail if marked else 0))
+
+
 class Calibration:
-    """What generic text does to one base model and its adapters.
+    """Measures what generic text does to one base model and its adapters, or finds it on disk.
 
     Args:
         base: the base model.
         limit: most tokens of a prompt before it is truncated for routing; None sets no limit.
         frame: what the generic prompts stand in.
-
-    Attributes:
-        prefix: the token ids with which all of them begin in a frame.
-        end: how many tokens are the end of each. After a chat template's message stand marks that say nothing
-            by themselves; they count, and so do the last tokens before them.
     """
 
     def __init__(self, base: Base, limit: int | None = None, frame: Frame = BARE) -> None:
         self.base = base
         self.rows = truncated(encode(base.tokenizer, generic_prompts(frame), limit))
-        self.prefix = self.rows[0][: alike(self.rows)] if frame.before else []
-        tail = alike([row[::-1] for row in self.rows]) if frame.after else 0
-        marked = tail and self.rows[0][-tail] in base.tokenizer.added_tokens_decoder
-        self.end = END + (tail if marked else 0)
+        self.framing = framing_of(base.tokenizer, self.rows, frame)
         self.pad, model = base.tokenizer.pad_token_id, base.model
+        self.probe = partial(probe, model, self.rows, self.pad, title="calibrate", framing=self.framing)
         # Each number of threads cuts products otherwise, which in bfloat16 moves what is measured.
         threads = torch.get_num_threads() if model.device.type == "cpu" else None
         what = [
-            FORMAT,
-            PROTOTYPES,
-            base.sha256,
-            str(model.dtype),
-            model.device.type,
-            threads,
-            torch.__version__,
-            self.rows,
-            *([self.end] if self.end != END else []),
-        ]
+            FORMAT, PROTOTYPES, base.sha256, str(model.dtype), model.device.type, threads, torch.__version__,
+            self.rows, *([self.framing.end] if self.framing.end != END else []),
+        ]  # fmt: skip
         text = json.dumps(what) + model.config.to_json_string()
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.folder = f"calibration/{name}"
-
-    def _file(self, adapter: Adapter, what: str) -> str:
-        return f"{self.folder}/{content(adapter)}.{what}"
 
     def means(self, modules: Sequence[str]) -> dict[str, Tensor]:
         """The mean input of each module that text reaches, (d_in,) float32; none that sees pictures alone."""
         known = self._read(modules)
         return {module: known[module].to(self.base.model.device) for module in modules if len(known[module])}
-
-    def confidence(self) -> NDArray[np.float32]:
-        """The base model's confidence at the end of each generic prompt, (generic prompts,)."""
-        confidence: NDArray[np.float32] = self._read([])[CONFIDENCE].numpy()
-        return confidence
 
     def _read(self, modules: Sequence[str]) -> dict[str, Tensor]:
         """One pass over the generic prompts, unless all that it would tell is known."""
@@ -119,19 +128,20 @@ class Calibration:
         missing = [module for module in modules if module not in known]
         if missing or CONFIDENCE not in known:
             known |= dict.fromkeys(missing, torch.empty(0))
-            means, known[CONFIDENCE] = input_means(self.base.model, self.rows, self.pad, missing, self.prefix)
+            prefix = self.framing.prefix
+            means, known[CONFIDENCE] = input_means(self.base.model, self.rows, self.pad, missing, prefix)
             known |= means
             save(f"{self.folder}/means", known)
         return known
 
-    def responses(
+    def measured(
         self,
         adapters: Sequence[Adapter],
         protos: Mapping[str, ModulePrototypes],
         means: Mapping[str, Tensor],
         n_adapters: int = 0,
-    ) -> NDArray[np.float32]:
-        """The adapters' responses, (generic prompts, adapters, modules, 2); NaN without a prototype.
+    ) -> Measured:
+        """All that the gate learns from.
 
         Args:
             adapters: none of a saved router, of which nothing is kept on disk.
@@ -140,46 +150,31 @@ class Calibration:
             means: what to centre with, by module.
             n_adapters: how many there are, where `adapters` are not at hand.
         """
-        if not adapters:
-            return probe(
-                self.base.model,
-                self.rows,
-                self.pad,
-                protos,
-                means,
-                n_adapters,
-                "calibrate",
-                self.prefix,
-                self.end,
-            ).responses
-        out = np.full((len(self.rows), len(adapters), len(protos), 2), np.nan, dtype=np.float32)
-        place, new = {module: m for m, module in enumerate(protos)}, []
-        for n, adapter in enumerate(adapters):
-            known = load(self._file(adapter, "responses"))
-            if known is None:
-                new.append(n)
-            for module, values in (known or {}).items():
-                out[:, n, place[module]] = values.numpy()
-        if new:
+        if adapters:
+            responses = self.responses(adapters, protos, means)
+        else:
+            responses = self.probe(protos, means, n_adapters).responses
+        return Measured(self.framing, means, responses, self._read([])[CONFIDENCE].numpy())
+
+    def responses(
+        self,
+        adapters: Sequence[Adapter],
+        protos: Mapping[str, ModulePrototypes],
+        means: Mapping[str, Tensor],
+    ) -> NDArray[np.float32]:
+        """The adapters' responses, (generic prompts, adapters, modules, 2); NaN without a prototype."""
+
+        def measure(new: list[int]) -> Iterator[dict[str, Tensor]]:
             theirs = of_some(protos, new, len(adapters))
-            found = probe(
-                self.base.model,
-                self.rows,
-                self.pad,
-                theirs,
-                means,
-                len(new),
-                "calibrate",
-                self.prefix,
-                self.end,
-            ).responses
-            for k, n in enumerate(new):
-                own = {
-                    module: torch.from_numpy(found[:, k, m].copy())
-                    for m, module in enumerate(theirs)
-                    if not np.isnan(found[0, k, m, 0])
-                }
-                for module, values in own.items():
-                    out[:, n, place[module]] = values.numpy()
-                save(self._file(adapters[n], "responses"), own)
+            found = self.probe(theirs, means, len(new)).responses
+            for k in range(len(new)):
+                there = {module: m for m, module in enumerate(theirs) if not np.isnan(found[0, k, m, 0])}
+                yield {module: torch.from_numpy(found[:, k, m].copy()) for module, m in there.items()}
+
+        out = np.full((len(self.rows), len(adapters), len(protos), 2), np.nan, dtype=np.float32)
+        place = {module: m for m, module in enumerate(protos)}
+        names = [f"{self.folder}/{content(adapter)}.responses" for adapter in adapters]
+        for n, known in each_kept(names, measure):
+            for module, values in known.items():
+                out[:, n, place[module]] = values.numpy()
         return out

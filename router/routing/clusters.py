@@ -92,33 +92,30 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
 
 def _clustered(weights: Array, n_variants: int | None, seed: int) -> Clusters:
     """As `cluster`, of as many queries as there are."""
-    best = np.unique(weights.argmax(1))
-    if weights.shape[1] > LARGE:  # most candidates are in no query's mix
-        used = np.flatnonzero(np.append(weights[:, :-1].max(0, initial=0) > 0, True))
-        found = _grouped(mixes(weights[:, used]), len(best), n_variants, seed)
-        wide = np.zeros((len(found.weights), weights.shape[1]))
-        wide[:, used] = found.weights
-        return Clusters(found.labels, wide)
-    return _grouped(mixes(weights), len(best), n_variants, seed)
-
-
-def _grouped(weights: Array, best: int, n_variants: int | None, seed: int) -> Clusters:
-    """Groups mixes; see `cluster`.
-
-    Args:
-        best: how many candidates are a query's best.
-    """
+    best = len(np.unique(weights.argmax(1)))
+    used = np.append(weights[:, :-1].any(0), True)  # in a large library most are in no query's mix
+    points = mixes(weights[:, used])
     if n_variants is not None:
-        return _kmeans(weights, min(n_variants, _distinct(weights)), seed)
-    if best <= LARGE:
-        return _fewest(weights, most_variants(best), seed)
-    # k-means would take too long. Queries that one candidate answers alone are a group, and so are mixes of
-    # the same adapters, the most frequent first; what is left goes to its first adapter.
+        found = _kmeans(points, min(n_variants, _distinct(points)), seed)
+    elif best <= LARGE:
+        found = _fewest(points, most_variants(best), seed)
+    else:  # k-means would take too long
+        found = _of_same_adapters(points, most_variants(best) - best)
+    wide = np.zeros((len(found.weights), weights.shape[1]))
+    wide[:, used] = found.weights
+    return Clusters(found.labels, wide)
+
+
+def _of_same_adapters(weights: Array, most: int) -> Clusters:
+    """Groups of the queries that one candidate answers alone, and of mixes of the same adapters.
+
+    Of the latter there are at most so many, the most frequent; other mixes go to their first adapter.
+    """
     labels = weights.argmax(1)
     shared = np.flatnonzero(weights.max(1) < 1)
     sets = np.packbits(weights[shared] > 0, axis=1)
     _, kind, counts = np.unique(sets, axis=0, return_inverse=True, return_counts=True)
-    frequent = np.argsort(-counts, kind="stable")[: most_variants(best) - best]
+    frequent = np.argsort(-counts, kind="stable")[:most]
     own = np.isin(kind.ravel(), frequent)
     labels[shared[own]] = weights.shape[1] + kind.ravel()[own]
     return _numbered(weights, labels)

@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import eigh
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
+
+from router.constants import FALSE_POSITIVE_RATE, TEMPERATURE, TOP_K
 
 Array = NDArray[np.float64]
 FOLDS = 5  # of the cross-validation that places the threshold
@@ -25,6 +27,7 @@ SHRINK = 0.3  # share of independence in the adapters' correlations
 RIDGE = 1.0  # of the regression on generic text, relative to the mean of the kernel's diagonal
 RESIDUAL = 0.5  # share of the second score in the lead of an adapter
 DOUBT = 0.5  # share of the base model's confidence that counts against an adapter
+BLOCK = 8  # modules that are learned together
 FLOOR = 1e-6  # responses are cosines; below this they are noise
 
 
@@ -93,7 +96,10 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     """
 
     def __init__(
-        self, temperature: float = 0.7, top_k: int | None = 3, false_positive_rate: float = 0.15
+        self,
+        temperature: float = TEMPERATURE,
+        top_k: int | None = TOP_K,
+        false_positive_rate: float = FALSE_POSITIVE_RATE,
     ) -> None:
         self.temperature = temperature
         self.top_k = top_k
@@ -125,12 +131,13 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         if (empty := absent.all((1, 2))).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
         sure = np.zeros(len(X)) if confidence is None else _confidences(confidence, len(X))
+        logs = _columns(X)
         leads = np.empty(len(X))
         folds = min(FOLDS, len(X) // 2)
         for fold in range(folds):
             out = np.arange(len(X)) % folds == fold
-            leads[out] = _lead(self._learn(X[~out]).judge(X[out]))
-        self._learn(X)
+            leads[out] = _lead(self._learn(logs, ~out, absent).judge(X[out]))
+        self._learn(logs, np.full(len(X), True), absent)
         self.confidence_ = np.array([sure.mean(), max(sure.std(ddof=1), 1e-3)])
         self.reference_leads_ = leads - self._doubt(confidence, len(X))
         self.threshold_ = threshold(self.reference_leads_, self.false_positive_rate)
@@ -140,32 +147,38 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         """The adapters that tell what all respond to alike: here, all."""
         return np.arange(n_adapters)
 
-    def _learn(self, X: NDArray[Any]) -> Self:
-        """Learns all but the threshold; module by module, as many adapters would fill the memory."""
-        n_queries, self.n_adapters_, self.n_modules_ = X.shape[:3]
-        modules = range(self.n_modules_)
-        self.mean_, self.std_ = np.empty((2, *X.shape[1:]))
-        for m in modules:
-            logs = _logs(X[:, :, m])
-            self.mean_[:, m], self.std_[:, m] = logs.mean(0), logs.std(0, ddof=1).clip(1e-3)
+    def _learn(self, logs: Array, some: NDArray[np.bool_], absent: NDArray[np.bool_]) -> Self:
+        """Learns all but the threshold; some modules at a time, as many adapters would fill the memory.
+
+        Args:
+            logs: (modules, 2, reference queries, adapters), see `_columns`.
+            some: (reference queries,) those that it learns from.
+            absent: (adapters, modules, 2) where there is no prototype.
+        """
+        self.n_modules_, self.n_adapters_ = len(logs), logs.shape[3]
+        blocks = [slice(start, start + BLOCK) for start in range(0, len(logs), BLOCK)]
+        mean, std = np.empty((2, *logs.shape[:2], self.n_adapters_))
+        for part in blocks:
+            own = logs[part][:, :, some]
+            mean[part], std[part] = own.mean(2), own.std(2, ddof=1).clip(1e-3)
+        self.mean_, self.std_ = (np.where(absent, np.nan, of.transpose(2, 0, 1)) for of in (mean, std))
         self.filter_ = _matched(self.mean_, self.std_)
         who = self.landmarks_ = self._landmarks(self.n_adapters_)
-        self.axes_ = np.zeros((len(who), *X.shape[2:], FACTORS))
-        self.loadings_ = np.zeros((*X.shape[1:], FACTORS))
-        self.reference_ = np.empty((n_queries, len(who), *X.shape[2:]), np.float32)
-        scores = np.zeros(X.shape[:2])
-        for m in modules:
-            z = np.nan_to_num(
-                (_logs(X[:, :, m]) - self.mean_[:, m]) / self.std_[:, m]
-            )  # (queries, adapters, 2)
-            self.reference_[:, :, m] = z[:, who]
-            for v in range(2):
-                one = np.ascontiguousarray(z[..., v])
-                axes, loadings, noise = _common(one, who)
-                self.axes_[:, m, v, : axes.shape[1]] = axes
-                self.loadings_[:, m, v, : axes.shape[1]] = loadings
-                self.filter_[:, m, v] /= noise
-                scores += (one - one[:, who] @ axes @ loadings.T) * self.filter_[:, m, v]
+        axes, loadings = (np.zeros((*logs.shape[:2], n, FACTORS)) for n in (len(who), self.n_adapters_))
+        self.axes_, self.loadings_ = axes.transpose(2, 0, 1, 3), loadings.transpose(2, 0, 1, 3)
+        n_queries = int(some.sum())
+        self.reference_ = np.empty((n_queries, len(who), *logs.shape[:2]), np.float32)
+        scores = np.zeros((n_queries, self.n_adapters_))
+        for part in blocks:
+            z = logs[part][:, :, some] - mean[part, :, None]  # (BLOCK, 2, queries, adapters)
+            z /= std[part, :, None]
+            theirs = z if len(who) == self.n_adapters_ else z[..., who]
+            self.reference_[:, :, part] = theirs.astype(np.float32).transpose(2, 3, 0, 1)
+            found, shares, factors, noise = _common(z, theirs)
+            axes[part, ..., : found.shape[3]], loadings[part, ..., : found.shape[3]] = found, shares
+            self.filter_[:, part] /= noise
+            z -= factors @ shares.swapaxes(2, 3)
+            scores += np.einsum("mvqa,amv->qa", z, self.filter_[:, part])
         # Of an adapter that responds to all text alike, there is rounding alone.
         scale = np.maximum(scores.std(0, ddof=1), 1e-6 * self.filter_.sum((1, 2)))  # (adapters,)
         self.filter_ /= scale[:, None, None]
@@ -181,16 +194,19 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
 
     def _standard(self, X: NDArray[Any], who: Any = slice(None)) -> Array:
         """Standardised log responses of some adapters (equation 2), (queries, some, modules, 2)."""
-        return np.asarray(np.nan_to_num((_logs(X[:, who]) - self.mean_[who]) / self.std_[who]))
+        z = np.array(X[:, who], dtype=np.float64)
+        np.log(z.clip(FLOOR, out=z), out=z)
+        z -= self.mean_[who]
+        z /= self.std_[who]
+        return np.nan_to_num(z, copy=False)
 
-    def _factors(self, z: Array) -> Array:
+    def _factors(self, columns: Array) -> Array:
         """What the landmarks' responses have of each factor, (modules, 2, queries, FACTORS).
 
         Args:
-            z: (queries, landmarks, modules, 2) standardised.
+            columns: (modules, 2, queries, landmarks) standardised.
         """
-        by_column = np.ascontiguousarray(z.transpose(2, 3, 0, 1))  # as a product of matrices needs it
-        return np.asarray(by_column @ self.axes_.transpose(1, 2, 0, 3))
+        return np.asarray(columns @ self.axes_.transpose(1, 2, 0, 3))
 
     def _residual(self, z: Array, scores: Array, best: NDArray[np.int64]) -> Array:
         """What generic text does not explain of the best scores (equation 5), (queries,).
@@ -211,11 +227,11 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             X: (queries, adapters, modules, 2).
         """
         z = self._standard(X)
-        alike = self._factors(z) @ self.loadings_.transpose(1, 2, 3, 0)  # (modules, 2, queries, adapters)
-        specific = z - alike.transpose(2, 3, 0, 1)
-        scores = (specific * self.filter_).sum((2, 3))
+        specific = np.ascontiguousarray(z.transpose(2, 3, 0, 1))  # (modules, 2, queries, adapters)
+        specific -= self._factors(specific) @ self.loadings_.transpose(1, 2, 3, 0)
+        scores = np.einsum("mvqa,amv->qa", specific, self.filter_)
         rows, best = np.arange(len(X)), scores.argmax(1)
-        votes = self._votes(specific[rows, best], best)
+        votes = self._votes(specific[:, :, rows, best].transpose(2, 0, 1), best)
         return Judged(scores, self._residual(z, scores[rows, best], best), votes)
 
     def _votes(self, specific: Array, best: NDArray[np.int64]) -> Array:
@@ -287,11 +303,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"expected top_k of at least 1 or None, got {self.top_k}")
         weights = np.exp((candidates - candidates.max(1, keepdims=True)) / self.temperature)
         if self.top_k is not None and self.top_k < weights.shape[1] - 1:
-            left, rows = weights[:, :-1].copy(), np.arange(len(weights))
-            weights[:, :-1] = 0.0
-            for _ in range(self.top_k):  # of equal ones the first; sorting thousands takes longer
-                best = left.argmax(1)
-                weights[rows, best], left[rows, best] = left[rows, best], -1.0
+            order = np.argsort(-weights[:, :-1], axis=1, kind="stable")  # of equal ones the first
+            np.put_along_axis(weights, order[:, self.top_k :], 0.0, axis=1)
         return np.asarray(weights / weights.sum(1, keepdims=True))
 
     def predict_proba(self, X: ArrayLike, confidence: ArrayLike | None = None) -> Array:
@@ -343,32 +356,34 @@ def _matched(means: Array, stds: Array) -> Array:
     return np.asarray(np.nan_to_num(weights * heard))
 
 
-def _common(z: Array, who: NDArray[np.int64]) -> tuple[Array, Array, float]:
-    """What adapters respond to alike at one module, in one view (equation 3).
+def _common(z: Array, theirs: Array) -> tuple[Array, Array, Array, Array]:
+    """What adapters respond to alike, by module and view (equation 3).
 
     Their correlations are taken as a few principal components and noise, which is the same for all
     (probabilistic PCA, Tipping and Bishop 1999), and moved towards independence by SHRINK.
 
     Args:
-        z: (queries, adapters) standardised, 0 without a prototype.
-        who: the landmarks among them, whose components these are.
+        z: (modules, 2, queries, adapters) standardised, 0 without a prototype.
+        theirs: the landmarks' among them, whose components these are.
 
     Returns:
-        (landmarks, r) directions, (adapters, r) how much of each is taken out, and the noise;
-        r is at most FACTORS.
+        (modules, 2, landmarks, r) directions, (modules, 2, adapters, r) how much of each is taken out,
+        (modules, 2, queries, r) how much of each the queries have, and the noise, (modules, 2); r is at most
+        FACTORS.
     """
-    theirs, freedom = z[:, who], len(z) - 1
-    wide = len(who) > len(z)
-    square = (theirs @ theirs.T if wide else theirs.T @ theirs) / freedom
-    size = len(square)
-    values, vectors = eigh(square, subset_by_index=[max(0, size - FACTORS), size - 1])
-    values = values.clip(1e-12)
-    axes = theirs.T @ vectors / np.sqrt(freedom * values) if wide else vectors
-    rest = (np.trace(square) - values.sum()) / max(1, theirs.any(0).sum() - FACTORS)
-    noise = float((1 - SHRINK) * max(rest, 0.0) + SHRINK)
-    taken = 1 - noise / ((1 - SHRINK) * values + SHRINK)
-    loadings = z.T @ (theirs @ axes) / (freedom * values) * taken.clip(0)
-    return axes, loadings, noise
+    freedom, turned = z.shape[2] - 1, theirs.swapaxes(2, 3)
+    wide = theirs.shape[3] > theirs.shape[2]
+    square = (theirs @ turned if wide else turned @ theirs) / freedom
+    values, vectors = (of.numpy()[..., -FACTORS:] for of in torch.linalg.eigh(torch.from_numpy(square)))
+    values = values.clip(1e-12)[..., None, :]  # (modules, 2, 1, r)
+    axes = turned @ vectors / np.sqrt(freedom * values) if wide else vectors
+    rest = np.trace(square, axis1=2, axis2=3) - values.sum((2, 3))
+    rest /= np.maximum(1, theirs.any(2).sum(2) - FACTORS)
+    noise = (1 - SHRINK) * rest.clip(0) + SHRINK  # (modules, 2)
+    taken = 1 - noise[..., None, None] / ((1 - SHRINK) * values + SHRINK)
+    factors = theirs @ axes  # (modules, 2, queries, r)
+    loadings = z.swapaxes(2, 3) @ factors * (taken.clip(0) / (freedom * values))
+    return axes, loadings, factors, noise
 
 
 def _check(X: NDArray[Any], absent: NDArray[np.bool_]) -> None:
@@ -397,5 +412,11 @@ def _four_dimensional(X: ArrayLike) -> NDArray[Any]:
     return X
 
 
-def _logs(X: ArrayLike) -> Array:
-    return np.asarray(np.log(np.asarray(X, dtype=np.float64).clip(FLOOR)))
+def _columns(X: NDArray[Any]) -> Array:
+    """Log responses, (modules, 2, queries, adapters): matrices side by side, 0 without a prototype."""
+    columns = np.empty((*X.shape[2:], *X.shape[:2]))
+    for m, part in enumerate(columns):  # module by module, since the array may be large
+        part[:] = X[:, :, m].transpose(2, 0, 1)
+        np.log(part.clip(FLOOR, out=part), out=part)
+        np.nan_to_num(part, copy=False)
+    return columns

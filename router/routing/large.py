@@ -47,10 +47,9 @@ class LargeGate(PrototypeGate):
         few = min(LANDMARKS, n_adapters)
         return np.sort(np.random.default_rng(0).choice(n_adapters, few, replace=False))
 
-    def _learn(self, X: NDArray[Any]) -> Self:
+    def _learn(self, *how: Any) -> Self:
         self.__dict__.pop("_rough", None)
-        super()._learn(X)
-        return self
+        return super()._learn(*how)
 
     @cached_property
     def _rough(self) -> Rough:
@@ -83,7 +82,8 @@ class LargeGate(PrototypeGate):
     def judge(self, X: NDArray[Any]) -> Judged:
         """As in `PrototypeGate`, of each query's shortlist alone."""
         theirs = self._standard(X, self.landmarks_)
-        factors = self._factors(theirs).transpose(2, 0, 1, 3)  # (queries, modules, 2, FACTORS)
+        columns = np.ascontiguousarray(theirs.transpose(2, 3, 0, 1))  # as a product of matrices needs it
+        factors = self._factors(columns).transpose(2, 0, 1, 3)  # (queries, modules, 2, FACTORS)
         scores = np.full(X.shape[:2], -np.inf)
         best, chosen = np.empty(len(X), np.int64), np.empty((len(X), self.n_modules_, 2))
         for q, who in enumerate(self._shortlist(X, factors)):

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from router.model.frames import BARE, Frame
 from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
 from router.routing.prototypes import ModulePrototypes
@@ -23,6 +24,20 @@ from router.system.errors import InputError
 
 END = 2  # counted tokens that are the end of a prompt, just before the answer
 BLOCK = 256  # tokens that a processor centres at once in float32, so that they stay in its caches
+
+
+class Framing(NamedTuple):
+    """What prompts stand in, and what of them counts.
+
+    Attributes:
+        frame: the texts around each.
+        prefix: token ids with which all begin, which say nothing; see `counted_tokens`.
+        end: how many counted tokens are the end of each.
+    """
+
+    frame: Frame = BARE
+    prefix: Sequence[int] = ()
+    end: int = END
 
 
 def counted_tokens(ids: Tensor, mask: Tensor, prefix: Sequence[int] = ()) -> Tensor:
@@ -61,15 +76,15 @@ def input_means(
     count = 0
 
     def read(ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], int, Tensor]:
-        counted = _Counted(counted_tokens(ids, mask, prefix))
+        inputs = Inputs(counted_tokens(ids, mask, prefix))
         sums: dict[str, Tensor] = {}
 
         def visit(name: str, x: Tensor) -> None:
-            sums[name] = counted.tokens(name, x).double().sum(0)  # (d_in,)
+            sums[name] = inputs.tokens(name, x).double().sum(0)  # (d_in,)
 
         with reading_inputs(model, modules, visit):
             sure = confidence_of(forward(model, ids, mask))
-        return sums, counted.count, sure
+        return sums, inputs.count, sure
 
     with torch.inference_mode():
         for batch, (sums, some, sure) in batches(model, rows, pad_id, "centre", read):
@@ -79,11 +94,11 @@ def input_means(
     return {name: (total / count).float() for name, total in totals.items()}, confidence
 
 
-class _Counted:
-    """Picks the inputs of a batch's counted tokens.
+class Inputs:
+    """The inputs of a batch's counted tokens; one that several modules share is centred only once.
 
     Args:
-        counted: which they are, (B, T) bool; at least one.
+        counted: which tokens they are, (B, T) bool; at least one.
     """
 
     def __init__(self, counted: Tensor) -> None:
@@ -92,6 +107,7 @@ class _Counted:
         start, end, self.count = int(index[0]), int(index[-1]) + 1, len(index)
         # A single prompt's are in a row, and need no copy.
         self.places = slice(start, end) if end - start == self.count else index
+        self.seen: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
 
     def tokens(self, name: str, x: Tensor) -> Tensor:
         """The inputs of the counted tokens, (T', d_in).
@@ -112,18 +128,10 @@ class _Counted:
             return flat[self.places]
         return flat.index_select(0, self.places)  # quicker than flat[self.places]
 
-
-class Inputs:
-    """Centres the inputs of a batch's modules; one that several share (queries, keys, values) only once."""
-
-    def __init__(self, counted: Tensor) -> None:
-        self.counted = _Counted(counted)
-        self.seen: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
-
     def centred(self, name: str, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """The counted tokens minus the mean, (T', d_in) in x's dtype, and their norms, (T',) float32."""
         if self.seen is None or self.seen[0] is not x or not torch.equal(self.seen[1], mean):
-            rows = self.counted.tokens(name, x)  # (T', d_in)
+            rows = self.tokens(name, x)  # (T', d_in)
             centred = torch.empty_like(rows)
             sizes = torch.empty(len(rows), device=x.device, dtype=torch.float32)
             block = BLOCK if x.device.type == "cpu" else len(rows)
@@ -146,22 +154,14 @@ class Probed(NamedTuple):
     confidence: NDArray[np.float32]  # (prompts,) of the base model, see `confidence_of`
 
 
-def telling(absent: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The number of an adapter that has a prototype, (modules, 2); -1 where none has.
-
-    The adapters at a module share its input, so one of them tells whether a prompt is readable.
+def unreadable(probed: Probed, absent: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which prompts the model has no finite activations for, (prompts,).
 
     Args:
         absent: (adapters, modules, 2), where there is no prototype, so that no response is expected.
     """
-    return np.where(absent.all(0), -1, absent.argmin(0))
-
-
-def unreadable(probed: Probed, told_by: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which prompts the model has no finite activations for, (prompts,); told_by: see `telling`."""
-    modules, views = np.nonzero(told_by >= 0)
-    told = probed.responses[:, told_by[modules, views], modules, views]  # (prompts, modules and views)
-    return ~(np.isfinite(told).all(1) & np.isfinite(probed.confidence))
+    readable = (np.isfinite(probed.responses) | absent).all((1, 2, 3))
+    return ~(readable & np.isfinite(probed.confidence))
 
 
 def confidence_of(logits: Tensor) -> Tensor:
@@ -177,14 +177,13 @@ def probe(
     means: Mapping[str, Tensor],
     n_adapters: int,
     title: str | None = "probe",
-    prefix: Sequence[int] = (),
-    end: int = END,
+    framing: Framing = Framing(),  # noqa: B008
 ) -> Probed:
     """How strongly a prompt's activations align with an adapter's input subspace, module by module.
 
     The input of every counted token is centred with `means`. Its weighted squared cosine to a prototype is
     `sum_j w_j (v_j . x)^2 / norm(x)^2`, in [0, 1]. A prompt has two responses, each the root of a mean of
-    these: over all of its counted tokens, and over its end, the last `end` of them.
+    these: over all of its counted tokens, and over its end, the last few of them.
 
     Args:
         model: the base model.
@@ -193,8 +192,7 @@ def probe(
         means: what to centre with, by module, (d_in,).
         n_adapters: the number of adapters in the library.
         title: of the bar; None shows none.
-        prefix: token ids that the prompts of a frame have in common, which say nothing; see `counted_tokens`.
-        end: counted tokens that are the end of a prompt.
+        framing: what of the prompts counts.
 
     Returns:
         The responses, and what the same pass tells of the base model.
@@ -204,8 +202,8 @@ def probe(
     place = {name: m for m, name in enumerate(prototypes)}
 
     def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        counted = counted_tokens(ids, mask, prefix)
-        inputs, views = Inputs(counted), averages(counted, end)
+        counted = counted_tokens(ids, mask, framing.prefix)
+        inputs, views = Inputs(counted), averages(counted, framing.end)
         # The dtype is named, since while transformers loads a model, another is torch's default.
         shape = len(prototypes), 2, len(ids), n_adapters
         squares = torch.zeros(shape, device=ids.device, dtype=torch.float32)

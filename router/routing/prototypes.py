@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,29 +65,23 @@ def prototypes(
     An adapter has no prototype at a module that it does not change: one that it does not target, or where
     its update is zero.
     """
-    shapes = {m: shape[1] for adapter in adapters for m, shape in adapter.folder.shapes.items()}
-    room = {m: sum(adapter.folder.ranks.get(m, 0) for adapter in adapters) for m in sorted(shapes)}
-    directions = {m: torch.empty(shapes[m], most, dtype=dtype) for m, most in room.items()}
-    weights = {m: torch.empty(most) for m, most in room.items()}
-    owners = {m: torch.empty(most, dtype=torch.long) for m, most in room.items()}
-    used = dict.fromkeys(room, 0)
+    folder = f"prototypes/{FORMAT}-torch{torch.__version__}-{dtype}"
+    parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}  # by module
     for owner, adapter in enumerate(progress(adapters, desc="prototypes", unit="adapter")):
-        known = _kept(adapter, dtype)
+        known = kept(f"{folder}/{content(adapter)}", partial(subspaces, adapter, dtype))
         for module in {key.rpartition(".")[0] for key in known}:
-            v, start = known[f"{module}.directions"], used[module]
-            used[module] = end = start + v.shape[1]
-            directions[module][:, start:end] = v
-            weights[module][start:end] = known[f"{module}.weights"]
-            owners[module][start:end] = owner
-    return {
-        m: ModulePrototypes(
-            directions.pop(m)[:, :end].contiguous().to(device),  # at most one module twice
-            weights[m][:end].to(device),
-            owners[m][:end].to(device),
+            part = owner, known[f"{module}.directions"], known[f"{module}.weights"]
+            parts.setdefault(module, []).append(part)
+    found = {}
+    for module in sorted(parts):
+        owners, directions, weights = zip(*parts.pop(module), strict=True)  # at most one module twice
+        columns = torch.tensor([len(of) for of in weights])
+        found[module] = ModulePrototypes(
+            torch.cat(directions, 1).to(device),
+            torch.cat(weights).to(device),
+            torch.tensor(owners).repeat_interleave(columns).to(device),
         )
-        for m, end in used.items()
-        if end
-    }
+    return found
 
 
 def of_some(
@@ -110,8 +105,8 @@ def of_some(
     return found
 
 
-def subspaces(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """An adapter's directions (d_in, k) and weights (k,) by module, float32: the SVD of its updates."""
+def subspaces(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """An adapter's directions (d_in, k) in `dtype`, and weights (k,) float32: the SVD of its updates."""
     found = {}
     for modules, stack in stacks(adapter.read_all()):
         _, s, vh = svd(stack)  # (modules, k), (modules, k, d_in)
@@ -119,17 +114,7 @@ def subspaces(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
         for module, share, v in zip(modules, shares, vh.mT, strict=True):
             keep = share > 1e-6  # below that it is rounding, not a direction
             if keep.any():
-                found[module] = v[:, keep], share[keep]
+                found[f"{module}.directions"] = v[:, keep].to(dtype)
+                found[f"{module}.weights"] = share[keep]
     adapter.check_unchanged()
     return found
-
-
-def _kept(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same from disk, if the adapter was seen before; directions in `dtype`."""
-
-    def make() -> dict[str, Tensor]:
-        parts = subspaces(adapter)
-        known = {f"{module}.directions": v.to(dtype) for module, (v, _) in parts.items()}
-        return known | {f"{module}.weights": share for module, (_, share) in parts.items()}
-
-    return kept(f"prototypes/{FORMAT}-torch{torch.__version__}-{dtype}/{content(adapter)}", make)

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from router.constants import BASE_COLUMN
-from router.routing.evidence import LOW_MARGIN, Evidence
+from router.pipeline.evidence import LOW_MARGIN, Evidence
 from router.runs.load import Run, cut, load
 from router.runs.report.data import best_of, candidates, vote_means
 from router.system.errors import InputError, exit_code, printable

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from router.constants import BASE_COLUMN
+from router.pipeline.evidence import Evidence, joined
 from router.pipeline.record import RECORD, Record
 from router.queries.submission import Query, digest_of, read_queries, read_rows, submission_name
 from router.routing.clusters import Array, Clusters
-from router.routing.evidence import Evidence, joined
 from router.settings import Settings
 from router.system.errors import InputError
 from router.system.files import sha256_of

@@ -60,14 +60,15 @@ def measured(of: Labelled) -> Measured:
         adapters = load_library([str(of.adapters)])
         protos, calibration = prototypes(adapters, dtype=base.model.dtype), Calibration(base)
         means, pad = calibration.means(list(protos)), base.tokenizer.pad_token_id
+        generic = calibration.measured(adapters, protos, means)
         rows = truncated(encode(base.tokenizer, of.rows["input"].tolist()))
         probed = probe(base.model, rows, pad, protos, means, len(adapters), of.name)
         KEPT.mkdir(parents=True, exist_ok=True)
         np.savez(
             file,
             candidates=[*(adapter.name for adapter in adapters), BASE_COLUMN],
-            reference=calibration.responses(adapters, protos, means),
-            reference_confidence=calibration.confidence(),
+            reference=generic.responses,
+            reference_confidence=generic.confidence,
             responses=probed.responses,
             confidence=probed.confidence,
         )

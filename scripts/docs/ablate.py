@@ -43,7 +43,9 @@ EVERY = [dict(zip(TRIED, values, strict=True)) for values in product(*TRIED.valu
 def _judged(of: Measured, *learned: tuple[str, float]) -> tuple[gate.Judged, NDArray[np.float64]]:
     """What a gate with these constants makes of the queries, and the base model's standardised confidence."""
     with patch.dict(vars(gate), learned):
-        judged = PrototypeGate()._learn(of.reference).judge(of.responses)
+        every, absent = np.full(len(of.reference), True), np.isnan(of.reference[0])
+        learned_gate = PrototypeGate()._learn(gate._columns(of.reference), every, absent)
+        judged = learned_gate.judge(of.responses)
     sure = (of.confidence - of.reference_confidence.mean()) / of.reference_confidence.std(ddof=1)
     return judged, np.asarray(sure, np.float64)
 

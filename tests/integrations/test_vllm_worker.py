@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from router.api import Router
 from router.integrations.vllm_worker import Reader, mark
 from router.model.cache import cache_argument
-from router.routing.state import FILE
+from router.pipeline.state import FILE
 from router.system.errors import InputError
 from router.system.files import sha256_of
 

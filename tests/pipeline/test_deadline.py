@@ -84,7 +84,7 @@ def test_a_limit_shorter_than_routing_keeps_the_routing(command, paced, clock, m
     assert code == 2 and batches == [] and "--time_limit 1: " in capsys.readouterr().err
     assert {path.name for path in out.iterdir()} == {".journal"}
     clock.now = 0
-    monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
+    monkeypatch.setattr("router.pipeline.fitted.probe", lambda *_: pytest.fail("routed again"))
     assert command("proto_route", "--time_limit", 2)[0] == 0 and batches
 
 

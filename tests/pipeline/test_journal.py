@@ -15,10 +15,10 @@ from helpers import ROOT, ROWS, arguments, edit_json, files_of, write_queries
 from router.main import main
 from router.model import answer as module
 from router.model.answer import Answer
+from router.pipeline.fitted import Fitted
 from router.pipeline.journal import Journal, alone_in
 from router.pipeline.result import Routing
 from router.queries.submission import Query
-from router.routing.fitted import Fitted
 from router.system.errors import InputError
 
 ONE, TWO = Query("1", "a", "generation"), Query("2", "b\u2028\n", "multiple_choice", ("x", "y"))
@@ -148,14 +148,14 @@ def test_a_run_killed_after_any_batch_ends_with_the_same_bytes(command, monkeypa
 def test_what_was_answered_is_not_answered_again(command, monkeypatch):
     with pytest.raises(Killed), killed_after(3, monkeypatch):
         command("proto_route", "--batch_size", 1)
-    monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
+    monkeypatch.setattr("router.pipeline.fitted.probe", lambda *_: pytest.fail("routed again"))
     with killed_after(len(ROWS), monkeypatch) as done:
         assert command("proto_route", "--batch_size", 1)[0] == 0
     assert len(done) == len(ROWS) - 3
 
 
 def test_a_run_killed_while_it_probes_goes_on(command, monkeypatch):
-    monkeypatch.setattr("router.routing.fitted.AT_ONCE", 2)
+    monkeypatch.setattr("router.pipeline.fitted.AT_ONCE", 2)
     _, whole = command("proto_route", out="whole")
     plain, done = Fitted.probe, []
 
@@ -195,7 +195,7 @@ def test_a_read_error_keeps_the_journal(command, monkeypatch):
     with patch("router.pipeline.steps.write_variant", side_effect=InputError("unread")):
         code, out = command("proto_route", "--false_positive_rate", 0.99)
     assert code == 2 and (out / ".journal" / "routing.safetensors").exists()
-    monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
+    monkeypatch.setattr("router.pipeline.fitted.probe", lambda *_: pytest.fail("routed again"))
     assert command("proto_route", "--false_positive_rate", 0.99)[0] == 0
 
 

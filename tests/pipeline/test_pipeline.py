@@ -85,7 +85,7 @@ def test_what_is_cut_of_long_prompts_is_told(method, caplog, monkeypatch):
 def test_few_prompts_at_a_time_are_routed_as_all_at_once(method, monkeypatch):
     found = method("proto_route")
     expected = found.route(QUERIES, found.encoded(QUERIES))
-    monkeypatch.setattr("router.routing.fitted.RESPONSES", 1)
+    monkeypatch.setattr("router.pipeline.fitted.RESPONSES", 1)
     assert found.fitted().at_once == 1
     one_by_one = found.route(QUERIES, found.encoded(QUERIES))
     np.testing.assert_allclose(one_by_one.weights, expected.weights, atol=1e-5)

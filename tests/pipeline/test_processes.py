@@ -122,7 +122,7 @@ def test_a_batch_is_taken_by_one_process_and_all_have_about_as_much():
 
 @pytest.mark.parametrize("method", ["proto_route", "average", "arrow", "logo"])
 def test_several_processes_leave_the_files_of_one(started, tmp_path, monkeypatch, method):
-    monkeypatch.setattr("router.routing.fitted.AT_ONCE", 20)
+    monkeypatch.setattr("router.pipeline.fitted.AT_ONCE", 20)
     monkeypatch.setattr("router.model.passes.tokens_at_once", lambda *_: 200)
     monkeypatch.setattr("router.methods.proto_route.tokens_at_once", lambda *_: 200)
     plain, taken = module.if_it_fits, []
@@ -166,7 +166,7 @@ def test_what_was_answered_before_a_process_died_is_not_answered_again(started, 
     assert isinstance(first, threading.BrokenBarrierError) and isinstance(second, Killed)
     assert 2 < len(done) < whole
     monkeypatch.setattr(module, "if_it_fits", noting)
-    monkeypatch.setattr("router.routing.fitted.probe", lambda *_: pytest.fail("routed again"))
+    monkeypatch.setattr("router.pipeline.fitted.probe", lambda *_: pytest.fail("routed again"))
     assert started("proto_route", count, "out")[0].method == "proto_route"
     assert len(done) == whole
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

@@ -16,11 +16,11 @@ from router.main import main
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import BARE
+from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
 from router.pipeline.reading import SHARED, TURNS
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
-from router.routing.evidence import Evidence
 from router.system.errors import InputError
 
 PROMPTS = [Query(*row[:3]) for row in ROWS if row[2] == "generation"]
@@ -176,7 +176,14 @@ def routing_of(*scores):
     scores = np.array(scores, np.float32)
     rest = np.zeros((len(scores), 1), np.float32)
     evidence = Evidence(
-        ["a", "b"], ["m"], scores[:, :2], scores[:, :2], scores[:, 2], rest[:, 0], rest, rest[:, 0]
+        ["a", "b"],
+        ["m"],
+        responses=scores[:, :2],
+        scores=scores[:, :2],
+        base_score=scores[:, 2],
+        residual=rest[:, 0],
+        votes=rest,
+        frame=rest[:, 0],
     )
     return Routing(np.eye(3)[scores.argmax(1)], evidence)
 
@@ -249,7 +256,7 @@ def test_a_request_brings_no_new_frame(chat_router, tmp_path):
 
 
 def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch, tmp_path):
-    monkeypatch.setattr("router.routing.fitted.AT_ONCE", 4)
+    monkeypatch.setattr("router.pipeline.fitted.AT_ONCE", 4)
     talks = queries_of(*(f"question {n}" for n in range(SHARED)), system="Be kind.")
     found, journal = method(), Journal(tmp_path / "journal", {"a": 1})
     expected = found.route(talks, found.encoded(talks))

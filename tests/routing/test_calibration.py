@@ -16,7 +16,7 @@ from router.model.base import linear_shapes, load_base
 from router.model.frames import Frame
 from router.model.hooks import reading_inputs
 from router.routing.calibration import Calibration, generic_prompts
-from router.routing.probe import END, input_means, probe
+from router.routing.probe import END, Framing, input_means, probe
 from router.routing.prototypes import prototypes
 
 TEXTS = [f"{'word ' * n}{n}: is it so?" for n in range(1, 13)]
@@ -177,9 +177,9 @@ def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch
     )
     calibration = Calibration(base, None, frame)
     ids = encode(base.tokenizer, [frame.before])[0]
-    assert calibration.prefix == ids and Calibration(base).prefix == []
+    assert calibration.framing.prefix == ids and Calibration(base).framing.prefix == []
     modules = linear_shapes(base.model)
-    means, _ = input_means(base.model, calibration.rows[:3], 0, list(modules), calibration.prefix)
+    means, _ = input_means(base.model, calibration.rows[:3], 0, list(modules), calibration.framing.prefix)
     seen = {name: [] for name in modules}
     for row in calibration.rows[:3]:
         with reading_inputs(
@@ -196,15 +196,16 @@ def test_the_marks_after_a_message_are_part_of_its_end(base, monkeypatch):
     )
     marks = "<eos>\nassistant: "
     chat, plain = (Calibration(base, None, Frame("user: ", after)) for after in (marks, marks[5:]))
-    assert (chat.end, plain.end) == (END + len(encode(base.tokenizer, [marks])[0]), END)
-    assert Calibration(base).end == END
+    assert (chat.framing.end, plain.framing.end) == (END + len(encode(base.tokenizer, [marks])[0]), END)
+    assert Calibration(base).framing.end == END
 
 
 def test_the_end_of_a_prompt_is_as_long_as_it_is_told(base, adapters):
     rows, protos = encode(base.tokenizer, TEXTS[:2]), prototypes(adapters)
     means, _ = input_means(base.model, rows, 0, list(protos))
     two, five, whole = (
-        probe(base.model, rows, 0, protos, means, len(adapters), None, end=n).responses for n in (2, 5, 999)
+        probe(base.model, rows, 0, protos, means, len(adapters), None, Framing(end=n)).responses
+        for n in (2, 5, 999)
     )
     np.testing.assert_array_equal(two[..., 0], five[..., 0])
     np.testing.assert_allclose(whole[..., 1], whole[..., 0], rtol=1e-5)

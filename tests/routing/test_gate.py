@@ -8,7 +8,6 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from router.routing.gate import DOUBT, FACTORS, RIDGE, SHRINK, TAIL, PrototypeGate, threshold
 from router.routing.large import LargeGate, gate_for
-from router.settings import Settings
 
 RNG = np.random.default_rng(3)
 GENERIC = RNG.lognormal(-2.0, 0.2, (200, 6, 10, 2))  # (queries, adapters, modules, views)
@@ -286,12 +285,6 @@ def test_generic_text_passes_the_gate_as_often_as_promised(n):
     assert (found > 0.5).all() and (found < 2).all(), found
     if n == 200:
         assert np.mean(seen, 0)[0] > 1.5 * np.mean(held, 0)[0]
-
-
-def test_the_default_is_the_commands():
-    gate, settings = PrototypeGate(), Settings()
-    assert gate.false_positive_rate == settings.false_positive_rate
-    assert (gate.temperature, gate.top_k) == (settings.temperature, settings.top_k)
 
 
 @pytest.mark.parametrize("views", [0, 1, slice(None)])

@@ -13,7 +13,6 @@ from router.routing.probe import (
     counted_tokens,
     input_means,
     probe,
-    telling,
     unreadable,
 )
 from router.routing.prototypes import prototypes
@@ -115,7 +114,7 @@ def test_a_prompt_with_anything_not_finite_is_unreadable():
     responses[:, 0, 1], absent[0, 1] = np.nan, True
     responses[:, :, 2, 1], absent[:, 2, 1] = np.nan, True  # of no adapter
     responses[1, :, 0, 1], responses[2, 1, 1, 0], confidence[3] = np.nan, np.inf, -np.inf
-    found = unreadable(Probed(responses, confidence), telling(absent))
+    found = unreadable(Probed(responses, confidence), absent)
     assert found.tolist() == [False, True, True, True, False]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from helpers import METHODS, ROWS, read_table, write_csv, write_run
-from router.routing.evidence import Evidence
+from router.pipeline.evidence import Evidence
 from router.runs import explain
 from router.runs.load import load
 from router.runs.report.data import layers, places_of

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from router.pipeline.evidence import Evidence
 from router.routing.clusters import Array, losses
-from router.routing.evidence import Evidence
 from router.runs.load import Labels, Run, cut
 from router.runs.report.layout import gate_space, layout
 

@@ -15,8 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.record import REPORT
-from router.routing.evidence import LOW_MARGIN
 from router.runs.load import Run, load
 from router.runs.report.data import BEST, LONG, SHOWN_QUERIES, data, escaped, headline, layers, variants
 from router.system.errors import exit_code

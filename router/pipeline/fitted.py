@@ -13,24 +13,18 @@ from torch import Tensor
 
 from router.library.adapters import Adapter
 from router.library.duplicates import representatives
-from router.model.frames import Frame
 from router.model.passes import truncated
-from router.routing.calibration import silent
+from router.pipeline.evidence import Evidence
+from router.routing.calibration import Measured, silent
 from router.routing.clusters import Array
-from router.routing.evidence import Evidence
 from router.routing.gate import PrototypeGate
 from router.routing.large import gate_for
-from router.routing.probe import Probed, probe, telling, unreadable
+from router.routing.probe import Framing, Probed, probe, unreadable
 from router.routing.prototypes import ModulePrototypes
 from router.system.errors import InputError
 
 AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
 RESPONSES = 1 << 25  # of a large library fewer prompts, so that there are at most so many responses
-
-
-def at_once(n_adapters: int, n_modules: int) -> int:
-    """How many prompts are probed together, at least 1 and at most AT_ONCE."""
-    return max(1, min(AT_ONCE, RESPONSES // max(1, 2 * n_adapters * n_modules)))
 
 
 @dataclass(frozen=True)
@@ -45,9 +39,7 @@ class Fitted:
         representative: for each adapter, the number of the one that stands for all that read alike.
         lookalikes: numbers of those that are no duplicates of their representative.
         silent: numbers of those that are silent at most of their modules.
-        frame: what the generic text stood in.
-        prefix: token ids with which all prompts of the frame begin.
-        end: how many tokens are the end of a prompt.
+        framing: what the generic text stood in, and what of a prompt counts.
         reference: (adapters, modules, 2) mean response to generic text; NaN without a prototype, where an
             adapter is silent, and everywhere for one that is silent at most of its modules.
     """
@@ -59,9 +51,7 @@ class Fitted:
     representative: list[int]
     lookalikes: list[int]
     silent: list[int]
-    frame: Frame
-    prefix: list[int]
-    end: int
+    framing: Framing
     reference: NDArray[np.float32]
 
     @classmethod
@@ -69,113 +59,73 @@ class Fitted:
         cls,
         adapters: Sequence[Adapter],
         prototypes: Mapping[str, ModulePrototypes],
-        means: Mapping[str, Tensor],
-        reference: NDArray[np.float32],
-        confidence: NDArray[np.float32],
-        frame: Frame,
-        prefix: list[int],
-        end: int,
+        generic: Measured,
         **settings: Any,
     ) -> Fitted:
         """Fits a gate to a library: to one adapter of each group that reads alike, at modules that are heard.
 
         Args:
-            reference: (generic prompts, adapters, modules, 2) responses, NaN without a prototype.
-            confidence: (generic prompts,) of the base model.
-            frame: what the generic prompts stood in.
-            prefix: token ids with which all of them begin.
-            end: how many tokens are the end of each.
+            generic: what generic text does to these adapters.
             settings: of the gate.
 
         Raises:
             InputError: no adapter is heard anywhere.
         """
-        representative, lookalike = representatives(adapters, reference[..., 0])
-        widths = [len(proto.directions) for proto in prototypes.values()]
-        quiet: NDArray[np.bool_] = silent(reference, widths)  # (adapters, modules)
-        there = np.isfinite(reference[0, ..., 0]).sum(1)  # (adapters,)
-        most = np.flatnonzero(2 * quiet.sum(1) > there)
+        representative, lookalike = representatives(adapters, generic.responses[..., 0])
+        quiet = silent(generic.responses, [len(proto.directions) for proto in prototypes.values()])
+        first = generic.responses[0]  # (adapters, modules, 2)
+        most = np.flatnonzero(2 * quiet.sum(1) > np.isfinite(first[..., 0]).sum(1))
         quiet[most] = True  # the few modules that are left would speak for it all the louder
-        if quiet.any():
-            reference = reference.copy()
-            reference[:, quiet] = np.nan
-        average = reference.mean(0)
-        kept = _kept(representative.tolist(), average)
-        if not kept:
+        library = cls(
+            [adapter.name for adapter in adapters],
+            prototypes,
+            generic.means,
+            PrototypeGate(**settings),
+            representative.tolist(),
+            np.flatnonzero(lookalike).tolist(),
+            most.tolist(),
+            generic.framing,
+            np.where(quiet[..., None], np.float32(np.nan), first),
+        )
+        if not library.kept:
             raise InputError(
                 "--adapters: expected adapters that read what text has, got none; were they trained for this "
                 "base model?"
             )
-        stand = reference if len(kept) == len(adapters) else reference[:, kept]
-        return cls(
-            [adapter.name for adapter in adapters],
-            prototypes,
-            means,
-            gate_for(len(kept), **settings).fit(stand, confidence=confidence),
-            representative.tolist(),
-            np.flatnonzero(lookalike).tolist(),
-            most.tolist(),
-            frame,
-            prefix,
-            end,
-            average,
-        )
+        return library.in_frame(generic)
 
-    def in_frame(
-        self,
-        frame: Frame,
-        prefix: list[int],
-        end: int,
-        means: Mapping[str, Tensor],
-        reference: NDArray[np.float32],
-        confidence: NDArray[np.float32],
-    ) -> Fitted:
+    def in_frame(self, generic: Measured) -> Fitted:
         """The same library in another frame. Which adapters stand for others or are silent stays as it is."""
-        reference = np.where(self.absent, np.float32(np.nan), reference)
+        responses = generic.responses
+        if np.isfinite(responses[0][self.absent]).any():
+            responses = np.where(self.absent, np.float32(np.nan), responses)
         gate = gate_for(len(self.kept), **self.gate.get_params())
-        gate.fit(reference[:, self.kept], confidence=confidence)
-        return replace(
-            self, frame=frame, prefix=prefix, end=end, means=means, gate=gate, reference=reference.mean(0)
-        )
+        gate.fit(self._of_kept(responses), confidence=generic.confidence)
+        reference = responses.mean(0)
+        return replace(self, framing=generic.framing, means=generic.means, gate=gate, reference=reference)
 
     @cached_property
     def kept(self) -> list[int]:
         """The adapters that stand for others or for themselves, and are heard somewhere."""
-        return _kept(self.representative, self.reference)
+        return kept(self.representative, self.reference)
+
+    def _of_kept(self, responses: NDArray[np.float32]) -> NDArray[np.float32]:
+        return responses if len(self.kept) == len(self.names) else responses[:, self.kept]
 
     def probe(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None) -> Probed:
         """One pass of the base model over the prompts; a title shows a bar."""
-        return probe(
-            model,
-            truncated(rows),
-            pad_id,
-            self.prototypes,
-            self.means,
-            len(self.names),
-            title,
-            self.prefix,
-            self.end,
-        )
+        rows, n_adapters = truncated(rows), len(self.names)
+        return probe(model, rows, pad_id, self.prototypes, self.means, n_adapters, title, self.framing)
 
     @property
     def at_once(self) -> int:
-        """How many prompts are probed together."""
-        return at_once(len(self.names), len(self.prototypes))
+        """How many prompts are probed together, at least 1 and at most AT_ONCE."""
+        return max(1, min(AT_ONCE, RESPONSES // max(1, self.reference.size)))
 
     @cached_property
     def absent(self) -> NDArray[np.bool_]:
         """Where no adapter has a prototype, (adapters, modules, 2)."""
         return np.isnan(self.reference)
-
-    @cached_property
-    def _telling(self) -> NDArray[np.int64]:
-        """Which adapter's response tells whether a prompt is readable, (modules, 2)."""
-        return telling(self.absent)
-
-    @cached_property
-    def _expected(self) -> int:
-        """How many responses there are to a prompt."""
-        return int(np.count_nonzero(~self.absent))
 
     def decide(self, probed: Probed) -> tuple[Array, Evidence]:
         """Weights (queries, adapters + 1), the base model last, and why.
@@ -183,14 +133,13 @@ class Fitted:
         A prompt without finite activations goes to the base model.
         """
         responses, confidence = probed
-        unread = unreadable(probed, self._telling)
+        unread = unreadable(probed, self.absent)
         # One readable prompt tells whether adapters respond where they are silent.
-        if unread.any() or np.count_nonzero(np.isfinite(responses[:1])) > self._expected:
+        if unread.any() or np.isfinite(responses[:1, self.absent]).any():
             responses, confidence = responses.copy(), confidence.copy()
             responses[:, self.absent] = np.nan
             responses[unread], confidence[unread] = self.reference, self.gate.confidence_[0]
-        own = responses if len(self.kept) == len(self.names) else responses[:, self.kept]
-        judged = self.gate.judge(own)
+        judged = self.gate.judge(self._of_kept(responses))
         candidates = self.gate.candidate_scores(judged, confidence)
         weights = np.zeros((len(responses), len(self.names) + 1))
         weights[:, [*self.kept, -1]] = self.gate.weights(candidates)
@@ -218,7 +167,7 @@ class Fitted:
             duplicates=duplicates,
             lookalikes=lookalikes,
             silent=[self.names[n] for n in self.silent],
-            frames=[list(self.frame)],
+            frames=[list(self.framing.frame)],
             thresholds=[self.gate.thresholds()],
         )
 
@@ -230,7 +179,7 @@ class Fitted:
         return {name: k for name, k in stands.items() if name not in lookalikes}, lookalikes
 
 
-def _kept(representative: Sequence[int], reference: NDArray[np.float32]) -> list[int]:
+def kept(representative: Sequence[int], reference: NDArray[np.float32]) -> list[int]:
     """The adapters that stand for others or for themselves, and are heard somewhere."""
     heard = np.flatnonzero(np.isfinite(reference).any((1, 2))).tolist()
     return sorted(set(representative) & set(heard))

@@ -23,23 +23,19 @@ Array = NDArray[np.float32]
 LOW_MARGIN = 0.5  # standard deviations of generic text
 
 
+# The arrays, a letter an axis: queries, adapters, modules.
+_ARRAYS = {
+    "responses": "qa", "scores": "qa", "base_score": "q", "residual": "q", "votes": "qm", "frame": "q",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
-class Evidence:
-    """What was measured of each query, and what the gate made of it; NaN where nothing was.
+class Names:
+    """What the columns of an evidence are.
 
     Attributes:
         adapters: names, in the order of the columns.
         modules: names, in the order of the columns of `votes`.
-        responses: (queries, adapters) mean response of the whole prompt, over the modules that count; a
-            root mean square cosine in [0, 1].
-        scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for one that
-            another adapter represents, or that is in `silent`, and in a large library for one that is
-            not on the query's shortlist; its response is NaN then, too.
-        base_score: (queries,) score of the base model, which an adapter's has to exceed; see equation 6.
-        residual: (queries,) what generic text does not explain of the highest score, in standard deviations.
-        votes: (queries, modules) what each module says for the adapter with the highest score, which is their
-            mean; NaN where it has no prototype.
-        frame: (queries,) the number of the frame that each query was compared in.
         duplicates: adapters that are another one in another size, with the representative of each.
         lookalikes: adapters that read what another one reads and write something else, with that one.
         silent: adapters that read directions which text hardly has, at most of their modules.
@@ -50,17 +46,36 @@ class Evidence:
 
     adapters: list[str]
     modules: list[str]
+    duplicates: dict[str, str] = field(default_factory=dict)
+    lookalikes: dict[str, str] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+    frames: list[list[str]] = field(default_factory=lambda: [["", ""]])
+    thresholds: list[dict[str, float]] = field(default_factory=lambda: [{}])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence(Names):
+    """What was measured of each query, and what the gate made of it; NaN where nothing was.
+
+    Attributes:
+        responses: (queries, adapters) mean response of the whole prompt, over the modules that count; a
+            root mean square cosine in [0, 1].
+        scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for one that
+            another adapter represents, or that is in `silent`, and in a large library for one that is
+            not on the query's shortlist; its response is NaN then, too.
+        base_score: (queries,) score of the base model, which an adapter's has to exceed; see equation 6.
+        residual: (queries,) what generic text does not explain of the highest score, in standard deviations.
+        votes: (queries, modules) what each module says for the adapter with the highest score, which is their
+            mean; NaN where it has no prototype.
+        frame: (queries,) the number of the frame that each query was compared in.
+    """
+
     responses: Array
     scores: Array
     base_score: Array
     residual: Array
     votes: Array
     frame: Array
-    duplicates: dict[str, str] = field(default_factory=dict)
-    lookalikes: dict[str, str] = field(default_factory=dict)
-    silent: list[str] = field(default_factory=list)
-    frames: list[list[str]] = field(default_factory=lambda: [["", ""]])
-    thresholds: list[dict[str, float]] = field(default_factory=lambda: [{}])
 
     @property
     def candidates(self) -> Array:
@@ -103,7 +118,7 @@ class Evidence:
         """Writes a safetensors file."""
         arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _ARRAYS}
         # One key, since safetensors writes several in any order.
-        names = json.dumps({name: getattr(self, name) for name in _NAMES})
+        names = json.dumps({name.name: getattr(self, name.name) for name in fields(Names)})
         part = path.with_suffix(".part")
         save_file(arrays, part, metadata={"names": names})
         for_others(part)
@@ -117,19 +132,16 @@ class Evidence:
             OSError, SafetensorError, ValueError: the file is missing, damaged, or of another kind.
         """
         with safe_open(path, framework="numpy") as file:
-            names = record_of(_Names, (file.metadata() or {}).get("names", "null"))
+            names = record_of(Names, (file.metadata() or {}).get("names", "null"))
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        found = Evidence(**arrays, **vars(names))
-        queries, adapters = len(found.base_score), len(found.adapters)
-        for array, *shape in (
-            (found.responses, queries, adapters), (found.scores, queries, adapters),
-            (found.base_score, queries), (found.residual, queries),
-            (found.votes, queries, len(found.modules)), (found.frame, queries),
-        ):  # fmt: skip
-            if array.dtype != np.float32 or list(array.shape) != shape:
-                raise ValueError(f"expected float32 of shape {shape}, got {array.dtype} of {array.shape}")
+        found = Evidence(**vars(names), **arrays)
+        sizes = {"q": len(found.base_score), "a": len(found.adapters), "m": len(found.modules)}
+        for name, axes in _ARRAYS.items():
+            array, shape = arrays[name], tuple(sizes[axis] for axis in axes)
+            if array.dtype != np.float32 or array.shape != shape:
+                raise ValueError(f"{name}: expected float32 of {shape}, got {array.dtype} of {array.shape}")
             if np.isinf(array).any():
-                raise ValueError("expected finite numbers, or none, got endless ones")
+                raise ValueError(f"{name}: expected finite numbers, or none, got endless ones")
         scored = np.isfinite(found.scores).any(1) & np.isfinite(found.base_score)
         if not scored.all():
             raise ValueError("expected an adapter's score for each query, got none")
@@ -138,23 +150,6 @@ class Evidence:
         ):
             raise ValueError("expected a frame, and its thresholds, for each query")
         return found
-
-
-@dataclass(frozen=True)
-class _Names:
-    """What of an evidence is no array."""
-
-    adapters: list[str]
-    modules: list[str]
-    duplicates: dict[str, str] = field(default_factory=dict)
-    lookalikes: dict[str, str] = field(default_factory=dict)
-    silent: list[str] = field(default_factory=list)
-    frames: list[list[str]] = field(default_factory=lambda: [["", ""]])
-    thresholds: list[dict[str, float]] = field(default_factory=lambda: [{}])
-
-
-_NAMES = [one.name for one in fields(_Names)]
-_ARRAYS = [field.name for field in fields(Evidence) if field.name not in _NAMES]
 
 
 def joined(parts: Sequence[Evidence]) -> Evidence:

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from router.model.frames import Frame
-from router.routing.fitted import Fitted
+from router.pipeline.fitted import Fitted, kept
 from router.routing.gate import FACTORS
 from router.routing.large import gate_for
+from router.routing.probe import Framing
 from router.routing.prototypes import ModulePrototypes
 from router.system.errors import InputError
 from router.system.files import for_others, record_of
@@ -81,7 +82,8 @@ def save(fits: Sequence[Fitted], folder: Path) -> None:
         own = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         own |= {f"mean {module}": mean for module, mean in fitted.means.items()}
         tensors |= {f"{n} {name}": tensor for name, tensor in own.items()}
-    frames = [_Framed(*fitted.frame, fitted.prefix, fitted.end) for fitted in fits]
+    framings = (fitted.framing for fitted in fits)
+    frames = [_Framed(*of.frame, list(of.prefix), of.end) for of in framings]
     about = _About(
         one.names, list(one.prototypes), one.representative, one.lookalikes, one.silent, frames,
         **one.gate.get_params(),
@@ -140,9 +142,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
                     about.representative,
                     about.lookalikes,
                     about.silent,
-                    Frame(framed.before, framed.after),
-                    framed.prefix,
-                    framed.end,
+                    Framing(Frame(framed.before, framed.after), framed.prefix, framed.end),
                     own["reference"].numpy(),
                 )
             )
@@ -160,41 +160,39 @@ def _check(about: _About, tensors: Mapping[str, Tensor], widths: Mapping[str, in
         ValueError: something does not; the message says what.
         KeyError: a tensor is missing.
     """
-    n, representative, modules = len(about.names), about.representative, about.modules
-    numbers = {*representative, *about.lookalikes, *about.silent}
-    if len(representative) != n or not n or not numbers <= set(range(n)):
-        raise ValueError(f"expected a representative for each of {n} adapters, got {representative!s:.80}")
+    n, modules = len(about.names), about.modules
+    numbers = {*about.representative, *about.lookalikes, *about.silent}
+    if len(about.representative) != n or not n or not numbers <= set(range(n)):
+        raise ValueError(f"expected a representative for each of {n} adapters")
     if not (about.temperature > 0 and 0 < about.false_positive_rate < 1 and (about.top_k or 1) >= 1):
         raise ValueError(f"expected settings of a gate in their ranges, got {about.gate!s:.80}")
-    there = np.zeros((n, len(modules)), bool)  # which adapter has a prototype where
-    shapes: dict[str, tuple[int, ...]] = {"reference": (n, len(modules), 2), "gate threshold_": (1,)}
+    there = np.zeros((n, len(modules), 2), bool)  # which adapter has a prototype where
+    shapes: dict[str, tuple[int, ...]] = {"reference": there.shape, "gate threshold_": (1,)}
     for m, module in enumerate(modules):
-        owners = tensors[f"owners {module}"]
-        shapes[f"directions {module}"] = widths.get(module, 0), len(owners)
-        shapes |= {f"weights {module}": (len(owners),), f"mean {module}": (widths.get(module, 0),)}
+        owners, width = tensors[f"owners {module}"], widths.get(module, 0)
+        shapes |= {f"directions {module}": (width, len(owners)), f"weights {module}": (len(owners),)}
+        shapes |= {f"mean {module}": (width,)}
         if owners.dtype != torch.int64 or not torch.equal(owners, owners.sort()[0].clamp(0, n - 1)):
             raise ValueError(f"owners {module}: expected numbers of adapters in ascending order")
         there[owners.numpy(), m] = True
     heard = tensors["reference"].isfinite().numpy()  # (adapters, modules, 2)
-    if heard.shape != (n, len(modules), 2) or (heard != heard[..., :1] & there[..., None]).any():
+    if heard.shape != there.shape or (heard != heard[..., :1] & there).any():
         raise ValueError("reference: expected numbers where an adapter has a prototype, and nowhere else")
-    kept = sorted(set(representative) & set(np.flatnonzero(heard.any((1, 2))).tolist()))
-    if not kept:
+    if not (stand := kept(about.representative, tensors["reference"].numpy())):
         raise ValueError("reference: expected a number wherever an adapter is heard, got none")
-    sizes = {"a": len(kept), "m": len(modules), "v": 2, "f": FACTORS}
-    sizes |= {"l": len(tensors["gate landmarks_"]), "g": len(tensors["gate reference_leads_"])}
+    who = tensors["gate landmarks_"]
+    sizes = {"a": len(stand), "m": len(modules), "v": 2, "f": FACTORS}
+    sizes |= {"l": len(who), "g": len(tensors["gate reference_leads_"])}
     shapes |= {f"gate {name}": tuple(sizes[axis] for axis in axes) for name, axes in _LEARNED.items()}
     for name, shape in shapes.items():
-        if tensors[name].shape != shape or (
-            not tensors[name].is_floating_point() and name != "gate landmarks_"
-        ):
-            raise ValueError(f"{name}: expected numbers of shape {shape}, got {tuple(tensors[name].shape)}")
-        if name not in ("reference", "gate mean_", "gate std_") and not tensors[name].isfinite().all():
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.is_floating_point() == (tensor is who):
+            raise ValueError(f"{name}: expected numbers of shape {shape}, got {tuple(tensor.shape)}")
+        if name not in ("reference", "gate mean_", "gate std_") and not tensor.isfinite().all():
             raise ValueError(f"{name}: expected finite numbers")
-    who = tensors["gate landmarks_"]
-    if who.dtype != torch.int64 or not ((who >= 0) & (who < len(kept))).all():
-        raise ValueError(f"gate landmarks_: expected numbers of {len(kept)} adapters")
+    if who.dtype != torch.int64 or not ((who >= 0) & (who < len(stand))).all():
+        raise ValueError(f"gate landmarks_: expected numbers of {len(stand)} adapters")
     if not (tensors["gate residual_scale_"] > 0).all():
         raise ValueError("gate residual_scale_: expected numbers above 0")
-    if (tensors["gate mean_"].isfinite().numpy() != heard[kept]).any():
+    if (tensors["gate mean_"].isfinite().numpy() != heard[stand]).any():
         raise ValueError("gate mean_: expected a number wherever an adapter is heard, and nowhere else")
