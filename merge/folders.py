@@ -84,16 +84,16 @@ class AdapterFolder:
 
     def read(self, module: str) -> Factors:
         """One module's update in float32, its scale folded into `b`."""
-        key_a, key_b = self._keys[module]
-        with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
-            a, b = file.get_tensor(key_a).float(), file.get_tensor(key_b).float()
-        return Factors(a, b * self.scale(module))
+        return next(self._read([module]))[1]
 
     def read_all(self) -> Iterator[tuple[str, Factors]]:
         """Every module's update, as `read` gives it, in order of name; opens the file once."""
+        return self._read(sorted(self._keys))
+
+    def _read(self, modules: Sequence[str]) -> Iterator[tuple[str, Factors]]:
         with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
-            for module, (key_a, key_b) in sorted(self._keys.items()):
-                a, b = file.get_tensor(key_a).float(), file.get_tensor(key_b).float()
+            for module in modules:
+                a, b = (file.get_tensor(key).float() for key in self._keys[module])
                 yield module, Factors(a, b * self.scale(module))
 
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -27,16 +27,24 @@ from router.model.device import ROOM, memory_bytes, spread
 from router.model.hooks import Change, changing_outputs
 from router.system.errors import InputError, out_of_memory
 
+Way = Literal["merged", "beside"]
 
-class Applied(Protocol):
+
+class Applied:
     """Activates folders one after the other. As a context manager, it leaves the base model as it was."""
 
-    def __enter__(self) -> Self: ...
+    def __init__(self, base: Base) -> None:
+        self.base = base
 
-    def __exit__(self, *_: object) -> None: ...
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.activate(None)
 
     def activate(self, folder: Path | None) -> Any:
         """The model with a folder's update active, until the next call; None is the base model alone."""
+        raise NotImplementedError
 
 
 def applied(base: Base, how: Apply = "auto") -> Applied:
@@ -47,9 +55,7 @@ def applied(base: Base, how: Apply = "auto") -> Applied:
     return Hooked(base) if spread(model) else Beside(base)
 
 
-def picked(
-    model: Any, device: torch.device, dtype: torch.dtype, how: Apply
-) -> Literal["merged", "beside"]:  # fmt: skip
+def picked(model: Any, device: torch.device, dtype: torch.dtype, how: Apply) -> Way:
     """What `auto` is for a model: `merged` in float32 where a copy of its linear layers fits, else `beside`.
 
     The model and the copy may take ROOM of the device's memory. What else is in memory does not count, so the
@@ -75,23 +81,16 @@ def picked(
     return "merged" if fits and dtype == torch.float32 else "beside"
 
 
-class Merged:
+class Merged(Applied):
     """Adds a folder's update to the base model's weights: `W + s B A`, computed in float32, rounded once.
 
     The weights are restored from copies. Subtracting the update would leave its rounding behind.
     """
 
     def __init__(self, base: Base) -> None:
-        self.base = base
+        super().__init__(base)
         self._plain: dict[str, Tensor] = {}  # copies of what was ever changed, (d_out, d_in) by module
         self._changed: set[str] = set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.activate(None)
-        self._plain.clear()
 
     def activate(self, folder: Path | None) -> Any:
         """As in `Applied`."""
@@ -136,7 +135,7 @@ def _copied(weight: Tensor, module: str) -> Tensor:
         raise MemoryError("no memory for a copy of the base model's weights; pass --apply beside") from error
 
 
-class Beside:
+class Beside(Applied):
     """Has PEFT compute a folder's update beside the base model's weights, which are never written to.
 
     A folder that changes the same modules as the one before it, at no lower rank, is put into the layers
@@ -146,22 +145,16 @@ class Beside:
     """
 
     def __init__(self, base: Base) -> None:
-        self.base = base
+        super().__init__(base)
         self._model: Any = base.model
         self._targets: list[str] = []
         self._rank = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.deactivate()
 
     def activate(self, folder: Path | None) -> Any:
         """As in `Applied`."""
         targets, rank = _changed(folder)
         if targets != self._targets or rank < self._rank:  # PEFT pads a lower rank, which costs at every step
-            self.deactivate()
+            self._deactivate()
         if folder is None:
             return self.base.model
         if self._targets:
@@ -173,28 +166,21 @@ class Beside:
         self._targets, self._rank = targets, rank
         return self._model
 
-    def deactivate(self) -> None:
-        """Removes the active variant."""
+    def _deactivate(self) -> None:
         if self._targets:
             self._model.unload()
         self._model, self._targets, self._rank = self.base.model, [], 0
 
 
-class Hooked:
+class Hooked(Applied):
     """Adds a folder's update to what modules put out, `W x + s B (A x)`, wherever accelerate keeps W.
 
     PEFT would spread a model anew whose weights are not all on devices.
     """
 
     def __init__(self, base: Base) -> None:
-        self.base = base
+        super().__init__(base)
         self._active = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._active.close()
 
     def activate(self, folder: Path | None) -> Any:
         """As in `Applied`."""

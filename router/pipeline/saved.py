@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from router.model.base import EMBEDDED
 from router.routing.state import FILE, FORMAT
 from router.routing.variants import VARIANTS, Variant
 from router.system.errors import InputError
@@ -52,6 +53,11 @@ class Saved:
         wide = len(self.candidates)
         if len(self.centres) != len(self.variants) or any(len(row) != wide for row in self.centres):
             raise ValueError("expected a centre for each variant, with a weight for each candidate")
+
+    @property
+    def base(self) -> str:
+        """What loads the base model."""
+        return EMBEDDED if self.embedded else self.base_model + (f"@{self.revision}" if self.revision else "")
 
     def write(self, folder: Path) -> None:
         """Writes it into a folder, as a whole."""
