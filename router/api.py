@@ -30,7 +30,7 @@ from router.model.template import Template, template_of
 from router.pipeline.context import Context
 from router.pipeline.reading import Read
 from router.pipeline.result import Decision, Routing, joined
-from router.pipeline.saved import ABOUT, Saved, changed, check_replaceable, hashes
+from router.pipeline.saved import ABOUT, Saved, changed, hashes, replacing_router
 from router.pipeline.steps import Method
 from router.pipeline.steps import load as load_library_and_base
 from router.queries.conversation import Message, checked, packed, shown
@@ -45,13 +45,12 @@ from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
 from router.settings import Settings
 from router.system.errors import InputError, printable
-from router.system.files import mark, remove_ours, sha256_of, work_folder
+from router.system.files import sha256_of
 from router.system.version import own_version
 
 log = logging.getLogger(__name__)
 
 REMEMBERED = 10_000  # texts, and turns of conversations
-WORK = ".router."  # how the name of the folder begins in which a router is written
 SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply", "frame")  # that a saved router keeps
 Prompt = str | Sequence[Message]  # a text, or a conversation
 Work = TypeVar("Work", bound=Callable[..., Any])
@@ -365,12 +364,17 @@ class Router:
         Raises:
             ValueError: the router was loaded from a saved one, which has no adapters to make variants of.
         """
-        if self._folder is not None:
-            raise ValueError("a saved router has no adapters to make variants of; use from_library")
+        self._check_adapters()
         weights = self.route(texts).to_numpy()
         many = self._method.n_variants if n_variants is None else n_variants
         self._decide(cluster(weights, many, self._method.settings.seed).weights)
         return self
+
+    def _check_adapters(self) -> None:
+        if self._folder is not None:
+            raise ValueError(
+                "a saved router has no adapters to make variants of; use from_library, or copy its folder"
+            )
 
     def _decide(self, centres: Array) -> None:
         """Keeps the groups of a sample and one for the base model, which has no folder and costs nothing."""
@@ -386,32 +390,20 @@ class Router:
         All is written before the first file takes the place of an earlier router's.
 
         Raises:
-            ValueError: `fit` was not called, or the method is not proto_route.
+            ValueError: `fit` was not called, the method is not proto_route, or the router was loaded from a
+                saved one, whose folder can be copied.
             InputError: the folder holds files of these names that no router left there, a variant is too
                 large for the base model's dtype, or an adapter has other weights now.
         """
         folder, proto = Path(folder), self._proto
+        self._check_adapters()
         if self._centres is None:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
-        check_replaceable(folder)
-        work = work_folder(folder, WORK)
-        try:
-            if self._folder is not None:
-                shutil.copytree(self._variants(), work / VARIANTS)
-            else:
-                self._measure(work / VARIANTS)
-                proto.prepare()
-            mark(work / VARIANTS)
+        with replacing_router(folder) as work:
+            self._measure(work / VARIANTS)
+            proto.prepare()
             state.save(list(proto.fits.values()), work)
             self._about(work).write(work)
-            (folder / ABOUT).unlink(missing_ok=True)  # from here on it is no router, until it is this one
-            remove_ours(folder / VARIANTS)
-            for name in (VARIANTS, FILE, ABOUT):
-                (work / name).replace(folder / name)
-        finally:
-            remove_ours(work)
-        if self._folder is not None and folder.resolve() == self._folder.resolve():
-            self._seen = sha256_of(folder / ABOUT)
         return folder
 
     def _measure(self, folder: Path) -> None:

@@ -188,14 +188,12 @@ def card(folder: Path) -> str:
 
 def _check_name(source: Source, others: Container[str]) -> None:
     """Refuses an adapter whose name is no column, or another's, or cannot be printed."""
-    where = f"adapter {source.name!r} ({str(source.path)!r})"
-    if source.name in TAKEN or source.name in others:
+    if source.name in TAKEN or source.name in others or not source.name.isprintable():
         raise InputError(
-            f"{where}: expected a name that is no other adapter's, and none of {', '.join(TAKEN)}, which are "
-            "columns of the routing table; rename the folder"
+            f"adapter {source.name!r} ({str(source.path)!r}): expected a name that can be printed and is no "
+            f"other adapter's, and none of {', '.join(TAKEN)}, which are columns of the routing table; "
+            "rename the folder"
         )
-    if not source.name.isprintable():
-        raise InputError(f"{where}: expected a name that can be printed; rename the folder")
 
 
 def base_of(adapters: Iterable[Adapter]) -> str:

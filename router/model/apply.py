@@ -96,23 +96,19 @@ class Merged(Applied):
         """As in `Applied`."""
         updates = dict(open_adapter(folder).read_all()) if folder else {}
         updates = {module: update for module, update in updates.items() if update.b.any()}
+        model: Any = self.base.model
         with torch.no_grad():
             for module in self._changed - updates.keys():
-                self._weight(module).copy_(self._plain[module])
+                model.get_submodule(module).weight.copy_(self._plain[module])
             self._changed &= updates.keys()
             for module, update in updates.items():
-                weight = self._weight(module)
+                weight = model.get_submodule(module).weight
                 if module not in self._plain:
                     self._plain[module] = _copied(weight, module)
                 plain = self._plain[module].float()
                 self._changed.add(module)
                 weight.copy_(torch.addmm(plain, update.b.to(plain.device), update.a.to(plain.device)))
-        return self.base.model
-
-    def _weight(self, module: str) -> Tensor:
-        linear: Any = self.base.model.get_submodule(module)
-        weight: Tensor = linear.weight
-        return weight
+        return model
 
 
 def _copied(weight: Tensor, module: str) -> Tensor:
