@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from router.system.errors import InputError, out_of_memory
 Way = Literal["merged", "beside"]
 
 
-class Applied:
+class Applied(ABC):
     """Activates folders one after the other. As a context manager, it leaves the base model as it was."""
 
     def __init__(self, base: Base) -> None:
@@ -42,9 +43,9 @@ class Applied:
     def __exit__(self, *_: object) -> None:
         self.activate(None)
 
+    @abstractmethod
     def activate(self, folder: Path | None) -> Any:
         """The model with a folder's update active, until the next call; None is the base model alone."""
-        raise NotImplementedError
 
 
 def applied(base: Base, how: Apply = "auto") -> Applied:

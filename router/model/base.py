@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,7 +135,7 @@ def convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # transformers would read the file three times, and map its names anew for each module of the model.
-    once = {name: cache(getattr(library, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    once = {name: lru_cache(getattr(library, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     with patch.multiple(library, **once):
         loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
