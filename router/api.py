@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -109,7 +110,7 @@ class Router:
         self._centres: Array | None = None  # (variants, candidates) the mean mix that each was made for
         self._folder: Path | None = None  # of a router that was loaded
         self._seen = ""  # what its ABOUT was then, by its sha256
-        self._known: dict[bytes, Routing] = {}  # what `choose` was asked lately, by its sha256
+        self._known = OrderedDict[bytes, Routing]()  # what `choose` was asked lately, by its sha256
         self._written: Path | None = None  # a temporary folder of the variants, once they have answered
         self._forget: Callable[[], object] = lambda: None  # removes it
 
@@ -346,10 +347,10 @@ class Router:
             found = self._proto.judged(list(new.values()))
             self._known |= {key: found.rows(np.array([n])) for n, key in enumerate(new)}
         routing = joined([self._known[key] for key in keys])
-        for key in keys:  # the latest last
-            self._known[key] = self._known.pop(key)
+        for key in keys:
+            self._known.move_to_end(key)
         while len(self._known) > REMEMBERED:
-            del self._known[next(iter(self._known))]
+            self._known.popitem(last=False)
         return routing
 
     @_one_at_a_time

@@ -86,7 +86,7 @@ def padded(
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    ids = [torch.tensor(row) for row in rows]
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     how: dict[str, Any] = {"batch_first": True, "padding_side": side}
     mask = pad_sequence([torch.ones_like(row) for row in ids], **how)
     return pad_sequence(ids, padding_value=pad_id, **how).to(device), mask.to(device)
