@@ -122,16 +122,17 @@ def examined(specs: Sequence[str], local_only: bool = False, values: bool = True
             yield Examined(Path(spec.partition("@")[0]).name, error=error)
             continue
         for source in sources:
-            adapter = error = None
+            adapter: Adapter | None = None
+            unusable: InputError | None = None
             try:
                 _check_name(source, names)
                 adapter = _opened(source)
                 if values:
                     adapter.check_values()
                 names.add(source.name)
-            except InputError as unusable:
-                error = unusable
-            yield Examined(source.name, adapter, error)
+            except InputError as error:
+                unusable = error
+            yield Examined(source.name, adapter, unusable)
 
 
 def _opened(source: Source) -> Adapter:
