@@ -94,16 +94,10 @@ def weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factor
             f"expected one weight per update, got {len(updates)} updates, {len(weights)} weights"
         )
     roots = [abs(weight) ** 0.5 for weight in weights]
-    return Factors(
-        torch.cat([root * update.a for root, update in zip(roots, updates, strict=True)], dim=0),
-        torch.cat(
-            [
-                (root if weight >= 0 else -root) * update.b
-                for root, weight, update in zip(roots, weights, updates, strict=True)
-            ],
-            dim=1,
-        ),
-    )
+    signed = [root if weight >= 0 else -root for root, weight in zip(roots, weights, strict=True)]
+    a = torch.cat([root * update.a for root, update in zip(roots, updates, strict=True)])
+    b = torch.cat([root * update.b for root, update in zip(signed, updates, strict=True)], dim=1)
+    return Factors(a, b)
 
 
 def stacks(updates: Iterable[tuple[str, Factors]]) -> Iterator[tuple[list[str], Factors]]:

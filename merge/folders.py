@@ -34,13 +34,8 @@ PATIENCE = 2.0  # seconds for the regular expressions of an adapter, on all its 
 LONGEST = 20_000  # characters of all of them, which take some tenths of a second to compile
 LARGEST = torch.finfo(torch.float32).max  # a larger scale would be infinite
 
-# Initialisations that take a part out of the base model's weights, so that the adapter needs a changed base.
+# Initialisations that change the base model's weights, so that the adapter needs a changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-_CONVERT = (
-    "load it with PEFT on that base, as it was trained, and call "
-    "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL), where INITIAL is the "
-    "adapter as it was saved before training"
-)
 # Settings that make an adapter compute more than s * B A, each with its harmless value.
 _PLAIN = {
     "use_dora": False, "use_qalora": False, "lora_bias": False, "bias": "none",
@@ -84,16 +79,16 @@ class AdapterFolder:
 
     def read(self, module: str) -> Factors:
         """One module's update in float32, its scale folded into `b`."""
-        key_a, key_b = self._keys[module]
-        with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
-            a, b = file.get_tensor(key_a).float(), file.get_tensor(key_b).float()
-        return Factors(a, b * self.scale(module))
+        return next(self._read([module]))[1]
 
     def read_all(self) -> Iterator[tuple[str, Factors]]:
         """Every module's update, as `read` gives it, in order of name; opens the file once."""
+        return self._read(sorted(self._keys))
+
+    def _read(self, modules: Sequence[str]) -> Iterator[tuple[str, Factors]]:
         with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
-            for module, (key_a, key_b) in sorted(self._keys.items()):
-                a, b = file.get_tensor(key_a).float(), file.get_tensor(key_b).float()
+            for module in modules:
+                a, b = (file.get_tensor(key).float() for key in self._keys[module])
                 yield module, Factors(a, b * self.scale(module))
 
 
@@ -117,23 +112,25 @@ def _ends_with(module: str, name: str) -> bool:
 class _Matcher:
     """Matches a stranger's regular expressions against modules' names, for PATIENCE seconds in all."""
 
-    def __init__(self) -> None:
-        self.until = time.monotonic() + PATIENCE
+    def __init__(self, path: Path) -> None:
+        self.path, self.until = path, time.monotonic() + PATIENCE
 
     def match(self, pattern: str, module: str) -> Any:
         """What a pattern matches at the start of a module's name, None if nothing.
 
         Raises:
-            TimeoutError: it takes too long, as one does that was made to hang its reader.
-            regex.error: within the pattern that it is put into, it is no regular expression.
+            AdapterError: it takes too long, as one does that was made to hang its reader; or within the
+                pattern that it is put into, it is no regular expression.
         """
-        left = self.until - time.monotonic()
         try:
-            if left <= 0:
+            if (left := self.until - time.monotonic()) <= 0:
                 raise TimeoutError
             return regex.match(pattern, module, timeout=min(0.3, left))
-        except TimeoutError as error:
-            raise TimeoutError(f"the pattern {pattern!r:.80} takes too long on {module!r:.80}") from error
+        except (TimeoutError, regex.error) as error:
+            raise AdapterError(
+                f"{self.path}: expected patterns in {CONFIG_FILE} that match in {PATIENCE:g} seconds, but "
+                f"{pattern!r:.80} takes too long on {module!r:.80}, or is none; simplify it"
+            ) from error
 
     def by_pattern(self, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
         """The value of the first pattern that matches the end of a module's name, as in PEFT."""
@@ -188,23 +185,19 @@ def open_adapter(path: Path) -> AdapterFolder:
         with safe_open(weights, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-            dtypes = {key: part.get_dtype() for key, part in slices.items()}
+            odd = {key: kind for key, part in slices.items() if (kind := part.get_dtype()) not in FLOATS}
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{weights}: expected a complete safetensors file, got an unreadable one ({error}); "
             "download or copy it again"
         ) from error
-    for key, dtype in dtypes.items():
-        if dtype not in FLOATS:
-            raise AdapterError(
-                f"{weights}: expected weights in {', '.join(FLOATS)}, got {dtype} in {key}; convert them"
-            )
+    for key, kind in odd.items():
+        raise AdapterError(
+            f"{weights}: expected weights in {', '.join(FLOATS)}, got {kind} in {key}; convert them"
+        )
     keys = _pairs(weights, shapes)
     ranks = {module: shapes[a][0] for module, (a, _) in keys.items()}
-    try:
-        scales = _scales(path, config, ranks)
-    except (TimeoutError, regex.error) as error:
-        raise AdapterError(f"{path}: in {CONFIG_FILE} {error}; simplify it") from error
+    scales = _scales(path, config, ranks)
     widths = {module: (shapes[b][0], shapes[a][1]) for module, (a, b) in keys.items()}
     return AdapterFolder(path, config, ranks, widths, keys, scales)
 
@@ -213,10 +206,9 @@ def _scales(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> 
     """Each module's scale, after checking that the configuration goes with the weights.
 
     Raises:
-        AdapterError: it does not.
-        TimeoutError, regex.error: its patterns take too long, or are none.
+        AdapterError: it does not, or its patterns take too long.
     """
-    names = _Matcher()
+    names = _Matcher(path)
     if left_out := [module for module in ranks if not names.targeted(config, module)]:
         raise AdapterError(
             f"{path}: {WEIGHTS_FILE} holds weights of {left_out[0]}, which target_modules in {CONFIG_FILE} "
@@ -268,14 +260,12 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
             )
     initial = str(config.get("init_lora_weights")).lower()
     if initial.startswith(_CHANGES_BASE):
-        loftq = initial.startswith("loftq")
-        advice = (
-            "leave the adapter out of --adapters" if loftq else f"to convert it to plain LoRA, {_CONVERT}"
-        )
         raise AdapterError(
             f"{path}: expected an adapter of the unchanged base model, got init_lora_weights = "
-            f"{initial!r:.80}, which {'quantises' if loftq else 'takes a part out of'} the base's weights; "
-            f"{advice}"
+            f"{initial!r:.80}, which changes the base's weights; leave the adapter out of --adapters, or, if "
+            "nothing was quantised, load it with PEFT on that base, as it was trained, and call "
+            "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL), where INITIAL "
+            "is the adapter as it was saved before training"
         )
 
 
@@ -289,6 +279,9 @@ def _check_values(file: Path, config: Mapping[str, Any]) -> None:
             raise AdapterError(f"{file}: expected {key} to be a JSON object, got {values!r:.80}")
         numbers |= {f"{key} of {pattern}": value for pattern, value in values.items()}
         patterns += values
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
+            raise AdapterError(f"{file}: expected {key:.120} to be a positive number, got {value!r:.40}")
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         names = config.get(key) or []
         if not all(isinstance(name, str) for name in _listed(names)):
@@ -298,9 +291,6 @@ def _check_values(file: Path, config: Mapping[str, Any]) -> None:
     layers = config.get("layers_to_transform")
     if layers is not None and not all(type(layer) is int for layer in _listed(layers)):
         raise AdapterError(f"{file}: expected layers_to_transform to be numbers, got {layers!r:.80}")
-    for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
-            raise AdapterError(f"{file}: expected {key:.120} to be a positive number, got {value!r:.40}")
     _check_patterns(file, [pattern for pattern in patterns if not _NAME.fullmatch(pattern)])
 
 
@@ -309,17 +299,18 @@ def _check_patterns(file: Path, patterns: Sequence[str]) -> None:
 
     regex writes out what is repeated, so nested repeats multiply.
     """
+    total = sum(map(len, patterns))
     for pattern in patterns:
-        plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "", pattern, flags=re.DOTALL)  # without escapes and sets
-        if _REPEATS.search(plain) or sum(map(len, patterns)) > LONGEST:
-            raise AdapterError(
-                f"{file}: expected patterns of {LONGEST:,} characters in all, without repeated groups, "
-                f"comments or counts above 99, got {pattern!r:.80}; simplify it"
-            )
+        bare = re.sub(r"\\.|\[\^?\]?[^]]*\]", "", pattern, flags=re.DOTALL)  # without escapes and sets
         try:
-            regex.compile(pattern)
-        except (regex.error, RecursionError) as error:
-            raise AdapterError(f"{file}: {pattern!r:.80} is no regular expression ({error})") from error
+            sound = total <= LONGEST and not _REPEATS.search(bare) and regex.compile(pattern)
+        except (regex.error, RecursionError):
+            sound = False
+        if not sound:
+            raise AdapterError(
+                f"{file}: expected regular expressions of {LONGEST:,} characters in all, without repeated "
+                f"groups, comments or counts above 99, got {pattern!r:.80}; simplify it"
+            )
 
 
 def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
@@ -332,15 +323,12 @@ def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tu
                 f"{weights}: expected lora_A and lora_B of linear layers only, got {key}; "
                 "leave the adapter out of --adapters"
             )
-        factors = found.setdefault(match[1], {})
-        if match[2] in factors:
-            raise AdapterError(
-                f"{weights}: expected one lora_{match[2]} of {match[1]}, got {factors[match[2]]} and {key}"
-            )
-        factors[match[2]] = key
+        module, letter = match.groups()
+        if (other := found.setdefault(module, {}).setdefault(letter, key)) != key:
+            raise AdapterError(f"{weights}: expected one lora_{letter} of {module}, got {other} and {key}")
     pairs = {}
     for module, keys in found.items():
-        if set(keys) != {"A", "B"}:
+        if len(keys) != 2:
             raise AdapterError(f"{weights}: {module} has lora_{next(iter(keys))} without its counterpart")
         a, b = shapes[keys["A"]], shapes[keys["B"]]
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:

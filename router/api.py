@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -21,9 +22,9 @@ import torch
 from router.constants import BASE_COLUMN, CANARY, TEMPLATE, Device, Dtype
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute, decided
-from router.model.answer import Answer, encode, pad_left
+from router.model.answer import Answer, encode, padded
 from router.model.apply import applied
-from router.model.base import EMBEDDED, EMBEDDED_ID, load_base
+from router.model.base import EMBEDDED_ID, load_base
 from router.model.frames import Frame
 from router.model.passes import forward, truncated
 from router.model.template import Template, template_of
@@ -33,7 +34,7 @@ from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.fitted import Fitted
 from router.pipeline.reading import Read
 from router.pipeline.result import Decision, Routing, joined
-from router.pipeline.saved import ABOUT, Saved, changed, check_replaceable, hashes
+from router.pipeline.saved import ABOUT, Saved, changed, hashes, replacing_router
 from router.pipeline.state import FILE, FORMAT
 from router.pipeline.steps import Method
 from router.pipeline.steps import load as load_library_and_base
@@ -45,13 +46,12 @@ from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
 from router.settings import Settings
 from router.system.errors import InputError, printable
-from router.system.files import mark, remove_ours, sha256_of, work_folder
+from router.system.files import sha256_of
 from router.system.version import own_version
 
 log = logging.getLogger(__name__)
 
 REMEMBERED = 10_000  # texts, and turns of conversations
-WORK = ".router."  # how the name of the folder begins in which a router is written
 SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply", "frame")  # that a saved router keeps
 Prompt = str | Sequence[Message]  # a text, or a conversation
 Work = TypeVar("Work", bound=Callable[..., Any])
@@ -95,6 +95,7 @@ class Router:
     Threads may share a router; its work is done for one of them after the other.
 
     Attributes:
+        candidates: the adapters' names and, last, `base`.
         variants: what queries are answered with, once `fit` or `load` has decided that; else empty.
         templates: chat templates of the variants of a loaded router that bring another than the router's, by
             number; an adapter that was trained in one answers in no other.
@@ -103,12 +104,13 @@ class Router:
     def __init__(self, method: Method) -> None:
         self._method = method
         self._lock = threading.RLock()
+        self.candidates = [*(adapter.name for adapter in method.adapters), BASE_COLUMN]
         self.variants: list[Variant] = []
         self.templates: dict[int, Template] = {}
         self._centres: Array | None = None  # (variants, candidates) the mean mix that each was made for
         self._folder: Path | None = None  # of a router that was loaded
         self._seen = ""  # what its ABOUT was then, by its sha256
-        self._known: dict[bytes, Routing] = {}  # what `choose` was asked lately, by its sha256
+        self._known = OrderedDict[bytes, Routing]()  # what `choose` was asked lately, by its sha256
         self._written: Path | None = None  # a temporary folder of the variants, once they have answered
         self._forget: Callable[[], object] = lambda: None  # removes it
 
@@ -173,14 +175,13 @@ class Router:
             if device == "meta":
                 raise InputError(f"{folder}: expected a saved router, of which others have the base model")
             return cls._of_run(folder, base_model, device, dtype)
-        seen = sha256_of(folder / ABOUT)
-        about = Saved.read(folder)
-        pinned = f"@{about.revision}" if about.revision else ""
-        own = EMBEDDED if about.embedded else f"{about.base_model}{pinned}"
-        kept = {key: value for key in SETTINGS if (value := about.settings.get(key)) is not None}
-        kept |= {"base_model": base_model or own, "dtype": dtype or about.dtype}
-        kept |= {} if device == "meta" else {"device": device}
-        settings = Settings(**kept)
+        seen, about = sha256_of(folder / ABOUT), Saved.read(folder)
+        settings = Settings(
+            base_model=base_model or about.base,
+            dtype=dtype or about.dtype,
+            device="auto" if device == "meta" else device,
+            **{key: value for key in SETTINGS if (value := about.settings.get(key)) is not None},
+        )
         base = load_base(str(settings.base_model), device, settings.dtype)
         if base.sha256 != about.base_sha256:
             raise InputError(
@@ -196,24 +197,28 @@ class Router:
         method = ProtoRoute("proto_route", base, [], Context(settings))
         if about.chat_template:
             method.template = Template(base.tokenizer, about.chat_template, str(folder))
-        widths = {module: width for module, (_, width) in method.shapes.items()}
-        if wrong := changed(folder, about.files):
+        router = cls(method)
+        router.candidates, router.variants = about.candidates, about.variants
+        router._centres = np.array(about.centres, np.float64)
+        router._folder, router._seen = folder, seen
+        router._read_fits(about.files)
+        router._read_templates(folder)
+        return router
+
+    def _read_fits(self, files: Mapping[str, str]) -> None:
+        """Reads the library of a saved router, whose files have these hashes."""
+        folder, method = cast(Path, self._folder), self._proto
+        if wrong := changed(folder, files):
             raise InputError(
                 f"{folder / wrong}: expected the file that was saved with this router, got another or none; "
                 "save the router again"
             )
-        fits = state.load(folder, base.model.device, base.model.dtype, widths)
-        if not (folder / ABOUT).is_file() or sha256_of(folder / ABOUT) != seen:
-            raise InputError(f"{folder}: a router was saved there while this one was read; load it again")
-        method.fits.update({fitted.framing.frame: fitted for fitted in fits})
-        if about.candidates != [*fits[0].names, BASE_COLUMN]:
+        widths = {module: width for module, (_, width) in method.shapes.items()}
+        fits = state.load(folder, self._base.model.device, self._base.model.dtype, widths)
+        self._check_there()
+        if self.candidates != [*fits[0].names, BASE_COLUMN]:
             raise InputError(f"{folder / ABOUT}: expected the adapters of {FILE}; save the router again")
-        router = cls(method)
-        router.variants = about.variants
-        router._centres = np.array(about.centres, np.float64)
-        router._folder, router._seen = folder, seen
-        router._read_templates(folder)
-        return router
+        method.fits.update({fitted.framing.frame: fitted for fitted in fits})
 
     @classmethod
     def _of_run(cls, folder: Path, base_model: str | None, device: Device, dtype: Dtype | None) -> Router:
@@ -223,11 +228,10 @@ class Router:
             raise InputError(f"{folder}: expected a run of proto_route, got one of {record.method}")
         if record.base is None:
             raise InputError(f"{folder / 'run.json'}: expected the run's variants, found none; run it again")
-        flags = dict(vars(run.settings))
+        flags = dict(vars(run.settings)) | {"device": device, "dtype": dtype or record.base.dtype}
+        flags["base_model"] = base_model or flags["base_model"]
         for key in ("dataset_filepaths", "output_folder", "engine"):
             del flags[key]
-        flags |= {"device": device, "dtype": dtype or record.base.dtype}
-        flags["base_model"] = base_model or flags["base_model"]
         router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)
         if router._base.sha256 != record.base.sha256:
             raise InputError(f"{folder}: expected the base model of the run, got one with other weights")
@@ -237,17 +241,13 @@ class Router:
             )
         for adapter in router._method.adapters:
             if adapter.sha256 != record.adapters[adapter.name].sha256:
-                raise InputError(
-                    f"{folder}: expected the adapters of the run, but {adapter.name} "
-                    f"({adapter.folder.path}) has other weights now; run again"
-                )
+                raise InputError(f"{folder}: {adapter.where} has other weights now; run again")
         router._decide(run.clusters.weights)
-        made = [variant.sha256 for variant in record.variants]
-        for n, (variant, digest) in enumerate(zip(router.variants, made, strict=False)):
+        for n, (variant, made) in enumerate(zip(router.variants, record.variants, strict=False)):
             path = folder / VARIANTS / str(n)
-            if variant.weights and digest and path.exists() and variant.written(path).sha256 != digest:
+            if variant.weights and path.exists() and made.sha256 not in ("", variant.written(path).sha256):
                 raise InputError(f"{path}: expected the weights that the run wrote, got others; run it again")
-            router.variants[n] = replace(variant, sha256=digest)
+            router.variants[n] = replace(variant, sha256=made.sha256)
         router._proto.prepare()  # now, not with the first request
         for frame in run.evidence.frames if run.evidence else ():
             router._proto.fitted(Frame(*frame))
@@ -279,13 +279,6 @@ class Router:
     def base_model(self) -> str:
         """The base model's id on the hub, or its folder."""
         return str(self._base.name)
-
-    @property
-    def candidates(self) -> list[str]:
-        """The adapters' names and, last, `base`."""
-        if self._folder is not None:
-            return [*next(iter(self._proto.fits.values())).names, BASE_COLUMN]
-        return [*(adapter.name for adapter in self._method.adapters), BASE_COLUMN]
 
     @_one_at_a_time
     def route(self, texts: Sequence[Prompt]) -> pd.DataFrame:
@@ -354,10 +347,10 @@ class Router:
             found = self._proto.judged(list(new.values()))
             self._known |= {key: found.rows(np.array([n])) for n, key in enumerate(new)}
         routing = joined([self._known[key] for key in keys])
-        for key in keys:  # the latest last
-            self._known[key] = self._known.pop(key)
+        for key in keys:
+            self._known.move_to_end(key)
         while len(self._known) > REMEMBERED:
-            del self._known[next(iter(self._known))]
+            self._known.popitem(last=False)
         return routing
 
     @_one_at_a_time
@@ -372,12 +365,17 @@ class Router:
         Raises:
             ValueError: the router was loaded from a saved one, which has no adapters to make variants of.
         """
-        if self._folder is not None:
-            raise ValueError("a saved router has no adapters to make variants of; use from_library")
+        self._check_adapters()
         weights = self.route(texts).to_numpy()
         many = self._method.n_variants if n_variants is None else n_variants
         self._decide(cluster(weights, many, self._method.settings.seed).weights)
         return self
+
+    def _check_adapters(self) -> None:
+        if self._folder is not None:
+            raise ValueError(
+                "a saved router has no adapters to make variants of; use from_library, or copy its folder"
+            )
 
     def _decide(self, centres: Array) -> None:
         """Keeps the groups of a sample and one for the base model, which has no folder and costs nothing."""
@@ -393,50 +391,36 @@ class Router:
         All is written before the first file takes the place of an earlier router's.
 
         Raises:
-            ValueError: `fit` was not called, or the method is not proto_route.
+            ValueError: `fit` was not called, the method is not proto_route, or the router was loaded from a
+                saved one, whose folder can be copied.
             InputError: the folder holds files of these names that no router left there, a variant is too
                 large for the base model's dtype, or an adapter has other weights now.
         """
         folder, proto = Path(folder), self._proto
+        self._check_adapters()
         if self._centres is None:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
-        check_replaceable(folder)
-        work = work_folder(folder, WORK)
-        try:
-            if self._folder is not None:
-                shutil.copytree(self._variants(), work / VARIANTS)
-            else:
-                try:
-                    proto.write_variants(self.variants, work / VARIANTS)
-                except OverflowError as error:
-                    raise InputError(f"a variant's {error}; pass dtype='float32'") from error
-                self.variants = self._measured(work / VARIANTS)
-            mark(work / VARIANTS)
-            if self._folder is None:
-                proto.prepare()
+        with replacing_router(folder) as work:
+            self._measure(work / VARIANTS)
+            proto.prepare()
             state.save(list(proto.fits.values()), work)
             self._about(work).write(work)
-            (folder / ABOUT).unlink(missing_ok=True)  # from here on it is no router, until it is this one
-            remove_ours(folder / VARIANTS)
-            for name in (VARIANTS, FILE, ABOUT):
-                (work / name).replace(folder / name)
-        finally:
-            remove_ours(work)
-        if self._folder is not None and folder.resolve() == self._folder.resolve():
-            self._seen = sha256_of(folder / ABOUT)
         return folder
 
-    def _measured(self, folder: Path) -> list[Variant]:
-        """The variants with the hashes of their weights, and what each says to the canary."""
+    def _measure(self, folder: Path) -> None:
+        """Writes the variants into a folder, and keeps their hashes and what each says to the canary."""
         base, found = self._base, list[Variant]()
-        rows = pad_left(encode(base.tokenizer, [CANARY]), base.tokenizer.pad_token_id, base.model.device)
+        try:
+            names = self._method.write_variants(self.variants, folder)
+        except OverflowError as error:
+            raise InputError(f"a variant's {error}; pass dtype='float32'") from error
+        rows = padded(encode(base.tokenizer, [CANARY]), base.tokenizer.pad_token_id, base.model.device)
         with applied(base, self._method.settings.apply) as models, torch.inference_mode():
-            for variant, name in zip(self.variants, folder_names(self.variants), strict=True):
-                model = models.activate(folder / name if name else None)
-                said = float(confidence_of(forward(model, *rows))[0])
-                made = variant.written(folder / name) if name else variant
-                found.append(replace(made, canary=said))
-        return found
+            for variant, name in zip(self.variants, names, strict=True):
+                path = folder / name if name else None
+                said = float(confidence_of(forward(models.activate(path), *rows))[0])
+                found.append(replace(variant.written(path) if path else variant, canary=said))
+        self.variants = found
 
     def _about(self, folder: Path) -> Saved:
         """The record of this router, whose other files are in a folder."""
@@ -470,12 +454,12 @@ class Router:
             with tempfile.TemporaryDirectory() as work:
                 answers = self._method.answer(queries, Path(work)).answers
         else:
-            answers, _ = self._answered(queries, self._variants())
+            answers, _ = self.answered(queries)
         if choices is None:
             return [answer.text for answer in answers]
         return [
-            answer.text if answer.failed else options[int(answer.text)]
-            for options, answer in zip(choices, answers, strict=True)
+            answer.text if answer.failed else query.choices[int(answer.text)]
+            for query, answer in zip(queries, answers, strict=True)
         ]
 
     def _variants(self) -> Path:
@@ -485,11 +469,7 @@ class Router:
             InputError: since this router was loaded, another one was saved in its place.
         """
         if self._folder is not None:
-            if not (self._folder / ABOUT).is_file() or sha256_of(self._folder / ABOUT) != self._seen:
-                raise InputError(
-                    f"{self._folder}: expected the router that was loaded, but another was saved there "
-                    "since; load it again"
-                )
+            self._check_there()
             return self._folder / VARIANTS
         if self._written is None:
             folder = Path(tempfile.mkdtemp())
@@ -497,6 +477,12 @@ class Router:
             self._method.write_variants(self.variants, folder)
             self._written = folder
         return self._written
+
+    def _check_there(self) -> None:
+        """Refuses a loaded router in whose place another one was saved since."""
+        folder = cast(Path, self._folder)
+        if not (folder / ABOUT).is_file() or sha256_of(folder / ABOUT) != self._seen:
+            raise InputError(f"{folder}: another router was saved there while this was in use; load it again")
 
     @_one_at_a_time
     def answered(self, queries: Sequence[Query]) -> tuple[list[Answer], list[int]]:
@@ -508,12 +494,7 @@ class Router:
         """
         if self._centres is None:
             raise ValueError("expected variants; call fit with a sample of the queries to come")
-        return self._answered(queries, self._variants())
-
-    def _answered(self, queries: Sequence[Query], folder: Path) -> tuple[list[Answer], list[int]]:
-        """Answers with the variants in a folder, by their numbers."""
-        assert self._centres is not None
-        method, rows = self._method, self._method.encoded(queries)
+        method, rows, folder = self._method, self._method.encoded(queries), self._variants()
         routing = method.route(queries, rows)
         clusters = Clusters(nearest(routing.weights, self._centres), self._centres)
         folders = folder_names(self.variants)
@@ -532,39 +513,37 @@ def _queries(texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None) -
     Raises:
         ValueError: a text is neither a text nor a conversation, or choices are missing.
     """
-    if isinstance(texts, (str, Mapping)) or not isinstance(texts, (Sequence, np.ndarray, pd.Series)):
-        hint = "; put it into a list" if isinstance(texts, str) else ""
-        raise ValueError(f"expected a list of texts, got a {type(texts).__name__}{hint}")
-    if not len(texts):
+    texts = _listed(texts, "a list of texts")
+    if not texts:
         raise ValueError("expected at least one text, got none")
-    if choices is not None and len(choices) != len(texts):
+    if choices is None:
+        return [_query(n, text, GENERATION, ()) for n, text in enumerate(texts)]
+    options = [tuple(_listed(of, "for each text a list of choices")) for of in choices]
+    if len(options) != len(texts) or not all(options):
         raise ValueError("expected for each text a list of at least one choice")
-    found = []
-    for n, text in enumerate(texts):
-        options = () if choices is None else tuple(_listed(choices[n], "for each text a list of choices"))
-        if choices is not None and not options:
-            raise ValueError("expected for each text a list of at least one choice")
-        kind = GENERATION if choices is None else MULTIPLE_CHOICE
-        if isinstance(text, (list, tuple)):
-            messages = checked(text, f"text {n + 1}")
-            found.append(Query(str(n), shown(messages), kind, options, packed(messages)))
-        elif isinstance(text, str):
-            found.append(Query(str(n), str(text), kind, options))
-        else:
-            raise ValueError(f"expected a list of texts, got a {type(text).__name__} as number {n + 1}")
-    return found
+    pairs = enumerate(zip(texts, options, strict=True))
+    return [_query(n, text, MULTIPLE_CHOICE, of) for n, (text, of) in pairs]
 
 
-def _listed(values: Any, what: str) -> list[str]:
-    """The texts of a list, a tuple, an array or a Series.
+def _query(number: int, text: Prompt, kind: str, choices: Sequence[str]) -> Query:
+    for n, choice in enumerate(choices, 1):
+        if not isinstance(choice, str):
+            raise ValueError(f"expected texts as choices, got a {type(choice).__name__} as number {n}")
+    if isinstance(text, (list, tuple)):
+        messages = checked(text, f"text {number + 1}")
+        return Query(str(number), shown(messages), kind, tuple(map(str, choices)), packed(messages))
+    if not isinstance(text, str):
+        raise ValueError(f"expected a list of texts, got a {type(text).__name__} as number {number + 1}")
+    return Query(str(number), str(text), kind, tuple(map(str, choices)))
+
+
+def _listed(values: Any, what: str) -> list[Any]:
+    """The elements of a list, a tuple, an array or a Series.
 
     Raises:
-        ValueError: it is none of these, or holds something other than texts.
+        ValueError: it is none of these.
     """
     if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray, pd.Series)):
         hint = "; put it into a list" if isinstance(values, str) else ""
         raise ValueError(f"expected {what}, got a {type(values).__name__}{hint}")
-    for number, value in enumerate(values, 1):
-        if not isinstance(value, str):
-            raise ValueError(f"expected {what}, got a {type(value).__name__} as number {number}")
-    return list(map(str, values))
+    return list(values)

@@ -11,7 +11,6 @@ import torch
 from helpers import ROOT, arguments, write_queries
 from merge.folders import AdapterError, open_adapter
 from router.library.adapters import load_library
-from router.model import base as module
 from router.system.errors import InputError
 
 LIMITED = """
@@ -95,13 +94,3 @@ def test_an_adapter_too_large_for_memory_is_not_a_bad_one(tiny_library, monkeypa
     monkeypatch.setattr("router.library.adapters.open_adapter", failing)
     with pytest.raises(InputError, match="unreadable"):
         load_library([str(tiny_library)], bad=[])
-
-
-def test_an_embedded_model_too_large_is_not_converted_again(tiny_base, monkeypatch):
-    def failing(*_, **__):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", failing)
-    monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: pytest.fail("removed"))
-    with pytest.raises(RuntimeError, match="allocate"):
-        module._read(tiny_base, torch.float32, again=True)

@@ -15,17 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from merge.folders import open_adapter, served_rank
-from router.model.answer import (
-    FAILED,
-    NOT_FINITE,
-    Answer,
-    Done,
-    Scoring,
-    continuation,
-    end_tokens,
-    endings,
-    likeliest,
-)  # fmt: skip
+from router.constants import Scoring
+from router.model.answer import FAILED, NOT_FINITE, Answer, Done, continuation, end_tokens, endings, likeliest
 from router.model.base import Base
 from router.system.errors import InputError
 

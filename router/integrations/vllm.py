@@ -101,7 +101,7 @@ class Library:
 
     def _probed(self, fitted: Fitted, rows: Sequence[Sequence[int]]) -> Probed:
         """What the engine read of prompts, as `Fitted.probe` has it."""
-        found = [self.read[fitted.frame, tuple(row)] for row in rows]
+        found = [self.read[fitted.framing.frame, tuple(row)] for row in rows]
         confidence = np.array([confidence for _, confidence in found], np.float32)
         return Probed(np.stack([responses for responses, _ in found]), confidence)
 

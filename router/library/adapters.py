@@ -122,16 +122,17 @@ def examined(specs: Sequence[str], local_only: bool = False, values: bool = True
             yield Examined(Path(spec.partition("@")[0]).name, error=error)
             continue
         for source in sources:
-            adapter = None
+            adapter: Adapter | None = None
+            unusable: InputError | None = None
             try:
                 _check_name(source, names)
                 adapter = _opened(source)
                 if values:
                     adapter.check_values()
                 names.add(source.name)
-                yield Examined(source.name, adapter)
             except InputError as error:
-                yield Examined(source.name, adapter, error)
+                unusable = error
+            yield Examined(source.name, adapter, unusable)
 
 
 def _opened(source: Source) -> Adapter:
@@ -161,20 +162,22 @@ def load_library(
         InputError: an adapter is missing, broken, of an unsupported kind, or named like another; with `bad`,
             only if none is left.
     """
+    return _usable(examined(specs, local_only, bad is not None), bad)
+
+
+def _usable(every: Iterable[Examined], bad: list[str] | None) -> list[Adapter]:
+    """The adapters that can be used; see `load_library`."""
     found = []
-    for one in examined(specs, local_only, bad is not None):
-        if one.error:
-            _leave_out(one.error, bad)
-        elif one.adapter:
-            found.append(one.adapter)
-    return _some(found, bad)
-
-
-def _leave_out(error: InputError, bad: list[str] | None) -> None:
-    """Keeps why an adapter is left out, if any may be."""
-    if bad is None or out_of_memory(error):
-        raise error
-    bad.append(str(error))
+    for _, adapter, error in every:
+        if error and (bad is None or out_of_memory(error)):
+            raise error
+        if error and bad is not None:
+            bad.append(str(error))
+        elif adapter:
+            found.append(adapter)
+    if bad and not found:
+        raise InputError(f"--skip_bad: expected an adapter that can be used, but: {'; '.join(bad)}")
+    return found
 
 
 def card(folder: Path) -> str:
@@ -186,21 +189,12 @@ def card(folder: Path) -> str:
 
 def _check_name(source: Source, others: Container[str]) -> None:
     """Refuses an adapter whose name is no column, or another's, or cannot be printed."""
-    where = f"adapter {source.name!r} ({str(source.path)!r})"
-    if source.name in TAKEN or source.name in others:
+    if source.name in TAKEN or source.name in others or not source.name.isprintable():
         raise InputError(
-            f"{where}: expected a name that is no other adapter's, and none of {', '.join(TAKEN)}, which are "
-            "columns of the routing table; rename the folder"
+            f"adapter {source.name!r} ({str(source.path)!r}): expected a name that can be printed and is no "
+            f"other adapter's, and none of {', '.join(TAKEN)}, which are columns of the routing table; "
+            "rename the folder"
         )
-    if not source.name.isprintable():
-        raise InputError(f"{where}: expected a name that can be printed; rename the folder")
-
-
-def _some(adapters: list[Adapter], bad: list[str] | None) -> list[Adapter]:
-    """The adapters, if not all were left out."""
-    if not adapters and bad:
-        raise InputError(f"--skip_bad: expected an adapter that can be used, but: {'; '.join(bad)}")
-    return adapters
 
 
 def base_of(adapters: Iterable[Adapter]) -> str:
@@ -237,32 +231,28 @@ def check_against_base(
     Raises:
         InputError: another base model is named, or a module does not exist or fit.
     """
-    found = []
-    for adapter in adapters:
-        try:
-            _check_base(adapter, base_name, is_folder, shapes)
-            found.append(adapter)
-        except InputError as error:
-            _leave_out(error, bad)
-    return _some(found, bad)
+    every = (Examined(of.name, of, misfit(of, base_name, is_folder, shapes)) for of in adapters)
+    return _usable(every, bad)
 
 
-def _check_base(
+def misfit(
     adapter: Adapter, base_name: str, is_folder: bool, shapes: Mapping[str, tuple[int, int]]
-) -> None:
+) -> InputError | None:
+    """Why an adapter does not belong to a base model, if so; see `check_against_base`."""
     where, stated = adapter.where, adapter.folder.base_model
     if stated and not is_folder and stated.casefold() != base_name.casefold():
-        raise InputError(
+        return InputError(
             f"{where}: expected an adapter of {base_name}, got one of {stated}; "
             "leave it out of --adapters or pass its --base_model"
         )
     for module, shape in adapter.folder.shapes.items():
         if shapes.get(module) != shape:
             had = f"{shapes[module]}" if module in shapes else "no such linear layer"
-            raise InputError(
+            return InputError(
                 f"{where}: {module} has shape {shape}, but {base_name} has {had} there; "
                 "is it an adapter of another base model?"
             )
+    return None
 
 
 def last_block(adapters: Sequence[Adapter]) -> list[str]:

@@ -12,9 +12,9 @@ import numpy as np
 
 from merge.folders import WEIGHTS_FILE
 from router.constants import LIBRARY
-from router.library.adapters import Adapter, Examined, examined
+from router.library.adapters import Adapter, Examined, examined, misfit
 from router.library.duplicates import OVERLAP, SAME, norms_and_cosines, overlaps
-from router.system.errors import InputError, exit_code
+from router.system.errors import exit_code
 
 OUTLIER = 10.0  # a norm may be this many times larger or smaller than the median
 HEADINGS = "adapter sound base rank scale modules kind parameters MB revision sha256".split()
@@ -74,29 +74,18 @@ def _misfits_refused(every: Sequence[Examined]) -> list[Examined]:
 
     Of two values that are equally frequent the first counts.
     """
-    votes: dict[str, Counter[Any]] = defaultdict(Counter)
-    traits = [_traits(one.adapter) if one.adapter and not one.error else {} for one in every]
-    for mine in traits:
-        for trait, value in mine.items():
-            votes[trait][value] += 1
-    usual = {trait: values.most_common(1)[0] for trait, values in votes.items()}
-    found = []
-    for one, mine in zip(every, traits, strict=True):
-        odd = [
-            f"{trait} is {value}, but {usual[trait][0]} in {usual[trait][1]} of the others"
-            for trait, value in mine.items()
-            if value != usual[trait][0]
-        ]
-        where = one.adapter and one.adapter.folder.path
-        found.append(one._replace(error=InputError(f"{where}: {odd[0]}")) if odd else one)
-    return found
-
-
-def _traits(adapter: Adapter) -> dict[str, Any]:
-    """What an adapter must have in common with the others of its library."""
-    folder = adapter.folder
-    base = {"its base model": folder.base_model.casefold()} if folder.base_model else {}
-    return base | {f"the shape of {module}": shape for module, shape in folder.shapes.items()}
+    bases, shapes = Counter[str](), defaultdict[str, Counter[tuple[int, int]]](Counter)
+    for _, adapter, error in every:
+        if adapter and not error:
+            bases.update([adapter.folder.base_model.casefold()] if adapter.folder.base_model else [])
+            for module, shape in adapter.folder.shapes.items():
+                shapes[module][shape] += 1
+    base = next((name for name, _ in bases.most_common(1)), "the others' base model")
+    usual = {module: votes.most_common(1)[0][0] for module, votes in shapes.items()}
+    return [
+        one._replace(error=misfit(one.adapter, base, False, usual)) if one.adapter and not one.error else one
+        for one in every
+    ]
 
 
 def as_text(findings: Mapping[str, Any]) -> list[str]:
@@ -123,20 +112,19 @@ def as_text(findings: Mapping[str, Any]) -> list[str]:
 def _row(facts: Mapping[str, Any]) -> list[str]:
     """The facts of an adapter as cells below HEADINGS."""
     cells = [facts["name"], "yes" if facts["sound"] else "NO"]
-    if "sha256" not in facts:
-        return cells + [""] * (len(HEADINGS) - len(cells))
-    return [
-        *cells,
-        facts["base_model"],
-        " ".join(map(str, facts["ranks"])),
-        " ".join(f"{scale:.4g}" for scale in facts["scales"]),
-        " ".join(facts["modules"]),
-        "rsLoRA" if facts["rslora"] else "LoRA",
-        f"{facts['parameters']:,}",
-        f"{facts['bytes'] / 1e6:.1f}",
-        (facts["revision"] or "")[:12],
-        facts["sha256"][:12],
-    ]
+    if "sha256" in facts:
+        cells += [
+            facts["base_model"],
+            " ".join(map(str, facts["ranks"])),
+            " ".join(f"{scale:.4g}" for scale in facts["scales"]),
+            " ".join(facts["modules"]),
+            "rsLoRA" if facts["rslora"] else "LoRA",
+            f"{facts['parameters']:,}",
+            f"{facts['bytes'] / 1e6:.1f}",
+            (facts["revision"] or "")[:12],
+            facts["sha256"][:12],
+        ]
+    return cells + [""] * (len(HEADINGS) - len(cells))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

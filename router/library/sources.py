@@ -40,13 +40,13 @@ def find(spec: str, local_only: bool = False) -> list[Source]:
         InputError: there are none, the folder cannot be read, or the hub cannot provide it.
     """
     path = _folder(spec)
-    if path is None and Path(spec) == LIBRARY:
+    if path is None:
+        if Path(spec) != LIBRARY:
+            return [_from_hub(spec, local_only)]
         raise InputError(
             f"--adapters {spec}: expected the default library there, found none; run from a clone of the "
             "repository, or name your own adapters"
         )
-    if path is None:
-        return [_from_hub(spec, local_only)]
     try:
         if (path / CONFIG_FILE).exists():  # a link keeps its own name
             return [Source(Path(os.path.normpath(path.absolute())).name, path, None)]
@@ -79,7 +79,6 @@ def is_here(spec: str) -> bool:
 
 
 def _from_hub(spec: str, local_only: bool) -> Source:
-    """Fetches an adapter, `ID[@REVISION]`, into the hub's cache."""
     try:
         path, repo, commit = fetch(spec, FILES, local_only)
     except HubError as error:

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from router.constants import Scoring as Scoring
 from router.model.device import batch_tokens
@@ -71,25 +71,24 @@ def positions(model: Any) -> int:
     words = model.get_input_embeddings()
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tables = [of for of in model.modules() if isinstance(of, Embedding) and of is not words]
-    sizes = [
-        of.num_embeddings - getattr(of, "offset", 0) for of in tables
-    ]  # OPT's first rows are no positions
+    # OPT's first rows are no positions.
+    sizes = [of.num_embeddings - getattr(of, "offset", 0) for of in tables]
     # GPT-J has a table too, though of rotary positions.
     sizes += [len(of) for name, of in model.named_buffers() if name.endswith("embed_positions")]
     return context if context in sizes else sys.maxsize
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask of a left-padded batch, both (B, T) int64."""
+def padded(
+    rows: Sequence[Sequence[int]], pad_id: int, device: Any, side: Literal["left", "right"] = "left"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of a padded batch, both (B, T) int64."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for n, row in enumerate(rows):
-        ids[n, width - len(row) :] = torch.tensor(row)
-        mask[n, width - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    how: dict[str, Any] = {"batch_first": True, "padding_side": side}
+    mask = pad_sequence([torch.ones_like(row) for row in ids], **how)
+    return pad_sequence(ids, padding_value=pad_id, **how).to(device), mask.to(device)
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_
 
     ends = end_tokens(model, tokenizer)
     stops = torch.tensor(ends, dtype=torch.long, device=model.device)
-    ids, mask = pad_left(rows, pad_id(tokenizer), model.device)
+    ids, mask = padded(rows, pad_id(tokenizer), model.device)
     new = torch.full((len(rows), max_new_tokens), -1, device=model.device)  # -1: nothing written
     sound = torch.ones(len(rows), dtype=torch.bool, device=model.device)  # (N,) all logits finite so far
     writing = torch.arange(len(rows), device=model.device)  # (B,) which rows the batch still holds
@@ -238,19 +237,12 @@ def score_choices(
 
     from router.model.cache import cache_argument, keep_rows, read_prompts
 
-    ids, mask = pad_left(rows, pad_id(tokenizer), model.device)
-    owner = torch.tensor(
-        [n for n, options in enumerate(choices) for _ in options], device=model.device
-    )  # (N,) which prompt a choice belongs to
+    ids, mask = padded(rows, pad_id(tokenizer), model.device)
+    # (N,) which prompt a choice belongs to
+    owner = torch.tensor([n for n, of in enumerate(choices) for _ in of], device=model.device)
     tails = endings(tokenizer, [text for options in choices for text in options])
-    width = max(map(len, tails))
-    tail = torch.full((len(tails), width), pad_id(tokenizer), dtype=torch.long)
-    valid = torch.zeros_like(tail)
-    for n, tokens in enumerate(tails):
-        tail[n, : len(tokens)] = torch.tensor(tokens)
-        valid[n, : len(tokens)] = 1
-    tail, valid = tail.to(model.device), valid.to(model.device)
-
+    tail, valid = padded(tails, pad_id(tokenizer), model.device, "right")  # (N, width)
+    width = tail.shape[1]
     with torch.inference_mode():
         logits, cache = read_prompts(model, ids, mask, width - 1)
         first = logits.float().log_softmax(-1)  # (B, V)
@@ -268,13 +260,9 @@ def score_choices(
                 **{cache_argument(model): cache},
             ).logits  # (N, width - 1, V)
             # Row by row, since the float32 logits of all rows would be the largest thing in memory.
-            logp = torch.stack(
-                [
-                    row.float().log_softmax(-1).gather(1, next_one[:, None]).squeeze(1)
-                    for row, next_one in zip(rest, tail[:, 1:], strict=True)
-                ]
-            )  # (N, width - 1)
-            scores = scores + (logp * valid[:, 1:]).sum(1)
+            pairs = zip(rest, tail[:, 1:, None], strict=True)
+            logp = torch.stack([row.float().log_softmax(-1).gather(1, of)[:, 0] for row, of in pairs])
+            scores = scores + (logp * valid[:, 1:]).sum(1)  # logp is (N, width - 1)
     flat = iter(scores.tolist())
     return [tuple(next(flat) for _ in options) for options in choices]
 

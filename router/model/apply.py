@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -27,14 +28,22 @@ from router.model.device import ROOM, memory_bytes, spread
 from router.model.hooks import Change, changing_outputs
 from router.system.errors import InputError, out_of_memory
 
+Way = Literal["merged", "beside"]
 
-class Applied(Protocol):
+
+class Applied(ABC):
     """Activates folders one after the other. As a context manager, it leaves the base model as it was."""
 
-    def __enter__(self) -> Self: ...
+    def __init__(self, base: Base) -> None:
+        self.base = base
 
-    def __exit__(self, *_: object) -> None: ...
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.activate(None)
+
+    @abstractmethod
     def activate(self, folder: Path | None) -> Any:
         """The model with a folder's update active, until the next call; None is the base model alone."""
 
@@ -47,9 +56,7 @@ def applied(base: Base, how: Apply = "auto") -> Applied:
     return Hooked(base) if spread(model) else Beside(base)
 
 
-def picked(
-    model: Any, device: torch.device, dtype: torch.dtype, how: Apply
-) -> Literal["merged", "beside"]:  # fmt: skip
+def picked(model: Any, device: torch.device, dtype: torch.dtype, how: Apply) -> Way:
     """What `auto` is for a model: `merged` in float32 where a copy of its linear layers fits, else `beside`.
 
     The model and the copy may take ROOM of the device's memory. What else is in memory does not count, so the
@@ -75,45 +82,34 @@ def picked(
     return "merged" if fits and dtype == torch.float32 else "beside"
 
 
-class Merged:
+class Merged(Applied):
     """Adds a folder's update to the base model's weights: `W + s B A`, computed in float32, rounded once.
 
     The weights are restored from copies. Subtracting the update would leave its rounding behind.
     """
 
     def __init__(self, base: Base) -> None:
-        self.base = base
+        super().__init__(base)
         self._plain: dict[str, Tensor] = {}  # copies of what was ever changed, (d_out, d_in) by module
         self._changed: set[str] = set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.activate(None)
-        self._plain.clear()
 
     def activate(self, folder: Path | None) -> Any:
         """As in `Applied`."""
         updates = dict(open_adapter(folder).read_all()) if folder else {}
         updates = {module: update for module, update in updates.items() if update.b.any()}
+        model: Any = self.base.model
         with torch.no_grad():
             for module in self._changed - updates.keys():
-                self._weight(module).copy_(self._plain[module])
+                model.get_submodule(module).weight.copy_(self._plain[module])
             self._changed &= updates.keys()
             for module, update in updates.items():
-                weight = self._weight(module)
+                weight = model.get_submodule(module).weight
                 if module not in self._plain:
                     self._plain[module] = _copied(weight, module)
                 plain = self._plain[module].float()
                 self._changed.add(module)
                 weight.copy_(torch.addmm(plain, update.b.to(plain.device), update.a.to(plain.device)))
-        return self.base.model
-
-    def _weight(self, module: str) -> Tensor:
-        linear: Any = self.base.model.get_submodule(module)
-        weight: Tensor = linear.weight
-        return weight
+        return model
 
 
 def _copied(weight: Tensor, module: str) -> Tensor:
@@ -136,7 +132,7 @@ def _copied(weight: Tensor, module: str) -> Tensor:
         raise MemoryError("no memory for a copy of the base model's weights; pass --apply beside") from error
 
 
-class Beside:
+class Beside(Applied):
     """Has PEFT compute a folder's update beside the base model's weights, which are never written to.
 
     A folder that changes the same modules as the one before it, at no lower rank, is put into the layers
@@ -146,22 +142,16 @@ class Beside:
     """
 
     def __init__(self, base: Base) -> None:
-        self.base = base
+        super().__init__(base)
         self._model: Any = base.model
         self._targets: list[str] = []
         self._rank = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.deactivate()
 
     def activate(self, folder: Path | None) -> Any:
         """As in `Applied`."""
         targets, rank = _changed(folder)
         if targets != self._targets or rank < self._rank:  # PEFT pads a lower rank, which costs at every step
-            self.deactivate()
+            self._deactivate()
         if folder is None:
             return self.base.model
         if self._targets:
@@ -173,28 +163,21 @@ class Beside:
         self._targets, self._rank = targets, rank
         return self._model
 
-    def deactivate(self) -> None:
-        """Removes the active variant."""
+    def _deactivate(self) -> None:
         if self._targets:
             self._model.unload()
         self._model, self._targets, self._rank = self.base.model, [], 0
 
 
-class Hooked:
+class Hooked(Applied):
     """Adds a folder's update to what modules put out, `W x + s B (A x)`, wherever accelerate keeps W.
 
     PEFT would spread a model anew whose weights are not all on devices.
     """
 
     def __init__(self, base: Base) -> None:
-        self.base = base
+        super().__init__(base)
         self._active = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._active.close()
 
     def activate(self, folder: Path | None) -> Any:
         """As in `Applied`."""

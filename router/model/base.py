@@ -7,23 +7,21 @@ Knows nothing of adapters. The embedded model is SmolLM2-135M-Instruct, which th
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import shutil
 import sys
 import tempfile
-from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from router.model.answer import end_tokens, pad_id
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
-from router.system.errors import InputError, out_of_memory, reason
-from router.system.files import FULL, cache_folder, is_folder, read_record, sha256_of, told_if_full
+from router.system.errors import InputError, reason
+from router.system.files import cache_folder, is_folder, read_record, sha256_of, told_if_full
 from router.system.hub import HubError, fetch
 
 if TYPE_CHECKING:
@@ -95,35 +93,28 @@ def embedded_folder() -> Path:
     folder = cache / f"smollm2-135m-instruct-{sha256_of(gguf)[:16]}"
     if folder.is_dir():
         return folder
-    with told_if_full(cache, "the converted base model", "set PROTO_ROUTE_CACHE to another folder"):
-        try:
+    try:
+        with told_if_full(cache, "the converted base model", "set PROTO_ROUTE_CACHE to another folder"):
             cache.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
-        except OSError as error:
-            if error.errno in FULL:
-                raise
+            with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=cache) as work:
+                made = Path(work) / "model"
+                made.mkdir()
+                convert(gguf, made)
+                _check_unchanged(gguf, before)
+                made.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process was faster and made the same bytes
             raise InputError(
-                f"{cache}: expected a folder for the converted base model ({error.strerror}); set "
-                "PROTO_ROUTE_CACHE to one that can be written"
+                f"{cache}: expected a folder for the converted base model ({error}); set PROTO_ROUTE_CACHE "
+                "to one that can be written"
             ) from error
-        try:
-            # transformers draws its progress bars even without a terminal.
-            with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
-                convert(gguf, work)
-            _check_unchanged(gguf, before)
-            work.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster and made the same bytes
-                raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
 def _stamps(weights: Path) -> list[tuple[Any, ...]]:
     """What changes where a file, or one of a folder's that a model is read from, is replaced."""
-    files = {file for kind in FILES for file in weights.glob(kind)} if weights.is_dir() else {weights}
-    found = ((file.name, file.stat()) for file in sorted(files) if file.is_file())
+    files = sorted({weights, *(file for kind in FILES for file in weights.glob(kind))})
+    found = ((str(file), file.stat()) for file in files if file.is_file())
     return [(name, about.st_ino, about.st_size, about.st_mtime_ns) for name, about in found]
 
 
@@ -139,18 +130,26 @@ def _check_unchanged(weights: Path, before: list[tuple[Any, ...]]) -> None:
 
 def convert(gguf: Path, folder: Path) -> None:
     """Converts a GGUF file into a folder of config, safetensors and tokenizer, in float32."""
+    import gguf as library
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers would read the file three times, and map its names anew for each module of the model.
+    once = {name: lru_cache(getattr(library, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with patch.multiple(library, **once):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model that came from GGUF refuses save_pretrained, and engines refuse its
     # quantization_config, so the weights move into a plain model of the same shape.
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "model_type", "transformers_version", "_name_or_path"):
         settings.pop(key, None)
-    model: Any = type(loaded)(type(loaded.config)(**settings))
-    model.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):
+        model: Any = type(loaded)(type(loaded.config)(**settings))
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def load_base(
@@ -178,6 +177,8 @@ def load_base(
     # own shapes, that grows to half a gigabyte. torch reads these limits when it computes the first product.
     for capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(capacity, "64")
+    if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):  # transformers does not check these
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if spec == EMBEDDED:
         weights, name, revision = embedded_gguf(), EMBEDDED_ID, None
     elif is_folder(spec):
@@ -189,15 +190,15 @@ def load_base(
     place = pick_device(device)
     if place == "cpu":
         keep_freed_memory()
-    if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):  # transformers does not check these
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        how = {"meta": True} if place == "meta" else _places(device_map, place)
-        tokenizer, model = _read(folder, pick_dtype(dtype, place), again=spec == EMBEDDED, **how)
+        tokenizer, model = _read(folder, pick_dtype(dtype, place), place, device_map)
         sha256 = sha256_of(weights) if spec == EMBEDDED else sha256_of(*weight_files(folder))
         _check_unchanged(weights, before)
     except Exception as error:  # transformers raises whatever a damaged configuration leads to
-        raise InputError(f"--base_model {spec}: cannot be loaded from {folder}: {reason(error)}") from error
+        again = "; remove that folder, and it is made anew" if spec == EMBEDDED else ""
+        raise InputError(
+            f"--base_model {spec}: cannot be loaded from {folder}: {reason(error)}{again}"
+        ) from error
     if tokenizer.pad_token_id != (filler := pad_id(tokenizer, model.get_input_embeddings().num_embeddings)):
         tokenizer.pad_token_id = filler
     if place == "meta":
@@ -228,25 +229,10 @@ def ready(model: Any, device: str) -> Any:
     return (model if spread(model) else model.to(device)).eval()
 
 
-def _places(device_map: str | dict[str, Any] | None, device: str) -> dict[str, Any]:
-    """What `from_pretrained` is told of where weights go; without cards, to the disk what has no room."""
-    import torch
-
-    if device_map is None or device != "cpu":
-        return {"device_map": device_map}
-    room = int(ROOM * memory_bytes(torch.device("cpu")))
-    return {"device_map": device_map, "max_memory": {"cpu": room}}
-
-
 def _read(
-    folder: Path, dtype: torch.dtype, again: bool = False, meta: bool = False, **places: Any
+    folder: Path, dtype: torch.dtype, place: str, device_map: str | dict[str, Any] | None = None
 ) -> tuple[Any, Any]:
-    """The tokenizer and the model of a folder.
-
-    Args:
-        again: the folder was converted from the embedded model; if it is damaged, it is converted once more.
-        meta: no weights are read.
-        places: where weights go, as `from_pretrained` is told.
+    """The tokenizer and the model of a folder; on `meta` no weights are read.
 
     Raises:
         ValueError: weights are missing, which transformers would draw at random.
@@ -254,26 +240,23 @@ def _read(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
-        if meta:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            with torch.device("meta"):
-                made: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-                return tokenizer, made.eval()
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            **places,
-        )  # fmt: skip
-        model, about = found
-        if missing := sorted(about["missing_keys"]):
-            raise ValueError(f"its weights lack {missing[0]}, and {len(missing) - 1} more")
-        return tokenizer, model
-    except Exception as error:
-        if not again or out_of_memory(error):
-            raise
-    shutil.rmtree(folder, ignore_errors=True)
-    return _read(embedded_folder(), dtype, **places)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    if place == "meta":
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            made: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            return tokenizer, made.eval()
+    room = {}
+    if device_map and place == "cpu":  # without cards, what has no room goes to the disk
+        room = {"max_memory": {"cpu": int(ROOM * memory_bytes(torch.device("cpu")))}}
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+        device_map=device_map, **room,
+    )  # fmt: skip
+    model, about = found
+    if missing := sorted(about["missing_keys"]):
+        raise ValueError(f"its weights lack {missing[0]}, and {len(missing) - 1} more")
+    return tokenizer, model
 
 
 def _check_finite(model: Any, spec: str) -> None:
@@ -299,13 +282,6 @@ def _check_finite(model: Any, spec: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Index:
-    """Which file of a model each tensor is in."""
-
-    weight_map: dict[str, str]
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers reads of a folder, in order of name.
 
@@ -320,7 +296,8 @@ def weight_files(folder: Path) -> list[Path]:
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None or file.suffix != ".json":
         return [file] if file else []
-    return sorted({folder / name for name in read_record(_Index, file).weight_map.values()})
+    shards = read_record(dict[str, dict[str, Any]], file).get("weight_map", {})
+    return sorted({folder / str(name) for name in shards.values()})
 
 
 def fetched(spec: str, local_only: bool = False) -> tuple[Path, str, str]:

@@ -7,7 +7,7 @@ prompts go too, and what is changed on the module's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,6 @@ Change = Callable[[Tensor, Tensor], Tensor]  # (input (..., d_in), output (..., 
 @contextmanager
 def reading_inputs(model: Any, modules: Sequence[str], visit: Visit) -> Iterator[None]:
     """Calls `visit(module name, input)` whenever one of the named modules runs inside the block."""
-
     here = model.device
 
     def hook(name: str) -> Callable[[Any, tuple[Tensor]], None]:
@@ -28,14 +27,10 @@ def reading_inputs(model: Any, modules: Sequence[str], visit: Visit) -> Iterator
 
         return read
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name in modules:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook(name)))
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -45,14 +40,10 @@ def changing_outputs(model: Any, changes: Mapping[str, Change]) -> Iterator[None
     def hook(change: Change) -> Callable[[Any, tuple[Tensor], Tensor], Tensor]:
         return lambda _, args, out: change(args[0].to(out.device), out)
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, change in changes.items():
-            handles.append(model.get_submodule(name).register_forward_hook(hook(change)))
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook(change)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def make_head_input_contiguous(model: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from router.model.answer import by_length, halves, if_it_fits, pad_left, positions
+from router.model.answer import by_length, halves, if_it_fits, padded, positions
 from router.model.device import tokens_at_once
 from router.system.progress import progress
 
@@ -60,7 +60,7 @@ def batches(
     lengths = [len(row) for row in rows]
 
     def read_rows(batch: list[int]) -> Found:
-        return read(*pad_left([rows[n] for n in batch], pad_id, model.device))
+        return read(*padded([rows[n] for n in batch], pad_id, model.device))
 
     waiting = list(by_length(lengths, tokens_at_once(model.device, model.dtype)))
     with progress(total=sum(lengths), desc=title, unit="tok") if title else nullcontext() as bar:

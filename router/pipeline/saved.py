@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from router.model.base import EMBEDDED
 from router.pipeline.state import FILE, FORMAT
 from router.routing.variants import VARIANTS, Variant
 from router.system.errors import InputError
-from router.system.files import MARKER, is_ours, read_record, replacing, sha256_of, typed
+from router.system.files import (
+    MARKER,
+    is_ours,
+    mark,
+    read_record,
+    remove_ours,
+    replacing,
+    sha256_of,
+    typed,
+    work_folder,
+)  # fmt: skip
 
 ABOUT = "router.json"  # beside FILE and VARIANTS in the folder
+WORK = ".router."  # how the name of the folder begins in which a router is written
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,11 @@ class Saved:
         wide = len(self.candidates)
         if len(self.centres) != len(self.variants) or any(len(row) != wide for row in self.centres):
             raise ValueError("expected a centre for each variant, with a weight for each candidate")
+
+    @property
+    def base(self) -> str:
+        """What loads the base model."""
+        return EMBEDDED if self.embedded else self.base_model + (f"@{self.revision}" if self.revision else "")
 
     def write(self, folder: Path) -> None:
         """Writes it into a folder, as a whole."""
@@ -94,6 +112,26 @@ def changed(folder: Path, files: Mapping[str, str]) -> str | None:
         if not path.is_file() or sha256_of(path) != digest:
             return name
     return None
+
+
+@contextmanager
+def replacing_router(folder: Path) -> Iterator[Path]:
+    """A new folder whose router takes the place of an earlier one in `folder` if the block ends well.
+
+    Raises:
+        InputError: there are files of these names that no router left there.
+    """
+    check_replaceable(folder)
+    work = work_folder(folder, WORK)
+    try:
+        yield work
+        mark(work / VARIANTS)
+        (folder / ABOUT).unlink(missing_ok=True)  # from here on it is no router, until it is the new one
+        remove_ours(folder / VARIANTS)
+        for name in (VARIANTS, FILE, ABOUT):
+            (work / name).replace(folder / name)
+    finally:
+        remove_ours(work)
 
 
 def check_replaceable(folder: Path) -> None:

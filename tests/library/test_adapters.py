@@ -59,16 +59,10 @@ def test_adapters_of_one_name_are_refused(tiny_library, tmp_path):
         load_library([str(tiny_library), str(tmp_path / "other" / "mlp")])
 
 
-@pytest.mark.parametrize("name", ["base", "id", "variant"])
-def test_an_adapter_called_like_another_column_is_refused(tmp_path, name):
-    write_tiny_adapter(tmp_path / name, 1)
-    with pytest.raises(InputError, match=f"adapter '{name}'"):
-        load_library([str(tmp_path / name)])
-
-
-def test_a_name_that_would_move_the_cursor_is_refused_and_not_printed(tmp_path):
-    (tmp_path / "evil\x1b[2J").mkdir()  # broken, too
-    with pytest.raises(InputError, match="can be printed") as told:
+@pytest.mark.parametrize("name", ["base", "id", "variant", "evil\x1b[2J"])
+def test_a_name_that_is_no_column_is_refused_and_not_printed(tmp_path, name):
+    (tmp_path / name).mkdir()  # broken, too
+    with pytest.raises(InputError, match="rename the folder") as told:
         load_library([str(tmp_path)])
     assert "\x1b" not in str(told.value)
 
@@ -82,10 +76,7 @@ BAD = {
     "id": (lambda folder: None, "rename the folder"),
     "infinite": (lambda folder: write_tiny_adapter(folder, 4, size=1e30), "not finite, or too large"),
     "zero": (lambda folder: write_tiny_adapter(folder, 4, size=0.0), "got zero at every module"),
-    "pissa": (
-        lambda folder: write_tiny_adapter(folder, 4, init_lora_weights="pissa"),
-        "to convert it to plain",
-    ),
+    "pissa": (lambda folder: write_tiny_adapter(folder, 4, init_lora_weights="pissa"), "base's weights"),
 }
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from helpers import WIDTHS, write_tiny_adapter
+from helpers import WIDTHS, edit_json, edit_weights, write_tiny_adapter
+from merge.folders import CONFIG_FILE, WEIGHTS_FILE
 from router.library.adapters import load_library
 from router.library.command import main
 from router.system.errors import InputError
@@ -42,25 +43,16 @@ def checked(capsys, *words):
     return code, json.loads(out)
 
 
-def edit(folder, **config):
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | config))
-
-
-def edit_weights(folder, change):
-    file = folder / "adapter_model.safetensors"
-    save_file({key: change(key, value).contiguous() for key, value in load_file(file).items()}, file)
-
-
 @pytest.fixture()
 def duplicated(tiny_library):
     """Beside the three: one of them in double size, and one of them slightly changed."""
     shutil.copytree(tiny_library / "attention", tiny_library / "larger")
-    edit(tiny_library / "larger", lora_alpha=16)
+    edit_json(tiny_library / "larger" / CONFIG_FILE, lora_alpha=16)
     shutil.copytree(tiny_library / "mlp", tiny_library / "nearly")
     generator = torch.Generator().manual_seed(0)
     edit_weights(
-        tiny_library / "nearly", lambda _, value: value + 0.01 * torch.randn(value.shape, generator=generator)
+        tiny_library / "nearly" / WEIGHTS_FILE,
+        lambda _, value: value + 0.01 * torch.randn(value.shape, generator=generator),
     )
     return tiny_library
 
@@ -133,7 +125,7 @@ def turned(key, tensor):
 
 def test_a_copy_that_writes_something_else_is_said_plainly(capsys, tiny_library):
     shutil.copytree(tiny_library / "mlp", tiny_library / "turned")
-    edit_weights(tiny_library / "turned", turned)
+    edit_weights(tiny_library / "turned" / WEIGHTS_FILE, turned)
     _, out, _ = run(capsys, "check", tiny_library)
     code, found = checked(capsys, tiny_library)
     [(one, other, overlap, cosine)] = found["look_alikes"]
@@ -143,16 +135,24 @@ def test_a_copy_that_writes_something_else_is_said_plainly(capsys, tiny_library)
 
 
 def narrow(folder):
-    edit_weights(folder, lambda key, value: value[:, :16] if "lora_A" in key else value)
+    edit_weights(folder / WEIGHTS_FILE, lambda key, value: value[:, :16] if "lora_A" in key else value)
+
+
+def scaled(by):
+    return lambda folder: edit_weights(folder / WEIGHTS_FILE, lambda _, value: value * by)
+
+
+def changed(**config):
+    return lambda folder: edit_json(folder / CONFIG_FILE, **config)
 
 
 BROKEN = {
-    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "expected a PEFT folder"),
-    "huge alpha": (lambda folder: edit(folder, lora_alpha=10**400), "lora_alpha to be a positive number"),
-    "NaN": (lambda folder: edit_weights(folder, lambda _, value: value * torch.nan), "not finite"),
-    "zero": (lambda folder: edit_weights(folder, lambda _, value: value * 0), "got zero at every module"),
-    "other base": (lambda folder: edit(folder, base_model_name_or_path="Huge"), "is huge, but tiny in 3 of"),
-    "other shape": (narrow, "down_proj is (32, 16), but (32, 48) in 2 of the others"),
+    "no config": (lambda folder: (folder / CONFIG_FILE).unlink(), "expected a PEFT folder"),
+    "huge alpha": (changed(lora_alpha=10**400), "lora_alpha to be a positive number"),
+    "NaN": (scaled(torch.nan), "not finite"),
+    "zero": (scaled(0), "got zero at every module"),
+    "other base": (changed(base_model_name_or_path="Huge"), "expected an adapter of tiny, got one of Huge"),
+    "other shape": (narrow, "down_proj has shape (32, 16), but tiny has (32, 48)"),
 }
 
 
@@ -172,7 +172,7 @@ def test_a_broken_adapter_is_named_and_the_others_are_checked(capsys, tiny_libra
 
 def test_all_broken_ones_are_named(capsys, tiny_library):
     for name in ("attention", "everything", "mlp"):
-        edit(tiny_library / name, use_dora=True)
+        edit_json(tiny_library / name / CONFIG_FILE, use_dora=True)
     code, out, _ = run(capsys, "check", tiny_library)
     assert code == 2
     assert re.findall(r"^broken: (\S+): ", out, re.MULTILINE) == ["attention", "everything", "mlp"]

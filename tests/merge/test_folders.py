@@ -281,12 +281,12 @@ REFUSED = {
     "replicated": (changed(layer_replication=[[0, 1], [0, 1]]), "", "layer_replication = "),
     "other layers": (changed(layers_to_transform=[0]), "", "holds weights of model.layers.1."),
     "layers text": (changed(layers_to_transform="all"), CONFIG_FILE, "got 'all'"),
-    "layers pattern": (changed(layers_pattern=["("]), CONFIG_FILE, "'(' is no regular expression"),
+    "layers pattern": (changed(layers_pattern=["("]), CONFIG_FILE, "got '('"),
     "excluded": (changed(exclude_modules=["q_proj"]), "", "target_modules"),
     "untargeted": (changed(target_modules=["q_proj"]), "", "target_modules"),
     "targets": (changed(target_modules=[1]), CONFIG_FILE, "target_modules"),
     "targets number": (changed(target_modules=0), "", "target_modules"),
-    "targets pattern": (changed(target_modules="("), CONFIG_FILE, "is no regular expression"),
+    "targets pattern": (changed(target_modules="("), CONFIG_FILE, "regular expression"),
     "rank": (changed(r=8), "", f"has rank 4 in {WEIGHTS_FILE} but 8 in {CONFIG_FILE}"),
     "rank pattern": (changed(rank_pattern={"q_proj": 2}), "", "self_attn.q_proj has rank 4"),
     "pattern list": (changed(rank_pattern=["q"]), CONFIG_FILE, "rank_pattern"),
@@ -440,4 +440,4 @@ def test_a_name_as_a_pattern_is_matched_as_peft_does(name):
         "layers.1", "layers.1.q_proj", "q.proj", "[q]_proj", r"layers\.\d+\.q_proj",
     ):  # fmt: skip
         expected = re.match(rf"(.*\.)?({pattern})$", name) is not None  # peft.utils.get_pattern_key
-        assert (_Matcher().by_pattern({pattern: 1}, name, 0) == 1) == expected, pattern
+        assert (_Matcher(Path()).by_pattern({pattern: 1}, name, 0) == 1) == expected, pattern

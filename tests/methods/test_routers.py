@@ -27,7 +27,7 @@ from router.library.adapters import load_library
 from router.methods import all_merge_handlers
 from router.methods.cards import card_of, encoder_folder
 from router.methods.mass import select
-from router.model.answer import encode, pad_left
+from router.model.answer import encode, padded
 from router.pipeline.per_token import attached, input_norms, load_experts, mean_weights
 from router.queries.submission import Query
 from router.settings import Settings
@@ -82,7 +82,7 @@ def deltas(library):
 
 
 def logits_of(model, base, rows):
-    ids, mask = pad_left(rows, 0, "cpu")
+    ids, mask = padded(rows, 0, "cpu")
     with torch.no_grad():
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
@@ -231,7 +231,7 @@ def test_one_adapter_alone_is_that_adapter(name, adapter, base, tiny_base, tiny_
     expected = router.answer_with(model, queries, router.encoded(queries))
     assert [answer.ids for answer in found] == [answer.ids for answer in expected]  # cached steps too
     np.testing.assert_allclose(found[-1].scores, expected[-1].scores, atol=1e-3)
-    mask = pad_left(rows, 0, "cpu")[1].bool()
+    mask = padded(rows, 0, "cpu")[1].bool()
     theirs = logits_of(model, router.base, rows)
     torch.testing.assert_close(logits[mask], theirs[mask], atol=1e-3, rtol=1e-4)
 
@@ -271,7 +271,7 @@ def test_arrow_is_pefts_with_a_converged_power_iteration(base, tiny_base, unifor
     theirs = logits_of(peft_arrow(tiny_base, uniform, top_k), router.base, rows)
     with attached(router.base.model, router.experts, router.weigh):
         ours = logits_of(router.base.model, router.base, rows)
-    mask = pad_left(rows, 0, "cpu")[1].bool()
+    mask = padded(rows, 0, "cpu")[1].bool()
     torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-3, rtol=1e-3)
 
 

@@ -8,7 +8,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -102,21 +101,12 @@ def test_a_models_own_code_is_refused_without_a_question(copied, tmp_path, monke
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_damaged_embedded_model_is_converted_again(tiny_base, tmp_path, monkeypatch):
-    folder = tmp_path / "converted"
-
-    def convert():
-        if not folder.is_dir():
-            shutil.copytree(tiny_base, folder)
-        return folder
-
-    monkeypatch.setattr(module, "embedded_folder", convert)
-    (convert() / "model.safetensors").write_bytes(b"")
-    tokenizer, model = module._read(folder, torch.float32, again=True)
-    assert model.num_parameters() > 0 and tokenizer("a")["input_ids"]
-    (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(SafetensorError):
-        module._read(folder, torch.float32)
+def test_a_damaged_embedded_model_says_what_to_remove(tiny_base, copied, monkeypatch):
+    (copied / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(module, "embedded_folder", lambda: copied)
+    monkeypatch.setattr(module, "embedded_gguf", lambda: tiny_base / "model.safetensors")
+    with pytest.raises(InputError, match=f"{copied}: .*remove that folder"):
+        load_base("embedded", "cpu", "float32")
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
