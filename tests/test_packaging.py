@@ -15,7 +15,8 @@ from helpers import ROOT
 FILES = [*(ROOT / "router").rglob("*.py"), *(ROOT / "merge").rglob("*.py")]
 # Which extra a module, or all of a folder, may need.
 EXTRAS = {
-    "serving": "serve", "vllm": "vllm", "vllm_worker": "vllm", "integrations": "litellm", "ray_data": "ray",
+    "serving": "serve", "tracing": "trace", "vllm": "vllm", "vllm_worker": "vllm", "integrations": "litellm",
+    "ray_data": "ray",
 }  # fmt: skip
 
 

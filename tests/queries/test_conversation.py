@@ -49,7 +49,7 @@ BAD = {
     "no JSON": ("{", "JSON object"),
     "a list": ([1], "JSON object"),
     "both": ({"messages": HI, "input": "x"}, "`messages` or `input`, got both"),
-    "neither": ({"id": 1}, "got neither"),
+    "neither": ({"id": "a"}, "got neither"),
     "empty": ({"messages": []}, "list of messages"),
     "a text": ({"messages": "hi"}, "list of messages"),
     "no role": ({"messages": [{"content": "x"}]}, "role"),

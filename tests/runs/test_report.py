@@ -41,8 +41,10 @@ def evidence_of(n, rng, threshold):
     votes = rng.normal(2, 1, size=(n, len(MODULES)))
     votes[:, 1] = np.nan
     responses = rng.uniform(0.03, 0.1, size=scores.shape)
-    frame = np.zeros(n)
-    return Evidence(ADAPTERS, MODULES, responses, scores, np.full(n, threshold), scores.max(1), votes, frame)
+    return Evidence(
+        ADAPTERS, MODULES, responses=responses, scores=scores, base_score=np.full(n, threshold),
+        residual=scores.max(1), votes=votes, frame=np.zeros(n),
+    )  # fmt: skip
 
 
 def close(candidates):
