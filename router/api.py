@@ -6,9 +6,8 @@ import hashlib
 import logging
 import shutil
 import tempfile
-import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -25,14 +24,14 @@ from router.methods.proto_route import ProtoRoute, decided
 from router.model.answer import Answer, encode, padded
 from router.model.apply import applied
 from router.model.base import EMBEDDED_ID, load_base
-from router.model.frames import Frame
-from router.model.passes import forward, truncated
+from router.model.frames import BARE, Frame
+from router.model.passes import forward, lock_of, truncated
 from router.model.template import Template, template_of
 from router.pipeline import state
 from router.pipeline.context import Context
 from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.fitted import Fitted
-from router.pipeline.reading import Read
+from router.pipeline.reading import SHARED, Read
 from router.pipeline.result import Decision, Routing, joined
 from router.pipeline.saved import ABOUT, Saved, changed, hashes, replacing_router
 from router.pipeline.state import FILE, FORMAT
@@ -52,6 +51,7 @@ from router.system.version import own_version
 log = logging.getLogger(__name__)
 
 REMEMBERED = 10_000  # texts, and turns of conversations
+FRAMES_HELD = 16
 SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply", "frame")  # that a saved router keeps
 Prompt = str | Sequence[Message]  # a text, or a conversation
 Work = TypeVar("Work", bound=Callable[..., Any])
@@ -79,6 +79,7 @@ class Choice:
         low_margin: whether another candidate might be as good.
         fits: whether an adapter has more weight than the base model.
         mix: adapter -> share, what its own answer would be made of; empty for the plain base model.
+        frame: the name of the frame that it was compared in, see `Frame.name`.
     """
 
     variant: int | None
@@ -87,6 +88,7 @@ class Choice:
     low_margin: bool
     fits: bool
     mix: dict[str, float]
+    frame: str = BARE.name
 
 
 class Router:
@@ -103,7 +105,7 @@ class Router:
 
     def __init__(self, method: Method) -> None:
         self._method = method
-        self._lock = threading.RLock()
+        self._lock = lock_of(method.base.model)
         self.candidates = [*(adapter.name for adapter in method.adapters), BASE_COLUMN]
         self.variants: list[Variant] = []
         self.templates: dict[int, Template] = {}
@@ -111,6 +113,7 @@ class Router:
         self._folder: Path | None = None  # of a router that was loaded
         self._seen = ""  # what its ABOUT was then, by its sha256
         self._known = OrderedDict[bytes, Routing]()  # what `choose` was asked lately, by its sha256
+        self._asked = Counter[Frame]()  # system messages, by how many requests came under each
         self._written: Path | None = None  # a temporary folder of the variants, once they have answered
         self._forget: Callable[[], object] = lambda: None  # removes it
 
@@ -301,7 +304,7 @@ class Router:
         Calibrates nothing: a text in a frame that is not known yet is taken as it is.
         """
         queries = _queries(texts, None)
-        turns = self._proto.turns(queries, new=0)
+        turns = self._proto.turns(queries, new=0, asked=self._asked)
         routing = decided(self._judged([read for reads in turns for read in reads]), list(map(len, turns)))
         evidence, names = routing.evidence, self.candidates
         assert evidence is not None  # proto_route keeps it
@@ -309,14 +312,32 @@ class Router:
         if self._centres is not None:
             groups = nearest(routing.weights, self._centres).tolist()
         found = []
-        for row, own, margin, group in zip(
-            routing.weights, mixes(routing.weights), evidence.margin.tolist(), groups, strict=True
+        for row, own, margin, group, (*_, last) in zip(
+            routing.weights, mixes(routing.weights), evidence.margin.tolist(), groups, turns, strict=True
         ):
             shares = {names[n]: float(row[n]) for n in np.argsort(-row, kind="stable") if row[n] > 0.005}
             mix = {names[n]: float(own[n]) for n in np.flatnonzero(own[:-1])}
             fits = bool(row.argmax() < len(names) - 1)
-            found.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix))
+            frame = (last.shared or last.frame).name
+            found.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix, frame))
         return found
+
+    @property
+    def wanted(self) -> Frame | None:
+        """A system message that many requests came under and that is no frame yet; None if there is none.
+
+        A router has at most FRAMES_HELD frames, since each takes memory.
+        """
+        often = (frame for frame, count in self._asked.most_common() if count >= SHARED)
+        new = next((frame for frame in often if frame not in self._proto.fits), None)
+        return new if self._proto.elsewhere is None and len(self.frames) < FRAMES_HELD else None
+
+    def calibrate(self, frame: Frame) -> None:
+        """Makes a frame of a system message; texts that other threads ask about wait for a batch at most."""
+        self._asked[frame] = 0  # if it fails, others come first
+        fitted = self._proto.learned(frame)
+        with self._lock:
+            self._proto.fits[frame] = fitted
 
     @property
     def frames(self) -> list[Frame]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -77,10 +78,11 @@ class ProtoRoute(Method):
     def fitted(self, frame: Frame = BARE) -> Fitted:
         """Prototypes, and a gate that is calibrated on generic text in a frame; made on first use."""
         if frame not in self.fits:
-            self.fits[frame] = self._fitted(frame)
+            self.fits[frame] = self.learned(frame)
         return self.fits[frame]
 
-    def _fitted(self, frame: Frame) -> Fitted:
+    def learned(self, frame: Frame) -> Fitted:
+        """The same, made now."""
         bare = None if frame == BARE else self.fitted()
         protos = bare.prototypes if bare else self.prototypes
         with self.stages("calibrate"):
@@ -101,10 +103,14 @@ class ProtoRoute(Method):
             return Fitted.learn(self.adapters, protos, generic, **how)
 
     def turns(
-        self, queries: Sequence[Query], rows: Sequence[Sequence[int]] = (), new: int = FRAMES
+        self,
+        queries: Sequence[Query],
+        rows: Sequence[Sequence[int]] = (),
+        new: int = FRAMES,
+        asked: Counter[Frame] | None = None,
     ) -> list[list[Read]]:
         """What is read of each query, see `turns_of`."""
-        return turns_of(queries, rows, self.template, self.settings, self.fits.keys(), new)
+        return turns_of(queries, rows, self.template, self.settings, self.fits.keys(), new, asked)
 
     def prepare(self) -> None:
         """Fits the frames that a request may come in at any time: none, and the template."""

@@ -6,6 +6,7 @@ in its frame, too. Texts only: knows no model and no adapter.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,12 @@ class Frame(NamedTuple):
     def around(self, text: str) -> str:
         """A text in the frame."""
         return f"{self.before}{text}{self.after}"
+
+    @property
+    def name(self) -> str:
+        """`bare`, or eight digits of a hash: a frame may hold what nobody else is to read."""
+        text = "\0".join(self).encode("utf-8", "surrogatepass")
+        return hashlib.sha256(text).hexdigest()[:8] if any(self) else "bare"
 
 
 BARE = Frame()

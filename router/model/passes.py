@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from threading import RLock
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -18,6 +20,13 @@ from router.system.progress import progress
 Found = TypeVar("Found")
 
 MAX_TOKENS = 128  # the most that routing reads of a prompt; docs/speed.md tells what more would change
+
+_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
+
+
+def lock_of(model: Any) -> RLock:
+    """What a thread holds while hooks on a model are its own."""
+    return _LOCKS.setdefault(model, RLock())
 
 
 def truncated(rows: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -66,7 +75,8 @@ def batches(
     with progress(total=sum(lengths), desc=title, unit="tok") if title else nullcontext() as bar:
         while waiting:
             batch, *rest = waiting
-            found = read_rows(batch) if len(batch) == 1 else if_it_fits(read_rows, batch)
+            with lock_of(model):  # batch by batch, so that others get their turn
+                found = read_rows(batch) if len(batch) == 1 else if_it_fits(read_rows, batch)
             if found is None:
                 waiting = [half for whole in waiting for half in halves(whole)]
                 continue

@@ -19,6 +19,7 @@ from router.settings import Settings
 ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
 FRAMES = 8  # that one batch of queries may bring
 TURNS = 8  # of a conversation, the last ones; each may be a pass of the base model
+COUNTED = 256  # frames whose requests are counted
 SHARED = 16  # queries under one system message, which is then a frame; it costs as much as 230
 
 
@@ -54,6 +55,7 @@ def turns_of(
     settings: Settings,
     known: Collection[Frame],
     new: int = FRAMES,
+    asked: Counter[Frame] | None = None,
 ) -> list[list[Read]]:
     """What is read of each query: one text, or one for each of the user's messages in a conversation.
 
@@ -63,6 +65,7 @@ def turns_of(
         rows: token ids of each query's prompt, which are read of a bare one; none where they are not known.
         known: the frames that came before.
         new: at most so many others of each kind; a text in one more is taken as it is.
+        asked: counts the system messages and the like, each as a frame.
     """
     parts, limit = [parts_of(query, template, settings) for query in queries], settings.max_seq_len
     talks = {n for n, query in enumerate(queries) if query.messages}
@@ -73,6 +76,8 @@ def turns_of(
         texts = [text if len(text) <= 2 * ENDS else text[:ENDS] + text[-ENDS:] for text in texts]
     ids = iter(encode(template.tokenizer, texts, limit) if texts else [])
     counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
+    if asked is not None:
+        _count(asked, counts)
     shared = {*known, *(frame for frame, count in counts.most_common(new) if count >= SHARED)}
 
     def read(n: int, one: Parts) -> Read:
@@ -80,6 +85,15 @@ def turns_of(
         return Read(tokens, one.common, one.own if one.own in shared and one.own != one.common else None)
 
     return [[read(n, one) for one in turns] for n, turns in enumerate(parts)]
+
+
+def _count(asked: Counter[Frame], counts: Counter[Frame]) -> None:
+    """Adds counts of frames; of very many the rarest are forgotten, since clients make them up."""
+    asked.update({frame: count for frame, count in counts.items() if sum(map(len, frame)) <= 2 * ENDS})
+    if len(asked) > COUNTED:
+        rare = asked.most_common()[COUNTED // 2 :]
+        for frame, _ in rare:
+            del asked[frame]
 
 
 def _in_frames(

@@ -108,6 +108,8 @@ class Proxy:
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.registry = own = CollectorRegistry()
         self.requests = Counter("router_requests", "Routed requests by variant.", ["variant"], registry=own)
+        self.frames = Counter("router_frames", "Routed requests by frame.", ["frame"], registry=own)
+        self.calibrating: asyncio.Task[None] | None = None
         self.seconds = Histogram(
             "router_seconds", "Seconds by stage.", ["stage"], registry=own,
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
@@ -235,11 +237,28 @@ class Proxy:
         elif decided.template and "messages" in body and request.scope["path"] == CHATS:
             fields["chat_template"] = decided.template  # vLLM's word; serve.sh has it trust this one
         self.requests.labels(name).inc()
+        self.frames.labels(decided.choice.frame).inc()
+        self._calibrate()
         number = request.headers.get("x-request-id", "")[:128] or uuid4().hex
         shown = described(decided.choice, name) | {"request_id": number}
         self._write_down(shown, prompt)
         headers = traced(self.tracer, request.headers, shown, began) if self.tracer else {}
         return Routed(shown, fields, headers | {"x-request-id": number})
+
+    def _calibrate(self) -> None:
+        """Has a system message of many requests become a frame, beside the requests, one at a time."""
+        router, busy = self.router, self.calibrating and not self.calibrating.done()
+        if busy or (frame := router.wanted) is None:
+            return
+
+        async def work() -> None:
+            try:
+                await asyncio.to_thread(router.calibrate, frame)
+                log.info("frame %s is calibrated", frame.name)
+            except Exception:
+                log.exception("frame %s was not calibrated", frame.name)
+
+        self.calibrating = asyncio.create_task(work())
 
     def _write_down(self, shown: dict[str, Any], prompt: Prompt) -> None:
         """A decision goes to the page, to the log and to the file of decisions."""

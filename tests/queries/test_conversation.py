@@ -1,6 +1,7 @@
 """Conversations: read from JSON lines, routed and answered in the base model's template, refused by row."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from router.library.adapters import load_library
 from router.main import main
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
-from router.model.frames import BARE
+from router.model.frames import BARE, Frame
 from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
 from router.pipeline.reading import SHARED, TURNS
@@ -253,6 +254,40 @@ def test_a_request_brings_no_new_frame(chat_router, tmp_path):
     together = loaded.choose([*odd, *many, HI])
     assert set(loaded._proto.fits) == before
     assert together[-1] == loaded.choose([HI])[0] and together[0] == loaded.choose(odd[:1])[0]
+
+
+def test_a_system_message_of_many_requests_becomes_a_frame(chat_router, tmp_path):
+    """As if the router had been fitted with it; a thread may choose meanwhile."""
+    own = Frame("system: Be kind.\nuser: ", "\nassistant: ")
+    under = [
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"{n}?"}]
+        for n in range(SHARED)
+    ]
+    plain = ["1 + 1 =", "hello", HI]
+    chat_router().fit([*plain, *under]).save(tmp_path / "with")
+    chat_router().fit([*plain, *under[1:]]).save(tmp_path / "without")
+    expected = Router.load(tmp_path / "with", device="cpu").choose([*under, *plain])
+    assert {choice.frame for choice in expected[:SHARED]} == {own.name}
+    router = Router.load(tmp_path / "without", device="cpu")
+    before = router.choose(under[1:])
+    assert router.wanted is None and before[0].frame != own.name
+    router.choose(under[:1])
+    assert router.wanted == own
+    with ThreadPoolExecutor() as pool:
+        learning = pool.submit(router.calibrate, own)
+        meanwhile = pool.submit(router.choose, plain).result()
+        learning.result()
+    found = router.choose([*under, *plain])
+    for one, other, same in (
+        (found, expected, True),
+        (found[SHARED:], meanwhile, True),
+        (before, found[1:], False),
+    ):
+        assert all(
+            (a.frame == b.frame and a.weights == pytest.approx(b.weights, abs=1e-5)) == same
+            for a, b in zip(one, other, strict=False)
+        )
+    assert router.wanted is None
 
 
 def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch, tmp_path):

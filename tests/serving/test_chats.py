@@ -1,10 +1,12 @@
 """Chats through the proxy, by OpenAI's own client: a conversation of five turns, streamed and not."""
 
 import json
+import re
+import time
 
 import pytest
 
-pytest.importorskip("httpx", reason="needs the extra serve")
+httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 pytest.importorskip("starlette", reason="needs the extra serve")
 openai = pytest.importorskip("openai", reason="needs the extra test")
 
@@ -15,6 +17,7 @@ from starlette.routing import Route  # noqa: E402
 
 from helpers import PLAIN  # noqa: E402
 from router.api import Router  # noqa: E402
+from router.pipeline.reading import SHARED  # noqa: E402
 from router.routing.variants import served  # noqa: E402
 from router.serving.export import vllm  # noqa: E402
 from router.serving.names import read_served  # noqa: E402
@@ -75,6 +78,24 @@ def test_a_conversation_of_five_turns_is_routed_as_in_python(client, router):
         told = [(chunk.model, chunk.choices[0].delta.content) for chunk in stream]
         assert told == [(expected, str(len(messages))), (expected, "messages")]
         messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+
+
+def test_a_system_message_of_many_requests_is_calibrated_beside_them(client, router):
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say number 2"}]
+    before = router.frames
+    for _ in range(SHARED):
+        client.chat.completions.create(model="auto", messages=talk)
+    for _ in range(1000):
+        if len(router.frames) > len(before):
+            break
+        time.sleep(0.02)
+    (new,) = set(router.frames) - set(before)
+    assert "Be brief." in new.before
+    client.chat.completions.create(model="auto", messages=talk)
+    metrics = httpx.get(str(client.base_url.join("/metrics"))).text
+    counts = dict(re.findall(r'^router_frames_total\{frame="(.+)"\} (.+)$', metrics, re.M))
+    assert counts[new.name] == "1.0" and sum(map(float, counts.values())) == SHARED + 1
+    assert "brief" not in metrics
 
 
 @pytest.mark.parametrize(
