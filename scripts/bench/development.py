@@ -19,12 +19,16 @@ from router.constants import BASE_COLUMN, LIBRARY
 from router.model.base import EMBEDDED
 from router.queries.submission import GENERATION
 from scripts.bench.score import labelled, read_texts
+from scripts.library.tasks.conversations import ALPACA
 
 COMMITTED = "committed"  # data/library
 BUILT = Path("output/development")
 SHARED = Path("../shared")
 BESIDE = {"second": "devset", "devset_b": "devset_b", "devset_c": "devset_c"}
 CHATS = ("chat", "chat_otherbase")
+MIXED = (
+    "mixed"  # adapters of one base model that were trained on bare prompts, in an Alpaca frame, and on chats
+)
 # Of one adapter: own and other phrasings, multiple choice; and of conversations, a job after small talk or
 # another job, and a message that says nothing itself after a job.
 FITS = ("own", "unseen", "mc", "turns", "follow")
@@ -32,6 +36,7 @@ FITS = ("own", "unseen", "mc", "turns", "follow")
 # job, and under the system message of an adapter.
 FOREIGN = ("none", "foreign", "flan", "change", "under")
 SPLITS = (*FITS, *FOREIGN)
+FORMS = ("bare", "Alpaca", "chat")  # of foreign queries, in turn
 # FLAN's tasks that are an adapter's very skill: they are no foreign queries of these libraries.
 KIN = {
     "second": ("sst2", "yelp_polarity_reviews", "e2e_nlg"),
@@ -46,14 +51,14 @@ class Labelled:
 
     Attributes:
         name: of the library.
-        adapters: its folder.
+        adapters: its folders; what else belongs to the library stands beside the first.
         base: what `load_base` takes.
         rows: one a query, with the columns id, task, split (of SPLITS), input, messages (JSON, or nothing),
             eval_type, answer_choices, target, metric, and adapter (`base` where none fits).
     """
 
     name: str
-    adapters: Path
+    adapters: tuple[Path, ...]
     base: str
     rows: pd.DataFrame
 
@@ -70,6 +75,8 @@ def libraries() -> Iterator[Labelled]:
     for name in CHATS:
         if (BUILT / name / "queries.jsonl").exists():
             yield _of_chats(name, BUILT / name)
+    if all((BUILT / name).is_dir() for name in ("otherbase", CHATS[1])):
+        yield _mixed()
     own, unseen = labelled("eval"), labelled("eval_unseen")
     foreign = unseen["adapter"] == BASE_COLUMN
     rows = [own.assign(split="own"), unseen.assign(split=foreign.map({True: "none", False: "unseen"}))]
@@ -98,6 +105,22 @@ def _of_chats(name: str, folder: Path) -> Labelled:
     return found
 
 
+def _mixed() -> Labelled:
+    """The bare and the other adapters of Gemma; foreign queries are asked in three forms."""
+    bare = _of_folder(MIXED, BUILT / "otherbase", BUILT / "otherbase" / "base")
+    chats = _of_chats(CHATS[1], BUILT / CHATS[1])
+    rows = pd.concat([chats.rows, bare.rows[bare.rows["split"].isin(FITS)]], ignore_index=True)
+    rows["id"] = [f"{n} {own}" for n, own in enumerate(rows["id"])]  # two libraries number theirs alike
+    for n, k in enumerate(rows.index[rows["split"] == "foreign"]):
+        form = FORMS[n % len(FORMS)]
+        rows.loc[k, "task"] = f"{form}: {rows.loc[k, 'task']}"
+        if form != "chat":
+            rows.loc[k, "messages"] = ""
+        if form == "Alpaca":
+            rows.loc[k, "input"] = ALPACA.format(rows.loc[k, "input"])
+    return Labelled(MIXED, (*chats.adapters, *bare.adapters), chats.base, rows)
+
+
 def _of(name: str, adapters: Path, base: str, rows: pd.DataFrame) -> Labelled:
     columns = ["id", "task", "split", "input", "messages", "eval_type", "answer_choices", "target", "metric"]
     parts = [rows, labelled("eval_foreign").assign(split="foreign")]
@@ -109,4 +132,4 @@ def _of(name: str, adapters: Path, base: str, rows: pd.DataFrame) -> Labelled:
     every = pd.concat(parts, ignore_index=True)
     for column in ("messages", "answer_choices"):
         every[column] = every.get(column, pd.Series("", every.index)).fillna("")
-    return Labelled(name, adapters, base, every[[*columns, "adapter"]])
+    return Labelled(name, (adapters,), base, every[[*columns, "adapter"]])

@@ -40,7 +40,16 @@ from router.settings import Settings
 from router.system.stages import peak_mib
 from scripts.bench import libraries as made
 from scripts.bench import runner
-from scripts.bench.development import CHATS, COMMITTED, FITS, FOREIGN, SPLITS, Labelled, libraries
+from scripts.bench.development import (
+    CHATS,
+    COMMITTED,
+    FITS,
+    FOREIGN,
+    FORMS,
+    SPLITS,
+    Labelled,
+    libraries,
+)  # fmt: skip
 from scripts.bench.libraries import Choice
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.runner import timed
@@ -94,7 +103,7 @@ def asked(of: Labelled, method: str = OURS) -> pd.DataFrame:
 
 def brought(of: Labelled, method: str) -> pd.DataFrame | None:
     """The answers of a method that came with a library, as rows of COLUMNS; None if it brought none."""
-    file = of.adapters.parent / "reference" / f"{method}.csv"
+    file = of.adapters[0].parent / "reference" / f"{method}.csv"
     if not file.exists():
         return None
     rows = of.rows[~of.rows["split"].isin(["foreign", "flan"])].merge(read_texts(file), on="id")
@@ -111,7 +120,7 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
             NaN; `alpaca` changes the queries, not the adapters.
     """
     (of,) = (one for one in libraries() if one.name == library)
-    base, adapters = load_base(of.base), load_library([str(of.adapters)])
+    base, adapters = load_base(of.base), load_library(list(map(str, of.adapters)))
     if setting in DECOYS:
         adapters = DECOYS[setting][1](adapters)
     rows = asked(of, name)
@@ -124,7 +133,7 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
     longest = max(map(len, base.tokenizer(list(rows["target"]))["input_ids"])) + 1
     made: Any = load_method(name)
     with tempfile.TemporaryDirectory() as folder:
-        file, template = _written(rows, Path(folder)), of.adapters.parent / "template.jinja"
+        file, template = _written(rows, Path(folder)), of.adapters[0].parent / "template.jinja"
         settings = Settings(
             (file,), Path(folder), max_gen_len=longest, chat_template=template if template.exists() else None
         )
@@ -274,10 +283,13 @@ def targets(answers: pd.DataFrame, library: str) -> Iterator[Verdict]:
         yield SHOWN["own"], "right adapter at least 0.98 (families 0.90)", f"{right:.3f}", right >= least
     for split in FOREIGN:
         if len(found := part(answers, library, split, OURS, "base")):
-            scores = Scores(found)
-            value = scores.value(lambda s: s[OURS] - s["base"])
-            points = "{:+.1f} ({:+.1f} to {:+.1f}) points".format(*(100 * v for v in value))
-            yield SHOWN[split], "at most 1 point below the base model", points, value[0] >= -0.01
+            lead, points = _lead(found)
+            yield SHOWN[split], "at most 1 point below the base model", points, lead >= -0.01
+    foreign = part(answers, library, "foreign", OURS, "base")
+    for form in FORMS:  # of the library that has all
+        if len(found := foreign[foreign.task.str.startswith(f"{form}: ")]):
+            lead, points = _lead(found)
+            yield f"foreign queries, {form}", "at most 2 points below it", points, lead >= -0.02
     for split, least in (("turns", 0.97), ("follow", 0.95), ("change", 0.95)):
         if len(found := part(answers, library, split, OURS)):
             right = found.groupby("task").right.mean().mean()
@@ -287,6 +299,12 @@ def targets(answers: pd.DataFrame, library: str) -> Iterator[Verdict]:
         rate, promised = float(np.mean(sent)), PrototypeGate().false_positive_rate
         aim = f"false positives within a factor of 2 of the {promised:g} promised"
         yield "all foreign kinds", aim, f"{rate:.3f}", 1 / 2 <= rate / promised <= 2
+
+
+def _lead(found: pd.DataFrame) -> tuple[float, str]:
+    """How far we lead the base model, and that in words."""
+    value = Scores(found).value(lambda s: s[OURS] - s["base"])
+    return value[0], "{:+.1f} ({:+.1f} to {:+.1f}) points".format(*(100 * v for v in value))
 
 
 def limits(answers: pd.DataFrame, library: str) -> Iterator[Verdict]:

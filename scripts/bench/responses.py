@@ -57,7 +57,7 @@ def measured(of: Labelled) -> Measured:
     file = KEPT / f"{of.name}.npz"
     if not file.exists():
         base = load_base(of.base, "cpu", DTYPES.get(of.name, "float32"))
-        adapters = load_library([str(of.adapters)])
+        adapters = load_library(list(map(str, of.adapters)))
         protos, calibration = prototypes(adapters, dtype=base.model.dtype), Calibration(base)
         means, pad = calibration.means(list(protos)), base.tokenizer.pad_token_id
         generic = calibration.measured(adapters, protos, means)

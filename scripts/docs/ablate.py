@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from router.routing import gate
 from router.routing.gate import PrototypeGate
-from scripts.bench.development import CHATS, FITS, FOREIGN, libraries
+from scripts.bench.development import CHATS, FITS, FOREIGN, MIXED, libraries
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.responses import Measured, measured
 
@@ -97,7 +97,7 @@ def _line(name: str, chosen: str, shares: Sequence[float] | NDArray[np.float64])
 def main() -> None:
     """Measures and writes."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
-    insert(OUT, "left_out", left_out([measured(of) for of in libraries() if of.name not in CHATS]))
+    insert(OUT, "left_out", left_out([measured(of) for of in libraries() if of.name not in (*CHATS, MIXED)]))
 
 
 if __name__ == "__main__":
