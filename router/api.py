@@ -51,7 +51,7 @@ from router.system.version import own_version
 log = logging.getLogger(__name__)
 
 REMEMBERED = 10_000  # texts, and turns of conversations
-FRAMES_HELD = 16
+FRAMES_BYTES = 1 << 29  # of what gates keep of generic text; beyond, no frame is added
 SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply", "frame")  # that a saved router keeps
 Prompt = str | Sequence[Message]  # a text, or a conversation
 Work = TypeVar("Work", bound=Callable[..., Any])
@@ -326,11 +326,12 @@ class Router:
     def wanted(self) -> Frame | None:
         """A system message that many requests came under and that is no frame yet; None if there is none.
 
-        A router has at most FRAMES_HELD frames, since each takes memory.
+        None, too, once all frames together take FRAMES_BYTES.
         """
+        held = sum(fitted.gate.reference_.nbytes for fitted in list(self._proto.fits.values()))
         often = (frame for frame, count in self._asked.most_common() if count >= SHARED)
         new = next((frame for frame in often if frame not in self._proto.fits), None)
-        return new if self._proto.elsewhere is None and len(self.frames) < FRAMES_HELD else None
+        return new if self._proto.elsewhere is None and held < FRAMES_BYTES else None
 
     def calibrate(self, frame: Frame) -> None:
         """Makes a frame of a system message; texts that other threads ask about wait for a batch at most."""

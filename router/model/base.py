@@ -7,10 +7,13 @@ Knows nothing of adapters. The embedded model is SmolLM2-135M-Instruct, which th
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import shutil
 import sys
 import tempfile
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -20,8 +23,8 @@ from unittest.mock import patch
 
 from router.model.answer import end_tokens, pad_id
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
-from router.system.errors import InputError, reason
-from router.system.files import cache_folder, is_folder, read_record, sha256_of, told_if_full
+from router.system.errors import InputError, out_of_memory, reason
+from router.system.files import FULL, cache_folder, is_folder, read_record, sha256_of, told_if_full, typed
 from router.system.hub import HubError, fetch
 
 if TYPE_CHECKING:
@@ -93,21 +96,28 @@ def embedded_folder() -> Path:
     folder = cache / f"smollm2-135m-instruct-{sha256_of(gguf)[:16]}"
     if folder.is_dir():
         return folder
-    try:
-        with told_if_full(cache, "the converted base model", "set PROTO_ROUTE_CACHE to another folder"):
+    with told_if_full(cache, "the converted base model", "set PROTO_ROUTE_CACHE to another folder"):
+        try:
             cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=cache) as work:
-                made = Path(work) / "model"
-                made.mkdir()
-                convert(gguf, made)
-                _check_unchanged(gguf, before)
-                made.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another process was faster and made the same bytes
+            work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
+        except OSError as error:
+            if error.errno in FULL:
+                raise
             raise InputError(
-                f"{cache}: expected a folder for the converted base model ({error}); set PROTO_ROUTE_CACHE "
-                "to one that can be written"
+                f"{cache}: expected a folder for the converted base model ({error.strerror}); set "
+                "PROTO_ROUTE_CACHE to one that can be written"
             ) from error
+        try:
+            # transformers draws its progress bars even without a terminal.
+            with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+                convert(gguf, work)
+            _check_unchanged(gguf, before)
+            work.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster and made the same bytes
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
@@ -195,7 +205,8 @@ def load_base(
         sha256 = sha256_of(weights) if spec == EMBEDDED else sha256_of(*weight_files(folder))
         _check_unchanged(weights, before)
     except Exception as error:  # transformers raises whatever a damaged configuration leads to
-        again = "; remove that folder, and it is made anew" if spec == EMBEDDED else ""
+        ours = spec == EMBEDDED and not out_of_memory(error) and not isinstance(error, InputError)
+        again = "; remove that folder, and it is made anew" if ours else ""
         raise InputError(
             f"--base_model {spec}: cannot be loaded from {folder}: {reason(error)}{again}"
         ) from error
@@ -296,8 +307,8 @@ def weight_files(folder: Path) -> list[Path]:
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None or file.suffix != ".json":
         return [file] if file else []
-    shards = read_record(dict[str, dict[str, Any]], file).get("weight_map", {})
-    return sorted({folder / str(name) for name in shards.values()})
+    shards = typed(dict[str, str], read_record(dict[str, Any], file).get("weight_map", {}))
+    return sorted({folder / name for name in shards.values()})
 
 
 def fetched(spec: str, local_only: bool = False) -> tuple[Path, str, str]:

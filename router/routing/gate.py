@@ -8,6 +8,7 @@ are those of docs/method.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -27,7 +28,7 @@ SHRINK = 0.3  # share of independence in the adapters' correlations
 RIDGE = 1.0  # of the regression on generic text, relative to the mean of the kernel's diagonal
 RESIDUAL = 0.5  # share of the second score in the lead of an adapter
 DOUBT = 0.5  # share of the base model's confidence that counts against an adapter
-BLOCK = 8  # modules that are learned together
+BLOCK, WIDE = 8, 2048  # modules that are learned together, and adapters over all of these
 FLOOR = 1e-6  # responses are cosines; below this they are noise
 
 
@@ -131,7 +132,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         if (empty := absent.all((1, 2))).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
         sure = np.zeros(len(X)) if confidence is None else _confidences(confidence, len(X))
-        logs = _columns(X)
+        logs = self._by_module(X)
         leads = np.empty(len(X))
         folds = min(FOLDS, len(X) // 2)
         for fold in range(folds):
@@ -143,34 +144,41 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.threshold_ = threshold(self.reference_leads_, self.false_positive_rate)
         return self
 
+    def _by_module(self, X: NDArray[Any]) -> Callable[[slice], Array]:
+        """What gives the log responses at some modules, as `columns_of` does: here, all are in memory."""
+        return columns_of(X).__getitem__
+
     def _landmarks(self, n_adapters: int) -> NDArray[np.int64]:
         """The adapters that tell what all respond to alike: here, all."""
         return np.arange(n_adapters)
 
-    def _learn(self, logs: Array, some: NDArray[np.bool_], absent: NDArray[np.bool_]) -> Self:
+    def _learn(
+        self, logs: Callable[[slice], Array], some: NDArray[np.bool_], absent: NDArray[np.bool_]
+    ) -> Self:
         """Learns all but the threshold; some modules at a time, as many adapters would fill the memory.
 
         Args:
-            logs: (modules, 2, reference queries, adapters), see `_columns`.
+            logs: gives (some modules, 2, reference queries, adapters), see `_by_module`.
             some: (reference queries,) those that it learns from.
             absent: (adapters, modules, 2) where there is no prototype.
         """
-        self.n_modules_, self.n_adapters_ = len(logs), logs.shape[3]
-        blocks = [slice(start, start + BLOCK) for start in range(0, len(logs), BLOCK)]
-        mean, std = np.empty((2, *logs.shape[:2], self.n_adapters_))
+        self.n_adapters_, self.n_modules_ = absent.shape[:2]
+        block = max(1, min(BLOCK, WIDE // self.n_adapters_))
+        blocks = [slice(start, start + block) for start in range(0, self.n_modules_, block)]
+        mean, std = np.empty((2, self.n_modules_, 2, self.n_adapters_))
         for part in blocks:
-            own = logs[part][:, :, some]
-            mean[part], std[part] = own.mean(2), own.std(2, ddof=1).clip(1e-3)
+            z = logs(part)[:, :, some]  # (block, 2, queries, adapters)
+            mean[part], std[part] = z.mean(2), z.std(2, ddof=1).clip(1e-3)
         self.mean_, self.std_ = (np.where(absent, np.nan, of.transpose(2, 0, 1)) for of in (mean, std))
         self.filter_ = _matched(self.mean_, self.std_)
         who = self.landmarks_ = self._landmarks(self.n_adapters_)
-        axes, loadings = (np.zeros((*logs.shape[:2], n, FACTORS)) for n in (len(who), self.n_adapters_))
+        axes, loadings = (np.zeros((self.n_modules_, 2, n, FACTORS)) for n in (len(who), self.n_adapters_))
         self.axes_, self.loadings_ = axes.transpose(2, 0, 1, 3), loadings.transpose(2, 0, 1, 3)
         n_queries = int(some.sum())
-        self.reference_ = np.empty((n_queries, len(who), *logs.shape[:2]), np.float32)
+        self.reference_ = np.empty((n_queries, len(who), self.n_modules_, 2), np.float32)
         scores = np.zeros((n_queries, self.n_adapters_))
         for part in blocks:
-            z = logs[part][:, :, some] - mean[part, :, None]  # (BLOCK, 2, queries, adapters)
+            z = logs(part)[:, :, some] - mean[part, :, None]
             z /= std[part, :, None]
             theirs = z if len(who) == self.n_adapters_ else z[..., who]
             self.reference_[:, :, part] = theirs.astype(np.float32).transpose(2, 3, 0, 1)
@@ -227,7 +235,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             X: (queries, adapters, modules, 2).
         """
         z = self._standard(X)
-        specific = np.ascontiguousarray(z.transpose(2, 3, 0, 1))  # (modules, 2, queries, adapters)
+        specific = np.array(z.transpose(2, 3, 0, 1), order="C")  # (modules, 2, queries, adapters), a copy
         specific -= self._factors(specific) @ self.loadings_.transpose(1, 2, 3, 0)
         scores = np.einsum("mvqa,amv->qa", specific, self.filter_)
         rows, best = np.arange(len(X)), scores.argmax(1)
@@ -412,7 +420,7 @@ def _four_dimensional(X: ArrayLike) -> NDArray[Any]:
     return X
 
 
-def _columns(X: NDArray[Any]) -> Array:
+def columns_of(X: NDArray[Any]) -> Array:
     """Log responses, (modules, 2, queries, adapters): matrices side by side, 0 without a prototype."""
     columns = np.empty((*X.shape[2:], *X.shape[:2]))
     for m, part in enumerate(columns):  # module by module, since the array may be large

@@ -6,13 +6,14 @@ module and a view. Knows no files and no models.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router.routing.gate import FLOOR, Array, Judged, PrototypeGate
+from router.routing.gate import FLOOR, Array, Judged, PrototypeGate, columns_of
 
 LARGE = 256  # adapters; only a larger library is scored by shortlists
 LANDMARKS = 256  # adapters that tell what all respond to alike
@@ -47,6 +48,10 @@ class LargeGate(PrototypeGate):
         few = min(LANDMARKS, n_adapters)
         return np.sort(np.random.default_rng(0).choice(n_adapters, few, replace=False))
 
+    def _by_module(self, X: NDArray[Any]) -> Callable[[slice], Array]:
+        """As in `PrototypeGate`, made anew each time, since all would fill the memory."""
+        return lambda part: columns_of(X[:, :, part])
+
     def _learn(self, *how: Any) -> Self:
         self.__dict__.pop("_rough", None)
         return super()._learn(*how)
@@ -61,7 +66,7 @@ class LargeGate(PrototypeGate):
         weights = weights[:, columns] / known
         std, mean = (np.nan_to_num(of.reshape(wide, -1)[:, columns]) for of in (self.std_, self.mean_))
         slopes = weights / np.where(std == 0, 1, std)
-        loadings = self.loadings_.reshape(wide, -1, self.loadings_.shape[-1])[:, columns]
+        loadings = self.loadings_[:, columns // 2, columns % 2]  # (adapters, ROUGH, FACTORS)
         shares = weights[:, :, None] * loadings  # (adapters, ROUGH, FACTORS)
         offsets = (slopes * mean).sum(1)
         return Rough(columns, *(of.astype(np.float32) for of in (slopes, shares, offsets)))

@@ -371,8 +371,9 @@ def main() -> None:
     ]
     failed = runner.fill("quality", wanted, answer, args.cell, args.jobs)
     answers = read()
-    insert(PAGE, "methods", methods_table(answers))
-    insert(PAGE, "targets", targets_table(answers))
+    if (answers.setting == QUERIES).any():
+        insert(PAGE, "methods", methods_table(answers))
+        insert(PAGE, "targets", targets_table(answers))
     if lines := turns_table(answers):
         insert(CHAT_PAGE, "conversations", lines)
     for library in names(answers):

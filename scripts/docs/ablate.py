@@ -44,7 +44,8 @@ def _judged(of: Measured, *learned: tuple[str, float]) -> tuple[gate.Judged, NDA
     """What a gate with these constants makes of the queries, and the base model's standardised confidence."""
     with patch.dict(vars(gate), learned):
         every, absent = np.full(len(of.reference), True), np.isnan(of.reference[0])
-        learned_gate = PrototypeGate()._learn(gate._columns(of.reference), every, absent)
+        made = PrototypeGate()
+        learned_gate = made._learn(made._by_module(of.reference), every, absent)
         judged = learned_gate.judge(of.responses)
     sure = (of.confidence - of.reference_confidence.mean()) / of.reference_confidence.std(ddof=1)
     return judged, np.asarray(sure, np.float64)

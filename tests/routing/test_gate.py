@@ -107,6 +107,21 @@ def with_gaps(X):
     return X
 
 
+@pytest.mark.parametrize("adapters", [1, 2, 6])
+def test_a_query_alone_is_judged_as_among_others(adapters):
+    X = queries(0)[:, :adapters]
+    gate = PrototypeGate().fit(GENERIC[:, :adapters])
+    together, turned = (
+        gate.judge(X),
+        gate.judge(np.ascontiguousarray(X.transpose(2, 3, 0, 1)).transpose(2, 3, 0, 1)),
+    )
+    for n in range(len(X)):
+        for own, of in zip(gate.judge(X[n : n + 1]), together, strict=True):
+            np.testing.assert_allclose(own[0], of[n], rtol=1e-5)
+    for own, of in zip(turned, together, strict=True):
+        np.testing.assert_allclose(own, of, rtol=1e-5)
+
+
 @pytest.mark.parametrize("gaps", [False, True])
 def test_both_scores_are_those_of_the_dense_formula(gaps):
     draw = library(8, modules=4, common=(0.5, 0.9))
