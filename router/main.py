@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         "--time_limit",
         type=reader(Positive),
         metavar="MINUTES",
-        help="what is not answered by then says `unknown`, so that the results are written in time; checked "
+        help="what is not answered by then says `unknown`, to write the results about in time; checked "
         "by --plan (default: none)",
     )
     p.add_argument(
@@ -186,7 +186,7 @@ def _plan(args: argparse.Namespace, settings: Settings) -> int:
     from router.run import check_flags, check_outputs
 
     check_outputs(settings)
-    check_flags(args.merging_method, settings)
+    check_flags(args.merging_method, settings, args.time_limit is not None)
     found = plan(args.merging_method, settings)
     over = found.over(args.time_limit, args.memory_limit)
     if args.json:

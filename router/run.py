@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -33,12 +35,14 @@ from router.queries.submission import (
     write_submission,
     write_table,
 )  # fmt: skip
-from router.routing.variants import VARIANTS, replace_variants
+from router.routing.variants import VARIANTS
 from router.runs.report.page import MADE_BY, write_report
 from router.settings import Settings
 from router.system.errors import InputError, reason
 from router.system.files import (
+    for_others,
     is_ours,
+    mark,
     record_of,
     remove_ours,
     replacing,
@@ -46,6 +50,8 @@ from router.system.files import (
     told_if_full,
     work_folder,
 )
+
+log = logging.getLogger(__name__)
 
 WORK = ".results."  # how the name of the folder begins in which a run writes
 COMMIT = ".commit.json"  # the hashes of results, while they are replaced: a run may be killed between two
@@ -94,7 +100,7 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
     if not issubclass(made, Method) and any(query.messages for query in queries):
         raise InputError(f"-m {name}: expected prompts, since a starter-kit method takes no conversations")
     with processes.first():
-        check_flags(name, settings, processes)
+        check_flags(name, settings, context.deadline is not None, processes)
         source = (
             _loaded(made, context) if issubclass(made, Method) else StarterKitMethod(made, name, settings)
         )
@@ -224,7 +230,7 @@ def _commit(files: Files, result: Result, found: Record, settings: Settings, wor
     for name in (RECORD, REPORT):
         (folder / name).unlink(missing_ok=True)
     if result.decision:
-        replace_variants(work / VARIANTS, folder)
+        _place_variants(work / VARIANTS, folder / VARIANTS)
     else:  # a starter-kit method makes none, and those of an earlier run are not its
         remove_ours(folder / VARIANTS)
     for name in names:
@@ -235,6 +241,20 @@ def _commit(files: Files, result: Result, found: Record, settings: Settings, wor
     (work / RECORD).replace(folder / RECORD)
     (folder / COMMIT).unlink()
     return found
+
+
+def _place_variants(work: Path, final: Path) -> None:
+    """Moves variants into the output folder, in place of those of an earlier run.
+
+    Answers are worth more than their variants, so where these cannot be moved is a warning.
+    """
+    try:
+        remove_ours(final)
+        mark(work)
+        for_others(work)
+        work.rename(final)
+    except OSError as error:
+        log.warning("%s: the variants could not be kept: %s", final, error)
 
 
 def _write_routing(path: Path, queries: list[Query], decision: Decision, part: slice) -> None:
@@ -262,6 +282,9 @@ def check_outputs(settings: Settings) -> set[str]:
     """
     _check_names(settings)
     folder = settings.output_folder
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if (folder.is_symlink() and not folder.exists()) or not (place.is_dir() and os.access(place, os.W_OK)):
+        raise InputError(f"--output_folder {folder}: expected a folder to write to, but {place} is none")
     try:
         known = _hashes(folder)
         foreign = list(_foreign(settings, known))
@@ -294,7 +317,8 @@ def _foreign(settings: Settings, known: set[str]) -> Iterator[str]:
         yield REPORT
     for path in settings.dataset_filepaths:
         for output in (folder / name for name in _outputs(path)):
-            if (output.is_symlink() or output.exists()) and sha256_of(output) not in known:
+            there = output.is_symlink() or output.exists()
+            if there and not (output.is_file() and sha256_of(output) in known):
                 yield output.name
 
 
@@ -317,8 +341,13 @@ def _check_names(settings: Settings) -> None:
             taken.add(name)
 
 
-def check_flags(name: str, settings: Settings, processes: Processes | None = None) -> None:
+def check_flags(
+    name: str, settings: Settings, limited: bool, processes: Processes | None = None
+) -> None:  # fmt: skip
     """Refuses flags that do not go together, or not with the method or with several processes.
+
+    Args:
+        limited: whether there is a --time_limit.
 
     Raises:
         InputError: they do not.
@@ -333,6 +362,9 @@ def check_flags(name: str, settings: Settings, processes: Processes | None = Non
             vllm and (kit or issubclass(method, PerToken))
         ),
         "--engine vllm: expected one process; leave torchrun out": vllm and several,
+        "--time_limit: expected --engine transformers, since vLLM answers many queries at once": (
+            vllm and limited
+        ),
         "--device_map: expected --engine transformers, since vLLM places the model itself": (
             vllm and settings.device_map
         ),

@@ -37,9 +37,8 @@ def answer(
     *,
     scoring: Scoring = "full",
     max_new_tokens: int = 64,
-    at_once: int = AT_ONCE,
 ) -> Iterator[Done]:
-    """Yields prompts as they are answered, so many at a time.
+    """Yields prompts as they are answered, AT_ONCE at a time.
 
     One that does not fit into the base model's context has no answer (`Answer.failed`).
 
@@ -83,8 +82,8 @@ def answer(
             ids = tuple(outputs[0].outputs[0].token_ids)
             return Answer(continuation(base.tokenizer, ids), ids)
 
-        for start in range(0, len(asked), at_once):
-            part = list(asked[start : start + at_once])
+        for start in range(0, len(asked), AT_ONCE):
+            part = list(asked[start : start + AT_ONCE])
             pairs = [(n, tail) for n in part for tail in tails[n]]
             outputs = iter(
                 llm.generate(

@@ -18,7 +18,6 @@ from router.system.errors import printable
 
 log = logging.getLogger(__name__)
 Rows = Sequence[Sequence[int]]  # token ids of each query's prompt
-FEW = 16  # prompts that vLLM answers together where a deadline has to be looked at in between
 Bar = Callable[[int], object]  # told how many tokens of prompts are done
 
 
@@ -63,7 +62,7 @@ def answered_by_vllm(
     asked = [n for n, query in enumerate(queries) if query not in known]
     done = ask(
         base, rows, _options(queries), variants, asked, scoring=settings.scoring,
-        max_new_tokens=settings.max_gen_len, **({"at_once": FEW} if context.deadline else {}),
+        max_new_tokens=settings.max_gen_len,
     )  # fmt: skip
     return _kept(done, queries, rows, set(asked), known, context, bar)
 

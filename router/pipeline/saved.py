@@ -142,7 +142,9 @@ def check_replaceable(folder: Path) -> None:
     """
     about, file = folder / ABOUT, folder / FILE
     try:
-        known = typed(dict[str, str], read_record(dict[str, Any], about)["files"]) if about.exists() else {}
+        record = read_record(dict[str, Any], about) if about.exists() else {}
+        known = typed(dict[str, str], record["files"]) if record else {}
+        typed(int, record.get("format", 0)) and typed(str, record["version"])
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{about}: expected none, or that of a router ({error}); move it away") from error
     foreign = [VARIANTS] if not is_ours(folder / VARIANTS) else []

@@ -177,7 +177,8 @@ def read_queries(path: Path) -> list[Query]:
                 if isinstance(row, str):
                     raise InputError(f"{path}, line {line}: {row}")
                 _check_id(row["id"], line, lines, path)
-                queries.append(query_of({name: row[name] for name in columns or row}, f"{path}, line {line}"))
+                spelt = {name: row[name] for name in columns or row}
+                queries.append(query_of(spelt, f"{path}, line {line}", csv=bool(columns)))
             except InputError as error:
                 problems.append(str(error))
     except InputError as error:  # where the file breaks off
@@ -200,7 +201,7 @@ def _check_id(name: str, line: int, lines: dict[str, int], path: Path) -> None:
         )
 
 
-def query_of(row: Mapping[str, Any], where: str) -> Query:
+def query_of(row: Mapping[str, Any], where: str, csv: bool = False) -> Query:
     """The query of a row: its `messages` or its `input`, and for multiple choice `answer_choices`.
 
     Args:
@@ -220,19 +221,19 @@ def query_of(row: Mapping[str, Any], where: str) -> Query:
     if not isinstance(text, str):
         raise InputError(f"{where}, column input: expected a text, got {text!r:.40}")
     # Of generation nobody reads the column of choices, so anything may stand in it.
-    choices = _choices(row.get("answer_choices"), text, where) if kind == MULTIPLE_CHOICE else ()
+    choices = _choices(row.get("answer_choices"), text, where, csv) if kind == MULTIPLE_CHOICE else ()
     return Query(row["id"], text, kind, choices, packed(messages) if messages else "")
 
 
-def _choices(given: Any, text: str, where: str) -> tuple[str, ...]:
-    """The choices in a list, or in a text that spells a Python list.
+def _choices(given: Any, text: str, where: str, csv: bool) -> tuple[str, ...]:
+    """The choices in a list of texts, or in CSV in a text that spells a Python list, also of numbers.
 
-    Where the text is blank, the input is the only choice, answered with 0, as the starter kit does.
+    Where the cell of CSV is blank, the input is the only choice, answered with 0, as the starter kit does.
     """
-    if isinstance(given, str) and given.strip() in ("", "None", "nan"):
+    if csv and given.strip() in ("", "None", "nan"):
         return (text,)
-    found = _literal(given.strip()) if isinstance(given, str) else given
-    fits = isinstance(found, (list, tuple)) and all(isinstance(one, (str, int, float)) for one in found)
+    found, kinds = (_literal(given.strip()), (str, int, float)) if csv else (given, (str,))
+    fits = isinstance(found, (list, tuple)) and all(isinstance(one, kinds) for one in found)
     if not (fits and found):
         raise InputError(
             f"{where}, column answer_choices: expected a list of at least one text, such as "

@@ -6,7 +6,6 @@ answers with it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,10 +18,9 @@ from merge.folders import WEIGHTS_FILE, write_adapter
 from router.library.adapters import Adapter
 from router.model.base import Base
 from router.routing.clusters import Array
-from router.system.files import for_others, is_ours, mark, remove_ours, sha256_of
+from router.system.files import sha256_of
 
 VARIANTS = "variants"  # the folder of variants in an output folder
-log = logging.getLogger(__name__)
 
 NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
 
@@ -162,20 +160,3 @@ def write_variant(
     """Materialises a variant as a PEFT folder in the base model's dtype; returns its rank."""
     updates = complete(materialise(variant, adapters, rank), shapes)
     return write_adapter(path, updates, base.name, base.revision, base.model.dtype, rank)
-
-
-def replace_variants(work: Path, output: Path) -> None:
-    """Moves a folder of variants to `variants` in the output folder, in place of those of an earlier run.
-
-    Answers are worth more than their variants, so one that cannot be moved is a warning.
-    """
-    final = output / VARIANTS
-    try:
-        if not is_ours(final):
-            raise FileExistsError(f"{final} was not written by this program")
-        remove_ours(final)
-        mark(work)
-        for_others(work)
-        work.rename(final)
-    except OSError as error:
-        log.warning("%s: the variants could not be kept: %s", final, error)

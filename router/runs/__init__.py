@@ -1,1 +1,1 @@
-"""Finished runs: read from their folder, reported, explained and compared. Only `--answers` loads a model."""
+"""Finished runs: read from their folder, reported, explained and compared. Loads no model."""

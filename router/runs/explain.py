@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     p.add_argument("output", type=Path, metavar="OUTPUT", help="the output folder of a finished run")
     p.add_argument("id", metavar="ID", help="a query's id; STEM:ID if several query files have it")
-    p.add_argument("--json", action="store_true", help="print JSON, with all adapters and the whole query")
+    p.add_argument("--json", action="store_true", help="print JSON, with all candidates that have a score")
     args = p.parse_args(argv)
 
     def work() -> None:

@@ -193,8 +193,14 @@ def _refused(path: Path) -> Iterator[Path]:
         ) from error
 
 
+def _check_file(path: Path) -> None:
+    if not path.is_file():  # a pipe would wait for ever
+        raise ValueError("it is no file")
+
+
 def _answers(path: Path) -> dict[str, str]:
     """The answers by their queries' ids."""
+    _check_file(path)
     rows = [(row["id"], row["prediction"]) for _, row in read_rows(path, ("id", "prediction"))]
     if not rows or len(found := dict(rows)) < len(rows):
         raise ValueError("it has no answers, or two of one query")
@@ -217,6 +223,7 @@ def _routing(path: Path, ids: list[str], names: list[str], record: Record) -> tu
     """The variant of each query, and its weights."""
     if not names:
         return np.zeros(len(ids), np.int64), np.zeros((len(ids), 0))
+    _check_file(path)
     rows = [row for _, row in read_rows(path, ("id", "variant", *names))]
     labels = np.array([int(row["variant"]) for row in rows], np.int64)
     weights = np.array([[float(row[name]) for name in names] for row in rows], np.float64)

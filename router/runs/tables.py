@@ -77,7 +77,7 @@ def variant_table(run: Run) -> pd.DataFrame:
     rows = {}
     for n in largest_first(run):
         members = nearest_first(run.labels == n, apart)
-        if not members:  # `--time_limit` gave its queries to the base model
+        if not members:
             continue
         rows[n] = {
             "queries": len(members),

@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -109,7 +110,7 @@ class Proxy:
         self.registry = own = CollectorRegistry()
         self.requests = Counter("router_requests", "Routed requests by variant.", ["variant"], registry=own)
         self.frames = Counter("router_frames", "Routed requests by frame.", ["frame"], registry=own)
-        self.calibrating: asyncio.Task[None] | None = None
+        self.calibrating = threading.Thread()  # of the last frame
         self.seconds = Histogram(
             "router_seconds", "Seconds by stage.", ["stage"], registry=own,
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
@@ -247,18 +248,19 @@ class Proxy:
 
     def _calibrate(self) -> None:
         """Has a system message of many requests become a frame, beside the requests, one at a time."""
-        router, busy = self.router, self.calibrating and not self.calibrating.done()
-        if busy or (frame := router.wanted) is None:
+        router = self.router
+        if self.calibrating.is_alive() or (frame := router.wanted) is None:
             return
 
-        async def work() -> None:
+        def work() -> None:
             try:
-                await asyncio.to_thread(router.calibrate, frame)
+                router.calibrate(frame)
                 log.info("frame %s is calibrated", frame.name)
             except Exception:
                 log.exception("frame %s was not calibrated", frame.name)
 
-        self.calibrating = asyncio.create_task(work())
+        self.calibrating = threading.Thread(target=work, daemon=True)  # the end does not wait for it
+        self.calibrating.start()
 
     def _write_down(self, shown: dict[str, Any], prompt: Prompt) -> None:
         """A decision goes to the page, to the log and to the file of decisions."""
@@ -405,10 +407,18 @@ class Proxy:
         count = len(self.router.variants)
         return as_json({"status": "reloaded", "variants": count, "changed": changed})
 
+    def _renewed(self) -> Router:
+        """A newly loaded router, with the frames of the old one, so that decisions stay as they are."""
+        assert self.load is not None
+        new = self.load()
+        for frame in self.router.frames:
+            if frame not in new.frames:
+                new.calibrate(frame)
+        return new
+
     async def renew(self) -> None:
         """Puts a newly loaded router in place of the old one."""
-        assert self.load is not None
         async with self.renewing:  # one at a time, since each loads a model
-            self.router = await asyncio.to_thread(self.load)
+            self.router = await asyncio.to_thread(self._renewed)
             self.upstream.asked.clear()
             self.tried = None, 0.0, ""

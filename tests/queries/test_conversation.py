@@ -63,6 +63,11 @@ BAD = {
     "an id": ({"id": [], "messages": HI}, "id"),
     "a kind": ({"input": "x", "eval_type": "essay"}, "eval_type"),
     "no choices": ({"input": "x", "eval_type": "multiple_choice"}, "answer_choices"),
+    "blank choices": ({"input": "x", "eval_type": "multiple_choice", "answer_choices": ""}, "answer_choices"),
+    "numbers": (
+        {"input": "x", "eval_type": "multiple_choice", "answer_choices": [True, 2]},
+        "answer_choices",
+    ),
     "odd choices": ({"input": "x", "eval_type": "multiple_choice", "answer_choices": "ab"}, "answer_choices"),
     "no text": ({"input": 7}, "input"),
 }

@@ -175,7 +175,7 @@ def data(run: Run) -> dict[str, Any]:
         found |= {
             "variants": run.labels.tolist(),
             "variantNames": [mix(run.shown, row, 2, 0.1) for row in run.clusters.weights],
-            "candidates": candidates(run),
+            "candidates": [[[round(x, 4) for x in row] for row in of] for of in candidates(run)],
             "places": places.round(4).tolist(),
             "prototypes": np.column_stack([axes, prototypes.round(4)]).tolist(),
         }
@@ -203,7 +203,7 @@ def candidates(run: Run, most: int = BEST) -> list[list[list[float]]]:
     order = np.asarray(np.lexsort(keys))[:, :most]
     order[~(order == base).any(1), -1] = base
     kept = [np.nan_to_num(np.take_along_axis(of, order, 1).astype(np.float64), nan=0.0) for of in columns]
-    numbers = np.stack([order, *kept], axis=-1).round(4)
+    numbers = np.stack([order, *kept], axis=-1)
     return [
         [[int(row[0]), *row[1:]] for row in of.tolist() if scored[q, int(row[0])]]
         for q, of in enumerate(numbers)
