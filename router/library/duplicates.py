@@ -23,8 +23,7 @@ from router.system.progress import progress
 
 # Two adapters may read alike if they share more than half of the modules of each, and the root mean square
 # difference of their log responses to generic text there is below ALIKE. They do if what they read overlaps
-# by more than OVERLAP. They are duplicates if the cosine of their updates is above SAME. docs/method.md has
-# what adapters have that were trained apart.
+# by more than OVERLAP. They are duplicates if the cosine of their updates is above SAME.
 ALIKE = 0.06
 OVERLAP = 0.7
 SAME = 0.99

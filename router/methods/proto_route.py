@@ -128,7 +128,7 @@ class ProtoRoute(Method):
 
         Under a system message that many queries share, an adapter is chosen as anywhere else. Whether it
         fits is the mean of two leads: one with the system message as a part of the query, and one with it as
-        a part of the frame. It tells which adapter is likely, and stands above queries that none fits, too.
+        a part of the frame. A system message tells which adapter is likely, but foreign queries have it, too.
         """
         routing = self._judged([read._replace(shared=None) for read in reads])
         under = [n for n, read in enumerate(reads) if read.shared]

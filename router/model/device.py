@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 # Tokens in one pass over prompts. On most processors the activations of 512 stay in the caches, and more
-# tokens are slower, not faster. One that multiplies tiles (AMX) is fastest at 2,048 (docs/speed.md).
+# tokens are slower, not faster. One that multiplies tiles (AMX) is fastest at 2,048.
 CPU_TOKENS, TILE_TOKENS, GPU_TOKENS = 512, 2048, 16384
 BATCH_TOKENS = 4096  # in a batch that generates, including padding and new tokens
 CHOICE_TOKENS = 2048  # in a batch of multiple choice; each choice counts with its prompt
@@ -88,7 +88,7 @@ def keep_freed_memory() -> None:
     """Has this process keep the memory of freed tensors for the next ones, where the C library is glibc.
 
     It would hand large blocks back to the system and ask for them again, page by page, a fifth of the time of
-    a pass (docs/speed.md). Elsewhere nothing happens.
+    a pass. Elsewhere nothing happens.
     """
     import ctypes
 

@@ -19,7 +19,7 @@ from router.system.progress import progress
 
 Found = TypeVar("Found")
 
-MAX_TOKENS = 128  # the most that routing reads of a prompt; docs/speed.md tells what more would change
+MAX_TOKENS = 128  # the most that routing reads of a prompt; docs/lab.md tells what more would change
 
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 

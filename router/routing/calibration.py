@@ -33,7 +33,7 @@ from router.routing.prototypes import ModulePrototypes, of_some
 
 FORMAT = 6  # raise it when what is measured changes
 # A module is silent if generic text has less than this share of chance along what the adapter reads. Trained
-# adapters have 0.6 and more, random ones 1; see docs/method.md.
+# adapters have 0.6 and more, random ones 1.
 SILENT = 0.4
 CONFIDENCE = " confidence"  # no module is called so
 
@@ -83,8 +83,7 @@ class Measured(NamedTuple):
 def framing_of(tokenizer: Any, rows: Sequence[Sequence[int]], frame: Frame) -> Framing:
     """What the tokens of generic prompts have in common in a frame.
 
-    After a chat template's message stand marks that say nothing by themselves. They count as a part of the
-    end, and so do the last tokens before them.
+    Marks of a chat template follow the message. The end of a prompt is these marks and the END tokens before.
     """
     prefix = rows[0][: alike(rows)] if frame.before else []
     tail = alike([row[::-1] for row in rows]) if frame.after else 0

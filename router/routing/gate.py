@@ -28,7 +28,7 @@ SHRINK = 0.3  # share of independence in the adapters' correlations
 RIDGE = 1.0  # of the regression on generic text, relative to the mean of the kernel's diagonal
 RESIDUAL = 0.5  # share of the second score in the lead of an adapter
 DOUBT = 0.5  # share of the base model's confidence that counts against an adapter
-BLOCK, WIDE = 8, 2048  # modules that are learned together, and adapters over all of these
+BLOCK, WIDE = 8, 2048  # modules that are learned together; fewer where modules times adapters is above WIDE
 FLOOR = 1e-6  # responses are cosines; below this they are noise
 
 
@@ -195,7 +195,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         ridge = RIDGE * np.trace(kernel) / n_queries
         inverse = np.linalg.inv(kernel + ridge * np.eye(n_queries))
         self.coefficients_ = inverse @ (scores / scale)
-        # With H = K (K + a I)^-1, what is left of a text that was left out is (s - H s) / (1 - h).
+        # With H = K (K + a I)^-1, what is left of a text that was left out is (s - H s) / (1 - h); a cancels.
         left = self.coefficients_ / np.diag(inverse)[:, None]
         self.residual_scale_ = left.std(0, ddof=1).clip(1e-6)
         return self
@@ -288,7 +288,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return np.column_stack([judged.scores, judged.scores.max(1, initial=-np.inf) - lead])
 
     def thresholds(self) -> dict[str, float]:
-        """How far above its threshold that of each of SHARES, and of `false_positive_rate`, would be."""
+        """For each of SHARES, and for `false_positive_rate`, its threshold less the one of this gate."""
         check_is_fitted(self)
         shares = sorted({*SHARES, self.false_positive_rate})
         return {f"{share:g}": threshold(self.reference_leads_, share) - self.threshold_ for share in shares}
@@ -368,7 +368,9 @@ def _common(z: Array, theirs: Array) -> tuple[Array, Array, Array, Array]:
     """What adapters respond to alike, by module and view (equation 3).
 
     Their correlations are taken as a few principal components and noise, which is the same for all
-    (probabilistic PCA, Tipping and Bishop 1999), and moved towards independence by SHRINK.
+    (probabilistic PCA, Tipping and Bishop 1999), and moved towards independence by SHRINK. With n the noise
+    after that, the inverse is `(I - U diag(1 - n / (0.7 L + 0.3)) U^T) / n`; nothing is inverted: the second
+    term is taken out of the responses, and the filter is divided by n.
 
     Args:
         z: (modules, 2, queries, adapters) standardised, 0 without a prototype.

@@ -104,7 +104,7 @@ class LargeGate(PrototypeGate):
 def rough_columns(parts: Array, most: int) -> NDArray[np.int64]:
     """The columns by which a few of them guess all adapters' scores best, in order.
 
-    Each is the one that makes most of the scores of which those before it make least.
+    Each next column is the one that adds most to the scores that are covered worst so far.
 
     Args:
         parts: (adapters, columns) of each score, not negative; sum to 1 over columns.
