@@ -367,10 +367,10 @@ def test_threads_share_a_router(router):
 def test_a_strangers_file_is_not_replaced_by_a_router(router, tmp_path, name):
     mine = tmp_path / "theirs" / name
     mine.parent.mkdir(parents=True)
-    mine.write_text('{"mine": 1}')
+    mine.write_text(text := '{"files": {}}')
     with pytest.raises(InputError, match=name.partition("/")[0]):
         router.fit(MORE).save(tmp_path / "theirs")
-    assert files_of(tmp_path / "theirs") == {name: b'{"mine": 1}'}
+    assert files_of(tmp_path / "theirs") == {name: text.encode()}
 
 
 def test_a_file_that_somebody_changed_is_not_replaced(router, saved):

@@ -140,11 +140,12 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         InputError: it would.
     """
-    about, file = folder / ABOUT, folder / FILE
+    about, file, known = folder / ABOUT, folder / FILE, dict[str, str]()
     try:
-        record = read_record(dict[str, Any], about) if about.exists() else {}
-        known = typed(dict[str, str], record["files"]) if record else {}
-        typed(int, record.get("format", 0)) and typed(str, record["version"])
+        if about.exists():
+            record = read_record(dict[str, Any], about)
+            known = typed(dict[str, str], record["files"])
+            typed(tuple[int, str], (record["format"], record["version"]))
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{about}: expected none, or that of a router ({error}); move it away") from error
     foreign = [VARIANTS] if not is_ours(folder / VARIANTS) else []
