@@ -71,12 +71,11 @@ def test_it_is_what_a_fresh_measurement_is_cold_or_warm(base, adapters, limit):
 
 
 def test_the_second_use_asks_nothing_and_gives_the_same_bytes(base, adapters, monkeypatch):
+    attention, everything, _ = adapters
+    measured(base, [attention])  # modules that it does not change are measured when they are asked for
+    assert_close(measured(base, [attention, everything]), fresh(base, [attention, everything]))
     first = measured(base, adapters)
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a forward pass")
-
-    monkeypatch.setattr(base.model, "forward", refuse)
+    monkeypatch.setattr(base.model, "forward", lambda *_, **__: pytest.fail("a forward pass"))
     assert bytes_of(measured(base, adapters)) == bytes_of(first)
 
 
@@ -89,13 +88,6 @@ def test_a_new_adapter_costs_nothing_of_the_others(base, adapters, tiny_library,
     np.testing.assert_array_equal(found["responses"][:, [0, 2, 3]], first["responses"])
     expected = fresh(base, new)["responses"]
     np.testing.assert_allclose(found["responses"][:, [1]], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_modules_that_were_not_changed_before_are_measured(base, adapters):
-    attention, everything, _ = adapters
-    measured(base, [attention])
-    assert_close(measured(base, [attention, everything]), fresh(base, [attention, everything]))
-    assert_close(measured(base, [attention]), fresh(base, [attention]))
 
 
 @pytest.mark.parametrize("keep", [0, 7, 0.5])
@@ -153,17 +145,11 @@ def test_what_would_be_measured_differently_has_another_folder(base, monkeypatch
 def test_the_shipped_texts_are_no_query_of_ours():
     assert len(SHIPPED) == len(set(SHIPPED)) == 160
     assert all(text.strip() for text in SHIPPED)
-    known = {
-        row["input"]
-        for folder in ("eval", "eval_unseen", "eval_foreign")
-        for path in (ROOT / "data" / folder).glob("*.csv")
-        for row in read_table(path)
-    } | {row["input"] for row in read_table(ROOT / "data" / "test.csv")}
+    folders = (ROOT / "data" / name for name in ("eval", "eval_unseen", "eval_foreign"))
+    files = [ROOT / "data" / "test.csv", *(path for folder in folders for path in folder.glob("*.csv"))]
+    known = {row["input"] for path in files for row in read_table(path)}
     assert known and not known & set(SHIPPED)
-
-
-def test_in_a_frame_messages_come_to_the_generic_prompts():
-    frame = Frame("user: ", "\nassistant: ")
+    frame = Frame("user: ", "\nassistant: ")  # in which messages come to them
     framed = generic_prompts(frame)
     assert framed[: len(SHIPPED)] == [frame.around(text) for text in SHIPPED]
     talk = framed[len(SHIPPED) :]
@@ -172,9 +158,8 @@ def test_in_a_frame_messages_come_to_the_generic_prompts():
 
 def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch):
     frame = Frame("system: be kind\nuser: ", "\nassistant: ")
-    monkeypatch.setattr(
-        "router.routing.calibration.generic_prompts", lambda of: [of.around(t) for t in "xyz"]
-    )
+    few = "router.routing.calibration.generic_prompts"
+    monkeypatch.setattr(few, lambda of: [of.around(text) for text in "xyz"])
     calibration = Calibration(base, None, frame)
     ids = encode(base.tokenizer, [frame.before])[0]
     assert calibration.framing.prefix == ids and Calibration(base).framing.prefix == []
@@ -188,13 +173,7 @@ def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch
             base.model(input_ids=torch.tensor([row]))
     for name, mean in means.items():
         np.testing.assert_allclose(mean, torch.cat(seen[name]).double().mean(0), rtol=1e-4, atol=1e-5)
-
-
-def test_the_marks_after_a_message_are_part_of_its_end(base, monkeypatch):
-    monkeypatch.setattr(
-        "router.routing.calibration.generic_prompts", lambda of: [of.around(t) for t in "xyz"]
-    )
-    marks = "<eos>\nassistant: "
+    marks = "<eos>\nassistant: "  # are part of a prompt's end
     chat, plain = (Calibration(base, None, Frame("user: ", after)) for after in (marks, marks[5:]))
     assert (chat.framing.end, plain.framing.end) == (END + len(encode(base.tokenizer, [marks])[0]), END)
     assert Calibration(base).framing.end == END

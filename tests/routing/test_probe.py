@@ -86,26 +86,16 @@ def test_another_default_dtype_changes_nothing(base, measured):
     torch.set_default_dtype(torch.bfloat16)
     try:
         found = probe(base.model, rows, 0, protos, means, 3)
-        _, confidence = input_means(base.model, rows, 0, list(protos))
     finally:
         torch.set_default_dtype(torch.float32)
     np.testing.assert_array_equal(found.responses, whole.responses)
     np.testing.assert_array_equal(found.confidence, whole.confidence)
-    assert confidence.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("mask", "counted"),
-    [
-        ([1, 1, 1, 1], [0, 1, 1, 1]),
-        ([0, 0, 1, 1], [0, 0, 0, 1]),
-        ([0, 0, 0, 1], [0, 0, 0, 1]),
-        ([0, 0, 0, 0], [0, 0, 0, 0]),
-    ],
-)
-def test_neither_padding_nor_the_first_token_counts(mask, counted):
-    mask = torch.tensor([mask])
-    assert counted_tokens(torch.zeros_like(mask), mask).int().tolist() == [counted]
+def test_neither_padding_nor_the_first_token_counts():
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
+    found = counted_tokens(torch.zeros_like(mask), mask).int().tolist()
+    assert found == [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
 
 
 def test_a_prompt_with_anything_not_finite_is_unreadable():

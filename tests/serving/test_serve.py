@@ -156,12 +156,8 @@ def test_a_slow_upstream_holds_up_its_own_request_alone(upstream):
 
 
 def _names(router, texts):
-    return [_name(router, choice) for choice in router.choose(texts)]
-
-
-def _name(router, choice):
-    made = router.variants[choice.variant]
-    return served(choice.variant, made.sha256) if made.weights else "tiny"
+    made = [(choice.variant, router.variants[choice.variant]) for choice in router.choose(texts)]
+    return [served(number, one.sha256) if one.weights else "tiny" for number, one in made]
 
 
 def _until(what):
@@ -182,24 +178,19 @@ def _post(client, text):
     return client.post("/v1/completions", json={"model": "auto", "prompt": text}).json()
 
 
-def test_what_cannot_start_says_why(capsys, tmp_path, monkeypatch):
-    def refused(upstream, *flags):
-        assert main(["--router", str(tmp_path), "--upstream", upstream, *flags]) == 2
-        return capsys.readouterr().err
+def test_what_cannot_start_says_why(capsys, router, tmp_path, monkeypatch):
+    def refused(saved, upstream, *flags):
+        assert main(["--router", str(saved), "--upstream", upstream, "--device", "cpu", *flags]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        return said.err
 
-    assert "--upstream" in refused("localhost:8000")
-    assert str(tmp_path) in refused("http://127.0.0.1:1", "--port", "0")
-    monkeypatch.setattr("router.serving.command.find_spec", lambda name: None)
-    assert "pip install 'proto-route[serve]'" in refused("http://127.0.0.1:1")
-
-
-def test_a_port_that_is_taken_is_named_before_anything_is_said(capsys, router, tmp_path):
-    saved = router.save(tmp_path / "saved")
+    saved, nobody = router.save(tmp_path / "saved"), "http://127.0.0.1:1"
+    assert "--upstream" in refused(saved, "localhost:8000")
+    assert str(tmp_path / "none") in refused(tmp_path / "none", nobody, "--port", "0")
     with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        words = ["--router", saved, "--upstream", "http://127.0.0.1:1", "--device", "cpu", "--port", port]
-        assert main(list(map(str, words))) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith(f"error: --port {port}: ")
-    assert main([*map(str, words), "--host", "not an address"]) == 2
-    assert "--host not an address" in capsys.readouterr().err
+        port = str(other.getsockname()[1])
+        assert refused(saved, nobody, "--port", port).startswith(f"error: --port {port}: ")
+    assert "--host not an address" in refused(saved, nobody, "--port", port, "--host", "not an address")
+    monkeypatch.setattr("router.serving.command.find_spec", lambda name: None)
+    assert "proto-route[serve]" in refused(saved, nobody)
