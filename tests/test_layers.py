@@ -33,12 +33,8 @@ def room(name):
     return ".".join(name.split(".")[:2])
 
 
-def test_no_module_depends_on_itself():
-    order = list(TopologicalSorter(ARROWS).static_order())  # a circle is an error that names it
-    assert order.index("router.routing.gate") < order.index("router.methods.proto_route")
-
-
-def test_no_room_depends_on_itself():
+def test_no_module_and_no_room_depends_on_itself():
+    list(TopologicalSorter(ARROWS).static_order())  # a circle is an error that names it
     rooms = {}
     for name, targets in ARROWS.items():
         rooms.setdefault(room(name), set()).update({room(target) for target in targets} - {room(name)})

@@ -11,17 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from helpers import NAMES, method_of, write_tiny_library
+from helpers import NAMES, delta, edit_json, method_of, write_tiny_library
 from merge.factors import Factors, recompress, weighted_sum
 from router.library.adapters import load_library
 from router.queries.submission import Query
 from router.routing.gate import PrototypeGate
 
 # Updates.
-
-
-def dense(update):
-    return update.b.double().numpy() @ update.a.double().numpy()
 
 
 @st.composite
@@ -40,17 +36,15 @@ def modules(draw):
 @settings(max_examples=60)
 @given(st.data(), modules())
 def test_the_sum_of_updates_is_linear_and_has_no_order(data, updates):
-    numbers = st.floats(-8, 8, width=32)
-    one, other = (
-        data.draw(st.lists(numbers, min_size=len(updates), max_size=len(updates))) for _ in range(2)
-    )
+    numbers, n = st.floats(-8, 8, width=32), len(updates)
+    one, other = (data.draw(st.lists(numbers, min_size=n, max_size=n)) for _ in range(2))
     u, v = data.draw(numbers), data.draw(numbers)
-    order = data.draw(st.permutations(range(len(updates))))
+    order = data.draw(st.permutations(range(n)))
     mixed = [u * x + v * y for x, y in zip(one, other, strict=True)]
-    found = dense(weighted_sum([updates[n] for n in order], [mixed[n] for n in order]))
-    parts = u * dense(weighted_sum(updates, one)) + v * dense(weighted_sum(updates, other))
+    found = delta(weighted_sum([updates[n] for n in order], [mixed[n] for n in order]))
+    parts = u * delta(weighted_sum(updates, one)) + v * delta(weighted_sum(updates, other))
     size = sum(
-        (abs(u * x) + abs(v * y)) * np.linalg.norm(dense(update))
+        (abs(u * x) + abs(v * y)) * np.linalg.norm(delta(update))
         for x, y, update in zip(one, other, updates, strict=True)
     )
     assert np.linalg.norm(found - parts) <= 1e-6 * size
@@ -59,13 +53,13 @@ def test_the_sum_of_updates_is_linear_and_has_no_order(data, updates):
 @settings(max_examples=60)
 @given(modules(), st.integers(1, 40))
 def test_recompression_loses_the_discarded_values_alone(updates, rank):
-    full = sum(map(dense, updates))
+    full = sum(map(delta, updates))
     s = np.linalg.svd(full, compute_uv=False)
     found = recompress(weighted_sum(updates, [1.0] * len(updates)), rank)
     assert found.rank <= rank
-    lost = np.linalg.norm(dense(found) - full)
+    lost = np.linalg.norm(delta(found) - full)
     # float32 factors are exact to a share of the largest value that is summed, not of the sum.
-    rounding = 1e-5 * sum(np.linalg.norm(dense(update)) for update in updates)
+    rounding = 1e-5 * sum(np.linalg.norm(delta(update)) for update in updates)
     assert lost == pytest.approx(np.linalg.norm(s[rank:]), abs=rounding)  # nothing, at full rank
 
 
@@ -123,9 +117,8 @@ def plain(base, library):
 def resized(folder, to, size):
     """A copy of an adapter, `size` times as large."""
     shutil.copytree(folder, to)
-    config = json.loads((to / "adapter_config.json").read_text())
-    config["lora_alpha"] *= size
-    (to / "adapter_config.json").write_text(json.dumps(config))
+    alpha = json.loads((to / "adapter_config.json").read_text())["lora_alpha"]
+    edit_json(to / "adapter_config.json", lora_alpha=size * alpha)
 
 
 SIZES = st.floats(-3, 3).map(lambda exponent: 10**exponent)

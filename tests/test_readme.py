@@ -95,13 +95,6 @@ def test_the_readme_is_one_page():
     assert len(README.split()) <= 800
 
 
-def test_the_glossary_is_short_and_its_names_are_used():
-    table = CONTRIBUTING.partition("## Glossary")[2].partition("## ")[0]
-    names = re.findall(r"^\| ([\w ]+) \| \w", table, re.M)[1:]
-    pages = " ".join(page.read_text("utf-8") for page in PAGES).replace("_", " ")
-    assert 10 <= len(names) <= 15 and [name for name in names if name not in pages.replace(table, "")] == []
-
-
 def test_the_example_of_a_method_runs(command, tmp_path, monkeypatch):
     import router.methods
 

@@ -1,13 +1,12 @@
 """Settings: what is read is what was written, and a value that one does not take is refused by its flag."""
 
 import json
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
 from router.main import parser
-from router.settings import Settings, kinds, reader
+from router.settings import Settings, kinds
 from router.system.errors import InputError
 
 OTHERS = Settings(
@@ -48,11 +47,3 @@ def test_the_help_of_a_setting_shows_a_default_that_its_flag_takes(name):
     if name != "skip_bad":
         value = flag.type(shown)
         assert value == default or (value,) == default
-
-
-@pytest.mark.parametrize(
-    ("name", "text"), [("seed", "1" * 5000), ("dtype", "bfloat"), ("temperature", "inf")]
-)
-def test_a_word_that_stands_for_no_value_is_refused(name, text):
-    with pytest.raises(ArgumentTypeError):
-        reader(kinds()[name])(text)

@@ -18,7 +18,6 @@ from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from helpers import PLAIN  # noqa: E402
-from router.api import Router  # noqa: E402
 from router.integrations.vllm import FOLDER, ROUTED, Auto, check  # noqa: E402
 from router.integrations.vllm_worker import MARKED  # noqa: E402
 from router.routing.variants import served  # noqa: E402
@@ -100,9 +99,8 @@ class Models:
 
 
 @pytest.fixture()
-def saved(chat_router, tmp_path):
-    made = chat_router(false_positive_rate=0.9)
-    return Router.load(made.fit([*TEXTS, TALK[:1]]).save(tmp_path / "saved"), device="cpu")
+def saved(saved_chats):
+    return saved_chats([*TEXTS, TALK[:1]])
 
 
 @pytest.fixture()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from router.api import Router
 from router.integrations.vllm_worker import Reader, mark
 from router.model.cache import cache_argument
 from router.pipeline.state import FILE
@@ -66,9 +65,8 @@ class Runner:
 
 
 @pytest.fixture()
-def saved(chat_router, tmp_path):
-    made = chat_router(false_positive_rate=0.9)
-    return Router.load(made.fit([*TEXTS, CHAT]).save(tmp_path / "saved"), device="cpu")
+def saved(saved_chats):
+    return saved_chats([*TEXTS, CHAT])
 
 
 @pytest.fixture()

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from helpers import (
     NAMES,
     ROWS,
-    edit_weights,
     files_of,
     inputs_of,
     method_of,
@@ -21,13 +20,12 @@ from helpers import (
     variants_in,
     write_tiny_adapter,
 )
-from merge.folders import WEIGHTS_FILE
 from router.library.adapters import load_library
 from router.methods import all_merge_handlers
 from router.methods.cards import encoder_folder
 from router.methods.mass import select
 from router.model.answer import encode, padded
-from router.pipeline.per_token import attached, input_norms, load_experts, mean_weights
+from router.pipeline.per_token import attached, mean_weights
 from router.queries.submission import Query
 from router.settings import Settings
 from router.system.errors import InputError
@@ -161,24 +159,6 @@ def test_each_token_gets_what_the_papers_formula_says(name, module, few, base, f
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
         choices.add(tuple(sorted(weights)))
     assert len(choices) > 1 or name != "arrow" or few == 20  # tokens do differ
-
-
-def test_input_norms_see_no_size_and_no_absent_direction(five):
-    edit_weights(five / "c" / WEIGHTS_FILE, lambda key, value: value * 100 if "lora_B" in key else value)
-    edit_weights(
-        five / "e" / WEIGHTS_FILE, lambda key, value: value[[0, 1, 2, 0, 1]] if "lora_A" in key else value
-    )
-    updates, x = deltas(five), torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
-    for module, experts in load_experts(load_library([str(five)])).items():
-        inputs, at_module = x[:, : experts.a.shape[1]], list(updates[module].values())
-        found = input_norms(experts, inputs @ experts.a.T)
-        expected = [[within(token, d) for d in at_module] for token in inputs.double().numpy()]
-        assert experts.members.tolist() == list(updates[module]) and found.dtype == torch.float32
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
-        scales = [s[s > 1e-6 * s[0]] for s in (np.linalg.svd(d)[1] for d in at_module)]
-        np.testing.assert_allclose(experts.scales, np.concatenate(scales), rtol=1e-5)
-        if 4 in updates[module]:
-            assert len(scales[-1]) == 3  # of rank 5
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)

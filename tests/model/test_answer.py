@@ -15,7 +15,6 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 from helpers import FAMILIES, family
 from router.model.answer import by_length, encode, generate, score_choices
 from router.model.cache import new_cache
-from router.model.device import CHOICE_TOKENS
 from router.pipeline import answering
 from router.pipeline.context import Context
 from router.queries.submission import Query
@@ -88,16 +87,6 @@ def test_by_length_respects_budget_and_rows(lengths, limit):
         assert limit is None or len(batch) <= limit
         if batch is not batches[-1]:  # it is full
             assert (len(batch) + 1) * longest > budget or len(batch) == limit
-
-
-def test_generation_in_a_batch_equals_plain_argmax(base):
-    expected = [greedy(base, ids, 12) for ids in rows(base)]
-    together = generate(base.model, base.tokenizer, rows(base), 12)
-    alone = [generate(base.model, base.tokenizer, [ids], 12)[0] for ids in rows(base)]
-    assert [found.ids for found in together] == expected
-    assert alone == together
-    assert all(found.scores == () for found in together)
-    assert len(set(expected)) == len(PROMPTS)  # the prompts do matter
 
 
 @contextmanager
@@ -304,22 +293,6 @@ def test_prompts_in_parts_and_rows_that_leave_change_nothing(base, tmp_path, mon
     handle.remove()
     assert [one.ids for one in found] == expected
     assert sizes[:3] == [2, 2, 2] and min(sizes[3:]) < max(sizes[3:])
-
-
-def test_a_batch_of_choices_counts_their_own_tokens(base, monkeypatch):
-    """Each of them has logits of the whole vocabulary: short prompts with long choices must not pile up."""
-    seen = []
-
-    def record(_, tokenizer, rows, choices, scoring):
-        lengths = [[len(tokenizer(text)["input_ids"]) for text in options] for options in choices]
-        seen.append((len(rows) * 2, max(map(len, rows)) + max(map(max, lengths))))
-        return [(0.0, 1.0) for _ in choices]
-
-    monkeypatch.setattr("router.model.answer.score_choices", record)
-    queries = [Query(str(n), "Hi", "multiple_choice", ("word " * n, "b")) for n in range(1, 60)]
-    assert [found.text for found in answered(base, queries)] == ["1"] * len(queries)
-    assert sum(count for count, _ in seen) == 2 * len(queries) and len(seen) > 1
-    assert all(count == 2 or count * tokens <= CHOICE_TOKENS for count, tokens in seen)
 
 
 def test_a_model_whose_layers_keep_something_else_is_refused(base):

@@ -16,7 +16,7 @@ from router.model.base import linear_shapes, load_base
 from router.model.frames import Frame
 from router.model.hooks import reading_inputs
 from router.routing.calibration import Calibration, generic_prompts
-from router.routing.probe import END, Framing, input_means, probe
+from router.routing.probe import END, input_means, probe
 from router.routing.prototypes import prototypes
 
 TEXTS = [f"{'word ' * n}{n}: is it so?" for n in range(1, 13)]
@@ -91,22 +91,16 @@ def test_a_new_adapter_costs_nothing_of_the_others(base, adapters, tiny_library,
 
 
 @pytest.mark.parametrize("keep", [0, 7, 0.5])
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("calibration/*/means", 1), ("calibration/*/*.responses", 3), ("prototypes/*/*", 3)],
-)
-def test_a_broken_file_is_measured_again(base, adapters, cache, name, count, keep):
+def test_a_broken_file_is_measured_again(base, adapters, cache, keep):
     first = measured(base, adapters)
-    files = list(cache.glob(f"{name}.safetensors"))
-    assert len(files) == count
-    whole = {file: file.read_bytes() for file in files}
+    whole = {file: file.read_bytes() for file in cache.rglob("*.safetensors")}
+    assert len(whole) == 7  # means, and each adapter's responses and prototypes
     for file, data in whole.items():
         file.write_bytes(data[: int(keep * len(data)) if keep == 0.5 else keep])
     assert_close(measured(base, adapters), first)
-    for file, data in whole.items():  # and kept again
-        assert len(file.read_bytes()) == len(data)
-    left = [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
-    assert not left
+    assert {file: len(file.read_bytes()) for file in cache.rglob("*.*")} == {
+        file: len(data) for file, data in whole.items()
+    }  # and kept again
 
 
 def spoilt(base, name, **fields):
@@ -177,15 +171,3 @@ def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch
     chat, plain = (Calibration(base, None, Frame("user: ", after)) for after in (marks, marks[5:]))
     assert (chat.framing.end, plain.framing.end) == (END + len(encode(base.tokenizer, [marks])[0]), END)
     assert Calibration(base).framing.end == END
-
-
-def test_the_end_of_a_prompt_is_as_long_as_it_is_told(base, adapters):
-    rows, protos = encode(base.tokenizer, TEXTS[:2]), prototypes(adapters)
-    means, _ = input_means(base.model, rows, 0, list(protos))
-    two, five, whole = (
-        probe(base.model, rows, 0, protos, means, len(adapters), None, Framing(end=n)).responses
-        for n in (2, 5, 999)
-    )
-    np.testing.assert_array_equal(two[..., 0], five[..., 0])
-    np.testing.assert_allclose(whole[..., 1], whole[..., 0], rtol=1e-5)
-    assert (two[..., 1] != five[..., 1]).any()

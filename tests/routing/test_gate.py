@@ -324,18 +324,6 @@ def test_a_module_that_is_silent_on_generic_text_says_nothing(noise):
     assert np.abs(gate.decision_function(X)).max() < 100  # nor to the others
 
 
-def test_the_filter_finds_a_rise_better_than_equal_weights():
-    rng = np.random.default_rng(0)
-    threshold = rng.uniform(0.03, 0.3, (1, 6, 10, 2))  # of R, one for each adapter, module and view
-    spread = rng.uniform(0.05, 0.5, (1, 6, 10, 2))
-    generic, X = (threshold * np.exp(spread * rng.normal(size=(n, 6, 10, 2))) for n in (200, 2000))
-    X[:, 3] = np.sqrt(X[:, 3] ** 2 + 0.0006)
-    gate = PrototypeGate().fit(generic)
-    z = (np.log(X) - gate.mean_) / gate.std_
-    equal = z.mean((2, 3)).argmax(1)
-    assert (gate.decision_function(X).argmax(1) == 3).mean() > 0.1 + (equal == 3).mean()
-
-
 # As an estimator.
 
 
@@ -421,14 +409,12 @@ def test_parameters_out_of_their_range_are_refused(how):
         PrototypeGate(**how).fit(GENERIC).predict(GENERIC)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [(3, 2, 1), (0, 2, 1), (3, 2, 1, 0), (0, 2, 1, 1)])
-def test_a_refused_fit_leaves_the_gate_as_it_was(value, place):
-    found, fresh = PrototypeGate().fit(GENERIC), PrototypeGate().fit(GENERIC)
-    broken = GENERIC.copy()
-    broken[place] = value
-    with pytest.raises(ValueError, match="finite"):
-        found.fit(broken)
+def test_a_refused_fit_leaves_the_gate_as_it_was(place):
+    found, fresh, broken = PrototypeGate().fit(GENERIC), PrototypeGate().fit(GENERIC), GENERIC.copy()
+    for broken[place] in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="finite"):
+            found.fit(broken)
     np.testing.assert_array_equal(found.predict_proba(GENERIC), fresh.predict_proba(GENERIC))
 
 

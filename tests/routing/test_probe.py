@@ -66,32 +66,6 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
                 np.testing.assert_allclose(found[q, i, m], np.sqrt(expected), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("a_pass", [4096, 160, 1])  # all prompts in one pass, in several, one at a time
-def test_padding_and_the_order_of_prompts_do_not_matter(a_pass, base, measured, monkeypatch):
-    protos, rows = measured
-    means, _ = input_means(base.model, rows, 0, list(protos))
-    alone = np.concatenate([probe(base.model, [row], 0, protos, means, 3).responses for row in rows])
-    monkeypatch.setattr("router.model.device.CPU_TOKENS", a_pass)
-    for module, mean in input_means(base.model, rows[::-1], 0, list(protos))[0].items():
-        torch.testing.assert_close(mean, means[module], rtol=1e-4, atol=1e-5)
-    order = [4, 0, 6, 2, 5, 1, 3]
-    found = probe(base.model, [rows[n] for n in order], 0, protos, means, 3).responses
-    np.testing.assert_allclose(found, alone[order], rtol=1e-3, atol=1e-5)
-
-
-def test_another_default_dtype_changes_nothing(base, measured):
-    protos, rows = measured
-    means, _ = input_means(base.model, rows, 0, list(protos))
-    whole = probe(base.model, rows, 0, protos, means, 3)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        found = probe(base.model, rows, 0, protos, means, 3)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    np.testing.assert_array_equal(found.responses, whole.responses)
-    np.testing.assert_array_equal(found.confidence, whole.confidence)
-
-
 def test_neither_padding_nor_the_first_token_counts():
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
     found = counted_tokens(torch.zeros_like(mask), mask).int().tolist()

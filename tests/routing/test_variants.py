@@ -11,8 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from helpers import (
     NAMES,
-    OURS,
-    THEIRS,
     delta,
     dense_updates,
     edit_json,
@@ -29,7 +27,6 @@ from router.routing.variants import (
     complete,
     decide,
     materialise,
-    replace_variants,
     write_variant,
 )
 
@@ -63,24 +60,6 @@ def test_decide_drops_negligible_shares_and_keeps_sums_of_one():
     many[0, 7] += 1e-3
     one, other = decide(np.concatenate([many / many.sum(), np.eye(401)[:1]]), names)
     assert one == Variant({"a7": 1.0}, 0.0) and other == Variant({"a0": 1.0}, 0.0)
-
-
-@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
-def test_only_a_folder_of_ours_is_replaced(tmp_path, caplog, kind):
-    out, work = tmp_path / "out", tmp_path / "work"
-    for folder in (out, work):
-        folder.mkdir(mode=0o700)
-    (OURS | THEIRS)[kind](out / "variants")
-    before = sorted(tmp_path.rglob("*"))
-    (work / "1").mkdir()
-    replace_variants(work, out)
-    if kind in THEIRS:
-        assert sorted(tmp_path.rglob("*")) == sorted([*before, work / "1"])
-        assert "the variants could not be kept" in caplog.text
-    else:
-        assert not work.exists() and (out / "variants").stat().st_mode & 0o777 == 0o755
-        assert sorted(path.name for path in (out / "variants").iterdir()) == [".proto-route", "1"]
-        assert not caplog.text
 
 
 @pytest.mark.parametrize("variant", [MIXED, Variant({"attention": 1.0}, 0.0), Variant({"mlp": 0.25}, 0.75)])

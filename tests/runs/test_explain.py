@@ -7,8 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from helpers import NAMES, NONE, ROOT, arguments, read_by_id, write_queries, write_run
-from router.main import main as run
+from helpers import NAMES, NONE, ROOT, read_by_id, write_run
 from router.runs.explain import main
 
 WEIGHTS = [0.7, 0.29, 0, 0.01]
@@ -148,15 +147,6 @@ def test_an_id_is_found_or_the_nearest_is_named(capsys, runs, tmp_path):
     for asked, named in (("g1", "more:g1"), ("m11", "'m1'"), ("mare:g1", "'more:g1'"), ("???", "'g1'")):
         assert named in error(capsys, out, asked)
     assert "none/run.json: " in error(capsys, tmp_path / "none", "g1")
-
-
-def test_an_id_that_reads_like_another_files_is_told(capsys, tmp_path, tiny_base, tiny_library):
-    one = write_queries(tmp_path / "a.csv", [("b:1", "x", "generation", "")])
-    two = write_queries(tmp_path / "a:b.csv", [("1", "y", "generation", ""), ("2", "z", "generation", "")])
-    out = tmp_path / "out"
-    assert run(arguments("base", [one, two], tiny_library, tiny_base, out)) == 0
-    assert "a:b:1" in error(capsys, out, "a:b:1")
-    assert story(capsys, out, "2")["query"]["input"] == "z"
 
 
 @pytest.mark.parametrize("module", ["router.runs.explain", "router.runs.compare"])

@@ -4,17 +4,14 @@ import shutil
 
 import pytest
 
-from router.api import Router
 from router.cli import main
 
 
 @pytest.fixture(params=["run", "router"])
-def folder(request, command, tmp_path, tiny_base, tiny_library):
+def folder(request, command, router_of, tmp_path):
     if request.param == "run":
         return command("proto_route", "--false_positive_rate", 0.9)[1]
-    router = Router.from_library(
-        tiny_library, base_model=str(tiny_base), dtype="float32", false_positive_rate=0.9
-    )
+    router = router_of(false_positive_rate=0.9)
     return router.fit(["What is two and two?", "Bonjour"]).save(tmp_path / "saved")
 
 

@@ -32,10 +32,9 @@ def out(command):
 
 
 @pytest.fixture()
-def saved(tiny_base, tiny_library, tmp_path):
-    router = Router.from_library(tiny_library, base_model=str(tiny_base), device="cpu", dtype="float32")
+def saved(router_of, tmp_path):
     texts = [f"{word} number {n}" for n in range(9) for word in ("What is", "Say", "Bonjour")]
-    return router.fit(texts).save(tmp_path / "saved")
+    return router_of().fit(texts).save(tmp_path / "saved")
 
 
 def words_of(folder):
@@ -200,7 +199,7 @@ def test_what_llamacpp_lacks_is_refused_and_nothing_is_left(out, llama_cpp, tiny
     assert "mlp" in refused(*llama_cpp[2:])
 
 
-def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(out, capsys):
+def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(out, llama_cpp, capsys):
     before = read_served(out)
     assert main([str(out), "--max_rank", "1"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -216,32 +215,14 @@ def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(out, capsys):
             difference = (dense - kept.b.double() @ kept.a.double()).square().sum()
             assert float(difference) == pytest.approx(float(values[1:].square().sum()), rel=1e-3, abs=1e-6)
             lost, total = lost + float(values[1:].square().sum()), total + float(values.square().sum())
-        assert f"{name}: rank 1, {100 * lost / total:.2f} % of its squared norm lost" in said
+        assert f"{name}: rank 1, {100 * lost / total:.2f} %" in "\n".join(said)
     assert f"variants-rank-1/{path.name}" in " ".join(words_of(out))
-
-
-@pytest.mark.parametrize(
-    ("engine", "files"), [("vllm", "variants-rank-3/*/*.safetensors"), ("llamacpp", "gguf/*.gguf")]
-)
-def test_no_written_rank_is_above_what_was_asked_for(out, llama_cpp, capsys, engine, files):
-    words = list(map(str, llama_cpp)) if engine == "llamacpp" else []
-    assert main([str(out), *words, "--max_rank", "3"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert "rank 3" in said[-1] and all(": rank 3, " in line for line in said[:-1])
-    written = [weights for file in out.glob(files) for weights in load_file(file).values()]
-    assert written and {min(weights.shape) for weights in written} == {3}
-    if engine == "vllm":
+    for words, files in (([], "variants-rank-3/*/*.safetensors"), (llama_cpp, "gguf/*.gguf")):
+        assert main([str(out), *map(str, words), "--max_rank", "3"]) == 0
+        written = [weights for file in out.glob(files) for weights in load_file(file).values()]
+        assert written and {min(weights.shape) for weights in written} == {3}
         text = words_of(out)
-        assert text[text.index("--max-lora-rank") + 1] == "8"  # the least that it accepts for 3
-
-
-def test_what_a_run_left_out_does_not_matter_for_llamacpp(command, tiny_library, llama_cpp, capsys):
-    shutil.copytree(tiny_library / "mlp", tiny_library / "broken")
-    (tiny_library / "broken" / "adapter_model.safetensors").write_bytes(b"half")
-    _, out = command("proto_route", "--skip_bad", "--false_positive_rate", 0.9, "--temperature", 3.0)
-    shutil.copytree(tiny_library / "mlp", tiny_library / "later")
-    assert main([str(out), *map(str, llama_cpp)]) == 0
-    assert sorted(path.stem for path in (out / "gguf").glob("*.gguf")) == NAMES
+        assert words or text[text.index("--max-lora-rank") + 1] == "8"  # the least that it accepts for 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -284,13 +265,6 @@ def test_what_has_no_variants_is_refused(out, capsys, harm, named):
     if harm is exchanged:
         with pytest.raises(InputError, match="weights"):
             Router.load(out, device="cpu")
-
-
-def test_a_method_that_mixes_per_token_has_no_variants(command, capsys):
-    _, out = command("arrow")
-    assert main([str(out)]) == 2 and str(out) in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["out", "--max_rank", "0"])
 
 
 def test_a_strangers_words_do_not_control_the_terminal(out, capsys):

@@ -14,19 +14,17 @@ from contextlib import contextmanager
 import pytest
 
 from helpers import ROOT
-from router import Router
 from router.serving.command import main
 
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from serving_stubs import Two, free_port, serving  # noqa: E402
+from serving_stubs import free_port, serving  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from router.routing.variants import served  # noqa: E402
-from router.serving.proxy import Proxy  # noqa: E402
 
 TEXTS = [f"{word} number {n}" for n in range(4) for word in ("What is", "Say", "Bonjour")]
 posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -69,10 +67,9 @@ def upstream():
 
 
 @pytest.fixture()
-def router(tiny_base, tiny_library):
+def router(router_of):
     """A router of several variants for TEXTS."""
-    how = {"device": "cpu", "dtype": "float32", "false_positive_rate": 0.9}
-    return Router.from_library(tiny_library, base_model=str(tiny_base), **how).fit(TEXTS)
+    return router_of(false_positive_rate=0.9).fit(TEXTS)
 
 
 @contextmanager
@@ -135,24 +132,6 @@ def test_an_open_stream_does_not_hold_up_the_end(upstream, router, tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, -signal.SIGTERM)
         _until(lambda: left == ["stream"])
-
-
-def test_a_slow_upstream_holds_up_its_own_request_alone(upstream):
-    address, asked, left = upstream
-    with (
-        serving(Proxy(Two(), address, timeout=1).app) as proxy,
-        httpx.Client(base_url=proxy, timeout=30) as client,
-        ThreadPoolExecutor() as pool,
-    ):
-        slow = pool.submit(client.post, "/v1/completions", json={"model": "auto", "prompt": "Endless x"})
-        _until(lambda: asked)
-        assert _post(client, "x")["model"] == "variant-0"
-        assert 'router_requests_total{variant="variant-0"} 2.0' in client.get("/metrics").text
-        answer = slow.result()
-        assert answer.status_code == 504 and "in time" in answer.json()["error"]["message"]
-        _until(lambda: left == ["Endless x"])
-        assert _post(client, "x")["model"] == "variant-0"
-        assert 'router_requests_total{variant="variant-0"} 3.0' in client.get("/metrics").text
 
 
 def _names(router, texts):
