@@ -47,11 +47,10 @@ def test_every_method_can_be_planned(planned, method, tiny_library):
 @pytest.mark.parametrize(
     ("flags", "code"),
     [
-        (("--time_limit", 1000, "--memory_limit", 1000), 0),
-        (("--time_limit", 0.001), 1),
+        (("--time_limit", 1000, "--memory_limit", 1000), 0), (("--time_limit", 0.001), 1),
         (("--memory_limit", 0.001), 1),
     ],
-)
+)  # fmt: skip
 def test_limits_decide_the_exit_code(planned, capsys, monkeypatch, flags, code):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     found, _, said = planned(*flags)

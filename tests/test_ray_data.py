@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from helpers import ROOT, read_by_id, write_queries
+from helpers import ROOT, many_rows, read_by_id, write_queries
 from router import ray_data
 from router.queries.submission import COLUMNS, read_queries
 from router.system.errors import InputError
@@ -16,11 +16,7 @@ pq = pytest.importorskip("pyarrow.parquet", reason="the extra ray is not install
 pa = pytest.importorskip("pyarrow", reason="the extra ray is not installed")
 pytest.importorskip("ray", reason="the extra ray is not installed")
 
-CHOICE = ("multiple_choice", "['a', 'bcd']")
-MANY = [
-    (f"{n:02}", f"{n} is a number" + ", is it" * (n % 7), *(CHOICE if n % 3 == 0 else ("generation", "")))
-    for n in range(23)
-]
+MANY = many_rows(23)
 
 
 def write_parquet(path, rows=MANY, group=10, **columns):

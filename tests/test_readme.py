@@ -66,21 +66,17 @@ def test_every_block_runs(place, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_file_that_is_named_is_there(page):
+def test_every_file_and_heading_that_is_named_is_there(page):
     text = page.read_text("utf-8")
     files = re.findall(r"\b(?:router|merge|scripts|tests|docs|data|notebooks)/[\w/.-]*\w\b", text)
     files += [name.replace(".", "/") for name in re.findall(r"-m (scripts[\w.]*\w)", text)]
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
-    missing = [name for name in files if not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists()]
-    assert missing + [link for link in links if not (page.parent / link).exists()] == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_heading_that_is_linked_is_there(page):
-    for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text("utf-8")):
-        text = ((page.parent / name) if name else page).read_text("utf-8")
-        titles = re.findall(r"^#+ (.+)$", text, re.M)
-        assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert [name for name in files if not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists()] == []
+    for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        target = (page.parent / name) if name else page
+        assert target.exists(), name
+        titles = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.M) if anchor else []
+        found = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert not anchor or anchor in found
 
 
 def test_the_tree_of_files_is_whole():

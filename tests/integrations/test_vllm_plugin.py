@@ -2,9 +2,8 @@
 
 import asyncio
 import json
-import sys
 from enum import Enum
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
-from helpers import PLAIN  # noqa: E402
+from helpers import PLAIN, stand_in  # noqa: E402
 from router.integrations.vllm import FOLDER, ROUTED, Auto, check  # noqa: E402
 from router.integrations.vllm_worker import MARKED  # noqa: E402
 from router.routing.variants import served  # noqa: E402
@@ -106,17 +105,13 @@ def saved(saved_chats):
 @pytest.fixture()
 def started(saved, tiny_base, monkeypatch):
     """Runs `work(client, engine, plugin)` against a server whose doors ask the engine."""
-    for name, words in (
-        ("vllm.entrypoints.openai.models.protocol", ["BaseModelPath"]),
-        ("vllm.entrypoints.serve.lora.protocol", ["LoadLoRAAdapterRequest", "UnloadLoRAAdapterRequest"]),
-    ):
-        module = ModuleType(name)
-        for word in words:
-            setattr(module, word, SimpleNamespace)
-        monkeypatch.setitem(sys.modules, name, module)
-    top = ModuleType("vllm")
-    top.SamplingParams = Params
-    monkeypatch.setitem(sys.modules, "vllm", top)
+    loras = dict.fromkeys(("LoadLoRAAdapterRequest", "UnloadLoRAAdapterRequest"), SimpleNamespace)
+    stand_in(
+        monkeypatch,
+        vllm={"SamplingParams": Params},
+        vllm__entrypoints__openai__models__protocol={"BaseModelPath": SimpleNamespace},
+        vllm__entrypoints__serve__lora__protocol=loras,
+    )
     monkeypatch.setenv(FOLDER, str(saved._folder))
 
     def run(work):

@@ -1,13 +1,13 @@
 """What vLLM's worker reads of marked requests, beside a pass of a model of our own over each prompt alone."""
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 
+from helpers import stand_in
 from router.integrations.vllm_worker import Reader, mark
 from router.model.cache import cache_argument
 from router.pipeline.state import FILE
@@ -73,10 +73,8 @@ def saved(saved_chats):
 def runner(tiny_base, monkeypatch):
     from router.model.base import load_base
 
-    context, module = SimpleNamespace(now=None), ModuleType("vllm.forward_context")
-    module.get_forward_context = lambda: context.now
-    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
-    monkeypatch.setitem(sys.modules, "vllm.forward_context", module)
+    context = SimpleNamespace(now=None)
+    stand_in(monkeypatch, vllm={}, vllm__forward_context={"get_forward_context": lambda: context.now})
     return Runner(load_base(str(tiny_base), "cpu", "float32"), context)
 
 

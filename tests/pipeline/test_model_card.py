@@ -1,7 +1,6 @@
 """Model cards of variants: the hub's library parses them, their code runs, and what they say is so."""
 
 import dataclasses
-import hashlib
 import re
 import shlex
 
@@ -20,6 +19,7 @@ from router.pipeline.model_card import _cell, write_card
 from router.pipeline.steps import load
 from router.routing.variants import Variant
 from router.settings import Settings
+from router.system.files import sha256_of
 
 MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
 
@@ -57,7 +57,7 @@ def block(text, word, language="python"):
     return found
 
 
-def test_the_header_is_a_valid_one(write):
+def test_the_header_and_the_sources_are_those_of_the_variant(write, tiny_library, tiny_base):
     _, text = write()
     assert ModelCard(text).data.to_dict() == {
         "library_name": "peft",
@@ -67,20 +67,15 @@ def test_the_header_is_a_valid_one(write):
         "license": "other",
         "tags": ["lora", "peft", "merge", "proto-route"],
     }
-    _, text = write(name="ties", out="ties")  # a static merge names all sources without weights
-    assert "merge" in ModelCard(text).data.tags and "`ties`" in text
-    assert [row[:2] for row in table(text, "Sources")] == [[name, ""] for name in (*NAMES, "base model")]
-
-
-def test_the_sources_are_those_of_the_variant(write, tiny_library, tiny_base):
-    _, text = write()
     files = {name: tiny_library / name / "adapter_model.safetensors" for name in NAMES}
     files["base model"] = tiny_base / "model.safetensors"
-    sums = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
     weights = MIXED.weights | {"base model": MIXED.base}
     rows = [[row[0], float(row[1]), *row[2:]] for row in table(text, "Sources")]
     declared = dict.fromkeys(NAMES, "not declared") | {"base model": ""}
-    assert rows == [[name, weights[name], "", declared[name], sums[name]] for name in weights]
+    assert rows == [[name, weights[name], "", declared[name], sha256_of(files[name])] for name in weights]
+    _, text = write(name="ties", out="ties")  # a static merge names all sources without weights
+    assert "merge" in ModelCard(text).data.tags and "`ties`" in text
+    assert [row[:2] for row in table(text, "Sources")] == [[name, ""] for name in (*NAMES, "base model")]
 
 
 @pytest.mark.parametrize(("rank", "accepted"), [(None, 8), (1, 1), (3, 8)])

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import psutil
 import pytest
 
-from helpers import ROOT, arguments, files_of, read_table, write_queries
+from helpers import ROOT, arguments, files_of, many_rows, read_table, write_queries
 from router.kit import Merges
 from router.model import answer as module
 from router.model.answer import by_length
@@ -25,11 +25,7 @@ from router.run import _run
 from router.settings import Settings
 from router.system.errors import InputError
 
-CHOICE = ("multiple_choice", "['a', 'bcd']")
-MANY = [
-    (f"q{n}", f"{n} is a number" + ", is it" * (n % 7), *(CHOICE if n % 3 == 0 else ("generation", "")))
-    for n in range(48)
-]
+MANY = many_rows(48)
 
 
 class Killed(BaseException):

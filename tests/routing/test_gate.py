@@ -290,10 +290,7 @@ def test_weights_sum_to_one_and_the_risen_adapter_wins(views):
         assert weights.shape == (20, 7)
         np.testing.assert_allclose(weights.sum(1), 1.0)
         assert (weights.argmax(1) == adapter).all()
-
-
-def test_a_stronger_response_never_lowers_a_weight():
-    gate = PrototypeGate(top_k=None).fit(GENERIC)
+    gate = PrototypeGate(top_k=None).fit(GENERIC)  # a stronger response never lowers a weight
     weights = np.array([gate.predict_proba(queries(2, rise))[:, 2] for rise in np.linspace(0, 0.6, 7)])
     assert (np.diff(weights, axis=0) >= -1e-12).all() and (weights[-1] > weights[0]).all()
     assert gate.predict_proba(GENERIC[:0]).shape == (0, 7) and gate.judge(GENERIC[:0]).votes.shape == (0, 10)

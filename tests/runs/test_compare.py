@@ -87,26 +87,20 @@ def test_moves_and_the_first_predictions(capsys, tmp_path):
     assert " C " in shown and " D " not in shown
 
 
-def scored(capsys, tmp_path, right_a, right_b):
-    """Compares runs of which every query is right (1) or wrong (0), as told."""
-    answers = [[" yes \n" if each else "no" for each in right] for right in (right_a, right_b)]
-    one, two = pair(tmp_path, [[1, 0, 0, 0]] * len(right_a), answers=answers)
-    rows = [(f"q{n}", "yes") for n in range(len(right_a))]
-    labels = write_csv(tmp_path / "run.csv", ("id", "target"), rows)
-    return compared(capsys, one, two, "--labels", labels)["score"]
-
-
 def test_the_score_and_the_interval_of_the_paired_difference(capsys, tmp_path):
     rng = np.random.default_rng(7)
     right_a = rng.random(150) < 0.5
     right_b = np.where(rng.random(150) < 0.2, ~right_a, right_a) | (rng.random(150) < 0.1)
-    found = scored(capsys, tmp_path / "a", right_a, right_b)
+    answers = [[" yes \n" if each else "no" for each in right] for right in (right_a, right_b)]
+    one, two = pair(tmp_path, [[1, 0, 0, 0]] * 150, answers=answers)
+    labels = write_csv(tmp_path / "run.csv", ("id", "target"), [(f"q{n}", "yes") for n in range(150)])
+    found = compared(capsys, one, two, "--labels", labels)["score"]
     (_, mean), steps = found["files"], right_b.astype(float) - right_a
     assert (mean["queries"], mean["a"], mean["b"]) == (150, right_a.mean(), right_b.mean())
     assert found["difference"] == pytest.approx(steps.mean())
     drawn = steps[rng.integers(150, size=(20000, 150))].mean(1)
     assert np.allclose((found["low"], found["high"]), np.quantile(drawn, (0.025, 0.975)), atol=0.008)
-    alike = scored(capsys, tmp_path / "c", [0, 1], [0, 1])
+    alike = compared(capsys, one, one, "--labels", labels)["score"]
     assert alike["low"] == alike["high"] == alike["difference"] == 0
 
 

@@ -3,13 +3,14 @@
 import asyncio
 import importlib
 import sys
-from types import ModuleType
 
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra serve")
 
 from serving_stubs import Two
+
+from helpers import stand_in
 
 
 @pytest.fixture()
@@ -24,15 +25,13 @@ def plug(monkeypatch):
             super().__init__(detail)
             self.status_code = status_code
 
-    for content in (
-        {"name": "litellm"}, {"name": "litellm.integrations"},
-        {"name": "litellm.integrations.custom_logger", "CustomLogger": CustomLogger},
-        {"name": "fastapi", "HTTPException": HTTPException},
-    ):  # fmt: skip
-        name = content.pop("name")
-        module = ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
+    stand_in(
+        monkeypatch,
+        litellm={},
+        litellm__integrations={},
+        litellm__integrations__custom_logger={"CustomLogger": CustomLogger},
+        fastapi={"HTTPException": HTTPException},
+    )
     monkeypatch.delitem(sys.modules, "router.integrations.litellm", raising=False)
     yield importlib.import_module("router.integrations.litellm")
     sys.modules.pop("router.integrations.litellm", None)
