@@ -112,7 +112,7 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
         assert any(weight.abs().max() > 0 for name, weight in model.named_parameters() if "lora_B" in name)
 
 
-def test_oracle_answers_with_each_querys_own_adapter(command, tiny_base, tiny_library):
+def test_oracle_answers_with_each_querys_own_adapter(command, tmp_path, tiny_base, tiny_library):
     code, out = command("oracle")
     assert code == 0
     found = {row["id"]: row["prediction"] for row in read_table(out / "queries.csv")}
@@ -122,16 +122,10 @@ def test_oracle_answers_with_each_querys_own_adapter(command, tiny_base, tiny_li
         if name != "base":
             model = PeftModel.from_pretrained(model, tiny_library / name).eval()
         assert [found[row[0]] for row in rows] == answers_of(model, tiny_base, rows)
-    for row, own in zip(read_table(out / "queries.routing.csv"), ROWS, strict=True):
-        assert float(row[own[4]]) == 1
-
-
-def test_oracle_averages_the_adapters_that_a_query_needs(command, tmp_path):
-    shares = {"mlp": 1, "mlp+attention": 2, "attention+base+mlp": 3}
-    rows = [(name, "a", "generation", "", name) for name in shares]
-    code, out = command("oracle", "--dataset_filepaths", write_queries(tmp_path / "several.csv", rows))
+    several = [(name, "a", "generation", "", name) for name in ("mlp", "mlp+attention", "attention+base+mlp")]
+    code, out = command("oracle", "--dataset_filepaths", write_queries(tmp_path / "several.csv", several))
     assert code == 0
-    for row in read_table(out / "several.routing.csv"):
+    for row in read_table(out / "several.routing.csv"):  # the mean of those that a query needs
         needed = row["id"].split("+")
         expected = {name: (name in needed) / len(needed) for name in (*NAMES, "base")}
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
@@ -148,26 +142,20 @@ def test_the_same_command_gives_the_same_bytes(command, method):
     assert records[0] == records[1]
 
 
-def test_the_evidence_tells_what_was_decided(command):
-    _, out = command("proto_route")
-    evidence, routing = (
-        Evidence.load(out / "queries.evidence.safetensors"),
-        read_table(out / "queries.routing.csv"),
-    )
-    assert evidence.adapters == NAMES and len(evidence.modules) == evidence.votes.shape[1]
-    for row, scores, level in zip(routing, evidence.scores, evidence.base_score, strict=True):
-        weights = np.array([float(row[name]) for name in (*NAMES, "base")])
-        expected = np.exp(np.array([*(scores - level), 0.0]) / Settings().temperature)
-        np.testing.assert_allclose(weights, expected / expected.sum(), atol=1e-4)  # three keep theirs: all
-
-
 def test_a_higher_rate_leaves_fewer_queries_with_the_base_model(command):
     thresholds, shares = [], []
     for rate, flag in ((0.01, "false_alarm"), (0.1, "false_positive_rate"), (0.99, "false_positive_rate")):
         _, out = command("proto_route", f"--{flag}", rate, out=str(rate))
         assert json.loads((out / "run.json").read_text())["flags"]["false_positive_rate"] == rate
-        thresholds.append(Evidence.load(out / "queries.evidence.safetensors").base_score)
-        shares.append([float(row["base"]) for row in read_table(out / "queries.routing.csv")])
+        evidence = Evidence.load(out / "queries.evidence.safetensors")
+        assert evidence.adapters == NAMES and len(evidence.modules) == evidence.votes.shape[1]
+        thresholds.append(evidence.base_score)
+        rows = read_table(out / "queries.routing.csv")
+        weights = [[float(row[name]) for name in (*NAMES, "base")] for row in rows]
+        expected = np.exp(np.column_stack([evidence.scores, evidence.base_score]) / Settings().temperature)
+        expected /= expected.sum(1, keepdims=True)
+        np.testing.assert_allclose(weights, expected, atol=1e-4)  # three keep theirs: all
+        shares.append([row[-1] for row in weights])
     steps = np.diff(thresholds, axis=0)  # the threshold alone moves, by the same for all queries
     assert (steps < 0).all() and np.ptp(steps, axis=1).max() < 1e-5
     assert (np.diff(shares, axis=0) <= 1e-6).all() and np.mean(shares[0]) > np.mean(shares[-1])
@@ -478,16 +466,8 @@ def test_a_query_file_of_a_name_that_a_run_needs_is_refused(name, command, tmp_p
     assert "rename it" in capsys.readouterr().err
 
 
-def test_a_result_that_was_edited_since_is_not_replaced(command, capsys):
-    _, out = command("base")
-    assert command("base")[0] == 0
-    (out / "queries.csv").write_text("mine")
-    assert command("base")[0] == 2 and "queries.csv" in capsys.readouterr().err
-    assert (out / "queries.csv").read_text() == "mine"
-
-
 @pytest.mark.parametrize("name", ["queries.csv", "variants"])
-def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, monkeypatch, name):
+def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, capsys, monkeypatch, name):
     from router.run import answer
 
     def slow(*of):
@@ -499,8 +479,13 @@ def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, m
         code, out = command("base")
     assert code == 2 and (out / name).read_text() == "mine"
     (out / name).unlink()
-    monkeypatch.setattr("router.model.answer.generate", lambda *_: pytest.fail("asked again"))
+    with monkeypatch.context() as patch:
+        patch.setattr("router.model.answer.generate", lambda *_: pytest.fail("asked again"))
+        assert command("base")[0] == 0
     assert command("base")[0] == 0
+    (out / "queries.csv").write_text("mine")  # a result that was edited since
+    assert command("base")[0] == 2 and "queries.csv" in capsys.readouterr().err
+    assert (out / "queries.csv").read_text() == "mine"
 
 
 def test_a_token_beyond_the_embeddings_costs_its_prompts_alone(tmp_path, tiny_base, tiny_library):

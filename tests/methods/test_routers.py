@@ -244,34 +244,22 @@ def all_attached(base_folder, library):
     return model
 
 
-def test_logo_weighs_by_the_norm_at_the_last_q_proj(base, tiny_base, uniform, monkeypatch):
+@pytest.mark.parametrize("shared", [True, False])  # whether all adapters change the last q_proj
+def test_logo_weighs_by_the_norm_at_the_last_block(
+    shared, base, tiny_base, uniform, tiny_library, monkeypatch
+):
     monkeypatch.setattr("router.methods.logo.TOP_K", 3)
-    library = uniform[0].parent
-    router = method("logo", base, library)
-    found = routed(router, TEXTS)
-    place, model = "model.layers.1.self_attn.q_proj", all_attached(tiny_base, library)
-    assert (found > 0).sum(1).tolist() == [3] * 5 and not found[:, -1].any()
-    for row, text in zip(found, TEXTS, strict=True):
-        last = module_inputs(model, router.base, text, [place])[place][-1]
-        signals = {i: np.linalg.norm(d @ last) for i, d in deltas(library)[place].items()}
-        kept = chosen(signals, 3)
-        for number in range(4):
-            expected = signals[number] / sum(signals[i] for i in kept) if number in kept else 0
-            assert row[number] == pytest.approx(expected, abs=1e-4)
-
-
-def test_logo_without_a_shared_q_proj_takes_the_mean(base, tiny_base, tiny_library):
-    router = method("logo", base, tiny_library)
-    found = routed(router, TEXTS)
-    updates, model = deltas(tiny_library), all_attached(tiny_base, tiny_library)
-    block = [module for module in updates if module.startswith("model.layers.1.")]
-    for row, text in zip(found, TEXTS, strict=True):
-        inputs = module_inputs(model, router.base, text, block)
+    library = uniform[0].parent if shared else tiny_library
+    router, updates, model = method("logo", base, library), deltas(library), all_attached(tiny_base, library)
+    places = [m for m in updates if m.startswith("model.layers.1.") and (not shared or m.endswith("q_proj"))]
+    for row, text in zip(routed(router, TEXTS), TEXTS, strict=True):
+        inputs = module_inputs(model, router.base, text, places)
         signals = np.array([
-            np.mean([np.linalg.norm(updates[m][i] @ inputs[m][-1]) for m in block if i in updates[m]])
-            for i in range(3)
+            np.mean([np.linalg.norm(updates[m][i] @ inputs[m][-1]) for m in places if i in updates[m]])
+            for i in range(len(router.adapters))
         ])  # fmt: skip
-        np.testing.assert_allclose(row, [*(signals / signals.sum()), 0], atol=1e-4)
+        kept = np.isin(np.arange(len(signals)), np.argsort(-signals)[:3])
+        np.testing.assert_allclose(row, [*(signals * kept / signals[kept].sum()), 0], atol=1e-4)
 
 
 def test_mass_weighs_by_what_the_subspaces_leave_over(base, five):

@@ -52,15 +52,6 @@ def test_a_template_that_fails_is_a_sentence(base, tmp_path, source):
             template_of(base.tokenizer, path)
 
 
-def test_a_refusal_names_the_query(base):
-    strict = Template(
-        base.tokenizer,
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('x') }}{% endif %}" + PLAIN,
-    )
-    with pytest.raises(InputError, match="query 7"):
-        strict.text(TALK, "7")
-
-
 def test_the_first_token_is_not_written_twice(base):
     class Stub:
         bos_token, bos_token_id, chat_template = "<s>", 1, "there"

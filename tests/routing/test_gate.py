@@ -191,28 +191,19 @@ def test_the_shortlist_has_the_best_adapter(monkeypatch):
     some[:, 0] = False
     for part in (reference, X):
         part[:, some] = np.nan
-    expected = PrototypeGate().fit(reference).decision_function(X)
+    full = PrototypeGate().fit(reference).judge(X)
+    best = full.scores.argmax(1)
+    assert (best == np.arange(120) % 60).mean() > 0.9
     large(monkeypatch, LANDMARKS=60, SHORT=10)
     gate = LargeGate().fit(reference)
-    best = expected.argmax(1)
-    found = gate.decision_function(X)
-    assert (best == np.arange(120) % 60).mean() > 0.9
+    found, weights = gate.decision_function(X), gate.predict_proba(X)
     assert (found.argmax(1) == best).mean() > 0.98
-    weights = gate.predict_proba(X)
     np.testing.assert_allclose(weights.sum(1), 1)
     assert ((weights[:, :-1] > 0) <= np.isfinite(found)).all()
-
-
-def test_a_few_landmarks_tell_what_all_respond_to_alike(monkeypatch):
-    draw = library(120, modules=3, common=(0.3, 0.9))
-    reference, X = draw(160, 0), draw(40, 1)
-    X[np.arange(40), np.arange(40)] *= 1.3
-    full = PrototypeGate().fit(reference).judge(X)
-    large(monkeypatch, LANDMARKS=40, SHORT=120)
+    large(monkeypatch, LANDMARKS=20, SHORT=60)  # a few tell what all respond to alike
     few = LargeGate().fit(reference).judge(X)
     assert np.corrcoef(few.scores.ravel(), full.scores.ravel())[0, 1] > 0.95
-    assert (few.scores.argmax(1) == full.scores.argmax(1)).mean() > 0.8
-    assert np.corrcoef(few.residual, full.residual)[0, 1] > 0.9
+    assert (few.scores.argmax(1) == best).mean() > 0.8
 
 
 # What all adapters share.

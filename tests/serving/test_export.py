@@ -1,12 +1,9 @@
 """The command that serves variants: exact, runnable, and of the rank that was asked for."""
 
 import json
-import os
 import shlex
 import shutil
-import signal
 import subprocess
-import sys
 from itertools import takewhile
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, ROOT, edit_json, write_tiny_adapter
+from helpers import NAMES, edit_json, write_tiny_adapter
 from merge.folders import open_adapter
 from router.api import Router
 from router.cli import main as cli
@@ -223,21 +220,6 @@ def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(out, llama_cpp, capsy
         assert written and {min(weights.shape) for weights in written} == {3}
         text = words_of(out)
         assert words or text[text.index("--max-lora-rank") + 1] == "8"  # the least that it accepts for 3
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_what_a_killed_export_left_goes_at_the_next_one(out, llama_cpp):
-    script = llama_cpp[3] / "convert_lora_to_gguf.py"
-    script.write_text("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)")
-    words = [sys.executable, "-m", "router", "export", out, *llama_cpp]
-    assert subprocess.run(list(map(str, words)), cwd=ROOT, check=False).returncode == -signal.SIGKILL
-    (left,) = out.glob(".gguf.*")
-    assert list(left.iterdir())
-    (out / ".gguf.theirs").mkdir()
-    (out / ".gguf.theirs" / "mine").touch()
-    script.write_text(CONVERTER)
-    assert main([str(out), *map(str, llama_cpp)]) == 0
-    assert [path.name for path in out.glob(".gguf.*")] == [".gguf.theirs"]
 
 
 def exchanged(out):

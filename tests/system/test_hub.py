@@ -1,12 +1,17 @@
 """Downloads: what is asked of the hub, what comes back, and one error for all that can go wrong."""
 
+from importlib import import_module
 from types import SimpleNamespace
 from unittest.mock import Mock, call, patch
 
-import httpx
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from router.system.hub import HubError, fetch
 
@@ -27,14 +32,16 @@ def test_a_repository_has_its_folder_id_and_commit(monkeypatch, tmp_path, spec, 
     assert asked.call_args_list == [call("some/model", revision=revision, **how) for how in (network, cache)]
 
 
+# What the hub's client speaks HTTP with: httpx or httpx2, by its version.
+CLIENT = import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 ANSWER = SimpleNamespace(headers={}, request=None, status_code=404)
 ERRORS = {
     "no such id": HFValidationError("Repo id must be in the form\n'namespace/name'"),
     "not in the cache": LocalEntryNotFoundError("Cannot find\nsome file"),
     "no such repository": RepositoryNotFoundError("404 Client Error.\n\nLog in", response=ANSWER),
     "no network": ConnectionError("unreachable"),
-    "a dropped connection": httpx.RemoteProtocolError("peer closed"),
-    "a proxy that refuses": httpx.ProxyError("403 Forbidden"),
+    "a dropped connection": CLIENT.RemoteProtocolError("peer closed"),
+    "a proxy that refuses": CLIENT.ProxyError("403 Forbidden"),
     "no words": TimeoutError(),
 }
 
