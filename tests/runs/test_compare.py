@@ -125,8 +125,6 @@ def test_scores_are_means_over_files_with_a_folder_of_labels(capsys, runs, tmp_p
     for key, values in expected.items():
         assert [part[key] for part in files] == pytest.approx(values)
         assert mean[key] == pytest.approx(np.mean(values))
-    assert main([str(one), str(two), "--labels", str(tmp_path)]) == 0
-    assert "mean over files" in capsys.readouterr().out
     static = compared(capsys, runs("average"), one, "--labels", tmp_path)["score"]["files"][-1]
     assert static["routed a"] is None and static["routed b"] == pytest.approx(np.mean(expected["routed a"]))
 

@@ -254,15 +254,6 @@ def test_adapters_that_stand_aside_are_named(small):
     assert 3 not in [axis for axis, *_ in page.data["prototypes"]]
 
 
-@pytest.mark.parametrize("harm", [lambda out: shutil.rmtree(out), lambda out: (out / "run.csv").unlink()])
-def test_what_does_not_belong_together_is_one_line_and_exit_code_2(small, capsys, harm):
-    harm(small)
-    assert main([str(small)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {small}") and error.count("\n") == 1
-    assert not (small / "report.html").exists()
-
-
 def test_hostile_text_stays_text_and_nothing_is_fetched(small):
     page = Page(write_report(small))
     assert "{{" not in page.scripts[1] and "{%" not in page.scripts[1]  # jinja leaves the page's script alone

@@ -6,12 +6,7 @@ from unittest.mock import Mock, call, patch
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import errors
 
 from router.system.hub import HubError, fetch
 
@@ -33,12 +28,12 @@ def test_a_repository_has_its_folder_id_and_commit(monkeypatch, tmp_path, spec, 
 
 
 # What the hub's client speaks HTTP with: httpx or httpx2, by its version.
-CLIENT = import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+CLIENT = import_module(errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 ANSWER = SimpleNamespace(headers={}, request=None, status_code=404)
 ERRORS = {
-    "no such id": HFValidationError("Repo id must be in the form\n'namespace/name'"),
-    "not in the cache": LocalEntryNotFoundError("Cannot find\nsome file"),
-    "no such repository": RepositoryNotFoundError("404 Client Error.\n\nLog in", response=ANSWER),
+    "no such id": errors.HFValidationError("Repo id must be in the form\n'namespace/name'"),
+    "not in the cache": errors.LocalEntryNotFoundError("Cannot find\nsome file"),
+    "no such repository": errors.RepositoryNotFoundError("404 Client Error.\n\nLog in", response=ANSWER),
     "no network": ConnectionError("unreachable"),
     "a dropped connection": CLIENT.RemoteProtocolError("peer closed"),
     "a proxy that refuses": CLIENT.ProxyError("403 Forbidden"),
