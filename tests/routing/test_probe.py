@@ -51,6 +51,12 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
     means, _ = input_means(base.model, rows, 0, list(protos))
     found = probe(base.model, rows, 0, protos, means, 3).responses
     assert found.shape == (len(TEXTS), 3, 14, 2) and found.dtype == np.float32
+    torch.set_default_dtype(torch.bfloat16)  # as while a reload loads a model in another thread
+    try:
+        again = probe(base.model, rows, 0, protos, means, 3).responses
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(again, found)
     inputs = [read(plain, row, list(protos)) for row in rows]
     updates = [dense_updates(tiny_library / name) for name in NAMES]
     for m, module in enumerate(protos):
