@@ -152,7 +152,8 @@ def test_a_higher_rate_leaves_fewer_queries_with_the_base_model(command):
         thresholds.append(evidence.base_score)
         rows = read_table(out / "queries.routing.csv")
         weights = [[float(row[name]) for name in (*NAMES, "base")] for row in rows]
-        expected = np.exp(np.column_stack([evidence.scores, evidence.base_score]) / Settings().temperature)
+        candidates = np.column_stack([evidence.scores, evidence.base_score])
+        expected = np.exp((candidates - candidates.max(1, keepdims=True)) / Settings().temperature)
         expected /= expected.sum(1, keepdims=True)
         np.testing.assert_allclose(weights, expected, atol=1e-4)  # three keep theirs: all
         shares.append([row[-1] for row in weights])
