@@ -283,7 +283,7 @@ def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, saved):
     ("part", "field", "value", "flag"),
     [
         ("model_config", "enforce_eager", False, "--enforce-eager"),
-        ("parallel_config", "tensor_parallel_size", 2, ""),
+        ("parallel_config", "tensor_parallel_size", 2, "device"),
         (None, "speculative_config", object(), "speculative"),
         (None, "lora_config", None, "--enable-lora"),
     ],

@@ -52,18 +52,14 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_missing_truncated_or_damaged_weights_or_configuration(tiny_base, copied, kind, monkeypatch):
+def test_missing_truncated_or_damaged_weights_or_configuration(copied, kind):
     spoil, named = DAMAGED[kind]
     spoil(copied)
     with pytest.raises(InputError, match=f"--base_model {copied}: .*{named}"):
         load_base(str(copied), "cpu", "float32")
-    monkeypatch.setattr(module, "embedded_folder", lambda: copied)
-    monkeypatch.setattr(module, "embedded_gguf", lambda: tiny_base / "model.safetensors")
-    with pytest.raises(InputError, match=str(copied)):
-        load_base("embedded", "cpu", "float32")
 
 
-def test_a_model_that_cannot_be_used_is_told_from_a_damaged_one(copied):
+def test_a_model_that_cannot_be_used_is_told_from_a_damaged_one(copied, monkeypatch):
     with (
         patch("transformers.LlamaForCausalLM.forward", side_effect=IndexError("index out of range")),
         pytest.raises(InputError, match="LlamaForCausalLM"),  # which does not read tokens alone
@@ -78,6 +74,11 @@ def test_a_model_that_cannot_be_used_is_told_from_a_damaged_one(copied):
     load_base(str(copied), "cpu", "float32")
     with pytest.raises(InputError, match="--dtype float32"):
         load_base(str(copied), "cpu", "float16")
+    (copied / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(module, "embedded_folder", lambda: copied)
+    monkeypatch.setattr(module, "embedded_gguf", lambda: copied / "config.json")
+    with pytest.raises(InputError, match=str(copied)):  # which is to be removed
+        load_base("embedded", "cpu", "float32")
 
 
 def test_a_models_own_code_is_refused_without_a_question(copied, tmp_path, monkeypatch):

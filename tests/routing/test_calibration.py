@@ -98,9 +98,8 @@ def test_a_broken_file_is_measured_again(base, adapters, cache, keep):
     for file, data in whole.items():
         file.write_bytes(data[: int(keep * len(data)) if keep == 0.5 else keep])
     assert_close(measured(base, adapters), first)
-    assert {file: len(file.read_bytes()) for file in cache.rglob("*.*")} == {
-        file: len(data) for file, data in whole.items()
-    }  # and kept again
+    again = {file: len(file.read_bytes()) for file in cache.rglob("*") if file.is_file()}
+    assert again == {file: len(data) for file, data in whole.items()}  # and kept again
 
 
 def spoilt(base, name, **fields):

@@ -383,6 +383,18 @@ def test_filters_apply_to_table_and_map(visit, path):
 
 def test_everything_is_reached_by_pointer_and_keyboard(visit, path):
     page, data = visit(path), Page(path).data
+    page.focus("#map")
+    page.keyboard.press("Home")
+    first = page.inner_text("#shown h4 bdi >> nth=0")
+    page.keyboard.press("PageDown")
+    assert page.inner_text("#shown h4 bdi >> nth=0") == ids(page)[1] != first == ids(page)[0]
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "true"
+    page.keyboard.press("Tab")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    unnamed = """[...document.querySelectorAll('button,select,input,[tabindex]')].filter(
+        (e) => !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).length"""
+    assert page.evaluate(unnamed) == 0
     page.locator("#map").scroll_into_view_if_needed()
     box = page.locator("#map").bounding_box()
     margin, q = 26, 60
@@ -398,18 +410,6 @@ def test_everything_is_reached_by_pointer_and_keyboard(visit, path):
     assert data["texts"][q] in page.inner_text("#shown")  # a click keeps it
     page.click("#shown button")
     assert page.evaluate("document.activeElement.textContent") == data["ids"][q]
-    page.focus("#map")
-    page.keyboard.press("Home")
-    first = page.inner_text("#shown h4 bdi >> nth=0")
-    page.keyboard.press("PageDown")
-    assert page.inner_text("#shown h4 bdi >> nth=0") == ids(page)[1] != first == ids(page)[0]
-    page.keyboard.press("Enter")
-    assert page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "true"
-    page.keyboard.press("Tab")
-    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
-    unnamed = """[...document.querySelectorAll('button,select,input,[tabindex]')].filter(
-        (e) => !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).length"""
-    assert page.evaluate(unnamed) == 0
 
 
 @pytest.mark.parametrize("low", [True, False])
