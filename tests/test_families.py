@@ -9,7 +9,6 @@ from helpers import FAMILIES, arguments, choice_scores, family, read_by_id, read
 from router.main import main
 from router.model.answer import likeliest
 
-LENGTH = 6  # new tokens, as `arguments` asks for
 PROMPTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "abc"]
 CHOICES = ["stone", "pear", "a", "two and two"]
 

@@ -20,8 +20,7 @@ README, CONTRIBUTING, QUICKSTART = (
 )
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README + QUICKSTART, re.M | re.S)
-LINES = [line for language, text in BLOCKS if not language for line in text.splitlines()]
-SCRIPTS, COMMAND, MODULE = "bash scripts/", "proto-route ", "python -m router."
+COMMAND, MODULE = "proto-route ", "python -m router."
 STAND_INS = {
     'load_base("embedded")': 'load_base("some/base")',
     'Router.from_library("data/library_chat")': 'Router.from_library("adapters", base_model="some/base")',

@@ -24,7 +24,7 @@ from merge.folders import (
     write_adapter,
 )
 
-Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+Q0 = "model.layers.0.self_attn.q_proj"
 
 
 def config_of(folder):
