@@ -50,7 +50,7 @@ def test_the_version_is_that_of_the_installed_package(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"), [(["router", "--help"], COMMANDS), (["router.main", "--list_methods"], METHODS)]
 )
-def test_the_module_is_the_same_command_and_loads_nothing_to_help(words, said):
+def test_the_module_is_the_command_and_loads_little_to_help(words, said):
     command = [sys.executable, "-X", "importtime", "-m", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in said)

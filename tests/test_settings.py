@@ -21,7 +21,7 @@ def test_settings_come_back_from_json(settings):
     assert Settings.from_plain(json.loads(json.dumps(settings.plain()))) == settings
 
 
-def test_what_no_version_knows_is_left_out_and_what_is_missing_is_named():
+def test_what_no_version_knows_goes_what_is_missing_is_named():
     values = Settings().plain()
     assert Settings.from_plain(values | {"an_older_one": 3}) == Settings()
     for name, default in values.items():
@@ -35,13 +35,13 @@ def test_what_no_version_knows_is_left_out_and_what_is_missing_is_named():
 
 @pytest.mark.parametrize("name", kinds())
 @pytest.mark.parametrize("value", [object(), b"", [], (7,), -1, float("nan")])
-def test_a_value_that_a_setting_does_not_take_is_refused_by_its_flag(name, value):
+def test_a_value_that_a_setting_refuses_is_named_by_its_flag(name, value):
     with pytest.raises(InputError, match=f"--{name}: "):
         Settings(**{name: value})
 
 
 @pytest.mark.parametrize("name", kinds())
-def test_the_help_of_a_setting_shows_a_default_that_its_flag_takes(name):
+def test_the_help_shows_a_default_that_its_flag_takes(name):
     (flag,) = [action for action in parser()._actions if action.dest == name]
     shown, default = flag.help.rpartition("(default: ")[2][:-1], getattr(Settings(), name)
     if name != "skip_bad":

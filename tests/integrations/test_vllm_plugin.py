@@ -178,7 +178,7 @@ def test_each_is_answered_as_the_router_decides(started, saved, stream):
     started(work)
 
 
-def test_a_prompt_that_no_adapter_fits_is_asked_once_and_a_known_one_not_read(started, saved):
+def test_a_prompt_that_no_adapter_fits_is_asked_once(started, saved):
     alone = next(text for text in (f"{n} and ?" for n in range(50)) if named(saved, text) == "the-base")
     sent = next(text for text in TEXTS if named(saved, text) != "the-base")
 

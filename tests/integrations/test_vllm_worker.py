@@ -138,7 +138,7 @@ def test_a_prompt_that_is_read_in_parts_adds_up(loaded, saved):
     check(reader, saved._base, wanted, [name])
 
 
-def test_what_came_from_the_cache_gives_no_answer_rather_than_a_wrong_one(loaded):
+def test_what_came_from_the_cache_gives_no_answer(loaded):
     reader, runner, prompts, wanted = loaded
     name, *_ = wanted
     runner.step([(name, 0, 6)], prompts)
@@ -147,7 +147,7 @@ def test_what_came_from_the_cache_gives_no_answer_rather_than_a_wrong_one(loaded
     assert reader.take(wanted[name][0]) == b"" and not reader.reading
 
 
-def test_a_request_without_a_mark_or_of_an_unknown_library_is_not_read(loaded):
+def test_a_request_without_a_known_mark_is_not_read(loaded):
     reader, runner, prompts, _ = loaded
     prompts["proto-route-ffffffff-0-a1"] = [5, 6, 7]
     runner.step(whole(prompts, ["somebody-else", "proto-route-ffffffff-0-a1"]), prompts)
@@ -157,7 +157,7 @@ def test_a_request_without_a_mark_or_of_an_unknown_library_is_not_read(loaded):
     assert not reader.groups
 
 
-def test_what_fails_while_a_prompt_is_read_never_fails_the_engine(loaded, monkeypatch, caplog):
+def test_what_fails_while_reading_never_fails_the_engine(loaded, monkeypatch, caplog):
     reader, runner, prompts, wanted = loaded
     first, second, *_ = wanted
     with monkeypatch.context() as patch:

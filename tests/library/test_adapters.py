@@ -67,7 +67,7 @@ BAD = {
 }
 
 
-def test_bad_adapters_are_left_out_and_listed_if_that_is_asked_for(tiny_library):
+def test_bad_adapters_are_left_out_and_listed_if_asked_for(tiny_library):
     for name, spoil in BAD.items():
         spoil(write_tiny_adapter(tiny_library / name, 4))
     bad = []
@@ -109,7 +109,7 @@ def test_the_default_library_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
         load_library(["data/library"])
 
 
-def test_weights_replaced_after_they_were_opened_do_not_reach_the_cache(tmp_path, monkeypatch):
+def test_weights_replaced_after_opening_do_not_reach_the_cache(tmp_path, monkeypatch):
     # An empty cache: another test may have kept the prototypes of the same adapter, which are not read then.
     monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path / "cache")
     folder, other = (write_tiny_adapter(tmp_path / name, 1) for name in ("one", "other"))

@@ -97,7 +97,7 @@ def started(tmp_path, tiny_base, tiny_library, monkeypatch):
     return run
 
 
-def test_some_whole_batches_are_the_same_batches_without_the_others():
+def test_batches_are_the_same_without_the_others():
     lengths = [(7 * n) % 23 + 1 for n in range(60)]
     for rows in (None, 5):
         taker = Processes(1, 3)
@@ -138,7 +138,7 @@ def test_several_processes_leave_the_files_of_one(started, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_what_was_answered_before_a_process_died_is_not_answered_again(started, tmp_path, monkeypatch, count):
+def test_what_was_answered_before_a_death_stays_answered(started, tmp_path, monkeypatch, count):
     plain, done = module.if_it_fits, []
 
     def noting(way, batch):
@@ -227,7 +227,7 @@ def torchrun(tmp_path, *words):
 
 
 @pytest.mark.slow
-def test_torchrun_leaves_the_files_of_one_process_and_goes_on_after_a_kill(tmp_path, tiny_base, tiny_library):
+def test_torchrun_leaves_the_files_of_one_also_after_a_kill(tmp_path, tiny_base, tiny_library):
     queries = write_queries(tmp_path / "queries.csv", MANY)
 
     def words(out, *flags):

@@ -16,7 +16,7 @@ RECORD = {
 }  # fmt: skip
 
 
-def test_a_summary_has_the_largest_variant_and_top_candidate_first():
+def test_a_summary_has_the_largest_variant_first():
     lines = summary(typed(Record, RECORD)).splitlines()
     assert [line.split() for line in lines[2:4]] == [
         ["1", "4", "two", "0.75,", "one", "0.20,", "base", "0.05"], ["0", "1", "base", "1.00"],

@@ -134,7 +134,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path, kind):
     assert BROKEN[kind][1] in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_queries_that_changed_since_are_not_shown_as_what_was_asked(tmp_path, tiny_base, tiny_library):
+def test_queries_that_changed_since_are_not_shown(tmp_path, tiny_base, tiny_library):
     queries, out = write_queries(tmp_path / "queries.csv", QUERIES), tmp_path / "out"
     assert main(arguments("proto_route", [queries], tiny_library, tiny_base, out)) == 0
     assert texts(load(out)) == [row[1] for row in QUERIES]

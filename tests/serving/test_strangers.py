@@ -240,7 +240,7 @@ async def test_decisions_are_written_a_line_each(prompts, tmp_path, monkeypatch,
     assert len(files) > 2 and all(one.stat().st_size <= 1000 and written(one) for one in files)
 
 
-async def test_a_decision_is_a_span_between_the_clients_and_the_servers(monkeypatch):
+async def test_a_decision_is_a_span_between_client_and_server(monkeypatch):
     trace = pytest.importorskip("opentelemetry.sdk.trace", reason="needs the extra trace")
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
