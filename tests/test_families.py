@@ -85,4 +85,4 @@ def test_a_query_beyond_the_table_of_positions_fails_alone(method, tmp_path, tin
         told, answers = capsys.readouterr().err, read_by_id(tmp_path / "out" / "queries.csv")
         assert [name for name, row in answers.items() if row["prediction"] == "unknown"] == failed
         assert ("query q150" in told) == bool(failed) and "query q138" not in told
-        assert ("--max_seq_len 135" in told) == bool(failed)  # as it says
+        assert "2 of 3 prompts" in told and "--max_seq_len 135" in told
