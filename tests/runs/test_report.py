@@ -395,6 +395,7 @@ def test_everything_is_reached_by_pointer_and_keyboard(visit, path):
     unnamed = """[...document.querySelectorAll('button,select,input,[tabindex]')].filter(
         (e) => !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).length"""
     assert page.evaluate(unnamed) == 0
+    page = visit(path)
     page.locator("#map").scroll_into_view_if_needed()
     box = page.locator("#map").bounding_box()
     margin, q = 26, 60
