@@ -60,14 +60,11 @@ def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatc
     assert mixed
 
 
-ROUTERS = ("arrow", "spectr", "lag", "logo", "mass")
-
-
 @pytest.mark.parametrize("kind", ["gemma3", "opt", "qwen2_moe"])  # pictures; tokens in a row; experts
 def test_published_methods_take_unusual_families(kind, tmp_path, tiny_base, capsys):
     base, library = saved(tmp_path, tiny_base, kind)
     queries = write_queries(tmp_path / "queries.csv", [(text, text, "generation", "") for text in PROMPTS])
-    for method in (*ROUTERS, "average", "ties"):
+    for method in ("arrow", "spectr", "lag", "logo", "mass", "average", "ties"):
         out = tmp_path / method
         assert main(arguments(method, [queries], library, base, out)) == 0, (method, capsys.readouterr().err)
         for row in read_table(out / "queries.routing.csv"):

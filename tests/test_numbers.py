@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from helpers import NAMES, delta, edit_json, method_of, write_tiny_library
+from helpers import NAMES, edit_json, method_of, write_tiny_library
+from helpers import delta as dense
 from merge.factors import Factors, recompress, weighted_sum
 from router.library.adapters import load_library
 from router.queries.submission import Query
@@ -36,15 +37,17 @@ def modules(draw):
 @settings(max_examples=60)
 @given(st.data(), modules())
 def test_the_sum_of_updates_is_linear_and_has_no_order(data, updates):
-    numbers, n = st.floats(-8, 8, width=32), len(updates)
-    one, other = (data.draw(st.lists(numbers, min_size=n, max_size=n)) for _ in range(2))
+    numbers = st.floats(-8, 8, width=32)
+    one, other = (
+        data.draw(st.lists(numbers, min_size=len(updates), max_size=len(updates))) for _ in range(2)
+    )
     u, v = data.draw(numbers), data.draw(numbers)
-    order = data.draw(st.permutations(range(n)))
+    order = data.draw(st.permutations(range(len(updates))))
     mixed = [u * x + v * y for x, y in zip(one, other, strict=True)]
-    found = delta(weighted_sum([updates[n] for n in order], [mixed[n] for n in order]))
-    parts = u * delta(weighted_sum(updates, one)) + v * delta(weighted_sum(updates, other))
+    found = dense(weighted_sum([updates[n] for n in order], [mixed[n] for n in order]))
+    parts = u * dense(weighted_sum(updates, one)) + v * dense(weighted_sum(updates, other))
     size = sum(
-        (abs(u * x) + abs(v * y)) * np.linalg.norm(delta(update))
+        (abs(u * x) + abs(v * y)) * np.linalg.norm(dense(update))
         for x, y, update in zip(one, other, updates, strict=True)
     )
     assert np.linalg.norm(found - parts) <= 1e-6 * size
@@ -53,13 +56,13 @@ def test_the_sum_of_updates_is_linear_and_has_no_order(data, updates):
 @settings(max_examples=60)
 @given(modules(), st.integers(1, 40))
 def test_recompression_loses_the_discarded_values_alone(updates, rank):
-    full = sum(map(delta, updates))
+    full = sum(map(dense, updates))
     s = np.linalg.svd(full, compute_uv=False)
     found = recompress(weighted_sum(updates, [1.0] * len(updates)), rank)
     assert found.rank <= rank
-    lost = np.linalg.norm(delta(found) - full)
+    lost = np.linalg.norm(dense(found) - full)
     # float32 factors are exact to a share of the largest value that is summed, not of the sum.
-    rounding = 1e-5 * sum(np.linalg.norm(delta(update)) for update in updates)
+    rounding = 1e-5 * sum(np.linalg.norm(dense(update)) for update in updates)
     assert lost == pytest.approx(np.linalg.norm(s[rank:]), abs=rounding)  # nothing, at full rank
 
 
