@@ -48,11 +48,6 @@ def kit_golden():
 
 
 @pytest.fixture(scope="session")
-def competition():
-    return shared("competition", "the competition's CSV files")
-
-
-@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A folder with a random two-layer Llama (hidden 32) and a byte-level tokenizer without BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -83,15 +78,31 @@ def tiny_library(tmp_path):
 
 
 @pytest.fixture()
-def chat_router(tiny_base, tiny_library, tmp_path):
-    """Makes routers of the tiny library with a chat template."""
+def router_of(tiny_base, tiny_library):
+    """Makes routers of the tiny library, or of another."""
     from router.api import Router
 
+    fixed = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32"}
+    return lambda library=tiny_library, **how: Router.from_library(library, **fixed | how)
+
+
+@pytest.fixture()
+def chat_router(router_of, tmp_path):
+    """Makes routers of the tiny library with a chat template."""
     (tmp_path / "template.jinja").write_text(PLAIN)
-    how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32"}
-    return lambda **more: Router.from_library(
-        tiny_library, **how, chat_template=tmp_path / "template.jinja", **more
-    )
+    return lambda **how: router_of(chat_template=tmp_path / "template.jinja", **how)
+
+
+@pytest.fixture()
+def saved_chats(chat_router, tmp_path):
+    """Saves a router of chats that was fitted to texts, and loads it."""
+    from router.api import Router
+
+    def saved(texts):
+        made = chat_router(false_positive_rate=0.9).fit(texts)
+        return Router.load(made.save(tmp_path / "saved"), device="cpu")
+
+    return saved
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -98,6 +100,14 @@ def method_of(name, base, adapters, journal=None, deadline=None, **settings):
     return load_method(name)(name, base, adapters, context)
 
 
+def stand_in(monkeypatch, **modules):
+    """Puts modules of these contents in place of those that are not installed; `__` stands for a dot."""
+    for name, content in modules.items():
+        module = ModuleType(name.replace("__", "."))
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
 # Base models of many families
 
 
@@ -162,6 +172,15 @@ QUERIES = [
     ("g2", "Bonjour, comment allez-vous ?", "generation", ""),
 ]
 METHODS = ["base", "average", "proto_route", "oracle"]
+
+
+def many_rows(count):
+    """So many queries of several lengths, every third with choices."""
+    choice, free = ("multiple_choice", "['a', 'bcd']"), ("generation", "")
+    return [
+        (f"{n:02}", f"{n} is a number" + ", is it" * (n % 7), *(free if n % 3 else choice))
+        for n in range(count)
+    ]
 
 
 def write_csv(path, header, rows):

@@ -100,12 +100,28 @@ class Upstream:
         if body.get("model") in self.unloaded:  # in vLLM's words
             about = {"message": f"The model `{body['model']}` does not exist.", "type": "NotFoundError"}
             return JSONResponse({"error": about | {"param": "model", "code": 404}}, 404)
+        if request.url.path == "/v1/chat/completions":
+            return self.chat(body)
         if body.get("stream"):
             return StreamingResponse(self.chunks(), media_type="text/event-stream")
         said = {"token_logprobs": [self.says]} if body.get("logprobs") else None
         choice = {"text": body.get("prompt"), "logprobs": said}
         found = {"model": body.get("model"), "choices": [choice]}
         return Response(json.dumps(found), media_type="application/json")
+
+    def chat(self, body):
+        """Says how many messages came, as OpenAI would."""
+        said = f"{len(body['messages'])} messages"
+        one = {"id": "c", "created": 1, "model": body["model"]}
+        if not body.get("stream"):
+            choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+            return JSONResponse(one | {"object": "chat.completion", "choices": [choice]})
+        chunks = [
+            one | {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": word}}]}
+            for word in said.split()
+        ]
+        lines = [f"data: {part}\n\n" for part in (*map(json.dumps, chunks), "[DONE]")]
+        return StreamingResponse(iter(lines), media_type="text/event-stream")
 
     async def chunks(self):
         try:

@@ -3,12 +3,12 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from helpers import method_of, read_table
+from helpers import method_of, peft_deltas, read_table
 from router.library.adapters import load_library
 from router.main import main
 from router.model.answer import encode
@@ -38,18 +38,13 @@ def test_tokens_are_the_kits(kit_golden, tokenizer, name):
     assert [query.id for query in queries] == [str(row["id"]) for row in golden]
     ids = encode(tokenizer, [query.input for query in queries])
     for query, row, found in zip(queries, golden, ids, strict=True):
-        if query.id != PANDAS_NAN:
+        if query.id == PANDAS_NAN:
+            assert query.input == "NA" and encode(tokenizer, ["nan"]) == [row["input_ids"]]
+        else:
             assert found == row["input_ids"], query.id
         if query.eval_type == "multiple_choice":
             choices = tokenizer(list(query.choices), add_special_tokens=False)["input_ids"]
             assert [[*choice, tokenizer.eos_token_id] for choice in choices] == row["choice_ids"], query.id
-
-
-def test_na_stays_text_and_is_the_kits_nan_otherwise(kit_golden, tokenizer):
-    queries = read_queries(kit_golden / "inputs" / "quirks.csv")
-    golden = golden_rows(kit_golden / "tokens", "quirks")
-    assert next(query.input for query in queries if query.id == PANDAS_NAN) == "NA"
-    assert encode(tokenizer, ["nan"]) == [row["input_ids"] for row in golden if str(row["id"]) == PANDAS_NAN]
 
 
 def expected(row):
@@ -103,19 +98,12 @@ def test_scores_and_generated_ids_are_the_kits(kit_golden, tmp_path, name, lengt
         else:
             assert list(found.ids) == row["generated_ids"], query.id
             assert found.text == row["csv_prediction"], query.id
-    if name == "average":
-        assert_active_update(method.base, tmp_path / "variants" / "0", kit_golden)
-
-
-def assert_active_update(base, variant, kit_golden):
-    """What PEFT adds to every weight, in all layers, is the exact mean of both updates."""
-    golden = load_file(kit_golden / "average_delta.safetensors")
-    with active(base, variant, "beside") as model:
-        added = {
-            f"{layer}.weight".removeprefix("base_model.model."): module.get_delta_weight("variant")
-            for layer, module in model.named_modules()
-            if hasattr(module, "get_delta_weight")
-        }
-    assert set(added) == set(golden) and len(golden) == 14
-    for weight, update in golden.items():
-        torch.testing.assert_close(added[weight], update, rtol=0, atol=1e-6)
+    if name == "base":
+        return
+    # What PEFT adds to every weight, in all layers, is the exact mean of both updates.
+    updates = load_file(kit_golden / "average_delta.safetensors")
+    with active(base, tmp_path / "variants" / "0", "beside") as model:
+        added = peft_deltas(model, "variant")
+    assert len(updates) == 14 and {f"{module}.weight" for module in added} == set(updates)
+    for module, update in added.items():
+        np.testing.assert_allclose(update, updates[f"{module}.weight"], rtol=0, atol=1e-6)

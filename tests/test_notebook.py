@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
-from helpers import NAMES, ROOT, ROWS, arguments, write_queries, write_run, write_tiny_adapter
+from helpers import NAMES, ROOT, ROWS, arguments, write_queries, write_tiny_adapter
 from router.constants import LIBRARY
 from router.main import main
 from router.runs import tables
@@ -75,18 +75,6 @@ def test_the_notebook_shows_any_run(extra, finished, monkeypatch):
     assert "of 6 queries have the same top candidate" in text
 
 
-def test_a_run_without_evidence_is_told_in_one_line(extra, finished, monkeypatch):
-    from nbclient.exceptions import CellExecutionError
-
-    monkeypatch.setenv("PROTO_ROUTE_RUN", str(finished("average")))
-    with pytest.raises(CellExecutionError) as caught:
-        execute(NOTEBOOK.parent)
-    told = str(caught.value)
-    assert "Traceback" not in told and "site-packages" not in told
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert "average" in line and "evidence" in line
-
-
 @pytest.mark.parametrize("flags", [("--temperature", 2.0), ("--top_k", 1), ("--n_variants", 2)])
 def test_a_replay_with_other_settings_is_the_run_with_them(finished, flags):
     run, other = (tables.open_run(finished("proto_route", *f, out=str(len(f)))) for f in ((), flags))
@@ -94,21 +82,6 @@ def test_a_replay_with_other_settings_is_the_run_with_them(finished, flags):
     np.testing.assert_allclose(replayed.weights, other.weights, atol=1e-5)
     np.testing.assert_array_equal(replayed.clusters.labels, other.labels)
     assert tables.settings_of(run) != tables.settings_of(other)
-
-
-def test_two_runs_are_compared_by_query_and_by_name(tmp_path):
-    one = write_run(tmp_path / "a" / "run", [[1, 0], [0.5, 0.5]], names=("x",))
-    two = write_run(tmp_path / "b" / "run", [[0.3, 0.7], [0.5, 0.5]], names=("y",), labels=[1, 0])
-    for name in ("run.csv", "run.routing.csv"):
-        header, *lines = (two / name).read_text().splitlines()
-        (two / name).write_text("\n".join([header, *reversed(lines)]))
-    rows = tables.compare(*(tables.open_run(out, evidence=False) for out in (one, two))).to_dict("index")
-    assert list(rows) == ["run:q0", "run:q1"]  # the most different first
-    assert rows["run:q0"]["weights apart"] == 1 and rows["run:q1"]["weights apart"] == pytest.approx(0.5)
-    assert rows["run:q0"]["variants apart"] == 1  # B's variant 1 is y and the base model
-    assert (rows["run:q0"]["A"], rows["run:q0"]["B"]) == ("x 1.00", "base 0.70, y 0.30")
-    assert (rows["run:q0"]["variant A"], rows["run:q0"]["variant B"]) == (0, 1)
-    assert not rows["run:q0"]["same top"]
 
 
 def test_a_run_is_found_from_a_folder_below(finished, monkeypatch, tmp_path):

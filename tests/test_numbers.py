@@ -11,17 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from helpers import NAMES, method_of, write_tiny_library
+from helpers import NAMES, edit_json, method_of, write_tiny_library
+from helpers import delta as dense
 from merge.factors import Factors, recompress, weighted_sum
 from router.library.adapters import load_library
 from router.queries.submission import Query
 from router.routing.gate import PrototypeGate
 
 # Updates.
-
-
-def dense(update):
-    return update.b.double().numpy() @ update.a.double().numpy()
 
 
 @st.composite
@@ -123,9 +120,8 @@ def plain(base, library):
 def resized(folder, to, size):
     """A copy of an adapter, `size` times as large."""
     shutil.copytree(folder, to)
-    config = json.loads((to / "adapter_config.json").read_text())
-    config["lora_alpha"] *= size
-    (to / "adapter_config.json").write_text(json.dumps(config))
+    alpha = json.loads((to / "adapter_config.json").read_text())["lora_alpha"]
+    edit_json(to / "adapter_config.json", lora_alpha=size * alpha)
 
 
 SIZES = st.floats(-3, 3).map(lambda exponent: 10**exponent)

@@ -31,30 +31,31 @@ def test_a_plan_is_of_the_queries_and_adapters(planned, tiny_base):
     assert all(value >= 0 for value in found["seconds"].values())
     weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_base).parameters()) * 4 / 2**20
     assert weights < found["peak_mib"]
+    assert json.loads(planned("--json", "--max_seq_len", 5)[2].out)["prompt_tokens"] <= 5 * len(ROWS)
 
 
 @pytest.mark.parametrize("method", method_names())
-def test_every_method_can_be_planned(planned, method):
+def test_every_method_can_be_planned(planned, method, tiny_library):
+    upper = write_tiny_adapter(tiny_library / "mlp", 0, layers=(1,), layers_to_transform=[1])
     code, _, said = planned(method=method)
     assert code == 0 and all(f"{stage} " in said.out for stage in ("load", "route", "answer"))
+    (upper / "adapter_model.safetensors").write_bytes(b"broken")
+    code, _, said = planned(method=method)
+    assert code == 2 and "mlp" in said.err
 
 
 @pytest.mark.parametrize(
     ("flags", "code"),
     [
-        (("--time_limit", 1000, "--memory_limit", 1000), 0),
-        (("--time_limit", 0.001), 1),
+        (("--time_limit", 1000, "--memory_limit", 1000), 0), (("--time_limit", 0.001), 1),
         (("--memory_limit", 0.001), 1),
     ],
-)
-def test_limits_decide_the_exit_code(planned, monkeypatch, flags, code):
+)  # fmt: skip
+def test_limits_decide_the_exit_code(planned, capsys, monkeypatch, flags, code):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     found, _, said = planned(*flags)
     assert found == code and (f"{flags[0]} " in said.out) == bool(code)
-
-
-def test_limits_without_a_plan_are_refused(capsys):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as caught:  # of a run that is not planned
         main(["-m", "base", "--memory_limit", "5"])
     assert caught.value.code == 2 and "--plan" in capsys.readouterr().err
 
@@ -67,21 +68,6 @@ def test_what_is_not_here_would_be_downloaded(planned, tmp_path, monkeypatch):
     assert planned(*missing, "--time_limit", "1000")[0] == 1  # nobody knows
     code, _, said = planned("--base_model", "nobody/such-model")
     assert code == 2 and "nobody/such-model" in said.err
-
-
-def test_a_broken_adapter_is_refused_as_by_the_run(planned, tiny_library):
-    (tiny_library / "mlp" / "adapter_model.safetensors").write_bytes(b"broken")
-    code, _, said = planned()
-    assert code == 2 and "mlp" in said.err
-
-
-def test_prompts_are_cut_as_in_the_run(planned):
-    assert json.loads(planned("--json", "--max_seq_len", 5)[2].out)["prompt_tokens"] <= 5 * len(ROWS)
-
-
-def test_adapters_of_upper_layers_alone_can_be_planned(tmp_path, planned):
-    write_tiny_adapter(tmp_path / "upper" / "one", 0, layers=(1,), layers_to_transform=[1])
-    assert planned("--adapters", tmp_path / "upper")[0] == 0
 
 
 def test_copies_of_the_weights_count(planned, monkeypatch):

@@ -4,11 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from helpers import ROOT, read_by_id, write_queries
+from helpers import ROOT, many_rows, read_by_id, write_queries
 from router import ray_data
 from router.queries.submission import COLUMNS, read_queries
 from router.system.errors import InputError
@@ -17,11 +16,7 @@ pq = pytest.importorskip("pyarrow.parquet", reason="the extra ray is not install
 pa = pytest.importorskip("pyarrow", reason="the extra ray is not installed")
 pytest.importorskip("ray", reason="the extra ray is not installed")
 
-CHOICE = ("multiple_choice", "['a', 'bcd']")
-MANY = [
-    (f"{n:02}", f"{n} is a number" + ", is it" * (n % 7), *(CHOICE if n % 3 == 0 else ("generation", "")))
-    for n in range(23)
-]
+MANY = many_rows(23)
 
 
 def write_parquet(path, rows=MANY, group=10, **columns):
@@ -38,12 +33,9 @@ def queries(tmp_path):
 
 
 @pytest.fixture()
-def saved(tmp_path, tiny_base, tiny_library):
+def saved(tmp_path, router_of):
     """The folder of a router that was fitted to the queries."""
-    from router.api import Router
-
-    how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "max_gen_len": 6}
-    return Router.from_library(tiny_library, **how).fit([row[1] for row in MANY]).save(tmp_path / "router")
+    return router_of(max_gen_len=6).fit([row[1] for row in MANY]).save(tmp_path / "router")
 
 
 @pytest.fixture()
@@ -104,22 +96,12 @@ def check_rows(tmp_path):
     assert len({row["variant"] for row in rows}) > 1
 
 
-def test_every_row_is_in_one_block_in_order(tmp_path, queries):
-    blocks = ray_data.blocks(read_queries(queries), 4, tmp_path)
-    assert [len(block) for block in blocks.values()] == [4, 4, 4, 4, 4, 3]
-    assert sorted(blocks) == list(blocks)
-    assert [query.id for block in blocks.values() for query in block] == [row[0] for row in MANY]
-
-
 def test_parquet_and_csv_hold_the_same_queries(tmp_path, queries):
     expected = read_queries(queries)
     assert ray_data.read(queries) == expected
     assert ray_data.read(write_parquet(tmp_path / "queries.parquet")) == expected
     numbers = write_parquet(tmp_path / "numbers.parquet", id=list(range(23)))
     assert [query.id for query in ray_data.read(numbers)][3] == "3"
-
-
-def test_parquet_may_hold_conversations(tmp_path):
     talk = [{"role": "user", "content": "Bonjour"}]
     pq.write_table(pa.table({"messages": [talk, talk]}), tmp_path / "chat.parquet")
     first, second = ray_data.read(tmp_path / "chat.parquet")
@@ -148,31 +130,16 @@ def test_a_file_whose_pages_are_damaged_is_named(ray, answering, tmp_path):
     assert code == 2 and str(path) in said and "Traceback" not in said
 
 
-def test_memory_that_runs_out_is_told_with_what_needs_less(ray, answering, queries, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
-
-    monkeypatch.setattr("router.api.Router.load", fail)
-    code, said = ray(queries)
-    assert code == 2 and "--actors" in said and "Traceback" not in said
-    assert "--apply" not in said  # which this command does not have
-
-
 def test_what_cannot_be_answered_is_refused(ray, answering, queries, tmp_path, monkeypatch):
     pq.write_table(pa.table({"id": ["1"], "text": ["x"]}), tmp_path / "other.parquet")
     pq.write_table(pa.table({"id": ["1"], "input": ["x"]})[:0], tmp_path / "empty.parquet")
     (tmp_path / "no.parquet").write_text("id,input")
-    (tmp_path / "file").write_text("")
-    for flags, router, named in (
-        ([tmp_path / "other.parquet"], None, "input"),
-        ([tmp_path / "empty.parquet"], None, "empty.parquet"),
-        ([tmp_path / "no.parquet"], None, "no.parquet"),
-        ([tmp_path / "none.csv"], None, "none.csv"),
-        ([queries, "--output", tmp_path / "file"], None, "--output"),
-        ([queries], tmp_path / "nothing", "--router"),
-    ):
-        code, said = ray(*flags, **{"router": router} if router else {})
-        assert code == 2 and named in said and "Traceback" not in said
+    for name in ("other.parquet", "empty.parquet", "no.parquet", "none.csv"):
+        code, said = ray(tmp_path / name)
+        assert code == 2 and name in said and "Traceback" not in said
+    for flag, name in (("--output", "no.parquet"), ("--router", "nothing")):
+        code, said = ray(queries, flag, tmp_path / name)
+        assert code == 2 and flag in said and "Traceback" not in said
     with pytest.raises(SystemExit) as caught:
         ray(queries, "--actors", 0)
     assert caught.value.code == 2
@@ -247,46 +214,3 @@ def test_two_actors_give_the_rows_of_a_run(words, saved, command, tmp_path):
     (folder_of(tmp_path) / "000002.parquet").unlink()
     code, said = run()
     assert code == 2 and "error: " in said and str(weights) in said and "Traceback" not in said
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_a_run_that_is_stopped_while_actors_answer_ends_as_it_says(words, tmp_path):
-    many = [(f"{n:04}", f"{n} is a number", "generation", "") for n in range(4000)]
-    queries = write_queries(tmp_path / "queries.csv", many)
-    started = [sys.executable, "-m", "router", "ray", *words(queries)]
-    with subprocess.Popen(started, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list((tmp_path / "ray").glob("*/*.parquet")):
-            time.sleep(0.1)
-        process.terminate()
-        _, said = process.communicate()
-    assert process.returncode == 130, said
-    assert said.endswith("stopped; the same command goes on where it was\n") and "Traceback" not in said
-
-
-DIES = """
-import os, sys
-from router import ray_data
-
-class Dies:
-    def __init__(self, *how):
-        self.how = how
-
-    def __call__(self, block):
-        from router import ray_data
-
-        ray_data.Answering._answer = lambda *_: os._exit(1)
-        return ray_data.Answering(*self.how)(block)
-
-ray_data.Answering = Dies
-sys.exit(ray_data.main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-def test_an_actor_that_dies_again_and_again_ends_the_run_in_a_sentence(words, queries):
-    started = [sys.executable, "-c", DIES, *words(queries, "--block", 100, "--actors", 1)]
-    done = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    said = done.stdout + done.stderr
-    assert done.returncode == 2 and "Traceback" not in said, said
-    assert "error: an actor died 3 times" in said and "--actors" in said

@@ -1,14 +1,13 @@
 """vLLM in this process: a stub of its classes answers with transformers and PEFT."""
 
 import json
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 
-from helpers import arguments, read_by_id, write_queries, write_tiny_library
+from helpers import arguments, read_by_id, stand_in, write_queries, write_tiny_library
 from router.engines import vllm
 from router.main import main
 from router.model.answer import answers, encode
@@ -77,15 +76,8 @@ class LLM:
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
     """The stub under vLLM's names."""
-    package, request = ModuleType("vllm"), ModuleType("vllm.lora.request")
-    package.__spec__ = SimpleNamespace()  # `find_spec` looks for it
-    package.LLM, package.SamplingParams, request.LoRARequest = LLM, SamplingParams, LoRARequest
-    for name, module in (
-        ("vllm", package),
-        ("vllm.lora", ModuleType("vllm.lora")),
-        ("vllm.lora.request", request),
-    ):
-        monkeypatch.setitem(sys.modules, name, module)
+    package = {"LLM": LLM, "SamplingParams": SamplingParams, "__spec__": SimpleNamespace()}  # `find_spec`'s
+    stand_in(monkeypatch, vllm=package, vllm__lora={}, vllm__lora__request={"LoRARequest": LoRARequest})
     monkeypatch.setattr(LLM, "made", ())
     monkeypatch.setattr(vllm, "ENVIRONMENT", {})
 

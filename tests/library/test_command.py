@@ -4,12 +4,12 @@ import hashlib
 import json
 import re
 import shutil
+from unittest.mock import Mock
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 from helpers import WIDTHS, edit_json, edit_weights, write_tiny_adapter
@@ -71,25 +71,17 @@ def test_cosines_are_those_of_the_dense_updates(capsys, duplicated):
     assert found["near_duplicates"][0][2] == pytest.approx(1, abs=1e-9)
 
 
-def test_a_sound_library(capsys, tiny_library):
+def test_the_facts_are_those_of_the_files(capsys, tiny_library):
     code, out, error = run(capsys, "check", tiny_library)
     assert code == 0 and error == ""
-    table, _, rest = out.partition("\n\n")
-    rows = [re.split(r" {2,}", line) for line in table.splitlines()[1:]]
-    assert [row[:6] for row in rows] == [
-        ["attention", "yes", "tiny", "4", "2", "k_proj o_proj q_proj v_proj"],
-        ["everything", "yes", "tiny", "2", "1", "down_proj gate_proj up_proj k_proj o_proj q_proj v_proj"],
-        ["mlp", "yes", "tiny", "6", "3.674", "down_proj gate_proj up_proj"],
-    ]
-    assert [row[6] for row in rows] == ["LoRA", "LoRA", "rsLoRA"]
-    assert rest == "3 adapters, 0 of them broken\n"
-
-
-def test_the_facts_are_those_of_the_files(capsys, tiny_library):
+    rows = [re.split(r" {2,}", line) for line in out.partition("\n\n")[0].splitlines()[1:]]
     _, found = checked(capsys, tiny_library)
-    for facts in found["adapters"]:
+    kinds = {"attention": "LoRA", "everything": "LoRA", "mlp": "rsLoRA"}
+    for row, facts in zip(rows, found["adapters"], strict=True):
         folder = tiny_library / facts["name"]
         weights = folder / "adapter_model.safetensors"
+        assert row[:5] == [facts["name"], "yes", "tiny", str(facts["ranks"][0]), f"{facts['scales'][0]:.4g}"]
+        assert row[6] == kinds[facts["name"]] and facts["rslora"] == (row[6] == "rsLoRA")
         assert facts["path"] == str(folder) and facts["revision"] is None
         assert facts["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
         assert facts["parameters"] == sum(value.numel() for value in load_file(weights).values())
@@ -97,7 +89,6 @@ def test_the_facts_are_those_of_the_files(capsys, tiny_library):
         assert facts["scales"] == pytest.approx([SCALES[facts["name"]]])
         assert facts["sound"] and facts["reason"] is None and facts["base_model"] == "tiny"
     assert [facts["ranks"] for facts in found["adapters"]] == [[4], [2], [6]]
-    assert [facts["rslora"] for facts in found["adapters"]] == [False, False, True]
     assert found["adapters"][0]["modules"] == dict.fromkeys(["k_proj", "o_proj", "q_proj", "v_proj"], 2)
 
 
@@ -110,28 +101,21 @@ def test_duplicates_and_giants_are_said_plainly(capsys, duplicated):
     norms = dict(zip(found["compared"], found["norms"], strict=True))
     sizes = {name: norms[name] / np.median(list(norms.values())) for name in ("dwarf", "giant")}
     assert found["outliers"] == pytest.approx(sizes)
-    assert re.findall(r"^(?:duplicates|outlier).*$", out, re.MULTILINE) == [
-        "duplicates: attention and larger: cosine 1.0000",
-        f"duplicates: mlp and nearly: cosine {found['near_duplicates'][1][2]:.4f}",
-        f"outlier: dwarf: its update has {sizes['dwarf']:.3g} times the median norm",
-        f"outlier: giant: its update has {sizes['giant']:.3g} times the median norm",
-    ]
-
-
-def turned(key, tensor):
-    """It writes something else, and reads just the same, just as strongly."""
-    return tensor.flip(0) if "lora_B" in key else tensor
+    assert re.findall(r"^(?:duplicates|outlier): (\w+(?: and \w+)?)", out, re.MULTILINE) == [
+        "attention and larger", "mlp and nearly", "dwarf", "giant",
+    ]  # fmt: skip
 
 
 def test_a_copy_that_writes_something_else_is_said_plainly(capsys, tiny_library):
     shutil.copytree(tiny_library / "mlp", tiny_library / "turned")
-    edit_weights(tiny_library / "turned" / WEIGHTS_FILE, turned)
+    turned = tiny_library / "turned" / WEIGHTS_FILE  # it reads just the same, just as strongly
+    edit_weights(turned, lambda key, of: of.flip(0) if "lora_B" in key else of)
     _, out, _ = run(capsys, "check", tiny_library)
     code, found = checked(capsys, tiny_library)
     [(one, other, overlap, cosine)] = found["look_alikes"]
     assert code == 0 and (one, other) == ("mlp", "turned")
     assert overlap == pytest.approx(1, abs=1e-5) and abs(cosine) < 0.5
-    assert "look-alikes: mlp and turned: they read the same (overlap 1.00)" in out
+    assert "mlp and turned" in out
 
 
 def narrow(folder):
@@ -147,12 +131,12 @@ def changed(**config):
 
 
 BROKEN = {
-    "no config": (lambda folder: (folder / CONFIG_FILE).unlink(), "expected a PEFT folder"),
-    "huge alpha": (changed(lora_alpha=10**400), "lora_alpha to be a positive number"),
+    "no config": (lambda folder: (folder / CONFIG_FILE).unlink(), CONFIG_FILE),
+    "huge alpha": (changed(lora_alpha=10**400), "lora_alpha"),
     "NaN": (scaled(torch.nan), "not finite"),
-    "zero": (scaled(0), "got zero at every module"),
-    "other base": (changed(base_model_name_or_path="Huge"), "expected an adapter of tiny, got one of Huge"),
-    "other shape": (narrow, "down_proj has shape (32, 16), but tiny has (32, 48)"),
+    "zero": (scaled(0), "zero"),
+    "other base": (changed(base_model_name_or_path="Huge"), "Huge"),
+    "other shape": (narrow, "(32, 16)"),
 }
 
 
@@ -170,33 +154,14 @@ def test_a_broken_adapter_is_named_and_the_others_are_checked(capsys, tiny_libra
     assert found["compared"] == ["attention", "everything", "mlp"]
 
 
-def test_all_broken_ones_are_named(capsys, tiny_library):
-    for name in ("attention", "everything", "mlp"):
-        edit_json(tiny_library / name / CONFIG_FILE, use_dora=True)
-    code, out, _ = run(capsys, "check", tiny_library)
-    assert code == 2
-    assert re.findall(r"^broken: (\S+): ", out, re.MULTILINE) == ["attention", "everything", "mlp"]
-    assert checked(capsys, tiny_library)[1]["cosines"] == []
-
-
-def test_names_that_a_run_refuses(capsys, tiny_library, tmp_path):
+def test_names_that_a_run_refuses(capsys, tiny_library, tmp_path, monkeypatch):
     odd = [write_tiny_adapter(tmp_path / name, 4) for name in ("base", "id", "variant", "a\x1b[2Jb")]
-    shutil.copytree(tiny_library / "mlp", tmp_path / "other" / "mlp")
-    odd.append(tmp_path / "other" / "mlp")
-    code, found = checked(capsys, tiny_library, *odd)
+    odd.append(shutil.copytree(tiny_library / "mlp", tmp_path / "other" / "mlp"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=ConnectionError()))
+    code, found = checked(capsys, tiny_library, *odd, "some/knitter@v1")
     reasons = [facts["reason"] for facts in found["adapters"]]
     assert code == 2 and reasons[:3] == [None] * 3
-    for folder, reason in zip(odd, reasons[3:], strict=True):
+    for spec, reason in zip([*odd, "some/knitter@v1"], reasons[3:], strict=True):
         with pytest.raises(InputError) as told:
-            load_library([str(tiny_library), str(folder)])
-        assert reason == str(told.value) and "rename the folder" in reason
-
-
-def test_an_unreachable_hub(capsys, monkeypatch, tiny_library):
-    def unreachable(*args, **kwargs):
-        raise LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    code, found = checked(capsys, tiny_library, "some/knitter@v1")
-    assert code == 2 and found["adapters"][3]["name"] == "knitter"
-    assert "the hub could not give it" in found["adapters"][3]["reason"]
+            load_library([str(tiny_library), str(spec)])
+        assert reason == str(told.value)

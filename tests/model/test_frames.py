@@ -44,16 +44,11 @@ def test_of_a_conversation_the_head_and_each_message_are_read():
 def test_the_templates_own_system_message_and_none_are_frames():
     for frame in (TEMPLATE, Frame(CHATML.user, CHATML.after)):
         assert turns_of_text(frame.around("x"), TEMPLATE)[0].common == frame
-
-
-def test_the_end_of_the_text_may_be_trimmed():
     (trimmed,) = turns_of_text(TEMPLATE.around("x").rstrip(), TEMPLATE)
     assert trimmed.text == "x" and trimmed.tail == CHATML.after.rstrip()
-
-
-def test_preambles_of_a_format_are_frame():
-    text = f"{ALPACA.preambles[0]}{ALPACA.user}Sort 3, 1.\n\n{ALPACA.after}"
-    assert turns_of_text(text)[0].common == Frame(ALPACA.preambles[0] + ALPACA.user, "\n\n" + ALPACA.after)
+    before = ALPACA.preambles[0] + ALPACA.user
+    (parts,) = turns_of_text(f"{before}Sort 3, 1.\n\n{ALPACA.after}")
+    assert parts.common == Frame(before, "\n\n" + ALPACA.after)
 
 
 def test_a_frame_that_is_told():

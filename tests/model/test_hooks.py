@@ -25,41 +25,25 @@ def model(tiny_base):
     return AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
 
 
-@pytest.fixture()
-def theirs(model):
-    """How many hooks transformers keeps on the model to return hidden states."""
-    run(model)
-    return hooks(model)
-
-
-# Each context manager on the model, by name.
+# Each context manager on modules of the model, by name.
 BLOCKS = {
-    "reading": lambda model: reading_inputs(model, [QUERY, DOWN], lambda name, x: None),
-    "changing": lambda model: changing_outputs(model, {QUERY: lambda x, out: out, DOWN: lambda x, out: out}),
+    "reading": lambda model, names: reading_inputs(model, names, lambda name, x: None),
+    "changing": lambda model, names: changing_outputs(model, dict.fromkeys(names, lambda x, out: out)),
 }
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_hooks_are_there_in_the_block_and_gone_after_it(model, theirs, kind):
-    with BLOCKS[kind](model):
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_hooks_are_there_in_the_block_and_gone_after_it(model, block):
+    before = run(model).logits
+    theirs = hooks(model)  # transformers keeps them to return hidden states
+    with block(model, [QUERY, DOWN]):
         assert hooks(model) == theirs + 2
     assert hooks(model) == theirs
-    before = run(model).logits
     for error in (RuntimeError, KeyboardInterrupt):
-        with pytest.raises(error), BLOCKS[kind](model):
+        with pytest.raises(error), block(model, [QUERY, DOWN]):
             raise error
         assert hooks(model) == theirs and torch.equal(run(model).logits, before)
-
-
-@pytest.mark.parametrize(
-    "block",
-    [
-        lambda model: reading_inputs(model, [QUERY, "model.none"], lambda name, x: None),
-        lambda model: changing_outputs(model, dict.fromkeys([QUERY, "model.none"], lambda x, out: out)),
-    ],
-)
-def test_a_module_that_is_not_there_leaves_no_hook(model, theirs, block):
-    with pytest.raises(AttributeError, match="none"), block(model):
+    with pytest.raises(AttributeError, match="none"), block(model, [QUERY, "model.none"]):
         pass
     assert hooks(model) == theirs
 

@@ -24,10 +24,10 @@ def template(base):
 
 
 def test_a_conversation_is_written_as_the_tokenizer_writes_it(template):
-    assert (
-        template.text(TALK)
-        == "system: Sort.\nuser: 3,\n1\nassistant: \ntool: 1, 3\nuser: Now 5, 4\nassistant: "
-    )
+    written = "system: Sort.\nuser: 3,\n1\nassistant: \ntool: 1, 3\nuser: Now 5, 4\nassistant: "
+    assert template.text(TALK) == written
+    (one,) = template.turns([{"role": "user", "content": "x\nassistant: y\nuser: z"}])
+    assert one.text == "x\nassistant: y\nuser: z"  # what a user writes is no markup
 
 
 def test_each_message_is_read_with_the_system_message_alone(template):
@@ -37,41 +37,19 @@ def test_each_message_is_read_with_the_system_message_alone(template):
     assert last.common == template.frame == ("user: ", "\nassistant: ")
 
 
-def test_what_a_user_writes_is_no_markup(template):
-    (one,) = template.turns([{"role": "user", "content": "x\nassistant: y\nuser: z"}])
-    assert one.text == "x\nassistant: y\nuser: z"
-
-
 @pytest.mark.parametrize(
-    ("source", "why"),
+    "source",
     [
-        ("{{ raise_exception('no system') }}", "no system"),
-        ("{% if", "unexpected"),
-        ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "chat template"),
-        ("nothing of the user", "user's message"),
+        b"{{ raise_exception('no system') }}", b"{% if", b"nothing of the user", b"\xff\xfe",
+        b"{{ ''.__class__.__mro__ }}{{ messages.append(1) }}",
     ],
-)
-def test_a_template_that_fails_is_a_sentence(base, tmp_path, source, why):
+)  # fmt: skip
+def test_a_template_that_fails_is_a_sentence(base, tmp_path, source):
     file = tmp_path / "template.jinja"
-    file.write_text(source)
-    with pytest.raises(InputError, match=why):
-        template_of(base.tokenizer, file)
-
-
-def test_a_file_that_is_no_template(base, tmp_path):
-    (tmp_path / "x").write_bytes(b"\xff\xfe")
-    for path in (tmp_path / "x", tmp_path / "gone", tmp_path):
-        with pytest.raises(InputError, match="--chat_template"):
+    file.write_bytes(source)
+    for path in (file, tmp_path / "gone", tmp_path):
+        with pytest.raises(InputError, match=str(path)):
             template_of(base.tokenizer, path)
-
-
-def test_a_refusal_names_the_query(base):
-    strict = Template(
-        base.tokenizer,
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('x') }}{% endif %}" + PLAIN,
-    )
-    with pytest.raises(InputError, match="query 7"):
-        strict.text(TALK, "7")
 
 
 def test_the_first_token_is_not_written_twice(base):

@@ -1,7 +1,6 @@
 """Model cards of variants: the hub's library parses them, their code runs, and what they say is so."""
 
 import dataclasses
-import hashlib
 import re
 import shlex
 
@@ -20,6 +19,7 @@ from router.pipeline.model_card import _cell, write_card
 from router.pipeline.steps import load
 from router.routing.variants import Variant
 from router.settings import Settings
+from router.system.files import sha256_of
 
 MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
 
@@ -57,7 +57,7 @@ def block(text, word, language="python"):
     return found
 
 
-def test_the_header_is_a_valid_one(write):
+def test_the_header_and_the_sources_are_those_of_the_variant(write, tiny_library, tiny_base):
     _, text = write()
     assert ModelCard(text).data.to_dict() == {
         "library_name": "peft",
@@ -67,28 +67,29 @@ def test_the_header_is_a_valid_one(write):
         "license": "other",
         "tags": ["lora", "peft", "merge", "proto-route"],
     }
-    assert ModelCard(text).text.lstrip().startswith("# proto_route, variant 0\n")
-
-
-def test_the_sources_are_those_of_the_variant(write, tiny_library, tiny_base):
-    _, text = write()
     files = {name: tiny_library / name / "adapter_model.safetensors" for name in NAMES}
     files["base model"] = tiny_base / "model.safetensors"
-    sums = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
     weights = MIXED.weights | {"base model": MIXED.base}
     rows = [[row[0], float(row[1]), *row[2:]] for row in table(text, "Sources")]
     declared = dict.fromkeys(NAMES, "not declared") | {"base model": ""}
-    assert rows == [[name, weights[name], "", declared[name], sums[name]] for name in weights]
+    assert rows == [[name, weights[name], "", declared[name], sha256_of(files[name])] for name in weights]
+    _, text = write(name="ties", out="ties")  # a static merge names all sources without weights
+    assert "merge" in ModelCard(text).data.tags and "`ties`" in text
+    assert [row[:2] for row in table(text, "Sources")] == [[name, ""] for name in (*NAMES, "base model")]
 
 
-def test_the_settings_are_those_of_the_run(write):
-    given = {"seed": 7, "n_variants": 3, "variant_rank": 2, "temperature": 0.25, "top_k": 2}
+@pytest.mark.parametrize(("rank", "accepted"), [(None, 8), (1, 1), (3, 8)])
+def test_the_settings_are_those_of_the_run(write, tiny_base, rank, accepted):
+    given = {"seed": 7, "n_variants": 3, "variant_rank": rank, "temperature": 0.25, "top_k": 2}
     _, text = write(**given)
     (flags,) = re.findall(r"```\n(-m .*?)```", text, re.DOTALL)
     found = vars(parser().parse_args(shlex.split(flags.replace("\\\n", ""))))
-    assert found["merging_method"] == "proto_route"
-    settings = given | {"device": "cpu", "dtype": "float32"}
+    settings = given | {"device": "cpu", "dtype": "float32", "merging_method": "proto_route"}
     assert {flag: found[flag] for flag in settings} == settings
+    assert shlex.split(block(text, "vllm serve", "bash").replace("\\\n", "")) == [
+        "vllm", "serve", str(tiny_base), "--dtype", "float32", "--enable-lora",
+        "--lora-modules", "variant-0=variants/0", "--max-lora-rank", str(accepted),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("loader", ["PeftModel", "load_adapter"])
@@ -106,15 +107,6 @@ def test_the_code_for_peft_gives_the_dense_sum(write, loader, tiny_base, tiny_li
             expected.get_submodule(module).weight.data += torch.tensor(weight * update).float()
     torch.testing.assert_close(found, logits(expected), atol=1e-4, rtol=0)
     assert (found - plain).abs().max() > 0.1
-
-
-@pytest.mark.parametrize(("rank", "accepted"), [(None, 8), (1, 1), (3, 8)])
-def test_the_command_for_vllm_names_the_rank_and_the_folder(write, tiny_base, rank, accepted):
-    _, text = write(variant_rank=rank)
-    assert shlex.split(block(text, "vllm serve", "bash").replace("\\\n", "")) == [
-        "vllm", "serve", str(tiny_base), "--dtype", "float32", "--enable-lora",
-        "--lora-modules", "variant-0=variants/0", "--max-lora-rank", str(accepted),
-    ]  # fmt: skip
 
 
 MIT, OTHER = "license: MIT", "license: other\nlicense_name: my | own\nlicense_link: https://some.org/terms"
@@ -138,22 +130,7 @@ def test_the_licence_is_what_the_sources_declare(write, tiny_library, kind):
     assert [row[3] for row in table(text, "Sources")[:-1]] == cells
 
 
-def test_a_static_merge_names_all_sources_without_weights(write):
-    _, text = write(name="ties")
-    assert "merge" in ModelCard(text).data.tags
-    rows = [row[:2] for row in table(text, "Sources")]
-    assert rows == [[name, ""] for name in ("attention", "everything", "mlp", "base model")]
-    assert "merged by `ties`" in text and "arXiv 2306.01708" in text
-
-
-def test_a_source_from_the_hub_has_its_id_and_commit(write, tmp_path, monkeypatch):
-    snapshot = write_tiny_adapter(tmp_path / "models--some--cook" / "snapshots" / "0123abc", 1)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **_: str(snapshot))
-    _, text = write(Variant({"cook": 1.0}, 0.0), library="some/cook@v2")
-    assert table(text, "Sources")[0][:3] == ["cook (some/cook)", "1", "0123abc"]
-
-
-def test_a_base_model_from_the_hub_is_pinned_in_the_code(write, tiny_base, tiny_library):
+def test_what_comes_from_the_hub_has_its_id_and_commit(write, tiny_base, tiny_library, tmp_path, monkeypatch):
     folder, _ = write()
     method = made("proto_route", tiny_base, tiny_library)
 
@@ -167,6 +144,10 @@ def test_a_base_model_from_the_hub_is_pinned_in_the_code(write, tiny_base, tiny_
     assert text.count("revision='0123abc'") == 2 and "vllm serve some/base --revision 0123abc " in text
     assert table(text, "Sources")[-1][2] == "0123abc"
     assert "4-bit GGUF" in text_with(name=EMBEDDED_ID, revision=None) and "4-bit GGUF" not in text
+    snapshot = write_tiny_adapter(tmp_path / "models--some--cook" / "snapshots" / "0123abc", 1)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **_: str(snapshot))
+    _, text = write(Variant({"cook": 1.0}, 0.0), library="some/cook@v2", out="cook")
+    assert table(text, "Sources")[0][:3] == ["cook (some/cook)", "1", "0123abc"]
 
 
 @pytest.mark.parametrize(

@@ -47,20 +47,21 @@ def test_lines_are_conversations_and_prompts(tmp_path):
 
 
 BAD = {
-    "no JSON": ("{", "JSON object"),
-    "a list": ([1], "JSON object"),
-    "both": ({"messages": HI, "input": "x"}, "`messages` or `input`, got both"),
-    "neither": ({"id": "a"}, "got neither"),
-    "empty": ({"messages": []}, "list of messages"),
-    "a text": ({"messages": "hi"}, "list of messages"),
+    "no JSON": ("{", "JSON"),
+    "a list": ([1], "JSON"),
+    "both": ({"messages": HI, "input": "x"}, "`messages`"),
+    "neither": ({"id": "a"}, "`messages`"),
+    "empty": ({"messages": []}, "messages"),
+    "a text": ({"messages": "hi"}, "messages"),
     "no role": ({"messages": [{"content": "x"}]}, "role"),
     "a role": ({"messages": [{"role": "bot", "content": "x"}]}, "'bot'"),
     "content": ({"messages": [{"role": "user", "content": 7}]}, "message 1"),
-    "no user": ({"messages": [{"role": "system", "content": "x"}]}, "of the user"),
-    "blank": ({"messages": [{"role": "user", "content": " "}]}, "of the user"),
-    "answered": ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, "the assistant's"),
+    "no user": ({"messages": [{"role": "system", "content": "x"}]}, "user"),
+    "blank": ({"messages": [{"role": "user", "content": " "}]}, "user"),
+    "answered": ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, "assistant"),
     "megabytes": ({"messages": [{"role": "user", "content": "x" * (5 << 20)}]}, "characters"),
     "an id": ({"id": [], "messages": HI}, "id"),
+    "an id twice": ({"id": "1", "input": "x"}, "line 1"),
     "a kind": ({"input": "x", "eval_type": "essay"}, "eval_type"),
     "no choices": ({"input": "x", "eval_type": "multiple_choice"}, "answer_choices"),
     "blank choices": ({"input": "x", "eval_type": "multiple_choice", "answer_choices": ""}, "answer_choices"),
@@ -79,16 +80,10 @@ def test_a_bad_line_is_named(tmp_path, kind):
     with pytest.raises(InputError, match="line 2") as told:
         read_queries(file_of(tmp_path, {"messages": HI}, line))
     assert cause in str(told.value) and len(str(told.value)) < 400
-
-
-def test_ids_stand_once_and_files_are_not_empty(tmp_path):
-    with pytest.raises(InputError, match="line 1 too"):
-        read_queries(file_of(tmp_path, {"id": "a", "messages": HI}, {"id": "a", "input": "x"}))
-    with pytest.raises(InputError, match="at least one"):
-        read_queries(file_of(tmp_path, ""))
-    (tmp_path / "talks.jsonl").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(InputError, match="UTF-8"):
-        read_queries(tmp_path / "talks.jsonl")
+    for data in (b"\n", b"\xff\xfe{}"):
+        (tmp_path / "talks.jsonl").write_bytes(data)
+        with pytest.raises(InputError, match=r"talks\.jsonl"):
+            read_queries(tmp_path / "talks.jsonl")
 
 
 @pytest.fixture()
@@ -103,9 +98,12 @@ def command(tmp_path, tiny_base, tiny_library):
     return run
 
 
-def test_a_run_answers_a_conversation_in_the_template(command, tmp_path, capsys):
+def test_a_run_answers_a_conversation_in_the_template(command, tmp_path, capsys, monkeypatch):
     talk = [{"role": "system", "content": "S"}, *HI, {"role": "assistant", "content": "a"}, *HI]
     text, out = "system: S\nuser: hi\nassistant: a\nuser: hi\nassistant: ", tmp_path / "out"
+    assert command({"id": "q9", "messages": HI}, given=()) == 2  # without a template it is refused
+    assert "query q9" in (said := capsys.readouterr().err) and "--chat_template" in said
+    assert not list(out.glob("*.csv"))
     assert command({"messages": talk}, {"input": text}) == 0
     talked, asked = read_table(out / "talks.csv")
     assert talked["prediction"] and asked["prediction"]
@@ -117,12 +115,8 @@ def test_a_run_answers_a_conversation_in_the_template(command, tmp_path, capsys)
         capsys.readouterr()
         assert cli(["explain", str(out), query]) == 0
         assert ("user: {query}" in capsys.readouterr().out) == framed
-
-
-def test_without_a_template_a_conversation_is_refused(command, tmp_path, capsys):
-    assert command({"id": "q9", "messages": HI}, given=()) == 2
-    assert "query q9" in (said := capsys.readouterr().err) and "--chat_template" in said
-    assert not list((tmp_path / "out").glob("*.csv"))
+    monkeypatch.setattr("router.run.load_method", lambda name: Merges)  # a starter-kit method takes none
+    assert command({"messages": HI}) == 2
 
 
 @pytest.fixture()
@@ -145,25 +139,6 @@ def queries_of(*texts, system=None):
     ]
 
 
-def test_a_frame_that_is_told_is_that_of_a_template(method):
-    texts = [query.input for query in PROMPTS]
-    framed = [Query(str(n), f"user: {text}\nassistant: ", "generation") for n, text in enumerate(texts)]
-    by_template, by_flag = method(), method(chat_template=None, frame="user: {input}\nassistant: ")
-    talks = queries_of(*texts)
-    found = [
-        of.route(some, of.encoded(some)).weights for of, some in ((by_template, talks), (by_flag, framed))
-    ]
-    np.testing.assert_array_equal(*found)
-
-
-def test_bare_prompts_are_decided_as_without_conversations(method):
-    prompts = list(PROMPTS)
-    alone, mixed = method(), method()
-    together = [*queries_of("a", "b"), *prompts]
-    found = mixed.route(together, mixed.encoded(together)).weights[2:]
-    np.testing.assert_allclose(found, alone.route(prompts, alone.encoded(prompts)).weights, atol=1e-6)
-
-
 def test_a_system_message_that_many_share_is_a_frame_too(method):
     texts = [f"question {n}" for n in range(SHARED)]
     few, many = queries_of(*texts[1:], system="Be kind."), queries_of(*texts, system="Be kind.")
@@ -175,6 +150,9 @@ def test_a_system_message_that_many_share_is_a_frame_too(method):
     plain = found.route(few, found.encoded(few))  # by now the frame is known
     np.testing.assert_allclose(routing.weights[1:], plain.weights, atol=1e-6)
     np.testing.assert_allclose(routing.weights.sum(1), 1)
+    mixed = [*many, *PROMPTS]  # bare prompts are decided as without them
+    beside = found.route(mixed, found.encoded(mixed)).weights[-len(PROMPTS) :]
+    np.testing.assert_allclose(beside, method().route(PROMPTS, found.encoded(PROMPTS)).weights, atol=1e-6)
     assert set(found.fits) == {BARE, ("user: ", "\nassistant: "), *frames}
 
 
@@ -182,15 +160,9 @@ def routing_of(*scores):
     scores = np.array(scores, np.float32)
     rest = np.zeros((len(scores), 1), np.float32)
     evidence = Evidence(
-        ["a", "b"],
-        ["m"],
-        responses=scores[:, :2],
-        scores=scores[:, :2],
-        base_score=scores[:, 2],
-        residual=rest[:, 0],
-        votes=rest,
-        frame=rest[:, 0],
-    )
+        ["a", "b"], ["m"], responses=scores[:, :2], scores=scores[:, :2], base_score=scores[:, 2],
+        residual=rest[:, 0], votes=rest, frame=rest[:, 0],
+    )  # fmt: skip
     return Routing(np.eye(3)[scores.argmax(1)], evidence)
 
 
@@ -219,33 +191,30 @@ def test_python_takes_texts_and_conversations(chat_router, tmp_path):
     np.testing.assert_array_equal(weights[1], weights[2])
     assert len(router.answer(asked)) == 3
     router.fit(asked).save(tmp_path / "saved")
-    assert Router.load(tmp_path / "saved", device="cpu").choose(asked) == router.choose(asked)
+    chosen = router.choose(asked)
+    assert Router.load(tmp_path / "saved", device="cpu").choose(asked) == chosen
+    assert router.choose(asked[::-1]) == chosen[::-1]  # known, and no text is kept of them
+    assert len(router._known) == 2 and {len(key) for key in router._known} == {32}
     with pytest.raises(InputError, match="text 2, message 1"):
         router.route(["x", [{"role": "bot"}]])
 
 
-def test_an_adapter_is_asked_in_the_template_that_it_brings(tiny_base, tiny_library, tmp_path):
-    own = "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"
-    for folder in tiny_library.iterdir():
-        (folder / "chat_template.jinja").write_text(own)
+def test_an_adapter_is_asked_in_the_template_that_it_brings(chat_router, tiny_library, base, caplog):
+    def bring(template):
+        for folder in tiny_library.iterdir():
+            (folder / "chat_template.jinja").write_text(template)
 
-    def answers(texts, **how):
-        router = Router.from_library(
-            tiny_library, base_model=str(tiny_base), device="cpu", dtype="float32", max_gen_len=6,
-            method="average", **how,
-        )  # fmt: skip
-        return router.answer(texts)
+    def answer(asked):
+        return chat_router(method="average", max_gen_len=6).answer([asked])
 
-    (tmp_path / "template.jinja").write_text(PLAIN)
-    expected = answers(["<hi>"])
-    assert answers([HI]) == answers([HI], chat_template=tmp_path / "template.jinja") == expected
-    assert answers(["user: hi\nassistant: "]) != expected
-
-
-def test_an_answer_ends_with_the_templates_turn(base):
-    answer = Answer("abc", tuple(base.tokenizer("abc")["input_ids"]))
-    middle = answer.ids[1]
-    assert cut_at(base.tokenizer, answer, middle) == Answer("a", answer.ids[:2])
+    talk = [{"role": "system", "content": "S"}, *HI]
+    plain = answer(talk)
+    bring("{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}")
+    assert answer(HI) == answer("<hi>") != answer("user: hi\nassistant: ")
+    bring("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN)
+    assert answer(talk) == plain and "no system" in caplog.text  # one that refuses is not used
+    ids = tuple(base.tokenizer("abc")["input_ids"])
+    assert cut_at(base.tokenizer, Answer("abc", ids), ids[1]) == Answer("a", ids[:2])  # a turn's end
 
 
 def test_a_request_brings_no_new_frame(chat_router, tmp_path):
@@ -314,6 +283,10 @@ def test_what_many_prompts_share_is_a_frame(method):
         queries = [Query(text, form.format(text), "generation") for text in texts]
         shared = {read.shared for turns in method().turns(queries) for read in turns}
         assert shared == ({("Dear clerk,\n", "\nYours, Zed")} if found else {None})
+    framed = [Query(str(n), f"user: {text}\nassistant: ", "generation") for n, text in enumerate(texts)]
+    by_template, by_flag = method(), method(chat_template=None, frame="user: {input}\nassistant: ")
+    pairs = ((by_template, queries_of(*texts)), (by_flag, framed))
+    np.testing.assert_array_equal(*(of.route(some, of.encoded(some)).weights for of, some in pairs))
 
 
 def test_of_a_long_conversation_the_last_messages_are_read(method):
@@ -323,43 +296,3 @@ def test_of_a_long_conversation_the_last_messages_are_read(method):
     for query in (Query("0", "", "generation", (), json.dumps(long)), prompt):
         (turns,) = method().turns([query])
         assert len(turns) == TURNS
-
-
-def test_what_is_remembered_is_no_text(chat_router):
-    router = chat_router()
-    router.fit(["1 + 1 =", "hello"])
-    first = router.choose(["a secret", HI])
-    assert router.choose([HI, "a secret"]) == first[::-1]
-    assert len(router._known) == 2 and {len(key) for key in router._known} == {32}
-
-
-def test_a_starter_kit_method_takes_no_conversations(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("router.run.load_method", lambda name: Merges)
-    assert command({"messages": HI}) == 2
-    assert "conversations" in capsys.readouterr().err and not list((tmp_path / "out").glob("*.csv"))
-
-
-def test_a_template_of_an_adapter_that_refuses_is_not_used(chat_router, tiny_library, caplog):
-    talk = [{"role": "system", "content": "S"}, *HI]
-    expected = chat_router(method="average", max_gen_len=6).answer([talk])
-    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN
-    for folder in tiny_library.iterdir():
-        (folder / "chat_template.jinja").write_text(refusing)
-    assert chat_router(method="average", max_gen_len=6).answer([talk]) == expected
-    assert "no system" in caplog.text
-
-
-def test_what_cannot_be_read_stays_with_the_base_model(method):
-    talks = queries_of(*(f"question {n}" for n in range(SHARED)), system="Be kind.")
-    found = method()
-    found.route(talks, ())
-    for fitted in found.fits.values():
-
-        def unreadable(*how, probe=fitted.probe):
-            probed = probe(*how)
-            probed.responses[0], probed.confidence[0] = np.nan, np.nan
-            return probed
-
-        object.__setattr__(fitted, "probe", unreadable)
-    weights = found.route(talks, ()).weights
-    assert weights[0].tolist() == [0, 0, 0, 1] and np.isfinite(weights).all()

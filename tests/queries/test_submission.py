@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from helpers import write_csv
+from helpers import shared, write_csv
 from router.queries.submission import Query, read_queries, read_rows, write_submission, write_table
 from router.system.errors import InputError
 
@@ -25,10 +25,6 @@ def read(tmp_path, text, header=HEADER):
     return read_queries(file_of(tmp_path, text, header))
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
-    assert read(tmp_path, "1,ä,generation,\n", header="\ufeff" + HEADER)[0] == Query("1", "ä", "generation")
-
-
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
 def test_another_encoding_is_refused(tmp_path, encoding):
     path = tmp_path / "queries.csv"
@@ -41,10 +37,16 @@ def test_another_encoding_is_refused(tmp_path, encoding):
 
 @pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
 def test_rows_end_as_on_any_system(tmp_path, end):
-    text = f'1,"a\nb",generation,{end}2,c,generation,'
-    assert read(tmp_path, text, HEADER.strip() + end) == [
-        Query("1", "a\nb", "generation"), Query("2", "c", "generation")
-    ]  # fmt: skip
+    text = f'1,"a\nb",generation,{end}2,\u00e4,generation,what stands here is no matter'
+    expected = [Query("1", "a\nb", "generation"), Query("2", "\u00e4", "generation")]
+    assert read(tmp_path, text, HEADER.strip() + end) == expected
+    assert read(tmp_path, text, "\ufeff" + HEADER.strip() + end) == expected  # a byte order mark
+    mixed = f"adapter,eval_type,input,answer_choices,id{end}"
+    (query,) = read(tmp_path, "x,multiple_choice,Which?,\"['a', 'b']\",q7", mixed)
+    assert query == Query("q7", "Which?", "multiple_choice", ("a", "b"))
+    path = file_of(tmp_path, f'a,"x\ny"{end}{end}b,z{end}', header=f"adapter,more{end}")
+    rows = [(3, {"adapter": "a", "more": "x\ny"}), (5, {"adapter": "b", "more": "z"})]
+    assert list(read_rows(path, ["adapter"])) == rows
 
 
 @given(st.text() | st.sampled_from(["NA", "None", "nan", "NULL", "007", "1e5", "True", " blanks ", "a\0b"]))
@@ -64,81 +66,54 @@ def test_any_text_is_an_input_and_comes_back(text):
         assert row["prediction"] == (text if text.strip() else "unknown")
 
 
-def test_columns_come_in_any_order_with_others_between(tmp_path):
-    header = "adapter,eval_type,input,answer_choices,id\n"
-    (query,) = read(tmp_path, "x,multiple_choice,Which?,\"['a', 'b']\",q7\n", header)
-    assert query == Query("q7", "Which?", "multiple_choice", ("a", "b"))
-
-
 @pytest.mark.parametrize(
     ("text", "choices"),
     [
-        ("['yes', 'no']", ("yes", "no")),
-        ("""["it's", 'so, so']""", ("it's", "so, so")),
-        ("('a', 'b')", ("a", "b")),
-        ("[1, 2.5]", ("1", "2.5")),
-        ("""["he said 'a' 'b'", 'c']""", ("he said 'a' 'b'", "c")),
-        ("['a' , 'b',]", ("a", "b")),
+        ("['yes', 'no']", ("yes", "no")), ("""["it's", 'so, so']""", ("it's", "so, so")),
+        ("('a', 'b')", ("a", "b")), ("[1, 2.5]", ("1", "2.5")),
+        ("""["he said 'a' 'b'", 'c']""", ("he said 'a' 'b'", "c")), ("['a' , 'b',]", ("a", "b")),
         ("['a',  # b\n'c']", ("a", "c")),
-        ("None", ("Which?",)),  # no choices: as in the kit, the input is the only one
-        ("", ("Which?",)),
+        ("None", ("Which?",)), ("", ("Which?",)),  # no choices: as in the kit, the input is the only one
     ],
-)
+)  # fmt: skip
 def test_choices(tmp_path, text, choices):
     rows = [("1", "Which?", "multiple_choice", text)]
     path = write_csv(tmp_path / "queries.csv", HEADER.strip().split(","), rows)
     assert read_queries(path)[0].choices == choices
 
 
-def test_eval_type_alone_decides(tmp_path):
-    rows = "1,Which?,generation,\"['a', 'b']\"\n2,Why?,generation,whatever stands here\n"
-    assert read(tmp_path, rows) == [
-        Query("1", "Which?", "generation"), Query("2", "Why?", "generation")
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("number", ["7" * 5000, "0x" + "f" * 6000])
-def test_a_number_of_thousands_of_digits_is_refused(tmp_path, number):
-    with pytest.raises(InputError, match="line 2, column answer_choices"):
-        read(tmp_path, f'1,Which?,multiple_choice,"[{number}, 1]"\n2,Why?,generation,\n')
-
-
 # A file, where the error is, and what it names.
 WRONG = {
-    "missing column": ("id,input,answer_choices\n1,a,\n", [], ["eval_type is missing", "id, input"]),
-    "empty": ("", [], ["nothing"]),
-    "header only": (HEADER, [], ["at least one query"]),
+    "missing column": ("id,input,answer_choices\n1,a,\n", [], ["eval_type", "id, input"]),
+    "empty": ("", [], []),
+    "header only": (HEADER, [], []),
     "a column twice": ("id," + HEADER, [], ["'id'"]),
-    "a cursor": ("\x1b[2J" + HEADER, [], ["id is missing", r"\x1b[2Jid, input"]),
+    "a cursor": ("\x1b[2J" + HEADER, [], [r"\x1b[2Jid, input"]),
     "eval_type": (
         HEADER + '1,"two\nlines",generation,\n2,b,choice,\n',
-        ["line 4", "column eval_type"],
-        ["generation or multiple_choice", "'choice'"],
+        ["line 4", "column eval_type"], ["generation", "multiple_choice", "'choice'"],
     ),
-    "eval_type empty": (HEADER + "1,a,,\n", ["line 2", "column eval_type"], ["got ''"]),
+    "eval_type empty": (HEADER + "1,a,,\n", ["line 2", "column eval_type"], ["''"]),
     "duplicate id": (
         HEADER + "7,a,generation,\n8,b,generation,\n7,c,generation,\n",
-        ["line 4", "column id"],
-        ["'7'", "line 2"],
+        ["line 4", "column id"], ["'7'", "line 2"],
     ),
-    "no id": (HEADER + "1,a,generation,\n,b,generation,\n", ["line 3", "column id"], ["got ''"]),
+    "no id": (HEADER + "1,a,generation,\n,b,generation,\n", ["line 3", "column id"], ["''"]),
     "too few fields": (HEADER + "1,a,generation,\n2,b\n", ["line 3"], ["4 fields", "fewer"]),
     "too many fields": (HEADER + "1,a, b,generation,\n", ["line 2"], ["4 fields", "more"]),
     "open quote": (
-        HEADER + '1,"a\nb",generation,\n2,"b,generation,\n3,c,generation,\n',
-        ["after line 3"],
-        ["quote"],
+        HEADER + '1,"a\nb",generation,\n2,"b,generation,\n3,c,generation,\n', ["after line 3"], ["quote"],
     ),
     "open quote and others": (HEADER + '1,"a,generation,\n2,"b",generation,\n', ["after line 1"], ["quote"]),
     **{
         f"choices {text[:20]}": (
             HEADER + f'1,a,multiple_choice,"{text}"\n',
-            [f"line {2 + text.count(chr(10))}", "column answer_choices"],
-            [],
+            [f"line {2 + text.count(chr(10))}", "column answer_choices"], [],
         )
         for text in (
             "yes or no", "['a',", "__import__('os').getcwd()", "[[1], 2]", "{'a': 1}", "[" * 100_000, "[]",
             "()", "['yes' 'no' 'maybe']", "['yes'\n 'no']", "['a', 'b' 'c']", "['yes' # or\n 'no']",
+            f"[{'7' * 5000}, 1]", f"[0x{'f' * 6000}, 1]",
         )
     },
 }  # fmt: skip
@@ -155,21 +130,10 @@ def test_errors_name_file_line_and_column(tmp_path, kind):
     assert all(cause in what for cause in causes) and len(str(caught.value)) < 1000
 
 
-def test_rows_bring_their_lines_and_all_columns(tmp_path):
-    path = file_of(tmp_path, 'a,"x\ny"\n\nb,z\n', header="adapter,more\n")
-    assert list(read_rows(path, ["adapter"])) == [
-        (3, {"adapter": "a", "more": "x\ny"}),
-        (5, {"adapter": "b", "more": "z"}),
-    ]
-
-
 def test_a_submission_keeps_order_and_has_no_empty_prediction(tmp_path):
     queries = [Query(name, "?", "generation") for name in ("z", "a", "m", "b")]
     write_submission(tmp_path / "out.csv", queries, ["one", "", " \n ", " two"])
     expected = b"id,prediction,dummy_field\nz,one,0\na,unknown,0\nm,unknown,0\nb, two,0\n"
-    assert (tmp_path / "out.csv").read_bytes() == expected
-    with pytest.raises(ValueError, match="shorter"):
-        write_submission(tmp_path / "out.csv", queries, ["one"])
     assert (tmp_path / "out.csv").read_bytes() == expected
 
 
@@ -186,7 +150,8 @@ def test_a_submission_is_written_as_pandas_does(texts):
         assert Path(folder, "ours.csv").read_bytes() == Path(folder, "pandas.csv").read_bytes()
 
 
-def test_the_competitions_queries_are_read_whole(competition):
+def test_the_competitions_queries_are_read_whole():
+    competition = shared("competition", "the competition's CSV files")
     queries = read_queries(competition / "test.csv")
     assert len(queries) == 807
     choices = [len(query.choices) for query in queries if query.eval_type == "multiple_choice"]

@@ -16,7 +16,7 @@ from router.model.base import linear_shapes, load_base
 from router.model.frames import Frame
 from router.model.hooks import reading_inputs
 from router.routing.calibration import Calibration, generic_prompts
-from router.routing.probe import END, Framing, input_means, probe
+from router.routing.probe import END, input_means, probe
 from router.routing.prototypes import prototypes
 
 TEXTS = [f"{'word ' * n}{n}: is it so?" for n in range(1, 13)]
@@ -71,12 +71,11 @@ def test_it_is_what_a_fresh_measurement_is_cold_or_warm(base, adapters, limit):
 
 
 def test_the_second_use_asks_nothing_and_gives_the_same_bytes(base, adapters, monkeypatch):
+    attention, everything, _ = adapters
+    measured(base, [attention])  # modules that it does not change are measured when they are asked for
+    assert_close(measured(base, [attention, everything]), fresh(base, [attention, everything]))
     first = measured(base, adapters)
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a forward pass")
-
-    monkeypatch.setattr(base.model, "forward", refuse)
+    monkeypatch.setattr(base.model, "forward", lambda *_, **__: pytest.fail("a forward pass"))
     assert bytes_of(measured(base, adapters)) == bytes_of(first)
 
 
@@ -91,30 +90,16 @@ def test_a_new_adapter_costs_nothing_of_the_others(base, adapters, tiny_library,
     np.testing.assert_allclose(found["responses"][:, [1]], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_modules_that_were_not_changed_before_are_measured(base, adapters):
-    attention, everything, _ = adapters
-    measured(base, [attention])
-    assert_close(measured(base, [attention, everything]), fresh(base, [attention, everything]))
-    assert_close(measured(base, [attention]), fresh(base, [attention]))
-
-
 @pytest.mark.parametrize("keep", [0, 7, 0.5])
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("calibration/*/means", 1), ("calibration/*/*.responses", 3), ("prototypes/*/*", 3)],
-)
-def test_a_broken_file_is_measured_again(base, adapters, cache, name, count, keep):
+def test_a_broken_file_is_measured_again(base, adapters, cache, keep):
     first = measured(base, adapters)
-    files = list(cache.glob(f"{name}.safetensors"))
-    assert len(files) == count
-    whole = {file: file.read_bytes() for file in files}
+    whole = {file: file.read_bytes() for file in cache.rglob("*.safetensors")}
+    assert len(whole) == 7  # means, and each adapter's responses and prototypes
     for file, data in whole.items():
         file.write_bytes(data[: int(keep * len(data)) if keep == 0.5 else keep])
     assert_close(measured(base, adapters), first)
-    for file, data in whole.items():  # and kept again
-        assert len(file.read_bytes()) == len(data)
-    left = [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
-    assert not left
+    again = {file: len(file.read_bytes()) for file in cache.rglob("*") if file.is_file()}
+    assert again == {file: len(data) for file, data in whole.items()}  # and kept again
 
 
 def spoilt(base, name, **fields):
@@ -153,17 +138,11 @@ def test_what_would_be_measured_differently_has_another_folder(base, monkeypatch
 def test_the_shipped_texts_are_no_query_of_ours():
     assert len(SHIPPED) == len(set(SHIPPED)) == 160
     assert all(text.strip() for text in SHIPPED)
-    known = {
-        row["input"]
-        for folder in ("eval", "eval_unseen", "eval_foreign")
-        for path in (ROOT / "data" / folder).glob("*.csv")
-        for row in read_table(path)
-    } | {row["input"] for row in read_table(ROOT / "data" / "test.csv")}
+    folders = (ROOT / "data" / name for name in ("eval", "eval_unseen", "eval_foreign"))
+    files = [ROOT / "data" / "test.csv", *(path for folder in folders for path in folder.glob("*.csv"))]
+    known = {row["input"] for path in files for row in read_table(path)}
     assert known and not known & set(SHIPPED)
-
-
-def test_in_a_frame_messages_come_to_the_generic_prompts():
-    frame = Frame("user: ", "\nassistant: ")
+    frame = Frame("user: ", "\nassistant: ")  # in which messages come to them
     framed = generic_prompts(frame)
     assert framed[: len(SHIPPED)] == [frame.around(text) for text in SHIPPED]
     talk = framed[len(SHIPPED) :]
@@ -172,9 +151,8 @@ def test_in_a_frame_messages_come_to_the_generic_prompts():
 
 def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch):
     frame = Frame("system: be kind\nuser: ", "\nassistant: ")
-    monkeypatch.setattr(
-        "router.routing.calibration.generic_prompts", lambda of: [of.around(t) for t in "xyz"]
-    )
+    few = "router.routing.calibration.generic_prompts"
+    monkeypatch.setattr(few, lambda of: [of.around(text) for text in "xyz"])
     calibration = Calibration(base, None, frame)
     ids = encode(base.tokenizer, [frame.before])[0]
     assert calibration.framing.prefix == ids and Calibration(base).framing.prefix == []
@@ -188,25 +166,7 @@ def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch
             base.model(input_ids=torch.tensor([row]))
     for name, mean in means.items():
         np.testing.assert_allclose(mean, torch.cat(seen[name]).double().mean(0), rtol=1e-4, atol=1e-5)
-
-
-def test_the_marks_after_a_message_are_part_of_its_end(base, monkeypatch):
-    monkeypatch.setattr(
-        "router.routing.calibration.generic_prompts", lambda of: [of.around(t) for t in "xyz"]
-    )
-    marks = "<eos>\nassistant: "
+    marks = "<eos>\nassistant: "  # are part of a prompt's end
     chat, plain = (Calibration(base, None, Frame("user: ", after)) for after in (marks, marks[5:]))
     assert (chat.framing.end, plain.framing.end) == (END + len(encode(base.tokenizer, [marks])[0]), END)
     assert Calibration(base).framing.end == END
-
-
-def test_the_end_of_a_prompt_is_as_long_as_it_is_told(base, adapters):
-    rows, protos = encode(base.tokenizer, TEXTS[:2]), prototypes(adapters)
-    means, _ = input_means(base.model, rows, 0, list(protos))
-    two, five, whole = (
-        probe(base.model, rows, 0, protos, means, len(adapters), None, Framing(end=n)).responses
-        for n in (2, 5, 999)
-    )
-    np.testing.assert_array_equal(two[..., 0], five[..., 0])
-    np.testing.assert_allclose(whole[..., 1], whole[..., 0], rtol=1e-5)
-    assert (two[..., 1] != five[..., 1]).any()

@@ -45,6 +45,11 @@ def test_every_query_is_in_the_nearest_mean(n_variants):
     np.testing.assert_allclose(found.weights.sum(1), 1, atol=1e-12)
     distances = ((mixes(weights)[:, None] - found.weights[None]) ** 2).sum(2)
     assert (distances[np.arange(120), found.labels] <= distances.min(1) + 1e-9).all()
+    later = random_rows(300, 5, seed=1)
+    distances = ((mixes(later)[:, None] - found.weights[None]) ** 2).sum(2)
+    assert (nearest(later, found.weights) == distances.argmin(1)).all()
+    again = cluster(weights, n_variants, seed=0)
+    assert np.array_equal(again.labels, found.labels) and np.array_equal(again.weights, found.weights)
 
 
 @pytest.mark.parametrize("n_variants", [None, 7])
@@ -52,13 +57,6 @@ def test_the_order_of_queries_does_not_matter(n_variants):
     weights, order = random_rows(200, 9), np.random.default_rng(1).permutation(200)
     found, moved = (cluster(rows, n_variants, seed=0) for rows in (weights, weights[order]))
     np.testing.assert_allclose(moved.weights[moved.labels], found.weights[found.labels][order], atol=1e-12)
-
-
-def test_a_later_query_is_answered_by_the_nearest_variant():
-    weights, made = random_rows(300, 4, seed=1), random_rows(12, 4, seed=2)
-    distances = ((mixes(weights)[:, None] - made[None]) ** 2).sum(2)
-    found = nearest(weights, made)
-    assert (found == distances.argmin(1)).all() and len(set(found)) > 4
 
 
 @pytest.mark.parametrize("n_variants", [None, 6, 50])
@@ -84,12 +82,12 @@ def test_the_base_model_answers_alone_or_not_at_all():
     assert base_leads.any() and (found[base_leads] == np.eye(5)[4]).all() and not found[~base_leads, 4].any()
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-12)
     assert (found.argmax(1) == weights.argmax(1)).all()
-
-
-@pytest.mark.parametrize("adapters", [2, 3, 20])
-def test_a_static_average_stays_one(adapters):
-    average = np.append(np.full(adapters, 1 / adapters), 0.0)
-    np.testing.assert_allclose(mixes(average[None])[0], average, atol=1e-15)
+    for adapters in (2, 3, 20):  # a static average stays one
+        average = np.append(np.full(adapters, 1 / adapters), 0.0)
+        np.testing.assert_allclose(mixes(average[None])[0], average, atol=1e-15)
+    base = np.random.default_rng(0).uniform(0.01, 0.3, 2000)  # two equal halves, whatever rounding adds
+    weights = np.column_stack([(1 - base) / 2, (1 - base) / 2, base])
+    assert (mixes(weights) == 0).sum(1).tolist() == [1] * len(weights)
 
 
 def test_a_sure_query_is_answered_by_its_candidate_alone():
@@ -100,13 +98,6 @@ def test_a_sure_query_is_answered_by_its_candidate_alone():
     found = cluster(weights, None, seed=0)
     assert found.labels.tolist() == [0, 0, 1, 2]
     np.testing.assert_allclose(found.weights, mixes(weights)[1:], atol=1e-12)
-
-
-def test_auto_stops_at_one_and_a_half_for_each_best_candidate():
-    weights = random_rows(500, 9)
-    found = cluster(weights, None, seed=0)
-    assert len(found.weights) == most_variants(9) == 14
-    assert lost(mixes(weights), found) > MEAN_LOSS  # so it is the limit that stopped it
 
 
 def test_auto_takes_the_fewest_variants_within_the_tolerance():
@@ -120,14 +111,10 @@ def test_auto_takes_the_fewest_variants_within_the_tolerance():
     assert lost(mixes(weights), found) <= MEAN_LOSS
     worst = np.abs(mixes(weights) - fewer.weights[fewer.labels]).sum(1).max() / 2
     assert lost(mixes(weights), fewer) > MEAN_LOSS or worst > WORST_LOSS
-
-
-def test_the_same_seed_gives_the_same_result():
-    weights = np.random.default_rng(0).dirichlet(np.full(6, 4.0), 150)  # nearly all of them mixes
-    first, second, other = (cluster(weights, 8, seed) for seed in (1, 1, 2))
-    assert first.labels.tolist() == second.labels.tolist()
-    assert np.array_equal(first.weights, second.weights)
-    assert first.labels.tolist() != other.labels.tolist()
+    many = random_rows(500, 9)
+    found = cluster(many, None, seed=0)
+    assert len(found.weights) == most_variants(9) == 14  # one and a half for each best candidate
+    assert lost(mixes(many), found) > MEAN_LOSS  # so it is the limit that stopped it
 
 
 # Many queries, many candidates.
@@ -148,6 +135,8 @@ def test_of_many_queries_a_sample_is_grouped(monkeypatch):
     for label, row in enumerate(found.weights):
         np.testing.assert_allclose(row, mixes(mixed)[found.labels == label].mean(0), atol=1e-12)
     assert list(dict.fromkeys(found.labels.tolist())) == list(range(len(found.weights)))
+    monkeypatch.setattr("router.routing.clusters.SAMPLE", 5)  # of nine kinds of queries
+    assert cluster(np.tile(np.eye(9), (3, 1)), None, seed=0).labels.tolist() == list(range(9)) * 3
 
 
 def test_of_many_candidates_each_that_answers_alone_is_a_group(monkeypatch):
@@ -164,15 +153,3 @@ def test_of_many_candidates_each_that_answers_alone_is_a_group(monkeypatch):
     np.testing.assert_allclose(found.weights[found.labels], weights)
     assert found.labels[0] == 0 and (np.diff(np.unique(found.labels, return_index=True)[1]) > 0).all()
     assert len(cluster(weights, 3, seed=0).weights) == 3
-
-
-def test_two_equal_halves_stay_a_mix_whatever_rounding_adds():
-    base = np.random.default_rng(0).uniform(0.01, 0.3, 2000)
-    weights = np.column_stack([(1 - base) / 2, (1 - base) / 2, base])
-    assert (mixes(weights) == 0).sum(1).tolist() == [1] * len(weights)
-
-
-def test_a_sample_of_more_kinds_than_it_may_have_is_grouped(monkeypatch):
-    monkeypatch.setattr("router.routing.clusters.SAMPLE", 5)
-    weights = np.tile(np.eye(9), (3, 1))  # nine kinds of queries
-    assert cluster(weights, None, seed=0).labels.tolist() == list(range(9)) * 3

@@ -8,20 +8,25 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from helpers import write_tiny_adapter
-from merge.factors import dense
+from helpers import delta, write_tiny_adapter
 from router.library.adapters import load_library
 from router.routing.prototypes import prototypes
 
 
-def test_prototypes_are_the_right_singular_vectors(tiny_library):
+@pytest.fixture()
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_prototypes_are_the_right_singular_vectors(tiny_library, tmp_path):
     adapters = load_library([str(tiny_library)])
     found = prototypes(adapters)
     x = np.random.default_rng(5).standard_normal(48)
     checked = 0
     for owner, adapter in enumerate(adapters):
         for module, update in adapter.read_all():
-            _, s, vh = np.linalg.svd(dense(update).double().numpy(), full_matrices=False)
+            _, s, vh = np.linalg.svd(delta(update), full_matrices=False)
             s, vh = s[: update.rank], vh[: update.rank]
             along = vh @ x[: vh.shape[1]]
             proto = found[module]
@@ -33,17 +38,8 @@ def test_prototypes_are_the_right_singular_vectors(tiny_library):
             )
             checked += 1
     assert checked == 8 + 14 + 6
-
-
-def test_an_update_of_zero_has_no_prototype(tmp_path):
-    write_tiny_adapter(tmp_path / "zero", 1, size=0.0)
+    write_tiny_adapter(tmp_path / "zero", 1, size=0.0)  # which has none
     assert prototypes(load_library([str(tmp_path / "zero")])) == {}
-
-
-@pytest.fixture()
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path / "cache")
-    return tmp_path / "cache"
 
 
 def test_a_library_that_was_seen_before_is_not_decomposed_again(tiny_library, cache, monkeypatch):

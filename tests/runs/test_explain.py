@@ -7,8 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from helpers import NAMES, NONE, ROOT, arguments, read_by_id, write_queries, write_run
-from router.main import main as run
+from helpers import NAMES, NONE, ROOT, read_by_id, write_run
 from router.runs.explain import main
 
 WEIGHTS = [0.7, 0.29, 0, 0.01]
@@ -63,39 +62,32 @@ def test_the_text_is_plain_and_fits(capsys, runs):
 
 
 SENTENCES = {
-    "clear": (
-        WEIGHTS, {}, "one has 0.70 of the weight; it scores 3.00; the base model stands at 0.80; "
-        "the next candidate, two, is 0.60 behind; two had the strongest response before calibration",
-    ),
-    "strongest from the start": (
-        [0.9, 0.09, 0, 0.01], {"responses": [0.3, 0.2, 0.1]}, "; it had the strongest response before",
-    ),
-    "a low margin": ([0.7, 0.3, 0, 0], {"scores": [3.0, 2.6, -1.0]}, "two, is 0.40 behind, a low margin"),
+    "clear": (WEIGHTS, {}, ["one has 0.70", "3.00", "0.80", "two, is 0.60", "two had"]),
+    "strongest from the start": ([0.9, 0.09, 0, 0.01], {"responses": [0.3, 0.2, 0.1]}, ["it had"]),
+    "a low margin": ([0.7, 0.3, 0, 0], {"scores": [3.0, 2.6, -1.0]}, ["two, is 0.40"]),
     "a low margin over the base model": (
-        [0.7, 0.1, 0, 0.2], {"base_score": 2.8}, "at 2.80; the next candidate, the base model, is 0.20",
+        [0.7, 0.1, 0, 0.2], {"base_score": 2.8}, ["2.80", "the base model, is 0.20"],
     ),
     "base": (
-        [0.1, 0.05, 0, 0.85], {"base_score": 4.25}, "the base model has 0.85 of the weight; no adapter "
-        "scores above the base model, which stands at 4.25; the next candidate, one, is 1.25 behind;",
+        [0.1, 0.05, 0, 0.85], {"base_score": 4.25}, ["the base model has 0.85", "4.25", "one, is 1.25"],
     ),
     "base, a low margin": (
-        [0.3, 0.1, 0, 0.6], {"scores": [NONE, 2.4, -1.0], "base_score": 2.75}, "two, is 0.35 behind",
+        [0.3, 0.1, 0, 0.6], {"scores": [NONE, 2.4, -1.0], "base_score": 2.75}, ["two, is 0.35"],
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", SENTENCES)
 def test_the_sentence_says_how_clear_it_is_and_why(capsys, tmp_path, kind):
-    weights, changed, sentence = SENTENCES[kind]
+    weights, changed, parts = SENTENCES[kind]
     summary = story(capsys, write_run(tmp_path / "run", [weights], changed), "q0")["summary"]
-    assert sentence in summary and ("low margin" in summary) == ("low margin" in kind)
+    assert all(part in summary for part in parts) and ("low margin" in summary) == ("low margin" in kind)
 
 
 def test_a_variant_that_leans_elsewhere_is_told(capsys, tmp_path):
     variants = [{"folder": "variants/0", "queries": 2, "weights": {"one": 0.3, "two": 0.7, "base": 0}}]
     shown = text(capsys, write_run(tmp_path / "run", [[0.55, 0.45, 0, 0]], variants=variants), "q0")
-    assert "one has 0.55 of the weight; but two has more in the variant that answered.\n" in shown
-    assert "Variant 0, which answers 2 queries\n  two 0.700, one 0.300\n" in shown
+    assert "but two has more" in shown and "two 0.700, one 0.300\n" in shown
 
 
 def test_votes_by_kind_of_module(capsys, tmp_path):
@@ -111,35 +103,28 @@ def test_votes_by_kind_of_module(capsys, tmp_path):
     assert lines["mlp.up_proj"].count("-") == 21 and lines["self_attn.q_proj"].count("-") == 19  # and a sign
 
 
-def test_a_duplicate_has_no_score_and_is_left_out(capsys, tmp_path):
-    changed = {"responses": [0.1, 0.2, 0.9], "scores": [3, 2.4, NONE]}
-    found = story(capsys, write_run(tmp_path / "run", [WEIGHTS], changed), "q0")
-    assert [row["name"] for row in found["candidates"]] == ["one", "two", "base"]
-
-
 def test_of_many_adapters_those_that_matter_are_shown(capsys, tmp_path):
     names = [f"a{n:02}" for n in range(40)]
-    changed = {
-        "responses": np.arange(40) / 40,  # the last has the strongest response
-        "scores": 4 - np.arange(40) / 10,
-    }
+    scores = 4 - np.arange(40) / 10
+    scores[30] = NONE  # a duplicate
+    changed = {"responses": np.arange(40) / 40, "scores": scores}  # the last has the strongest response
     weights = [0.5, *[0.0] * 27, 0.5, *[0.0] * 12]
     out = write_run(tmp_path / "run", [weights], changed, names=names)
     rows = [line.split()[0] for line in text(capsys, out, "q0").splitlines() if line.count(".") == 3]
     assert rows == ["a00", "a28", *names[1:7], "base", "a39"]
-    assert len(story(capsys, out, "q0")["candidates"]) == 41
+    found = [row["name"] for row in story(capsys, out, "q0")["candidates"]]
+    assert sorted(found) == sorted({*names, "base"} - {"a30"})
 
 
 @pytest.mark.parametrize(
     ("method", "sentence"),
-    [("base", "the base model has 1.00"), ("average", "3 candidates have 0.33 of the weight each"),
-     ("arrow", "averaged over tokens, since the adapters are mixed anew for each token")],
-)  # fmt: skip
+    [("base", "the base model has 1.00"), ("average", "3 candidates have 0.33"), ("arrow", "averaged")],
+)
 def test_a_run_without_evidence_shows_what_there_is(capsys, runs, method, sentence):
     found, shown = story(capsys, runs(method), "g2"), text(capsys, runs(method), "g2")
     assert sentence in found["summary"] and found["votes"] is None
     assert all(candidate.keys() == {"name", "weight"} for candidate in found["candidates"])
-    assert "kept no evidence" in shown and "response" not in shown
+    assert "response" not in shown
 
 
 def test_text_from_files_is_shown_and_not_obeyed(capsys, tmp_path):
@@ -149,37 +134,19 @@ def test_text_from_files_is_shown_and_not_obeyed(capsys, tmp_path):
     assert "\x1b" not in shown and r"[bold]x[/bold] [/nothing] :smile: \x1b[31mred\x07 été" in shown
     assert "…" in shown and shown.count("word") < 200
     assert story(capsys, out, "q0")["query"]["input"] == query
-
-
-def test_a_query_file_that_is_gone_leaves_the_rest(capsys, tmp_path):
-    out = write_run(tmp_path / "run", [WEIGHTS], {})
-    (tmp_path / "run.csv").unlink()
-    assert story(capsys, out, "q0")["query"] is None
-    shown = text(capsys, out, "q0")
-    assert "the query file is gone or has changed" in shown and "answer q0" in shown
+    (tmp_path / "run.csv").unlink()  # the rest is told without it
+    assert story(capsys, out, "q0")["query"] is None and "answer q0" in text(capsys, out, "q0")
 
 
 def test_an_id_is_found_or_the_nearest_is_named(capsys, runs, tmp_path):
     out = runs("proto_route")
-    assert "queries:g1 or more:g1" in error(capsys, out, "g1")
     for stem, asked in (("queries", "What is two and two?"), ("more", "1 + 1 =")):
         found = story(capsys, out, f"{stem}:g1")
         assert found["file"] == stem and found["query"]["input"] == asked
         assert found["answer"] == read_by_id(out / f"{stem}.csv")["g1"]["prediction"]
-    assert "such as 'm1', got 'm11'" in error(capsys, out, "m11")
-    assert "such as 'more:g1', got 'mare:g1'" in error(capsys, out, "mare:g1")
-    assert "such as 'g1', got '???'" in error(capsys, out, "???")
+    for asked, named in (("g1", "more:g1"), ("m11", "'m1'"), ("mare:g1", "'more:g1'"), ("???", "'g1'")):
+        assert named in error(capsys, out, asked)
     assert "none/run.json: " in error(capsys, tmp_path / "none", "g1")
-
-
-def test_an_id_that_reads_like_another_files_is_told(capsys, tmp_path, tiny_base, tiny_library):
-    one = write_queries(tmp_path / "a.csv", [("b:1", "x", "generation", "")])
-    two = write_queries(tmp_path / "a:b.csv", [("1", "y", "generation", ""), ("2", "z", "generation", "")])
-    out = tmp_path / "out"
-    assert run(arguments("base", [one, two], tiny_library, tiny_base, out)) == 0
-    capsys.readouterr()
-    assert "stands in 2 query files" in error(capsys, out, "a:b:1")
-    assert story(capsys, out, "2")["query"]["input"] == "z"
 
 
 @pytest.mark.parametrize("module", ["router.runs.explain", "router.runs.compare"])

@@ -1,9 +1,12 @@
 """Chats through the proxy, by OpenAI's own client: a conversation of five turns, streamed and not."""
 
+<<<<<<< HEAD
 import json
 import re
 import time
 
+=======
+>>>>>>> hT
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
@@ -11,13 +14,13 @@ pytest.importorskip("starlette", reason="needs the extra serve")
 openai = pytest.importorskip("openai", reason="needs the extra test")
 
 from serving_stubs import Upstream, chat, proxied, serving  # noqa: E402
-from starlette.applications import Starlette  # noqa: E402
-from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
-from starlette.routing import Route  # noqa: E402
 
 from helpers import PLAIN  # noqa: E402
+<<<<<<< HEAD
 from router.api import Router  # noqa: E402
 from router.pipeline.reading import SHARED  # noqa: E402
+=======
+>>>>>>> hT
 from router.routing.variants import served  # noqa: E402
 from router.serving.export import vllm  # noqa: E402
 from router.serving.names import read_served  # noqa: E402
@@ -27,38 +30,14 @@ USER = ("What is number 1", "Say number 2", "Bonjour number 3", "thanks", "Say n
 
 
 @pytest.fixture()
-def router(chat_router, tmp_path):
-    made = chat_router(false_positive_rate=0.9)
-    return Router.load(
-        made.fit([[{"role": "user", "content": text}] for text in USER]).save(tmp_path / "saved")
-    )
+def router(saved_chats):
+    return saved_chats([chat(text)["messages"] for text in USER])
 
 
 @pytest.fixture()
 def client(router):
-    async def models(_):
-        return JSONResponse({"object": "list", "data": [{"id": "tiny", "object": "model"}]})
-
-    async def answer(request):
-        body = await request.json()
-        said = {"role": "assistant", "content": f"{len(body['messages'])} messages"}
-        one = {"id": "c", "created": 1, "model": body["model"]}
-        if not body.get("stream"):
-            choice = {"index": 0, "message": said, "finish_reason": "stop"}
-            return JSONResponse(one | {"object": "chat.completion", "choices": [choice]})
-
-        async def chunks():
-            for word in said["content"].split():
-                choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
-                chunk = one | {"object": "chat.completion.chunk", "choices": [choice]}
-                yield f"data: {json.dumps(chunk)}\n\n".encode()
-            yield b"data: [DONE]\n\n"
-
-        return StreamingResponse(chunks(), media_type="text/event-stream")
-
-    routes = [Route("/v1/models", models), Route("/v1/chat/completions", answer, methods=["POST"])]
     with (
-        serving(Starlette(routes=routes)) as upstream,
+        serving(Upstream([{"id": "tiny", "object": "model"}]).app) as upstream,
         serving(Proxy(router, upstream).app) as proxy,
         openai.OpenAI(base_url=f"{proxy}/v1", api_key="none") as made,
     ):
@@ -80,6 +59,7 @@ def test_a_conversation_of_five_turns_is_routed_as_in_python(client, router):
         messages.append({"role": "assistant", "content": answer.choices[0].message.content})
 
 
+<<<<<<< HEAD
 def test_a_system_message_of_many_requests_is_calibrated_beside_them(client, router):
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say number 2"}]
     before = router.frames
@@ -106,13 +86,14 @@ def test_what_is_no_conversation_is_a_bad_request(client, messages):
         client.chat.completions.create(model="auto", messages=messages)
 
 
+=======
+>>>>>>> hT
 @pytest.mark.anyio
-async def test_a_variant_that_brings_a_template_is_asked_in_it(chat_router, tiny_library, tmp_path):
+async def test_a_variant_that_brings_a_template_is_asked_in_it(saved_chats, tiny_library, tmp_path):
     other = PLAIN.replace("assistant: ", "them> ")
     for folder in tiny_library.iterdir():
         (folder / "chat_template.jinja").write_text(other)
-    made = chat_router(false_positive_rate=0.9).fit([chat(text)["messages"] for text in USER])
-    router = Router.load(made.save(tmp_path / "saved"))
+    router = saved_chats([chat(text)["messages"] for text in USER])
     fits = next(text for text in USER if router.choose([chat(text)["messages"]])[0].fits)
     names = [served(n, of.sha256) for n, of in enumerate(router.variants) if of.weights]
     listed = Upstream([{"id": "the-base"}, *({"id": name} for name in names)])

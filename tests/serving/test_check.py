@@ -4,24 +4,15 @@ import shutil
 
 import pytest
 
-from router.api import Router
 from router.cli import main
 
 
 @pytest.fixture(params=["run", "router"])
-def folder(request, command, tmp_path, tiny_base, tiny_library):
+def folder(request, command, router_of, tmp_path):
     if request.param == "run":
         return command("proto_route", "--false_positive_rate", 0.9)[1]
-    router = Router.from_library(
-        tiny_library, base_model=str(tiny_base), dtype="float32", false_positive_rate=0.9
-    )
+    router = router_of(false_positive_rate=0.9)
     return router.fit(["What is two and two?", "Bonjour"]).save(tmp_path / "saved")
-
-
-def test_what_can_be_served_is_told(folder, capsys):
-    assert main(["check", str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert "3 adapters" in said and "variant-0-" in said
 
 
 def damaged(folder):
@@ -29,17 +20,18 @@ def damaged(folder):
     file.write_bytes(file.read_bytes()[:-1] + b"x")
 
 
-def gone(folder):
-    shutil.rmtree(folder / "variants")
-
-
-@pytest.mark.parametrize("spoil", [damaged, gone])
-def test_what_cannot_is_refused(folder, capsys, spoil):
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (damaged, "variants"),
+        (lambda folder: shutil.rmtree(folder / "variants"), "variants"),
+        (shutil.rmtree, ""),
+    ],
+)
+def test_what_can_be_served_is_told_and_what_cannot_is_refused(folder, capsys, spoil, named):
+    assert main(["check", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "3 adapters" in said and "variant-0-" in said
     spoil(folder)
     assert main(["check", str(folder)]) == 2
-    assert "variants" in capsys.readouterr().err
-
-
-def test_an_empty_folder_is_refused(tmp_path, capsys):
-    assert main(["check", str(tmp_path)]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
+    assert str(folder / named) in capsys.readouterr().err

@@ -3,13 +3,14 @@
 import asyncio
 import importlib
 import sys
-from types import ModuleType
 
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra serve")
 
 from serving_stubs import Two
+
+from helpers import stand_in
 
 
 @pytest.fixture()
@@ -24,15 +25,13 @@ def plug(monkeypatch):
             super().__init__(detail)
             self.status_code = status_code
 
-    for content in (
-        {"name": "litellm"}, {"name": "litellm.integrations"},
-        {"name": "litellm.integrations.custom_logger", "CustomLogger": CustomLogger},
-        {"name": "fastapi", "HTTPException": HTTPException},
-    ):  # fmt: skip
-        name = content.pop("name")
-        module = ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
+    stand_in(
+        monkeypatch,
+        litellm={},
+        litellm__integrations={},
+        litellm__integrations__custom_logger={"CustomLogger": CustomLogger},
+        fastapi={"HTTPException": HTTPException},
+    )
     monkeypatch.delitem(sys.modules, "router.integrations.litellm", raising=False)
     yield importlib.import_module("router.integrations.litellm")
     sys.modules.pop("router.integrations.litellm", None)
@@ -51,17 +50,14 @@ def ask(hook, *bodies):
 def test_auto_becomes_the_variant_and_other_names_pass(plug):
     router = Two()
     chat = {"model": "auto", "messages": [{"role": "user", "content": "an x"}], "stream": True}
-    found = ask(
-        plug.AutoModel(router), chat, {"model": "auto", "prompt": "none"}, {"model": "gpt", "prompt": "an x"}
-    )
-    assert found[0] == chat | {"model": "variant-0"}
-    assert found[1]["model"] == "base" and found[2] == {"model": "gpt", "prompt": "an x"}
+    other = {"model": "gpt", "prompt": "an x"}
+    first, second, third, error = ask(
+        plug.AutoModel(router), chat, {"model": "auto", "prompt": "none"}, other,
+        {"model": "auto", "prompt": [1, 2]},
+    )  # fmt: skip
+    assert first == chat | {"model": "variant-0"} and second["model"] == "base" and third == other
     assert router.batches == [["an x", "none"]]  # in one pass
-
-
-def test_what_has_no_text_is_refused(plug):
-    (error,) = ask(plug.AutoModel(Two()), {"model": "auto", "prompt": [1, 2]})
-    assert error.status_code == 400 and "prompts" in str(error)
+    assert error.status_code == 400
 
 
 def test_the_router_is_the_one_that_the_environment_names(plug, monkeypatch):
@@ -78,6 +74,6 @@ def test_without_a_router_the_proxy_says_so(plug, monkeypatch):
     monkeypatch.delenv("PROTO_ROUTE_ROUTER", raising=False)
     empty = Two()
     empty.variants = []
-    for hook, words in ((plug.AutoModel(), "found none"), (plug.AutoModel(empty), "Router.fit")):
+    for hook in (plug.AutoModel(), plug.AutoModel(empty)):
         (error,) = ask(hook, {"model": "auto", "prompt": "x"})
-        assert error.status_code == 500 and "PROTO_ROUTE_ROUTER" in str(error) and words in str(error)
+        assert error.status_code == 500 and "PROTO_ROUTE_ROUTER" in str(error)

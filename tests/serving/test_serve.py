@@ -14,19 +14,17 @@ from contextlib import contextmanager
 import pytest
 
 from helpers import ROOT
-from router import Router
 from router.serving.command import main
 
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from serving_stubs import Two, free_port, serving  # noqa: E402
+from serving_stubs import free_port, serving  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from router.routing.variants import served  # noqa: E402
-from router.serving.proxy import Proxy  # noqa: E402
 
 TEXTS = [f"{word} number {n}" for n in range(4) for word in ("What is", "Say", "Bonjour")]
 posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -69,10 +67,9 @@ def upstream():
 
 
 @pytest.fixture()
-def router(tiny_base, tiny_library):
+def router(router_of):
     """A router of several variants for TEXTS."""
-    how = {"device": "cpu", "dtype": "float32", "false_positive_rate": 0.9}
-    return Router.from_library(tiny_library, base_model=str(tiny_base), **how).fit(TEXTS)
+    return router_of(false_positive_rate=0.9).fit(TEXTS)
 
 
 @contextmanager
@@ -102,66 +99,33 @@ def started(saved, upstream, *flags):
 def test_it_serves_reloads_drains_and_tells_who_left(upstream, router, tmp_path):
     upstream, asked, left = upstream
     saved = router.save(tmp_path / "saved")
-    with started(saved, upstream) as (process, client, log):
+    body = {"model": "auto", "prompt": "Endless"}
+    with started(saved, upstream, "--timeout", 5) as (process, client, log):
         assert [_post(client, text)["model"] for text in TEXTS] == _names(router, TEXTS)
         router.fit(TEXTS[:1]).save(saved)  # one variant
         process.send_signal(signal.SIGHUP)
         _until(lambda: _post(client, TEXTS[1])["model"] in _names(router, TEXTS[1:2]))
-        body = {"model": "auto", "prompt": "Endless"}
-        with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
-            assert next(answer.iter_raw()).startswith(b"data: 0")
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/completions", json=body, timeout=1)
-        _until(lambda: sorted(left) == ["Endless", "stream"])
-        with ThreadPoolExecutor() as pool:
+        _until(lambda: left == ["Endless"])
+        with (
+            ThreadPoolExecutor() as pool,
+            client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer,
+        ):
+            chunks = answer.iter_raw()  # held, else httpx closes the connection
+            assert next(chunks).startswith(b"data: 0")
             slow = pool.submit(_post, client, "Slow")
             _until(lambda: "Slow" in asked)
             process.send_signal(signal.SIGTERM)
             assert slow.result()["model"].partition("-")[0] in ("variant", "tiny")
-        assert process.wait(20) in (0, -signal.SIGTERM)
+            assert process.wait(20) in (0, -signal.SIGTERM)  # an open stream does not hold it up
+        _until(lambda: left == ["Endless", "stream"])
     assert not any("Traceback" in line or "What is number" in line for line in log)
 
 
-@posix
-def test_an_open_stream_does_not_hold_up_the_end(upstream, router, tmp_path):
-    upstream, _, left = upstream
-    body = {"model": "auto", "prompt": "Endless", "stream": True}
-    with (
-        started(router.save(tmp_path / "saved"), upstream, "--timeout", 1) as (process, client, _),
-        client.stream("POST", "/v1/completions", json=body) as answer,
-    ):
-        chunks = answer.iter_raw()  # held, else httpx closes the connection
-        assert next(chunks).startswith(b"data: 0")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) in (0, -signal.SIGTERM)
-        _until(lambda: left == ["stream"])
-
-
-def test_a_slow_upstream_holds_up_its_own_request_alone(upstream):
-    address, asked, left = upstream
-    with (
-        serving(Proxy(Two(), address, timeout=1).app) as proxy,
-        httpx.Client(base_url=proxy, timeout=30) as client,
-        ThreadPoolExecutor() as pool,
-    ):
-        slow = pool.submit(client.post, "/v1/completions", json={"model": "auto", "prompt": "Endless x"})
-        _until(lambda: asked)
-        assert _post(client, "x")["model"] == "variant-0"
-        assert 'router_requests_total{variant="variant-0"} 2.0' in client.get("/metrics").text
-        answer = slow.result()
-        assert answer.status_code == 504 and "in time" in answer.json()["error"]["message"]
-        _until(lambda: left == ["Endless x"])
-        assert _post(client, "x")["model"] == "variant-0"
-        assert 'router_requests_total{variant="variant-0"} 3.0' in client.get("/metrics").text
-
-
 def _names(router, texts):
-    return [_name(router, choice) for choice in router.choose(texts)]
-
-
-def _name(router, choice):
-    made = router.variants[choice.variant]
-    return served(choice.variant, made.sha256) if made.weights else "tiny"
+    made = [(choice.variant, router.variants[choice.variant]) for choice in router.choose(texts)]
+    return [served(number, one.sha256) if one.weights else "tiny" for number, one in made]
 
 
 def _until(what):
@@ -182,24 +146,19 @@ def _post(client, text):
     return client.post("/v1/completions", json={"model": "auto", "prompt": text}).json()
 
 
-def test_what_cannot_start_says_why(capsys, tmp_path, monkeypatch):
-    def refused(upstream, *flags):
-        assert main(["--router", str(tmp_path), "--upstream", upstream, *flags]) == 2
-        return capsys.readouterr().err
+def test_what_cannot_start_says_why(capsys, router, tmp_path, monkeypatch):
+    def refused(saved, upstream, *flags):
+        assert main(["--router", str(saved), "--upstream", upstream, "--device", "cpu", *flags]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        return said.err
 
-    assert "--upstream" in refused("localhost:8000")
-    assert str(tmp_path) in refused("http://127.0.0.1:1", "--port", "0")
-    monkeypatch.setattr("router.serving.command.find_spec", lambda name: None)
-    assert "pip install 'proto-route[serve]'" in refused("http://127.0.0.1:1")
-
-
-def test_a_port_that_is_taken_is_named_before_anything_is_said(capsys, router, tmp_path):
-    saved = router.save(tmp_path / "saved")
+    saved, nobody = router.save(tmp_path / "saved"), "http://127.0.0.1:1"
+    assert "--upstream" in refused(saved, "localhost:8000")
+    assert str(tmp_path / "none") in refused(tmp_path / "none", nobody, "--port", "0")
     with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        words = ["--router", saved, "--upstream", "http://127.0.0.1:1", "--device", "cpu", "--port", port]
-        assert main(list(map(str, words))) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith(f"error: --port {port}: ")
-    assert main([*map(str, words), "--host", "not an address"]) == 2
-    assert "--host not an address" in capsys.readouterr().err
+        port = str(other.getsockname()[1])
+        assert refused(saved, nobody, "--port", port).startswith(f"error: --port {port}: ")
+    assert "--host not an address" in refused(saved, nobody, "--port", port, "--host", "not an address")
+    monkeypatch.setattr("router.serving.command.find_spec", lambda name: None)
+    assert "proto-route[serve]" in refused(saved, nobody)
