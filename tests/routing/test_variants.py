@@ -29,7 +29,6 @@ from router.routing.variants import (
     materialise,
     write_variant,
 )
-from router.run import _place_variants
 
 MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
 
@@ -63,27 +62,6 @@ def test_decide_drops_negligible_shares_and_keeps_sums_of_one():
     assert one == Variant({"a7": 1.0}, 0.0) and other == Variant({"a0": 1.0}, 0.0)
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
-def test_only_a_folder_of_ours_is_replaced(tmp_path, caplog, kind):
-    out, work = tmp_path / "out", tmp_path / "work"
-    for folder in (out, work):
-        folder.mkdir(mode=0o700)
-    (OURS | THEIRS)[kind](out / "variants")
-    before = sorted(out.rglob("*"))
-    (work / "1").mkdir()
-    _place_variants(work, out / "variants")
-    if kind in THEIRS:
-        assert sorted(out.rglob("*")) == before
-        assert "the variants could not be kept" in caplog.text
-    else:
-        assert not work.exists() and (out / "variants").stat().st_mode & 0o777 == 0o755
-        assert sorted(path.name for path in (out / "variants").iterdir()) == [".proto-route", "1"]
-        assert not caplog.text
-
-
-=======
->>>>>>> hT
 @pytest.mark.parametrize("variant", [MIXED, Variant({"attention": 1.0}, 0.0), Variant({"mlp": 0.25}, 0.75)])
 def test_materialise_is_the_dense_sum(tiny_library, adapters, variant):
     found, expected = materialise(variant, adapters), dense_sum(tiny_library, variant.weights)

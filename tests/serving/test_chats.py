@@ -1,12 +1,8 @@
 """Chats through the proxy, by OpenAI's own client: a conversation of five turns, streamed and not."""
 
-<<<<<<< HEAD
-import json
 import re
 import time
 
-=======
->>>>>>> hT
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
@@ -16,11 +12,7 @@ openai = pytest.importorskip("openai", reason="needs the extra test")
 from serving_stubs import Upstream, chat, proxied, serving  # noqa: E402
 
 from helpers import PLAIN  # noqa: E402
-<<<<<<< HEAD
-from router.api import Router  # noqa: E402
 from router.pipeline.reading import SHARED  # noqa: E402
-=======
->>>>>>> hT
 from router.routing.variants import served  # noqa: E402
 from router.serving.export import vllm  # noqa: E402
 from router.serving.names import read_served  # noqa: E402
@@ -59,7 +51,6 @@ def test_a_conversation_of_five_turns_is_routed_as_in_python(client, router):
         messages.append({"role": "assistant", "content": answer.choices[0].message.content})
 
 
-<<<<<<< HEAD
 def test_a_system_message_of_many_requests_is_calibrated_beside_them(client, router):
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say number 2"}]
     before = router.frames
@@ -86,8 +77,6 @@ def test_what_is_no_conversation_is_a_bad_request(client, messages):
         client.chat.completions.create(model="auto", messages=messages)
 
 
-=======
->>>>>>> hT
 @pytest.mark.anyio
 async def test_a_variant_that_brings_a_template_is_asked_in_it(saved_chats, tiny_library, tmp_path):
     other = PLAIN.replace("assistant: ", "them> ")

@@ -11,6 +11,7 @@ httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from serving_stubs import Two, Upstream, chat, completion, proxied, serving  # noqa: E402
+from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
@@ -265,3 +266,36 @@ async def test_a_decision_is_a_span_between_client_and_server(monkeypatch):
             "gen_ai.request.model": "auto", "gen_ai.response.model": "variant-0", "router.margin": 2.0,
             "router.fits": True, "router.low_margin": False, "router.request_id": "mine",
         }  # fmt: skip
+
+
+@pytest.mark.parametrize(("host", "key", "warns"), [
+    ("0.0.0.0", None, True), ("0.0.0.0", "k", False), ("127.0.0.1", None, False),
+])  # fmt: skip
+def test_a_front_for_all_without_a_key_warns(host, key, warns, monkeypatch, caplog, tmp_path):
+    monkeypatch.delenv("PROTO_ROUTE_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("PROTO_ROUTE_API_KEY", key)
+    words = ["--router", tmp_path, "--upstream", "http://127.0.0.1:1", "--host", host, "--port", 0]
+    assert command.main(list(map(str, words))) == 2  # there is no router
+    assert ("PROTO_ROUTE_API_KEY" in caplog.text) == warns
+
+
+def test_spans_reach_the_endpoint_in_the_environment(monkeypatch):
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the extra trace")
+    from router.serving import tracing
+
+    posted = []
+
+    async def take(request):
+        posted.append((request.url.path, await request.body()))
+        return Response(b"", media_type="application/x-protobuf")
+
+    collector = Starlette(routes=[Route("/{path:path}", take, methods=["POST"])])
+    with serving(collector) as address:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        sending = tracing.tracer()
+        shown = {"model": "variant-0", "margin": 1.0, "fits": True, "low_margin": False, "request_id": "mine"}
+        assert tracing.traced(sending, {}, shown, time.time_ns()).keys() == {"traceparent"}
+        sending.span_processor.force_flush()
+    ((path, body),) = posted
+    assert path == "/v1/traces" and b"router.margin" in body and b"proto-route" in body
