@@ -94,16 +94,17 @@ def _kept(
         asked: the numbers of the queries in the batches.
     """
     bar(sum(len(row) for n, row in enumerate(rows) if n not in asked))
+    left = set(asked)
     while not (context.deadline and context.deadline.over()) and (done := next(batches, None)):
         for n, found in zip(done.numbers, done.answers, strict=True):
             if found.failed:
                 warn(queries[n], done.why)
             else:
                 known.setdefault(queries[n], found)  # the same query has the same answer
-        asked = asked.difference(done.numbers)
+        left.difference_update(done.numbers)
         bar(sum(len(rows[n]) for n in done.numbers))
     if context.deadline:
-        context.deadline.unanswered += sum(queries[n] not in known for n in asked)
+        context.deadline.unanswered += sum(queries[n] not in known for n in left)
     return [known.get(query, FAILED) for query in queries]
 
 
