@@ -265,13 +265,16 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused(saved):
     tensors = {key: of.clone() for key, of in load_file(file).items()}  # the file, which may be mapped, goes
     with safe_open(file, "pt") as opened:
         text = opened.metadata()["router"]
-    spoilt = [(tensors, text.replace('"representative": [0', '"representative": [7'))]
+    words = {'"representative": [0': '"representative": [7', '"temperature": ': '"temperature": -'}
+    spoilt = [(tensors, text.replace(old, new)) for old, new in words.items()]
     for name, change in (
         ("owners model.layers.0.self_attn.q_proj", lambda of: of + 9),
         ("directions model.layers.0.self_attn.q_proj", lambda of: of[:5]),
         ("0 gate mean_", lambda of: of[:, :1]),
         ("0 gate threshold_", lambda of: of / 0),
         ("0 gate landmarks_", lambda of: of + 9),
+        ("0 gate residual_scale_", lambda of: 0 * of),
+        ("0 reference", lambda of: of / 0),
     ):
         spoilt.append((tensors | {name: change(tensors[name]).contiguous()}, text))
     for changed, router in spoilt:

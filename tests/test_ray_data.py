@@ -214,3 +214,11 @@ def test_two_actors_give_the_rows_of_a_run(words, saved, command, tmp_path):
     (folder_of(tmp_path) / "000002.parquet").unlink()
     code, said = run()
     assert code == 2 and "error: " in said and str(weights) in said and "Traceback" not in said
+
+
+def test_a_block_at_which_actors_died_again_and_again_is_refused(tmp_path):
+    part = tmp_path / "0.parquet"
+    (tmp_path / ".0.parquet.tries").write_text("...")
+    found = ray_data.Answering(tmp_path / "no router")({"part": str(part), "queries": "[]"})
+    assert "an actor died 3 times" in found["error"] and "--actors" in found["error"]
+    assert not any(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Settings: what is read is what was written, and a value that one does not take is refused by its flag."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,16 @@ def test_what_no_version_knows_goes_what_is_missing_is_named():
             Settings.from_plain(others)
 
 
-@pytest.mark.parametrize("name", kinds())
-@pytest.mark.parametrize("value", [object(), b"", [], (7,), -1, float("nan")])
+ENDS = [
+    ("seed", 1 << 31), ("n_variants", 0), ("max_gen_len", 1 << 31), ("temperature", 0.0),
+    ("temperature", float("inf")), ("false_positive_rate", 0.0), ("false_positive_rate", 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*ENDS, *product(kinds(), [object(), b"", [], (7,), -1, float("nan")])],
+)
 def test_a_value_that_a_setting_refuses_is_named_by_its_flag(name, value):
     with pytest.raises(InputError, match=f"--{name}: "):
         Settings(**{name: value})

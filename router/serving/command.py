@@ -9,15 +9,17 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from logging.handlers import RotatingFileHandler
-from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
+
+from pydantic import Field
 
 from router.constants import ADDRESS, Dtype
+from router.settings import Count, Positive, reader
 from router.system.errors import InputError
 from router.system.keys import key_of
 
@@ -32,36 +34,24 @@ NEEDED = ("starlette", "httpx", "uvicorn", "prometheus_client")
 FILE_SIZE, FILES = 64 << 20, 9  # bytes of a file of decisions, and how many older ones are kept
 
 
-def number(kind: type, least: float, most: float = inf) -> Callable[[str], float]:
-    """A reader of a flag's number within bounds."""
-
-    def read(text: str) -> float:
-        if not least <= (value := kind(text)) <= most:
-            raise argparse.ArgumentTypeError(f"expected a number from {least} to {most}, got {text}")
-        return value  # type: ignore[no-any-return]
-
-    read.__name__ = "number"  # argparse says it of what is none
-    return read
-
-
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     p = argparse.ArgumentParser(
         prog="proto-route serve",
         description="An OpenAI-compatible proxy: requests for the model `auto` go to the variant that fits.",
     )
-    add, count = p.add_argument, number(int, 1)
+    add, count = p.add_argument, reader(Count)
     add("--router", type=Path, required=True, metavar="DIR", help="a saved router, or a finished run")
     add("--upstream", required=True, metavar="URL", help="the server that serves the variants")
     add("--base_model", metavar="embedded|FOLDER|HUB_ID", help="in place of the router's own")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="of the base model's copy")
     add("--dtype", choices=get_args(Dtype), help="of the base model's copy (default: the router's)")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
-    add("--port", type=number(int, 0, 65535), default=8080, help="default: 8080")
+    add("--port", type=reader(Annotated[int, Field(ge=0, le=65535)]), default=8080, help="default: 8080")
     add("--max_body", type=count, default=4 << 20, metavar="BYTES", help="of a request (default: 4 MiB)")
     add("--queue", type=count, default=1024, help="requests that may wait to be routed (default: 1024)")
     add(
-        "--timeout", type=number(float, 0.001), default=600.0, metavar="SECONDS",
+        "--timeout", type=reader(Positive), default=600.0, metavar="SECONDS",
         help="without a byte from upstream, for a request to arrive, to drain at the end (default: 600)",
     )  # fmt: skip
     add("--decisions", type=Path, metavar="FILE", help="write each decision as a line of JSON")

@@ -75,7 +75,7 @@ def libraries() -> Iterator[Labelled]:
     for name in CHATS:
         if (BUILT / name / "queries.jsonl").exists():
             yield _of_chats(name, BUILT / name)
-    if all((BUILT / name).is_dir() for name in ("otherbase", CHATS[1])):
+    if (BUILT / "otherbase/queries.csv").exists() and (BUILT / CHATS[1] / "queries.jsonl").exists():
         yield _mixed()
     own, unseen = labelled("eval"), labelled("eval_unseen")
     foreign = unseen["adapter"] == BASE_COLUMN

@@ -87,8 +87,8 @@ def _with(
 
 def uniform(
     model: Any, base_model: str, rank: int, count: int, folder: Path, within: str = ""
-) -> list[Adapter]:
-    """Seeded random adapters of one rank on all linear layers, as small as trained ones.
+) -> None:  # fmt: skip
+    """Writes seeded random adapters of one rank on all linear layers, as small as trained ones.
 
     Args:
         base_model: what they name as theirs.
@@ -106,4 +106,3 @@ def uniform(
             for module, (d_out, d_in) in shapes.items()
         }
         write_adapter(folder / f"uniform{n:05}", updates, base_model, None, torch.bfloat16)
-    return load_library([str(folder)])

@@ -338,7 +338,7 @@ def targets_table(answers: pd.DataFrame) -> list[str]:
 
 def turns_table(answers: pd.DataFrame) -> list[str]:
     """Shares of conversations whose candidate is right, by what is read; empty until all is measured."""
-    readings = dict(zip(READINGS, READINGS, strict=True)) | {QUERIES: "each message, and stay"}
+    readings = {name: name for name in READINGS} | {QUERIES: "each message, and stay"}
     lines = header(["library", "read", *TURNS.values()], texts=2)
     for library, (setting, title) in product(CHATS, readings.items()):
         parts = [part(answers, library, split, OURS, setting=setting).right for split in TURNS]

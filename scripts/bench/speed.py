@@ -94,8 +94,8 @@ def mistral() -> Found:
     model = ready(made.from_config(MistralConfig(num_hidden_layers=1), dtype=torch.bfloat16), "cpu")
     rows = torch.randint(5, model.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(2))
     with tempfile.TemporaryDirectory() as folder:
-        adapters = libraries.uniform(model, MISTRAL, RANK, ADAPTERS, Path(folder))
-        return _probing(model, rows.tolist(), 0, adapters)
+        libraries.uniform(model, MISTRAL, RANK, ADAPTERS, Path(folder))
+        return _probing(model, rows.tolist(), 0, load_library([folder]))
 
 
 def _probing(model: Any, rows: list[list[int]], pad: int, adapters: Sequence[Adapter]) -> Found:

@@ -28,7 +28,6 @@ def opened(browser: Any, report: Path, width: int, scheme: str = "light") -> Any
 def walk(page: Any, name: str) -> None:
     """What the page tells of one query: its mark in the map, and its row in the table, opened."""
     page.fill("#by-text", name)
-    page.wait_for_timeout(500)  # the page waits until typing ends
     openers = page.locator("#rows .opener")
     texts = [text.strip() for text in openers.all_inner_texts()]
     if name not in texts:

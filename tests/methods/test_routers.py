@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from helpers import (
     NAMES,
     ROWS,
+    delta,
     files_of,
     inputs_of,
     method_of,
@@ -74,7 +75,7 @@ def deltas(library):
     found = {}
     for number, adapter in enumerate(load_library([str(library)])):
         for module, update in adapter.read_all():
-            found.setdefault(module, {})[number] = update.b.double().numpy() @ update.a.double().numpy()
+            found.setdefault(module, {})[number] = delta(update)
     return found
 
 

@@ -15,6 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 from helpers import FAMILIES, family
 from router.model.answer import by_length, encode, generate, score_choices
 from router.model.cache import new_cache
+from router.model.device import CHOICE_TOKENS
 from router.pipeline import answering
 from router.pipeline.context import Context
 from router.queries.submission import Query
@@ -305,3 +306,19 @@ def test_a_model_whose_layers_keep_something_else_is_refused(base):
     tokenizer.eos_token = tokenizer.pad_token = None  # with no token that ends a text, all are written
     assert {len(answer.ids) for answer in generate(endless, tokenizer, rows(base), 5)} == {5}
     assert all(np.isfinite(score_choices(endless, tokenizer, rows(base)[:1], [("a", "bc", "")])[0]))
+
+
+def test_a_batch_of_choices_counts_their_own_tokens(base, monkeypatch):
+    """Each of them has logits of the whole vocabulary: short prompts with long choices must not pile up."""
+    seen = []
+
+    def record(_, tokenizer, rows, choices, scoring):
+        lengths = [[len(tokenizer(text)["input_ids"]) for text in options] for options in choices]
+        seen.append((len(rows) * 2, max(map(len, rows)) + max(map(max, lengths))))
+        return [(0.0, 1.0) for _ in choices]
+
+    monkeypatch.setattr("router.model.answer.score_choices", record)
+    queries = [Query(str(n), "Hi", "multiple_choice", ("word " * n, "b")) for n in range(1, 60)]
+    assert [found.text for found in answered(base, queries)] == ["1"] * len(queries)
+    assert sum(count for count, _ in seen) == 2 * len(queries) and len(seen) > 1
+    assert all(count == 2 or count * tokens <= CHOICE_TOKENS for count, tokens in seen)

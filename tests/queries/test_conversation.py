@@ -139,6 +139,22 @@ def queries_of(*texts, system=None):
     ]
 
 
+def test_what_cannot_be_read_stays_with_the_base_model(method):
+    talks = queries_of(*(f"question {n}" for n in range(SHARED)), system="Be kind.")
+    found = method()
+    found.route(talks, ())
+    for fitted in found.fits.values():
+
+        def unreadable(*how, probe=fitted.probe):
+            probed = probe(*how)
+            probed.responses[0], probed.confidence[0] = np.nan, np.nan
+            return probed
+
+        object.__setattr__(fitted, "probe", unreadable)
+    weights = found.route(talks, ()).weights
+    assert weights[0].tolist() == [0, 0, 0, 1] and np.isfinite(weights).all()
+
+
 def test_a_system_message_that_many_share_is_a_frame_too(method):
     texts = [f"question {n}" for n in range(SHARED)]
     few, many = queries_of(*texts[1:], system="Be kind."), queries_of(*texts, system="Be kind.")

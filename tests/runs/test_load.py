@@ -12,7 +12,7 @@ from router.main import main
 from router.runs.load import load
 from router.system.errors import InputError
 
-EVIDENCE = "run.evidence.safetensors"
+EVIDENCE, ROUTING = "run.evidence.safetensors", "run.routing.csv"
 
 
 def texts(run):
@@ -95,7 +95,7 @@ BROKEN = {
         )
     },
     **{
-        f"{old} as {new}": (lambda out, old=old, new=new: spoil(out / "run.routing.csv", old, new), "run.")
+        f"{old} as {new}": (lambda out, old=old, new=new: spoil(out / ROUTING, old, new), ROUTING)
         for old, new in (
             ("q1,1,0.7", "q1,1,1e999"), ("q1,1,", "q1,inf,"), ("q1,1,", f"q1,{9**30},"), ("0.29", "much"),
             ("q1,", "q7,"), ("q1,1,", "q1,9,"),

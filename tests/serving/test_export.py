@@ -249,6 +249,11 @@ def test_what_has_no_variants_is_refused(out, capsys, harm, named):
             Router.load(out, device="cpu")
 
 
+def test_a_method_that_mixes_for_each_token_is_refused(command, capsys):
+    _, out = command("arrow")
+    assert main([str(out)]) == 2 and "for each token" in capsys.readouterr().err
+
+
 def test_a_strangers_words_do_not_control_the_terminal(out, capsys):
     """A tensor's name says what it likes."""
     file = folders_in(out)[0] / "adapter_model.safetensors"

@@ -299,3 +299,15 @@ def test_spans_reach_the_endpoint_in_the_environment(monkeypatch):
         sending.span_processor.force_flush()
     ((path, body),) = posted
     assert path == "/v1/traces" and b"router.margin" in body and b"proto-route" in body
+
+
+@pytest.mark.parametrize(
+    "flag", ["--port=-1", "--queue=0", "--max_body=x", "--timeout=nan", "--decisions=/proc/none/file"]
+)
+def test_flags_out_of_range_are_refused(flag, capsys):
+    words = ["--router", "r", "--upstream", "http://127.0.0.1:1", flag]
+    try:
+        code = command.main(words)
+    except SystemExit as end:  # argparse's
+        code = end.code
+    assert code == 2 and flag.split("=")[0] in capsys.readouterr().err
