@@ -4,9 +4,11 @@ The blocks of the README and of docs/quickstart.md run one after the other in a 
 speak of, on the tiny model. Only the scripts that make environments are left out: CI runs them itself.
 """
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from importlib import import_module
 
@@ -114,3 +116,14 @@ def test_the_tests_that_are_named_are_there():
     for name, several, one in named:
         lines = (ROOT / name).read_text("utf-8")
         assert [word for word in (several or one).split(" or ") if word not in lines] == [], name
+
+
+def test_an_old_python_is_refused_before_anything_is_made(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("*.py", "*.pyc"))
+    old = tmp_path / "old"
+    old.write_text('#!/bin/bash\n[ "$1" = --version ] && echo "Python 3.10.1" || exit 1\n')
+    old.chmod(0o755)
+    words, env = ["bash", "scripts/demo.sh"], os.environ | {"PYTHON": str(old)}
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Python 3.10.1" in done.stderr
+    assert not (tmp_path / ".venv").exists()
