@@ -97,23 +97,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a plan over a limit, 2 for wrong input, 130 if it was stopped.
     """
     began = time.monotonic()  # imports take seconds
-    p = parser()
-    args = p.parse_args(argv)
-    if args.list_methods:
-        print("\n".join(method_names()))
-        return 0
-    if args.merging_method is None:
-        p.error(f"expected -m NAME, one of {', '.join(method_names())}")
-    if not args.plan and args.memory_limit:
-        p.error("--memory_limit: expected --plan with it, which compares; a run has no such limit")
-    if args.plan and several():
-        p.error("--plan: expected one process, whose pace it measures; leave torchrun out")
-    if args.quiet or not leads():
-        os.environ["TQDM_DISABLE"] = "1"
+    p, args = parser(), argparse.Namespace(fresh=False)
     signal.signal(signal.SIGTERM, stop)
     try:
-        _check_address_space()
         with told_if_memory_runs_out():
+            p.parse_args(argv, args)
+            if args.list_methods:
+                print("\n".join(method_names()))
+                return 0
+            _check_together(p, args)
+            if args.quiet or not leads():
+                os.environ["TQDM_DISABLE"] = "1"
+            _check_address_space()
             settings = _settings(args)
             return _plan(args, settings) if args.plan else _run(args, settings, began)
     except InputError as error:
@@ -128,6 +123,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if leads():
             print(f"stopped{f', since {why}' if why else ''}; {again} goes on where it was", file=sys.stderr)
         return 130
+
+
+def _check_together(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program where flags do not go together."""
+    if args.merging_method is None:
+        p.error(f"expected -m NAME, one of {', '.join(method_names())}")
+    if not args.plan and args.memory_limit:
+        p.error("--memory_limit: expected --plan with it, which compares; a run has no such limit")
+    if args.plan and several():
+        p.error("--plan: expected one process, whose pace it measures; leave torchrun out")
 
 
 def _run(args: argparse.Namespace, settings: Settings, began: float) -> int:
