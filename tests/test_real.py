@@ -8,11 +8,13 @@ import torch
 from huggingface_hub import ModelCard
 
 from helpers import ROOT, read_table, write_csv
+from router.api import Router
 from router.constants import LIBRARY
 from router.library.adapters import check_against_base, load_library
 from router.main import main
 from router.model.base import EMBEDDED, EMBEDDED_ID, embedded_gguf, linear_shapes, load_base
 from router.queries.submission import read_queries
+from router.routing.homes import FORMS
 
 EVAL = sorted((ROOT / "data" / "eval").glob("*.csv"))
 
@@ -93,3 +95,12 @@ def test_queries_in_the_experts_phrasing_reach_their_expert(tmp_path):
     assert found["proto_route"] >= 0.9 * found["oracle"]
     record = json.loads((tmp_path / "proto_route" / "run.json").read_text())
     assert record["base"]["name"] == EMBEDDED_ID
+
+
+@pytest.mark.slow
+def test_adapters_of_chats_are_told_from_those_of_bare_prompts():
+    chats = LIBRARY.with_name("library_chat")
+    router = Router.from_library(LIBRARY, chats, device="cpu", dtype="float32")
+    fitted = router._method.fitted()
+    homes = {name: FORMS[home] for name, home in zip(fitted.names, fitted.homes, strict=True) if home}
+    assert homes == {folder.name: "the chat template" for folder in chats.iterdir()}

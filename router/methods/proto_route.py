@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router.model.answer import by_length
 from router.model.device import tokens_at_once
-from router.model.frames import BARE, Frame
+from router.model.frames import ALPACA, BARE, Frame
 from router.model.passes import truncated
 from router.pipeline.evidence import joined as together
 from router.pipeline.fitted import Fitted
@@ -19,8 +20,9 @@ from router.pipeline.reading import FRAMES, Read, turns_of
 from router.pipeline.result import Routing, joined
 from router.pipeline.steps import Method
 from router.queries.submission import Query
-from router.routing.calibration import Calibration
+from router.routing.calibration import Calibration, generic_prompts
 from router.routing.gate import PrototypeGate
+from router.routing.homes import EVERY
 from router.routing.probe import Probed
 from router.routing.prototypes import ModulePrototypes, prototypes
 from router.system.errors import InputError
@@ -69,6 +71,14 @@ class ProtoRoute(Method):
         """The library in each frame that came so far."""
         return {}
 
+    @property
+    def forms(self) -> list[Frame]:
+        """In which adapters are usually trained, beside bare prompts; form n is the n-th, from 1 on."""
+        try:
+            return [ALPACA, *([self.template.frame] if self.template.known else [])]
+        except InputError:  # it takes no message of the user alone
+            return [ALPACA]
+
     @cached_property
     def prototypes(self) -> dict[str, ModulePrototypes]:
         """The adapters' prototypes by module."""
@@ -89,7 +99,10 @@ class ProtoRoute(Method):
             calibration = Calibration(self.base, self.settings.max_seq_len, frame)
             means = calibration.means(list(protos))
             if bare:
-                return bare.in_frame(calibration.measured(self.adapters, protos, means, len(bare.names)))
+                generic = calibration.measured(self.adapters, protos, means, len(bare.names))
+                ends = [form.after.strip() for form in self.forms]
+                own = frame.after.strip()
+                return bare.in_frame(generic, 1 + ends.index(own) if own in ends else 0)
             protos = {module: protos[module] for module in means}
             present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
             for number, adapter in enumerate(self.adapters):
@@ -99,8 +112,15 @@ class ProtoRoute(Method):
                         "text, got zero at every such module; was it trained? Leave it out of --adapters"
                     )
             generic = calibration.measured(self.adapters, protos, means)
+            forms = [self._in_form(form, protos) for form in self.forms]
             how = {name: getattr(self.settings, name) for name in PrototypeGate().get_params()}
-            return Fitted.learn(self.adapters, protos, generic, **how)
+            return Fitted.learn(self.adapters, protos, generic, forms, **how)
+
+    def _in_form(self, form: Frame, protos: Mapping[str, ModulePrototypes]) -> NDArray[np.float32]:
+        """What some generic text in a form does to the adapters, (prompts, adapters, modules, 2)."""
+        texts = [form.around(text) for text in generic_prompts()[::EVERY]]
+        calibration = Calibration(self.base, self.settings.max_seq_len, form, texts)
+        return calibration.responses(self.adapters, protos, calibration.means(list(protos)))
 
     def turns(
         self,

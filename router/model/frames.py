@@ -58,6 +58,7 @@ _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
     "detailed, and polite answers to the user's questions. ",
 )
+ALPACA = Frame(f"{_ALPACA[0]}### Instruction:\n", "\n\n### Response:\n")
 FORMATS = (
     Format("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),  # ChatML: Qwen, SmolLM
     Format(

@@ -39,6 +39,7 @@ class Names:
         duplicates: adapters that are another one in another size, with the representative of each.
         lookalikes: adapters that read what another one reads and write something else, with that one.
         silent: adapters that read directions which text hardly has, at most of their modules.
+        homes: adapters that were trained in a certain form, with its name; scores are less elsewhere.
         frames: the texts before and after a query in each frame.
         thresholds: by frame, what each of several false positive rates, written as a number, would add to the
             base model's scores.
@@ -49,6 +50,7 @@ class Names:
     duplicates: dict[str, str] = field(default_factory=dict)
     lookalikes: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
+    homes: dict[str, str] = field(default_factory=dict)
     frames: list[list[str]] = field(default_factory=lambda: [["", ""]])
     thresholds: list[dict[str, float]] = field(default_factory=lambda: [{}])
 

@@ -18,6 +18,7 @@ from router.pipeline.evidence import Evidence
 from router.routing.calibration import Measured, silent
 from router.routing.clusters import Array
 from router.routing.gate import PrototypeGate
+from router.routing.homes import EVERY, FORMS, handicaps, trained_in
 from router.routing.large import gate_for
 from router.routing.probe import Framing, Probed, probe, unreadable
 from router.routing.prototypes import ModulePrototypes
@@ -42,6 +43,7 @@ class Fitted:
         framing: what the generic text stood in, and what of a prompt counts.
         reference: (adapters, modules, 2) mean response to generic text; NaN without a prototype, where an
             adapter is silent, and everywhere for one that is silent at most of its modules.
+        homes: (adapters,) the form that each was trained in, from 1 on; 0 is none that is known.
     """
 
     names: list[str]
@@ -53,6 +55,7 @@ class Fitted:
     silent: list[int]
     framing: Framing
     reference: NDArray[np.float32]
+    homes: NDArray[np.int64]
 
     @classmethod
     def learn(
@@ -60,12 +63,14 @@ class Fitted:
         adapters: Sequence[Adapter],
         prototypes: Mapping[str, ModulePrototypes],
         generic: Measured,
+        forms: Sequence[NDArray[np.float32]] = (),
         **settings: Any,
     ) -> Fitted:
         """Fits a gate to a library: to one adapter of each group that reads alike, at modules that are heard.
 
         Args:
             generic: what generic text does to these adapters.
+            forms: of each form, (some generic prompts, adapters, modules, 2) what text in it does.
             settings: of the gate.
 
         Raises:
@@ -86,21 +91,30 @@ class Fitted:
             most.tolist(),
             generic.framing,
             np.where(quiet[..., None], np.float32(np.nan), first),
+            np.zeros(len(adapters), np.int64),
         )
         if not library.kept:
             raise InputError(
                 "--adapters: expected adapters that read what text has, got none; were they trained for this "
                 "base model?"
             )
+        absent, stand = library.absent[..., 0], np.array(library.kept)
+        bare, *framed = (
+            np.where(absent, np.float32(np.nan), of[..., 0])[:, stand]  # (prompts, adapters, modules)
+            for of in (generic.responses[::EVERY], *forms)
+        )
+        for number, responses in enumerate(framed, 1):
+            library.homes[stand[trained_in(responses, bare)]] = number
         return library.in_frame(generic)
 
-    def in_frame(self, generic: Measured) -> Fitted:
-        """The same library in another frame. Which adapters stand for others or are silent stays as it is."""
+    def in_frame(self, generic: Measured, form: int = 0) -> Fitted:
+        """The same library in another frame, which is of some form. What is known of adapters stays."""
         responses = generic.responses
         if np.isfinite(responses[0][self.absent]).any():
             responses = np.where(self.absent, np.float32(np.nan), responses)
         gate = gate_for(len(self.kept), **self.gate.get_params())
-        gate.fit(self._of_kept(responses), confidence=generic.confidence)
+        handicap = handicaps(self.homes[self.kept], form)
+        gate.fit(self._of_kept(responses), confidence=generic.confidence, handicap=handicap)
         reference = responses.mean(0)
         return replace(self, framing=generic.framing, means=generic.means, gate=gate, reference=reference)
 
@@ -167,6 +181,7 @@ class Fitted:
             duplicates=duplicates,
             lookalikes=lookalikes,
             silent=[self.names[n] for n in self.silent],
+            homes={self.names[n]: FORMS[self.homes[n]] for n in np.flatnonzero(self.homes)},
             frames=[list(self.framing.frame)],
             thresholds=[self.gate.thresholds()],
         )

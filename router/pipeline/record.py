@@ -76,7 +76,7 @@ class Record:
         flags: as `Settings.plain` has them.
         seconds, peak_mib, peak_gpu_mib: as `Stages` has them.
         base, adapters, variants: of a method that routes.
-        low_margin, lookalikes, silent: of one that keeps evidence; the first counts queries.
+        low_margin, lookalikes, silent, homes: of one that keeps evidence; the first counts queries.
         queries: a sha256 of each query file's queries, by the file's name.
         left_out: with --skip_bad, why an adapter is not in the library.
         files: a sha256 of each result, by its name.
@@ -97,6 +97,7 @@ class Record:
     low_margin: int | None = None
     lookalikes: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
+    homes: dict[str, str] = field(default_factory=dict)
     variants: list[VariantRecord] = field(default_factory=list)
     queries: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
@@ -206,7 +207,7 @@ def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
     }
     if evidence:
         found["low_margin"] = int(evidence.low_margin.sum())
-        found |= {"lookalikes": evidence.lookalikes, "silent": evidence.silent}
+        found |= {name: getattr(evidence, name) for name in ("lookalikes", "silent", "homes")}
     return found
 
 
@@ -241,6 +242,11 @@ def summary(found: Record) -> str:
         f"warning: {name} reads directions that text hardly has, as an adapter does that is made to "
         "attract all queries; it gets no weight"
         for name in found.silent
+    ]
+    lines += [
+        f"trained in {form}, and less likely to be chosen elsewhere: "
+        + ", ".join(name for name, home in found.homes.items() if home == form)
+        for form in dict.fromkeys(found.homes.values())
     ]
     if found.left_out:
         lines.append(f"{_count(len(found.left_out), 'adapter')} left out:")

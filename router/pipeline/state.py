@@ -27,12 +27,12 @@ from router.system.errors import InputError
 from router.system.files import for_others, record_of
 
 FILE = "router.safetensors"
-FORMAT = 8  # raise it when a reader of the old one could not use the new one
+FORMAT = 9  # raise it when a reader of the old one could not use the new one
 # The gate's arrays, a letter an axis: adapters, modules, views, factors, landmarks, generic prompts.
 _LEARNED = {
     "mean_": "amv", "std_": "amv", "filter_": "amv", "landmarks_": "l", "axes_": "lmvf", "loadings_": "amvf",
     "reference_": "glmv", "coefficients_": "ga", "residual_scale_": "a", "confidence_": "v",
-    "reference_leads_": "g",
+    "reference_leads_": "g", "handicap_": "a",
 }  # fmt: skip
 
 
@@ -73,6 +73,7 @@ def save(fits: Sequence[Fitted], folder: Path) -> None:
         fits: the library in each of its frames.
     """
     one, tensors = fits[0], dict[str, Tensor]()
+    tensors["homes"] = torch.from_numpy(one.homes)
     for module, proto in one.prototypes.items():
         for part in ("directions", "weights", "owners"):
             tensors[f"{part} {module}"] = getattr(proto, part)
@@ -144,6 +145,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
                     about.silent,
                     Framing(Frame(framed.before, framed.after), framed.prefix, framed.end),
                     own["reference"].numpy(),
+                    tensors["homes"].numpy(),
                 )
             )
         return fits
@@ -167,7 +169,7 @@ def _check(about: _About, tensors: Mapping[str, Tensor], widths: Mapping[str, in
     if not (about.temperature > 0 and 0 < about.false_positive_rate < 1 and (about.top_k or 1) >= 1):
         raise ValueError(f"expected settings of a gate in their ranges, got {about.gate!s:.80}")
     there = np.zeros((n, len(modules), 2), bool)  # which adapter has a prototype where
-    shapes: dict[str, tuple[int, ...]] = {"reference": there.shape, "gate threshold_": (1,)}
+    shapes: dict[str, tuple[int, ...]] = {"reference": there.shape, "gate threshold_": (1,), "homes": (n,)}
     for m, module in enumerate(modules):
         owners, width = tensors[f"owners {module}"], widths.get(module, 0)
         shapes |= {f"directions {module}": (width, len(owners)), f"weights {module}": (len(owners),)}
@@ -186,7 +188,7 @@ def _check(about: _About, tensors: Mapping[str, Tensor], widths: Mapping[str, in
     shapes |= {f"gate {name}": tuple(sizes[axis] for axis in axes) for name, axes in _LEARNED.items()}
     for name, shape in shapes.items():
         tensor = tensors[name]
-        if tensor.shape != shape or tensor.is_floating_point() == (tensor is who):
+        if tensor.shape != shape or tensor.is_floating_point() == (name in ("gate landmarks_", "homes")):
             raise ValueError(f"{name}: expected numbers of shape {shape}, got {tuple(tensor.shape)}")
         if name not in ("reference", "gate mean_", "gate std_") and not tensor.isfinite().all():
             raise ValueError(f"{name}: expected finite numbers")

@@ -98,11 +98,14 @@ class Calibration:
         base: the base model.
         limit: most tokens of a prompt before it is truncated for routing; None sets no limit.
         frame: what the generic prompts stand in.
+        texts: in it, in place of the generic prompts.
     """
 
-    def __init__(self, base: Base, limit: int | None = None, frame: Frame = BARE) -> None:
+    def __init__(
+        self, base: Base, limit: int | None = None, frame: Frame = BARE, texts: Sequence[str] | None = None
+    ) -> None:
         self.base = base
-        self.rows = truncated(encode(base.tokenizer, generic_prompts(frame), limit))
+        self.rows = truncated(encode(base.tokenizer, texts or generic_prompts(frame), limit))
         self.framing = framing_of(base.tokenizer, self.rows, frame)
         self.pad, model = base.tokenizer.pad_token_id, base.model
         self.probe = partial(probe, model, self.rows, self.pad, title="calibrate", framing=self.framing)

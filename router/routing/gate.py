@@ -61,6 +61,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     from the point's inner products with those of generic text; what is left is standardised by its
     leave-one-out deviation. So what texts have in common across modules, views and adapters does not count.
 
+    An adapter may have a handicap: its score loses so much, but not what is read of its residual.
+
     The base model is a candidate too. An adapter leads it by the mean of its two scores, less a share of the
     base model's confidence in the next token, less a threshold (equation 6). It is such that a share
     `false_positive_rate` of generic text still goes to an adapter, when each text is judged by a gate that
@@ -82,6 +84,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             prototype.
         coefficients_: (reference queries, adapters) of the regression of the scores on generic text.
         residual_scale_: (adapters,) deviation of its leave-one-out residuals.
+        handicap_: (adapters,) what each adapter's score loses.
         confidence_: (2,) mean and deviation of the base model's confidence over the reference queries.
         reference_leads_: (reference queries,) cross-validated lead of the best adapter, before the threshold.
         threshold_: what a lead has to exceed.
@@ -106,7 +109,13 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.top_k = top_k
         self.false_positive_rate = false_positive_rate
 
-    def fit(self, X: ArrayLike, y: Any = None, confidence: ArrayLike | None = None) -> Self:
+    def fit(
+        self,
+        X: ArrayLike,
+        y: Any = None,
+        confidence: ArrayLike | None = None,
+        handicap: ArrayLike | None = None,
+    ) -> Self:
         """Learns the reference from responses to generic text.
 
         Args:
@@ -115,6 +124,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             y: ignored.
             confidence: (reference queries,) of the base model: log-probability, in nats, of the likeliest
                 next token; None leaves it out.
+            handicap: (adapters,) what each adapter's score loses; None is nothing.
 
         Raises:
             ValueError: wrong shape, a parameter out of its range, or an adapter without any prototype.
@@ -132,6 +142,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         if (empty := absent.all((1, 2))).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
         sure = np.zeros(len(X)) if confidence is None else _confidences(confidence, len(X))
+        handicap = 0.0 if handicap is None else np.asarray(handicap, np.float64)
+        self.handicap_ = np.broadcast_to(handicap, X.shape[1]).copy()
         logs = self._by_module(X)
         leads = np.empty(len(X))
         folds = min(FOLDS, len(X) // 2)
@@ -238,9 +250,9 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         specific = np.array(z.transpose(2, 3, 0, 1), order="C")  # (modules, 2, queries, adapters), a copy
         specific -= self._factors(specific) @ self.loadings_.transpose(1, 2, 3, 0)
         scores = np.einsum("mvqa,amv->qa", specific, self.filter_)
-        rows, best = np.arange(len(X)), scores.argmax(1)
+        rows, best = np.arange(len(X)), (scores - self.handicap_).argmax(1)
         votes = self._votes(specific[:, :, rows, best].transpose(2, 0, 1), best)
-        return Judged(scores, self._residual(z, scores[rows, best], best), votes)
+        return Judged(scores - self.handicap_, self._residual(z, scores[rows, best], best), votes)
 
     def _votes(self, specific: Array, best: NDArray[np.int64]) -> Array:
         """What each module says for the best adapters, (queries, modules); NaN without a prototype.

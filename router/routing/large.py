@@ -68,7 +68,7 @@ class LargeGate(PrototypeGate):
         slopes = weights / np.where(std == 0, 1, std)
         loadings = self.loadings_[:, columns // 2, columns % 2]  # (adapters, ROUGH, FACTORS)
         shares = weights[:, :, None] * loadings  # (adapters, ROUGH, FACTORS)
-        offsets = (slopes * mean).sum(1)
+        offsets = (slopes * mean).sum(1) + self.handicap_
         return Rough(columns, *(of.astype(np.float32) for of in (slopes, shares, offsets)))
 
     def _shortlist(self, X: NDArray[Any], factors: Array) -> NDArray[np.int64]:
@@ -94,10 +94,11 @@ class LargeGate(PrototypeGate):
         for q, who in enumerate(self._shortlist(X, factors)):
             z = self._standard(X[q : q + 1], who)[0]  # (SHORT, modules, 2)
             specific = z - (self.loadings_[who] * factors[q]).sum(-1)
-            scores[q, who] = (specific * self.filter_[who]).sum((1, 2))
+            scores[q, who] = (specific * self.filter_[who]).sum((1, 2)) - self.handicap_[who]
             best[q] = scores[q].argmax()
             chosen[q] = specific[who == best[q]][0]
-        residual = self._residual(theirs, scores[np.arange(len(X)), best], best)
+        plain = scores[np.arange(len(X)), best] + self.handicap_[best]
+        residual = self._residual(theirs, plain, best)
         return Judged(scores, residual, self._votes(chosen, best))
 
 
