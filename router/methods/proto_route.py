@@ -27,13 +27,14 @@ from router.routing.probe import Probed
 from router.routing.prototypes import ModulePrototypes, prototypes
 from router.system.errors import InputError
 
-SWITCH = 2.0  # standard deviations by which another candidate has to lead that of the turn before
+SWITCH = 2.0  # standard deviations by which another candidate has to lead that of the turn before; and
+TO_BASE = 1.0  # where one of them is the base model, since foreign questions are wrong with any adapter
 
 
 def decided(routing: Routing, turns: Sequence[int]) -> Routing:
     """The routing of conversations, from that of their turns.
 
-    A conversation stays with its candidate until another one, the base model included, leads it by SWITCH.
+    A conversation stays with its candidate until another one leads it by SWITCH, or TO_BASE.
 
     Args:
         turns: how many each conversation has.
@@ -46,7 +47,8 @@ def decided(routing: Routing, turns: Sequence[int]) -> Routing:
         row = start
         for turn in range(start + 1, start + count):
             best, now = scores[turn].argmax(), scores[row].argmax()
-            if scores[turn, best] - scores[turn, now] > SWITCH or best == now:
+            needed = TO_BASE if scores.shape[1] - 1 in (best, now) else SWITCH
+            if scores[turn, best] - scores[turn, now] > needed or best == now:
                 row = turn
         rows.append(row)
         start += count

@@ -68,7 +68,7 @@ class Evidence(Names):
         base_score: (queries,) score of the base model, which an adapter's has to exceed; see equation 6.
         residual: (queries,) what generic text does not explain of the highest score, in standard deviations.
         votes: (queries, modules) what each module says for the adapter with the highest score, which is their
-            mean; NaN where it has no prototype.
+            mean, less 5 for one that is not at home; NaN where it has no prototype.
         frame: (queries,) the number of the frame that each query was compared in.
     """
 

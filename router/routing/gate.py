@@ -39,7 +39,8 @@ class Judged(NamedTuple):
         scores: (queries, adapters) in standard deviations of generic text; minus infinity for one that is not
             on the query's shortlist.
         residual: (queries,) of the adapter with the highest score, in the same unit.
-        votes: (queries, modules) of that adapter, which has their mean as its score; NaN without a prototype.
+        votes: (queries, modules) of that adapter, whose mean is its score before a handicap; NaN without a
+            prototype.
     """
 
     scores: Array

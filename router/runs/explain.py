@@ -33,7 +33,8 @@ LONG = 600  # characters shown of a text
 BAR = 20  # characters of the longest bar
 Rows = list[dict[str, Any]]
 LEGEND = (
-    "weight: softmax of the scores; score: calibrated response, in standard deviations of generic text; the "
+    "weight: softmax of the scores; score: calibrated response, in standard deviations of generic text, less "
+    "for an adapter that was trained in another form; the "
     "base model's is what an adapter has to exceed, lower the larger the adapter's residual, what generic "
     "text does not explain of its score; response: root mean square cosine to the prototype. Adapters "
     "without a score, such as duplicates, are left out."

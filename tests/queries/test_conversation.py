@@ -191,6 +191,8 @@ def routing_of(*scores):
         ([(0, 0, 1), (9, 0, 1)], 1),  # a job after small talk
         ([(9, 0, 1), (0, 0, 1), (0, 1, 0), (5, 0, 0)], 3),
         ([(0, 0, 1), (2, 0, 1)], 0),
+        ([(9, 0, 1), (0, 0, 1.2)], 1),  # from and to the base model sooner
+        ([(9, 0, 1), (0, 1.2, -5)], 0),  # than between adapters
     ],
 )
 def test_a_conversation_stays_until_another_clearly_leads(turns, row):

@@ -1,4 +1,4 @@
-"""In which form adapters were trained, against all ways to part a library in two; and what a handicap does."""
+"""In which form adapters were trained, against all ways to part a library in two; what a handicap does."""
 
 import numpy as np
 import pytest
