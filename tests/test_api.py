@@ -262,19 +262,28 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused(saved):
     edit_json(saved / "router.json", **about | {"settings": about["settings"] | {"later": 1}})
     assert Router.load(saved, device="cpu").candidates == about["candidates"]
 
+    spoilt = []
     tensors = {key: of.clone() for key, of in load_file(file).items()}  # the file, which may be mapped, goes
     with safe_open(file, "pt") as opened:
         text = opened.metadata()["router"]
-    words = {'"representative": [0': '"representative": [7', '"temperature": ': '"temperature": -'}
-    spoilt = [(tensors, text.replace(old, new)) for old, new in words.items()]
+    for old, new in (
+        ('"representative": [0', '"representative": [7'), ('"temperature": 0.7', '"temperature": 0.0'),
+        ('"top_k": 3', '"top_k": 0'), ('_rate": 0.15', '_rate": 0.0'), ('_rate": 0.15', '_rate": 1.5'),
+    ):  # fmt: skip
+        assert old in text
+        spoilt.append((tensors, text.replace(old, new)))
     for name, change in (
         ("owners model.layers.0.self_attn.q_proj", lambda of: of + 9),
         ("directions model.layers.0.self_attn.q_proj", lambda of: of[:5]),
         ("0 gate mean_", lambda of: of[:, :1]),
         ("0 gate threshold_", lambda of: of / 0),
-        ("0 gate landmarks_", lambda of: of + 9),
+        ("0 gate landmarks_", lambda of: of + 1),
         ("0 gate residual_scale_", lambda of: 0 * of),
         ("0 reference", lambda of: of / 0),
+        ("0 reference", lambda of: of.nan_to_num(0.5)),  # where an adapter has no prototype
+        ("0 reference", lambda of: of[1:]),
+        ("homes", lambda of: of[1:]),
+        ("homes", lambda of: of / 2),
     ):
         spoilt.append((tensors | {name: change(tensors[name]).contiguous()}, text))
     for changed, router in spoilt:

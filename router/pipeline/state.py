@@ -166,7 +166,8 @@ def _check(about: _About, tensors: Mapping[str, Tensor], widths: Mapping[str, in
     numbers = {*about.representative, *about.lookalikes, *about.silent}
     if len(about.representative) != n or not n or not numbers <= set(range(n)):
         raise ValueError(f"expected a representative for each of {n} adapters")
-    if not (about.temperature > 0 and 0 < about.false_positive_rate < 1 and (about.top_k or 1) >= 1):
+    few = about.top_k is None or about.top_k >= 1
+    if not (about.temperature > 0 and 0 < about.false_positive_rate < 1 and few):
         raise ValueError(f"expected settings of a gate in their ranges, got {about.gate!s:.80}")
     there = np.zeros((n, len(modules), 2), bool)  # which adapter has a prototype where
     shapes: dict[str, tuple[int, ...]] = {"reference": there.shape, "gate threshold_": (1,), "homes": (n,)}

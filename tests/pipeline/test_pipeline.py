@@ -84,3 +84,18 @@ def test_few_prompts_at_a_time_are_routed_as_all_at_once(method, monkeypatch):
     one_by_one = found.route(QUERIES, found.encoded(QUERIES))
     np.testing.assert_allclose(one_by_one.weights, expected.weights, atol=1e-5)
     np.testing.assert_allclose(one_by_one.evidence.scores, expected.evidence.scores, atol=1e-3)
+
+
+def test_a_prompt_without_finite_activations_goes_to_the_base_model_alone(method):
+    made = method("proto_route", false_positive_rate=0.9)
+    fitted, rows = made.fitted(), made.encoded(QUERIES)
+    probed = fitted.probe(made.base.model, rows, made.tokenizer.pad_token_id, None)
+    weights, evidence = fitted.decide(probed)
+    responses, confidence = probed.responses.copy(), probed.confidence.copy()
+    responses[1, 1, 0], confidence[3] = np.inf, np.nan
+    found, told = fitted.decide(probed._replace(responses=responses, confidence=confidence))
+    assert found[[1, 3]].tolist() == [[0, 0, 0, 1]] * 2
+    assert np.isinf(responses[1, 1, 0]).all()  # not changed
+    np.testing.assert_allclose(found[[0, 2, 4]], weights[[0, 2, 4]])
+    np.testing.assert_allclose(told.candidates[[0, 2, 4]], evidence.candidates[[0, 2, 4]])
+    assert np.isfinite(told.candidates).all() and (evidence.candidates[:, -1] == evidence.base_score).all()

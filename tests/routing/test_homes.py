@@ -71,7 +71,7 @@ def test_a_score_loses_its_handicap_and_the_residual_does_not(kind):
     gate, handicap = kind().fit(generic), np.zeros(80)
     plain = gate.judge(X)
     assert (plain.scores.argmax(1) == 5).all()
-    handicap[9] = 3.0
+    handicap[[5, 9]] = 0.5, 3.0
     other = kind().fit(generic, handicap=handicap).judge(X)
     listed = np.isfinite(plain.scores) & np.isfinite(other.scores)
     lost = np.where(listed, plain.scores, 0) - np.where(listed, other.scores, 0)
