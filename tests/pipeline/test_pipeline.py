@@ -91,6 +91,7 @@ def test_a_prompt_without_finite_activations_goes_to_the_base_model_alone(method
     fitted, rows = made.fitted(), made.encoded(QUERIES)
     probed = fitted.probe(made.base.model, rows, made.tokenizer.pad_token_id, None)
     weights, evidence = fitted.decide(probed)
+    np.testing.assert_allclose(evidence.responses, np.nanmean(probed.responses[..., 0], 2), rtol=1e-5)
     responses, confidence = probed.responses.copy(), probed.confidence.copy()
     responses[1, 1, 0], confidence[3] = np.inf, np.nan
     found, told = fitted.decide(probed._replace(responses=responses, confidence=confidence))
