@@ -93,7 +93,7 @@ class LargeGate(PrototypeGate):
         best, chosen = np.empty(len(X), np.int64), np.empty((len(X), self.n_modules_, 2))
         for q, who in enumerate(self._shortlist(X, factors)):
             z = self._standard(X[q : q + 1], who)[0]  # (SHORT, modules, 2)
-            specific = z - (self.loadings_[who] * factors[q]).sum(-1)
+            specific = z - np.einsum("amvf,mvf->amv", self.loadings_[who], factors[q])
             scores[q, who] = (specific * self.filter_[who]).sum((1, 2)) - self.handicap_[who]
             best[q] = scores[q].argmax()
             chosen[q] = specific[who == best[q]][0]
