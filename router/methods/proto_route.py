@@ -22,7 +22,7 @@ from router.pipeline.steps import Method
 from router.queries.submission import Query
 from router.routing.calibration import Calibration, generic_prompts
 from router.routing.gate import PrototypeGate
-from router.routing.homes import EVERY
+from router.routing.homes import EVERY, LEAST
 from router.routing.probe import Probed
 from router.routing.prototypes import ModulePrototypes, prototypes
 from router.system.errors import InputError
@@ -114,7 +114,8 @@ class ProtoRoute(Method):
                         "text, got zero at every such module; was it trained? Leave it out of --adapters"
                     )
             generic = calibration.measured(self.adapters, protos, means)
-            forms = [self._in_form(form, protos) for form in self.forms]
+            enough = len(self.adapters) >= 2 * LEAST  # for two groups
+            forms = [self._in_form(form, protos) for form in self.forms if enough]
             how = {name: getattr(self.settings, name) for name in PrototypeGate().get_params()}
             return Fitted.learn(self.adapters, protos, generic, forms, **how)
 

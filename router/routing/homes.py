@@ -12,6 +12,7 @@ from router.routing.gate import FLOOR, Array
 
 FORMS = ("bare prompts", "Alpaca's frame", "the chat template")
 EVERY = 8  # of the generic prompts one in so many tells
+LEAST = 2  # adapters in either of two groups
 GAP = 0.12  # least nats between the means of two groups of adapters
 CLEAR = 4.0  # least deviations within the groups between their means
 AWAY = 5.0  # standard deviations that a score loses in another form
@@ -20,7 +21,7 @@ AWAY = 5.0  # standard deviations that a score loses in another form
 def trained_in(framed: NDArray[np.float32], bare: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Which adapters were trained in a form, (adapters,): those that respond more to text in it (equation 8).
 
-    None, unless the library falls into two groups of at least two adapters each: in a library of one form
+    None, unless the library falls into two groups of at least LEAST adapters each: in a library of one form
     the differences between adapters are small, and say something else.
 
     Args:
@@ -37,14 +38,15 @@ def trained_in(framed: NDArray[np.float32], bare: NDArray[np.float32]) -> NDArra
     low = np.sort(gain)
     size = np.arange(1, len(low))  # of the lower group
     lower, upper = (low.cumsum()[:-1] / size for low in (low, low[::-1]))
-    gap = (upper[::-1] - lower)[1:-1]  # with at least two on either side
+    fit = slice(LEAST - 1, 1 - LEAST)  # the cuts that leave enough on either side
+    gap = (upper[::-1] - lower)[fit]
     if not len(gap):
         return np.zeros(len(gain), bool)
-    share = (size * size[::-1] / len(low) ** 2)[1:-1]
+    share = (size * size[::-1] / len(low) ** 2)[fit]
     within: Array = np.sqrt((low.var() - share * gap**2).clip(0))  # what two means leave of the variance
     cut = int(within.argmin())
     parted = gap[cut] >= max(GAP, CLEAR * within[cut])
-    return np.asarray(parted & (gain >= low[cut + 2]))
+    return np.asarray(parted & (gain >= low[cut + LEAST]))
 
 
 def handicaps(homes: NDArray[np.int64], form: int) -> Array:

@@ -27,3 +27,11 @@ def test_a_summary_has_the_largest_variant_first():
     assert f" {sum(variant['queries'] for variant in many[SHOWN:])} " in lines[2 + SHOWN]
     bare = {key: RECORD[key] for key in ("method", "versions", "peak_mib", "seconds", "flags")}
     assert len(summary(typed(Record, bare)).splitlines()) == 2  # of a method that does not route
+
+
+def test_a_summary_names_adapters_by_the_form_they_were_trained_in():
+    homes = {"one": "the chat template", "two": "Alpaca's frame", "three": "the chat template"}
+    lines = summary(typed(Record, RECORD | {"homes": homes})).splitlines()
+    told = [line for line in lines if line.startswith("trained in")]
+    assert [line.rpartition(": ")[2] for line in told] == ["one, three", "two"]
+    assert "the chat template" in told[0] and "Alpaca's frame" in told[1]

@@ -245,10 +245,15 @@ def test_adapters_that_stand_aside_are_named(small):
     scores[:, 3] = np.nan
     evidence_with(small, scores=scores, duplicates={"four": "two"})
     record_with(
-        small, lookalikes={"one": "five/six"}, silent=["three"], peak_gpu_mib={"load": 1, "probe": 3579}
-    )
+        small, lookalikes={"one": "five/six"}, silent=["three"], peak_gpu_mib={"load": 1, "probe": 3579},
+        homes={"one": "the chat template", "three": "Alpaca's frame", "two": "the chat template"},
+    )  # fmt: skip
     page = Page(write_report(small))
-    for said in ("four (represented by two )", "one reads what five/six reads", "three reads", "2,048 3,579"):
+    for said in (
+        "four (represented by two )", "one reads what five/six reads", "three reads", "2,048 3,579",
+        "Trained in the chat template, and less likely to be chosen elsewhere: one , two .",
+        "Trained in Alpaca's frame, and less likely to be chosen elsewhere: three .",
+    ):  # fmt: skip
         assert said in page.words
     assert all(row[0] != 3 for rows in page.data["candidates"] for row in rows)
     assert 3 not in [axis for axis, *_ in page.data["prototypes"]]
