@@ -33,7 +33,7 @@ from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.fitted import Fitted
 from router.pipeline.reading import SHARED, Read
 from router.pipeline.result import Decision, Routing, joined
-from router.pipeline.saved import ABOUT, Saved, changed, hashes, replacing_router
+from router.pipeline.saved import ABOUT, Saved, changed, replacing_router
 from router.pipeline.state import FILE, FORMAT
 from router.pipeline.steps import Method
 from router.pipeline.steps import load as load_library_and_base
@@ -41,11 +41,11 @@ from router.queries.conversation import Message, checked, packed, shown
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
 from router.routing.probe import Probed, confidence_of
-from router.routing.variants import VARIANTS, Variant, decide, folder_names
+from router.routing.variants import VARIANTS, Variant, content_of, decide, folder_names
 from router.runs.load import load as load_run
 from router.settings import Settings
 from router.system.errors import InputError, printable
-from router.system.files import sha256_of
+from router.system.files import hashes, sha256_of
 from router.system.version import own_version
 
 log = logging.getLogger(__name__)
@@ -246,11 +246,15 @@ class Router:
             if adapter.sha256 != record.adapters[adapter.name].sha256:
                 raise InputError(f"{folder}: {adapter.where} has other weights now; run again")
         router._decide(run.clusters.weights)
-        for n, (variant, made) in enumerate(zip(router.variants, record.variants, strict=False)):
-            path = folder / VARIANTS / str(n)
-            if variant.weights and path.exists() and made.sha256 not in ("", variant.written(path).sha256):
-                raise InputError(f"{path}: expected the weights that the run wrote, got others; run it again")
-            router.variants[n] = replace(variant, sha256=made.sha256)
+        paths = [folder / VARIANTS / name if name else None for name in folder_names(router.variants)]
+        for n, (path, made) in enumerate(zip(paths, record.variants, strict=False)):
+            if path and path.exists() and content_of(path) != made.sha256:
+                raise InputError(
+                    f"{path}: expected the variant that the run wrote, got another; run it again"
+                )
+            router.variants[n] = replace(router.variants[n], sha256=made.sha256)
+        if all(path.exists() for path in paths if path):  # else they are made anew to answer
+            router._measure(folder / VARIANTS)
         router._proto.prepare()  # now, not with the first request
         for frame in run.evidence.frames if run.evidence else ():
             router._proto.fitted(Frame(*frame))
@@ -423,6 +427,10 @@ class Router:
         if self._centres is None:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
         with replacing_router(folder) as work:
+            try:
+                self._method.write_variants(self.variants, work / VARIANTS)
+            except OverflowError as error:
+                raise InputError(f"a variant's {error}; pass dtype='float32'") from error
             self._measure(work / VARIANTS)
             proto.prepare()
             state.save(list(proto.fits.values()), work)
@@ -430,15 +438,11 @@ class Router:
         return folder
 
     def _measure(self, folder: Path) -> None:
-        """Writes the variants into a folder, and keeps their hashes and what each says to the canary."""
+        """Keeps the hashes of the variants in a folder, and what each says to the canary."""
         base, found = self._base, list[Variant]()
-        try:
-            names = self._method.write_variants(self.variants, folder)
-        except OverflowError as error:
-            raise InputError(f"a variant's {error}; pass dtype='float32'") from error
         rows = padded(encode(base.tokenizer, [CANARY]), base.tokenizer.pad_token_id, base.model.device)
         with applied(base, self._method.settings.apply) as models, torch.inference_mode():
-            for variant, name in zip(self.variants, names, strict=True):
+            for variant, name in zip(self.variants, folder_names(self.variants), strict=True):
                 path = folder / name if name else None
                 said = float(confidence_of(forward(models.activate(path), *rows))[0])
                 found.append(replace(variant.written(path) if path else variant, canary=said))

@@ -97,11 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a plan over a limit, 2 for wrong input, 130 if it was stopped.
     """
     began = time.monotonic()  # imports take seconds
-    p, args = parser(), argparse.Namespace(fresh=False)
+    args = argparse.Namespace(fresh=False)
     signal.signal(signal.SIGTERM, stop)
     try:
         with told_if_memory_runs_out():
-            p.parse_args(argv, args)
+            (p := parser()).parse_args(argv, args)
             if args.list_methods:
                 print("\n".join(method_names()))
                 return 0

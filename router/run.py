@@ -36,12 +36,13 @@ from router.queries.submission import (
     write_table,
 )  # fmt: skip
 from router.routing.variants import VARIANTS
-from router.runs.report.page import MADE_BY, write_report
+from router.runs.report.page import write_report
 from router.settings import Settings
 from router.system.errors import InputError, reason
 from router.system.files import (
     for_others,
     is_ours,
+    is_sealed,
     mark,
     record_of,
     remove_ours,
@@ -250,7 +251,7 @@ def _place_variants(work: Path, final: Path) -> None:
     """
     try:
         remove_ours(final)
-        mark(work)
+        mark(work, finished=True)
         for_others(work)
         work.rename(final)
     except OSError as error:
@@ -312,8 +313,7 @@ def _foreign(settings: Settings, known: set[str]) -> Iterator[str]:
     """The names of what a run would replace though no run wrote it."""
     folder = settings.output_folder
     yield from (name for name in (VARIANTS, FOLDER) if not is_ours(folder / name))
-    report = folder / REPORT
-    if report.exists() and MADE_BY.encode() not in report.read_bytes()[:4096]:
+    if not is_sealed(folder / REPORT):
         yield REPORT
     for path in settings.dataset_filepaths:
         for output in (folder / name for name in _outputs(path)):

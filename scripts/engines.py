@@ -92,8 +92,13 @@ def write_queries(work: Path) -> None:
         write_prompts(work / f"{name}.csv", part)
 
 
-def write_litellm(work: Path) -> None:
-    """Writes the configuration of the LiteLLM proxy, as docs/serving.md has it."""
+def write_litellm(work: Path, *more: dict[str, Any], hook: bool = True) -> None:
+    """Writes the configuration of the LiteLLM proxy, as docs/serving.md has it.
+
+    Args:
+        more: models beside those of the server.
+        hook: whether ours decides for the model `auto`.
+    """
     listed = httpx.get(f"{SERVER}/v1/models").json()["data"]
     served = {"auto": listed[0]["id"], "base": listed[0]["id"]} | {one["id"]: one["id"] for one in listed[1:]}
     models = [
@@ -105,7 +110,8 @@ def write_litellm(work: Path) -> None:
         }
         for name, model in served.items()
     ]  # fmt: skip
-    found = {"model_list": models, "litellm_settings": {"callbacks": "router.integrations.litellm.hook"}}
+    callbacks = ["router.integrations.litellm.hook"] if hook else []
+    found = {"model_list": [*models[not hook :], *more], "litellm_settings": {"callbacks": callbacks}}
     (work / "litellm.yaml").write_text(json.dumps(found), "utf-8")  # JSON is YAML
 
 
@@ -169,6 +175,14 @@ def check(work: Path, server: str) -> int:
     return wrong
 
 
+def litellm(work: Path) -> AbstractContextManager[psutil.Process]:
+    """The LiteLLM proxy in front of vLLM, as it was configured."""
+    words = ["litellm/bin/litellm", "--config", str(work / "litellm.yaml")]
+    words += ["--host", "127.0.0.1", "--port", "8091"]
+    ready, router = f"{LITELLM}/health/liveliness", str(work / "router")
+    return started(work, "litellm", words, ready, PROTO_ROUTE_ROUTER=router)
+
+
 def check_within(work: Path) -> int:
     """Compares a run with one that vLLM has answered; returns how many answers differ."""
     here, there = (read_texts(work / one / "mixed.csv") for one in ("here", "within"))
@@ -179,14 +193,12 @@ def check_within(work: Path) -> int:
 
 def check_servers(work: Path) -> int:
     """Checks vLLM with the plugin, the proxy and LiteLLM's; returns how many answers differ."""
-    router, config = str(work / "router"), str(work / "litellm.yaml")
     with vllm(work, "vllm", plugin=True):
         wrong = check(work, SERVER)
         with proxy(work):
             wrong += check(work, PROXY)
         write_litellm(work)
-        words = ["litellm/bin/litellm", "--config", config, "--host", "127.0.0.1", "--port", "8091"]
-        with started(work, "litellm", words, f"{LITELLM}/health/liveliness", PROTO_ROUTE_ROUTER=router):
+        with litellm(work):
             wrong += check(work, LITELLM)
     return wrong
 

@@ -18,7 +18,9 @@ if [ ! -x "$work/vllm/bin/python" ]; then
 fi
 if [ ! -x "$work/litellm/bin/litellm" ]; then
   "$python" -m venv "$work/litellm"
-  "$work/litellm/bin/pip" install --quiet 'litellm[proxy]>=1.80'
+  # The embeddings of WordLlama are for scripts/bench/serving.py; its package has their tokenizer elsewhere than it looks.
+  "$work/litellm/bin/pip" install --quiet 'litellm[proxy,semantic-router]>=1.80' wordllama==0.4.0.post1
+  ln -s tokenizers "$work"/litellm/lib/python3.*/site-packages/wordllama/tokenizer
 fi
 # The hook, and a run that vLLM answers, need this package and what it needs; the environments' own packages come first.
 for one in vllm litellm; do

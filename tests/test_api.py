@@ -10,8 +10,11 @@ from unittest.mock import Mock
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import (
     NAMES,
@@ -24,6 +27,7 @@ from helpers import (
     write_tiny_adapter,
 )  # fmt: skip
 from router import Router
+from router.constants import CANARY
 from router.kit import Merges
 from router.main import main
 from router.model.answer import encode
@@ -51,6 +55,31 @@ MORE = [*TEXTS, "Bonjour !", "x" * 40, "Say x again, and then y."]
 @pytest.fixture()
 def saved(router, tmp_path):
     return router.fit(MORE).save(tmp_path / "saved")
+
+
+def test_a_canary_is_what_peft_and_transformers_say(saved, run, tiny_base):
+    ids = AutoTokenizer.from_pretrained(tiny_base)(CANARY, return_tensors="pt").input_ids
+    for folder in (saved, run(MORE)):
+        router = Router.load(folder, device="cpu")
+        assert any(variant.weights for variant in router.variants)
+        for n, variant in enumerate(router.variants):
+            model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+            if variant.weights:
+                model = PeftModel.from_pretrained(model, folder / "variants" / str(n))
+            with torch.inference_mode():
+                expected = model(ids).logits[0, -1].log_softmax(-1).max().item()
+            assert variant.canary == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_token_beyond_the_embeddings_changes_no_other_decision(tiny_base, tiny_library, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(base)
+    router = Router.from_library(tiny_library, base_model=str(base), device="cpu", dtype="float32")
+    alone = router.choose(["Say x"])[0]
+    odd, other = router.choose(["Say [PAD] to me", "Say x"])
+    assert not odd.fits and other.weights == pytest.approx(alone.weights, abs=1e-5)
 
 
 def test_a_saved_router_needs_the_base_model_alone(router, tiny_library, tmp_path):
@@ -178,6 +207,7 @@ def test_a_router_does_what_the_command_did(router, run, tiny_library):
         for row, expected in zip(own.route(MORE).to_dict("records"), routing, strict=True):
             assert row == pytest.approx({name: float(expected[name]) for name in row}, abs=1e-6)
         assert [answer.strip() or "unknown" for answer in own.answer(MORE)] == answers
+    assert loaded.frames  # a request waits for no calibration
     assert [choice.variant for choice in loaded.choose(MORE)] == [int(row["variant"]) for row in routing]
     grow(tiny_library / NAMES[0] / "adapter_model.safetensors")  # it was trained again since
     with pytest.raises(InputError, match=NAMES[0]):

@@ -13,7 +13,7 @@ FROM_OUTSIDE = {
     "__getattr__",  # Python's own
     "_render_traceback_",  # IPython's
     "filters",  # jinja2's
-    "redirect_slashes",  # Starlette's
+    "redirect_slashes", "send_400_response",  # Starlette's and uvicorn's
     "hook", "async_pre_call_hook", "user_api_key_dict", "call_type",  # LiteLLM's
     "required_tasks", "proto_route_load", "proto_route_take",  # vLLM's
     # The starter kit's contract, for methods that were written for it.

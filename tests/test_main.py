@@ -36,6 +36,7 @@ from helpers import (
     written,
 )
 from merge.folders import WEIGHTS_FILE
+from router.cli import main as cli
 from router.main import main
 from router.model.answer import FAILED
 from router.pipeline.evidence import Evidence
@@ -465,6 +466,36 @@ def test_something_else_that_no_run_wrote_is_left_alone(name, flags, command, tm
 def test_a_query_file_of_a_name_that_a_run_needs_is_refused(name, command, tmp_path, capsys, unloaded):
     assert command("base", "--dataset_filepaths", write_queries(tmp_path / name))[0] == 2
     assert "rename it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["variants/mine.txt", "variants/0/README.md", "report.html"])
+def test_a_result_that_somebody_changed_is_left_alone(name, command, capsys):
+    _, out = command("average")
+    assert command("average")[0] == 0  # over its own
+    with (out / name).open("a") as file:
+        file.write("mine")
+    before = files_of(out)
+    assert command("average")[0] == 2 and name.partition("/")[0] in capsys.readouterr().err
+    assert files_of(out) == before
+    if name == "report.html":
+        assert cli(["report", str(out)]) == 2 and files_of(out) == before
+
+
+@pytest.mark.parametrize("name", [name for name in router.methods.method_names() if name != "base"])
+def test_weights_that_are_replaced_while_a_run_reads_are_refused(name, command, tiny_library, monkeypatch):
+    """So that no answer of the new ones stands under the hash of the old ones."""
+    from router.run import load
+
+    def then_changed(context):
+        found = load(context)
+        for folder in tiny_library.iterdir():
+            file = folder / "adapter_model.safetensors"
+            save_file({key: 2 * of for key, of in load_file(file).items()}, file)
+        return found
+
+    monkeypatch.setattr("router.run.load", then_changed)
+    code, out = command(name)
+    assert code == 2 and not (out / "run.json").exists()
 
 
 @pytest.mark.parametrize("name", ["queries.csv", "variants"])

@@ -36,7 +36,7 @@ def test_a_run_below_a_limit_says_what_to_change(start, tmp_path, tiny_base, tin
         cwd=ROOT, env={"OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}, capture_output=True, text=True,
         check=False, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "ulimit -v" in done.stderr and ("-m" in start or "--batch_size 1" in done.stderr)
     assert not (tmp_path / "out" / "run.json").exists()
 

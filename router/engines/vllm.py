@@ -52,14 +52,19 @@ def answer(
     Raises:
         InputError: vLLM cannot load the base model, or has no room for it and the variants.
     """
-    context = getattr(base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    model: Any = base.model
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tails: dict[int, list[list[int]]] = {
         n: endings(base.tokenizer, choices[n]) if choices[n] else [[]] for n in asked
     }
     reads = {n: len(rows[n]) + max(map(len, tails[n])) for n in asked}
-    if long := [n for n in asked if context and reads[n] >= context]:
-        yield Done(long, [FAILED] * len(long), f"does not fit into a context of {context} tokens")
-    if not (asked := [n for n in asked if n not in long]):
+    known = model.get_input_embeddings().num_embeddings
+    odd = [n for n in asked if max(map(max, [rows[n], *filter(None, tails[n])])) >= known]  # vLLM would end
+    long = [n for n in asked if n not in odd and context and reads[n] >= context]
+    left_out = {f"spells a token beyond the {known} that the base model knows": odd}
+    left_out[f"does not fit into a context of {context} tokens"] = long
+    yield from (Done(part, [FAILED] * len(part), why) for why, part in left_out.items() if part)
+    if not (asked := [n for n in asked if n not in {*long, *odd}]):
         return
     longest = max(reads[n] + (1 if choices[n] else max_new_tokens) for n in asked)
     paths = [path for path in dict.fromkeys(variants[n] for n in asked) if path]

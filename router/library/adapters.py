@@ -49,7 +49,7 @@ class Adapter:
         Raises:
             InputError: a value is not finite, or the file cannot be read.
         """
-        with self._named():
+        with self.named():
             return self._finite(module, self.folder.read(module))
 
     def read_all(self) -> Iterator[tuple[str, Factors]]:
@@ -58,12 +58,12 @@ class Adapter:
         Raises:
             InputError: a value is not finite, or the file cannot be read.
         """
-        with self._named():
+        with self.named():
             for module, update in self.folder.read_all():
                 yield module, self._finite(module, update)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def named(self) -> Iterator[None]:
         """Names the adapter whose file cannot be read."""
         try:
             yield
@@ -78,7 +78,9 @@ class Adapter:
         Raises:
             InputError: they were.
         """
-        if sha256_of(self.folder.path / WEIGHTS_FILE) != self.sha256:
+        with self.named():
+            now = sha256_of(self.folder.path / WEIGHTS_FILE)
+        if now != self.sha256:
             raise InputError(f"{self.where}: {WEIGHTS_FILE} was changed while it was read; run again")
 
     def _finite(self, module: str, update: Factors) -> Factors:

@@ -23,7 +23,8 @@ from router.system.files import cache_folder
 
 def content(adapter: Adapter) -> str:
     """A name made from an adapter's weights and its configuration, which holds its scale."""
-    config = (adapter.folder.path / CONFIG_FILE).read_bytes()
+    with adapter.named():
+        config = (adapter.folder.path / CONFIG_FILE).read_bytes()
     return hashlib.sha256(adapter.sha256.encode() + config).hexdigest()[:32]
 
 

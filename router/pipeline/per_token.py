@@ -75,6 +75,7 @@ def load_experts(
             u, s, vh = support(update)
             if len(s):
                 parts.setdefault(module, []).append((s[:, None] * vh, u, s, vh[:1], number))
+        adapter.check_unchanged()
     found = {}
     for module, experts in parts.items():
         a, b, scales, arrows, members = zip(*experts, strict=True)

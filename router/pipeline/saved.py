@@ -14,7 +14,6 @@ from router.pipeline.state import FILE, FORMAT
 from router.routing.variants import VARIANTS, Variant
 from router.system.errors import InputError
 from router.system.files import (
-    MARKER,
     is_ours,
     mark,
     read_record,
@@ -99,12 +98,6 @@ class Saved:
             raise InputError(f"{path}: expected what Router.save wrote ({error}); save it again") from error
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of a saved router but ABOUT, by its path in the folder."""
-    paths = [folder / FILE, *sorted(path for path in (folder / VARIANTS).rglob("*") if path.is_file())]
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths if path.name != MARKER}
-
-
 def changed(folder: Path, files: Mapping[str, str]) -> str | None:
     """A file of a saved router that is not as it was saved, or gone; None if all are there."""
     for name, digest in files.items():
@@ -125,7 +118,7 @@ def replacing_router(folder: Path) -> Iterator[Path]:
     work = work_folder(folder, WORK)
     try:
         yield work
-        mark(work / VARIANTS)
+        mark(work / VARIANTS, finished=True)
         (folder / ABOUT).unlink(missing_ok=True)  # from here on it is no router, until it is the new one
         remove_ours(folder / VARIANTS)
         for name in (VARIANTS, FILE, ABOUT):

@@ -54,7 +54,10 @@ class LargeGate(PrototypeGate):
 
     def _learn(self, *how: Any) -> Self:
         self.__dict__.pop("_rough", None)
-        return super()._learn(*how)
+        super()._learn(*how)
+        for name in ("mean_", "std_", "filter_", "loadings_"):  # adapter by adapter, as they are read
+            setattr(self, name, np.ascontiguousarray(getattr(self, name)))
+        return self
 
     @cached_property
     def _rough(self) -> Rough:
@@ -78,7 +81,8 @@ class LargeGate(PrototypeGate):
             factors: (queries, modules, 2, FACTORS).
         """
         columns, slopes, shares, offsets = self._rough
-        heard = np.fmax(X.reshape(*X.shape[:2], -1)[:, :, columns], np.float32(FLOOR), dtype=np.float32)
+        heard = X.reshape(*X.shape[:2], -1).take(columns, axis=2).astype(np.float32, copy=False)
+        np.fmax(heard, np.float32(FLOOR), out=heard)
         there = factors.reshape(len(X), -1, factors.shape[-1])[:, columns].astype(np.float32)
         guess = np.einsum("qnk,nk->qn", np.log(heard, out=heard), slopes) - offsets
         guess -= there.reshape(len(X), -1) @ shares.reshape(len(shares), -1).T

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from merge.factors import Factors, recompress, weighted_sum
-from merge.folders import WEIGHTS_FILE, write_adapter
+from merge.folders import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from router.library.adapters import Adapter
 from router.model.base import Base
 from router.routing.clusters import Array
@@ -26,7 +26,7 @@ NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
 
 
 def served(number: int, sha256: str) -> str:
-    """The name of a variant on a server, with the start of its weights' hash.
+    """The name of a variant on a server, with the start of its hash.
 
     A server keeps what it computed under a name, so other weights need another name. A run of an earlier
     version knows no hash.
@@ -45,7 +45,7 @@ class Variant:
     Attributes:
         weights: adapter name -> weight, largest first; empty for the plain base model.
         base: the base model's share; all shares sum to 1.
-        sha256: of its weights, once they are written.
+        sha256: of its configuration and weights, once they are written.
         canary: log-probability, in nats, of the likeliest token after CANARY, once a router was saved.
     """
 
@@ -55,8 +55,14 @@ class Variant:
     canary: float | None = field(default=None, repr=False)
 
     def written(self, folder: Path) -> Variant:
-        """The same with the hash of the weights in its folder, if it has any."""
-        return replace(self, sha256=sha256_of(folder / WEIGHTS_FILE)) if self.weights else self
+        """The same with the hash of what is in its folder, if it has weights."""
+        return replace(self, sha256=content_of(folder)) if self.weights else self
+
+
+def content_of(folder: Path) -> str:
+    """The hash of a variant's configuration, which scales its weights, and of these; "" if one is gone."""
+    files = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    return sha256_of(*files) if all(file.is_file() for file in files) else ""
 
 
 def served_names(variants: Sequence[Variant]) -> list[str | None]:

@@ -174,10 +174,22 @@ async def _served(proxy: Proxy, listener: socket.socket, timeout: float) -> None
 
 
 def impatient(timeout: float) -> type[H11Protocol]:
-    """uvicorn's protocol, which by itself waits for ever for the rest of a request's headers."""
+    """uvicorn's protocol, which by itself waits for ever for the rest of a request's headers.
+
+    What is no HTTP gets an error object, as all other refusals do.
+    """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
+    from router.serving.request import refusal
+
     class Impatient(H11Protocol):
+        def send_400_response(self, msg: str) -> None:
+            answer = refusal(400, msg)
+            head = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
+            text = f"HTTP/1.1 400 Bad Request\r\n{head}connection: close\r\n\r\n"
+            self.transport.write(text.encode() + bytes(answer.body))
+            self.transport.close()
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.loop.call_later(timeout, self.look, None)

@@ -21,11 +21,11 @@ from router.routing.variants import limited
 from router.serving.gguf import base_gguf, converted
 from router.serving.names import Served, read_adapters, read_served
 from router.system.errors import InputError, printable
-from router.system.files import replacing
+from router.system.files import SEAL, is_sealed, remaking, replacing, sealed
 
 SCRIPT = "serve.sh"
 GGUF = "gguf"  # a folder beside it
-HEAD = "#!/bin/sh\n# The base model and the adapters of a router; flags are passed on.\n"
+HEAD = f"#!/bin/sh\n# Serves a router's adapters; flags are passed on; {SEAL}{'0' * 64}\n"
 
 
 def vllm(served: Served) -> list[str]:
@@ -85,11 +85,11 @@ def export(
 
     Raises:
         InputError: there are no variants in the folder, or nothing that llama.cpp's files can be made with;
-            or `serve.sh` is somebody else's.
+            or what would be replaced is somebody else's.
     """
     script = folder / SCRIPT
-    if script.exists() and not script.read_bytes().startswith(HEAD.encode()):
-        raise InputError(f"{script}: expected no such file, or one of an earlier export; move it away")
+    if not is_sealed(script):
+        raise InputError(f"{script}: expected none, or one of an earlier export as it was; move it away")
     served, said = read_served(folder), []
     if not served.folders:
         raise InputError(f"{folder}: expected variants to serve, but the base model answers all by itself")
@@ -98,20 +98,20 @@ def export(
         rank = max(max(open_adapter(path).ranks.values()) for path in adapters.values())
         served, what = replace(served, folders=adapters, rank=rank), "adapters"
     if max_rank is not None and served.rank > max_rank:
-        folders, ranks = {}, []
-        for own, path in served.folders.items():
-            folders[own] = folder / f"{what}-rank-{max_rank}" / path.name
-            dtype = getattr(torch, served.dtype)
-            rank, lost = recompressed(path, folders[own], max_rank, served.base, dtype)
-            said.append(f"{own}: rank {rank}, {100 * lost:.2f} % of its squared norm lost")
-            ranks.append(rank)
+        ranks, dtype, final = [], getattr(torch, served.dtype), folder / f"{what}-rank-{max_rank}"
+        with remaking(final) as out:
+            for own, path in served.folders.items():
+                rank, lost = recompressed(path, out / path.name, max_rank, served.base, dtype)
+                said.append(f"{own}: rank {rank}, {100 * lost:.2f} % of its squared norm lost")
+                ranks.append(rank)
+        folders = {own: final / path.name for own, path in served.folders.items()}
         served = replace(served, folders=folders, rank=max(ranks))
     if engine == "llamacpp":
         base = base_gguf(served, gguf)
         files = converted(served, folder / GGUF, llama_cpp)
         served = replace(served, base=str(base.resolve()), folders=files)
     with replacing(script) as file:
-        file.write(f'{HEAD}exec {shlex.join(ENGINES[engine](served))} "$@"\n')
+        file.write(sealed(f'{HEAD}exec {shlex.join(ENGINES[engine](served))} "$@"\n'))
     script.chmod(0o755)
     count = len(served.folders)
     many = f"{count} {what if count != 1 else what.removesuffix('s')}"

@@ -14,7 +14,7 @@ from merge.folders import open_adapter, write_adapter
 from router.model.base import EMBEDDED_ID, embedded_folder, embedded_gguf
 from router.serving.names import Served
 from router.system.errors import InputError
-from router.system.files import is_ours, mark, remove_ours, work_folder
+from router.system.files import remaking
 from router.system.hub import HubError, fetch
 
 CONVERTER = "convert_lora_to_gguf.py"
@@ -45,17 +45,13 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
     Raises:
         InputError: the folder is somebody else's, there is no converter, or it fails.
     """
-    if not is_ours(out):
-        raise InputError(f"{out}: expected no such folder, or one of an earlier export; move it away")
     script = (llama_cpp or Path()) / CONVERTER
     if llama_cpp is None or not script.is_file():
         got = f"no {CONVERTER} in {llama_cpp}" if llama_cpp else "none"
         raise InputError(f"--llama_cpp: expected a checkout of llama.cpp, whose converter is run, got {got}")
     base = _config(served)
-    work = work_folder(out.parent, f".{out.name}.")
-    try:
-        plain, files = work / "plain", work / "files"
-        files.mkdir()
+    with remaking(out) as files:
+        plain = files.parent / "plain"
         for name, path in served.folders.items():
             # The converter leaves out the scales of rsLoRA and of single modules: they go into the factors.
             write_adapter(plain, dict(open_adapter(path).read_all()), served.base, max_rank=served.rank)
@@ -65,11 +61,6 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
             if done.returncode or not file.is_file():
                 reason = (done.stderr.strip() or "it wrote nothing").splitlines()[-1]
                 raise InputError(f"{script}: cannot convert {name} ({path}): {reason}")
-        remove_ours(out)
-        mark(files)
-        files.rename(out)
-    finally:
-        remove_ours(work)
     return {name: out / _file(name) for name in served.folders}
 
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge.folders import CONFIG_FILE, WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
+from merge.folders import CONFIG_FILE, AdapterError, AdapterFolder, open_adapter
 from router.constants import BASE_COLUMN, TEMPLATE
 from router.library.adapters import load_library
 from router.pipeline.record import RECORD, BaseRecord, Record, VariantRecord
 from router.pipeline.saved import ABOUT, Saved
-from router.routing.variants import VARIANTS, Variant, served
+from router.routing.variants import VARIANTS, Variant, content_of, served
 from router.system.errors import InputError
-from router.system.files import is_folder, sha256_of
+from router.system.files import is_folder
 
 AUTO = "auto"  # the model that a client names to have its request routed
 # A run may come from a stranger, and its words go to a command line: none of them is a flag or a pattern.
@@ -55,23 +55,24 @@ def read_served(folder: Path) -> Served:
     folders, ranks, modules = {}, [1], set()
     for number, variant in enumerate(variants):
         path = folder / VARIANTS / str(number)
-        if (path / CONFIG_FILE).exists():
-            own, digest = _opened(path).ranks, variant.sha256
-            if digest and sha256_of(path / WEIGHTS_FILE) != digest:
-                raise InputError(
-                    f"{path}: expected the weights that {record.name} names, got others; put them back, or "
-                    "make them again"
-                )
-            folders[served(number, digest)] = path
-            ranks += own.values()
-            modules |= {module.rpartition(".")[2] for module in own}
-        elif any(share for name, share in variant.weights.items() if name != BASE_COLUMN):
-            if isinstance(variant, VariantRecord) and not variant.folder:
-                raise InputError(f"{folder}: its method weighs adapters for each token, which no server does")
+        if not any(share for name, share in variant.weights.items() if name != BASE_COLUMN):
+            continue
+        if isinstance(variant, VariantRecord) and not variant.folder:
+            raise InputError(f"{folder}: its method weighs adapters for each token, which no server does")
+        if not (path / CONFIG_FILE).exists():
             raise InputError(
                 f"{path}: expected variant {number}, which {record.name} names, found none; put its folder "
                 "back, or make it again"
             )
+        own = _opened(path).ranks
+        if content_of(path) != variant.sha256:
+            raise InputError(
+                f"{path}: expected the variant that {record.name} names, got another; put it back, or make "
+                "it again"
+            )
+        folders[served(number, variant.sha256)] = path
+        ranks += own.values()
+        modules |= {module.rpartition(".")[2] for module in own}
     known, revision = is_folder(base.name), base.revision
     for word in (*modules, revision or "main", "folder" if known else base.name):
         if not PLAIN.fullmatch(word):

@@ -26,6 +26,11 @@ def as_error(_: Request, error: Exception) -> Response:
     status, message, headers = 500, "the proxy failed; its log says why", None
     if isinstance(error, HTTPException):
         status, message, headers = error.status_code, error.detail, error.headers
+    return refusal(status, message, headers)
+
+
+def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The same of a status and why."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return as_json({"error": {"message": message, "type": kind, "code": status}}, status, headers)
 

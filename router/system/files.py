@@ -1,6 +1,8 @@
 """Files: where they are cached, how they are hashed, read as JSON, and replaced as a whole.
 
-The folders that a run makes in an output folder bear a mark, without which one is somebody else's.
+The folders that a run makes in an output folder bear a mark, without which one is somebody else's. That of a
+finished folder holds the hashes of its files, and a script or page one of its text: what was changed is
+somebody else's, too.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ T = TypeVar("T")
 MARKER = ".proto-route"  # the mark of a folder, a file in it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # there is no room for a file
 JSON_BYTES = 64 << 20  # of a JSON file, at most
+SEAL = "sha256 of all else: "  # in a text, before its hash
 
 
 def cache_folder() -> Path:
@@ -61,6 +64,31 @@ def sha256_of(*files: Path) -> str:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of each file in a folder but its mark, by its path there."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER)
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+
+
+def sealed(text: str) -> str:
+    """The text with a hash of all else in the place of the 64 digits that follow its first SEAL.
+
+    Example:
+        >>> sealed(f"# {SEAL}{'0' * 64} !") == sealed(sealed(f"# {SEAL}{'0' * 64} !"))
+        True
+    """
+    before, seal, after = text.partition(SEAL)
+    return before + seal + hashlib.sha256((before + after[64:]).encode()).hexdigest() + after[64:]
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file is as it was sealed, or not there."""
+    if not (path.is_symlink() or path.exists()):
+        return True
+    text = path.read_bytes().decode("utf-8", "replace")
+    return SEAL in text and sealed(text) == text
 
 
 def read_record(kind: type[T], path: Path) -> T:
@@ -158,19 +186,22 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder may be removed or replaced: it bears our mark, is empty, or is not there."""
+    """Whether a folder may be removed or replaced: it has nothing but what is ours, or is not there."""
     try:
         if folder.is_symlink() or not folder.is_dir():
             return not (folder.is_symlink() or folder.exists())
-        return (folder / MARKER).is_file() or not any(folder.iterdir())
-    except OSError:  # another user's, perhaps
+        if not (folder / MARKER).is_file():
+            return not any(folder.iterdir())
+        known = (folder / MARKER).read_bytes()
+        return not known or hashes(folder).items() <= record_of(dict[str, str], known).items()
+    except (OSError, ValueError):  # another user's, perhaps
         return False
 
 
-def mark(folder: Path) -> None:
-    """Makes a folder of ours."""
+def mark(folder: Path, finished: bool = False) -> None:
+    """Makes a folder of ours; of a finished one, what is in it now, and nothing that comes later."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
+    (folder / MARKER).write_text(json.dumps(hashes(folder)) if finished else "")
 
 
 def work_folder(output: Path, prefix: str) -> Path:
@@ -181,6 +212,26 @@ def work_folder(output: Path, prefix: str) -> Path:
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=output))
     mark(work)
     return work
+
+
+@contextmanager
+def remaking(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of an earlier one of ours if the block ends without an error.
+
+    Raises:
+        InputError: what is there is somebody else's.
+    """
+    if not is_ours(folder):
+        raise InputError(f"{folder}: expected no such folder, or one as it was made; move it away")
+    work = work_folder(folder.parent, f".{folder.name}.")
+    try:
+        (made := work / folder.name).mkdir()
+        yield made
+        remove_ours(folder)
+        mark(made, finished=True)
+        made.rename(folder)
+    finally:
+        remove_ours(work)
 
 
 def remove_ours(folder: Path) -> None:

@@ -1,31 +1,48 @@
 """What routing costs a service: `python -m scripts.bench.serving`, once scripts/test_engines.sh has run.
 
-Asks its vLLM with the plugin, alone, and behind the proxy. Alone it is asked for the models that the plugin
-chose. Writes the table of docs/serving.md.
+Asks its vLLM with the plugin, alone, behind the proxy, and behind LiteLLM, whose auto-router compares a
+prompt's embedding with those of labelled prompts. Alone it is asked for the models that the plugin chose.
+Writes the table of docs/serving.md.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
 
+from router.routing.variants import served
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.runner import timed
 from scripts.bench.score import read_texts
-from scripts.engines import PATIENCE, PROXY, SERVER, proxy, vllm
+from scripts.engines import (
+    KEY,
+    LITELLM,
+    PATIENCE,
+    PROXY,
+    SERVER,
+    litellm,
+    proxy,
+    started,
+    vllm,
+    write_litellm,
+)
 
 WORK, PAGE = Path("build/engines").resolve(), Path("docs/serving.md")
 AT_ONCE = {1: 24, 8: 48, 32: 96}  # requests at once -> in all
 SERVED, FITS, WRITTEN, TOGETHER = 100, 2, 32, 16  # requests, those for adapters, tokens of each, at once
+EXAMPLES = 5  # labelled prompts of each adapter for the auto-router, which gets no other
+AUTO = "LiteLLM's auto-router"
+EMBEDDINGS = "http://127.0.0.1:8092"  # of scripts/bench/embeddings.py
 
 
 class Answered(NamedTuple):
@@ -33,13 +50,11 @@ class Answered(NamedTuple):
 
     Attributes:
         seconds: until the first token.
-        model: that the router named; None where none did.
-        adapter: with the most weight.
+        variant: that answered, by the router; None is the base model.
     """
 
     seconds: float
-    model: str | None
-    adapter: str | None
+    variant: str | None
 
 
 def memory(processes: Sequence[psutil.Process]) -> float:
@@ -49,17 +64,24 @@ def memory(processes: Sequence[psutil.Process]) -> float:
 
 
 def ask(client: httpx.Client, prompt: str, model: str, tokens: int) -> Answered:
-    """One request for a completion of so many tokens, as a stream."""
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    """One request for a completion of so many tokens, as a stream.
+
+    LiteLLM's auto-router knows chats alone; it asks vLLM for the same completion.
+    """
+    talks = client.base_url == LITELLM
+    path = "/v1/chat/completions" if talks else "/v1/completions"
+    body: dict[str, Any] = (
+        {"messages": [{"role": "user", "content": prompt}]} if talks else {"prompt": prompt}
+    )
+    body |= {"model": model, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
     start, seconds = time.perf_counter(), 0.0
-    with client.stream("POST", "/v1/completions", json=body | {"stream": True, "ignore_eos": True}) as answer:
+    with client.stream("POST", path, json=body, headers={"authorization": f"Bearer {KEY}"}) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 seconds = seconds or time.perf_counter() - start
-        weights = json.loads(answer.headers.get("x-router-weights", "{}"))
-    return Answered(
-        seconds, answer.headers.get("x-router-model"), max(weights, key=weights.get, default=None)
-    )
+        model = answer.headers.get("x-litellm-model-name") or answer.headers.get("x-router-model", "")
+    name = model.rpartition("/")[2]
+    return Answered(seconds, name if name.startswith("variant-") else None)
 
 
 class Way(NamedTuple):
@@ -108,38 +130,77 @@ def prompts_of(folder: str) -> dict[str, str]:
     return dict(pair for turn in zip(*files, strict=False) for pair in turn)
 
 
+@contextmanager
+def auto_router(examples: Mapping[str, Sequence[str]]) -> Iterator[list[psutil.Process]]:
+    """LiteLLM, whose auto-router chooses by the embeddings of labelled prompts.
+
+    Args:
+        examples: prompts by the name of the model that is to answer such ones.
+    """
+    routes = [{"name": name, "utterances": list(prompts)} for name, prompts in examples.items()]
+    embeddings = {"model": "openai/wordllama", "api_base": f"{EMBEDDINGS}/v1", "api_key": "none"}
+    auto = {
+        "model": "auto_router/auto", "auto_router_config": json.dumps({"routes": routes}),
+        "auto_router_default_model": "base", "auto_router_embedding_model": "embeddings",
+    }  # fmt: skip
+    models = {"embeddings": embeddings, "auto": auto}
+    write_litellm(
+        WORK, *({"model_name": name, "litellm_params": of} for name, of in models.items()), hook=False
+    )
+    words = ["litellm/bin/python", "-m", "scripts.bench.embeddings"]
+    with started(WORK, "embeddings", words, f"{EMBEDDINGS}/v1/embeddings") as first, litellm(WORK) as second:
+        yield [first, second]
+
+
 def main() -> None:
     """Measures, and writes the table."""
-    fits, foreign = prompts_of("data/eval"), prompts_of("data/eval_foreign")
+    variants = json.loads((WORK / "router" / "router.json").read_text("utf-8"))["variants"]
+    serves = {
+        adapter: served(n, one["sha256"])
+        for n, one in enumerate(variants)
+        for adapter in one["weights"]
+        if len(one["weights"]) == 1
+    }
+    fits = {prompt: adapter for prompt, adapter in prompts_of("data/eval").items() if adapter in serves}
+    foreign = prompts_of("data/eval_foreign")
+    examples: dict[str, list[str]] = {}
+    for prompt in list(fits)[-EXAMPLES * len(set(fits.values())) :]:  # which come in turn
+        examples.setdefault(serves[fits.pop(prompt)], []).append(prompt)
     labels, ours, theirs = foreign | fits, iter(fits), iter(foreign)
     some = {count: [*islice(ours, many // 2), *islice(theirs, many // 2)] for count, many in AT_ONCE.items()}
     mixed = [*islice(ours, FITS), *islice(theirs, SERVED - FITS)]
     blocks = "--block-size", "32"
     with vllm(WORK, "plugin", *blocks, plugin=True) as server:
         plugin = measured(SERVER, [server], some, mixed)
-    chosen = {prompt: answer.model or "" for prompt, answer in plugin.answers.items()}
+    chosen = {prompt: answer.variant for prompt, answer in (plugin.answers | plugin.mixed).items()}
     with vllm(WORK, "alone", *blocks, plugin=False) as server:
         base = httpx.get(f"{SERVER}/v1/models").json()["data"][0]["id"]
-        models = chosen | {prompt: answer.model or base for prompt, answer in plugin.mixed.items()}
-        alone = measured(SERVER, [server], some, mixed, lambda prompt: models.get(prompt, base))
+        alone = measured(SERVER, [server], some, mixed, lambda prompt: chosen.get(prompt) or base)
         with proxy(WORK, OMP_NUM_THREADS="2") as second:
             behind = measured(PROXY, [server, second], some, mixed)
-    ways = alone, plugin, behind
-    lines = header(["", "vLLM alone", "with the plugin", "behind the proxy"])
+        with auto_router(examples) as others:
+            auto = measured(LITELLM, [server, *others], some, mixed)
+    ways = {"vLLM alone": alone, "with the plugin": plugin, "behind the proxy": behind, AUTO: auto}
+    lines = header(["", *ways])
     for count, prompts in some.items():
         for kind, sent in (("base model", False), ("variant", True)):
-            which = [prompt for prompt in prompts if chosen[prompt].startswith("variant-") == sent]
-            times = [median(way.answers[prompt].seconds for prompt in which) for way in ways]
+            which = [prompt for prompt in prompts if bool(chosen[prompt]) == sent]
+            times = [median(way.answers[prompt].seconds for prompt in which) for way in ways.values()]
             cells = [f"{1e3 * time:.0f} ms ({time / times[0]:.2f}x)" for time in times]
             lines.append(row(f"first token of the {kind}, {count} at once", *cells))
-    rates = [f"{way.rate:.1f} ({way.rate / alone.rate:.2f}x)" for way in ways]
-    routed = sum((answer.model or "").startswith("variant-") for answer in plugin.mixed.values())
-    lines.append(row(f"tokens a second, {routed} of {SERVED} requests to variants", *rates))
-    lines.append(row("memory", *(f"{way.mib:.0f} MiB ({way.mib - alone.mib:+.0f})" for way in ways)))
-    for what, of in (("right adapter", fits), ("foreign requests left to the base model", foreign)):
+    routed = [sum(bool(answer.variant) for answer in way.mixed.values()) for way in (plugin, auto)]
+    rates = [f"{way.rate:.1f} ({way.rate / alone.rate:.2f}x)" for way in ways.values()]
+    title = f"tokens a second, {routed[0]} of {SERVED} requests to variants (LiteLLM: {routed[1]})"
+    lines.append(row(title, *rates))
+    lines.append(row("memory", *(f"{way.mib:.0f} MiB ({way.mib - alone.mib:+.0f})" for way in ways.values())))
+    for what, of in (("right variant", fits), ("foreign requests left to the base model", foreign)):
         shares = [
-            fmean(way.answers[prompt].adapter == labels[prompt] for prompt in chosen if prompt in of)
-            for way in (plugin, behind)
+            fmean(
+                one.variant == serves.get(labels[prompt])
+                for prompt, one in way.answers.items()
+                if prompt in of
+            )
+            for way in (plugin, behind, auto)
         ]
         lines.append(row(what, "", *(f"{share:.2f}" for share in shares)))
     print("\n".join(lines))

@@ -131,15 +131,17 @@ def test_a_run_has_the_same_results_as_in_this_process(words, tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["flags"]["engine"] == "vllm"
 
 
-def test_what_is_kept_or_too_long_is_not_asked(base, caplog):
+def test_what_is_kept_or_cannot_be_read_is_not_asked(base, caplog):
     rows = encode(base.tokenizer, [query.input for query in QUERIES])
     context = base.model.config.max_position_embeddings
     rows[3] = rows[3] * context
+    rows[1] = [*rows[1], base.model.config.vocab_size]
     journal = {}
     context = Context(Settings(max_gen_len=5), journal=journal)
     first = answered_by_vllm(base, QUERIES, rows, [None] * 4, context)
-    assert [one.failed for one in first] == [False, False, False, True]
+    assert [one.failed for one in first] == [False, True, False, True]
     assert "query n: does not fit into a context" in caplog.text
+    assert "query m: spells a token beyond" in caplog.text
     del journal[QUERIES[2]]
     assert answered_by_vllm(base, QUERIES, rows, [None] * 4, context) == first
     assert [length for length, _ in LLM.made[1].asked[0]] == [len(rows[2])]

@@ -339,7 +339,7 @@ def test_a_configuration_of_gigabytes_is_refused_unread(tmp_path):
     folder = write_tiny_adapter(tmp_path / "sparse", 1)
     with (folder / CONFIG_FILE).open("r+b") as file:
         file.truncate(3 << 30)  # of holes
-    with pytest.raises(AdapterError, match=CONFIG_FILE):
+    with pytest.raises(AdapterError, match="MiB"):
         open_adapter(folder)
 
 

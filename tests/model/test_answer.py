@@ -306,6 +306,9 @@ def test_a_model_whose_layers_keep_something_else_is_refused(base):
     tokenizer.eos_token = tokenizer.pad_token = None  # with no token that ends a text, all are written
     assert {len(answer.ids) for answer in generate(endless, tokenizer, rows(base), 5)} == {5}
     assert all(np.isfinite(score_choices(endless, tokenizer, rows(base)[:1], [("a", "bc", "")])[0]))
+    endless.generation_config.eos_token_id = "x"
+    with pytest.raises(InputError, match="eos_token_id"):
+        generate(endless, tokenizer, rows(base), 5)
 
 
 def test_a_batch_of_choices_counts_their_own_tokens(base, monkeypatch):

@@ -19,6 +19,7 @@ from router.pipeline.fitted import Fitted
 from router.pipeline.journal import Journal, alone_in
 from router.pipeline.result import Routing
 from router.queries.submission import Query
+from router.routing.variants import write_variant
 from router.system.errors import InputError
 
 ONE, TWO = Query("1", "a", "generation"), Query("2", "b\u2028\n", "multiple_choice", ("x", "y"))
@@ -133,7 +134,11 @@ def test_a_run_killed_after_any_batch_ends_with_the_same_bytes(command, monkeypa
 
 
 def test_what_was_answered_is_not_answered_again(command, monkeypatch):
-    with patch("router.pipeline.steps.write_variant", side_effect=InputError("unread")):
+    def unreadable(*how):
+        with patch("router.library.adapters.sha256_of", side_effect=OSError(5, "Input/output error")):
+            return write_variant(*how)
+
+    with patch("router.pipeline.steps.write_variant", unreadable):
         code, out = command("proto_route", "--batch_size", 1, "--false_positive_rate", 0.99)
     assert code == 2 and (out / ".journal" / "routing.safetensors").exists()
     monkeypatch.setattr("router.pipeline.fitted.probe", lambda *_: pytest.fail("routed again"))

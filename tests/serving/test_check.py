@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from helpers import edit_json
 from router.cli import main
 
 
@@ -20,10 +21,15 @@ def damaged(folder):
     file.write_bytes(file.read_bytes()[:-1] + b"x")
 
 
+def rescaled(folder):
+    edit_json(next((folder / "variants").glob("*/adapter_config.json")), lora_alpha=400)
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
         (damaged, "variants"),
+        (rescaled, "variants"),
         (lambda folder: shutil.rmtree(folder / "variants"), "variants"),
         (shutil.rmtree, ""),
     ],

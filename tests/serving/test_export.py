@@ -46,7 +46,18 @@ def folders_in(out):
 
 def name_of(path):
     """What a server calls the variant in a folder."""
-    return f"variant-{path.name}-{sha256_of(path / 'adapter_model.safetensors')[:8]}"
+    return f"variant-{path.name}-{hash_of(path)[:8]}"
+
+
+def hash_of(path):
+    return sha256_of(path / "adapter_config.json", path / "adapter_model.safetensors")
+
+
+def accepted(out, number=0):
+    """A stranger's run, whole: its record names what is in a variant's folder now."""
+    record = json.loads((out / "run.json").read_text())
+    record["variants"][number]["sha256"] = hash_of(out / "variants" / str(number))
+    (out / "run.json").write_text(json.dumps(record))
 
 
 def modules_in(out):
@@ -85,6 +96,7 @@ def test_a_module_that_is_called_like_a_flag_is_refused(out, capsys):
     config = folders_in(out)[0] / "adapter_config.json"
     targets = json.loads(config.read_text())["target_modules"]
     edit_json(config, target_modules=[*targets, "!x", "@args", "--trust-remote-code"])
+    accepted(out)
     assert main([str(out)]) == 0
     assert modules_named(words_of(out)) == sorted(modules_in(out))
     (out / "serve.sh").unlink()
@@ -95,9 +107,7 @@ def test_a_module_that_is_called_like_a_flag_is_refused(out, capsys):
     }
     save_file(odd, file)
     edit_json(config, target_modules=["--trust-remote-code"], r=8, lora_alpha=8)
-    record = json.loads((out / "run.json").read_text())
-    record["variants"][0]["sha256"] = sha256_of(file)  # a stranger's run, whole
-    (out / "run.json").write_text(json.dumps(record))
+    accepted(out)
     assert main([str(out)]) == 2
     assert "--trust-remote-code" in capsys.readouterr().err and not (out / "serve.sh").exists()
 
@@ -117,17 +127,23 @@ def test_no_word_of_a_strangers_run_is_a_flag(out, capsys, base):
 
 
 def test_what_no_export_wrote_is_left_alone(out, llama_cpp, capsys):
-    (out / "serve.sh").write_text("#!/bin/sh\necho mine\n")
-    assert main([str(out)]) == 2
-    assert "serve.sh" in capsys.readouterr().err
-    assert (out / "serve.sh").read_text() == "#!/bin/sh\necho mine\n"
-    (out / "serve.sh").unlink()
     assert main([str(out)]) == main([str(out)]) == 0  # over an earlier export's
-    (out / "gguf").mkdir()
-    (out / "gguf" / "mine").write_text("mine")
-    assert main([str(out), *map(str, llama_cpp)]) == 2
-    assert str(out / "gguf") in capsys.readouterr().err
-    assert [path.read_text() for path in (out / "gguf").iterdir()] == ["mine"]
+    written = (out / "serve.sh").read_text()
+    for mine in ("#!/bin/sh\necho mine\n", written.replace("vllm serve", "nice vllm serve")):
+        (out / "serve.sh").write_text(mine)
+        assert main([str(out)]) == 2 and "serve.sh" in capsys.readouterr().err
+        assert (out / "serve.sh").read_text() == mine
+    (out / "serve.sh").unlink()
+    low = ["--max_rank", "1"]
+    for name, words in (("gguf", llama_cpp), ("variants-rank-1", low)):
+        (out / name).mkdir()
+        (out / name / "mine").write_text("mine")
+        assert main([str(out), *map(str, words)]) == 2 and str(out / name) in capsys.readouterr().err
+        assert [path.read_text() for path in (out / name).iterdir()] == ["mine"]
+        shutil.rmtree(out / name)
+    assert main([str(out), *low]) == main([str(out), *low]) == 0
+    edit_json(next((out / "variants-rank-1").glob("*/adapter_config.json")), lora_alpha=99)
+    assert main([str(out), *low]) == 2
 
 
 CONVERTER = """
@@ -227,6 +243,10 @@ def exchanged(out):
     first.write_bytes(second.read_bytes())
 
 
+def rescaled(out):
+    edit_json(folders_in(out)[0] / "adapter_config.json", lora_alpha=400)
+
+
 def without_variants(out):
     shutil.rmtree(out / "variants")
     edit_json(out / "run.json", variants=[{"folder": None, "queries": 1, "weights": {"base": 1.0}}])
@@ -235,7 +255,7 @@ def without_variants(out):
 @pytest.mark.parametrize(
     ("harm", "named"),
     [
-        (shutil.rmtree, ""), (without_variants, ""), (exchanged, "variants/"),
+        (shutil.rmtree, ""), (without_variants, ""), (exchanged, "variants/"), (rescaled, "variants/"),
         (lambda out: (out / "run.json").write_text("{"), "run.json"),
         (lambda out: shutil.rmtree(folders_in(out)[-1]), "variants/"),
     ],
@@ -244,9 +264,22 @@ def test_what_has_no_variants_is_refused(out, capsys, harm, named):
     harm(out)
     assert main([str(out)]) == 2
     assert str(out / named) in capsys.readouterr().err and not (out / "serve.sh").exists()
-    if harm is exchanged:
-        with pytest.raises(InputError, match="weights"):
+    if harm in (exchanged, rescaled):
+        with pytest.raises(InputError, match="variants"):
             Router.load(out, device="cpu")
+
+
+def test_variants_of_an_earlier_run_are_not_served(command, monkeypatch, capsys):
+    """They are still there if a run cannot replace them, which costs it no answer."""
+    command("proto_route", "--false_positive_rate", 0.9)
+    with monkeypatch.context() as patch:
+        patch.setattr("router.run.remove_ours", lambda folder: None)
+        code, out = command("proto_route", "--false_positive_rate", 0.9, "--variant_rank", 1)
+        assert code == 0 and folders_in(out)
+        assert main([str(out)]) == 2 and "variants" in capsys.readouterr().err
+        code, out = command("base")
+    assert code == 0 and folders_in(out)
+    assert main([str(out)]) == 2 and "by itself" in capsys.readouterr().err
 
 
 def test_a_method_that_mixes_for_each_token_is_refused(command, capsys):

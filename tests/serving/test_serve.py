@@ -100,7 +100,12 @@ def test_it_serves_reloads_drains_and_tells_who_left(upstream, router, tmp_path)
     upstream, asked, left = upstream
     saved = router.save(tmp_path / "saved")
     body = {"model": "auto", "prompt": "Endless"}
-    with started(saved, upstream, "--timeout", 5) as (process, client, log):
+    decisions = tmp_path / "decisions.jsonl"
+    flags = "--timeout", 5, "--decisions", decisions
+    with started(saved, upstream, *flags) as (process, client, log), socket.socket() as half:
+        half.settimeout(20)
+        half.connect((client.base_url.host, client.base_url.port))
+        half.sendall(b"POST /v1/")
         assert [_post(client, text)["model"] for text in TEXTS] == _names(router, TEXTS)
         router.fit(TEXTS[:1]).save(saved)  # one variant
         process.send_signal(signal.SIGHUP)
@@ -108,6 +113,8 @@ def test_it_serves_reloads_drains_and_tells_who_left(upstream, router, tmp_path)
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/completions", json=body, timeout=1)
         _until(lambda: left == ["Endless"])
+        assert half.recv(1) == b""  # cut at the time limit
+        assert len(decisions.read_text().splitlines()) >= len(TEXTS)
         with (
             ThreadPoolExecutor() as pool,
             client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer,

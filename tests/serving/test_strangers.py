@@ -149,6 +149,22 @@ def test_half_a_request_is_cut_at_the_time_limit(parts):
         assert httpx.get(f"{address}/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "text", [b"nonsense\r\n\r\n", b"GET /a b HTTP/1.1\r\n\r\n", HEAD.replace(b"100", b"-5")]
+)
+def test_what_is_no_http_gets_an_error_object(text):
+    app = Proxy(Two(), "http://upstream", transport=httpx.ASGITransport(Upstream().app)).app
+    with serving(app, http=command.impatient(5)) as address:
+        url, told = httpx.URL(address), b""
+        with socket.create_connection((url.host, url.port), timeout=20) as one:
+            one.sendall(text)
+            while more := one.recv(4096):
+                told += more
+    head, _, body = told.partition(b"\r\n\r\n")
+    assert b" 400 " in head and f"content-length: {len(body)}".encode() in head.lower()
+    assert json.loads(body)["error"]["code"] == 400
+
+
 def test_a_kept_connection_is_not_cut_while_it_is_used():
     app = Proxy(Two(), "http://upstream", transport=httpx.ASGITransport(Upstream().app)).app
     with serving(app, http=command.impatient(0.3)) as address, httpx.Client(base_url=address) as client:

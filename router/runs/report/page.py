@@ -19,24 +19,24 @@ from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.record import REPORT
 from router.runs.load import Run, load
 from router.runs.report.data import BEST, LONG, SHOWN_QUERIES, data, escaped, headline, layers, variants
-from router.system.errors import exit_code
-from router.system.files import replacing
+from router.system.errors import InputError, exit_code
+from router.system.files import SEAL, is_sealed, replacing, sealed
 
 if TYPE_CHECKING:
     from jinja2 import Template
-
-MADE_BY = "<!-- a report of proto-route -->"  # how it begins, after the doctype
 
 
 def write_report(folder: Path) -> Path:
     """Makes `report.html` from the files of a finished run and returns its path.
 
     Raises:
-        InputError: files of the run are missing, or do not belong together.
+        InputError: files of the run are missing, or do not belong together, or somebody changed the report.
     """
+    if not is_sealed(folder / REPORT):
+        raise InputError(f"{folder / REPORT}: expected none, or one as it was made; move it away")
     html = render(load(folder))
     with replacing(folder / REPORT) as file:
-        file.write(html)
+        file.write(sealed(html))
     return folder / REPORT
 
 
@@ -52,7 +52,7 @@ def render(run: Run) -> str:
     return _template().render(
         run=run, shown=shown, record=run.record.plain(), headline=headline(run), variants=rows, used=used,
         adapters=adapters, layers=layered, best=BEST, low_margin=LOW_MARGIN, long=LONG,
-        data=found, json=Markup(escaped(found)),
+        data=found, json=Markup(escaped(found)), seal=SEAL + "0" * 64,
     )  # fmt: skip
 
 
