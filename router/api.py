@@ -309,7 +309,7 @@ class Router:
         """
         queries = _queries(texts, None)
         turns = self._proto.turns(queries, new=0, asked=self._asked)
-        routing = decided(self._judged([read for reads in turns for read in reads]), list(map(len, turns)))
+        routing = decided(self._judged([read for reads in turns for read in reads]), turns)
         evidence, names = routing.evidence, self.candidates
         assert evidence is not None  # proto_route keeps it
         groups = [None] * len(queries)

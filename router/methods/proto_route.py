@@ -29,29 +29,32 @@ from router.system.errors import InputError
 
 SWITCH = 2.0  # standard deviations by which another candidate has to lead that of the turn before; and
 TO_BASE = 1.0  # where one of them is the base model, since foreign questions are wrong with any adapter
+BRIEF = 6  # words; the lead in a message with fewer counts less, since "shorter, please" says little
 
 
-def decided(routing: Routing, turns: Sequence[int]) -> Routing:
+def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
     """The routing of conversations, from that of their turns.
 
-    A conversation stays with its candidate until another one leads it by SWITCH, or TO_BASE.
+    A conversation stays with its candidate until another one leads it by SWITCH, or TO_BASE; in a message
+    with fewer words than BRIEF, by so many times more.
 
     Args:
-        turns: how many each conversation has.
+        turns: what is read of each conversation.
     """
     if len(routing.weights) == len(turns):
         return routing
     assert routing.evidence is not None  # the gate keeps it
     scores, rows, start = np.nan_to_num(routing.evidence.candidates, nan=-np.inf), [], 0
-    for count in turns:
+    for reads in turns:
         row = start
-        for turn in range(start + 1, start + count):
+        for turn, read in enumerate(reads[1:], start + 1):
             best, now = scores[turn].argmax(), scores[row].argmax()
             needed = TO_BASE if scores.shape[1] - 1 in (best, now) else SWITCH
-            if scores[turn, best] - scores[turn, now] > needed or best == now:
+            lead = (scores[turn, best] - scores[turn, now]) * min(1, read.words / BRIEF)
+            if lead > needed or best == now:
                 row = turn
         rows.append(row)
-        start += count
+        start += len(reads)
     return routing.rows(np.array(rows))
 
 
@@ -144,7 +147,7 @@ class ProtoRoute(Method):
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""
         turns = self.turns(queries, rows)
-        return decided(self.judged([read for reads in turns for read in reads]), list(map(len, turns)))
+        return decided(self.judged([read for reads in turns for read in reads]), turns)
 
     def judged(self, reads: Sequence[Read]) -> Routing:
         """The routing of what was read.

@@ -32,6 +32,8 @@ class Frame(NamedTuple):
 
 
 BARE = Frame()
+JOINED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # scripts without spaces: Thai, Lao, kana, Chinese
+WORD = re.compile(rf"[{JOINED}]{{1,2}}|[^\s{JOINED}]+")
 
 
 class Format(NamedTuple):
@@ -97,6 +99,11 @@ class Parts(NamedTuple):
     def read(self) -> str:
         """What routing reads."""
         return f"{self.head}{self.text}{self.tail}"
+
+    @property
+    def words(self) -> int:
+        """How many words the message has; in scripts without spaces two letters count as one."""
+        return len(WORD.findall(self.text))
 
     @property
     def own(self) -> Frame:

@@ -30,11 +30,13 @@ class Read(NamedTuple):
         ids: the tokens.
         frame: in which it is compared with generic text.
         shared: the frame with a system message that many queries have, if it has one.
+        words: of the message.
     """
 
     ids: tuple[int, ...]
     frame: Frame
     shared: Frame | None = None
+    words: int = 0
 
 
 def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts]:
@@ -82,7 +84,8 @@ def turns_of(
 
     def read(n: int, one: Parts) -> Read:
         tokens = there[n] if n in there else tuple(next(ids))
-        return Read(tokens, one.common, one.own if one.own in shared and one.own != one.common else None)
+        own = one.own if one.own in shared and one.own != one.common else None
+        return Read(tokens, one.common, own, one.words)
 
     return [[read(n, one) for one in turns] for n, turns in enumerate(parts)]
 

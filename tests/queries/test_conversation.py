@@ -16,10 +16,10 @@ from router.library.adapters import load_library
 from router.main import main
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
-from router.model.frames import BARE, Frame
+from router.model.frames import BARE, Frame, bare
 from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
-from router.pipeline.reading import SHARED, TURNS
+from router.pipeline.reading import SHARED, TURNS, Read
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
 from router.system.errors import InputError
@@ -197,9 +197,26 @@ def routing_of(*scores):
 )
 def test_a_conversation_stays_until_another_clearly_leads(turns, row):
     routing = routing_of(*turns, (0, 0, 1))
-    found = decided(routing, [len(turns), 1])
+    long = Read((), BARE, words=99)
+    found = decided(routing, [[long] * len(turns), [long]])
     np.testing.assert_array_equal(found.evidence.scores[0], routing.evidence.scores[row])
     np.testing.assert_array_equal(found.weights[1], routing.weights[-1])
+
+
+@pytest.mark.parametrize(("lead", "enough"), [(0.9, 99), (1.1, 6), (1.5, 5), (2.5, 3), (5.9, 2), (6.1, 1)])
+def test_a_brief_message_has_to_say_more(lead, enough):
+    routing, first = routing_of((9, 0, 1), (0, 0, lead)), Read((), BARE, words=9)
+    for words in range(10):
+        found = decided(routing, [[first, Read((), BARE, words=words)]])
+        assert found.weights.argmax() == (2 if words >= enough else 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("Shorter, please.", 2), ("¿De qué color es?", 4), ("再短一点", 2), ("", 0), ("今天 OK?", 2)],
+)
+def test_words_are_counted_in_any_script(text, words):
+    assert bare(text).words == words
 
 
 def test_python_takes_texts_and_conversations(chat_router, tmp_path):
