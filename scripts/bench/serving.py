@@ -176,16 +176,19 @@ def main() -> None:
     with vllm(WORK, "alone", *blocks, plugin=False) as server:
         base = httpx.get(f"{SERVER}/v1/models").json()["data"][0]["id"]
         alone = measured(SERVER, [server], some, mixed, lambda prompt: chosen.get(prompt) or base)
-        with proxy(WORK, OMP_NUM_THREADS="2") as second:
-            behind = measured(PROXY, [server, second], some, mixed)
-        with auto_router(examples) as others:
-            auto = measured(LITELLM, [server, *others], some, mixed)
+    for way in (alone.answers, alone.mixed):  # for which nobody says what answered
+        way |= {prompt: answer._replace(variant=chosen[prompt]) for prompt, answer in way.items()}
+    # Each on a server of its own, since one keeps what it read.
+    with vllm(WORK, "behind", *blocks, plugin=False) as server, proxy(WORK, OMP_NUM_THREADS="2") as second:
+        behind = measured(PROXY, [server, second], some, mixed)
+    with vllm(WORK, "auto", *blocks, plugin=False) as server, auto_router(examples) as others:
+        auto = measured(LITELLM, [server, *others], some, mixed)
     ways = {"vLLM alone": alone, "with the plugin": plugin, "behind the proxy": behind, AUTO: auto}
     lines = header(["", *ways])
     for count, prompts in some.items():
         for kind, sent in (("base model", False), ("variant", True)):
-            which = [prompt for prompt in prompts if bool(chosen[prompt]) == sent]
-            times = [median(way.answers[prompt].seconds for prompt in which) for way in ways.values()]
+            found = [[way.answers[prompt] for prompt in prompts] for way in ways.values()]
+            times = [median(one.seconds for one in way if bool(one.variant) == sent) for way in found]
             cells = [f"{1e3 * time:.0f} ms ({time / times[0]:.2f}x)" for time in times]
             lines.append(row(f"first token of the {kind}, {count} at once", *cells))
     routed = [sum(bool(answer.variant) for answer in way.mixed.values()) for way in (plugin, auto)]

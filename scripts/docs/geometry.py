@@ -12,30 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 
-from router.constants import LIBRARY
-from router.library.adapters import load_library
-from router.model.answer import encode
-from router.model.base import EMBEDDED, load_base
-from router.routing.calibration import Calibration
 from router.routing.gate import PrototypeGate
-from router.routing.probe import probe
-from router.routing.prototypes import prototypes
-from scripts.bench.score import labelled, routed
+from scripts.bench.development import COMMITTED, libraries
+from scripts.bench.responses import measured
+from scripts.bench.score import routed
 
 OUT = Path("docs/geometry.svg")
 Array = NDArray[np.float64]
 
 
-def measured() -> tuple[list[str], list[str], Array, Array]:
+def points() -> tuple[list[str], list[str], Array, Array]:
     """Adapters' names, queries' labelled adapters, and (queries, adapters) before and after calibration."""
-    base, adapters, rows = load_base(EMBEDDED), load_library([str(LIBRARY)]), labelled("eval")
-    protos, calibration = prototypes(adapters, dtype=base.model.dtype), Calibration(base)
-    means = calibration.means(list(protos))
-    reference = calibration.responses(adapters, protos, means)
-    ids = encode(base.tokenizer, list(rows["input"]))
-    found = probe(base.model, ids, base.tokenizer.pad_token_id, protos, means, len(adapters)).responses
-    scores = PrototypeGate().fit(reference).decision_function(found)
-    return [adapter.name for adapter in adapters], list(rows["adapter"]), np.nanmean(found[..., 0], 2), scores
+    (of,) = (one for one in libraries() if one.name == COMMITTED)
+    found = measured(of)
+    own = found.splits == "own"
+    responses, labels = found.responses[own], found.labels[own].tolist()
+    scores = PrototypeGate().fit(found.reference).decision_function(responses)
+    return found.candidates[:-1], labels, np.nanmean(responses[..., 0], 2), scores
 
 
 def draw(panel: Any, title: str, names: list[str], labels: list[str], points: Array) -> None:
@@ -63,7 +56,7 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "geometry", "svg.fonttype": "none"})
-    names, labels, before, after = measured()
+    names, labels, before, after = points()
     figure, panels = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
     draw(panels[0], "raw responses", names, labels, before)
     draw(panels[1], "calibrated scores", names, labels, after)
