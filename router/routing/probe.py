@@ -129,7 +129,7 @@ class Inputs:
         return flat.index_select(0, self.places)  # quicker than flat[self.places]
 
     def centred(self, name: str, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """The counted tokens minus the mean, (T', d_in) in x's dtype, and their norms, (T',) float32."""
+        """The counted tokens less the mean, (T', d_in) in x's dtype; their squared norms, (T',) float32."""
         if self.seen is None or self.seen[0] is not x or not torch.equal(self.seen[1], mean):
             rows = self.tokens(name, x)  # (T', d_in)
             centred = torch.empty_like(rows)
@@ -141,7 +141,7 @@ class Inputs:
                 less = some.float() - mean
                 out.copy_(less)
                 size.copy_(less.norm(dim=1))
-            self.seen = x, mean, (centred, sizes.clamp_min(1e-6))
+            self.seen = x, mean, (centred, sizes.clamp_min(1e-6).square())
         return self.seen[2]
 
 
@@ -231,11 +231,11 @@ def squared_cosines(proto: ModulePrototypes, centred: Tensor, size: Tensor, n_ad
 
     Args:
         centred: (T, d_in) inputs less their mean.
-        size: (T,) their norms.
+        size: (T,) their squared norms.
     """
     along = centred.to(proto.directions.dtype) @ proto.directions  # (T, K)
     rows = along.T.to(torch.float32, memory_format=torch.contiguous_format)  # (K, T), in one copy
-    return proto.sums(rows.square_(), n_adapters) / size.square()
+    return proto.sums(rows.square_(), n_adapters) / size
 
 
 def averages(counted: Tensor, end: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -46,15 +46,18 @@ class ModulePrototypes:
         Args:
             columns: (K, T), a row for each column of `directions`.
         """
-        numbers = torch.arange(n_adapters, device=self.owners.device)
-        total: Tensor = embedding_bag(  # a bag of rows for each adapter: linear in K
-            torch.arange(len(self.owners), device=self.owners.device),
-            columns,
-            torch.searchsorted(self.owners, numbers),
-            mode="sum",
-            per_sample_weights=self.weights,
-        )
+        if n_adapters not in self._bags:
+            rows, numbers = (torch.arange(n, device=columns.device) for n in (len(self.owners), n_adapters))
+            self._bags[n_adapters] = rows, torch.searchsorted(self.owners, numbers)
+        rows, starts = self._bags[n_adapters]
+        # A bag of rows for each adapter: linear in K.
+        total: Tensor = embedding_bag(rows, columns, starts, mode="sum", per_sample_weights=self.weights)
         return total
+
+    @cached_property
+    def _bags(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """The rows, and the first of each adapter's, by how many adapters there are: made once."""
+        return {}
 
 
 def prototypes(
