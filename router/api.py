@@ -243,17 +243,17 @@ class Router:
                 f"{folder}: expected the adapters of the run, got {', '.join(router.candidates)}"
             )
         for adapter in router._method.adapters:
-            if adapter.sha256 != record.adapters[adapter.name].sha256:
-                raise InputError(f"{folder}: {adapter.where} has other weights now; run again")
+            if not record.adapters[adapter.name].is_of(adapter):
+                raise InputError(f"{folder}: {adapter.where} is another one now; run again")
         router._decide(run.clusters.weights)
         paths = [folder / VARIANTS / name if name else None for name in folder_names(router.variants)]
         for n, (path, made) in enumerate(zip(paths, record.variants, strict=False)):
-            if path and path.exists() and content_of(path) != made.sha256:
+            if path and path.exists() and (content_of(path) or None) != made.sha256:
                 raise InputError(
                     f"{path}: expected the variant that the run wrote, got another; run it again"
                 )
             router.variants[n] = replace(router.variants[n], sha256=made.sha256)
-        if all(path.exists() for path in paths if path):  # else they are made anew to answer
+        if all(path.exists() for path in paths if path):  # else nobody can serve them
             router._measure(folder / VARIANTS)
         router._proto.prepare()  # now, not with the first request
         for frame in run.evidence.frames if run.evidence else ():

@@ -250,9 +250,9 @@ def _place_variants(work: Path, final: Path) -> None:
     Answers are worth more than their variants, so where these cannot be moved is a warning.
     """
     try:
-        remove_ours(final)
         mark(work, finished=True)
         for_others(work)
+        remove_ours(final)
         work.rename(final)
     except OSError as error:
         log.warning("%s: the variants could not be kept: %s", final, error)
@@ -293,8 +293,8 @@ def check_outputs(settings: Settings) -> set[str]:
         known, foreign = set(), [f"a result, {RECORD} or {COMMIT} that cannot be read ({reason(error)})"]
     if foreign:
         raise InputError(
-            f"--output_folder {folder}: expected nothing in it that no run wrote where a run writes, got "
-            f"{', '.join(foreign)}; move it away or choose another folder"
+            f"--output_folder {folder}: expected nothing where a run writes but what a run left there, whole "
+            f"and unchanged, got {', '.join(foreign)}; move it away or choose another folder"
         )
     return known
 

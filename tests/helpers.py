@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ from router.methods import load_method
 from router.pipeline.context import Context
 from router.pipeline.evidence import Evidence
 from router.settings import Settings
+from router.system.files import MARKER, mark
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -233,10 +235,28 @@ def foreign(folder):
     (folder / "mine").touch()
 
 
-OURS = {"missing": lambda folder: None, "empty": Path.mkdir, "marked": marked}
+def finished(folder, change=lambda file: None):
+    """A folder of ours as it was finished, and what somebody did to it since, given one of its files."""
+    (folder / "one").mkdir(parents=True)
+    for name in ("a", "one/b"):
+        (folder / name).write_text(name)
+    mark(folder, finished=True)
+    change(folder / "one" / "b")
+
+
+OURS = {
+    "missing": lambda folder: None, "empty": Path.mkdir, "marked": marked, "finished": finished,
+    "half removed": lambda folder: finished(folder, Path.unlink),
+}  # fmt: skip
+CHANGES = {
+    "changed": lambda file: file.write_text("mine"), "added": lambda file: file.with_name("c").touch(),
+    "linked": lambda file: file.with_name("c").symlink_to(".."),
+    "marked again": lambda file: (file.parent / MARKER).touch(),
+}  # fmt: skip
 THEIRS = {
     "foreign": foreign, "file": Path.touch, "link": linked,
     "lost": lambda folder: folder.symlink_to("nowhere"),
+    **{name: partial(finished, change=change) for name, change in CHANGES.items()},
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -209,9 +210,13 @@ def test_a_router_does_what_the_command_did(router, run, tiny_library):
         assert [answer.strip() or "unknown" for answer in own.answer(MORE)] == answers
     assert loaded.frames  # a request waits for no calibration
     assert [choice.variant for choice in loaded.choose(MORE)] == [int(row["variant"]) for row in routing]
-    grow(tiny_library / NAMES[0] / "adapter_model.safetensors")  # it was trained again since
-    with pytest.raises(InputError, match=NAMES[0]):
-        Router.load(out, device="cpu")
+    for change in (
+        lambda folder: edit_json(folder / "adapter_config.json", lora_alpha=99),
+        lambda folder: grow(folder / "adapter_model.safetensors"),  # it was trained again since
+    ):
+        change(tiny_library / NAMES[0])
+        with pytest.raises(InputError, match=NAMES[0]):
+            Router.load(out, device="cpu")
 
 
 def test_a_record_that_lacks_what_a_router_needs_is_refused(run, tiny_base):
@@ -348,6 +353,42 @@ def test_a_strangers_file_is_not_replaced_by_a_router(router, saved, tmp_path, n
     with pytest.raises(InputError, match=r"router\.safetensors"):
         router.save(saved)
     assert (saved / "router.safetensors").read_bytes() == b"changed"
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_save_that_is_killed_leaves_the_old_router_or_none(router, saved, monkeypatch, moved):
+    plain, done = Path.replace, []
+
+    def killed(path, to):
+        if Path(to).parent == saved:
+            if len(done) == moved:
+                raise KeyboardInterrupt
+            done.append(path)
+        return plain(path, to)
+
+    router.fit(MORE[:2])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        router.save(saved)
+    if moved in (1, 2):  # then the library's file is all that is left to do, and it is the old one's
+        with pytest.raises(InputError):
+            Router.load(saved, device="cpu")
+    router.save(saved)
+    assert Router.load(saved, device="cpu").choose(MORE) == router.choose(MORE)
+    assert sorted(path.name for path in saved.iterdir()) == ["router.json", "router.safetensors", "variants"]
+
+
+def test_what_is_put_there_while_a_router_is_saved_stays(router, saved, monkeypatch):
+    plain = state.save
+
+    def slow(*how):
+        (saved / "variants" / "mine").write_text("mine")
+        return plain(*how)
+
+    monkeypatch.setattr("router.pipeline.state.save", slow)
+    with pytest.raises(InputError, match="variants"):
+        router.save(saved)
+    assert (saved / "variants" / "mine").read_text() == "mine" and (saved / "router.json").exists()
 
 
 def test_weights_that_are_replaced_after_routing_are_refused(made, tiny_library, tmp_path):

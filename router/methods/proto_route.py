@@ -35,8 +35,8 @@ BRIEF = 6  # words; the lead in a message with fewer counts less, since "shorter
 def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
     """The routing of conversations, from that of their turns.
 
-    A conversation stays with its candidate until another one leads it by SWITCH, or TO_BASE; in a message
-    with fewer words than BRIEF, by so many times more.
+    A conversation stays with its candidate until another one leads it by SWITCH, or TO_BASE; in a message of
+    n words, fewer than BRIEF, by BRIEF / n times as much.
 
     Args:
         turns: what is read of each conversation.
@@ -44,7 +44,11 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
     if len(routing.weights) == len(turns):
         return routing
     assert routing.evidence is not None  # the gate keeps it
-    scores, rows, start = np.nan_to_num(routing.evidence.candidates, nan=-np.inf), [], 0
+    scores, rows, start = routing.evidence.candidates, list[int](), 0
+    listed = np.nan_to_num(scores[:, :-1], nan=np.inf).min(
+        1, keepdims=True
+    )  # who is not has no more than that
+    scores = np.where(np.isnan(scores), np.where(np.isfinite(listed), listed, -np.inf), scores)
     for reads in turns:
         row = start
         for turn, read in enumerate(reads[1:], start + 1):

@@ -32,7 +32,8 @@ class Frame(NamedTuple):
 
 
 BARE = Frame()
-JOINED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # scripts without spaces: Thai, Lao, kana, Chinese
+# Scripts without spaces: Thai, Lao, Tibetan, Burmese, Khmer, kana, Chinese.
+JOINED = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 WORD = re.compile(rf"[{JOINED}]{{1,2}}|[^\s{JOINED}]+")
 
 

@@ -18,6 +18,7 @@ from router.system.files import record_of, typed
 from router.system.version import own_version
 
 if TYPE_CHECKING:
+    from router.library.adapters import Adapter
     from router.pipeline.context import Context
     from router.pipeline.result import Decision
 
@@ -41,10 +42,17 @@ class BaseRecord:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """An adapter of the library."""
+    """An adapter of the library: the hash of its weights, and one of these and its configuration."""
 
     sha256: str
     revision: str | None = None
+    content: str = ""
+
+    def is_of(self, adapter: Adapter) -> bool:
+        """Whether an adapter is as it was."""
+        from router.library.store import content  # imports torch
+
+        return (self.sha256, self.content) == (adapter.sha256, content(adapter))
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,7 @@ def versions(engine: Engine = "transformers") -> dict[str, str]:
 
 def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
     """The fields of a method that routes."""
+    from router.library.store import content
     from router.model.apply import picked
     from router.model.device import tokens_at_once
 
@@ -196,7 +205,7 @@ def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
             tokens_at_once(device, dtype),
             picked(base.model, device, dtype, apply),
         ),
-        "adapters": {of.name: AdapterRecord(of.sha256, of.revision) for of in decision.adapters},
+        "adapters": {of.name: AdapterRecord(of.sha256, of.revision, content(of)) for of in decision.adapters},
         "n_variants": len(decision.variants),
         "variants": [
             VariantRecord(

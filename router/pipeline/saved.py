@@ -26,6 +26,9 @@ from router.system.files import (
 
 ABOUT = "router.json"  # beside FILE and VARIANTS in the folder
 WORK = ".router."  # how the name of the folder begins in which a router is written
+BEFORE = (
+    ".router.json"  # the record of the router before, while it is replaced: a save may be killed meanwhile
+)
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,13 @@ def replacing_router(folder: Path) -> Iterator[Path]:
     try:
         yield work
         mark(work / VARIANTS, finished=True)
-        (folder / ABOUT).unlink(missing_ok=True)  # from here on it is no router, until it is the new one
+        check_replaceable(folder)  # what was put there meanwhile stays, too
+        if (folder / ABOUT).exists():  # from here on it is no router, until it is the new one
+            (folder / ABOUT).replace(folder / BEFORE)
         remove_ours(folder / VARIANTS)
-        for name in (VARIANTS, FILE, ABOUT):
+        for name in (VARIANTS, ABOUT, FILE):  # the last one has the hash that the record says
             (work / name).replace(folder / name)
+        (folder / BEFORE).unlink(missing_ok=True)
     finally:
         remove_ours(work)
 
@@ -133,16 +139,19 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         InputError: it would.
     """
-    about, file, known = folder / ABOUT, folder / FILE, dict[str, str]()
-    try:
-        if about.exists():
-            record = read_record(dict[str, Any], about)
-            known = typed(dict[str, str], record["files"])
-            typed(tuple[int, str], (record["format"], record["version"]))
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{about}: expected none, or that of a router ({error}); move it away") from error
+    file, known = folder / FILE, list[str]()
+    for about in (folder / ABOUT, folder / BEFORE):
+        try:
+            if about.exists():
+                record = read_record(dict[str, Any], about)
+                known.append(typed(dict[str, str], record["files"]).get(FILE, ""))
+                typed(tuple[int, str], (record["format"], record["version"]))
+        except (OSError, KeyError, ValueError) as error:
+            raise InputError(
+                f"{about}: expected none, or that of a router ({error}); move it away"
+            ) from error
     foreign = [VARIANTS] if not is_ours(folder / VARIANTS) else []
-    if file.exists() and changed(folder, {FILE: known.get(FILE, "")}):
+    if file.exists() and all(changed(folder, {FILE: digest}) for digest in known):
         foreign.append(FILE)
     if foreign:
         raise InputError(

@@ -46,10 +46,10 @@ class ModulePrototypes:
         Args:
             columns: (K, T), a row for each column of `directions`.
         """
-        if n_adapters not in self._bags:
+        if (known := self._bags.get(n_adapters)) is None:
             rows, numbers = (torch.arange(n, device=columns.device) for n in (len(self.owners), n_adapters))
-            self._bags[n_adapters] = rows, torch.searchsorted(self.owners, numbers)
-        rows, starts = self._bags[n_adapters]
+            known = self._bags[n_adapters] = rows, torch.searchsorted(self.owners, numbers)
+        rows, starts = known
         # A bag of rows for each adapter: linear in K.
         total: Tensor = embedding_bag(rows, columns, starts, mode="sum", per_sample_weights=self.weights)
         return total

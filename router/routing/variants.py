@@ -23,13 +23,14 @@ from router.system.files import sha256_of
 VARIANTS = "variants"  # the folder of variants in an output folder
 
 NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
+ALIKE = 0.05  # nats between what a variant and the base model say, which another dtype may turn around
 
 
 def served(number: int, sha256: str) -> str:
     """The name of a variant on a server, with the start of its hash.
 
-    A server keeps what it computed under a name, so other weights need another name. A run of an earlier
-    version knows no hash.
+    A server keeps what it computed under a name, so other weights need another name. One that was not written
+    has no hash.
 
     Example:
         >>> served(3, "0a1b2c3d4e")
@@ -46,7 +47,7 @@ class Variant:
         weights: adapter name -> weight, largest first; empty for the plain base model.
         base: the base model's share; all shares sum to 1.
         sha256: of its configuration and weights, once they are written.
-        canary: log-probability, in nats, of the likeliest token after CANARY, once a router was saved.
+        canary: log-probability, in nats, of the likeliest token after CANARY, once it was measured.
     """
 
     weights: dict[str, float]
@@ -73,7 +74,8 @@ def served_names(variants: Sequence[Variant]) -> list[str | None]:
 def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:
     """Which variants a server answers as the base model would, though they answer otherwise.
 
-    So does one that takes an adapter and finds none of its weights.
+    So does one that takes an adapter and finds none of its weights. Of a variant that says nearly the same as
+    the base model, nobody can tell.
 
     Args:
         variants: one of them the plain base model.
@@ -90,6 +92,7 @@ def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:
         for number, value in said.items()
         if plain is not None
         and (own := variants[number].canary) is not None
+        and abs(own - plain) > ALIKE
         and abs(value - plain) < abs(value - own)
     ]
 

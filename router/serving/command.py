@@ -187,7 +187,8 @@ def impatient(timeout: float) -> type[H11Protocol]:
             answer = refusal(400, msg)
             head = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
             text = f"HTTP/1.1 400 Bad Request\r\n{head}connection: close\r\n\r\n"
-            self.transport.write(text.encode() + bytes(answer.body))
+            if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+                self.transport.write(text.encode() + bytes(answer.body))
             self.transport.close()
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -67,8 +67,8 @@ def read_served(folder: Path) -> Served:
         own = _opened(path).ranks
         if content_of(path) != variant.sha256:
             raise InputError(
-                f"{path}: expected the variant that {record.name} names, got another; put it back, or make "
-                "it again"
+                f"{path}: expected the variant that {record.name} names, got another one, or one of another "
+                "version; put it back, or make it again"
             )
         folders[served(number, variant.sha256)] = path
         ranks += own.values()
@@ -129,7 +129,7 @@ def read_adapters(folder: Path) -> dict[str, Path]:
     # Those that the run left out are no matter.
     found = {adapter.name: adapter for adapter in load_library(specs, bad=[])}
     for name, about in run.adapters.items():
-        if name not in found or found[name].sha256 != about.sha256:
+        if name not in found or not about.is_of(found[name]):
             raise InputError(
                 f"{folder}: expected the adapters of the run in {', '.join(specs)}, but {name} is not there "
                 "as it was; put it back, or run again"

@@ -67,9 +67,11 @@ def sha256_of(*files: Path) -> str:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of each file in a folder but its mark, by its path there."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER)
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+    """The sha256 of each file in a folder but its mark, by its path there; of a link, no hash."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    paths.pop(MARKER, None)
+    links = {name: "link" for name, path in paths.items() if path.is_symlink()}
+    return {name: sha256_of(path) for name, path in paths.items() if path.is_file()} | links
 
 
 def sealed(text: str) -> str:
@@ -85,10 +87,13 @@ def sealed(text: str) -> str:
 
 def is_sealed(path: Path) -> bool:
     """Whether a file is as it was sealed, or not there."""
-    if not (path.is_symlink() or path.exists()):
-        return True
-    text = path.read_bytes().decode("utf-8", "replace")
-    return SEAL in text and sealed(text) == text
+    try:
+        if path.is_symlink() or not path.is_file():
+            return not (path.is_symlink() or path.exists())
+        text = path.read_bytes().decode("utf-8", "replace")
+        return SEAL in text and sealed(text) == text
+    except OSError:  # another user's, perhaps
+        return False
 
 
 def read_record(kind: type[T], path: Path) -> T:
@@ -227,8 +232,8 @@ def remaking(folder: Path) -> Iterator[Path]:
     try:
         (made := work / folder.name).mkdir()
         yield made
-        remove_ours(folder)
         mark(made, finished=True)
+        remove_ours(folder)
         made.rename(folder)
     finally:
         remove_ours(work)

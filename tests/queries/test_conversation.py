@@ -193,6 +193,8 @@ def routing_of(*scores):
         ([(0, 0, 1), (2, 0, 1)], 0),
         ([(9, 0, 1), (0, 0, 1.2)], 1),  # from and to the base model sooner
         ([(9, 0, 1), (0, 1.2, -5)], 0),  # than between adapters
+        ([(9, 0, 1), (np.nan, -5, -4.9)], 0),  # not on a shortlist, so no higher than who is
+        ([(9, 0, 1), (np.nan, -5, -1)], 1),
     ],
 )
 def test_a_conversation_stays_until_another_clearly_leads(turns, row):

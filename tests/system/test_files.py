@@ -9,11 +9,16 @@ import pytest
 from helpers import OURS, THEIRS
 from router.system.errors import InputError
 from router.system.files import (
+    SEAL,
     cache_folder,
     is_ours,
+    is_sealed,
+    mark,
     read_record,
+    remaking,
     remove_ours,
     replacing,
+    sealed,
     work_folder,
 )
 
@@ -69,11 +74,13 @@ def test_only_a_folder_of_ours_is_removed(tmp_path, kind):
         assert set(before) <= set(tmp_path.rglob("*"))
 
 
-def test_what_a_kill_leaves_of_a_folder_of_ours_is_ours(tmp_path, monkeypatch):
+@pytest.mark.parametrize("done", [False, True])
+def test_what_a_kill_leaves_of_a_folder_of_ours_is_ours(tmp_path, monkeypatch, done):
     folder, seen = tmp_path / "one", []
-    OURS["marked"](folder)
+    folder.mkdir()
     for n in range(50):
         (folder / f"file{n}").touch()
+    mark(folder, finished=done)
     listed = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(listed(path))))  # the mark first
 
@@ -88,3 +95,34 @@ def test_what_a_kill_leaves_of_a_folder_of_ours_is_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rmdir", watched(os.rmdir))
     remove_ours(folder)
     assert len(seen) > 50 and all(seen) and not folder.exists()
+
+
+def test_a_folder_is_made_anew_as_a_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "one"
+    OURS["finished"](folder)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError), remaking(folder) as made:
+        (made / "new").touch()
+        raise OSError("No space left on device")
+    assert sorted(tmp_path.rglob("*")) == before and is_ours(folder)
+    with remaking(folder) as made:
+        (made / "new").touch()
+    assert {path.name for path in folder.iterdir()} == {".proto-route", "new"} and is_ours(folder)
+    (folder / "new").write_text("mine")
+    with pytest.raises(InputError, match="one"), remaking(folder):
+        pytest.fail("replaced")
+    assert (folder / "new").read_text() == "mine" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_sealed_file_is_known_as_it_was(tmp_path):
+    file = tmp_path / "serve.sh"
+    assert is_sealed(file)  # not there
+    text = sealed(f"# {SEAL}{'0' * 64}\nrun \u00fc\n")
+    file.write_text(text, "utf-8")
+    assert is_sealed(file)
+    for other in (text + "x", text.replace("run", "ran"), "run\n", "", f"# {SEAL}"):
+        file.write_text(other, "utf-8")
+        assert not is_sealed(file)
+    file.unlink()
+    file.symlink_to("nowhere")
+    assert not is_sealed(file) and not is_sealed(tmp_path)
