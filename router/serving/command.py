@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine alone
+KEPT = 75  # seconds of an idle connection: longer than clients keep theirs, or one is cut as it is used
 NEEDED = ("starlette", "httpx", "uvicorn", "prometheus_client")
 FILE_SIZE, FILES = 64 << 20, 9  # bytes of a file of decisions, and how many older ones are kept
 
@@ -167,7 +168,7 @@ async def _served(proxy: Proxy, listener: socket.socket, timeout: float) -> None
     if hasattr(signal, "SIGHUP"):
         loop.add_signal_handler(signal.SIGHUP, renew)
     config = uvicorn.Config(
-        proxy.app, log_level="warning", http=impatient(timeout),
+        proxy.app, log_level="warning", http=impatient(timeout), timeout_keep_alive=KEPT,
         timeout_graceful_shutdown=timeout,  # type: ignore[arg-type]
     )  # fmt: skip
     await uvicorn.Server(config).serve([listener])  # drains on SIGTERM and Ctrl-C
