@@ -41,7 +41,7 @@ from router.queries.conversation import Message, checked, packed, shown
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
 from router.routing.probe import Probed, confidence_of
-from router.routing.variants import VARIANTS, Variant, content_of, decide, folder_names
+from router.routing.variants import VARIANTS, Variant, content_of, decide, folder_names, hashed
 from router.runs.load import load as load_run
 from router.settings import Settings
 from router.system.errors import InputError, printable
@@ -428,9 +428,10 @@ class Router:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
         with replacing_router(folder) as work:
             try:
-                self._method.write_variants(self.variants, work / VARIANTS)
+                names = self._method.write_variants(self.variants, work / VARIANTS)
             except OverflowError as error:
                 raise InputError(f"a variant's {error}; pass dtype='float32'") from error
+            self.variants = hashed(self.variants, names, work / VARIANTS)
             self._measure(work / VARIANTS)
             proto.prepare()
             state.save(list(proto.fits.values()), work)
@@ -438,14 +439,13 @@ class Router:
         return folder
 
     def _measure(self, folder: Path) -> None:
-        """Keeps the hashes of the variants in a folder, and what each says to the canary."""
+        """Keeps what each of the variants in a folder says to the canary."""
         base, found = self._base, list[Variant]()
         rows = padded(encode(base.tokenizer, [CANARY]), base.tokenizer.pad_token_id, base.model.device)
         with applied(base, self._method.settings.apply) as models, torch.inference_mode():
             for variant, name in zip(self.variants, folder_names(self.variants), strict=True):
-                path = folder / name if name else None
-                said = float(confidence_of(forward(models.activate(path), *rows))[0])
-                found.append(replace(variant.written(path) if path else variant, canary=said))
+                model = models.activate(folder / name if name else None)
+                found.append(replace(variant, canary=float(confidence_of(forward(model, *rows))[0])))
         self.variants = found
 
     def _about(self, folder: Path) -> Saved:

@@ -6,6 +6,7 @@ else. Choices are scored by the log-probabilities of prompts that end with them.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,17 @@ from typing import Any
 
 from merge.folders import open_adapter, served_rank
 from router.constants import Scoring
-from router.model.answer import FAILED, NOT_FINITE, Answer, Done, continuation, end_tokens, endings, likeliest
+from router.model.answer import (
+    FAILED,
+    NOT_FINITE,
+    Answer,
+    Done,
+    continuation,
+    end_tokens,
+    endings,
+    likeliest,
+    unanswerable,
+)  # fmt: skip
 from router.model.base import Base
 from router.system.errors import InputError
 
@@ -53,18 +64,18 @@ def answer(
         InputError: vLLM cannot load the base model, or has no room for it and the variants.
     """
     model: Any = base.model
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    text = model.config.get_text_config(decoder=True)
+    context: int | None = getattr(text, "max_position_embeddings", None)
     tails: dict[int, list[list[int]]] = {
         n: endings(base.tokenizer, choices[n]) if choices[n] else [[]] for n in asked
     }
     reads = {n: len(rows[n]) + max(map(len, tails[n])) for n in asked}
-    known = model.get_input_embeddings().num_embeddings
-    odd = [n for n in asked if max(map(max, [rows[n], *filter(None, tails[n])])) >= known]  # vLLM would end
-    long = [n for n in asked if n not in odd and context and reads[n] >= context]
-    left_out = {f"spells a token beyond the {known} that the base model knows": odd}
-    left_out[f"does not fit into a context of {context} tokens"] = long
-    yield from (Done(part, [FAILED] * len(part), why) for why, part in left_out.items() if part)
-    if not (asked := [n for n in asked if n not in {*long, *odd}]):
+    # With a token of the answer; vLLM would end at what it cannot read.
+    left_out = {n: unanswerable(model, rows[n], tails[n], reads[n] + 1, context or math.inf) for n in asked}
+    for why in dict.fromkeys(filter(None, left_out.values())):
+        part = [n for n in asked if left_out[n] == why]
+        yield Done(part, [FAILED] * len(part), why)
+    if not (asked := [n for n in asked if not left_out[n]]):
         return
     longest = max(reads[n] + (1 if choices[n] else max_new_tokens) for n in asked)
     paths = [path for path in dict.fromkeys(variants[n] for n in asked) if path]

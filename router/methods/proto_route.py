@@ -45,10 +45,8 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
         return routing
     assert routing.evidence is not None  # the gate keeps it
     scores, rows, start = routing.evidence.candidates, list[int](), 0
-    listed = np.nan_to_num(scores[:, :-1], nan=np.inf).min(
-        1, keepdims=True
-    )  # who is not has no more than that
-    scores = np.where(np.isnan(scores), np.where(np.isfinite(listed), listed, -np.inf), scores)
+    low = np.fmin.reduce(scores[:, :-1], axis=1, keepdims=True)  # who is not on the shortlist has no more
+    scores = np.nan_to_num(np.where(np.isnan(scores), low, scores), nan=-np.inf)
     for reads in turns:
         row = start
         for turn, read in enumerate(reads[1:], start + 1):

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from router.constants import Scoring as Scoring
@@ -305,6 +306,25 @@ class Done(NamedTuple):
     why: str
 
 
+def unanswerable(
+    model: Any, row: Sequence[int], tails: Sequence[Sequence[int]], reads: int, most: float
+) -> str:
+    """Why a prompt has no answer; "" if it may have one.
+
+    Args:
+        row: its token ids.
+        tails: those of its choices.
+        reads: how many tokens the model reads at most.
+        most: how many it can read.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    if reads > most:
+        return f"does not fit into a context of {most} tokens"
+    if max(chain(row, *tails)) >= known:
+        return f"spells a token beyond the {known} that the base model knows"
+    return ""
+
+
 def batched(
     model: Any,
     tokenizer: Any,
@@ -321,16 +341,14 @@ def batched(
         max_new_tokens: the most tokens of a text.
         batch_size: prompts per batch, however long; None fills batches by tokens.
     """
-    most, known = positions(model), model.get_input_embeddings().num_embeddings
+    most = positions(model)
     end = int(tokenizer.eos_token_id is not None)  # of a choice, which is not read
     reads, left_out = [], {}
     for n, (row, options) in enumerate(zip(rows, choices, strict=True)):
         tails = endings(tokenizer, options) if options else []
         reads.append(len(row) + max((len(tail) - end for tail in tails), default=0))
-        if reads[n] > most:
-            left_out[n] = f"does not fit into a context of {most} tokens"
-        elif max(map(max, [row, *tails])) >= known:
-            left_out[n] = f"spells a token beyond the {known} that the base model knows"
+        if why := unanswerable(model, row, tails, reads[n], most):
+            left_out[n] = why
     readable = [n for n in range(len(rows)) if n not in left_out]
     write_tokens, choice_tokens = batch_tokens(model, model.device, model.dtype)
     kinds = [(0, write_tokens)]

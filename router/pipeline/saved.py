@@ -26,9 +26,7 @@ from router.system.files import (
 
 ABOUT = "router.json"  # beside FILE and VARIANTS in the folder
 WORK = ".router."  # how the name of the folder begins in which a router is written
-BEFORE = (
-    ".router.json"  # the record of the router before, while it is replaced: a save may be killed meanwhile
-)
+BEFORE = ".router.json"  # the record of the router before, while it is replaced and a save may be killed
 
 
 @dataclass(frozen=True)

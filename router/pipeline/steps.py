@@ -32,7 +32,16 @@ from router.pipeline.model_card import Recipe, write_card
 from router.pipeline.result import Decision, Result, Routing
 from router.queries.submission import Query
 from router.routing.clusters import Array, Clusters, cluster
-from router.routing.variants import VARIANTS, Variant, complete, decide, folder_names, limited, write_variant
+from router.routing.variants import (
+    VARIANTS,
+    Variant,
+    complete,
+    decide,
+    folder_names,
+    hashed,
+    limited,
+    write_variant,
+)
 from router.settings import Settings
 from router.system.errors import InputError
 from router.system.files import is_folder
@@ -282,8 +291,7 @@ def write(
             folders = method.context.processes.decided(lambda: method.write_variants(variants, folder))
         except OverflowError as error:
             raise InputError(f"a variant's {error}; pass --dtype float32, and --fresh") from error
-        pairs = zip(variants, folders, strict=True)
-        made = [variant.written(folder / name) if name else variant for variant, name in pairs]
+        made = hashed(variants, folders, folder)
     return Decision(method.base, method.adapters, routing, clusters, made, folders)
 
 

@@ -55,9 +55,15 @@ class Variant:
     sha256: str = field(default="", repr=False)
     canary: float | None = field(default=None, repr=False)
 
-    def written(self, folder: Path) -> Variant:
-        """The same with the hash of what is in its folder, if it has weights."""
-        return replace(self, sha256=content_of(folder)) if self.weights else self
+
+def hashed(variants: Sequence[Variant], names: Sequence[str | None], folder: Path) -> list[Variant]:
+    """The variants with the hashes of what was written into their folders, if they have any.
+
+    Args:
+        names: of these in `folder`.
+    """
+    pairs = zip(variants, names, strict=True)
+    return [replace(of, sha256=content_of(folder / name)) if name else of for of, name in pairs]
 
 
 def content_of(folder: Path) -> str:
