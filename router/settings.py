@@ -128,8 +128,7 @@ class Settings:
     top_k: Count = setting(TOP_K, "maximum number of adapters per query, from 1", "INT")
     false_positive_rate: Annotated[float, Field(gt=0, lt=1)] = setting(
         FALSE_POSITIVE_RATE,
-        "share of generic text, which no adapter fits, that may be sent to one, between 0 and 1; of foreign "
-        "queries 0.03 to 0.10 were, at 0.15",
+        "share of queries that no adapter fits and that may still be sent to one, between 0 and 1",
         "FLOAT",
     )
     seed: Annotated[int, Field(ge=0, le=LARGEST)] = setting(

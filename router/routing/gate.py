@@ -22,6 +22,7 @@ from router.constants import FALSE_POSITIVE_RATE, TEMPERATURE, TOP_K
 Array = NDArray[np.float64]
 FOLDS = 5  # of the cross-validation that places the threshold
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # false positive rates that are shown side by side
+NEARER = 3.35  # odds that generic text is sent to an adapter, against those of a query that none fits
 TAIL = 0.2  # share of the reference queries that an exponential tail is fitted to
 FACTORS = 16  # most directions in which adapters respond alike at a module, in a view
 SHRINK = 0.3  # share of independence in the adapters' correlations
@@ -65,14 +66,14 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     An adapter may have a handicap: its score loses so much, but not what is read of its residual.
 
     The base model is a candidate too. An adapter leads it by the mean of its two scores, less a share of the
-    base model's confidence in the next token, less a threshold (equation 6). It is such that a share
-    `false_positive_rate` of generic text still goes to an adapter, when each text is judged by a gate that
-    was fitted without it.
+    base model's confidence in the next token, less a threshold (equation 6). It follows from
+    `false_positive_rate` and the leads on generic text, where each text is judged by a gate that was fitted
+    without it. Generic text is nearer to adapters than other queries that none fits, by the odds NEARER.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
         top_k: at most this many adapters keep a weight, at least 1; None keeps all.
-        false_positive_rate: share of text that belongs to no adapter and may still be sent to one, in (0, 1).
+        false_positive_rate: share of queries that no adapter fits and that may be sent to one, in (0, 1).
 
     Attributes:
         mean_, std_: (adapters, modules, 2) of the log response over the reference queries, NaN without a
@@ -154,7 +155,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self._learn(logs, np.full(len(X), True), absent)
         self.confidence_ = np.array([sure.mean(), max(sure.std(ddof=1), 1e-3)])
         self.reference_leads_ = leads - self._doubt(confidence, len(X))
-        self.threshold_ = threshold(self.reference_leads_, self.false_positive_rate)
+        self.threshold_ = threshold(self.reference_leads_, generic_share(self.false_positive_rate))
         return self
 
     def _by_module(self, X: NDArray[Any]) -> Callable[[slice], Array]:
@@ -304,7 +305,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         """For each of SHARES, and for `false_positive_rate`, its threshold less the one of this gate."""
         check_is_fitted(self)
         shares = sorted({*SHARES, self.false_positive_rate})
-        return {f"{share:g}": threshold(self.reference_leads_, share) - self.threshold_ for share in shares}
+        at = {share: threshold(self.reference_leads_, generic_share(share)) for share in shares}
+        return {f"{share:g}": value - self.threshold_ for share, value in at.items()}
 
     def weights(self, candidates: Array) -> Array:
         """The softmax of the candidates' scores, in which at most `top_k` adapters keep a weight.
@@ -337,25 +339,36 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return np.asarray(self.predict_proba(X, confidence).argmax(1))
 
 
-def threshold(leads: Array, false_positive_rate: float) -> float:
-    """The threshold that a share `false_positive_rate` of such leads exceeds (equation 7).
+def generic_share(false_positive_rate: float) -> float:
+    """The share of generic text that goes to an adapter where this share of queries does that none fits.
+
+    Example:
+        >>> round(generic_share(0.05), 3)
+        0.15
+    """
+    odds = NEARER * false_positive_rate / (1 - false_positive_rate)
+    return odds / (1 + odds)
+
+
+def threshold(leads: Array, share: float) -> float:
+    """The threshold that such a share of leads exceeds (equation 7).
 
     Up to a share of TAIL it is read off the leads. A rarer one is read off the exponential that has the mean
     excess of the highest: generalised Pareto with shape 0 (Pickands 1975).
 
     Args:
-        leads: (n,) of text that belongs to no adapter.
-        false_positive_rate: in (0, 1).
+        leads: (n,) of generic text.
+        share: in (0, 1).
 
     Example:
         >>> threshold(np.arange(101.0), 0.5)
         50.0
     """
-    start = float(np.quantile(leads, 1 - max(TAIL, false_positive_rate)))
-    if false_positive_rate >= TAIL or not (leads > start).any():
+    start = float(np.quantile(leads, 1 - max(TAIL, share)))
+    if share >= TAIL or not (leads > start).any():
         return start
     excess = float((leads[leads > start] - start).mean())
-    return start + excess * float(np.log(TAIL / false_positive_rate))
+    return start + excess * float(np.log(TAIL / share))
 
 
 def _lead(judged: Judged) -> Array:

@@ -45,6 +45,7 @@ def _judged(of: Measured, *learned: tuple[str, float]) -> tuple[gate.Judged, NDA
     with patch.dict(vars(gate), learned):
         every, absent = np.full(len(of.reference), True), np.isnan(of.reference[0])
         made = PrototypeGate()
+        made.handicap_ = np.zeros(of.reference.shape[1])
         learned_gate = made._learn(made._by_module(of.reference), every, absent)
         judged = learned_gate.judge(of.responses)
     sure = (of.confidence - of.reference_confidence.mean()) / of.reference_confidence.std(ddof=1)
@@ -95,10 +96,41 @@ def _line(name: str, chosen: str, shares: Sequence[float] | NDArray[np.float64])
     return row(name, chosen, *("" if np.isnan(share) else f"{share:.3f}" for share in shares))
 
 
+def false_positives(found: Sequence[Measured]) -> list[str]:
+    """The share of foreign queries that an adapter gets, where the others choose how near generic text is."""
+    lines = header(["library", "odds chosen by the others", "false positive rate", "as it is"])
+    rate = PrototypeGate().false_positive_rate
+    for of in found:
+        nearer = np.exp(np.mean([np.log(_nearer(other)) for other in found if other is not of]))
+        with patch.object(gate, "NEARER", nearer):
+            chosen = gate.generic_share(rate)
+        sent = (_sent(of, share) for share in (chosen, gate.generic_share(rate)))
+        lines.append(row(of.name, f"{nearer:.2f}", *(f"{share:.3f}" for share in sent)))
+    return lines
+
+
+def _nearer(of: Measured) -> float:
+    """The odds that generic text is sent to an adapter, against those of foreign queries."""
+    share = gate.generic_share(PrototypeGate().false_positive_rate)
+    sent = _sent(of, share)
+    return share / (1 - share) * (1 - sent) / sent
+
+
+@cache
+def _sent(of: Measured, share: float) -> float:
+    """The share of foreign queries that is sent to an adapter where this share of generic text is."""
+    fitted = PrototypeGate().fit(of.reference, confidence=of.reference_confidence)
+    fitted.threshold_ = gate.threshold(fitted.reference_leads_, share)
+    top = fitted.predict(of.responses[np.isin(of.splits, NOBODY)], of.confidence[np.isin(of.splits, NOBODY)])
+    return float((top < fitted.n_adapters_).mean())
+
+
 def main() -> None:
     """Measures and writes."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
-    insert(OUT, "left_out", left_out([measured(of) for of in libraries() if of.name not in (*CHATS, MIXED)]))
+    found = [measured(of) for of in libraries() if of.name not in (*CHATS, MIXED)]
+    insert(OUT, "false_positives", false_positives(found))
+    insert(OUT, "left_out", left_out(found))
 
 
 if __name__ == "__main__":

@@ -149,10 +149,10 @@ def test_the_threshold_is_of_leads_on_text_that_was_not_seen():
         out = np.arange(50) % 5 == fold
         scores, residuals = judged_by_loops(reference[~out], reference[out])
         expected[out] = (scores.max(1) + of_best(scores, residuals)) / 2
-    for false_positive_rate in (0.05, 0.1, 0.4):
+    for false_positive_rate, generic in ((0.05, 0.1499), (0.1, 0.2713), (0.4, 0.6907)):  # odds 3.35 times
         gate = PrototypeGate(false_positive_rate=false_positive_rate).fit(reference)
         np.testing.assert_allclose(gate.reference_leads_, expected, atol=1e-4)
-        assert gate.threshold_ == pytest.approx(threshold(expected, false_positive_rate), abs=1e-4)
+        assert gate.threshold_ == pytest.approx(threshold(expected, generic), abs=1e-3)
 
 
 def test_the_base_model_is_as_far_below_as_the_best_one_leads():
@@ -431,12 +431,12 @@ def test_confidence_raises_the_base_model_within_the_promise():
         return np.exp(rng.normal(-2, 0.2, (count, 8, 6, 2))), rng.normal(-1.5, 0.6, count)
 
     X, sure = generic(400)
-    gate = PrototypeGate(false_positive_rate=0.2).fit(X, confidence=sure)
+    gate = PrototypeGate(false_positive_rate=0.07).fit(X, confidence=sure)  # 0.2 of generic text
     again = np.array(
         [gate.fit(X, confidence=sure).threshold_, gate.fit(X, confidence=3 * sure - 7).threshold_]
     )
     assert again[0] == pytest.approx(again[1])  # only how unusual a confidence is counts
-    plain = PrototypeGate(false_positive_rate=0.2).fit(X).reference_leads_
+    plain = PrototypeGate(false_positive_rate=0.07).fit(X).reference_leads_
     gate.fit(X, confidence=sure)
     doubt = DOUBT * (sure - sure.mean()) / sure.std(ddof=1)
     np.testing.assert_allclose(gate.reference_leads_, plain - doubt, atol=1e-9)
