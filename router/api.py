@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from router.constants import BASE_COLUMN, CANARY, TEMPLATE, Device, Dtype
+from router.constants import BASE_COLUMN, CANARY, FORMAT, TEMPLATE, Device, Dtype
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute, decided
 from router.model.answer import Answer, encode, padded
@@ -34,7 +34,7 @@ from router.pipeline.fitted import Fitted
 from router.pipeline.reading import SHARED, Read
 from router.pipeline.result import Decision, Routing, joined
 from router.pipeline.saved import ABOUT, Saved, changed, replacing_router
-from router.pipeline.state import FILE, FORMAT
+from router.pipeline.state import FILE
 from router.pipeline.steps import Method
 from router.pipeline.steps import load as load_library_and_base
 from router.queries.conversation import Message, checked, packed, shown

@@ -21,7 +21,7 @@ from router.settings import Positive, Settings, kinds, reader
 from router.system.errors import InputError, told_if_memory_runs_out
 
 LEAST = 3 << 29  # bytes of address space
-ALIASES = {"false_positive_rate": ("--false_alarm",)}  # what a flag was called in 0.1
+ALIASES = {"false_positive_rate": ("--false_alarm",)}  # the name in 0.1, when it meant something else
 
 
 def _add_setting(p: argparse.ArgumentParser, setting: Field[Any]) -> None:

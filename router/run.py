@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from router.constants import BASE_COLUMN
+from router.constants import BASE_COLUMN, FORMAT
 from router.kit import StarterKitMethod
 from router.library.store import content
 from router.methods import load_method
@@ -169,7 +169,7 @@ def _identity(source: Loaded | StarterKitMethod, settings: Settings) -> dict[str
 
     paths = ("dataset_filepaths", "output_folder", "adapters", "base_model")  # what they stand for counts
     found = {flag: value for flag, value in settings.plain().items() if flag not in paths}
-    found["versions"] = versions(settings.engine)
+    found |= {"versions": versions(settings.engine), "format": FORMAT}
     if isinstance(source, StarterKitMethod):
         kit = source.kit
         models = [settings.base_model, kit.base_model_name, kit.base_model_revision_id]

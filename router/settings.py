@@ -128,7 +128,7 @@ class Settings:
     top_k: Count = setting(TOP_K, "maximum number of adapters per query, from 1", "INT")
     false_positive_rate: Annotated[float, Field(gt=0, lt=1)] = setting(
         FALSE_POSITIVE_RATE,
-        "share of queries that no adapter fits and that may still be sent to one, between 0 and 1",
+        "of queries that no adapter fits, the share that may be sent to one, between 0 and 1",
         "FLOAT",
     )
     seed: Annotated[int, Field(ge=0, le=LARGEST)] = setting(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from router.constants import FORMAT
 from router.methods import load_method
 from router.pipeline.context import Context
 from router.pipeline.evidence import Evidence
@@ -306,7 +307,8 @@ def write_run(out, weights, evidence=None, inputs=None, names=("one", "two", "th
     inputs = inputs or [f"Question {own}?" for own in ids]
     write_queries(path, [(own, text, "generation", "") for own, text in zip(ids, inputs, strict=True)])
     record = {
-        "method": "by_hand", "versions": {"torch": "1"}, "seconds": {"load": 1.5}, "peak_mib": {"load": 9},
+        "method": "by_hand", "format": FORMAT, "versions": {"torch": "1"}, "seconds": {"load": 1.5},
+        "peak_mib": {"load": 9},
         "flags": {
             "dataset_filepaths": [str(path)], "output_folder": str(out),
             "temperature": 0.5, "false_positive_rate": 0.1,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from pydantic import FiniteFloat
 
-from router.constants import BASE_COLUMN, Apply, Dtype, Engine
+from router.constants import BASE_COLUMN, FORMAT, Apply, Dtype, Engine
 from router.pipeline.evidence import LOW_MARGIN
 from router.system.files import record_of, typed
 from router.system.version import own_version
@@ -82,6 +82,7 @@ class Record:
 
     Attributes:
         flags: as `Settings.plain` has them.
+        format: FORMAT of the version that wrote it.
         seconds, peak_mib, peak_gpu_mib: as `Stages` has them.
         base, adapters, variants: of a method that routes.
         low_margin, lookalikes, silent, homes: of one that keeps evidence; the first counts queries.
@@ -112,6 +113,7 @@ class Record:
     processes: int | None = None
     time_limit: TimeLimit | None = None
     files: dict[str, str] = field(default_factory=dict)
+    format: int = 0
 
     def __post_init__(self) -> None:
         names = self.flags.get("dataset_filepaths")
@@ -168,6 +170,7 @@ def record(
         seconds={stage: round(value, 3) for stage, value in stages.seconds.items()},
         peak_mib=dict(stages.peak_mib),
         peak_gpu_mib=dict(stages.peak_gpu_mib),
+        format=FORMAT,
         queries=queries,
         left_out=left_out,
         processes=count if count > 1 else None,

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from router.constants import FORMAT
 from router.model.base import EMBEDDED
-from router.pipeline.state import FILE, FORMAT
+from router.pipeline.state import FILE
 from router.routing.variants import VARIANTS, Variant
 from router.system.errors import InputError
 from router.system.files import (

@@ -27,7 +27,6 @@ from router.system.errors import InputError
 from router.system.files import for_others, record_of
 
 FILE = "router.safetensors"
-FORMAT = 11  # raise it when a reader of the old one could not use the new one
 # The gate's arrays, a letter an axis: adapters, modules, views, factors, landmarks, generic prompts.
 _LEARNED = {
     "mean_": "amv", "std_": "amv", "filter_": "amv", "landmarks_": "l", "axes_": "lmvf", "loadings_": "amvf",

@@ -73,7 +73,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.
         top_k: at most this many adapters keep a weight, at least 1; None keeps all.
-        false_positive_rate: share of queries that no adapter fits and that may be sent to one, in (0, 1).
+        false_positive_rate: of queries that no adapter fits, the share that may be sent to one, in (0, 1).
 
     Attributes:
         mean_, std_: (adapters, modules, 2) of the log response over the reference queries, NaN without a

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from router.constants import BASE_COLUMN
+from router.constants import BASE_COLUMN, FORMAT
 from router.pipeline.evidence import Evidence, joined
 from router.pipeline.record import RECORD, Record
 from router.queries.submission import Query, digest_of, read_queries, read_rows, submission_name
@@ -153,6 +153,8 @@ def load(folder: Path) -> Run:
     """
     with _refused(folder / RECORD):
         record = Record.read(folder / RECORD)
+        if record.format != FORMAT:
+            raise ValueError(f"it is of format {record.format}, and this version reads {FORMAT}")
     for name, digest in record.files.items():
         with _refused(folder / name):
             if not (folder / name).is_file() or sha256_of(folder / name) != digest:

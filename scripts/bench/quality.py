@@ -296,7 +296,7 @@ def targets(answers: pd.DataFrame, library: str) -> Iterator[Verdict]:
     if sent:
         rate, promised = float(np.mean(sent)), PrototypeGate().false_positive_rate
         aim = f"false positives within a factor of 2 of the {promised:g} promised"
-        yield "all foreign kinds", aim, f"{rate:.3f}", 1 / 2 <= rate / promised <= 2
+        yield "mean of the foreign kinds", aim, f"{rate:.3f}", 1 / 2 <= rate / promised <= 2
 
 
 def _lead(found: pd.DataFrame) -> tuple[float, str]:
@@ -341,10 +341,10 @@ def turns_table(answers: pd.DataFrame) -> list[str]:
     readings = {name: name for name in READINGS} | {QUERIES: "each message, and stay"}
     lines = header(["library", "read", *TURNS.values()], texts=2)
     for library, (setting, title) in product(CHATS, readings.items()):
-        parts = [part(answers, library, split, OURS, setting=setting).right for split in TURNS]
+        parts = [part(answers, library, split, OURS, setting=setting) for split in TURNS]
         if not all(map(len, parts)):
             return []
-        lines.append(row(library, title, *(f"{right.mean():.2f}" for right in parts)))
+        lines.append(row(library, title, *(_mean(one, "right", 2) for one in parts)))
     return lines
 
 

@@ -244,9 +244,9 @@ def test_what_all_adapters_respond_to_alike_is_taken_out():
 # The threshold of the base model.
 
 
-def test_the_threshold_never_rises_with_the_false_positive_rate():
+def test_the_threshold_never_rises_with_the_share():
     scores = np.random.default_rng(1).normal(size=160)
-    found = [threshold(scores, false_positive_rate) for false_positive_rate in np.linspace(0.001, 0.999, 999)]
+    found = [threshold(scores, share) for share in np.linspace(0.001, 0.999, 999)]
     assert (np.diff(found) <= 0).all() and found[0] > scores.max() > found[-1] > scores.min() - 1e-9
     assert threshold(scores, TAIL - 1e-9) == pytest.approx(threshold(scores, TAIL))
     assert threshold(np.full(40, 1.5), 0.01) == 1.5
@@ -256,23 +256,21 @@ def test_the_threshold_never_rises_with_the_false_positive_rate():
         assert gate.threshold_ + more == pytest.approx(other.threshold_, abs=1e-12)
 
 
-@pytest.mark.parametrize("false_positive_rate", [0.002, 0.01, 0.05, 0.1, 0.3])
-def test_the_promised_rate_is_that_of_an_exponential_tail(false_positive_rate):
+@pytest.mark.parametrize("share", [0.002, 0.01, 0.05, 0.1, 0.3])
+def test_the_threshold_is_that_of_an_exponential_tail(share):
     rng = np.random.default_rng(2)
     fresh = 3 + 2 * rng.exponential(size=200_000)
-    shares = [
-        (fresh > threshold(3 + 2 * rng.exponential(size=160), false_positive_rate)).mean() for _ in range(100)
-    ]
-    assert np.median(shares) == pytest.approx(false_positive_rate, rel=0.25)
-    many = (fresh > threshold(3 + 2 * rng.exponential(size=50_000), false_positive_rate)).mean()
-    assert many == pytest.approx(false_positive_rate, rel=0.1)
+    found = [(fresh > threshold(3 + 2 * rng.exponential(size=160), share)).mean() for _ in range(100)]
+    assert np.median(found) == pytest.approx(share, rel=0.25)
+    many = (fresh > threshold(3 + 2 * rng.exponential(size=50_000), share)).mean()
+    assert many == pytest.approx(share, rel=0.1)
 
 
 # What is promised.
 
 
 @pytest.mark.parametrize("n", [3, 20, 200])
-def test_generic_text_passes_the_gate_as_often_as_promised(n):
+def test_generic_text_passes_the_gate_as_often_as_its_share_says(n):
     """Also with more adapters than generic prompts, where scores of text that was fitted to are too low."""
     promised = (0.05, 0.1, 0.2, 0.5)
     held, seen = [], []

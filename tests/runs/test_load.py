@@ -87,6 +87,7 @@ BROKEN = {
             ("no name", {"flags": {"dataset_filepaths": ["a\0b"]}}, r"a\x00b"),
             ("endless", {"seconds": {"load": float("inf")}}, "Infinity"),
             ("a variant of nothing", {"variants": [{"queries": 1, "weights": {}}] * 2}, "run.json"),
+            ("another format", {"format": 10}, "of format 10"),
             ("no adapters", {"adapters": None}, "adapters"),
             ("no hash", {"adapters": {"one": {}}}, "adapters.one.sha256: "),
             ("an odd dtype", {"base": {"name": "x", "sha256": "0", "dtype": "int4"}}, "base.dtype"),
