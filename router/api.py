@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from router.constants import BASE_COLUMN, CANARY, FORMAT, TEMPLATE, Device, Dtype
+from router.constants import BASE_COLUMN, CANARY, FORMAT, Device, Dtype
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute, decided
 from router.model.answer import Answer, encode, padded
@@ -26,7 +26,7 @@ from router.model.apply import applied
 from router.model.base import EMBEDDED_ID, load_base
 from router.model.frames import BARE, Frame
 from router.model.passes import forward, lock_of, truncated
-from router.model.template import Template, template_of
+from router.model.template import Template, brought
 from router.pipeline import state
 from router.pipeline.context import Context
 from router.pipeline.evidence import LOW_MARGIN
@@ -264,8 +264,8 @@ class Router:
     def _read_templates(self, folder: Path) -> None:
         """Reads the templates that the variants in a router's or a run's folder bring."""
         for number in range(len(self.variants)):
-            if (file := folder / VARIANTS / str(number) / TEMPLATE).is_file():
-                self.templates[number] = template_of(self._base.tokenizer, file)
+            if found := brought(self._base.tokenizer, folder / VARIANTS / str(number)):
+                self.templates[number] = found
 
     @property
     def _base(self) -> Any:

@@ -13,7 +13,8 @@ Apply = Literal["auto", "merged", "beside"]  # how a variant is applied: router/
 Engine = Literal["transformers", "vllm"]  # what answers
 # Of a choice: by all of its tokens, or by all but its first, as the kit does.
 Scoring = Literal["full", "kit"]
-TEMPLATE = "chat_template.jinja"  # in a folder of a model or of an adapter, as transformers and TRL save it
+# In a folder of a model or of an adapter, as transformers and TRL save them; the second may hold the first.
+TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 ADDRESS = r"https?://[^\s/:]+(:\d+)?(/\S*)?"  # of a server
 CANARY = "The capital of France is"  # what every variant is asked for one token of, to see that it is served
 FORMAT = 11  # of runs and saved routers; raise it when a reader of the old one could not use the new one

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from router.constants import BASE_COLUMN, FORMAT
+from router.constants import BASE_COLUMN, FORMAT, TEMPLATE, TOKENIZER
 from router.kit import StarterKitMethod
 from router.library.store import content
 from router.methods import load_method
@@ -179,7 +179,10 @@ def _identity(source: Loaded | StarterKitMethod, settings: Settings) -> dict[str
     device, dtype = model.device, model.dtype
     if device.type == "cpu" and dtype.itemsize < 4:  # each number of threads rounds otherwise
         found["threads"] = torch.get_num_threads()
+    brought = (of.folder.path / name for of in source.adapters for name in (TEMPLATE, TOKENIZER))
+    templates = (file for file in (settings.chat_template, *brought) if file and file.is_file())
     return found | {
+        "templates": [sha256_of(file) for file in templates],
         "dtype": str(dtype), "device": device.type, "base model": source.base.sha256,
         "configuration": source.base.configuration,
         # Other batches round otherwise, which decides between answers that are nearly as likely.

@@ -99,7 +99,8 @@ class Settings:
     frame: Annotated[str, AfterValidator(_framing)] | None = setting(
         None,
         "what stands around queries and says nothing of them; auto knows chat templates and common "
-        "instruction frames, and finds what many queries share; none compares all with bare generic text",
+        "instruction frames, and finds what many queries share; none compares prompts with bare text, "
+        "and conversations in their template",
         metavar="auto|none|'TEXT {input} TEXT'",
         none="auto",
     )

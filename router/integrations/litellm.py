@@ -25,6 +25,7 @@ from router.system.errors import InputError
 
 FOLDER = "PROTO_ROUTE_ROUTER"
 WAITING = 1024  # requests that may wait for their decision
+ROUTED = ("completion", "responses", "messages")  # how LiteLLM's names of what is routed end
 
 
 class AutoModel(CustomLogger):  # type: ignore[misc]
@@ -50,13 +51,18 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
         """
         if data.get("model") != AUTO:
             return data
+        if not call_type.endswith(ROUTED):
+            raise HTTPException(
+                400, f"model {AUTO}: expected a completion, a chat or a response, got {call_type}"
+            )
         try:
             prober = await self._started()
-            choice: Choice = await prober(prompt_of(data))
-        except NoText as error:
-            raise HTTPException(400, str(error)) from error
         except InputError as error:
             raise HTTPException(500, f"{FOLDER}: {error}") from error
+        try:
+            choice: Choice = await prober(prompt_of(data))
+        except (NoText, InputError) as error:  # no text, or none that the base model's template takes
+            raise HTTPException(400, str(error)) from error
         except asyncio.QueueFull as error:
             raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error
         return data | {"model": self._name(choice)}

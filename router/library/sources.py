@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
-from router.constants import COMPETITION, COMPETITION_ADAPTERS, LIBRARY, TEMPLATE
+from router.constants import COMPETITION, COMPETITION_ADAPTERS, LIBRARY, TEMPLATE, TOKENIZER
 from router.system.errors import InputError
 from router.system.files import is_folder
 from router.system.hub import HubError, fetch
 
 CARD_FILE = "README.md"  # an adapter's model card, as on the hub
-FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, TEMPLATE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, TEMPLATE, TOKENIZER)
 
 
 class Source(NamedTuple):

@@ -16,7 +16,7 @@ from router.model.frames import ALPACA, BARE, Frame
 from router.model.passes import truncated
 from router.pipeline.evidence import joined as together
 from router.pipeline.fitted import Fitted
-from router.pipeline.reading import FRAMES, Read, turns_of
+from router.pipeline.reading import BRIEF, FRAMES, Read, turns_of
 from router.pipeline.result import Routing, joined
 from router.pipeline.steps import Method
 from router.queries.submission import Query
@@ -29,7 +29,6 @@ from router.system.errors import InputError
 
 SWITCH = 2.0  # standard deviations by which another candidate has to lead that of the turn before; and
 TO_BASE = 1.0  # where one of them is the base model, since foreign questions are wrong with any adapter
-BRIEF = 6  # words; the lead in a message with fewer counts less, since "shorter, please" says little
 
 
 def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
@@ -81,10 +80,7 @@ class ProtoRoute(Method):
     @property
     def forms(self) -> list[Frame]:
         """In which adapters are usually trained, beside bare prompts; form n is the n-th, from 1 on."""
-        try:
-            return [ALPACA, *([self.template.frame] if self.template.known else [])]
-        except InputError:  # it takes no message of the user alone
-            return [ALPACA]
+        return [ALPACA, *filter(None, [self.template.usable])]
 
     @cached_property
     def prototypes(self) -> dict[str, ModulePrototypes]:
@@ -143,8 +139,8 @@ class ProtoRoute(Method):
     def prepare(self) -> None:
         """Fits the frames that a request may come in at any time: none, and the template."""
         self.fitted()
-        if self.template.known:
-            self.fitted(self.template.frame)
+        if frame := self.template.usable:
+            self.fitted(frame)
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""
@@ -169,6 +165,7 @@ class ProtoRoute(Method):
         base_score = routing.evidence.base_score.copy()
         base_score[under] += (routing.evidence.lead[under] - framed.lead) / 2
         evidence = together([replace(routing.evidence, base_score=base_score), framed.rows(slice(0))])
+        evidence.frame[under] = [evidence.frames.index(list(read.frame)) for read in again]
         weights = routing.weights.copy()
         scores = np.nan_to_num(evidence.candidates[under].astype(np.float64), nan=-np.inf)
         mixed = self.fitted().gate.weights(scores)

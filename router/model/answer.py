@@ -32,7 +32,14 @@ def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = Non
     """
     ids: list[list[int]] = tokenizer([_whole(text) for text in prompts], verbose=False)["input_ids"]
     empty = [pad_id(tokenizer)]  # a model needs one token to start from
-    return [(row[:max_seq_len] if max_seq_len else row) or empty for row in ids]
+    return [cut(row, max_seq_len) or empty for row in ids]
+
+
+def cut(row: list[int], most: int | None, ends: bool = False) -> list[int]:
+    """The first tokens of a prompt; or both its ends, as of a conversation the last ones ask."""
+    if not most or len(row) <= most:
+        return row
+    return row[: most // 2] + row[most // 2 - most :] if ends else row[:most]
 
 
 def _whole(text: str) -> str:

@@ -64,7 +64,8 @@ class Base:
             config.pop(key, None)
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items())
-        told = json.dumps([config, end_tokens(self.model, self.tokenizer), words], sort_keys=True)
+        template = getattr(self.tokenizer, "chat_template", None)
+        told = json.dumps([config, end_tokens(self.model, self.tokenizer), words, template], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from router.constants import TEMPLATE, TOKENIZER
 from router.model.frames import Frame, Parts
 from router.queries.conversation import SYSTEM, Message, content
 from router.system.errors import InputError, reason
@@ -15,6 +17,13 @@ from router.system.errors import InputError, reason
 log = logging.getLogger(__name__)
 MARK = "\u2063proto-route\u2063"  # stands for the user's message; nobody writes it
 LARGEST = 1 << 20  # bytes of a template file
+MOST = 16 << 20  # bytes of a tokenizer's configuration
+# Before a template that writes today's date, for routing: so a frame is the same tomorrow.
+DATES = {"%d": "01", "%m": "01", "%b": "Jan", "%B": "January", "%Y": "2025", "%y": "25", "%A": "Wednesday"}
+UNDATED = "{% macro strftime_now(form) %}{{ form FILTERS }}{% endmacro %}".replace(
+    "FILTERS", "".join(f"| replace('{code}', '{spelt}')" for code, spelt in DATES.items())
+)
+NEUTRAL: Message = {"role": "system", "content": "You are a helpful assistant."}
 
 
 class Template:
@@ -42,11 +51,12 @@ class Template:
         """Whether there is a template."""
         return bool(self.jinja)
 
-    def text(self, messages: Sequence[Message], query: str = "") -> str:
+    def text(self, messages: Sequence[Message], query: str = "", dated: bool = True) -> str:
         """A conversation up to where the answer begins.
 
         Args:
             query: its id, for the error.
+            dated: whether a template that writes the date writes today's.
 
         Raises:
             InputError: there is no template, or it refuses the messages.
@@ -57,9 +67,12 @@ class Template:
                 f"{which}expected a base model with a chat template, since this is a conversation; pass "
                 "--chat_template FILE"
             )
+        source = self.source
+        if not dated and isinstance(self.jinja, str) and "strftime_now" in self.jinja:
+            source = UNDATED + self.jinja
         try:
             text = self.tokenizer.apply_chat_template(
-                _plain(messages), chat_template=self.source, tokenize=False, add_generation_prompt=True
+                _plain(messages), chat_template=source, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # whatever a template leads to
             raise InputError(
@@ -82,15 +95,31 @@ class Template:
     def frame(self) -> Frame:
         """What stands around a user's message without any system message but the template's own.
 
+        A template that takes no user alone gets a NEUTRAL one.
+
         Raises:
             InputError: there is no template, or it does not write the user's message.
         """
-        return self._around([])
+        try:
+            return self._around([])
+        except InputError:
+            if not self.known:
+                raise
+            return self._around([NEUTRAL])
+
+    @cached_property
+    def usable(self) -> Frame | None:
+        """The same; None where there is none."""
+        try:
+            return self.frame
+        except InputError:
+            return None
 
     @cached_property
     def end(self) -> int:
         """The token that ends a turn, if the template writes one after the user's message; else -1."""
-        ids = self.tokenizer(self.frame.after, add_special_tokens=False)["input_ids"]
+        after = self.usable.after if self.usable else ""
+        ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         return int(ids[0]) if is_mark(self.tokenizer, ids) else -1
 
     def turns(self, messages: Sequence[Message], query: str = "") -> list[Parts]:
@@ -105,7 +134,7 @@ class Template:
         return [Parts(frame.before, text, frame.after, common) for text in asked if text.strip()]
 
     def _around(self, system: Sequence[Message], query: str = "") -> Frame:
-        text = self.text([*system, {"role": "user", "content": MARK}], query)
+        text = self.text([*system, {"role": "user", "content": MARK}], query, dated=False)
         before, found, after = text.partition(MARK)
         if not found:
             raise InputError(f"{self.name}: expected a chat template that writes the user's message")
@@ -133,6 +162,26 @@ def template_of(tokenizer: Any, file: Path | None) -> Template:
         raise InputError(f"--chat_template {file}: expected a Jinja template ({error})") from error
     _ = found.frame
     return found
+
+
+def brought(tokenizer: Any, folder: Path) -> Template | None:
+    """The template that the folder of an adapter or a variant brings; None if it brings none that is one.
+
+    It is in a file of its own, or in the tokenizer's configuration, as older versions save it.
+    """
+    file, older = folder / TEMPLATE, folder / TOKENIZER
+    try:
+        if file.is_file():
+            return template_of(tokenizer, file)
+        if not older.is_file() or older.stat().st_size > MOST:
+            return None
+        source = json.loads(older.read_text("utf-8")).get("chat_template")
+        found = Template(tokenizer, source, str(older)) if source and isinstance(source, str) else None
+        _ = found and found.frame
+        return found
+    except (InputError, OSError, ValueError, AttributeError, RecursionError) as error:
+        log.warning("%s: its chat template is not used (%s)", folder, reason(error))
+        return None
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from router.model.answer import encode
+from router.model.answer import cut, encode
 from router.model.frames import BARE, Frame, Parts, bare, turns_of_text, usual, within
 from router.model.template import Template
 from router.queries.submission import Query
@@ -18,7 +18,8 @@ from router.settings import Settings
 
 ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
 FRAMES = 8  # that one batch of queries may bring
-TURNS = 8  # of a conversation, the last ones; each may be a pass of the base model
+TURNS = 8  # of a conversation; each may be a pass of the base model
+BRIEF = 6  # words; the lead in a message with fewer counts less, since "shorter, please" says little
 COUNTED = 256  # frames whose requests are counted
 SHARED = 16  # queries under one system message, which is then a frame; it costs as much as 230
 
@@ -42,12 +43,20 @@ class Read(NamedTuple):
 def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts]:
     """A query in what is its own and what stands around it; of a conversation each of its last turns."""
     if query.messages:
-        return template.turns(query.conversation, query.id)[-TURNS:]
+        return _telling(template.turns(query.conversation, query.id))
     if settings.frame == "none":
         return [bare(query.input)]
     if settings.frame:
         return [within(query.input, settings.frame)]
-    return turns_of_text(query.input, template.frame if template.known else None)[-TURNS:]
+    return _telling(turns_of_text(query.input, template.usable))
+
+
+def _telling(turns: list[Parts]) -> list[Parts]:
+    """At most TURNS of a conversation: the last ones, but of those before the end the briefest go first."""
+    if len(turns) <= TURNS:
+        return turns
+    rank = sorted(range(len(turns) - 1), key=lambda n: min(turns[n].words, BRIEF))  # stable: older ones first
+    return [turns[n] for n in sorted(rank[1 - TURNS :])] + turns[-1:]
 
 
 def turns_of(
@@ -76,14 +85,14 @@ def turns_of(
     texts = [one.read for n, turns in enumerate(parts) for one in turns if n not in there]
     if limit is None:  # else the end of what is read may be in the middle
         texts = [text if len(text) <= 2 * ENDS else text[:ENDS] + text[-ENDS:] for text in texts]
-    ids = iter(encode(template.tokenizer, texts, limit) if texts else [])
+    ids = iter(encode(template.tokenizer, texts) if texts else [])
     counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
     if asked is not None:
         _count(asked, counts)
     shared = {*known, *(frame for frame, count in counts.most_common(new) if count >= SHARED)}
 
     def read(n: int, one: Parts) -> Read:
-        tokens = there[n] if n in there else tuple(next(ids))
+        tokens = there[n] if n in there else tuple(cut(next(ids), limit, n in talks))
         own = one.own if one.own in shared and one.own != one.common else None
         return Read(tokens, one.common, own, one.words)
 

@@ -8,7 +8,6 @@ module's adapters for each token.
 from __future__ import annotations
 
 import logging
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -22,10 +21,10 @@ from merge.factors import Factors
 from merge.folders import write_adapter
 from router.constants import COMPETITION, COMPETITION_BASE, TEMPLATE
 from router.library.adapters import Adapter, base_of, check_against_base, load_library
-from router.model.answer import FAILED, Answer, cut_at, encode, positions
+from router.model.answer import FAILED, Answer, cut, cut_at, encode, positions
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
-from router.model.template import Template, template_of
+from router.model.template import Template, brought, template_of
 from router.pipeline.answering import Rows, answered, answered_by_vllm
 from router.pipeline.context import Context
 from router.pipeline.model_card import Recipe, write_card
@@ -110,6 +109,7 @@ class Method(ABC):
         self.settings, self.stages = self.context.settings, self.context.stages
         self.tokenizer: Any = base.tokenizer
         self.shapes = linear_shapes(base.model)
+        self._brought: dict[Path, Template | None] = {}
 
     @classmethod  # noqa: B027
     def check(cls) -> None:
@@ -140,8 +140,8 @@ class Method(ABC):
         own = template_of(self.tokenizer, self.settings.chat_template)
         if own.known:
             return own
-        files = (adapter.folder.path / TEMPLATE for adapter in self.adapters)
-        return template_of(self.tokenizer, next((file for file in files if file.is_file()), None))
+        found = (brought(self.tokenizer, adapter.folder.path) for adapter in self.adapters)
+        return next(filter(None, found), own)
 
     def encoded(self, queries: Sequence[Query]) -> list[list[int]]:
         """The token ids of each query's prompt, cut to --max_seq_len; a conversation's is in the template.
@@ -150,7 +150,11 @@ class Method(ABC):
             InputError: the template refuses a conversation.
         """
         texts = [self.template.text(q.conversation, q.id) if q.messages else q.input for q in queries]
-        return encode(self.tokenizer, texts, self.settings.max_seq_len)
+        rows = encode(self.tokenizer, texts)
+        return [
+            cut(row, self.settings.max_seq_len, bool(q.messages))
+            for row, q in zip(rows, queries, strict=True)
+        ]
 
     def kept(self, name: str, count: int) -> Routing | None:
         """The routing of so many queries, if the journal kept one; the same in all processes."""
@@ -177,9 +181,9 @@ class Method(ABC):
                 write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
                 write_card(path, self.recipe, self.base, self.adapters, variant)
                 first = max(self.adapters, key=lambda adapter: variant.weights.get(adapter.name, 0))
-                brought = first.folder.path / TEMPLATE
-                if brought.is_file() and template_of(self.tokenizer, brought).jinja != self.template.jinja:
-                    shutil.copy(brought, path / TEMPLATE)
+                own = brought(self.tokenizer, first.folder.path)
+                if own and own.source and own.jinja != self.template.jinja:
+                    (path / TEMPLATE).write_text(own.source, "utf-8")
         return names
 
     def asked(self, queries: Sequence[Query], rows: Rows, folders: Sequence[Path | None]) -> Rows:
@@ -192,14 +196,18 @@ class Method(ABC):
             rows: the prompts in the template that all share.
             folders: of each query's variant; None is the base model.
         """
-        found, templates = list(rows), dict[Path, Template]()
+        found = list(rows)
         for n, (query, folder) in enumerate(zip(queries, folders, strict=True)):
-            if query.messages and folder and (file := folder / TEMPLATE).is_file():
-                if folder not in templates:
-                    templates[folder] = template_of(self.tokenizer, file)
-                if text := templates[folder].tried(query.conversation, query.id):
-                    found[n] = encode(self.tokenizer, [text], self.settings.max_seq_len)[0]
+            own = self.brought(folder) if query.messages and folder else None
+            if own and (text := own.tried(query.conversation, query.id)):
+                found[n] = cut(encode(self.tokenizer, [text])[0], self.settings.max_seq_len, ends=True)
         return found
+
+    def brought(self, folder: Path) -> Template | None:
+        """The template that a variant's folder brings, if it brings one; read once."""
+        if folder not in self._brought:
+            self._brought[folder] = brought(self.tokenizer, folder)
+        return self._brought[folder]
 
     def answer_with(
         self,
@@ -207,9 +215,11 @@ class Method(ABC):
         queries: Sequence[Query],
         rows: Rows,
         bar: Callable[[int], object] = lambda tokens: None,
+        folder: Path | None = None,
     ) -> list[Answer]:
-        """Answers queries in order with one model; see `answered`."""
-        return self._ended(queries, answered(model, self.tokenizer, queries, rows, self.context, bar))
+        """Answers queries in order with one model, of the variant in a folder; see `answered`."""
+        found = answered(model, self.tokenizer, queries, rows, self.context, bar)
+        return self._ended(queries, found, [folder] * len(queries))
 
     def predict(self, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path) -> list[Answer]:
         """Answers each query with its variant, in order; what another process answers has failed.
@@ -225,25 +235,27 @@ class Method(ABC):
             if self.settings.engine == "vllm":
                 variants = [paths[n] for n in labels]
                 found = answered_by_vllm(self.base, queries, rows, variants, self.context, bar.update)
-                return self._ended(queries, found)
+                return self._ended(queries, found, variants)
             with applied(self.base, self.settings.apply) as models:
                 for n in swap_order(paths):
                     members = np.flatnonzero(labels == n).tolist()
                     if not members:  # a variant that was made for other queries
                         continue
                     model, ids = models.activate(paths[n]), [rows[m] for m in members]
-                    found = self.answer_with(model, [queries[m] for m in members], ids, bar.update)
+                    found = self.answer_with(model, [queries[m] for m in members], ids, bar.update, paths[n])
                     answers.update(zip(members, found, strict=True))
         return [answers[m] for m in range(len(queries))]
 
-    def _ended(self, queries: Sequence[Query], answers: Sequence[Answer]) -> list[Answer]:
-        """Answers to conversations up to the template's end of turn, where the model has another one."""
-        return [
-            cut_at(self.tokenizer, answer, self.template.end)
-            if query.messages and self.template.end in answer.ids
-            else answer
-            for query, answer in zip(queries, answers, strict=True)
-        ]
+    def _ended(
+        self, queries: Sequence[Query], answers: Sequence[Answer], folders: Sequence[Path | None]
+    ) -> list[Answer]:
+        """Answers to conversations up to a template's end of turn, where the model has another one."""
+        found = list(answers)
+        for n, (query, folder) in enumerate(zip(queries, folders, strict=True)):
+            for template in (self.template, folder and self.brought(folder)) if query.messages else ():
+                if template and template.end in found[n].ids:
+                    found[n] = cut_at(self.tokenizer, found[n], template.end)
+        return found
 
     def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
         """Takes all steps at once.
@@ -261,8 +273,8 @@ class Method(ABC):
 def route(method: Method, queries: Sequence[Query]) -> tuple[list[list[int]], Routing]:
     """Tokenises each prompt, once, and weighs the candidates; what the journal kept is not routed again."""
     rows = method.encoded(queries)
-    for cut in _cuts(rows, method.settings, method.base.model):
-        log.warning("%s", cut)
+    for shorter in _cuts(rows, method.settings, method.base.model):
+        log.warning("%s", shorter)
     if (routing := method.kept("routing", len(queries))) is None:
         routing = method.route(queries, rows)
         method.keep("routing", routing)
@@ -321,7 +333,10 @@ def _cuts(rows: Rows, settings: Settings, model: Any) -> Iterator[str]:
     """What is not read of long prompts, and which are longer than the base model's context."""
     limit = settings.max_seq_len
     if limit and (long := sum(len(row) >= limit for row in rows)):
-        yield f"{long} of {len(rows)} prompts reach --max_seq_len {limit}; what comes after is not read"
+        yield (
+            f"{long} of {len(rows)} prompts reach --max_seq_len {limit}; what comes after, of a chat the "
+            "middle, is not read"
+        )
     context: int = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
     ends = context == positions(model)  # it cannot go beyond; the last new token is not read
     room = max(1, context + 1 - settings.max_gen_len) if ends else context

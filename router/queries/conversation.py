@@ -35,11 +35,11 @@ def checked(messages: Any, where: str = "messages", ends: bool = True) -> list[M
 
     Raises:
         InputError: they are no list of messages, a role is unknown, none is of the user or has text, the
-            last is the assistant's, or they are too long.
+            last is the assistant's, one to answer here has parts that are no text, or they are too long or
+            no JSON values.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError(f"{where}: expected a list of messages, got {messages!r:.40}")
-    length = 0
     for number, message in enumerate(messages, 1):
         role = message.get("role") if isinstance(message, Mapping) else None
         if role not in ROLES:
@@ -51,11 +51,17 @@ def checked(messages: Any, where: str = "messages", ends: bool = True) -> list[M
             raise InputError(
                 f"{where}, message {number}: expected text or a list of parts, got {given!r:.40}"
             )
-        length += len(content(message))
+        for part in given if ends and isinstance(given, list) else ():
+            if not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
+                raise InputError(f"{where}, message {number}: expected parts of text alone, got {part!r:.60}")
     if not any(message["role"] == "user" and content(message).strip() for message in messages):
         raise InputError(f"{where}: expected a message of the user with text, since it is routed by it")
     if ends and messages[-1]["role"] == "assistant":
         raise InputError(f"{where}: expected a message to answer at the end, got the assistant's")
+    try:
+        length = len(packed(messages))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: expected values as in JSON ({error})") from error
     if length > LARGEST:
         raise InputError(f"{where}: expected at most {LARGEST} characters, got {length}")
     return list(messages)

@@ -192,8 +192,8 @@ def read_queries(path: Path) -> list[Query]:
 
 
 def _check_id(name: str, line: int, lines: dict[str, int], path: Path) -> None:
-    """Refuses no id, and one of an earlier line."""
-    if not name.strip():
+    """Refuses no id, one that is no UTF-8, and one of an earlier line."""
+    if not name.strip() or any("\ud800" <= letter <= "\udfff" for letter in name):
         raise InputError(f"{path}, line {line}, column id: expected an id, got {name!r}")
     if (first := lines.setdefault(name, line)) != line:
         raise InputError(
@@ -216,6 +216,8 @@ def query_of(row: Mapping[str, Any], where: str, csv: bool = False) -> Query:
     kind = row.get("eval_type", GENERATION)
     if kind not in EVAL_TYPES:
         raise InputError(f"{where}, column eval_type: expected {' or '.join(EVAL_TYPES)}, got {kind!r:.40}")
+    if row.get("tools"):
+        raise InputError(f"{where}: expected no `tools`, since a prompt has none; leave them out")
     messages = checked(row["messages"], where) if "messages" in row else []
     text = shown(messages) if messages else row["input"]
     if not isinstance(text, str):

@@ -33,6 +33,8 @@ from starlette.routing import Route
 
 from router.api import Choice, Prompt, Router
 from router.constants import CANARY
+from router.model.template import Template
+from router.queries.conversation import checked
 from router.routing.variants import served_names
 from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed, routed_by
 from router.serving.names import AUTO
@@ -56,7 +58,7 @@ class Decided(NamedTuple):
 
     choice: Choice
     variant: str | None  # None for the plain base model
-    template: str | None = None  # that the variant's adapters were trained in, if it is another
+    template: Template | None = None  # that the variant's adapters were trained in, if it is another
 
 
 class Routed(NamedTuple):
@@ -151,8 +153,7 @@ class Proxy:
         names = served_names(router.variants)
         for choice in router.choose(prompts):
             assert choice.variant is not None  # a router without variants is refused at the start
-            own = router.templates.get(choice.variant)
-            found.append(Decided(choice, names[choice.variant], own.source if own else None))
+            found.append(Decided(choice, names[choice.variant], router.templates.get(choice.variant)))
         return found
 
     async def _decided(self, prompt: Prompt) -> Decided:
@@ -163,6 +164,8 @@ class Proxy:
             raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error
         except IndexError as error:  # it spells a token that the base model has no embedding of
             raise HTTPException(400, "expected a text that the base model can read") from error
+        except InputError as error:  # its template refuses the messages, or there is none
+            raise HTTPException(400, str(error)) from error
         self.seconds.labels("probe").observe(time.perf_counter() - start)
         return found
 
@@ -235,8 +238,9 @@ class Proxy:
         fields: dict[str, Any] = {"model": name}
         if (serves := await self.upstream.known(key, self.router)).loras is not None:
             fields["lora"] = self._scales(decided, serves)
-        elif decided.template and "messages" in body and request.scope["path"] == CHATS:
-            fields["chat_template"] = decided.template  # vLLM's word; serve.sh has it trust this one
+        elif (own := decided.template) and "messages" in body and request.scope["path"] == CHATS:
+            taken = own.tried(checked(body["messages"], ends=False)) is not None
+            fields |= {"chat_template": own.source} if taken else {}  # vLLM's word; serve.sh trusts it
         self.requests.labels(name).inc()
         self.frames.labels(decided.choice.frame).inc()
         self._calibrate()

@@ -145,7 +145,13 @@ def test_a_hub_adapter_has_its_name_and_commit(monkeypatch, tmp_path):
     (adapter,) = load_library(["some/adapter@v2"])
     assert (adapter.name, adapter.revision) == ("adapter", "0123abc")
     assert is_here("some/adapter@v2")
-    files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "chat_template.jinja"]
+    files = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "chat_template.jinja",
+        "tokenizer_config.json",
+    ]
     assert asked == [("some/adapter", "v2", here, files) for here in (False, True)]
 
 

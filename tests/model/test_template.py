@@ -52,6 +52,13 @@ def test_a_template_that_fails_is_a_sentence(base, tmp_path, source):
             template_of(base.tokenizer, path)
 
 
+def test_a_frame_is_the_same_tomorrow(base, monkeypatch):
+    dated = Template(base.tokenizer, "{{ strftime_now('%d %b %Y') }}\n" + PLAIN)
+    assert dated.frame.before == "01 Jan 2025\nuser: "
+    assert dated.turns([{"role": "user", "content": "x"}])[0].common == dated.frame
+    assert not dated.text([{"role": "user", "content": "x"}]).startswith("01 Jan 2025")  # it is asked today
+
+
 def test_the_first_token_is_not_written_twice(base):
     class Stub:
         bos_token, bos_token_id, chat_template = "<s>", 1, "there"

@@ -193,6 +193,7 @@ LOWER = {"post_processor": None, "normalizer": {"type": "Lowercase"}}
     ("file", "change", "flags", "again", "differs"),
     [
         ("config.json", ROPE, (), (), "configuration"),
+        ("tokenizer_config.json", {"chat_template": "{{ messages[0]['content'] }}"}, (), (), "configuration"),
         ("tokenizer.json", LOWER, (), (), "configuration"),
         ("generation_config.json", {"eos_token_id": 7}, (), (), "configuration"),
         (None, {}, ("--dtype", "bfloat16"), (), "threads"),

@@ -60,7 +60,14 @@ BAD = {
     "blank": ({"messages": [{"role": "user", "content": " "}]}, "user"),
     "answered": ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, "assistant"),
     "megabytes": ({"messages": [{"role": "user", "content": "x" * (5 << 20)}]}, "characters"),
+    "megabytes of calls": (
+        {"messages": [{"role": "assistant", "tool_calls": "x" * (5 << 20)}, *HI]},
+        "characters",
+    ),
+    "a picture": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {}]}]}, "parts"),
+    "tools": ({"messages": HI, "tools": [{}]}, "tools"),
     "an id": ({"id": [], "messages": HI}, "id"),
+    "half an id": ({"id": "\ud83d", "messages": HI}, "column id"),
     "an id twice": ({"id": "1", "input": "x"}, "line 1"),
     "a kind": ({"input": "x", "eval_type": "essay"}, "eval_type"),
     "no choices": ({"input": "x", "eval_type": "multiple_choice"}, "answer_choices"),
@@ -117,6 +124,13 @@ def test_a_run_answers_a_conversation_in_the_template(command, tmp_path, capsys,
         assert ("user: {query}" in capsys.readouterr().out) == framed
     monkeypatch.setattr("router.run.load_method", lambda name: Merges)  # a starter-kit method takes none
     assert command({"messages": HI}) == 2
+
+
+def test_half_a_character_costs_no_report(command, tmp_path):
+    half = {"role": "user", "content": "half \ud83d"}
+    assert command({"messages": [half]}, {"input": half["content"]}) == 0
+    assert "half ?" in (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert not (tmp_path / "out" / ".journal").exists()
 
 
 @pytest.fixture()
@@ -232,8 +246,9 @@ def test_python_takes_texts_and_conversations(chat_router, tmp_path):
     assert Router.load(tmp_path / "saved", device="cpu").choose(asked) == chosen
     assert router.choose(asked[::-1]) == chosen[::-1]  # known, and no text is kept of them
     assert len(router._known) == 2 and {len(key) for key in router._known} == {32}
-    with pytest.raises(InputError, match="text 2, message 1"):
-        router.route(["x", [{"role": "bot"}]])
+    for wrong in ({"role": "bot"}, {"role": "user", "content": "x", "at": object()}):
+        with pytest.raises(InputError, match="text 2"):
+            router.route(["x", [wrong]])
 
 
 def test_an_adapter_is_asked_in_the_template_that_it_brings(chat_router, tiny_library, base, caplog):
@@ -250,6 +265,16 @@ def test_an_adapter_is_asked_in_the_template_that_it_brings(chat_router, tiny_li
     assert answer(HI) == answer("<hi>") != answer("user: hi\nassistant: ")
     bring("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN)
     assert answer(talk) == plain and "no system" in caplog.text  # one that refuses is not used
+    for folder in tiny_library.iterdir():
+        (folder / "chat_template.jinja").unlink()
+        of_one = {"chat_template": "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(of_one))
+    assert answer(HI) == answer("<hi>")
+    bring("{{ raise_exception('never') }}")
+    caplog.clear()
+    assert answer(talk) == plain
+    assert answer("1 + 1 =") == chat_router(method="average", max_gen_len=6).answer(["1 + 1 ="])
+    assert "never" in caplog.text
     ids = tuple(base.tokenizer("abc")["input_ids"])
     assert cut_at(base.tokenizer, Answer("abc", ids), ids[1]) == Answer("a", ids[:2])  # a turn's end
 
@@ -306,6 +331,8 @@ def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch,
     talks = queries_of(*(f"question {n}" for n in range(SHARED)), system="Be kind.")
     found, journal = method(), Journal(tmp_path / "journal", {"a": 1})
     expected = found.route(talks, found.encoded(talks))
+    shown = {tuple(expected.evidence.frames[int(n)]) for n in expected.evidence.frame}
+    assert shown == {("system: Be kind.\nuser: ", "\nassistant: ")}
     kept = type(found)(found.name, found.base, found.adapters, replace(found.context, journal=journal))
     kept.template = found.template
     for _ in range(2):  # the second time all is known
@@ -324,6 +351,49 @@ def test_what_many_prompts_share_is_a_frame(method):
     by_template, by_flag = method(), method(chat_template=None, frame="user: {input}\nassistant: ")
     pairs = ((by_template, queries_of(*texts)), (by_flag, framed))
     np.testing.assert_array_equal(*(of.route(some, of.encoded(some)).weights for of, some in pairs))
+
+
+def test_an_answer_ends_where_the_variants_own_template_ends_a_turn(method, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("router.model.template.is_mark", lambda tokenizer, ids: bool(ids))
+    for name, end in (("plain", "\n"), ("other", "!")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "chat_template.jinja").write_text(PLAIN.replace("\n", end))
+    (query,), made = queries_of("x"), method()
+    ids = tuple(base.tokenizer("a!b\nc")["input_ids"])
+    ended = [
+        made._ended([query], [Answer("a!b\nc", ids)], [folder])[0].text
+        for folder in (None, tmp_path / "other")
+    ]
+    assert ended == ["a!b", "a"]
+
+
+def test_a_template_that_wants_a_system_message_gets_one(chat_router, tmp_path):
+    strict = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no job') }}{% endif %}" + PLAIN
+    router = chat_router()  # which writes the file
+    (tmp_path / "template.jinja").write_text(strict)
+    router = chat_router().fit(["1 + 1 ="])
+    router.choose(["2 + 2 =", [{"role": "system", "content": "S"}, *HI]])
+    with pytest.raises(InputError, match="no job"):
+        router.answer([HI])
+
+
+def test_a_long_chat_keeps_both_its_ends(method):
+    made = method(max_seq_len=40)
+    asked = [{"role": "system", "content": "rules " * 40}, *HI]
+    (ids,) = made.encoded([Query("0", "", "generation", (), json.dumps(asked))])
+    text = made.tokenizer.decode(ids)
+    assert len(ids) == 40 and text.startswith("system: rules") and text.endswith("user: hi\nassistant: ")
+    ((read,),) = made.turns([Query("0", "", "generation", (), json.dumps(asked))])
+    assert list(read.ids) == ids
+
+
+def test_brief_messages_do_not_push_a_job_out(method):
+    job = "Write a headline for this story, please, and keep it short"
+    words = [job, *["why?"] * (2 * TURNS), "thanks"]
+    asked = json.dumps([{"role": "user", "content": text} for text in words])
+    (turns,) = method().turns([Query("0", "", "generation", (), asked)])
+    spelt = [method().tokenizer.decode(read.ids) for read in turns]
+    assert len(turns) == TURNS and job in spelt[0] and "thanks" in spelt[-1]
 
 
 def test_of_a_long_conversation_the_last_messages_are_read(method):

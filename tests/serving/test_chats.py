@@ -12,6 +12,7 @@ openai = pytest.importorskip("openai", reason="needs the extra test")
 from serving_stubs import Upstream, chat, proxied, serving  # noqa: E402
 
 from helpers import PLAIN  # noqa: E402
+from router.model.template import Template  # noqa: E402
 from router.pipeline.reading import SHARED  # noqa: E402
 from router.routing.variants import served  # noqa: E402
 from router.serving.export import vllm  # noqa: E402
@@ -94,4 +95,16 @@ async def test_a_variant_that_brings_a_template_is_asked_in_it(saved_chats, tiny
         ):
             await client.post(path, json=body)
         assert [body.get("chat_template") for _, body, _ in upstream.seen] == [other, None, None]
+        refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        router.templates = dict.fromkeys(router.templates, Template(router.tokenizer, refusing + other))
+        for messages in ([{"role": "system", "content": "Be kind."}], []):
+            body = chat(fits)
+            await client.post("/v1/chat/completions", json=body | {"messages": messages + body["messages"]})
+        assert [bool(body.get("chat_template")) for _, body, _ in upstream.seen[3:]] == [False, True]
+        router._method.template = Template(router.tokenizer, refusing + PLAIN)
+        told = await client.post(
+            "/v1/chat/completions",
+            json=chat("x") | {"messages": [{"role": "system", "content": "S"}, *chat("x")["messages"]]},
+        )
+        assert told.status_code == 400 and "no system" in told.json()["error"]["message"]
     assert "--trust-request-chat-template" in vllm(read_served(tmp_path / "saved"))

@@ -11,6 +11,7 @@ pytest.importorskip("starlette", reason="needs the extra serve")
 from serving_stubs import Two
 
 from helpers import stand_in
+from router.system.errors import InputError
 
 
 @pytest.fixture()
@@ -37,10 +38,10 @@ def plug(monkeypatch):
     sys.modules.pop("router.integrations.litellm", None)
 
 
-def ask(hook, *bodies):
+def ask(hook, *bodies, kind="completion"):
     async def together():
         return await asyncio.gather(
-            *(hook.async_pre_call_hook(None, None, body, "completion") for body in bodies),
+            *(hook.async_pre_call_hook(None, None, body, kind) for body in bodies),
             return_exceptions=True,
         )
 
@@ -58,6 +59,14 @@ def test_auto_becomes_the_variant_and_other_names_pass(plug):
     assert first == chat | {"model": "variant-0"} and second["model"] == "base" and third == other
     assert router.batches == [["an x", "none"]]  # in one pass
     assert error.status_code == 400
+    for kind in ("aembedding", "moderation", "aspeech"):
+        (error,) = ask(plug.AutoModel(router), {"model": "auto", "input": "an x"}, kind=kind)
+        assert error.status_code == 400 and kind in str(error)
+    (found,) = ask(plug.AutoModel(router), {"model": "auto", "input": "an x"}, kind="aresponses")
+    assert found["model"] == "variant-0"
+    router.choose = lambda prompts: (_ for _ in ()).throw(InputError("the chat template does not take it"))
+    (error,) = ask(plug.AutoModel(router), chat)
+    assert error.status_code == 400 and "template" in str(error)
 
 
 def test_the_router_is_the_one_that_the_environment_names(plug, monkeypatch):

@@ -34,7 +34,7 @@ def write_report(folder: Path) -> Path:
     """
     if not is_sealed(folder / REPORT):
         raise InputError(f"{folder / REPORT}: expected none, or one as it was made; move it away")
-    html = render(load(folder))
+    html = render(load(folder)).encode("utf-8", "replace").decode()  # half a character of a query is none
     with replacing(folder / REPORT) as file:
         file.write(sealed(html))
     return folder / REPORT
