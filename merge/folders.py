@@ -203,11 +203,7 @@ def open_adapter(path: Path) -> AdapterFolder:
 
 
 def _scales(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    """Each module's scale, after checking that the configuration goes with the weights.
-
-    Raises:
-        AdapterError: it does not, or its patterns take too long.
-    """
+    """Each module's scale, after checking that the configuration goes with the weights."""
     names = _Matcher(path)
     if left_out := [module for module in ranks if not names.targeted(config, module)]:
         raise AdapterError(

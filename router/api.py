@@ -37,8 +37,8 @@ from router.pipeline.saved import ABOUT, Saved, changed, replacing_router
 from router.pipeline.state import FILE
 from router.pipeline.steps import Method
 from router.pipeline.steps import load as load_library_and_base
-from router.queries.conversation import Message, checked, packed, shown
-from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
+from router.queries.conversation import Message
+from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query, query_of
 from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
 from router.routing.probe import Probed, confidence_of
 from router.routing.variants import VARIANTS, Variant, content_of, decide, folder_names, hashed
@@ -435,7 +435,13 @@ class Router:
             self._measure(work / VARIANTS)
             proto.prepare()
             state.save(list(proto.fits.values()), work)
-            self._about(work).write(work)
+            base, settings = self._base, {key: getattr(proto.settings, key) for key in SETTINGS}
+            dtype: Any = str(base.model.dtype).removeprefix("torch.")
+            Saved(
+                FORMAT, own_version(), base.name, base.revision, base.sha256, base.configuration,
+                base.name == EMBEDDED_ID and base.revision is None, dtype, self.candidates, settings,
+                proto.template.source, self.variants, self._centres.tolist(), hashes(work),
+            ).write(work)  # fmt: skip
         return folder
 
     def _measure(self, folder: Path) -> None:
@@ -447,18 +453,6 @@ class Router:
                 model = models.activate(folder / name if name else None)
                 found.append(replace(variant, canary=float(confidence_of(forward(model, *rows))[0])))
         self.variants = found
-
-    def _about(self, folder: Path) -> Saved:
-        """The record of this router, whose other files are in a folder."""
-        proto, base = self._proto, self._base
-        settings = {key: getattr(proto.settings, key) for key in SETTINGS}
-        assert self._centres is not None
-        dtype: Any = str(base.model.dtype).removeprefix("torch.")
-        return Saved(
-            FORMAT, own_version(), base.name, base.revision, base.sha256, base.configuration,
-            base.name == EMBEDDED_ID and base.revision is None, dtype, self.candidates, settings,
-            proto.template.source, self.variants, self._centres.tolist(), hashes(folder),
-        )  # fmt: skip
 
     @_one_at_a_time
     def answer(self, texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None = None) -> list[str]:
@@ -489,11 +483,7 @@ class Router:
         ]
 
     def _variants(self) -> Path:
-        """The folder of the variants, which are written once.
-
-        Raises:
-            InputError: since this router was loaded, another one was saved in its place.
-        """
+        """The folder of the variants, which are written once."""
         if self._folder is not None:
             self._check_there()
             return self._folder / VARIANTS
@@ -534,42 +524,23 @@ def _key(read: Read) -> bytes:
 
 
 def _queries(texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None) -> list[Query]:
-    """Queries, numbered from 0.
-
-    Raises:
-        ValueError: a text is neither a text nor a conversation, or choices are missing.
-    """
-    texts = _listed(texts, "a list of texts")
-    if not texts:
-        raise ValueError("expected at least one text, got none")
-    if choices is None:
-        return [_query(n, text, GENERATION, ()) for n, text in enumerate(texts)]
-    options = [tuple(_listed(of, "for each text a list of choices")) for of in choices]
-    if len(options) != len(texts) or not all(options):
-        raise ValueError("expected for each text a list of at least one choice")
-    pairs = enumerate(zip(texts, options, strict=True))
-    return [_query(n, text, MULTIPLE_CHOICE, of) for n, (text, of) in pairs]
-
-
-def _query(number: int, text: Prompt, kind: str, choices: Sequence[str]) -> Query:
-    for n, choice in enumerate(choices, 1):
-        if not isinstance(choice, str):
-            raise ValueError(f"expected texts as choices, got a {type(choice).__name__} as number {n}")
-    if isinstance(text, (list, tuple)):
-        messages = checked(text, f"text {number + 1}")
-        return Query(str(number), shown(messages), kind, tuple(map(str, choices)), packed(messages))
-    if not isinstance(text, str):
-        raise ValueError(f"expected a list of texts, got a {type(text).__name__} as number {number + 1}")
-    return Query(str(number), str(text), kind, tuple(map(str, choices)))
+    """Queries, numbered from 0."""
+    texts, kind = _listed(texts, "a list of texts"), GENERATION if choices is None else MULTIPLE_CHOICE
+    given = [()] * len(texts) if choices is None else choices
+    options = [_listed(of, "for each text a list of choices") for of in given]
+    if not texts or len(options) != len(texts):
+        raise ValueError("expected at least one text, and a list of choices for each or for none")
+    queries = []
+    for n, (text, of) in enumerate(zip(texts, options, strict=True)):
+        asked = {"messages": text} if isinstance(text, (list, tuple)) else {"input": text}
+        row = {"id": str(n), "eval_type": kind, "answer_choices": of}
+        queries.append(query_of(row | asked, f"text {n + 1}"))
+    return queries
 
 
 def _listed(values: Any, what: str) -> list[Any]:
-    """The elements of a list, a tuple, an array or a Series.
-
-    Raises:
-        ValueError: it is none of these.
-    """
+    """The elements of a list, a tuple, an array or a Series."""
     if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray, pd.Series)):
         hint = "; put it into a list" if isinstance(values, str) else ""
         raise ValueError(f"expected {what}, got a {type(values).__name__}{hint}")
-    return list(values)
+    return [str(one) if isinstance(one, str) else one for one in values]  # NumPy's texts, too

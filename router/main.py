@@ -149,11 +149,7 @@ def _run(args: argparse.Namespace, settings: Settings, began: float) -> int:
 
 
 def _check_address_space() -> None:
-    """Refuses a limit below which the libraries are not loaded: OpenBLAS then tries for ever.
-
-    Raises:
-        InputError: there is one.
-    """
+    """Refuses a limit below which the libraries are not loaded: OpenBLAS then tries for ever."""
     if sys.platform == "win32":
         return
     import resource

@@ -35,8 +35,8 @@ LESS = "fewer --actors, --dtype bfloat16 (half as much for weights)"
 TRIES = 3  # of a block whose actor dies; without a limit Ray would try for ever
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0, 2 for wrong input, 130 if it was stopped."""
     p = argparse.ArgumentParser(
         prog="proto-route ray", description="Answers many queries with Ray Data and a router of proto_route."
     )
@@ -53,12 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--block", type=count, default=1000, help="queries of a file of answers, from 1 (default: 1000)")
     where = "this machine alone, or the Ray cluster that it belongs to (default: local)"
     add("--address", default="local", choices=("local", "auto"), help=where)
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0, 2 for wrong input, 130 if it was stopped."""
-    args = parser().parse_args(argv)
+    args = p.parse_args(argv)
     signal.signal(signal.SIGTERM, stop)
     try:
         return exit_code(lambda: _run(args))
@@ -111,11 +106,7 @@ def read(path: Path) -> list[Query]:
 
 
 def _name(path: Path, args: argparse.Namespace) -> str:
-    """The folder of a file's answers: its name, and a hash of all that the answers depend on.
-
-    Raises:
-        InputError: there is no router.
-    """
+    """The folder of a file's answers: its name, and a hash of all that the answers depend on."""
     known = [file for name in ("router.json", "run.json") if (file := args.router / name).is_file()]
     if not known:
         raise InputError(f"--router {args.router}: expected a saved router or a finished run, found neither")
@@ -230,7 +221,3 @@ def _answer(todo: Mapping[Path, Sequence[Query]], args: argparse.Namespace) -> N
         ray.shutdown()
     if failed:
         print(f"{failed} queries have no answer and say `unknown`", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from router.constants import FORMAT
 from router.methods import load_method
+from router.model.apply import applied
 from router.pipeline.context import Context
 from router.pipeline.evidence import Evidence
 from router.settings import Settings
@@ -401,6 +403,13 @@ def inputs_of(model, modules, run):
     for handle in handles:
         handle.remove()
     return seen
+
+
+@contextmanager
+def active(base, folder, how="auto"):
+    """The base model with one folder active; None leaves it plain."""
+    with applied(base, how) as models:
+        yield models.activate(folder)
 
 
 def logits(model):

@@ -8,11 +8,10 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from helpers import method_of, peft_deltas, read_table
+from helpers import active, method_of, peft_deltas, read_table
 from router.library.adapters import load_library
 from router.main import main
 from router.model.answer import encode
-from router.model.apply import active
 from router.model.base import load_base
 from router.queries.submission import read_queries
 

@@ -41,8 +41,7 @@ ENDS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [*ENDS, *product(kinds(), [object(), b"", [], (7,), -1, float("nan")])],
+    ("name", "value"), [*ENDS, *product(kinds(), [object(), b"", [], (7,), -1, float("nan")])]
 )
 def test_a_value_that_a_setting_refuses_is_named_by_its_flag(name, value):
     with pytest.raises(InputError, match=f"--{name}: "):

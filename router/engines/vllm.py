@@ -121,11 +121,7 @@ def _score(output: Any, tail: Sequence[int], scoring: Scoring) -> float:
 
 @contextmanager
 def _loaded(base: Base, variants: Sequence[Path], longest: int) -> Iterator[Any]:
-    """vLLM with the base model and room for the variants.
-
-    Args:
-        longest: tokens of a prompt and its answer.
-    """
+    """vLLM with the base model, the variants, and room for `longest` tokens of a prompt and its answer."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import torch

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import HTTPException
 from litellm.integrations.custom_logger import CustomLogger
 
-from router.api import Choice, Prompt, Router
+from router.api import Choice, Router
 from router.constants import BASE_COLUMN
 from router.routing.variants import served_names
 from router.serving.names import AUTO
@@ -65,7 +64,8 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
             raise HTTPException(400, str(error)) from error
         except asyncio.QueueFull as error:
             raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error
-        return data | {"model": self._name(choice)}
+        assert self.router is not None and choice.variant is not None  # or it would not be served
+        return data | {"model": served_names(self.router.variants)[choice.variant] or BASE_COLUMN}
 
     async def _started(self) -> Prober:
         async with self._starting:
@@ -77,16 +77,8 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
                     self.router = await asyncio.to_thread(Router.load, folder)
                 if not self.router.variants:
                     raise InputError("expected a router with variants; decide them with Router.fit")
-                self._prober = Prober(self._choose, WAITING)
+                self._prober = Prober(self.router.choose, WAITING)
         return self._prober
-
-    def _choose(self, prompts: Sequence[Prompt]) -> list[Choice]:
-        assert self.router is not None
-        return self.router.choose(prompts)
-
-    def _name(self, choice: Choice) -> str:
-        assert self.router is not None and choice.variant is not None
-        return served_names(self.router.variants)[choice.variant] or BASE_COLUMN
 
 
 hook = AutoModel()

@@ -182,11 +182,7 @@ class Auto:
         engine.generate = self.generate
 
     async def _loaded(self) -> Library:
-        """The router in its folder, with its prototypes in the workers and its variants in the engine.
-
-        Raises:
-            InputError: one of them is missing or does not fit.
-        """
+        """The router in its folder, with its prototypes in the workers and its variants in the engine."""
         if not (self.folder / ABOUT).is_file():
             raise InputError(f"{self.folder}: expected a saved router; a run makes one by Router.save")
         sha256 = Saved.read(self.folder).files[FILE]  # which `load` compares with the file, and so do workers
@@ -460,11 +456,7 @@ class Door:
 
     @staticmethod
     def _asked(request: Request, raw: bytes) -> Asked | None:
-        """A request for `auto`; None for another one.
-
-        Raises:
-            HTTPException: 400, it says nothing by which it could be routed, or not at a door that routes.
-        """
+        """A request for `auto`; None for another one. What cannot be routed is an error of status 400."""
         try:
             body = object_of(request, raw)
         except HTTPException:  # vLLM says what is wrong with it

@@ -30,13 +30,7 @@ VERSIONS = 2  # of the library: requests that began before a reload end with the
 
 
 def mark(version: str, frame: int, number: str) -> str:
-    """The id of a request whose prompt is read.
-
-    Args:
-        version: of the library.
-        frame: the number of the frame that it is compared in.
-        number: unlike any other's, letters and digits.
-    """
+    """The id of a request whose prompt is read; `number` is unlike any other's, letters and digits."""
     return f"proto-route-{version}-{frame}-{number}"
 
 
@@ -193,11 +187,7 @@ class Reader:
             self.reading.clear()  # some are half read
 
     def _visit(self, group: Group, names: set[str], x: Tensor) -> None:
-        """Adds what the tokens of a module's input tell to the prompts' responses.
-
-        Args:
-            x: (tokens of the batch, d_in).
-        """
+        """Adds what the tokens of a module's input x, (tokens, d_in), tell to the prompts' responses."""
         fitted = group.prompts[0].fitted
         x = x[: group.inputs.of]  # what fills up the batch comes last
         for name in names & group.places.keys():
@@ -260,11 +250,7 @@ class Reader:
         return Group(prompts, Inputs(counted[None]), views[..., counted], places)
 
     def _finish(self, logits: Tensor | None) -> None:
-        """Keeps the responses of the prompts that end in this step.
-
-        Args:
-            logits: (requests, V) of the next token.
-        """
+        """Keeps the responses of the prompts that end in this step; logits are (requests, V)."""
         last, self.last = self.last, []
         for row, name, prompt in last:
             if logits is not None:

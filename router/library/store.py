@@ -28,14 +28,6 @@ def content(adapter: Adapter) -> str:
     return hashlib.sha256(adapter.sha256.encode() + config).hexdigest()[:32]
 
 
-def kept(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors kept under a name, made and kept if there are none."""
-    if (known := load(name)) is None:
-        known = make()
-        save(name, known)
-    return known
-
-
 def each_kept(
     names: Sequence[str], make: Callable[[list[int]], Iterable[dict[str, Tensor]]]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:

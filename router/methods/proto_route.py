@@ -174,11 +174,7 @@ class ProtoRoute(Method):
         return Routing(weights, evidence)
 
     def _judged(self, reads: Sequence[Read], name: str = "part") -> Routing:
-        """The routing of what was read, by `frame` alone; the same text is probed once.
-
-        Args:
-            name: under which the journal keeps its parts.
-        """
+        """The routing of what was read, by `frame` alone; the same text is probed once, kept as `name`."""
         frames = {frame: n for n, frame in enumerate(dict.fromkeys(read.frame for read in reads))}
         prompts = sorted(dict.fromkeys(reads), key=lambda read: frames[read.frame])
         with self.context.processes.first():  # the others find prototypes and calibration on disk

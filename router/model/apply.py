@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -113,12 +113,7 @@ class Merged(Applied):
 
 
 def _copied(weight: Tensor, module: str) -> Tensor:
-    """A copy of a weight that an update can be added to.
-
-    Raises:
-        InputError: its values are not those that the layer multiplies with (they are quantised).
-        MemoryError: there is no memory for it.
-    """
+    """A copy of a weight that an update can be added to, so not of a quantised one."""
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.ndim != 2:
         raise InputError(
             f"--apply merged: expected weights of 16 or 32 bits, got {weight.dtype} in {module}; pass "
@@ -226,10 +221,3 @@ def _wrapped(model: Any, folder: Path) -> Any:
 def swap_order(folders: Sequence[Path | None]) -> list[int]:
     """The numbers of folders in the order in which to activate them: by modules, then by rank."""
     return sorted(range(len(folders)), key=lambda n: _changed(folders[n]))
-
-
-@contextmanager
-def active(base: Base, folder: Path | None, how: Apply = "auto") -> Iterator[Any]:
-    """The base model with one folder active; None leaves it plain. Afterwards it is as it was."""
-    with applied(base, how) as models:
-        yield models.activate(folder)

@@ -130,11 +130,7 @@ def _stamps(weights: Path) -> list[tuple[Any, ...]]:
 
 
 def _check_unchanged(weights: Path, before: list[tuple[Any, ...]]) -> None:
-    """Refuses a model that was replaced since: what is kept under its weights' hash would be another's.
-
-    Raises:
-        InputError: they were.
-    """
+    """Refuses a model that was replaced since: what is kept under its weights' hash would be another's."""
     if _stamps(weights) != before:
         raise InputError(f"{weights}: the model was changed while it was read; run again")
 
@@ -164,10 +160,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def load_base(
-    spec: str,
-    device: str = "auto",
-    dtype: str = "auto",
-    device_map: str | dict[str, Any] | None = None,
+    spec: str, device: str = "auto", dtype: str = "auto", device_map: str | dict[str, Any] | None = None
 ) -> Base:
     """Loads a base model for inference. Its own code, if it brings any, is never run.
 
@@ -244,11 +237,7 @@ def ready(model: Any, device: str) -> Any:
 def _read(
     folder: Path, dtype: torch.dtype, place: str, device_map: str | dict[str, Any] | None = None
 ) -> tuple[Any, Any]:
-    """The tokenizer and the model of a folder; on `meta` no weights are read.
-
-    Raises:
-        ValueError: weights are missing, which transformers would draw at random.
-    """
+    """The tokenizer and the model of a folder; on `meta` no weights are read. Missing ones are an error."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

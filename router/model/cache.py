@@ -75,12 +75,7 @@ def keep_rows(cache: Any, rows: Tensor) -> None:
         layer.batch_select_indices(rows.to(layer.keys.device))
 
 
-def read_prompts(
-    model: Any,
-    ids: Tensor,
-    mask: Tensor,
-    room: int,
-) -> tuple[Tensor, Any]:
+def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tensor, Any]:
     """Reads a left-padded batch, with as many rows per pass as `tokens_at_once` allows.
 
     Args:

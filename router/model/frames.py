@@ -173,26 +173,18 @@ def turns_of_text(text: str, template: Frame | None = None) -> list[Parts]:
         end = len(whole) - len(mark)
         if not mark.startswith("<"):  # else blanks before the mark belong to the message
             end = len(text[:end].rstrip())
-        first = _after(text, text.find(user), user)
+        start = text.find(user)
+        first = start + len(user)
+        if not user.endswith("\n"):
+            first = len(text) - len(text[first:].lstrip())
         if first > end:
             continue
-        head, tail, written = text[:first], text[end:], text[text.find(user) : first]
+        head, tail, written = text[:first], text[end:], text[start:first]
         plain = written
-        if (
-            template is not None
-            and template.after.strip() == tail.strip()
-            and template.before.endswith(written)
-        ):
+        if template and template.after.strip() == tail.strip() and template.before.endswith(written):
             plain = template.before
         if head in (written, template and template.before, *(before + written for before in preambles)):
             plain = head
         asked = [turn.partition(mark)[0] for turn in text[first:end].split(written)]
         return [Parts(head, turn, tail, Frame(plain, tail)) for turn in asked if turn.strip()] or [bare(text)]
     return [bare(text)]
-
-
-def _after(text: str, start: int, user: str) -> int:
-    """Where the user's message begins, of which the mark begins at `start`."""
-    start += len(user)
-    blanks = 0 if user.endswith("\n") else len(text) - start - len(text[start:].lstrip())
-    return start + blanks

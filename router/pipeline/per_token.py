@@ -226,11 +226,7 @@ class PerToken(Method):
         return [None] * len(variants)
 
     def predict(
-        self,
-        queries: Sequence[Query],
-        rows: Sequence[Sequence[int]],
-        decision: Decision,
-        folder: Path,
+        self, queries: Sequence[Query], rows: Sequence[Sequence[int]], decision: Decision, folder: Path
     ) -> list[Answer]:
         """Answers with the base model while the adapters add to its modules' outputs."""
         with (

@@ -155,12 +155,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
 
 
 def _check(about: _About, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
-    """Refuses what does not fit together, or not to the base model.
-
-    Raises:
-        ValueError: something does not; the message says what.
-        KeyError: a tensor is missing.
-    """
+    """Refuses what does not fit together, or not to the base model."""
     n, modules = len(about.names), about.modules
     numbers = {*about.representative, *about.lookalikes, *about.silent}
     if len(about.representative) != n or not n or not numbers <= set(range(n)):

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 from router.queries.conversation import Message, checked, packed, shown
@@ -259,20 +260,12 @@ def _literal(text: str) -> Any:
         return None
 
 
-class _UnixLines:
-    """Ends each row with `\\n`. csv itself quotes a bare carriage return only if its line end has one."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
-
-    def write(self, row: str) -> int:
-        return self.file.write(row.removesuffix("\r\n") + "\n")
-
-
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Writes a CSV file as pandas and the starter kit do: minimal quotes, `\\n` line ends."""
     with replacing(path) as file:
-        writer = csv.writer(_UnixLines(file), lineterminator="\r\n")
+        # csv quotes a bare carriage return only if its own line end has one.
+        lines: Any = SimpleNamespace(write=lambda row: file.write(row.removesuffix("\r\n") + "\n"))
+        writer = csv.writer(lines, lineterminator="\r\n")
         writer.writerow(header)
         writer.writerows(rows)
 

@@ -159,10 +159,7 @@ class Calibration:
         return Measured(self.framing, means, responses, self._read([])[CONFIDENCE].numpy())
 
     def responses(
-        self,
-        adapters: Sequence[Adapter],
-        protos: Mapping[str, ModulePrototypes],
-        means: Mapping[str, Tensor],
+        self, adapters: Sequence[Adapter], protos: Mapping[str, ModulePrototypes], means: Mapping[str, Tensor]
     ) -> NDArray[np.float32]:
         """The adapters' responses, (generic prompts, adapters, modules, 2); NaN without a prototype."""
 

@@ -61,11 +61,7 @@ def counted_tokens(ids: Tensor, mask: Tensor, prefix: Sequence[int] = ()) -> Ten
 
 
 def input_means(
-    model: Any,
-    rows: Sequence[Sequence[int]],
-    pad_id: int,
-    modules: Sequence[str],
-    prefix: Sequence[int] = (),
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, modules: Sequence[str], prefix: Sequence[int] = ()
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The mean input of each module over all counted tokens of the prompts, (d_in,) float32 by module.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.nn.functional import embedding_bag
 
 from merge.factors import stacks, svd
 from router.library.adapters import Adapter
-from router.library.store import content, kept
+from router.library.store import content, load, save
 from router.system.progress import progress
 
 FORMAT = 1  # raise it when prototypes are computed in another way
@@ -71,7 +71,9 @@ def prototypes(
     folder = f"prototypes/{FORMAT}-torch{torch.__version__}-{dtype}"
     parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}  # by module
     for owner, adapter in enumerate(progress(adapters, desc="prototypes", unit="adapter")):
-        known = kept(f"{folder}/{content(adapter)}", partial(subspaces, adapter, dtype))
+        name = f"{folder}/{content(adapter)}"
+        if (known := load(name)) is None:
+            save(name, known := subspaces(adapter, dtype))
         for module in {key.rpartition(".")[0] for key in known}:
             part = owner, known[f"{module}.directions"], known[f"{module}.weights"]
             parts.setdefault(module, []).append(part)

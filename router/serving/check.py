@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from router.serving.names import read_served
 from router.system.errors import InputError, exit_code
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags."""
-    p = argparse.ArgumentParser(
-        prog="proto-route check",
-        description="Opens a router or a run as `proto-route serve` would, and says what is wrong.",
-    )
-    p.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="a saved router, or the output folder of a run"
-    )
-    p.add_argument("--base_model", metavar="FOLDER|HUB_ID", help="the base model, if it is elsewhere now")
-    return p
 
 
 def check(folder: Path, base_model: str | None = None) -> list[str]:
@@ -47,9 +33,12 @@ def check(folder: Path, base_model: str | None = None) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0, or 2 with what is wrong."""
-    args = parser().parse_args(argv)
+    p = argparse.ArgumentParser(
+        prog="proto-route check",
+        description="Opens a router or a run as `proto-route serve` would, and says what is wrong.",
+    )
+    add = p.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="a saved router, or the output folder of a run")
+    add("--base_model", metavar="FOLDER|HUB_ID", help="the base model, if it is elsewhere now")
+    args = p.parse_args(argv)
     return exit_code(lambda: print("\n".join(check(args.folder, args.base_model))))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

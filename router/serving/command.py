@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import re
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -20,8 +20,7 @@ from pydantic import Field
 
 from router.constants import ADDRESS, Dtype
 from router.settings import Count, Positive, reader
-from router.system.errors import InputError
-from router.system.keys import key_of
+from router.system.errors import InputError, exit_code
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
@@ -35,8 +34,12 @@ NEEDED = ("starlette", "httpx", "uvicorn", "prometheus_client")
 FILE_SIZE, FILES = 64 << 20, 9  # bytes of a file of decisions, and how many older ones are kept
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves; returns the exit code: 0, or 2 for input that a person can fix.
+
+    The environment variable PROTO_ROUTE_API_KEY holds the key that clients have to bring, if there is one,
+    and PROTO_ROUTE_UPSTREAM_KEY the one that the upstream asks for.
+    """
     p = argparse.ArgumentParser(
         prog="proto-route serve",
         description="An OpenAI-compatible proxy: requests for the model `auto` go to the variant that fits.",
@@ -57,39 +60,24 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--decisions", type=Path, metavar="FILE", help="write each decision as a line of JSON")
     add("--log_prompts", action="store_true", help="write prompts to the log, and to --decisions")
-    return p
+    args = p.parse_args(argv)
+    return exit_code(lambda: _serve(args))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serves; returns the exit code: 0, or 2 for input that a person can fix.
+def key_of(name: str) -> str | None:
+    """The key in an environment variable, without blanks around it; it never stands in a message or a log.
 
-    The environment variable PROTO_ROUTE_API_KEY holds the key that clients have to bring, if there is one,
-    and PROTO_ROUTE_UPSTREAM_KEY the one that the upstream asks for.
+    Raises:
+        InputError: a header cannot hold it.
     """
-    args = parser().parse_args(argv)
-    try:
-        if missing := [name for name in NEEDED if find_spec(name) is None]:
-            raise InputError(
-                f"proto-route serve: expected the packages of the extra `serve`, {', '.join(missing)} is "
-                "missing; install them with: pip install 'proto-route[serve]'"
-            )
-        if not re.fullmatch(ADDRESS, args.upstream):
-            raise InputError(
-                f"--upstream: expected an address such as http://127.0.0.1:8000, got {args.upstream!r}"
-            )
-        _serve(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    found = os.environ.get(name, "").strip()
+    if not (found.isascii() and found.isprintable()):
+        raise InputError(f"{name}: expected a key of printable ASCII characters, got others")
+    return found or None
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket that clients can connect to; they wait until it is served.
-
-    Raises:
-        InputError: the port is taken, or there is no such address.
-    """
+    """A socket that clients can connect to; they wait until it is served."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -113,6 +101,15 @@ def decisions_to(file: Path) -> RotatingFileHandler:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise InputError(
+            f"proto-route serve: expected the packages of the extra `serve`, {', '.join(missing)} is "
+            "missing; install them with: pip install 'proto-route[serve]'"
+        )
+    if not re.fullmatch(ADDRESS, args.upstream):
+        raise InputError(
+            f"--upstream: expected an address such as http://127.0.0.1:8000, got {args.upstream!r}"
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request of the proxy
     with _listening(args.host, args.port) as listener:  # first, since loading takes long
@@ -205,7 +202,3 @@ def impatient(timeout: float) -> type[H11Protocol]:
                 self.loop.call_later(timeout, self.look, self.cycle)
 
     return Impatient
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,11 +7,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from helpers import arguments, read_by_id, stand_in, write_queries, write_tiny_library
+from helpers import active, arguments, read_by_id, stand_in, write_queries, write_tiny_library
 from router.engines import vllm
 from router.main import main
 from router.model.answer import answers, encode
-from router.model.apply import active
 from router.model.base import load_base
 from router.pipeline.answering import answered_by_vllm
 from router.pipeline.context import Context

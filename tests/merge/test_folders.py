@@ -15,14 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import WIDTHS, delta, edit_json, peft_deltas, write_tiny_adapter
 from merge.factors import Factors
-from merge.folders import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterError,
-    open_adapter,
-    served_rank,
-    write_adapter,
-)
+from merge.folders import CONFIG_FILE, WEIGHTS_FILE, AdapterError, open_adapter, served_rank, write_adapter
 
 Q0 = "model.layers.0.self_attn.q_proj"
 

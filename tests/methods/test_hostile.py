@@ -71,8 +71,7 @@ def test_copies_that_write_something_else_get_no_query(base, library):
     for n in range(8):
         folder = write_tiny_adapter(library / f"hostile{n}", 0)  # reads as good0 does
         edit_weights(
-            folder / WEIGHTS_FILE,
-            lambda key, value, n=n: value.roll(n + 1, 0) if "lora_B" in key else value,
+            folder / WEIGHTS_FILE, lambda key, value, n=n: value.roll(n + 1, 0) if "lora_B" in key else value
         )
     found = routed(base, library)
     assert found.evidence.lookalikes == {f"hostile{n}": "good0" for n in range(8)}

@@ -9,8 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from helpers import logits
-from router.model.apply import Beside, Merged, active, applied
+from helpers import active, logits
+from router.model.apply import Beside, Merged, applied
 from router.model.base import linear_shapes, load_base
 from router.routing.variants import Variant, write_variant
 from router.system.errors import InputError

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from helpers import files_of, logits
+from helpers import active, files_of, logits
 from router.kit import Merges
-from router.model.apply import Hooked, active
+from router.model.apply import Hooked
 from router.model.base import load_base
 from router.model.device import spread
 from router.system.errors import InputError

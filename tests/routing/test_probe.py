@@ -8,13 +8,7 @@ from transformers import AutoModelForCausalLM
 from helpers import NAMES, dense_updates, inputs_of
 from router.library.adapters import load_library
 from router.model.answer import encode
-from router.routing.probe import (
-    Probed,
-    counted_tokens,
-    input_means,
-    probe,
-    unreadable,
-)
+from router.routing.probe import Probed, counted_tokens, input_means, probe, unreadable
 from router.routing.prototypes import prototypes
 
 # Of one, two and three tokens (none, one and two are counted beside the first), and longer ones.

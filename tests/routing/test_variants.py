@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import (
     NAMES,
+    active,
     delta,
     dense_updates,
     edit_json,
@@ -20,15 +21,8 @@ from helpers import (
     raw_factors,
 )
 from merge.factors import Factors
-from router.model.apply import active
 from router.model.base import linear_shapes, load_base
-from router.routing.variants import (
-    Variant,
-    complete,
-    decide,
-    materialise,
-    write_variant,
-)
+from router.routing.variants import Variant, complete, decide, materialise, write_variant
 
 MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
 

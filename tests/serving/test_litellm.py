@@ -41,8 +41,7 @@ def plug(monkeypatch):
 def ask(hook, *bodies, kind="completion"):
     async def together():
         return await asyncio.gather(
-            *(hook.async_pre_call_hook(None, None, body, kind) for body in bodies),
-            return_exceptions=True,
+            *(hook.async_pre_call_hook(None, None, body, kind) for body in bodies), return_exceptions=True
         )
 
     return asyncio.run(together())

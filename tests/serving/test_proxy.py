@@ -17,9 +17,9 @@ from starlette.routing import Route  # noqa: E402
 from helpers import ROOT  # noqa: E402
 from router.api import Choice  # noqa: E402
 from router.serving import prober as prober_module  # noqa: E402
+from router.serving.command import key_of  # noqa: E402
 from router.serving.text import prompt_of  # noqa: E402
 from router.system.errors import InputError  # noqa: E402
-from router.system.keys import key_of  # noqa: E402
 
 pytestmark = pytest.mark.anyio
 
@@ -423,9 +423,9 @@ async def test_the_clients_key_goes_to_the_upstreams_lists_too():
 
 @pytest.mark.parametrize("value", ["schl\u00fcssel", "a\nb", "\x00"])
 def test_a_key_that_no_header_can_hold_is_not_shown(value, monkeypatch):
-    monkeypatch.setattr("router.system.keys.os.environ", {"PROTO_ROUTE_API_KEY": value})
+    monkeypatch.setattr("router.serving.command.os.environ", {"PROTO_ROUTE_API_KEY": value})
     with pytest.raises(InputError) as caught:
         key_of("PROTO_ROUTE_API_KEY")
     assert value not in str(caught.value)
-    monkeypatch.setattr("router.system.keys.os.environ", {"PROTO_ROUTE_API_KEY": " secret\n"})
+    monkeypatch.setattr("router.serving.command.os.environ", {"PROTO_ROUTE_API_KEY": " secret\n"})
     assert key_of("PROTO_ROUTE_API_KEY") == "secret" and key_of("ANOTHER") is None
