@@ -104,3 +104,22 @@ def test_adapters_of_chats_are_told_from_those_of_bare_prompts():
     fitted = router._method.fitted()
     homes = {name: FORMS[home] for name, home in zip(fitted.names, fitted.homes, strict=True) if home}
     assert homes == {folder.name: "the chat template" for folder in chats.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_file_of_chats_is_answered_by_their_adapters(tmp_path):
+    folder = ROOT / "data"
+    lines = [json.loads(line) for line in (folder / "eval_chat.jsonl").read_text("utf-8").splitlines()][::6]
+    asked = [{"id": f"{n}", "messages": line["messages"]} for n, line in enumerate(lines)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)), "utf-8")
+    words = ["--dataset_filepaths", str(tmp_path / "asked.jsonl"), "--adapters", str(folder / "library_chat")]
+    assert (
+        main(["-m", "proto_route", *words, "--output_folder", str(tmp_path / "out"), "--max_gen_len", "8"])
+        == 0
+    )
+    right = []
+    for row, line in zip(read_table(tmp_path / "out" / "asked.routing.csv"), lines, strict=True):
+        weights = {name: float(row[name]) for name in row if name not in ("id", "variant")}
+        right.append(max(weights, key=weights.get) == line["adapter"])
+    assert sum(right) / len(right) >= 0.8
+    assert all(row["prediction"] for row in read_table(tmp_path / "out" / "asked.csv"))
