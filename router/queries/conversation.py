@@ -67,9 +67,16 @@ def checked(messages: Any, where: str = "messages", ends: bool = True) -> list[M
     return list(messages)
 
 
-def shown(messages: Sequence[Message]) -> str:
-    """A conversation for a reader."""
-    return "\n".join(f"{message['role']}: {content(message)}" for message in messages)
+def shown(messages: Sequence[Message], unread: str = "") -> str:
+    """A conversation for a reader.
+
+    Args:
+        unread: what is noted at messages that routing does not read.
+    """
+    read = (*SYSTEM, "user")
+    notes = ("" if message["role"] in read else unread for message in messages)
+    rows = (f"{of['role']}{note}: {content(of)}" for of, note in zip(messages, notes, strict=True))
+    return "\n".join(rows)
 
 
 def packed(messages: Sequence[Message]) -> str:

@@ -53,6 +53,11 @@ class Query:
         """The messages; none for a prompt."""
         return json.loads(self.messages) if self.messages else []
 
+    @property
+    def marked(self) -> str:
+        """The text, for a reader who asks what of a conversation routing has read."""
+        return shown(self.conversation, " (not read)") if self.messages else self.input
+
 
 def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a query file, JSON lines if its name ends in `.jsonl`, else CSV, with the line of each.
