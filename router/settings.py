@@ -160,7 +160,8 @@ class Settings:
     max_gen_len: Count = setting(64, "maximum number of new tokens per answer, from 1", "INT")
     max_seq_len: Count | None = setting(
         None,
-        "maximum number of tokens per prompt, from 1; longer ones keep their start, none keeps all",
+        "maximum number of tokens per prompt, from 1; longer ones keep their start, chats both ends; none "
+        "keeps all",
         "INT|none",
         none="none",
     )

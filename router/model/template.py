@@ -20,7 +20,7 @@ LARGEST = 1 << 20  # bytes of a template file
 MOST = 16 << 20  # bytes of a tokenizer's configuration
 # Before a template that writes today's date, for routing: so a frame is the same tomorrow.
 DATES = {"%d": "01", "%m": "01", "%b": "Jan", "%B": "January", "%Y": "2025", "%y": "25", "%A": "Wednesday"}
-UNDATED = "{% macro strftime_now(form) %}{{ form FILTERS }}{% endmacro %}".replace(
+UNDATED = "{% macro strftime_now(format) %}{{ format FILTERS }}{% endmacro %}\n".replace(
     "FILTERS", "".join(f"| replace('{code}', '{spelt}')" for code, spelt in DATES.items())
 )
 NEUTRAL: Message = {"role": "system", "content": "You are a helpful assistant."}
@@ -44,7 +44,8 @@ class Template:
     @property
     def jinja(self) -> Any:
         """The template; None if there is none, and a tokenizer may have several by name."""
-        return self.source or getattr(self.tokenizer, "chat_template", None)
+        found = self.source or getattr(self.tokenizer, "chat_template", None)
+        return found.get("default", found) if isinstance(found, dict) else found
 
     @property
     def known(self) -> bool:
@@ -120,7 +121,9 @@ class Template:
         """The token that ends a turn, if the template writes one after the user's message; else -1."""
         after = self.usable.after if self.usable else ""
         ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
-        return int(ids[0]) if is_mark(self.tokenizer, ids) else -1
+        # Gemma has line ends among its marks, which end no turn.
+        ends = is_mark(self.tokenizer, ids) and str(self.tokenizer.added_tokens_decoder[ids[0]]).strip()
+        return int(ids[0]) if ends else -1
 
     def turns(self, messages: Sequence[Message], query: str = "") -> list[Parts]:
         """Each message of the user that has text, with the system message alone, in the template.
@@ -176,8 +179,12 @@ def brought(tokenizer: Any, folder: Path) -> Template | None:
         if not older.is_file() or older.stat().st_size > MOST:
             return None
         source = json.loads(older.read_text("utf-8")).get("chat_template")
-        found = Template(tokenizer, source, str(older)) if source and isinstance(source, str) else None
-        _ = found and found.frame
+        if not source or not isinstance(source, str):
+            return None
+        if len(source.encode()) > LARGEST:  # refuses half a character, too
+            raise ValueError(f"more than {LARGEST} bytes")
+        found = Template(tokenizer, source, str(older))
+        _ = found.frame
         return found
     except (InputError, OSError, ValueError, AttributeError, RecursionError) as error:
         log.warning("%s: its chat template is not used (%s)", folder, reason(error))

@@ -227,6 +227,7 @@ class Method(ABC):
         Args:
             folder: holds the variants' folders.
         """
+        self._brought.clear()  # the folders may hold other variants by now
         labels = decision.clusters.labels
         paths = [folder / name if name else None for name in decision.folders]
         rows = self.asked(queries, rows, [paths[n] for n in labels])
@@ -344,7 +345,7 @@ def _cuts(rows: Rows, settings: Settings, model: Any) -> Iterator[str]:
         why = "leaves room for, so answers are shorter, or missing" if ends else "was made for"
         yield (
             f"{long} of {len(rows)} prompts have more than the {room} tokens that the base model {why}; "
-            f"--max_seq_len {room} reads the start of each alone"
+            f"--max_seq_len {room} reads the start of each alone, of a chat both ends"
         )
 
 

@@ -59,7 +59,7 @@ def checked(messages: Any, where: str = "messages", ends: bool = True) -> list[M
     if ends and messages[-1]["role"] == "assistant":
         raise InputError(f"{where}: expected a message to answer at the end, got the assistant's")
     try:
-        length = len(packed(messages))
+        length = len(packed(messages)) if ends else sum(len(content(message)) for message in messages)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{where}: expected values as in JSON ({error})") from error
     if length > LARGEST:

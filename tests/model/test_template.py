@@ -52,8 +52,9 @@ def test_a_template_that_fails_is_a_sentence(base, tmp_path, source):
             template_of(base.tokenizer, path)
 
 
-def test_a_frame_is_the_same_tomorrow(base, monkeypatch):
-    dated = Template(base.tokenizer, "{{ strftime_now('%d %b %Y') }}\n" + PLAIN)
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", "strftime_now(format='%d %b %Y')"])
+def test_a_frame_is_the_same_tomorrow(base, call):
+    dated = Template(base.tokenizer, f"{{{{ {call} }}}}\n" + PLAIN)
     assert dated.frame.before == "01 Jan 2025\nuser: "
     assert dated.turns([{"role": "user", "content": "x"}])[0].common == dated.frame
     assert not dated.text([{"role": "user", "content": "x"}]).startswith("01 Jan 2025")  # it is asked today

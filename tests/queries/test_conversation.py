@@ -2,7 +2,9 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from router.main import main
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import BARE, Frame, bare
+from router.model.template import Template
 from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
 from router.pipeline.reading import SHARED, TURNS, Read
@@ -353,18 +356,23 @@ def test_what_many_prompts_share_is_a_frame(method):
     np.testing.assert_array_equal(*(of.route(some, of.encoded(some)).weights for of, some in pairs))
 
 
-def test_an_answer_ends_where_the_variants_own_template_ends_a_turn(method, base, tmp_path, monkeypatch):
-    monkeypatch.setattr("router.model.template.is_mark", lambda tokenizer, ids: bool(ids))
-    for name, end in (("plain", "\n"), ("other", "!")):
+def test_an_answer_ends_where_the_variants_own_template_ends_a_turn(method, base, tmp_path):
+    made = method()
+    made.tokenizer = tokenizer = deepcopy(base.tokenizer)
+    tokenizer.add_tokens(["<a>", "<b>", "\n"])  # line ends among them, as Gemma has
+    written = {"plain": PLAIN, "a": PLAIN.replace("\n", "<a>"), "b": PLAIN.replace("\n", "<b>")}
+    for name, template in written.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "chat_template.jinja").write_text(PLAIN.replace("\n", end))
-    (query,), made = queries_of("x"), method()
-    ids = tuple(base.tokenizer("a!b\nc")["input_ids"])
-    ended = [
-        made._ended([query], [Answer("a!b\nc", ids)], [folder])[0].text
-        for folder in (None, tmp_path / "other")
-    ]
-    assert ended == ["a!b", "a"]
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+    made.template, (query,) = Template(tokenizer, written["a"]), queries_of("x")
+    answer = Answer("x\ny<b>z<a>", tuple(tokenizer("x\ny<b>z<a>")["input_ids"]))
+    for name, ended in (("plain", "x\ny<b>z"), ("b", "x\ny")):
+        assert made._ended([query], [answer], [tmp_path / name])[0].text == ended
+    made._brought[tmp_path / "gone"] = None  # as of an earlier call, whose folders are others now
+    made.predict(
+        [], [], SimpleNamespace(clusters=SimpleNamespace(labels=np.zeros(0, int)), folders=[]), tmp_path
+    )
+    assert not made._brought
 
 
 def test_a_template_that_wants_a_system_message_gets_one(chat_router, tmp_path):

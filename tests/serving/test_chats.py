@@ -97,10 +97,10 @@ async def test_a_variant_that_brings_a_template_is_asked_in_it(saved_chats, tiny
         assert [body.get("chat_template") for _, body, _ in upstream.seen] == [other, None, None]
         refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         router.templates = dict.fromkeys(router.templates, Template(router.tokenizer, refusing + other))
-        for messages in ([{"role": "system", "content": "Be kind."}], []):
+        for messages in ([{"role": "system", "content": "Be kind."}], [], [{"type": "function_call"}]):
             body = chat(fits)
             await client.post("/v1/chat/completions", json=body | {"messages": messages + body["messages"]})
-        assert [bool(body.get("chat_template")) for _, body, _ in upstream.seen[3:]] == [False, True]
+        assert [bool(body.get("chat_template")) for _, body, _ in upstream.seen[3:]] == [False, True, False]
         router._method.template = Template(router.tokenizer, refusing + PLAIN)
         told = await client.post(
             "/v1/chat/completions",

@@ -157,7 +157,8 @@ def layers(run: Run) -> dict[str, Any] | None:
 
 def data(run: Run) -> dict[str, Any]:
     """What the page's script needs to know of the queries."""
-    texts, e = [query.marked if query else None for query in run.queries], run.evidence
+    e = run.evidence
+    texts = [(query.marked if e else query.input) if query else None for query in run.queries]
     found: dict[str, Any] = {
         "names": run.shown,
         "files": list(map(str, run.record.paths)),
