@@ -69,7 +69,8 @@ class Evidence(Names):
         residual: (queries,) what generic text does not explain of the highest score, in standard deviations.
         votes: (queries, modules) what each module says for the adapter with the highest score, which is their
             mean, less 5 for one that is not at home; NaN where it has no prototype.
-        frame: (queries,) the number of the frame that each query was compared in.
+        frame: (queries,) the number of the frame that each query was compared in; under a shared system
+            message that one, whose lead counts half, while scores and votes are of the template's frame.
     """
 
     responses: Array
