@@ -30,14 +30,8 @@ from router.system.errors import InputError, exit_code, reason, told_if_memory_r
 from router.system.files import is_folder, sha256_of, told_if_full
 from router.system.progress import progress
 
-COLUMNS = [
-    "id",
-    "input",
-    "messages",
-    "eval_type",
-    "answer_choices",
-    "tools",
-]  # of Parquet, as the keys of JSON lines
+# Of Parquet, as the keys of JSON lines.
+COLUMNS = ["id", "input", "messages", "eval_type", "answer_choices", "tools"]
 LESS = "fewer --actors, --dtype bfloat16 (half as much for weights)"
 TRIES = 3  # of a block whose actor dies; without a limit Ray would try for ever
 
