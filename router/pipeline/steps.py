@@ -182,6 +182,7 @@ class Method(ABC):
                 write_card(path, self.recipe, self.base, self.adapters, variant)
                 first = max(self.adapters, key=lambda adapter: variant.weights.get(adapter.name, 0))
                 own = brought(self.tokenizer, first.folder.path)
+                (path / TEMPLATE).unlink(missing_ok=True)  # of a variant that was here before
                 if own and own.source and own.jinja != self.template.jinja:
                     (path / TEMPLATE).write_text(own.source, "utf-8")
         return names

@@ -25,6 +25,7 @@ from router.pipeline.journal import Journal
 from router.pipeline.reading import SHARED, TURNS, Read
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
+from router.routing.variants import Variant
 from router.system.errors import InputError
 
 PROMPTS = [Query(*row[:3]) for row in ROWS if row[2] == "generation"]
@@ -373,6 +374,16 @@ def test_an_answer_ends_where_the_variants_own_template_ends_a_turn(method, base
         [], [], SimpleNamespace(clusters=SimpleNamespace(labels=np.zeros(0, int)), folders=[]), tmp_path
     )
     assert not made._brought
+
+
+def test_a_variant_keeps_no_template_of_the_one_before(method, tiny_library, tmp_path):
+    (tiny_library / "mlp" / "chat_template.jinja").write_text(PLAIN.replace("assistant: ", "them> "))
+    there = []
+    for name in ("mlp", "attention"):
+        made = method()
+        made.write_variants([Variant({name: 1.0}, 0.0)], tmp_path / "variants")
+        there.append((tmp_path / "variants" / "0" / "chat_template.jinja").exists())
+    assert there == [True, False]
 
 
 def test_a_template_that_wants_a_system_message_gets_one(chat_router, tmp_path):
