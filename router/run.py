@@ -38,7 +38,7 @@ from router.queries.submission import (
 from router.routing.variants import VARIANTS
 from router.runs.report.page import write_report
 from router.settings import Settings
-from router.system.errors import InputError, reason
+from router.system.errors import InputError, reason, whole
 from router.system.files import (
     for_others,
     is_ours,
@@ -329,7 +329,7 @@ def _check_names(settings: Settings) -> None:
     """Refuses names not in UTF-8, and results of one name, or of that of queries or of what a run needs."""
     for flag, value in settings.plain().items():
         for text in value if isinstance(value, list) else [value]:
-            if any("\ud800" <= letter <= "\udfff" for letter in str(text)):  # bytes that were no UTF-8
+            if not whole(str(text)):  # bytes that were no UTF-8
                 raise InputError(f"--{flag} {text}: expected a name in UTF-8, got another; rename it")
     queries = {path.resolve() for path in settings.dataset_filepaths}
     taken = {RECORD, REPORT, VARIANTS, FOLDER, LOCK, COMMIT}

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any, TextIO
 
 from router.queries.conversation import Message, checked, packed, shown
-from router.system.errors import InputError
+from router.system.errors import InputError, whole
 from router.system.files import record_of, replacing
 
 GENERATION, MULTIPLE_CHOICE = "generation", "multiple_choice"
@@ -199,7 +199,7 @@ def read_queries(path: Path) -> list[Query]:
 
 def _check_id(name: str, line: int, lines: dict[str, int], path: Path) -> None:
     """Refuses no id, one that is no UTF-8, and one of an earlier line."""
-    if not name.strip() or any("\ud800" <= letter <= "\udfff" for letter in name):
+    if not name.strip() or not whole(name):
         raise InputError(f"{path}, line {line}, column id: expected an id, got {name!r}")
     if (first := lines.setdefault(name, line)) != line:
         raise InputError(

@@ -38,6 +38,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def whole(text: str) -> bool:
+    """Whether a text has no half of a character (a lone surrogate), so that it can be written in UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def reason(error: BaseException) -> str:
     """The first line of what an error says, or else its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
