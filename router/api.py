@@ -77,7 +77,7 @@ class Choice:
         weights: of its candidates, largest first, those above 0.005; `base` is the base model.
         margin: score of the best candidate less that of the next one, in standard deviations.
         low_margin: whether another candidate might be as good.
-        fits: whether an adapter has more weight than the base model.
+        fits: whether an adapter answers it: one has more weight than the base model, and a variant has it.
         mix: adapter -> share, what its own answer would be made of; empty for the plain base model.
         frame: the name of the frame that it was compared in, see `Frame.name`.
     """
@@ -321,7 +321,7 @@ class Router:
         ):
             shares = {names[n]: float(row[n]) for n in np.argsort(-row, kind="stable") if row[n] > 0.005}
             mix = {names[n]: float(own[n]) for n in np.flatnonzero(own[:-1])}
-            fits = bool(row.argmax() < len(names) - 1)
+            fits = bool(mix) and (group is None or bool(self.variants[group].weights))
             frame = (last.shared or last.frame).name
             found.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix, frame))
         return found

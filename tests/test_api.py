@@ -104,6 +104,17 @@ def test_a_saved_router_needs_the_base_model_alone(router, tiny_library, tmp_pat
             refused()
 
 
+def test_a_text_whose_adapter_no_variant_has_goes_to_the_base_model(router):
+    top = router.route(MORE).idxmax(axis=1).tolist()
+    one = next(n for n, name in enumerate(top) if name != "base")
+    other = next(n for n, name in enumerate(top) if name not in (top[one], "base"))
+    expected = router.fit([MORE[one], MORE[other]]).choose([MORE[other]])[0]
+    assert expected.fits and router.variants[expected.variant].weights == {top[other]: 1.0}
+    (choice,) = router.fit([MORE[one]]).choose([MORE[other]])
+    assert not choice.fits and not router.variants[choice.variant].weights
+    assert (choice.weights, choice.mix) == (expected.weights, expected.mix)
+
+
 def test_texts_that_no_adapter_fits_go_to_the_base_model(router):
     base = router.route(MORE).idxmax(axis=1) == "base"
     ours, foreign = ([text for text, one in zip(MORE, base, strict=True) if one == to] for to in (0, 1))

@@ -112,6 +112,9 @@ class Proxy:
         self.registry = own = CollectorRegistry()
         self.requests = Counter("router_requests", "Routed requests by variant.", ["variant"], registry=own)
         self.frames = Counter("router_frames", "Routed requests by frame.", ["frame"], registry=own)
+        self.unserved = Counter(
+            "router_unserved", "Requests by the adapter that no variant has.", ["adapter"], registry=own
+        )
         self.calibrating = threading.Thread()  # of the last frame
         self.seconds = Histogram(
             "router_seconds", "Seconds by stage.", ["stage"], registry=own,
@@ -247,6 +250,10 @@ class Proxy:
         self._calibrate()
         number = request.headers.get("x-request-id", "")[:128] or uuid4().hex
         shown = described(decided.choice, name) | {"request_id": number}
+        if "lora" in fields:  # it has each adapter, whatever the variants have
+            shown["fits"] = any(one["scale"] for one in fields["lora"])
+        elif decided.choice.mix and not decided.choice.fits:
+            self.unserved.labels(next(iter(decided.choice.weights))).inc()
         self._write_down(shown, prompt)
         headers = traced(self.tracer, request.headers, shown, began) if self.tracer else {}
         return Routed(shown, fields, headers | {"x-request-id": number})

@@ -344,6 +344,19 @@ async def test_a_reload_takes_the_new_router():
         assert (await client.post("/admin/reload")).status_code == 409
 
 
+@pytest.mark.parametrize(
+    ("served", "fits"), [({}, False), ({"models": LLAMACPP, "loras": ["one", "two"]}, True)]
+)
+async def test_an_adapter_that_no_variant_has_is_counted_or_mixed_by_the_server(served, fits):
+    router = Two()
+    router.choose = lambda texts: [Choice(1, {"two": 0.9, "base": 0.1}, 2.0, False, False, {"two": 1.0})]
+
+    async with proxied(router, Upstream(**served)) as (client, *_):
+        answer = await client.post("/v1/completions", json=completion("x"))
+        assert answer.json()["router"]["fits"] == fits
+        assert ('router_unserved_total{adapter="two"} 1.0' in (await client.get("/metrics")).text) != fits
+
+
 async def test_metrics_and_the_last_decisions_hold_no_prompt():
     documented = re.search(r"  (.*vector.*)", (ROOT / "docs" / "serving.md").read_text("utf-8"))[1]
     (pattern,) = re.findall(r'router_requests_total\{variant!~"(.+?)"\}', documented)
