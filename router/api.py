@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from router.constants import BASE_COLUMN, CANARY, FORMAT, Device, Dtype
+from router.constants import BASE_COLUMN, CANARY, FORMAT, TEMPLATE, Device, Dtype
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute, decided
 from router.model.answer import Answer, encode, padded
 from router.model.apply import applied
-from router.model.base import EMBEDDED_ID, load_base
+from router.model.base import EMBEDDED_ID, Base, load_base
 from router.model.frames import BARE, Frame
 from router.model.passes import forward, lock_of, truncated
 from router.model.template import Template, brought
@@ -183,6 +183,7 @@ class Router:
             base_model=base_model or about.base,
             dtype=dtype or about.dtype,
             device="auto" if device == "meta" else device,
+            chat_template=folder / TEMPLATE if TEMPLATE in about.files else None,
             **{key: value for key in SETTINGS if (value := about.settings.get(key)) is not None},
         )
         base = load_base(str(settings.base_model), device, settings.dtype)
@@ -192,14 +193,8 @@ class Router:
                 f"(sha256 {about.base_sha256[:12]}), got others ({base.sha256[:12]}); pass the base model "
                 "of the router, or make the router anew from the adapters"
             )
-        if about.configuration != base.configuration:
-            log.warning(
-                "%s: the base model's configuration or tokenizer is not the one that this router was saved "
-                "with, so it may choose otherwise", printable(str(folder)),
-            )  # fmt: skip
+        _check_configuration(folder, base, about.configuration)
         method = ProtoRoute("proto_route", base, [], Context(settings))
-        if about.chat_template:
-            method.template = Template(base.tokenizer, about.chat_template, str(folder))
         router = cls(method)
         router.candidates, router.variants = about.candidates, about.variants
         router._centres = np.array(about.centres, np.float64)
@@ -218,6 +213,7 @@ class Router:
             )
         widths = {module: width for module, (_, width) in method.shapes.items()}
         fits = state.load(folder, self._base.model.device, self._base.model.dtype, widths)
+        _ = method.template  # read now, from the folder as it is
         self._check_there()
         if self.candidates != [*fits[0].names, BASE_COLUMN]:
             raise InputError(f"{folder / ABOUT}: expected the adapters of {FILE}; save the router again")
@@ -233,11 +229,13 @@ class Router:
             raise InputError(f"{folder / 'run.json'}: expected the run's variants, found none; run it again")
         flags = dict(vars(run.settings)) | {"device": device, "dtype": dtype or record.base.dtype}
         flags["base_model"] = base_model or flags["base_model"]
+        flags["chat_template"] = folder / TEMPLATE if TEMPLATE in record.files else None
         for key in ("dataset_filepaths", "output_folder", "engine"):
             del flags[key]
         router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)
         if router._base.sha256 != record.base.sha256:
             raise InputError(f"{folder}: expected the base model of the run, got one with other weights")
+        _check_configuration(folder, router._base, record.base.configuration)
         if router.candidates != run.names:
             raise InputError(
                 f"{folder}: expected the adapters of the run, got {', '.join(router.candidates)}"
@@ -435,12 +433,14 @@ class Router:
             self._measure(work / VARIANTS)
             proto.prepare()
             state.save(list(proto.fits.values()), work)
+            if proto.template.source:
+                (work / TEMPLATE).write_text(proto.template.source, "utf-8", newline="")
             base, settings = self._base, {key: getattr(proto.settings, key) for key in SETTINGS}
             dtype: Any = str(base.model.dtype).removeprefix("torch.")
             Saved(
                 FORMAT, own_version(), base.name, base.revision, base.sha256, base.configuration,
                 base.name == EMBEDDED_ID and base.revision is None, dtype, self.candidates, settings,
-                proto.template.source, self.variants, self._centres.tolist(), hashes(work),
+                self.variants, self._centres.tolist(), hashes(work),
             ).write(work)  # fmt: skip
         return folder
 
@@ -516,6 +516,15 @@ class Router:
         folders = folder_names(self.variants)
         decision = Decision(self._base, method.adapters, routing, clusters, self.variants, folders)
         return method.predict(queries, rows, decision, folder), clusters.labels.tolist()
+
+
+def _check_configuration(folder: Path, base: Base, known: str) -> None:
+    """Warns of a base model that is configured, or read, otherwise than a router's or a run's was."""
+    if known != base.configuration:
+        log.warning(
+            "%s: the base model's configuration or tokenizer is not the one that this was made with, so it "
+            "may choose otherwise", printable(str(folder)),
+        )  # fmt: skip
 
 
 def _key(read: Read) -> bytes:

@@ -147,13 +147,15 @@ def test_variants_are_written_once_and_go_with_the_router(made, tmp_path, monkey
     assert not list(temporary.iterdir())
 
 
-def test_a_base_model_of_another_configuration_is_told(saved, tiny_base, tmp_path, caplog):
+def test_a_base_model_of_another_configuration_is_told(saved, run, tiny_base, tmp_path, caplog):
     Router.load(saved, device="cpu")
     assert not caplog.text
     other = shutil.copytree(tiny_base, tmp_path / "other")
     edit_json(other / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    Router.load(saved, base_model=str(other), device="cpu")
-    assert "configuration" in caplog.text
+    for folder in (saved, run(MORE)):
+        caplog.clear()
+        Router.load(folder, base_model=str(other), device="cpu")
+        assert "configuration" in caplog.text
     edit_weights(other / "model.safetensors", lambda key, of: of + (key == "lm_head.weight"))
     with pytest.raises(InputError, match="weights"):
         Router.load(saved, base_model=str(other), device="cpu")

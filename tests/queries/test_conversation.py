@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from helpers import PLAIN, arguments, method_of, read_table
 from helpers import QUERIES as ROWS
 from router.api import Router
 from router.cli import main as cli
+from router.constants import TEMPLATE
 from router.kit import Merges
 from router.library.adapters import load_library
 from router.main import main
@@ -26,6 +28,8 @@ from router.pipeline.reading import SHARED, TURNS, Read
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
 from router.routing.variants import Variant
+from router.serving.export import vllm
+from router.serving.names import read_served
 from router.system.errors import InputError
 
 PROMPTS = [Query(*row[:3]) for row in ROWS if row[2] == "generation"]
@@ -128,6 +132,33 @@ def test_a_run_answers_a_conversation_in_the_template(command, tmp_path, capsys,
         assert ("user: {query}" in capsys.readouterr().out) == framed
     monkeypatch.setattr("router.run.load_method", lambda name: Merges)  # a starter-kit method takes none
     assert command({"messages": HI}) == 2
+
+
+def test_a_run_keeps_the_template_of_its_chats(command, tmp_path, tiny_base):
+    assert command({"messages": HI}) == 0
+    out, (before,) = tmp_path / "out", Router.load(tmp_path / "out", device="cpu").choose([HI])
+    (tmp_path / "template.jinja").write_text(
+        "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"
+    )
+    assert Router.load(out, device="cpu").choose([HI]) == [before]
+    served = vllm(read_served(out))
+    assert Path(served[served.index("--chat-template") + 1]).read_text() == PLAIN
+    assert command({"input": "hi"}, given=("--fresh",)) == 0  # one that has none leaves none
+    assert not (out / TEMPLATE).exists() and "--chat-template" not in vllm(read_served(out))
+    (out / TEMPLATE).write_text("mine")
+    assert command({"input": "hi"}) == 2 and (out / TEMPLATE).read_text() == "mine"
+
+
+def test_a_template_that_all_adapters_bring_is_served(router_of, tiny_library, tmp_path):
+    for folder in tiny_library.iterdir():
+        (folder / TEMPLATE).write_text(PLAIN)
+    router_of().fit([row[1] for row in ROWS]).save(tmp_path / "saved")
+    words = vllm(read_served(tmp_path / "saved"))
+    assert Path(words[words.index("--chat-template") + 1]).read_text() == PLAIN
+    (tmp_path / "saved" / TEMPLATE).write_text("other")
+    for use in (read_served, Router.load):
+        with pytest.raises(InputError, match="chat_template"):
+            use(tmp_path / "saved")
 
 
 def test_half_a_character_costs_no_report(command, tmp_path):
