@@ -31,7 +31,7 @@ from router.pipeline import state
 from router.pipeline.context import Context
 from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.fitted import Fitted
-from router.pipeline.reading import SHARED, Read
+from router.pipeline.reading import FRAMES, SHARED, Read
 from router.pipeline.result import Decision, Routing, joined
 from router.pipeline.saved import ABOUT, Saved, changed, replacing_router
 from router.pipeline.state import FILE
@@ -51,8 +51,8 @@ from router.system.version import own_version
 log = logging.getLogger(__name__)
 
 REMEMBERED = 10_000  # texts, and turns of conversations
-FRAMES_BYTES = 1 << 29  # of what gates keep of generic text; beyond, no frame is added
-SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply", "frame")  # that a saved router keeps
+# What a saved router keeps of a run's.
+SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply", "frame", "device_map", "batch_size")
 Prompt = str | Sequence[Message]  # a text, or a conversation
 Work = TypeVar("Work", bound=Callable[..., Any])
 
@@ -186,7 +186,8 @@ class Router:
             chat_template=folder / TEMPLATE if TEMPLATE in about.files else None,
             **{key: value for key in SETTINGS if (value := about.settings.get(key)) is not None},
         )
-        base = load_base(str(settings.base_model), device, settings.dtype)
+        spread = None if device == "meta" else settings.device_map
+        base = load_base(str(settings.base_model), device, settings.dtype, spread)
         if base.sha256 != about.base_sha256:
             raise InputError(
                 f"--base_model {base.name}: expected the weights that {folder} was made for "
@@ -328,12 +329,19 @@ class Router:
     def wanted(self) -> Frame | None:
         """A system message that many requests came under and that is no frame yet; None if there is none.
 
-        None, too, once all frames together take FRAMES_BYTES.
+        None, too, once all frames together fill their memory.
         """
-        held = sum(fitted.gate.reference_.nbytes for fitted in list(self._proto.fits.values()))
-        often = (frame for frame, count in self._asked.most_common() if count >= SHARED)
-        new = next((frame for frame in often if frame not in self._proto.fits), None)
-        return new if self._proto.elsewhere is None and held < FRAMES_BYTES else None
+        new = next((frame for frame in self._often if frame not in self._proto.fits), None)
+        return None if self._proto.elsewhere or self._proto.full else new
+
+    @property
+    def _often(self) -> list[Frame]:
+        return [frame for frame, count in self._asked.most_common() if count >= SHARED]
+
+    @property
+    def busy(self) -> list[Frame]:
+        """The frames that were calibrated here and that most requests came in since, at most FRAMES."""
+        return [frame for frame in self._often if frame in self._proto.fits][:FRAMES]
 
     def calibrate(self, frame: Frame) -> None:
         """Makes a frame of a system message; texts that other threads ask about wait for a batch at most."""

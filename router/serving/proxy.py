@@ -241,7 +241,7 @@ class Proxy:
         fields: dict[str, Any] = {"model": name}
         if (serves := await self.upstream.known(key, self.router)).loras is not None:
             fields["lora"] = self._scales(decided, serves)
-        elif (own := decided.template) and "messages" in body and request.scope["path"] == CHATS:
+        elif (own := decided.template) and request.scope["path"] == CHATS and _takes(own, body):
             with suppress(InputError):  # what is no chat, the server refuses
                 if await asyncio.to_thread(own.tried, checked(body["messages"], ends=False)) is not None:
                     fields["chat_template"] = own.source  # vLLM's word; serve.sh has it trust this one
@@ -307,7 +307,7 @@ class Proxy:
             ours = {**ours, "authorization": self._key(request)}
         less = {b"host", b"accept-encoding", *map(str.encode, ours)}  # httpx says the first two anew
         if self.api_key:  # the client's key is for this proxy
-            less.add(b"authorization")
+            less |= {b"authorization", b"x-api-key"}
         query = request.scope["query_string"]
         target = request.scope["raw_path"] + (b"?" + query if query else b"")
         headers = end_to_end(request.headers.raw, less)
@@ -420,10 +420,10 @@ class Proxy:
         return as_json({"status": "reloaded", "variants": count, "changed": changed})
 
     def _renewed(self) -> Router:
-        """A newly loaded router, with the frames of the old one, so that decisions stay as they are."""
+        """A newly loaded router, with the busy frames of the old one, whose decisions stay as they are."""
         assert self.load is not None
         new = self.load()
-        for frame in self.router.frames:
+        for frame in self.router.busy:
             if frame not in new.frames:
                 new.calibrate(frame)
         return new
@@ -434,3 +434,9 @@ class Proxy:
             self.router = await asyncio.to_thread(self._renewed)
             self.upstream.asked.clear()
             self.tried = None, 0.0, ""
+
+
+def _takes(template: Template, body: Mapping[str, Any]) -> bool:
+    """Whether a chat can be asked for in a template: it brings none, nor tools that would not be written."""
+    knows = not body.get("tools") or "tools" in (template.source or "")
+    return "messages" in body and not body.get("chat_template") and knows

@@ -24,7 +24,7 @@ from router.model.frames import BARE, Frame, bare
 from router.model.template import Template
 from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
-from router.pipeline.reading import SHARED, TURNS, Read
+from router.pipeline.reading import FRAMES, SHARED, TURNS, Read
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
 from router.routing.variants import Variant
@@ -325,6 +325,22 @@ def test_a_request_brings_no_new_frame(chat_router, tmp_path):
     together = loaded.choose([*odd, *many, HI])
     assert set(loaded._proto.fits) == before
     assert together[-1] == loaded.choose([HI])[0] and together[0] == loaded.choose(odd[:1])[0]
+
+
+def test_a_template_that_writes_the_system_message_last_makes_few_frames(chat_router, tmp_path, monkeypatch):
+    last = PLAIN + "{% for m in messages if m['role'] == 'system' %}{{ m['content'] }}{% endfor %}"
+    chat_router()  # which writes the file
+    (tmp_path / "template.jinja").write_text(last)
+    router = chat_router().fit(["1 + 1 =", "hello"])
+    router._proto.prepare()
+    before = router.frames
+    talks = [[{"role": "system", "content": f"Rule {n}."}, *HI] for n in range(FRAMES + 4)]
+    assert len({choice.frame for choice in router.choose(talks)}) == 1 and router.frames == before
+    router.route(talks)
+    assert len(router.frames) == len(before) + FRAMES
+    monkeypatch.setattr("router.methods.proto_route.FRAMES_BYTES", 1)
+    router.route([f"Rules.\n{n}" for n in range(2 * SHARED)])
+    assert len(router.frames) == len(before) + FRAMES and router.wanted is None
 
 
 def test_a_system_message_of_many_requests_becomes_a_frame(chat_router, tmp_path):

@@ -156,12 +156,16 @@ async def test_a_key_is_asked_for_and_not_passed_on(theirs):
     async with proxied(api_key="secret", upstream_key=theirs) as (client, upstream, _):
         for path in ("/v1/models", "/recent"):
             assert (await client.get(path)).status_code == 401
-        for key, status in (("", 401), ("Bearer wrong", 401), ("Bearer secre", 401), ("Bearer secret", 200)):
+        for key, status in (("", 401), ("Bearer wrong", 401), ("Bearer secre", 401), ("bearer secret", 200)):
             headers = {"authorization": key}
             answer = await client.post("/v1/completions", json=completion("x"), headers=headers)
             assert answer.status_code == status
-        (sent,) = (headers for _, _, headers in upstream.seen)
-        assert sent.get("authorization") == (theirs and f"Bearer {theirs}")
+        for key, status in (("wrong", 401), ("secret", 200)):
+            answer = await client.post("/v1/messages", json=chat("x"), headers={"x-api-key": key})
+            assert answer.status_code == status
+        for _, _, sent in upstream.seen:
+            assert sent.get("authorization") == (theirs and f"Bearer {theirs}") and "x-api-key" not in sent
+        assert len(upstream.seen) == 2
         assert (await client.get("/health")).status_code == 200
 
 
