@@ -374,7 +374,7 @@ def test_a_system_message_of_many_requests_becomes_a_frame(chat_router, tmp_path
             (a.frame == b.frame and a.weights == pytest.approx(b.weights, abs=1e-5)) == same
             for a, b in zip(one, other, strict=False)
         )
-    assert router.wanted is None
+    assert router.wanted is None and router.busy == [own]
 
 
 def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch, tmp_path):

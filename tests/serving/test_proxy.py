@@ -332,13 +332,15 @@ async def test_a_queue_that_is_full_says_when_to_try_again(monkeypatch):
 async def test_a_reload_takes_the_new_router():
     new = Two()
     new.choose = lambda texts: [Choice(1, {"base": 1.0}, 1.0, False, False, {}) for _ in texts]
-    new.variants[0].sha256 = "0a1b2c3d4e"
+    new.variants[0].sha256, new.frames, calibrated = "0a1b2c3d4e", ["kept"], []
+    new.calibrate, old = calibrated.append, Two()
+    old.frames, old.busy = ["idle", "busy", "kept"], ["busy", "kept"]
 
-    async with proxied(load=lambda: new) as (client, upstream, proxy):
+    async with proxied(old, load=lambda: new) as (client, upstream, proxy):
         await client.post("/v1/chat/completions", json=chat("x"))
         told = {"status": "reloaded", "variants": 2, "changed": ["variant-0-0a1b2c3d"]}
         assert (await client.post("/admin/reload")).json() == told
-        assert proxy.router is new
+        assert proxy.router is new and calibrated == ["busy"]
         await client.post("/v1/chat/completions", json=chat("x"))
         assert [body["model"] for _, body, _ in upstream.seen] == ["variant-0", "the-base"]
         async with proxy.renewing:
