@@ -179,7 +179,8 @@ def open_adapter(path: Path) -> AdapterFolder:
     if not weights.is_file():
         pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
         found = f"only the pickle {pickles[0]}, which could run code" if pickles else "no weights"
-        advice = "convert it to safetensors where you trust it" if pickles else "is the folder complete?"
+        whole = "is the folder complete? No pickles are fetched from the hub"
+        advice = "convert it to safetensors where you trust it" if pickles else whole
         raise AdapterError(f"{path}: expected {WEIGHTS_FILE}, found {found}; {advice}")
     try:
         with safe_open(weights, framework="pt") as file:

@@ -6,6 +6,7 @@ A method written for the kit goes into router/methods/; only its import line cha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,8 @@ class StarterKitMethod:
             return
         batch["answer_choices"] = [list(query.choices) for query in part]
         for index, scores in zip(*self.kit.predict_multiple_choice(batch), strict=True):
-            yield Answer(str(int(index)), scores=tuple(map(float, scores))) if index >= 0 else FAILED
+            known = tuple(map(float, scores)) if all(map(math.isfinite, scores)) else ()  # no JSON else
+            yield Answer(str(int(index)), scores=known) if index >= 0 else FAILED
 
 
 class Handler(Merges):

@@ -242,7 +242,7 @@ def misfit(
 ) -> InputError | None:
     """Why an adapter does not belong to a base model, if so; see `check_against_base`."""
     where, stated = adapter.where, adapter.folder.base_model
-    if stated and not is_folder and stated.casefold() != base_name.casefold():
+    if stated and not is_folder and _model(stated) != _model(base_name):
         return InputError(
             f"{where}: expected an adapter of {base_name}, got one of {stated}; "
             "leave it out of --adapters or pass its --base_model"
@@ -255,6 +255,16 @@ def misfit(
                 "is it an adapter of another base model?"
             )
     return None
+
+
+def _model(name: str) -> str:
+    """What a base model is called, whoever uploaded it, quantised or not: adapters are trained on either.
+
+    Example:
+        >>> _model("unsloth/mistral-7b-v0.1-bnb-4bit") == _model("mistralai/Mistral-7B-v0.1")
+        True
+    """
+    return re.sub(r"(-unsloth)?-(bnb-4bit|gptq|awq)$", "", name.rpartition("/")[2].casefold())
 
 
 def last_block(adapters: Sequence[Adapter]) -> list[str]:

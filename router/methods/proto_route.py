@@ -28,6 +28,7 @@ from router.routing.prototypes import ModulePrototypes, prototypes
 from router.system.errors import InputError
 
 FRAMES_BYTES = 1 << 29  # of what gates keep of generic text; beyond, no frame is added
+ONE = 0.75  # share of the queries in a frame that one adapter hears best, above which it is that adapter's
 SWITCH = 2.0  # standard deviations by which another candidate has to lead that of the turn before; and
 TO_BASE = 1.0  # where one of them is the base model, since foreign questions are wrong with any adapter
 
@@ -162,10 +163,13 @@ class ProtoRoute(Method):
         a part of the frame. A system message tells which adapter is likely, but foreign queries have it, too.
         """
         routing = self._judged([read._replace(shared=None) for read in reads])
-        under = [n for n, read in enumerate(reads) if read.shared]
-        if not under or routing.evidence is None:
+        if routing.evidence is None:
             return routing
-        again = [Read(read.ids, read.shared) for read in reads if read.shared]
+        of_one = self._of_one_adapter(reads, routing.evidence.best)
+        under = [n for n, read in enumerate(reads) if read.shared and read.shared not in of_one]
+        if not under:
+            return routing
+        again = [Read(reads[n].ids, reads[n].shared or BARE) for n in under]
         in_frame = self._judged(again, "framed")
         framed = in_frame.evidence
         assert framed is not None
@@ -179,6 +183,14 @@ class ProtoRoute(Method):
         unread = (weights[under, -1] == 1) & (in_frame.weights[:, -1] == 1)  # or as far from any adapter
         weights[under] = np.where(unread[:, None], weights[under], mixed)
         return Routing(weights, evidence)
+
+    def _of_one_adapter(self, reads: Sequence[Read], best: NDArray[np.int64]) -> set[Frame]:
+        """New frames of bare prompts that are an adapter's instruction: it hears most queries best."""
+        under: dict[Frame, list[int]] = {}
+        for read, adapter in zip(reads, best.tolist(), strict=True):
+            if read.shared and read.frame == BARE and read.shared not in self.fits:
+                under.setdefault(read.shared, []).append(adapter)
+        return {of for of, adapters in under.items() if max(Counter(adapters).values()) > ONE * len(adapters)}
 
     def _judged(self, reads: Sequence[Read], name: str = "part") -> Routing:
         """The routing of what was read, by `frame` alone; the same text is probed once, kept as `name`."""

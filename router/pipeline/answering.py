@@ -42,6 +42,8 @@ def answered(
             warn(queries[n], why)
     mine = [batch for batch in batches if processes.takes(batch.tokens)]
     todo = [batch for batch in mine if any(queries[n] not in known for n in batch.numbers)]
+    if context.deadline:  # what costs least first, so that most are answered in time
+        todo.sort(key=lambda batch: (not batch.chooses, batch.tokens / len(batch.numbers)))
     asked = {n for batch in todo for n in batch.numbers}
     done = answer(model, tokenizer, rows, options, todo, max_new_tokens=most, scoring=settings.scoring)
     return _kept(done, queries, rows, asked, known, context, bar)

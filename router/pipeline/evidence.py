@@ -92,6 +92,11 @@ class Evidence(Names):
         return np.asarray(best[:, -1] - best[:, -2])
 
     @property
+    def best(self) -> NDArray[np.int64]:
+        """(queries,) the adapter with the highest score."""
+        return np.asarray(np.nan_to_num(self.scores, nan=-np.inf).argmax(1))
+
+    @property
     def lead(self) -> Array:
         """(queries,) how far the best adapter leads the base model."""
         return np.asarray(np.nan_to_num(self.scores, nan=-np.inf).max(1, initial=-np.inf) - self.base_score)

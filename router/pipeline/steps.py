@@ -25,7 +25,7 @@ from router.model.answer import FAILED, Answer, cut, cut_at, encode, positions
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
 from router.model.template import Template, brought, template_of
-from router.pipeline.answering import Rows, answered, answered_by_vllm
+from router.pipeline.answering import Rows, answered, answered_by_vllm, known_to
 from router.pipeline.context import Context
 from router.pipeline.model_card import Recipe, write_card
 from router.pipeline.result import Decision, Result, Routing
@@ -230,7 +230,7 @@ class Method(ABC):
         labels = decision.clusters.labels
         paths = [folder / name if name else None for name in decision.folders]
         rows = self.asked(queries, rows, [paths[n] for n in labels])
-        answers: dict[int, Answer] = {}
+        answers, known = dict[int, Answer](), known_to(self.context)
         with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
             if self.settings.engine == "vllm":
                 variants = [paths[n] for n in labels]
@@ -241,8 +241,11 @@ class Method(ABC):
                     members = np.flatnonzero(labels == n).tolist()
                     if not members:  # a variant that was made for other queries
                         continue
-                    model, ids = models.activate(paths[n]), [rows[m] for m in members]
-                    found = self.answer_with(model, [queries[m] for m in members], ids, bar.update, paths[n])
+                    part, ids = [queries[m] for m in members], [rows[m] for m in members]
+                    over = self.context.deadline and self.context.deadline.over()
+                    idle = over or all(query in known for query in part)  # nothing is asked
+                    model = self.base.model if idle else models.activate(paths[n])
+                    found = self.answer_with(model, part, ids, bar.update, paths[n])
                     answers.update(zip(members, found, strict=True))
         return [answers[m] for m in range(len(queries))]
 

@@ -30,6 +30,7 @@ from router.model.template import is_mark
 from router.routing.probe import END, Framing, input_means, probe
 from router.routing.prototypes import FORMAT as PROTOTYPES
 from router.routing.prototypes import ModulePrototypes, of_some
+from router.system.errors import InputError
 
 FORMAT = 6  # raise it when what is measured changes
 # A module is silent if generic text has less than this share of chance along what the adapter reads. Trained
@@ -132,6 +133,11 @@ class Calibration:
             known |= dict.fromkeys(missing, torch.empty(0))
             prefix = self.framing.prefix
             means, known[CONFIDENCE] = input_means(self.base.model, self.rows, self.pad, missing, prefix)
+            if not all(of.isfinite().all() for of in (known[CONFIDENCE], *means.values())):
+                dtype = str(self.base.model.dtype).removeprefix("torch.")
+                raise InputError(
+                    f"--dtype {dtype}: expected finite activations on generic text, got others; pass float32"
+                )
             known |= means
             save(f"{self.folder}/means", known)
         return known

@@ -25,7 +25,7 @@ from rich.text import Text
 from router.constants import BASE_COLUMN
 from router.pipeline.evidence import LOW_MARGIN, Evidence
 from router.runs.load import Run, cut, load
-from router.runs.report.data import best_of, candidates, vote_means
+from router.runs.report.data import candidates, vote_means
 from router.system.errors import InputError, exit_code, printable
 
 NEAREST = 8  # adapters shown for their score
@@ -94,7 +94,7 @@ def _votes(e: Evidence, n: int) -> dict[str, Any]:
     kinds, _, means = vote_means(e.votes[[n]], e.modules)
     of_kind = zip(kinds, means[:-1, -1].tolist(), strict=True)
     rows = [{"modules": kind, "mean": mean} for kind, mean in of_kind if np.isfinite(mean)]
-    return {"adapter": e.adapters[best_of(e)[n]], "residual": float(e.residual[n]), "means": rows}
+    return {"adapter": e.adapters[e.best[n]], "residual": float(e.residual[n]), "means": rows}
 
 
 def called(name: str | None) -> str:

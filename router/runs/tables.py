@@ -20,7 +20,7 @@ from router.routing.clusters import Array, cluster, losses, mixes
 from router.routing.gate import PrototypeGate
 from router.runs.compare import joined
 from router.runs.load import Run, load
-from router.runs.report.data import best_of, largest_first, mix, nearest_first, vote_means
+from router.runs.report.data import largest_first, mix, nearest_first, vote_means
 from router.system.errors import InputError
 
 KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # numbers of variants on the curve
@@ -118,7 +118,7 @@ def vote_table(run: Run, adapter: str | None = None) -> pd.DataFrame:
     assert e is not None
     if adapter is not None and adapter not in e.adapters:
         raise NotShown(f"expected one of the adapters {', '.join(e.adapters)}, got {adapter!r}")
-    votes = e.votes if adapter is None else e.votes[best_of(e) == e.adapters.index(adapter)]
+    votes = e.votes if adapter is None else e.votes[e.best == e.adapters.index(adapter)]
     kinds, numbers, means = vote_means(votes, e.modules)
     index, columns = pd.Index(numbers, name="layer"), pd.Index(kinds, name="module")
     return pd.DataFrame(means[:-1, :-1].T, index, columns).sort_index(axis=1)

@@ -7,6 +7,7 @@ import pytest
 
 from helpers import ROWS, read_table
 from router.model import answer as module
+from router.model.apply import Merged
 from router.pipeline.deadline import RESERVE, Deadline
 from router.pipeline.steps import route
 
@@ -66,9 +67,29 @@ def test_past_the_deadline_the_rest_is_unknown(command, paced, clock, method):
     clock.now = 0
     _, plain = command(method, "--batch_size", 1, out="plain")
     clock.now = 0
-    _, enough = command(method, "--batch_size", 1, "--time_limit", 60, out="enough")
-    assert told(enough) == {"minutes": 60, "unanswered": 0}
+    asked = len(batches)
+    _, enough = command(method, "--batch_size", 1, "--time_limit", 60)  # goes on where it stood
+    assert told(enough) == {"minutes": 60, "unanswered": 0} and not (enough / ".journal").exists()
+    assert len(batches) - asked == cut["unanswered"]
     assert (enough / "queries.csv").read_bytes() == (plain / "queries.csv").read_bytes()
+
+
+def test_what_costs_least_is_answered_first_and_no_variant_is_read_in_vain(
+    command, paced, clock, monkeypatch
+):
+    paced(50)
+    read, plain = [], Merged.activate
+    monkeypatch.setattr(
+        Merged, "activate", lambda self, folder: (read.append(folder), plain(self, folder))[1]
+    )
+    _, out = command("average", "--batch_size", 1, "--time_limit", 2)
+    answers = {row["id"]: row["prediction"] for row in read_table(out / "queries.csv")}
+    lengths = {row[0]: len(row[1]) for row in ROWS if row[2] == "generation"}
+    done = {own for own in answers if answers[own] != "unknown"}
+    assert done == {"m1", "m2", min(lengths, key=lengths.get)}
+    clock.now, read[:] = 0, []
+    _, out = command("proto_route", "--batch_size", 1, "--time_limit", 0.9, out="other")
+    assert told(out)["unanswered"] == len(ROWS) - 2 and not any(read)  # what the base model answers, first
 
 
 def test_a_limit_shorter_than_routing_keeps_the_routing(command, paced, clock, monkeypatch, capsys):

@@ -404,6 +404,21 @@ def test_what_many_prompts_share_is_a_frame(method):
     np.testing.assert_array_equal(*(of.route(some, of.encoded(some)).weights for of, some in pairs))
 
 
+@pytest.mark.parametrize(("others", "framed"), [(0, False), (SHARED, True)])
+def test_what_prompts_of_one_adapter_share_is_its_instruction(method, monkeypatch, others, framed):
+    """The adapter with the highest score is made up: one for all, or another for half of the prompts."""
+    made = method()
+    texts = [f"Dear clerk,\n{n} {'ab'[n % 2]}\nYours, Zed" for n in range(2 * SHARED)]
+    queries = [Query(str(n), text, "generation") for n, text in enumerate(texts)]
+    plain = made.turns(queries)
+    best = np.repeat([1, 2], [2 * SHARED - others, others])
+    monkeypatch.setattr(Evidence, "best", best)
+    routing = made.route(queries, made.encoded(queries))
+    assert ((("Dear clerk,\n", "\nYours, Zed") in made.fits) == framed) and plain[0][0].shared
+    alone = method(frame="none").route(queries, made.encoded(queries))
+    assert np.array_equal(alone.weights, routing.weights) != framed
+
+
 def test_an_answer_ends_where_the_variants_own_template_ends_a_turn(method, base, tmp_path):
     made = method()
     made.tokenizer = tokenizer = deepcopy(base.tokenizer)

@@ -18,6 +18,7 @@ from router.model.hooks import reading_inputs
 from router.routing.calibration import Calibration, generic_prompts
 from router.routing.probe import END, input_means, probe
 from router.routing.prototypes import prototypes
+from router.system.errors import InputError
 
 TEXTS = [f"{'word ' * n}{n}: is it so?" for n in range(1, 13)]
 SHIPPED = generic_prompts()
@@ -170,3 +171,13 @@ def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch
     chat, plain = (Calibration(base, None, Frame("user: ", after)) for after in (marks, marks[5:]))
     assert (chat.framing.end, plain.framing.end) == (END + len(encode(base.tokenizer, [marks])[0]), END)
     assert Calibration(base).framing.end == END
+
+
+def test_generic_text_that_overflows_is_refused_with_what_helps(base, adapters, monkeypatch):
+    def overflows(*how):
+        means, confidence = input_means(*how)
+        return means, confidence.where(torch.arange(len(confidence)) > 0, torch.inf)
+
+    monkeypatch.setattr("router.routing.calibration.input_means", overflows)
+    with pytest.raises(InputError, match="--dtype"):
+        measured(base, adapters)

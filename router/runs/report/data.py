@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router.pipeline.evidence import Evidence
 from router.routing.clusters import Array, losses
-from router.runs.load import Labels, Run, cut
+from router.runs.load import Run, cut
 from router.runs.report.layout import gate_space, layout
 
 BEST = 12  # candidates whose numbers are kept for each query
@@ -135,17 +134,12 @@ def _order(kind: str) -> int:
     return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
-def best_of(e: Evidence) -> Labels:
-    """(queries,) the number of the adapter with the highest score."""
-    return np.asarray(np.nan_to_num(e.scores, nan=-np.inf).argmax(1))
-
-
 def layers(run: Run) -> dict[str, Any] | None:
     """Mean votes by kind of module and layer, over all queries and over those of each adapter."""
     e = run.evidence
     if e is None or not e.modules:
         return None
-    best, groups = best_of(e), list[dict[str, Any]]()
+    best, groups = e.best, list[dict[str, Any]]()
     for n, name in enumerate(["all queries", *e.adapters], -1):
         votes = e.votes[(n < 0) | (best == n)]
         if len(votes):
