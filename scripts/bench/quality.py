@@ -60,6 +60,7 @@ PAGE, CHAT_PAGE = Path("docs/results.md"), Path("docs/serving.md")
 OURS, QUERIES = "proto_route", "queries"
 METHODS = (OURS, "base", "oracle")
 FLAN = 5  # rows of each FLAN task with one right answer, since the others would make all answers long
+LOSABLE = 4  # queries that the base model answers rightly; where there are fewer, points say nothing
 DRAWS = 2000
 SHOWN = {
     "own": "familiar wording", "unseen": "new wording", "mc": "multiple choice", "none": "no adapter fits",
@@ -279,12 +280,12 @@ def targets(answers: pd.DataFrame, library: str) -> Iterator[Verdict]:
             aim = f"at least {share:.2f} of the oracle's score"
             yield SHOWN[split], aim, "{:.3f} ({:.3f}…{:.3f})".format(*value), value[0] >= share
     for split in FOREIGN:
-        if len(found := part(answers, library, split, OURS, "base")):
+        if _can_lose(found := part(answers, library, split, OURS, "base")):
             lead, points = _lead(found)
             yield SHOWN[split], "points against the base model, at least -1", points, lead >= -0.01
     foreign = part(answers, library, "foreign", OURS, "base")
     for form in FORMS:  # of the library that has all
-        if len(found := foreign[foreign.task.str.startswith(f"{form}: ")]):
+        if _can_lose(found := foreign[foreign.task.str.startswith(f"{form}: ")]):
             lead, points = _lead(found)
             yield (
                 f"foreign queries, {form}",
@@ -297,6 +298,11 @@ def targets(answers: pd.DataFrame, library: str) -> Iterator[Verdict]:
         rate, promised = float(np.mean(sent)), PrototypeGate().false_positive_rate
         aim = f"false positives within a factor of 2 of the {promised:g} promised"
         yield "mean of the foreign kinds", aim, f"{rate:.3f}", 1 / 2 <= rate / promised <= 2
+
+
+def _can_lose(found: pd.DataFrame) -> bool:
+    """Whether the base model is right, in part at least, on so many queries that points can be lost."""
+    return int((found[found.method == "base"].score > 0).sum()) >= LOSABLE
 
 
 def _lead(found: pd.DataFrame) -> tuple[float, str]:
