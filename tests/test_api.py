@@ -72,17 +72,6 @@ def test_a_canary_is_what_peft_and_transformers_say(saved, run, tiny_base):
             assert variant.canary == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_token_beyond_the_embeddings_changes_no_other_decision(tiny_base, tiny_library, tmp_path):
-    base = shutil.copytree(tiny_base, tmp_path / "base")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    tokenizer.save_pretrained(base)
-    router = Router.from_library(tiny_library, base_model=str(base), device="cpu", dtype="float32")
-    alone = router.choose(["Say x"])[0]
-    odd, other = router.choose(["Say [PAD] to me", "Say x"])
-    assert not odd.fits and other.weights == pytest.approx(alone.weights, abs=1e-5)
-
-
 def test_a_saved_router_needs_the_base_model_alone(router, tiny_library, tmp_path):
     assert router.choose(["nobody asks it again"])[0].variant is None and router.variants == []
     with pytest.raises(ValueError, match="fit"):

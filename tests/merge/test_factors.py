@@ -29,16 +29,6 @@ def test_gram_holds_the_inner_products_of_all_pairs(count):
     np.testing.assert_allclose(pairs, expected, atol=1e-12 * expected.max())
 
 
-@pytest.mark.parametrize(
-    "weights", [(0.5, 0.3, 0.2), (1.0, -2.0, 0.25), (-1.0, -1.0, -1.0), (0.0, 1.0, 0.0), (1e-3, 40.0, -7.0)]
-)
-def test_weighted_sum_is_the_dense_sum(weights):
-    found = weighted_sum(UPDATES, weights)
-    expected = sum(weight * delta(part) for weight, part in zip(weights, UPDATES, strict=True))
-    assert found.rank == 12
-    np.testing.assert_allclose(delta(found), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_svd_is_that_of_the_dense_update(shape):
     factors = update(*shape, seed=8)

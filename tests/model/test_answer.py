@@ -8,12 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 
 from helpers import FAMILIES, family
-from router.model.answer import by_length, encode, generate, score_choices
+from router.model.answer import encode, generate, score_choices
 from router.model.cache import new_cache
 from router.model.device import CHOICE_TOKENS
 from router.pipeline import answering
@@ -74,20 +72,6 @@ def answered(base, queries, max_new_tokens=64, bar=lambda tokens: None, deadline
 
 def generation(*prompts):
     return [Query(str(n), prompt, "generation") for n, prompt in enumerate(prompts)]
-
-
-@given(st.lists(st.integers(1, 80)), st.none() | st.integers(1, 5))
-def test_by_length_respects_budget_and_rows(lengths, limit):
-    batches, budget = list(by_length(lengths, 60, limit)), 60
-    flat = [index for batch in batches for index in batch]
-    assert sorted(flat) == list(range(len(lengths)))
-    assert [lengths[index] for index in flat] == sorted(lengths, reverse=True)
-    for batch in batches:
-        longest = max(lengths[index] for index in batch)
-        assert len(batch) == 1 or len(batch) * longest <= budget
-        assert limit is None or len(batch) <= limit
-        if batch is not batches[-1]:  # it is full
-            assert (len(batch) + 1) * longest > budget or len(batch) == limit
 
 
 @contextmanager

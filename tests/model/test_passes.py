@@ -1,18 +1,9 @@
-"""What routing reads of a prompt, short ones whole and the two ends of long ones, and a pass over it."""
+"""A pass over prompts, for routing."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from router.model.passes import MAX_TOKENS, batches, truncated
-
-
-@given(st.integers(1, 3 * MAX_TOKENS))
-def test_of_a_long_prompt_both_ends_are_read(length):
-    whole, half = list(range(length)), MAX_TOKENS // 2
-    read = whole if length <= MAX_TOKENS else whole[:half] + whole[-half:]
-    assert truncated([[7], whole]) == [[7], read]
+from router.model.passes import batches
 
 
 def test_a_batch_that_does_not_fit_is_read_in_halves(base):

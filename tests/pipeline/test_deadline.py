@@ -90,10 +90,3 @@ def test_what_the_limit_cut_is_told_after_a_kill_too(command, paced, clock, monk
         assert command(*cut)[0] == 130
     code, out = command(*cut)
     assert code == 0 and len(batches) == 4 and told(out)["unanswered"] == len(ROWS) - 4
-
-
-def test_the_deadline_leaves_time_to_write():
-    clock = Clock()
-    deadline = Deadline(1, clock, began=100)  # 57 seconds to answer in
-    for clock.now, over in ((110, False), (156.9, False), (157, True)):
-        assert deadline.over() == over

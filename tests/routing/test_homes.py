@@ -6,7 +6,7 @@ import pytest
 from router.api import Router
 from router.model.frames import ALPACA, BARE, Frame
 from router.routing.gate import PrototypeGate
-from router.routing.homes import AWAY, CLEAR, GAP, handicaps, trained_in
+from router.routing.homes import AWAY, CLEAR, GAP, trained_in
 from router.routing.large import LargeGate
 
 
@@ -52,14 +52,6 @@ def test_adapters_of_another_form_are_told_from_those_of_one():
 @pytest.mark.parametrize("gains", [[0.0] * 12, [0.2] * 12, [0.3, *[0.0] * 11], [0.3, 0.3, 0.0], [0.3, 0.0]])
 def test_libraries_of_one_form_and_single_adapters_are_left_alone(gains):
     assert not trained_in(*responses(gains)).any()
-
-
-def test_who_has_a_handicap_in_which_form():
-    homes = np.array([0, 1, 2, 0])
-    assert handicaps(homes, 0).tolist() == [0, AWAY, AWAY, 0]
-    assert handicaps(homes, 1).tolist() == [AWAY, 0, AWAY, AWAY]
-    assert handicaps(np.array([0, 1]), 2).tolist() == [0, AWAY]
-    assert not handicaps(np.zeros(3, np.int64), 1).any()
 
 
 @pytest.mark.parametrize("kind", [PrototypeGate, LargeGate])
