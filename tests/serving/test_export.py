@@ -66,6 +66,9 @@ def modules_in(out):
 
 
 def test_vllm_gets_every_variant_by_name_and_a_slot_more(out, capsys, tiny_base, tmp_path, monkeypatch):
+    assert cli(["check", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "3 adapters" in said and all(name_of(path) in said for path in folders_in(out))
     assert cli(["export", str(out)]) == 0
     words, folders = words_of(out), folders_in(out)
     assert words[:4] == ["exec", "vllm", "serve", str(tiny_base)] and words[-1] == "$@"
@@ -191,8 +194,10 @@ def test_a_saved_router_has_its_variants_for_llamacpp(saved, llama_cpp, capsys):
         assert main([str(saved), *map(str, llama_cpp)]) == 0
     made = {f"{name_of(path)}.gguf" for path in folders_in(saved)}
     assert {path.name for path in (saved / "gguf").glob("*.gguf")} == made and made
+    assert cli(["check", str(saved)]) == 0
     shutil.rmtree(folders_in(saved)[0])
-    assert main([str(saved)]) == 2 and "router.json" in capsys.readouterr().err
+    for command in ("check", "export"):
+        assert cli([command, str(saved)]) == 2 and "router.json" in capsys.readouterr().err
 
 
 def test_what_llamacpp_lacks_is_refused_and_nothing_is_left(out, llama_cpp, tiny_library, capsys):
@@ -262,8 +267,8 @@ def without_variants(out):
 )  # fmt: skip
 def test_what_has_no_variants_is_refused(out, capsys, harm, named):
     harm(out)
-    assert main([str(out)]) == 2
-    assert str(out / named) in capsys.readouterr().err and not (out / "serve.sh").exists()
+    assert cli(["check", str(out)]) == main([str(out)]) == 2
+    assert capsys.readouterr().err.count(str(out / named)) >= 2 and not (out / "serve.sh").exists()
     if harm in (exchanged, rescaled):
         with pytest.raises(InputError, match="variants"):
             Router.load(out, device="cpu")
