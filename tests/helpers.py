@@ -205,6 +205,11 @@ def read_table(path):
         return list(csv.DictReader(file, strict=True))
 
 
+def weights_in(row):
+    """The weight of each candidate in a row of a routing table."""
+    return {name: float(value) for name, value in row.items() if name not in ("id", "variant")}
+
+
 def read_by_id(path):
     return {row["id"]: row for row in read_table(path)}
 
@@ -356,6 +361,15 @@ def spoil(path, old, new):
 
 
 # Answers of a base model
+
+
+def plain_model(folder, adapter=None, dtype=torch.float32, **how):
+    """A base model as transformers loads it, with an adapter as PEFT loads it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return (PeftModel.from_pretrained(model, adapter, **how) if adapter else model).eval()
 
 
 def written(model, tokenizer, prompt, length=6):

@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from helpers import (
     NAMES,
@@ -23,7 +22,9 @@ from helpers import (
     edit_json,
     edit_weights,
     files_of,
+    plain_model,
     read_table,
+    weights_in,
     write_queries,
     write_tiny_adapter,
 )  # fmt: skip
@@ -64,9 +65,7 @@ def test_a_canary_is_what_peft_and_transformers_say(saved, run, tiny_base):
         router = Router.load(folder, device="cpu")
         assert any(variant.weights for variant in router.variants)
         for n, variant in enumerate(router.variants):
-            model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-            if variant.weights:
-                model = PeftModel.from_pretrained(model, folder / "variants" / str(n))
+            model = plain_model(tiny_base, folder / "variants" / str(n) if variant.weights else None)
             with torch.inference_mode():
                 expected = model(ids).logits[0, -1].log_softmax(-1).max().item()
             assert variant.canary == pytest.approx(expected, abs=1e-4)
@@ -195,7 +194,7 @@ def test_a_router_does_what_the_command_did(router, run, tiny_library):
     answers = [row["prediction"].strip() for row in read_table(out / "queries.csv")]
     for own in (router, loaded):
         for row, expected in zip(own.route(MORE).to_dict("records"), routing, strict=True):
-            assert row == pytest.approx({name: float(expected[name]) for name in row}, abs=1e-6)
+            assert row == pytest.approx(weights_in(expected), abs=1e-6)
         assert [answer.strip() or "unknown" for answer in own.answer(MORE)] == answers
     assert loaded.frames  # a request waits for no calibration
     assert [choice.variant for choice in loaded.choose(MORE)] == [int(row["variant"]) for row in routing]

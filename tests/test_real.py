@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from helpers import ROOT, read_table, write_csv
+from helpers import ROOT, read_table, weights_in, write_csv
 from router.api import Router
 from router.constants import LIBRARY
 from router.library.adapters import check_against_base, load_library
@@ -87,7 +87,7 @@ def test_queries_in_the_experts_phrasing_reach_their_expert(tmp_path):
     routing = read_table(tmp_path / "proto_route" / "part.routing.csv")
     right = 0
     for row, wanted in zip(routing, part, strict=True):
-        weights = {name: float(value) for name, value in row.items() if name not in ("id", "variant")}
+        weights = weights_in(row)
         assert sum(weights.values()) == pytest.approx(1, abs=1e-4)
         right += max(weights, key=weights.get) == wanted["adapter"]
     assert right / len(part) >= 0.95
@@ -119,7 +119,7 @@ def test_a_file_of_chats_is_answered_by_their_adapters(tmp_path):
     )
     right = []
     for row, line in zip(read_table(tmp_path / "out" / "asked.routing.csv"), lines, strict=True):
-        weights = {name: float(row[name]) for name in row if name not in ("id", "variant")}
+        weights = weights_in(row)
         right.append(max(weights, key=weights.get) == line["adapter"])
     assert sum(right) / len(right) >= 0.8
     assert all(row["prediction"] for row in read_table(tmp_path / "out" / "asked.csv"))

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import LoraConfig, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from helpers import WIDTHS, delta, edit_json, peft_deltas, write_tiny_adapter
+from helpers import WIDTHS, delta, edit_json, peft_deltas, plain_model, write_tiny_adapter
 from merge.factors import Factors
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE, AdapterError, open_adapter, served_rank, write_adapter
 
@@ -37,11 +36,10 @@ def change(folder, tensors=None, **config):
 
 def loaded_by_peft(base_folder, adapter_folder):
     """The update of each module by PEFT's own loader; any warning is an error."""
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to True|Unexpected keyword arguments")
-        return peft_deltas(PeftModel.from_pretrained(model, adapter_folder))
+        return peft_deltas(plain_model(base_folder, adapter_folder))
 
 
 def with_patterns(folder):
@@ -300,7 +298,7 @@ def test_older_names_of_weights_mean_the_same(tmp_path, old, new):
 @pytest.mark.filterwarnings("ignore:.*changes the base weights of the model")
 @pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
 def test_what_takes_a_part_out_of_the_base_can_be_converted(tmp_path, tiny_base, kind):
-    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model = plain_model(tiny_base)
     before = model.get_submodule(Q0).weight.double().detach().numpy().copy()
     torch.manual_seed(0)
     model = get_peft_model(

@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from helpers import active, logits
+from helpers import active, logits, plain_model
 from router.model.apply import Beside, Merged, applied
 from router.model.base import linear_shapes, load_base
 from router.routing.variants import Variant, write_variant
@@ -51,10 +49,8 @@ def test_a_swapped_variant_has_the_weights_that_peft_loads(tmp_path, tiny_base, 
             if folder is None:
                 assert found is base.model and torch.equal(logits(found), before)
                 continue
-            fresh = AutoModelForCausalLM.from_pretrained(base.name, dtype=base.model.dtype)
-            theirs = PeftModel.from_pretrained(
-                fresh, folder, adapter_name="variant", autocast_adapter_dtype=False
-            ).eval()
+            how = {"adapter_name": "variant", "autocast_adapter_dtype": False}
+            theirs = plain_model(base.name, folder, base.model.dtype, **how)
             mine, expected = lora_weights(found), lora_weights(theirs)
             assert mine.keys() == expected.keys()
             assert all(torch.equal(weight, expected[name]) for name, weight in mine.items())

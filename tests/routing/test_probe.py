@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, dense_updates, inputs_of
+from helpers import NAMES, dense_updates, inputs_of, plain_model
 from router.library.adapters import load_library
 from router.model.answer import encode
 from router.routing.probe import input_means, probe
@@ -13,11 +12,6 @@ from router.routing.prototypes import prototypes
 
 # Of one, two and three tokens (none, one and two are counted beside the first), and longer ones.
 TEXTS = ["a", "ab", "abc", "two words", "Question: what is 17 + 4?\nAnswer:", "wordy " * 12, "über 漢字"]
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_base):
-    return AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64).eval()
 
 
 def read(model, row, modules):
@@ -39,7 +33,7 @@ def measured(base, tiny_library):
     return prototypes(load_library([str(tiny_library)])), encode(base.tokenizer, TEXTS)
 
 
-def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured, tiny_library):
+def test_both_responses_equal_dense_cosines_token_by_token(base, tiny_base, measured, tiny_library):
     protos, rows = measured
     assert [len(row) for row in rows][:3] == [1, 2, 3]
     means, _ = input_means(base.model, rows, 0, list(protos))
@@ -51,6 +45,7 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
     finally:
         torch.set_default_dtype(torch.float32)
     np.testing.assert_array_equal(again, found)
+    plain = plain_model(tiny_base, dtype=torch.float64)
     inputs = [read(plain, row, list(protos)) for row in rows]
     updates = [dense_updates(tiny_library / name) for name in NAMES]
     for m, module in enumerate(protos):

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, edit_json, write_tiny_adapter
+from helpers import NAMES, edit_json, plain_model, write_tiny_adapter
 from merge.folders import open_adapter
 from router.api import Router
 from router.cli import main as cli
@@ -180,8 +178,7 @@ def test_llamacpp_gets_the_adapters_with_scaled_factors(out, llama_cpp, tiny_lib
     assert words[1] == "llama-server"
     assert "3 adapters" in capsys.readouterr().out
     for file, name in zip(files, NAMES, strict=True):
-        model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-        peft = PeftModel.from_pretrained(model, tiny_library / name)
+        peft = plain_model(tiny_base, tiny_library / name)
         kept = load_file(file)
         for key in [key for key in kept if "lora_A" in key]:
             module = peft.get_submodule(key.removesuffix(".lora_A.weight"))

@@ -9,16 +9,13 @@ import pytest
 from helpers import OURS, THEIRS
 from router.system.errors import InputError
 from router.system.files import (
-    SEAL,
     cache_folder,
     is_ours,
-    is_sealed,
     mark,
     read_record,
     remaking,
     remove_ours,
     replacing,
-    sealed,
     work_folder,
 )
 
@@ -112,17 +109,3 @@ def test_a_folder_is_made_anew_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(InputError, match="one"), remaking(folder):
         pytest.fail("replaced")
     assert (folder / "new").read_text() == "mine" and list(tmp_path.iterdir()) == [folder]
-
-
-def test_a_sealed_file_is_known_as_it_was(tmp_path):
-    file = tmp_path / "serve.sh"
-    assert is_sealed(file)  # not there
-    text = sealed(f"# {SEAL}{'0' * 64}\nrun \u00fc\n")
-    file.write_text(text, "utf-8")
-    assert is_sealed(file)
-    for other in (text + "x", text.replace("run", "ran"), "run\n", "", f"# {SEAL}"):
-        file.write_text(other, "utf-8")
-        assert not is_sealed(file)
-    file.unlink()
-    file.symlink_to("nowhere")
-    assert not is_sealed(file) and not is_sealed(tmp_path)
