@@ -59,6 +59,11 @@ def saved(router, tmp_path):
     return router.fit(MORE).save(tmp_path / "saved")
 
 
+def refused(cause, folder, **how):
+    with pytest.raises(InputError, match=cause):
+        Router.load(folder, device="cpu", **how)
+
+
 def test_a_canary_is_what_peft_and_transformers_say(saved, run, tiny_base):
     ids = AutoTokenizer.from_pretrained(tiny_base)(CANARY, return_tensors="pt").input_ids
     for folder in (saved, run(MORE)):
@@ -132,8 +137,7 @@ def test_a_base_model_of_another_configuration_is_told(saved, tiny_base, tmp_pat
     Router.load(saved, base_model=str(other), device="cpu")
     assert "configuration" in caplog.text
     edit_weights(other / "model.safetensors", lambda key, of: of + (key == "lm_head.weight"))
-    with pytest.raises(InputError, match="weights"):
-        Router.load(saved, base_model=str(other), device="cpu")
+    refused("weights", saved, base_model=str(other))
 
 
 def test_a_router_that_is_saved_while_it_is_read_is_not_mixed(router, saved, monkeypatch):
@@ -203,8 +207,7 @@ def test_a_router_does_what_the_command_did(router, run, tiny_library):
         lambda folder: grow(folder / "adapter_model.safetensors"),  # it was trained again since
     ):
         change(tiny_library / NAMES[0])
-        with pytest.raises(InputError, match=NAMES[0]):
-            Router.load(out, device="cpu")
+        refused(NAMES[0], out)
 
 
 def test_a_record_that_lacks_what_a_router_needs_is_refused(run, tiny_base):
@@ -217,8 +220,7 @@ def test_a_record_that_lacks_what_a_router_needs_is_refused(run, tiny_base):
         ({"variants": None, "base": None}, "variants"),
     ):
         edit_json(out / "run.json", **record | change)
-        with pytest.raises(InputError, match=cause):
-            Router.load(out, device="cpu")
+        refused(cause, out)
     del flags["base_model"]  # null is the same
     (out / "run.json").write_text(json.dumps(record))
     assert Router.load(out, str(tiny_base), "cpu").candidates == [*NAMES, "base"]
@@ -229,8 +231,7 @@ def test_the_embedded_base_model_is_found_by_what_it_is(saved, monkeypatch):
     monkeypatch.setattr("router.api.load_base", asked)
     for embedded, revision in ((True, None), (False, "abc")):
         edit_json(saved / "router.json", embedded=embedded, revision=revision, base_model="some/base")
-        with pytest.raises(InputError, match="asked"):
-            Router.load(saved, device="cpu")
+        refused("asked", saved)
     assert [call.args[0] for call in asked.call_args_list] == ["embedded", "some/base@abc"]
 
 
@@ -265,8 +266,7 @@ def run(tiny_base, tiny_library, tmp_path):
 )
 def test_what_is_no_router_is_refused_with_what_to_do(saved, spoil, cause):
     spoil(saved)
-    with pytest.raises(InputError, match=cause):
-        Router.load(saved, device="cpu")
+    refused(cause, saved)
 
 
 def test_parts_of_a_router_that_do_not_fit_together_are_refused(saved):
@@ -280,8 +280,7 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused(saved):
         ({"base_sha256": None}, "base_sha256"),
     ):
         edit_json(saved / "router.json", **about | change)
-        with pytest.raises(InputError, match=cause):
-            Router.load(saved, device="cpu")
+        refused(cause, saved)
     edit_json(saved / "router.json", **about | {"settings": about["settings"] | {"later": 1}})
     assert Router.load(saved, device="cpu").candidates == about["candidates"]
 
@@ -312,8 +311,7 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused(saved):
     for changed, router in spoilt:
         save_file(changed, file, {"router": router})
         edit_json(saved / "router.json", files=about["files"] | {file.name: sha256_of(file)})
-        with pytest.raises(InputError, match=f"{file}: "):
-            Router.load(saved, device="cpu")
+        refused(f"{file}: ", saved)
 
 
 def test_threads_share_a_router(router):
@@ -388,29 +386,25 @@ def test_weights_that_are_replaced_after_routing_are_refused(made, tiny_library,
     assert not (tmp_path / "saved" / "router.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("texts", "choices"),
-    [
+def test_wrong_questions_are_refused(router):
+    for texts, choices in (
         ("one text", None), ([], None), (["a"], []), (["a"], [[]]), ({"a": "b"}, None), (None, None),
         (["a", "b"], ["yes", "no"]),  # each would be a list of letters
         (["a", "b"], [["yes", "no"], "no"]), (b"bytes", None), (np.array([["a"]]), None),
         (pd.DataFrame({"input": TEXTS}), None),  # a list of it would be its columns
         (pd.Series(["a", np.nan], dtype=object), None),
-    ],
-)  # fmt: skip
-def test_wrong_questions_are_refused(router, texts, choices):
-    with pytest.raises(ValueError, match="expected"):
-        router.answer(texts, choices)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="expected"):
+            router.answer(texts, choices)
 
 
-@pytest.mark.parametrize("kind", [tuple, np.array, pd.Series, lambda texts: pd.Series(texts, [7, 7, 7])])
-def test_a_column_of_a_table_is_a_list_of_texts(router, kind):
-    assert router.route(kind(TEXTS)).equals(router.route(TEXTS))
-    choices = [["four", "five"]] * 3
+def test_a_column_of_a_table_is_a_list_of_texts(router):
+    choices, routed = [["four", "five"]] * 3, router.route(TEXTS)
     expected = router.answer(TEXTS, choices)
-    assert set(expected) <= {"four", "five"}
-    assert router.answer(kind(TEXTS), pd.Series(choices)) == expected
-    assert router.answer(TEXTS, np.array(choices)) == expected
+    assert set(expected) <= {"four", "five"} and router.answer(TEXTS, np.array(choices)) == expected
+    for kind in (tuple, np.array, pd.Series, lambda texts: pd.Series(texts, [7, 7, 7])):
+        assert router.route(kind(TEXTS)).equals(routed)
+        assert router.answer(kind(TEXTS), pd.Series(choices)) == expected
 
 
 def test_a_setting_out_of_its_range_is_refused(tiny_library, saved, tmp_path, monkeypatch):

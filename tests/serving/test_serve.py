@@ -101,7 +101,7 @@ def test_it_serves_reloads_drains_and_tells_who_left(upstream, router, tmp_path)
     saved = router.save(tmp_path / "saved")
     body = {"model": "auto", "prompt": "Endless"}
     decisions = tmp_path / "decisions.jsonl"
-    flags = "--timeout", 5, "--decisions", decisions
+    flags = "--timeout", 2, "--decisions", decisions
     with started(saved, upstream, *flags) as (process, client, log), socket.socket() as half:
         half.settimeout(20)
         half.connect((client.base_url.host, client.base_url.port))
