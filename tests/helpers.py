@@ -4,7 +4,6 @@ import csv
 import json
 import sys
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -15,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from router.constants import FORMAT
 from router.methods import load_method
+from router.model import answer
 from router.model.apply import applied
 from router.pipeline.context import Context
 from router.pipeline.evidence import Evidence
 from router.settings import Settings
-from router.system.files import MARKER, mark
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -111,6 +110,16 @@ def stand_in(monkeypatch, **modules):
         module = ModuleType(name.replace("__", "."))
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does."""
+
+
+def before_batches(patch, called):
+    """Has `called(batch)` run before each batch is answered."""
+    plain = answer.if_it_fits
+    patch.setattr(answer, "if_it_fits", lambda way, batch: (called(batch), plain(way, batch))[1])
 
 
 # Base models of many families
@@ -221,51 +230,6 @@ def arguments(method, queries, library, base, out, *flags):
         "--output_folder", out, "--dtype", "float32", "--device", "cpu", "--max_gen_len", 6, *flags,
     ]  # fmt: skip
     return [str(word) for word in words]
-
-
-# Folders that a run may remove or replace, and those that are somebody else's
-
-
-def marked(folder):
-    folder.mkdir()
-    (folder / ".proto-route").touch()
-    (folder / "0").mkdir()
-    (folder / "0" / "file").touch()
-
-
-def linked(folder):
-    marked(folder.parent / "elsewhere")
-    folder.symlink_to(folder.parent / "elsewhere")
-
-
-def foreign(folder):
-    folder.mkdir()
-    (folder / "mine").touch()
-
-
-def finished(folder, change=lambda file: None):
-    """A folder of ours as it was finished, and what somebody did to it since, given one of its files."""
-    (folder / "one").mkdir(parents=True)
-    for name in ("a", "one/b"):
-        (folder / name).write_text(name)
-    mark(folder, finished=True)
-    change(folder / "one" / "b")
-
-
-OURS = {
-    "missing": lambda folder: None, "empty": Path.mkdir, "marked": marked, "finished": finished,
-    "half removed": lambda folder: finished(folder, Path.unlink),
-}  # fmt: skip
-CHANGES = {
-    "changed": lambda file: file.write_text("mine"), "added": lambda file: file.with_name("c").touch(),
-    "linked": lambda file: file.with_name("c").symlink_to(".."),
-    "marked again": lambda file: (file.parent / MARKER).touch(),
-}  # fmt: skip
-THEIRS = {
-    "foreign": foreign, "file": Path.touch, "link": linked,
-    "lost": lambda folder: folder.symlink_to("nowhere"),
-    **{name: partial(finished, change=change) for name, change in CHANGES.items()},
-}  # fmt: skip
 
 
 # Finished runs

@@ -108,22 +108,18 @@ def test_texts_that_no_adapter_fits_go_to_the_base_model(router):
     assert router.fit(MORE, 1).variants != many and len(router.variants) == 2  # one, and the base model
 
 
-def test_variants_are_written_once_and_go_with_the_router(made, tmp_path, monkeypatch):
+def test_variants_go_with_the_router(made, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     router = made(false_positive_rate=0.9, temperature=3.0).fit(MORE)
-    first = router.answer(TEXTS)
-    (folder,) = temporary.iterdir()
-    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert written and router.answer(TEXTS) == first
-    assert {path: path.stat().st_mtime_ns for path in temporary.rglob("*") if path != folder} == written
+    assert router.answer(TEXTS) == router.answer(TEXTS) and len(list(temporary.iterdir())) == 1
     router.fit(TEXTS[:1])
     assert not list(temporary.iterdir())
     router.answer(TEXTS)
-    (again,) = temporary.iterdir()
+    (folder,) = temporary.iterdir()
     names = {str(n) for n, variant in enumerate(router.variants) if variant.weights}
-    assert {path.name for path in again.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == names
     del router
     gc.collect()
     assert not list(temporary.iterdir())
@@ -210,18 +206,12 @@ def test_a_router_does_what_the_command_did(router, run, tiny_library):
         refused(NAMES[0], out)
 
 
-def test_a_record_that_lacks_what_a_router_needs_is_refused(run, tiny_base):
+def test_a_run_of_a_method_that_does_not_route_is_no_router(run, tiny_base):
     out = run(TEXTS[:1])
     record = json.loads((out / "run.json").read_text())
-    flags = record["flags"]
-    for change, cause in (
-        ({"flags": {"dataset_filepaths": flags["dataset_filepaths"]}}, "output_folder"),
-        ({"flags": flags | {"top_k": "three"}}, "top_k"),
-        ({"variants": None, "base": None}, "variants"),
-    ):
-        edit_json(out / "run.json", **record | change)
-        refused(cause, out)
-    del flags["base_model"]  # null is the same
+    edit_json(out / "run.json", variants=None, base=None)
+    refused("variants", out)
+    del record["flags"]["base_model"]  # null is the same
     (out / "run.json").write_text(json.dumps(record))
     assert Router.load(out, str(tiny_base), "cpu").candidates == [*NAMES, "base"]
 

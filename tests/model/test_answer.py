@@ -13,7 +13,6 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 from helpers import FAMILIES, family
 from router.model.answer import encode, generate, score_choices
 from router.model.cache import new_cache
-from router.model.device import CHOICE_TOKENS
 from router.pipeline import answering
 from router.pipeline.context import Context
 from router.queries.submission import Query
@@ -100,16 +99,14 @@ def test_generated_text_loses_a_blank_and_special_tokens(base, told, kept):
     assert found.ids == (*letters(base, told), EOS)
 
 
-@pytest.mark.parametrize(("scoring", "skip"), [("full", 0), ("kit", 1)])
-def test_scores_equal_one_forward_pass_per_choice(base, scoring, skip):
-    found = score_choices(base.model, base.tokenizer, rows(base), CHOICES, scoring)
+def test_the_kits_scores_leave_out_the_first_token(base):
+    found = score_choices(base.model, base.tokenizer, rows(base), CHOICES, "kit")
     for prompt, choices, scores in zip(rows(base), CHOICES, found, strict=True):
-        expected = [log_probability(base, prompt, choice, skip) for choice in choices]
+        expected = [log_probability(base, prompt, choice, skip=1) for choice in choices]
         assert scores == pytest.approx(expected, rel=0, abs=1e-3)
-    if scoring == "kit":
-        assert found[1][2] == found[4][0] == 0.0  # an empty choice has no token left to score
-        tie = [Query("0", "Hi", "multiple_choice", ("zz", "", "qq", ""))]
-        assert answered(base, tie, scoring="kit")[0].text == "1"  # the lowest index
+    assert found[1][2] == found[4][0] == 0.0  # an empty choice has no token left to score
+    tie = [Query("0", "Hi", "multiple_choice", ("zz", "", "qq", ""))]
+    assert answered(base, tie, scoring="kit")[0].text == "1"  # the lowest index
 
 
 @pytest.mark.parametrize(("prompt", "ids", "limit"), [("", [0], None), (LONG, 7, 7)])
@@ -293,19 +290,3 @@ def test_a_model_whose_layers_keep_something_else_is_refused(base):
     endless.generation_config.eos_token_id = "x"
     with pytest.raises(InputError, match="eos_token_id"):
         generate(endless, tokenizer, rows(base), 5)
-
-
-def test_a_batch_of_choices_counts_their_own_tokens(base, monkeypatch):
-    """Each of them has logits of the whole vocabulary: short prompts with long choices must not pile up."""
-    seen = []
-
-    def record(_, tokenizer, rows, choices, scoring):
-        lengths = [[len(tokenizer(text)["input_ids"]) for text in options] for options in choices]
-        seen.append((len(rows) * 2, max(map(len, rows)) + max(map(max, lengths))))
-        return [(0.0, 1.0) for _ in choices]
-
-    monkeypatch.setattr("router.model.answer.score_choices", record)
-    queries = [Query(str(n), "Hi", "multiple_choice", ("word " * n, "b")) for n in range(1, 60)]
-    assert [found.text for found in answered(base, queries)] == ["1"] * len(queries)
-    assert sum(count for count, _ in seen) == 2 * len(queries) and len(seen) > 1
-    assert all(count == 2 or count * tokens <= CHOICE_TOKENS for count, tokens in seen)

@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from helpers import ROWS, read_table
-from router.model import answer as module
+from helpers import ROWS, before_batches, read_table
 from router.pipeline.deadline import RESERVE, Deadline
 from router.pipeline.steps import route
 
@@ -17,6 +16,9 @@ class Clock:
 
     def __call__(self):
         return self.now
+
+    def tick(self, seconds):
+        self.now += seconds
 
 
 @pytest.fixture()
@@ -36,15 +38,10 @@ def clock(monkeypatch):
 @pytest.fixture()
 def paced(monkeypatch, clock):
     """Lets a batch take so many seconds; returns the batches that were answered."""
-    plain, batches = module.if_it_fits, []
 
     def pace(seconds):
-        def slow(way, batch):
-            batches.append(batch)
-            clock.now += seconds
-            return plain(way, batch)
-
-        monkeypatch.setattr(module, "if_it_fits", slow)
+        batches = []
+        before_batches(monkeypatch, lambda batch: (batches.append(batch), clock.tick(seconds)))
         return batches
 
     return pace

@@ -9,9 +9,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from helpers import ROWS, arguments, edit_json, files_of, write_queries
+from helpers import ROWS, Killed, arguments, before_batches, edit_json, files_of, write_queries
 from router.main import main
-from router.model import answer as module
 from router.model.answer import Answer
 from router.pipeline.fitted import Fitted
 from router.pipeline.journal import Journal, alone_in
@@ -24,23 +23,18 @@ ONE, TWO = Query("1", "a", "generation"), Query("2", "b\u2028\n", "multiple_choi
 FOUND = {ONE: Answer("text", (3, 1)), TWO: Answer("1", scores=(-0.1, -1 / 3))}
 
 
-class Killed(BaseException):
-    pass
-
-
 @contextmanager
 def killed_after(batches, monkeypatch):
     """A run in the block is killed after so many batches; yields those that it answered."""
-    plain, done = module.if_it_fits, []
+    done = []
 
-    def limited(way, batch):
+    def limited(batch):
         if len(done) == batches:
             raise Killed
         done.append(batch)
-        return plain(way, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "if_it_fits", limited)
+        before_batches(patch, limited)
         yield done
 
 

@@ -4,7 +4,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -369,11 +368,6 @@ def test_an_answer_ends_where_the_variants_own_template_ends_a_turn(method, base
     answer = Answer("x\ny<b>z<a>", tuple(tokenizer("x\ny<b>z<a>")["input_ids"]))
     for name, ended in (("plain", "x\ny<b>z"), ("b", "x\ny")):
         assert made._ended([query], [answer], [tmp_path / name])[0].text == ended
-    made._brought[tmp_path / "gone"] = None  # as of an earlier call, whose folders are others now
-    made.predict(
-        [], [], SimpleNamespace(clusters=SimpleNamespace(labels=np.zeros(0, int)), folders=[]), tmp_path
-    )
-    assert not made._brought
 
 
 def test_a_variant_keeps_no_template_of_the_one_before(method, tiny_library, tmp_path):
@@ -406,19 +400,15 @@ def test_a_long_chat_keeps_both_its_ends(method):
     assert list(read.ids) == ids
 
 
-def test_brief_messages_do_not_push_a_job_out(method):
+def test_of_a_long_conversation_the_last_messages_are_read_and_the_job(method):
     job = "Write a headline for this story, please, and keep it short"
-    words = [job, *["why?"] * (2 * TURNS), "thanks"]
-    asked = json.dumps([{"role": "user", "content": text} for text in words])
-    (turns,) = method().turns([Query("0", "", "generation", (), asked)])
-    spelt = [method().tokenizer.decode(read.ids) for read in turns]
-    assert len(turns) == TURNS and job in spelt[0] and "thanks" in spelt[-1]
-
-
-def test_of_a_long_conversation_the_last_messages_are_read(method):
-    long = [{"role": "user", "content": f"question {n}"} for n in range(3 * TURNS)]
-    written = "".join(f"User: question {n}\nAssistant: x\n" for n in range(3 * TURNS))
-    prompt = Query("1", written + "User: last\nAssistant:", "generation")
-    for query in (Query("0", "", "generation", (), json.dumps(long)), prompt):
-        (turns,) = method().turns([query])
-        assert len(turns) == TURNS
+    long = [f"question {n}" for n in range(3 * TURNS)]
+    written = "".join(f"User: {text}\nAssistant: x\n" for text in long)
+    queries = [Query("0", written + "User: last\nAssistant:", "generation")]
+    for words in (long, [job, *["why?"] * (2 * TURNS), "thanks"]):
+        talk = [{"role": "user", "content": text} for text in words]
+        queries.append(Query("1", "", "generation", (), json.dumps(talk)))
+    turns = method().turns(queries)
+    assert [len(reads) for reads in turns] == [TURNS] * 3
+    spelt = [method().tokenizer.decode(read.ids) for read in turns[-1]]
+    assert job in spelt[0] and "thanks" in spelt[-1]  # brief messages do not push it out

@@ -99,8 +99,6 @@ def test_votes_by_kind_of_module(capsys, tmp_path):
     assert found["means"] == [
         {"modules": "self_attn.q_proj", "mean": -9 / 5}, {"modules": "mlp.up_proj", "mean": -10 / 5},
     ]  # fmt: skip
-    lines = {line.split()[0]: line for line in text(capsys, out, "q0").splitlines() if line.strip()}
-    assert lines["mlp.up_proj"].count("-") == 21 and lines["self_attn.q_proj"].count("-") == 19  # and a sign
 
 
 def test_of_many_adapters_those_that_matter_are_shown(capsys, tmp_path):
