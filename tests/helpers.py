@@ -311,9 +311,10 @@ def edit_json(path, **fields):
 
 
 def edit_weights(path, change):
-    """Has `change(name, tensor)` make each tensor of a file anew; the old file, which may be mapped, goes."""
-    tensors = {key: change(key, of.clone()).contiguous() for key, of in load_file(path).items()}
-    path.unlink()
+    """Has `change(name, tensor)` make each tensor of a file anew; None leaves it out."""
+    tensors = {key: change(key, of.clone()) for key, of in load_file(path).items()}
+    path.unlink()  # it may be mapped
+    tensors = {key: of.contiguous() for key, of in tensors.items() if of is not None}
     save_file(tensors, path, metadata={"format": "pt"})
 
 

@@ -5,9 +5,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from helpers import write_tiny_adapter
+from helpers import edit_weights, write_tiny_adapter
+from merge.folders import WEIGHTS_FILE
 from router.library.adapters import load_library
 from router.library.duplicates import ALIKE, nearby, representatives
 from router.methods.proto_route import ProtoRoute
@@ -22,9 +22,8 @@ KINDS = ("self_attn.q_proj", "mlp.up_proj")
 
 def adapter(folder, change=lambda key, x: x, seed=1, **config):
     """A tiny adapter, its tensors changed one by one; None leaves a tensor out."""
-    file = write_tiny_adapter(folder, seed, kinds=KINDS, **config) / "adapter_model.safetensors"
-    changed = {key: change(key, tensor) for key, tensor in load_file(file).items()}
-    save_file({key: value.contiguous() for key, value in changed.items() if value is not None}, file)
+    write_tiny_adapter(folder, seed, kinds=KINDS, **config)
+    edit_weights(folder / WEIGHTS_FILE, change)
     return load_library([str(folder)])[0]
 
 

@@ -70,14 +70,6 @@ def test_a_system_message_of_many_requests_is_calibrated_beside_them(client, rou
     assert "brief" not in metrics
 
 
-@pytest.mark.parametrize(
-    "messages", [[], [{"role": "system", "content": "x"}], [{"role": "bot", "content": "x"}]]
-)
-def test_what_is_no_conversation_is_a_bad_request(client, messages):
-    with pytest.raises(openai.BadRequestError, match="messages"):
-        client.chat.completions.create(model="auto", messages=messages)
-
-
 @pytest.mark.anyio
 async def test_a_variant_that_brings_a_template_is_asked_in_it(saved_chats, tiny_library, tmp_path):
     other = PLAIN.replace("assistant: ", "them> ")

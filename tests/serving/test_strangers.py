@@ -133,19 +133,30 @@ async def test_headers_of_one_connection_are_not_forwarded():
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 100\r\n\r\n"
 
 
+def guarded(seconds, **how):
+    """A proxy of a stub, behind the guard of the command, in a thread."""
+    app = Proxy(Two(), "http://upstream", transport=httpx.ASGITransport(Upstream().app), **how).app
+    return serving(app, http=command.impatient(seconds))
+
+
+def told(address, *parts):
+    """What is answered to the parts of a request, until the connection is closed."""
+    url, found = httpx.URL(address), b""
+    with socket.create_connection((url.host, url.port), timeout=20) as one:
+        for part in parts:
+            one.sendall(part)
+            time.sleep(0.1)
+        while more := one.recv(4096):
+            found += more
+    return found
+
+
 @pytest.mark.parametrize("parts", [(), (HEAD[:30],), (HEAD, b'{"model": '), (HEAD[:9], HEAD[9:], b"x")])
 def test_half_a_request_is_cut_at_the_time_limit(parts):
-    app = Proxy(Two(), "http://upstream", timeout=0.5, transport=httpx.ASGITransport(Upstream().app)).app
-    with serving(app, http=command.impatient(0.5)) as address:
-        url, start, told = httpx.URL(address), time.monotonic(), b""
-        with socket.create_connection((url.host, url.port), timeout=20) as one:
-            for part in parts:
-                one.sendall(part)
-                time.sleep(0.1)
-            while more := one.recv(4096):  # until it closes the connection
-                told += more
+    with guarded(0.5, timeout=0.5) as address:
+        start = time.monotonic()
+        assert (b" 408 " in told(address, *parts)) == (b"".join(parts)[: len(HEAD)] == HEAD)
         assert 0.4 < time.monotonic() - start < 5
-        assert (b" 408 " in told) == (b"".join(parts)[: len(HEAD)] == HEAD)
         assert httpx.get(f"{address}/health").status_code == 200
 
 
@@ -153,21 +164,14 @@ def test_half_a_request_is_cut_at_the_time_limit(parts):
     "text", [b"nonsense\r\n\r\n", b"GET /a b HTTP/1.1\r\n\r\n", HEAD.replace(b"100", b"-5")]
 )
 def test_what_is_no_http_gets_an_error_object(text):
-    app = Proxy(Two(), "http://upstream", transport=httpx.ASGITransport(Upstream().app)).app
-    with serving(app, http=command.impatient(5)) as address:
-        url, told = httpx.URL(address), b""
-        with socket.create_connection((url.host, url.port), timeout=20) as one:
-            one.sendall(text)
-            while more := one.recv(4096):
-                told += more
-    head, _, body = told.partition(b"\r\n\r\n")
+    with guarded(5) as address:
+        head, _, body = told(address, text).partition(b"\r\n\r\n")
     assert b" 400 " in head and f"content-length: {len(body)}".encode() in head.lower()
     assert json.loads(body)["error"]["code"] == 400
 
 
 def test_a_kept_connection_is_not_cut_while_it_is_used():
-    app = Proxy(Two(), "http://upstream", transport=httpx.ASGITransport(Upstream().app)).app
-    with serving(app, http=command.impatient(0.3)) as address, httpx.Client(base_url=address) as client:
+    with guarded(0.3) as address, httpx.Client(base_url=address) as client:
         for _ in range(8):
             assert client.post("/v1/completions", json=completion("x")).json()["model"] == "variant-0"
             time.sleep(0.1)

@@ -71,13 +71,12 @@ def begun(folder):
 
 
 def linked(folder):
-    (folder.parent / "elsewhere").mkdir()
     begun(folder.parent / "elsewhere")
     folder.symlink_to(folder.parent / "elsewhere")
 
 
 OURS = {
-    "missing": lambda folder: None, "empty": Path.mkdir, "begun": lambda of: (of.mkdir(), begun(of)),
+    "missing": lambda folder: None, "empty": Path.mkdir, "begun": begun,
     "finished": finished, "half removed": lambda of: finished(of, Path.unlink),
 }  # fmt: skip
 THEIRS = {
