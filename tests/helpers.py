@@ -180,11 +180,7 @@ ROWS = [
 ]
 # A chat template.
 PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
-QUERIES = [
-    ("g1", "What is two and two?", "generation", ""),
-    ("m1", "Which is a fruit, stone or pear? ", "multiple_choice", "['stone', 'pear']"),
-    ("g2", "Bonjour, comment allez-vous ?", "generation", ""),
-]
+QUERIES = [ROWS[0], ROWS[1], ROWS[4]]
 METHODS = ["base", "average", "proto_route", "oracle"]
 
 

@@ -119,7 +119,7 @@ def test_of_many_adapters_those_that_matter_are_shown(capsys, tmp_path):
     [("base", "the base model has 1.00"), ("average", "3 candidates have 0.33"), ("arrow", "averaged")],
 )
 def test_a_run_without_evidence_shows_what_there_is(capsys, runs, method, sentence):
-    found, shown = story(capsys, runs(method), "g2"), text(capsys, runs(method), "g2")
+    found, shown = story(capsys, runs(method), "g3"), text(capsys, runs(method), "g3")
     assert sentence in found["summary"] and found["votes"] is None
     assert all(candidate.keys() == {"name", "weight"} for candidate in found["candidates"])
     assert "response" not in shown
