@@ -103,10 +103,6 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
     folders = [variant["folder"] for variant in variants if variant["folder"]]
     assert sorted(folders) == [f"variants/{name}" for name in variants_in(out)]
     assert bool(folders) == (method != "base")
-    for folder in folders:
-        model = plain_model(tiny_base, out / folder)
-        assert model.peft_config["default"].base_model_name_or_path == str(tiny_base)
-        assert any(weight.abs().max() > 0 for name, weight in model.named_parameters() if "lora_B" in name)
 
 
 def test_oracle_answers_with_each_querys_own_adapter(command, tmp_path, tiny_base, tiny_library):
@@ -293,19 +289,15 @@ class KitAvg(Merges):
 
 
 @pytest.fixture()
-def kit_method(tmp_path, tiny_base, monkeypatch):
+def kit_method(tmp_path, tiny_base, own_method):
     """A starter kit's method in a new file among the methods; returns its two adapter folders."""
     folders = [
         write_tiny_adapter(tmp_path / "kit" / name, seed, base_model_name_or_path=str(tiny_base))
         for seed, name in enumerate("ab")
     ]
-    constants = f"FIRST, SECOND, BASE = {str(folders[0])!r}, {str(folders[1])!r}, {str(tiny_base)!r}\n"
-    (tmp_path / "methods").mkdir()
-    (tmp_path / "methods" / "kit_avg.py").write_text(constants + KIT_METHOD)
-    monkeypatch.setattr(router.methods, "__path__", [*router.methods.__path__, str(tmp_path / "methods")])
-    yield folders
-    sys.modules.pop("router.methods.kit_avg", None)
-    vars(router.methods).pop("kit_avg", None)
+    first, second, base = map(str, (*folders, tiny_base))
+    own_method("kit_avg", f"FIRST, SECOND, BASE = {first!r}, {second!r}, {base!r}\n{KIT_METHOD}")
+    return folders
 
 
 def test_a_starter_kits_method_answers_as_it_stands(command, tmp_path, tiny_base, kit_method):
@@ -461,7 +453,7 @@ def test_a_query_file_of_a_name_that_a_run_needs_is_refused(name, command, tmp_p
     assert name in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["variants/mine.txt", "variants/0/README.md", "report.html"])
+@pytest.mark.parametrize("name", ["variants/mine.txt", "variants/0/README.md", "report.html", "queries.csv"])
 def test_a_result_that_somebody_changed_is_left_alone(name, command, capsys):
     _, out = command("average")
     assert command("average")[0] == 0  # over its own
@@ -496,7 +488,7 @@ def test_weights_that_are_replaced_while_a_run_reads_are_refused(
 
 
 @pytest.mark.parametrize("name", ["queries.csv", "variants"])
-def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, capsys, monkeypatch, name):
+def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, monkeypatch, name):
     from router.run import answer
 
     def slow(*of):
@@ -511,10 +503,6 @@ def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, c
     with monkeypatch.context() as patch:
         patch.setattr("router.model.answer.generate", lambda *_: pytest.fail("asked again"))
         assert command("base")[0] == 0
-    assert command("base")[0] == 0
-    (out / "queries.csv").write_text("mine")  # a result that was edited since
-    assert command("base")[0] == 2 and "queries.csv" in capsys.readouterr().err
-    assert (out / "queries.csv").read_text() == "mine"
 
 
 def test_a_token_beyond_the_embeddings_costs_its_prompts_alone(tmp_path, tiny_base, tiny_library):
