@@ -5,22 +5,19 @@ import json
 from enum import Enum
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
 
-httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-pytest.importorskip("starlette", reason="needs the extra serve")
-
-from prometheus_client import CollectorRegistry  # noqa: E402
-from starlette.applications import Starlette  # noqa: E402
-from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
-from starlette.routing import Route  # noqa: E402
-
-from helpers import PLAIN, stand_in  # noqa: E402
-from router.integrations.vllm import FOLDER, ROUTED, Auto, check  # noqa: E402
-from router.integrations.vllm_worker import MARKED  # noqa: E402
-from router.routing.variants import served  # noqa: E402
-from router.system.errors import InputError  # noqa: E402
+from helpers import PLAIN, stand_in
+from router.integrations.vllm import FOLDER, ROUTED, Auto, check
+from router.integrations.vllm_worker import MARKED
+from router.routing.variants import served
+from router.system.errors import InputError
 
 TEXTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 ="]
 TALK = [

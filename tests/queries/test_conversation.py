@@ -8,13 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from helpers import PLAIN, arguments, method_of, read_table
+from helpers import PLAIN, method_of, read_table
 from helpers import QUERIES as ROWS
 from router.api import Router
 from router.cli import main as cli
 from router.kit import Merges
 from router.library.adapters import load_library
-from router.main import main
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import BARE, Frame, bare
@@ -97,24 +96,23 @@ def test_a_bad_line_is_named(tmp_path, kind):
 
 
 @pytest.fixture()
-def command(tmp_path, tiny_base, tiny_library):
+def ask(command, tmp_path):
+    """Runs a file of such lines, in a template."""
     (tmp_path / "template.jinja").write_text(PLAIN)
 
     def run(*lines, given=("--chat_template", tmp_path / "template.jinja")):
-        flags = ("--max_gen_len", 4, "--quiet", *given)
-        queries = [file_of(tmp_path, *lines)]
-        return main(arguments("proto_route", queries, tiny_library, tiny_base, tmp_path / "out", *flags))
+        return command("proto_route", "--dataset_filepaths", file_of(tmp_path, *lines), "--quiet", *given)[0]
 
     return run
 
 
-def test_a_run_answers_a_conversation_in_the_template(command, tmp_path, capsys, monkeypatch):
+def test_a_run_answers_a_conversation_in_the_template(ask, tmp_path, capsys, monkeypatch):
     talk = [{"role": "system", "content": "S"}, *HI, {"role": "assistant", "content": "a"}, *HI]
     text, out = "system: S\nuser: hi\nassistant: a\nuser: hi\nassistant: ", tmp_path / "out"
-    assert command({"id": "q9", "messages": HI}, given=()) == 2  # without a template it is refused
+    assert ask({"id": "q9", "messages": HI}, given=()) == 2  # without a template it is refused
     assert "query q9" in (said := capsys.readouterr().err) and "--chat_template" in said
     assert not list(out.glob("*.csv"))
-    assert command({"messages": talk}, {"input": text}) == 0
+    assert ask({"messages": talk}, {"input": text}) == 0
     talked, asked = read_table(out / "talks.csv")
     assert talked["prediction"] and asked["prediction"]
     evidence = Evidence.load(out / "talks.evidence.safetensors")
@@ -126,12 +124,12 @@ def test_a_run_answers_a_conversation_in_the_template(command, tmp_path, capsys,
         assert cli(["explain", str(out), query]) == 0
         assert ("user: {query}" in capsys.readouterr().out) == framed
     monkeypatch.setattr("router.run.load_method", lambda name: Merges)  # a starter-kit method takes none
-    assert command({"messages": HI}) == 2
+    assert ask({"messages": HI}) == 2
 
 
-def test_half_a_character_costs_no_report(command, tmp_path):
+def test_half_a_character_costs_no_report(ask, tmp_path):
     half = {"role": "user", "content": "half \ud83d"}
-    assert command({"messages": [half]}, {"input": half["content"]}) == 0
+    assert ask({"messages": [half]}, {"input": half["content"]}) == 0
     assert "half ?" in (tmp_path / "out" / "report.html").read_text("utf-8")
     assert not (tmp_path / "out" / ".journal").exists()
 

@@ -3,21 +3,18 @@
 import re
 import time
 
+import httpx
+import openai
 import pytest
+from serving_stubs import Upstream, chat, proxied, serving
 
-httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-pytest.importorskip("starlette", reason="needs the extra serve")
-openai = pytest.importorskip("openai", reason="needs the extra test")
-
-from serving_stubs import Upstream, chat, proxied, serving  # noqa: E402
-
-from helpers import PLAIN  # noqa: E402
-from router.model.template import Template  # noqa: E402
-from router.pipeline.reading import SHARED  # noqa: E402
-from router.routing.variants import served  # noqa: E402
-from router.serving.export import vllm  # noqa: E402
-from router.serving.names import read_served  # noqa: E402
-from router.serving.proxy import Proxy  # noqa: E402
+from helpers import PLAIN
+from router.model.template import Template
+from router.pipeline.reading import SHARED
+from router.routing.variants import served
+from router.serving.export import vllm
+from router.serving.names import read_served
+from router.serving.proxy import Proxy
 
 USER = ("What is number 1", "Say number 2", "Bonjour number 3", "thanks", "Say number 4")
 

@@ -11,20 +11,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import httpx
 import pytest
+from serving_stubs import free_port, serving
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
 
 from helpers import ROOT
+from router.routing.variants import served
 from router.serving.command import main
-
-httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-pytest.importorskip("uvicorn", reason="needs the extra serve")
-
-from serving_stubs import free_port, serving  # noqa: E402
-from starlette.applications import Starlette  # noqa: E402
-from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
-from starlette.routing import Route  # noqa: E402
-
-from router.routing.variants import served  # noqa: E402
 
 TEXTS = [f"{word} number {n}" for n in range(4) for word in ("What is", "Say", "Bonjour")]
 posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

@@ -5,18 +5,18 @@ import json
 import socket
 import time
 
+import httpx
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from serving_stubs import Two, Upstream, chat, completion, proxied, serving
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
-httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
-
-from serving_stubs import Two, Upstream, chat, completion, proxied, serving  # noqa: E402
-from starlette.applications import Starlette  # noqa: E402
-from starlette.responses import JSONResponse, Response  # noqa: E402
-from starlette.routing import Route  # noqa: E402
-
-from router.serving import command  # noqa: E402
-from router.serving.proxy import Proxy  # noqa: E402
+from router.serving import command, tracing
+from router.serving.proxy import Proxy
 
 pytestmark = pytest.mark.anyio
 
@@ -262,15 +262,9 @@ async def test_decisions_are_written_a_line_each(prompts, tmp_path, monkeypatch,
 
 
 async def test_a_decision_is_a_span_between_client_and_server(monkeypatch):
-    trace = pytest.importorskip("opentelemetry.sdk.trace", reason="needs the extra trace")
-    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-
-    from router.serving import tracing
-
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     assert tracing.tracer() is None
-    provider, spans = trace.TracerProvider(), InMemorySpanExporter()
+    provider, spans = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(spans))
     trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     async with proxied(tracer=provider.get_tracer("test")) as (client, upstream, _):
@@ -301,9 +295,6 @@ def test_a_front_for_all_without_a_key_warns(host, key, warns, monkeypatch, capl
 
 
 def test_spans_reach_the_endpoint_in_the_environment(monkeypatch):
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the extra trace")
-    from router.serving import tracing
-
     posted = []
 
     async def take(request):
