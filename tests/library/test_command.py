@@ -112,25 +112,21 @@ def test_a_copy_that_writes_something_else_is_said_plainly(capsys, tiny_library)
     assert "mlp and turned" in out
 
 
-def narrow(folder):
-    edit_weights(folder / WEIGHTS_FILE, lambda key, value: value[:, :16] if "lora_A" in key else value)
-
-
-def scaled(by):
-    return lambda folder: edit_weights(folder / WEIGHTS_FILE, lambda _, value: value * by)
-
-
 def changed(**config):
     return lambda folder: edit_json(folder / CONFIG_FILE, **config)
+
+
+def weights(change):
+    return lambda folder: edit_weights(folder / WEIGHTS_FILE, change)
 
 
 BROKEN = {
     "no config": (lambda folder: (folder / CONFIG_FILE).unlink(), CONFIG_FILE),
     "huge alpha": (changed(lora_alpha=10**400), "lora_alpha"),
-    "NaN": (scaled(torch.nan), "not finite"),
-    "zero": (scaled(0), "zero"),
+    "NaN": (weights(lambda key, of: of * torch.nan), "not finite"),
+    "zero": (weights(lambda key, of: of * 0), "zero"),
     "other base": (changed(base_model_name_or_path="Huge"), "Huge"),
-    "other shape": (narrow, "(32, 16)"),
+    "other shape": (weights(lambda key, of: of[:, :16] if "lora_A" in key else of), "(32, 16)"),
 }
 
 

@@ -28,6 +28,7 @@ from router.system.errors import InputError
 
 PROMPTS = [Query(*row[:3]) for row in ROWS if row[2] == "generation"]
 HI = [{"role": "user", "content": "hi"}]
+CHOICE = {"input": "x", "eval_type": "multiple_choice"}
 
 
 def file_of(tmp_path, *lines):
@@ -62,23 +63,15 @@ BAD = {
     "blank": ({"messages": [{"role": "user", "content": " "}]}, "user"),
     "answered": ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, "assistant"),
     "megabytes": ({"messages": [{"role": "user", "content": "x" * (5 << 20)}]}, "characters"),
-    "megabytes of calls": (
-        {"messages": [{"role": "assistant", "tool_calls": "x" * (5 << 20)}, *HI]},
-        "characters",
-    ),
+    "calls": ({"messages": [{"role": "assistant", "tool_calls": "x" * (5 << 20)}, *HI]}, "characters"),
     "a picture": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {}]}]}, "parts"),
     "tools": ({"messages": HI, "tools": [{}]}, "tools"),
     "an id": ({"id": [], "messages": HI}, "id"),
     "half an id": ({"id": "\ud83d", "messages": HI}, "column id"),
     "an id twice": ({"id": "1", "input": "x"}, "line 1"),
     "a kind": ({"input": "x", "eval_type": "essay"}, "eval_type"),
-    "no choices": ({"input": "x", "eval_type": "multiple_choice"}, "answer_choices"),
-    "blank choices": ({"input": "x", "eval_type": "multiple_choice", "answer_choices": ""}, "answer_choices"),
-    "numbers": (
-        {"input": "x", "eval_type": "multiple_choice", "answer_choices": [True, 2]},
-        "answer_choices",
-    ),
-    "odd choices": ({"input": "x", "eval_type": "multiple_choice", "answer_choices": "ab"}, "answer_choices"),
+    "no choices": (CHOICE, "answer_choices"),
+    **{f"{of!r}": (CHOICE | {"answer_choices": of}, "answer_choices") for of in ("", [True, 2], "ab")},
     "no text": ({"input": 7}, "input"),
 }
 
@@ -262,20 +255,18 @@ def test_an_adapter_is_asked_in_the_template_that_it_brings(chat_router, tiny_li
 
     talk = [{"role": "system", "content": "S"}, *HI]
     plain = answer(talk)
-    bring("{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}")
+    angled = "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"
+    bring(angled)
     assert answer(HI) == answer("<hi>") != answer("user: hi\nassistant: ")
     bring("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN)
     assert answer(talk) == plain and "no system" in caplog.text  # one that refuses is not used
     for folder in tiny_library.iterdir():
         (folder / "chat_template.jinja").unlink()
-        of_one = {"chat_template": "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(of_one))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": angled}))
     assert answer(HI) == answer("<hi>")
     bring("{{ raise_exception('never') }}")
     caplog.clear()
-    assert answer(talk) == plain
-    assert answer("1 + 1 =") == chat_router(method="average", max_gen_len=6).answer(["1 + 1 ="])
-    assert "never" in caplog.text
+    assert answer(talk) == plain and "never" in caplog.text
     ids = tuple(base.tokenizer("abc")["input_ids"])
     assert cut_at(base.tokenizer, Answer("abc", ids), ids[1]) == Answer("a", ids[:2])  # a turn's end
 
@@ -315,16 +306,15 @@ def test_a_system_message_of_many_requests_becomes_a_frame(chat_router, tmp_path
         meanwhile = pool.submit(router.choose, plain).result()
         learning.result()
     found = router.choose([*under, *plain])
-    for one, other, same in (
-        (found, expected, True),
-        (found[SHARED:], meanwhile, True),
-        (before, found[1:], False),
-    ):
-        assert all(
-            (a.frame == b.frame and a.weights == pytest.approx(b.weights, abs=1e-5)) == same
+
+    def same(one, other):
+        return {
+            a.frame == b.frame and a.weights == pytest.approx(b.weights, abs=1e-5)
             for a, b in zip(one, other, strict=False)
-        )
-    assert router.wanted is None
+        }
+
+    assert same(found, expected) == same(found[SHARED:], meanwhile) == {True} and router.wanted is None
+    assert same(before, found[1:]) == {False}
 
 
 def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch, tmp_path):
