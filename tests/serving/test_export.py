@@ -273,20 +273,14 @@ def test_what_has_no_variants_is_refused(out, capsys, harm, named):
 
 def test_variants_of_an_earlier_run_are_not_served(command, monkeypatch, capsys):
     """They are still there if a run cannot replace them, which costs it no answer."""
-    command("proto_route", "--false_positive_rate", 0.9)
+    warm = ("proto_route", "--false_positive_rate", 0.9)
+    command(*warm)
     with monkeypatch.context() as patch:
         patch.setattr("router.run.remove_ours", lambda folder: None)
-        code, out = command("proto_route", "--false_positive_rate", 0.9, "--variant_rank", 1)
-        assert code == 0 and folders_in(out)
-        assert main([str(out)]) == 2 and "variants" in capsys.readouterr().err
-        code, out = command("base")
-    assert code == 0 and folders_in(out)
-    assert main([str(out)]) == 2 and "by itself" in capsys.readouterr().err
-
-
-def test_a_method_that_mixes_for_each_token_is_refused(command, capsys):
-    _, out = command("arrow")
-    assert main([str(out)]) == 2 and "for each token" in capsys.readouterr().err
+        for words in ((*warm, "--variant_rank", 1), ("base",), ("arrow",)):  # the last mixes for each token
+            code, out = command(*words)
+            assert code == 0 and folders_in(out)
+            assert main([str(out)]) == 2 and str(out) in capsys.readouterr().err
 
 
 def test_a_strangers_words_do_not_control_the_terminal(out, capsys):
