@@ -153,14 +153,10 @@ def test_a_router_that_is_saved_while_it_is_read_is_not_mixed(router, saved, mon
 
 
 def test_the_middle_of_a_very_long_text_is_not_tokenised(router, monkeypatch):
-    long = "".join(f"{n} is a number. " for n in range(9000))
-    (expected,) = router.choose([long])
-    seen = []
-    monkeypatch.setattr(
-        "router.pipeline.reading.encode",
-        lambda tokenizer, texts: seen.extend(texts) or encode(tokenizer, texts),
-    )
-    assert router.choose([long]) == [expected]
+    long, seen = "".join(f"{n} is a number. " for n in range(9000)), []
+    encoding = "router.pipeline.reading.encode"
+    monkeypatch.setattr(encoding, lambda tokenizer, texts: seen.extend(texts) or encode(tokenizer, texts))
+    router.choose([long])
     assert len(seen[0]) == 1 << 15 and len(long) > 4 * len(seen[0])
     (row,) = encode(router._base.tokenizer, [long])
     assert truncated([row]) == truncated(encode(router._base.tokenizer, seen))  # what routing reads

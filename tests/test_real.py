@@ -106,10 +106,8 @@ def test_a_file_of_chats_is_answered_by_their_adapters(tmp_path):
     asked = [{"id": f"{n}", "messages": line["messages"]} for n, line in enumerate(lines)]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)), "utf-8")
     words = ["--dataset_filepaths", str(tmp_path / "asked.jsonl"), "--adapters", str(folder / "library_chat")]
-    assert (
-        main(["-m", "proto_route", *words, "--output_folder", str(tmp_path / "out"), "--max_gen_len", "8"])
-        == 0
-    )
+    words += ["--output_folder", str(tmp_path / "out"), "--max_gen_len", "8"]
+    assert main(["-m", "proto_route", *words]) == 0
     right = []
     for row, line in zip(read_table(tmp_path / "out" / "asked.routing.csv"), lines, strict=True):
         weights = weights_in(row)

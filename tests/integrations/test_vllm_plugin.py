@@ -203,10 +203,8 @@ def test_who_waits_for_a_whole_answer_gets_the_last_output_alone(started, saved)
         stopped = 0
         for text in texts:
             engine.written = 0
-            answer = await client.post(
-                door(text), json=body(text, how={"output_kind": Kind.FINAL_ONLY.value})
-            )
-            assert answer.json() == [2]
+            asked = body(text, how={"output_kind": Kind.FINAL_ONLY.value})
+            assert (await client.post(door(text), json=asked)).json() == [2]
             if len(engine.asked) == 2 and MARKED.search(engine.asked[0][0]) and engine.asked[1][1]:
                 assert engine.written < 6
                 stopped += 1

@@ -288,9 +288,8 @@ def test_what_takes_a_part_out_of_the_base_can_be_converted(tmp_path, tiny_base,
     model = plain_model(tiny_base)
     before = model.get_submodule(Q0).weight.double().detach().numpy().copy()
     torch.manual_seed(0)
-    model = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=kind)
-    )
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=kind)
+    model = get_peft_model(model, config)
     model.save_pretrained(tmp_path / "initial")
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -302,9 +301,8 @@ def test_what_takes_a_part_out_of_the_base_can_be_converted(tmp_path, tiny_base,
         open_adapter(tmp_path / "trained")
     initial = str(tmp_path / "initial")
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
-    np.testing.assert_allclose(
-        delta(open_adapter(tmp_path / "converted").read(Q0)), after - before, atol=1e-5
-    )
+    found = delta(open_adapter(tmp_path / "converted").read(Q0))
+    np.testing.assert_allclose(found, after - before, atol=1e-5)
 
 
 def test_a_pattern_that_hangs_its_reader_is_given_up(tmp_path):

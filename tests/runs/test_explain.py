@@ -35,12 +35,7 @@ def test_every_number_is_that_of_the_files(capsys, tmp_path):
     out = write_run(tmp_path / "run", [[1, 0, 0, 0], WEIGHTS], {})
     found = story(capsys, out, "q1")
     keys = ("name", "weight", "score", "response")
-    rows = [
-        ("one", 0.7, 3.0, 0.1),
-        ("two", 0.29, 2.4, 0.2),
-        ("base", 0.01, 0.8, 0),
-        ("three", 0.0, -1.0, 0.05),
-    ]
+    rows = [("one", 0.7, 3.0, 0.1), ("two", 0.29, 2.4, 0.2), ("base", 0.01, 0.8, 0), ("three", 0, -1.0, 0.05)]
     for candidate, row in zip(found["candidates"], rows, strict=True):
         assert candidate == pytest.approx(dict(zip(keys, row, strict=True)))
     assert (found["query"]["input"], found["answer"], found["file"]) == ("Question q1?", "answer q1", "run")
