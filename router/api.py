@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from router.constants import BASE_COLUMN, CANARY, FORMAT, Device, Dtype
+from router.constants import BASE_COLUMN, CANARY, FORMAT, TEMPLATE, Device, Dtype
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute, decided
 from router.model.answer import Answer, encode, padded
 from router.model.apply import applied
-from router.model.base import EMBEDDED_ID, load_base
+from router.model.base import EMBEDDED_ID, Base, load_base
 from router.model.frames import BARE, Frame
 from router.model.passes import forward, lock_of, truncated
 from router.model.template import Template, brought
@@ -31,7 +31,7 @@ from router.pipeline import state
 from router.pipeline.context import Context
 from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.fitted import Fitted
-from router.pipeline.reading import SHARED, Read
+from router.pipeline.reading import FRAMES, SHARED, Read
 from router.pipeline.result import Decision, Routing, joined
 from router.pipeline.saved import ABOUT, Saved, changed, replacing_router
 from router.pipeline.state import FILE
@@ -51,8 +51,8 @@ from router.system.version import own_version
 log = logging.getLogger(__name__)
 
 REMEMBERED = 10_000  # texts, and turns of conversations
-FRAMES_BYTES = 1 << 29  # of what gates keep of generic text; beyond, no frame is added
-SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply", "frame")  # that a saved router keeps
+# What a saved router keeps of a run's.
+SETTINGS = ("max_seq_len", "max_gen_len", "scoring", "seed", "apply", "frame", "device_map", "batch_size")
 Prompt = str | Sequence[Message]  # a text, or a conversation
 Work = TypeVar("Work", bound=Callable[..., Any])
 
@@ -77,7 +77,7 @@ class Choice:
         weights: of its candidates, largest first, those above 0.005; `base` is the base model.
         margin: score of the best candidate less that of the next one, in standard deviations.
         low_margin: whether another candidate might be as good.
-        fits: whether an adapter has more weight than the base model.
+        fits: whether an adapter answers it: one has more weight than the base model, and a variant has it.
         mix: adapter -> share, what its own answer would be made of; empty for the plain base model.
         frame: the name of the frame that it was compared in, see `Frame.name`.
     """
@@ -183,23 +183,19 @@ class Router:
             base_model=base_model or about.base,
             dtype=dtype or about.dtype,
             device="auto" if device == "meta" else device,
+            chat_template=folder / TEMPLATE if TEMPLATE in about.files else None,
             **{key: value for key in SETTINGS if (value := about.settings.get(key)) is not None},
         )
-        base = load_base(str(settings.base_model), device, settings.dtype)
+        spread = None if device == "meta" else settings.device_map
+        base = load_base(str(settings.base_model), device, settings.dtype, spread)
         if base.sha256 != about.base_sha256:
             raise InputError(
                 f"--base_model {base.name}: expected the weights that {folder} was made for "
                 f"(sha256 {about.base_sha256[:12]}), got others ({base.sha256[:12]}); pass the base model "
                 "of the router, or make the router anew from the adapters"
             )
-        if about.configuration != base.configuration:
-            log.warning(
-                "%s: the base model's configuration or tokenizer is not the one that this router was saved "
-                "with, so it may choose otherwise", printable(str(folder)),
-            )  # fmt: skip
+        _check_configuration(folder, base, about.configuration)
         method = ProtoRoute("proto_route", base, [], Context(settings))
-        if about.chat_template:
-            method.template = Template(base.tokenizer, about.chat_template, str(folder))
         router = cls(method)
         router.candidates, router.variants = about.candidates, about.variants
         router._centres = np.array(about.centres, np.float64)
@@ -218,6 +214,7 @@ class Router:
             )
         widths = {module: width for module, (_, width) in method.shapes.items()}
         fits = state.load(folder, self._base.model.device, self._base.model.dtype, widths)
+        _ = method.template  # read now, from the folder as it is
         self._check_there()
         if self.candidates != [*fits[0].names, BASE_COLUMN]:
             raise InputError(f"{folder / ABOUT}: expected the adapters of {FILE}; save the router again")
@@ -233,11 +230,13 @@ class Router:
             raise InputError(f"{folder / 'run.json'}: expected the run's variants, found none; run it again")
         flags = dict(vars(run.settings)) | {"device": device, "dtype": dtype or record.base.dtype}
         flags["base_model"] = base_model or flags["base_model"]
+        flags["chat_template"] = folder / TEMPLATE if TEMPLATE in record.files else None
         for key in ("dataset_filepaths", "output_folder", "engine"):
             del flags[key]
         router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)
         if router._base.sha256 != record.base.sha256:
             raise InputError(f"{folder}: expected the base model of the run, got one with other weights")
+        _check_configuration(folder, router._base, record.base.configuration)
         if router.candidates != run.names:
             raise InputError(
                 f"{folder}: expected the adapters of the run, got {', '.join(router.candidates)}"
@@ -321,7 +320,7 @@ class Router:
         ):
             shares = {names[n]: float(row[n]) for n in np.argsort(-row, kind="stable") if row[n] > 0.005}
             mix = {names[n]: float(own[n]) for n in np.flatnonzero(own[:-1])}
-            fits = bool(row.argmax() < len(names) - 1)
+            fits = bool(mix) and (group is None or bool(self.variants[group].weights))
             frame = (last.shared or last.frame).name
             found.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix, frame))
         return found
@@ -330,12 +329,19 @@ class Router:
     def wanted(self) -> Frame | None:
         """A system message that many requests came under and that is no frame yet; None if there is none.
 
-        None, too, once all frames together take FRAMES_BYTES.
+        None, too, once all frames together fill their memory.
         """
-        held = sum(fitted.gate.reference_.nbytes for fitted in list(self._proto.fits.values()))
-        often = (frame for frame, count in self._asked.most_common() if count >= SHARED)
-        new = next((frame for frame in often if frame not in self._proto.fits), None)
-        return new if self._proto.elsewhere is None and held < FRAMES_BYTES else None
+        new = next((frame for frame in self._often if frame not in self._proto.fits), None)
+        return None if self._proto.elsewhere or self._proto.full else new
+
+    @property
+    def _often(self) -> list[Frame]:
+        return [frame for frame, count in self._asked.most_common() if count >= SHARED]
+
+    @property
+    def busy(self) -> list[Frame]:
+        """The frames that were calibrated here and that most requests came in since, at most FRAMES."""
+        return [frame for frame in self._often if frame in self._proto.fits][:FRAMES]
 
     def calibrate(self, frame: Frame) -> None:
         """Makes a frame of a system message; texts that other threads ask about wait for a batch at most."""
@@ -435,12 +441,14 @@ class Router:
             self._measure(work / VARIANTS)
             proto.prepare()
             state.save(list(proto.fits.values()), work)
+            if proto.template.source:
+                (work / TEMPLATE).write_text(proto.template.source, "utf-8", newline="")
             base, settings = self._base, {key: getattr(proto.settings, key) for key in SETTINGS}
             dtype: Any = str(base.model.dtype).removeprefix("torch.")
             Saved(
                 FORMAT, own_version(), base.name, base.revision, base.sha256, base.configuration,
                 base.name == EMBEDDED_ID and base.revision is None, dtype, self.candidates, settings,
-                proto.template.source, self.variants, self._centres.tolist(), hashes(work),
+                self.variants, self._centres.tolist(), hashes(work),
             ).write(work)  # fmt: skip
         return folder
 
@@ -516,6 +524,15 @@ class Router:
         folders = folder_names(self.variants)
         decision = Decision(self._base, method.adapters, routing, clusters, self.variants, folders)
         return method.predict(queries, rows, decision, folder), clusters.labels.tolist()
+
+
+def _check_configuration(folder: Path, base: Base, known: str) -> None:
+    """Warns of a base model that is configured, or read, otherwise than a router's or a run's was."""
+    if known != base.configuration:
+        log.warning(
+            "%s: the base model's configuration or tokenizer is not the one that this was made with, so it "
+            "may choose otherwise", printable(str(folder)),
+        )  # fmt: skip
 
 
 def _key(read: Read) -> bytes:

@@ -118,6 +118,8 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
                 rows, routing = route(method, queries)
                 clusters, variants = group(method, routing)
                 decision = write(method, routing, clusters, variants, work / VARIANTS)
+                if method.template.source and not processes.rank:
+                    (work / TEMPLATE).write_text(method.template.source, "utf-8", newline="")
                 result = answer(method, queries, rows, decision, work / VARIANTS)
             if processes.rank:
                 return None
@@ -222,7 +224,7 @@ def _commit(files: Files, result: Result, found: Record, settings: Settings, wor
             if why := result.decision.routing.evidence:
                 why.rows(rows).save(evidence)
         start = rows.stop
-    names = [name for path in files for name in _outputs(path)]
+    names = _results(settings)
     written = sorted(name for name in names if (work / name).exists())
     found = replace(found, files={name: sha256_of(work / name) for name in written})
     with replacing(work / RECORD) as file:
@@ -269,6 +271,11 @@ def _write_routing(path: Path, queries: list[Query], decision: Decision, part: s
         for query, label, row in zip(queries, labels, weights, strict=True)
     )
     write_table(path, header, rows)
+
+
+def _results(settings: Settings) -> list[str]:
+    """The names of all results of a run but its record, its report and its variants."""
+    return [*(name for path in settings.dataset_filepaths for name in _outputs(path)), TEMPLATE]
 
 
 def _outputs(path: Path) -> tuple[str, str, str]:
@@ -318,11 +325,10 @@ def _foreign(settings: Settings, known: set[str]) -> Iterator[str]:
     yield from (name for name in (VARIANTS, FOLDER) if not is_ours(folder / name))
     if not is_sealed(folder / REPORT):
         yield REPORT
-    for path in settings.dataset_filepaths:
-        for output in (folder / name for name in _outputs(path)):
-            there = output.is_symlink() or output.exists()
-            if there and not (output.is_file() and sha256_of(output) in known):
-                yield output.name
+    for output in (folder / name for name in _results(settings)):
+        there = output.is_symlink() or output.exists()
+        if there and not (output.is_file() and sha256_of(output) in known):
+            yield output.name
 
 
 def _check_names(settings: Settings) -> None:

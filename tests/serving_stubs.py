@@ -52,7 +52,7 @@ class Two:
             SimpleNamespace(weights={"one": 1.0}, sha256="", canary=-0.5),
             SimpleNamespace(weights={}, sha256="", canary=-2.0),
         ]
-        self.templates, self.wanted, self.frames = {}, None, []
+        self.templates, self.wanted, self.frames, self.busy = {}, None, [], []
         self.batches = []
 
     def choose(self, texts):

@@ -97,6 +97,17 @@ def test_a_saved_router_needs_the_base_model_alone(router, tiny_library, tmp_pat
             refused()
 
 
+def test_a_text_whose_adapter_no_variant_has_goes_to_the_base_model(router):
+    top = router.route(MORE).idxmax(axis=1).tolist()
+    one = next(n for n, name in enumerate(top) if name != "base")
+    other = next(n for n, name in enumerate(top) if name not in (top[one], "base"))
+    expected = router.fit([MORE[one], MORE[other]]).choose([MORE[other]])[0]
+    assert expected.fits and router.variants[expected.variant].weights == {top[other]: 1.0}
+    (choice,) = router.fit([MORE[one]]).choose([MORE[other]])
+    assert not choice.fits and not router.variants[choice.variant].weights
+    assert (choice.weights, choice.mix) == (expected.weights, expected.mix)
+
+
 def test_texts_that_no_adapter_fits_go_to_the_base_model(router):
     base = router.route(MORE).idxmax(axis=1) == "base"
     ours, foreign = ([text for text, one in zip(MORE, base, strict=True) if one == to] for to in (0, 1))
@@ -125,13 +136,15 @@ def test_variants_go_with_the_router(made, tmp_path, monkeypatch):
     assert not list(temporary.iterdir())
 
 
-def test_a_base_model_of_another_configuration_is_told(saved, tiny_base, tmp_path, caplog):
+def test_a_base_model_of_another_configuration_is_told(saved, run, tiny_base, tmp_path, caplog):
     Router.load(saved, device="cpu")
     assert not caplog.text
     other = shutil.copytree(tiny_base, tmp_path / "other")
     edit_json(other / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    Router.load(saved, base_model=str(other), device="cpu")
-    assert "configuration" in caplog.text
+    for folder in (saved, run(MORE)):
+        caplog.clear()
+        Router.load(folder, base_model=str(other), device="cpu")
+        assert "configuration" in caplog.text
     edit_weights(other / "model.safetensors", lambda key, of: of + (key == "lm_head.weight"))
     refused("weights", saved, base_model=str(other))
 

@@ -79,6 +79,7 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
     assert record["versions"]["proto-route"] == version("proto-route")
     assert record["flags"]["max_gen_len"] == 6 and record["flags"]["output_folder"] == str(out)
     assert record["seconds"].keys() == record["peak_mib"].keys() >= {"load", "clusters", "predict"}
+    assert len(record["base"].pop("configuration")) == 64
     assert record["base"] == {
         "name": str(tiny_base), "revision": None, "dtype": "float32", "device": "cpu",
         "tokens_at_once": 512, "apply": "merged", "sha256": sha256_of(tiny_base / "model.safetensors"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import Counter as Counts
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -47,6 +48,8 @@ from router.system.errors import InputError
 
 log = logging.getLogger("vllm.proto_route")  # vLLM shows its own loggers alone
 FOLDER = "PROTO_ROUTE"
+# What else decides how vLLM writes a chat, beside its messages.
+WRITTEN_BY = ("tools", "documents", "chat_template", "chat_template_kwargs", "continue_final_message")
 PATIENCE = 60.0  # seconds until the base model answers because the gate has not
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -59,7 +62,7 @@ class Asked:
     """A request for the model `auto`.
 
     Attributes:
-        messages: of a chat without tools.
+        messages: of a chat that can be written in another template.
         given: the prompt as vLLM made it.
         decided: whether it is known what answers.
         lora: vLLM's adapter that answers; None for the base model.
@@ -97,6 +100,7 @@ class Library:
         self.router, self.version, self.loras = router, version, loras
         self.frames = {frame: number for number, frame in enumerate(router.frames)}
         self.read: dict[Part, tuple[Any, float]] = {}  # responses and confidence, until the gate has them
+        self.wanted = Counts[Part]()  # by how many requests, whose long prompts may be read alike
         router.read_by(self._probed)
 
     def _probed(self, fitted: Fitted, rows: Sequence[Sequence[int]]) -> Probed:
@@ -115,6 +119,14 @@ class Library:
             raise ValueError("the engine did not read the prompt whole")
         values = np.frombuffer(raw, np.float32)
         self.read[part] = values[:-1].reshape(len(self.router.candidates) - 1, -1, 2), float(values[-1])
+
+    def drop(self, parts: Sequence[Part]) -> None:
+        """Forgets what a request no longer needs, unless another does."""
+        self.wanted.subtract(parts)
+        for part in parts:
+            if not self.wanted[part]:
+                del self.wanted[part]
+                self.read.pop(part, None)
 
 
 def check(config: Any) -> None:
@@ -303,6 +315,7 @@ class Auto:
             if whole:  # a first output says that the prompt was read
                 begun.output_kind = kinds.CUMULATIVE
         name = self._mark(library, unread[0]) if itself else request_id
+        library.wanted.update(unread)
         async with aclosing(self.plain(prompt, begun, name, **how)) as answer:
             first = asyncio.ensure_future(anext(answer))
             try:
@@ -322,8 +335,7 @@ class Auto:
             finally:
                 first.cancel()
                 await asyncio.wait([first])
-                for part in unread:
-                    library.read.pop(part, None)
+                library.drop(unread)
         async for out in self.plain(
             asked.anew or prompt, params, f"{request_id}-variant", **how | asked.with_lora
         ):
@@ -364,7 +376,9 @@ class Auto:
         """Has the gate decide once all is read; where that fails, the base model answers."""
         try:
             async with asyncio.timeout(PATIENCE):
-                await asyncio.gather(*reading)
+                async with asyncio.TaskGroup() as group:  # where one fails, the others end
+                    for one in reading:
+                        group.create_task(one)
                 (choice,) = await asyncio.to_thread(library.router.choose, [asked.prompt])
                 lora = library.loras.get(choice.variant or 0)
                 if lora and (template := library.router.templates.get(choice.variant or 0)):
@@ -393,10 +407,20 @@ def _tokens(ids: Sequence[int], prompt: Any) -> dict[str, Any]:
     return {"prompt_token_ids": list(ids), **salt}
 
 
+def _is_plain(body: Mapping[str, Any]) -> bool:
+    """Whether a chat is text, and its messages alone say how it is written."""
+    if any(map(body.get, WRITTEN_BY)) or not body.get("add_generation_prompt", True):
+        return False
+    try:
+        return bool(checked(body.get("messages")))
+    except InputError:
+        return False
+
+
 def _written(asked: Asked, template: Template) -> dict[str, Any] | None:
     """A chat as the variant that answers it was trained to be asked; None where its template refuses it."""
-    text = template.tried(checked(asked.messages, ends=False)) if asked.messages else None
-    return _tokens(encode(template.tokenizer, [text])[0], asked.given) if text else None
+    ids = template.tried(checked(asked.messages, ends=False)) if asked.messages else None
+    return _tokens(ids, asked.given) if ids else None
 
 
 class Door:
@@ -466,5 +490,4 @@ class Door:
         root = request.scope.get("root_path", "")
         if (path := request.scope["path"].removeprefix(root)) not in ROUTED:
             raise not_routed(path)
-        talks = path == CHATS and not body.get("tools")
-        return Asked(routed_by(body), body.get("messages") if talks else None)
+        return Asked(routed_by(body), body["messages"] if path == CHATS and _is_plain(body) else None)

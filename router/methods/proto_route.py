@@ -27,6 +27,7 @@ from router.routing.probe import Probed
 from router.routing.prototypes import ModulePrototypes, prototypes
 from router.system.errors import InputError
 
+FRAMES_BYTES = 1 << 29  # of what gates keep of generic text; beyond, no frame is added
 SWITCH = 2.0  # standard deviations by which another candidate has to lead that of the turn before; and
 TO_BASE = 1.0  # where one of them is the base model, since foreign questions are wrong with any adapter
 
@@ -133,8 +134,14 @@ class ProtoRoute(Method):
         new: int = FRAMES,
         asked: Counter[Frame] | None = None,
     ) -> list[list[Read]]:
-        """What is read of each query, see `turns_of`."""
+        """What is read of each query, see `turns_of`; in no new frame once they fill their memory."""
+        new = 0 if self.full else new
         return turns_of(queries, rows, self.template, self.settings, self.fits.keys(), new, asked)
+
+    @property
+    def full(self) -> bool:
+        """Whether all frames together take FRAMES_BYTES."""
+        return sum(of.gate.reference_.nbytes for of in list(self.fits.values())) >= FRAMES_BYTES
 
     def prepare(self) -> None:
         """Fits the frames that a request may come in at any time: none, and the template."""

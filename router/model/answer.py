@@ -25,12 +25,20 @@ NO_ROOM = "does not fit into memory"
 NOT_FINITE = "the model's output is not finite"
 
 
-def encode(tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = None) -> list[list[int]]:
-    """Token ids of each prompt, with the tokenizer's own special tokens.
+def encode(
+    tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = None, special: bool = True
+) -> list[list[int]]:
+    """Token ids of each prompt.
 
     A prompt of more than `max_seq_len` tokens keeps its first ones, as the starter kit does.
+
+    Args:
+        special: puts the tokenizer's own special tokens around each prompt.
     """
-    ids: list[list[int]] = tokenizer([_whole(text) for text in prompts], verbose=False)["input_ids"]
+    if not prompts:
+        return []
+    texts = [_whole(text) for text in prompts]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
     empty = [pad_id(tokenizer)]  # a model needs one token to start from
     return [cut(row, max_seq_len) or empty for row in ids]
 

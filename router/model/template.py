@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from router.constants import TEMPLATE, TOKENIZER
+from router.model.answer import encode
 from router.model.frames import Frame, Parts
 from router.queries.conversation import SYSTEM, Message, content
 from router.system.errors import InputError, reason
@@ -38,7 +39,7 @@ class Template:
     def __init__(self, tokenizer: Any, source: str | None = None, name: str = "the base model") -> None:
         self.tokenizer, self.source, self.name = tokenizer, source, name
         bos = tokenizer.bos_token
-        # `encode` puts it before any text, so that a template's own would be the second.
+        # `encode` puts it before what is read of a text, so that a template's own would be the second.
         self._first = bos if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
 
     @property
@@ -79,15 +80,19 @@ class Template:
             raise InputError(
                 f"{which}the chat template of {self.name} does not take its messages ({reason(error)})"
             ) from error
-        return str(text).removeprefix(self._first)
+        return str(text)
 
-    def tried(self, messages: Sequence[Message], query: str = "") -> str | None:
+    def ids(self, messages: Sequence[Message], query: str = "") -> list[int]:
+        """The tokens of the same, with no special ones but those that the template writes, as servers do."""
+        return encode(self.tokenizer, [self.text(messages, query)], special=False)[0]
+
+    def tried(self, messages: Sequence[Message], query: str = "") -> list[int] | None:
         """The same; None, with a warning, where the template refuses the messages.
 
         So does one that knows no system message.
         """
         try:
-            return self.text(messages, query)
+            return self.ids(messages, query)
         except InputError as error:
             log.warning("%s; it is asked in the template of the others", error)
             return None
@@ -141,7 +146,7 @@ class Template:
         before, found, after = text.partition(MARK)
         if not found:
             raise InputError(f"{self.name}: expected a chat template that writes the user's message")
-        return Frame(before, after)
+        return Frame(before.removeprefix(self._first), after)
 
 
 def is_mark(tokenizer: Any, ids: Sequence[int]) -> bool:

@@ -80,12 +80,12 @@ def turns_of(
     """
     parts, limit = [parts_of(query, template, settings) for query in queries], settings.max_seq_len
     talks = {n for n, query in enumerate(queries) if query.messages}
-    parts = _in_frames(parts, talks, known, new, settings.frame is None)
+    parts = _in_frames(parts, talks, known, new, settings.frame is None, template.usable or BARE)
     there = {n: tuple(row) for n, row in enumerate(rows) if parts[n][0].common == BARE}
     texts = [one.read for n, turns in enumerate(parts) for one in turns if n not in there]
     if limit is None:  # else the end of what is read may be in the middle
         texts = [text if len(text) <= 2 * ENDS else text[:ENDS] + text[-ENDS:] for text in texts]
-    ids = iter(encode(template.tokenizer, texts) if texts else [])
+    ids = iter(encode(template.tokenizer, texts))
     counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
     if asked is not None:
         _count(asked, counts)
@@ -109,13 +109,15 @@ def _count(asked: Counter[Frame], counts: Counter[Frame]) -> None:
 
 
 def _in_frames(
-    parts: list[list[Parts]], talks: set[int], known: Collection[Frame], new: int, finds: bool
+    parts: list[list[Parts]], talks: set[int], known: Collection[Frame], new: int, finds: bool, talk: Frame
 ) -> list[list[Parts]]:
     """The parts of queries, of which few are in a frame that is not known yet.
 
     Args:
-        talks: the numbers of conversations, whose template is a frame in any case.
+        talks: the numbers of conversations.
         finds: whether what a good part of the bare prompts share is looked for.
+        talk: the frame of the template, which a conversation in no other takes: some templates write a system
+            message after the user's, so that each makes another frame.
     """
     plain = {n for n, turns in enumerate(parts) if turns[0].common == BARE} - talks
     edges = [frame for frame in known if frame != BARE]
@@ -123,13 +125,15 @@ def _in_frames(
         found = usual([parts[n][0].text for n in plain], SHARED)
         # What generic text has as well, such as a last line `Answer:`, needs no frame.
         edges += [found] if all(bare(text, found).own == BARE for text in generic_prompts()) else []
-    counts = Counter(turns[0].common for n, turns in enumerate(parts) if n not in talks)
-    allowed = {BARE, *known, *(frame for frame, _ in counts.most_common(new))}
+    counts = Counter(turns[0].common for turns in parts if turns[0].common not in (BARE, talk))
+    allowed = {BARE, talk, *known, *(frame for frame, _ in counts.most_common(new))}
     framed = list(parts)
     for n, (one, *_) in enumerate(parts):
         if n in plain:
             tried = (bare(one.text, edge) for edge in edges)
             framed[n] = [next((part for part in tried if part.own != BARE), one)]
-        elif n not in talks and one.common not in allowed:
+        elif one.common not in allowed and n in talks:
+            framed[n] = [part._replace(common=talk) for part in parts[n]]
+        elif one.common not in allowed:
             framed[n] = [bare(parts[n][-1].read)]
     return framed

@@ -29,7 +29,7 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "scikit-learn", "fai
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """The base model; `tokens_at_once` and `apply` decide how its sums round."""
+    """The base model, as `Base` has it; `tokens_at_once` and `apply` decide how its sums round."""
 
     name: str
     sha256: str
@@ -38,6 +38,7 @@ class BaseRecord:
     device: str | None = None
     tokens_at_once: int | None = None
     apply: str | None = None
+    configuration: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Record:
         low_margin, lookalikes, silent, homes: of one that keeps evidence; the first counts queries.
         queries: a sha256 of each query file's queries, by the file's name.
         left_out: with --skip_bad, why an adapter is not in the library.
-        files: a sha256 of each result, by its name.
+        files: a sha256 of each result, by its name, among them the template of chats where it is not the base
+            model's own.
 
     Raises:
         ValueError: something is missing.
@@ -207,6 +209,7 @@ def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
             str(device),
             tokens_at_once(device, dtype),
             picked(base.model, device, dtype, apply),
+            base.configuration,
         ),
         "adapters": {of.name: AdapterRecord(of.sha256, of.revision, content(of)) for of in decision.adapters},
         "n_variants": len(decision.variants),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from router.constants import FORMAT
+from router.constants import FORMAT, TEMPLATE
 from router.model.base import EMBEDDED
 from router.pipeline.state import FILE
 from router.routing.variants import VARIANTS, Variant
@@ -42,9 +42,9 @@ class Saved:
         embedded: whether the base model is the embedded one.
         candidates: the adapters' names, and the base model's.
         settings: those of a run that answers depend on.
-        chat_template: in place of the base model's own.
         centres: (variants, candidates) the mean mix that each variant was made for.
-        files: the sha256 of the other files, by their paths in the folder.
+        files: the sha256 of the other files, by their paths in the folder; TEMPLATE is one if chats are not
+            written in the base model's own.
     """
 
     format: int
@@ -57,7 +57,6 @@ class Saved:
     dtype: Literal["float32", "bfloat16", "float16"]
     candidates: list[str]
     settings: dict[str, Any]
-    chat_template: str | None
     variants: list[Variant]
     centres: list[list[float]]
     files: dict[str, str]
@@ -125,8 +124,10 @@ def replacing_router(folder: Path) -> Iterator[Path]:
         if (folder / ABOUT).exists():  # from here on it is no router, until it is the new one
             (folder / ABOUT).replace(folder / BEFORE)
         remove_ours(folder / VARIANTS)
-        for name in (VARIANTS, ABOUT, FILE):  # the last one has the hash that the record says
-            (work / name).replace(folder / name)
+        (folder / TEMPLATE).unlink(missing_ok=True)
+        for name in (VARIANTS, TEMPLATE, ABOUT, FILE):  # the last one has the hash that the record says
+            if (work / name).exists():
+                (work / name).replace(folder / name)
         (folder / BEFORE).unlink(missing_ok=True)
     finally:
         remove_ours(work)
@@ -138,20 +139,21 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         InputError: it would.
     """
-    file, known = folder / FILE, list[str]()
+    known = list[Mapping[str, str]]()
     for about in (folder / ABOUT, folder / BEFORE):
         try:
             if about.exists():
                 record = read_record(dict[str, Any], about)
-                known.append(typed(dict[str, str], record["files"]).get(FILE, ""))
+                known.append(typed(dict[str, str], record["files"]))
                 typed(tuple[int, str], (record["format"], record["version"]))
         except (OSError, KeyError, ValueError) as error:
             raise InputError(
                 f"{about}: expected none, or that of a router ({error}); move it away"
             ) from error
     foreign = [VARIANTS] if not is_ours(folder / VARIANTS) else []
-    if file.exists() and all(changed(folder, {FILE: digest}) for digest in known):
-        foreign.append(FILE)
+    for name in (FILE, TEMPLATE):
+        if (folder / name).exists() and all(changed(folder, {name: of.get(name, "")}) for of in known):
+            foreign.append(name)
     if foreign:
         raise InputError(
             f"{folder}: expected no {foreign[0]} in it but what a router left there, since it would be "

@@ -149,12 +149,10 @@ class Method(ABC):
         Raises:
             InputError: the template refuses a conversation.
         """
-        texts = [self.template.text(q.conversation, q.id) if q.messages else q.input for q in queries]
-        rows = encode(self.tokenizer, texts)
-        return [
-            cut(row, self.settings.max_seq_len, bool(q.messages))
-            for row, q in zip(rows, queries, strict=True)
-        ]
+        prompts = iter(encode(self.tokenizer, [q.input for q in queries if not q.messages]))
+        rows = [self.template.ids(q.conversation, q.id) if q.messages else next(prompts) for q in queries]
+        most = self.settings.max_seq_len
+        return [cut(row, most, bool(q.messages)) for row, q in zip(rows, queries, strict=True)]
 
     def kept(self, name: str, count: int) -> Routing | None:
         """The routing of so many queries, if the journal kept one; the same in all processes."""
@@ -200,8 +198,8 @@ class Method(ABC):
         found = list(rows)
         for n, (query, folder) in enumerate(zip(queries, folders, strict=True)):
             own = self.brought(folder) if query.messages and folder else None
-            if own and (text := own.tried(query.conversation, query.id)):
-                found[n] = cut(encode(self.tokenizer, [text])[0], self.settings.max_seq_len, ends=True)
+            if own and (ids := own.tried(query.conversation, query.id)):
+                found[n] = cut(ids, self.settings.max_seq_len, ends=True)
         return found
 
     def brought(self, folder: Path) -> Template | None:

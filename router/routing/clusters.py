@@ -18,6 +18,7 @@ PER_BEST = 1.5  # at most so many variants for each candidate that is a query's 
 MEAN_LOSS, WORST_LOSS = 0.05, 0.45
 SAMPLE = 20_000  # queries that groups are made from; of more, the others join the nearest group
 BLOCK = 4_096  # such queries at a time
+NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
 LARGE = 256  # candidates that are a query's best; of more, groups are made without k-means
 
 
@@ -186,24 +187,32 @@ def with_base(centres: Array) -> Array:
 
 
 def nearest(weights: Array, centres: Array) -> NDArray[np.int64]:
-    """The variant that is nearest to each query's mix, (queries,): the one that answers a new query.
+    """The variant that answers each new query, (queries,): the nearest one that has its first candidate.
+
+    Where no variant has that adapter, since no query of the sample asked for it, the base model answers.
 
     Args:
         weights: (queries, candidates), rows sum to 1.
-        centres: (variants, candidates), as the weights of `Clusters`.
+        centres: (variants, candidates), as `with_base` gives them.
 
     Example:
-        >>> centres = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
-        >>> nearest(np.array([[0.9, 0.1, 0.0], [0.45, 0.45, 0.1]]), centres)
-        array([0, 1])
+        >>> centres = np.array([[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+        >>> nearest(np.array([[0.9, 0.1, 0.0, 0.0], [0.1, 0.9, 0.0, 0.0], [0.1, 0.0, 0.9, 0.0]]), centres)
+        array([1, 0, 2])
     """
-    return _closest(mixes(weights), centres)
+    points = mixes(weights)
+    there = centres[:, points.argmax(1)].T >= NEGLIGIBLE  # (queries, variants)
+    there = np.where(there.any(1, keepdims=True), there, np.isclose(centres[:, -1], 1.0))
+    return np.asarray(np.where(there, _apart(points, centres), np.inf).argmin(1), np.int64)
+
+
+def _apart(points: Array, centres: Array) -> Array:
+    """The squared distances, less the points' own squares, (points, centres)."""
+    return np.asarray((centres**2).sum(1) - 2 * points @ centres.T)
 
 
 def _closest(points: Array, centres: Array) -> NDArray[np.int64]:
-    """The centre nearest to each point, (points,), by squared distance less the point's own square."""
-    apart = (centres**2).sum(1) - 2 * points @ centres.T  # (points, centres)
-    return np.asarray(apart.argmin(1), dtype=np.int64)
+    return np.asarray(_apart(points, centres).argmin(1), dtype=np.int64)
 
 
 def losses(weights: Array, clusters: Clusters) -> Array:

@@ -39,6 +39,7 @@ def vllm(served: Served) -> list[str]:
         "--max-cpu-loras", str(2 * (len(served.folders) + 1)),
         "--max-lora-rank", str(served_rank(served.rank)), "--lora-target-modules", *served.modules,
         *(["--trust-request-chat-template"] if served.templates else []),
+        *(["--chat-template", str(served.template.resolve())] if served.template else []),
         "--lora-modules", *(f"{name}={path.resolve()}" for name, path in served.folders.items()),
     ]  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from merge.folders import CONFIG_FILE, AdapterError, AdapterFolder, open_adapter
 from router.constants import BASE_COLUMN, TEMPLATE
 from router.library.adapters import load_library
 from router.pipeline.record import RECORD, BaseRecord, Record, VariantRecord
-from router.pipeline.saved import ABOUT, Saved
+from router.pipeline.saved import ABOUT, Saved, changed
 from router.routing.variants import VARIANTS, Variant, content_of, served
 from router.system.errors import InputError
 from router.system.files import is_folder
@@ -33,6 +33,7 @@ class Served:
         rank: the highest rank among them.
         modules: kinds of modules that any of them changes, from the names of the weights.
         templates: whether one of them brings a chat template.
+        template: of all others, where it is not the base model's own.
     """
 
     base: str
@@ -42,6 +43,7 @@ class Served:
     rank: int
     modules: list[str]
     templates: bool = False
+    template: Path | None = None
 
 
 def read_served(folder: Path) -> Served:
@@ -51,7 +53,7 @@ def read_served(folder: Path) -> Served:
         InputError: there are none, one is gone or damaged, the run's method makes none, or a name is not
             plain.
     """
-    record, base, variants = _made(folder)
+    record, base, variants, files = _made(folder)
     folders, ranks, modules = {}, [1], set()
     for number, variant in enumerate(variants):
         path = folder / VARIANTS / str(number)
@@ -82,19 +84,26 @@ def read_served(folder: Path) -> Served:
             )
     name = str(Path(base.name).resolve()) if known else base.name
     templates = any((path / TEMPLATE).is_file() for path in folders.values())
-    return Served(name, revision, base.dtype, folders, max(ranks), sorted(modules), templates)
+    of_chats = {name: files[name] for name in files if name == TEMPLATE}
+    if changed(folder, of_chats):
+        raise InputError(
+            f"{folder / TEMPLATE}: expected the template that {record.name} names, got another or none; put "
+            "it back, or make it again"
+        )
+    template = folder / TEMPLATE if of_chats else None
+    return Served(name, revision, base.dtype, folders, max(ranks), sorted(modules), templates, template)
 
 
-def _made(folder: Path) -> tuple[Path, BaseRecord, Sequence[Variant | VariantRecord]]:
-    """Where the record of a saved router or of a run is, its base model and its variants."""
+def _made(folder: Path) -> tuple[Path, BaseRecord, Sequence[Variant | VariantRecord], Mapping[str, str]]:
+    """Where the record of a saved router or of a run is, its base model, its variants and its files."""
     if (folder / ABOUT).is_file():
         saved = Saved.read(folder)
         base = BaseRecord(saved.base_model, saved.base_sha256, saved.dtype, saved.revision)
-        return folder / ABOUT, base, saved.variants
+        return folder / ABOUT, base, saved.variants, saved.files
     record = _run(folder)
     if record is None or record.base is None or not record.variants:
         raise InputError(f"{folder}: expected a saved router or a finished run with variants, found neither")
-    return folder / RECORD, record.base, record.variants
+    return folder / RECORD, record.base, record.variants, record.files
 
 
 def _run(folder: Path) -> Record | None:

@@ -112,6 +112,9 @@ class Proxy:
         self.registry = own = CollectorRegistry()
         self.requests = Counter("router_requests", "Routed requests by variant.", ["variant"], registry=own)
         self.frames = Counter("router_frames", "Routed requests by frame.", ["frame"], registry=own)
+        self.unserved = Counter(
+            "router_unserved", "Requests by the adapter that no variant has.", ["adapter"], registry=own
+        )
         self.calibrating = threading.Thread()  # of the last frame
         self.seconds = Histogram(
             "router_seconds", "Seconds by stage.", ["stage"], registry=own,
@@ -238,7 +241,7 @@ class Proxy:
         fields: dict[str, Any] = {"model": name}
         if (serves := await self.upstream.known(key, self.router)).loras is not None:
             fields["lora"] = self._scales(decided, serves)
-        elif (own := decided.template) and "messages" in body and request.scope["path"] == CHATS:
+        elif (own := decided.template) and request.scope["path"] == CHATS and _takes(own, body):
             with suppress(InputError):  # what is no chat, the server refuses
                 if await asyncio.to_thread(own.tried, checked(body["messages"], ends=False)) is not None:
                     fields["chat_template"] = own.source  # vLLM's word; serve.sh has it trust this one
@@ -247,6 +250,10 @@ class Proxy:
         self._calibrate()
         number = request.headers.get("x-request-id", "")[:128] or uuid4().hex
         shown = described(decided.choice, name) | {"request_id": number}
+        if "lora" in fields:  # it has each adapter, whatever the variants have
+            shown["fits"] = any(one["scale"] for one in fields["lora"])
+        elif decided.choice.mix and not decided.choice.fits:
+            self.unserved.labels(next(iter(decided.choice.weights))).inc()
         self._write_down(shown, prompt)
         headers = traced(self.tracer, request.headers, shown, began) if self.tracer else {}
         return Routed(shown, fields, headers | {"x-request-id": number})
@@ -300,7 +307,7 @@ class Proxy:
             ours = {**ours, "authorization": self._key(request)}
         less = {b"host", b"accept-encoding", *map(str.encode, ours)}  # httpx says the first two anew
         if self.api_key:  # the client's key is for this proxy
-            less.add(b"authorization")
+            less |= {b"authorization", b"x-api-key"}
         query = request.scope["query_string"]
         target = request.scope["raw_path"] + (b"?" + query if query else b"")
         headers = end_to_end(request.headers.raw, less)
@@ -413,10 +420,10 @@ class Proxy:
         return as_json({"status": "reloaded", "variants": count, "changed": changed})
 
     def _renewed(self) -> Router:
-        """A newly loaded router, with the frames of the old one, so that decisions stay as they are."""
+        """A newly loaded router, with the busy frames of the old one, whose decisions stay as they are."""
         assert self.load is not None
         new = self.load()
-        for frame in self.router.frames:
+        for frame in self.router.busy:
             if frame not in new.frames:
                 new.calibrate(frame)
         return new
@@ -427,3 +434,9 @@ class Proxy:
             self.router = await asyncio.to_thread(self._renewed)
             self.upstream.asked.clear()
             self.tried = None, 0.0, ""
+
+
+def _takes(template: Template, body: Mapping[str, Any]) -> bool:
+    """Whether a chat can be asked for in a template: it brings none, nor tools that would not be written."""
+    knows = not body.get("tools") or "tools" in (template.source or "")
+    return "messages" in body and not body.get("chat_template") and knows

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from helpers import PLAIN, stand_in
-from router.integrations.vllm import FOLDER, ROUTED, Auto, check
+from router.integrations.vllm import FOLDER, ROUTED, Auto, _is_plain, check
 from router.integrations.vllm_worker import MARKED
 from router.routing.variants import served
 from router.system.errors import InputError
@@ -175,6 +175,19 @@ def test_each_is_answered_as_the_router_decides(started, saved, stream):
     started(work)
 
 
+def test_prompts_with_the_same_ends_do_not_take_what_was_read_of_each_other(started, saved):
+    ends = "".join(f"{n}, " for n in range(80))
+    texts = [f"{ends}{middle * 200}{ends}" for middle in "abcdefgh"]
+    expected = [named(saved, text) for text in texts]
+
+    async def work(client, engine, plugin):
+        answers = await asyncio.gather(*(client.post(ROUTED[0], json=body(text)) for text in texts))
+        assert [answer.headers.get("x-router-model") for answer in answers] == expected
+        assert not plugin.library.read and not plugin.library.wanted and not plugin.failed._value.get()
+
+    started(work)
+
+
 def test_a_prompt_that_no_adapter_fits_is_asked_once(started, saved):
     alone = next(text for text in (f"{n} and ?" for n in range(50)) if named(saved, text) == "the-base")
     sent = next(text for text in TEXTS if named(saved, text) != "the-base")
@@ -221,12 +234,15 @@ def test_a_variant_that_brings_a_template_is_asked_in_it(started, saved):
     (saved._folder / "variants" / str(number) / "chat_template.jinja").write_text(template)
 
     async def work(client, engine, plugin):
-        for more, end in (({}, "them> "), ({"tools": [{}]}, "assistant: ")):
+        others = ({"tools": [{}]}, {"chat_template_kwargs": {"x": 1}}, {"add_generation_prompt": False})
+        for more, end in (({}, "them> "), *((more, "assistant: ") for more in others)):
             await client.post(ROUTED[1], json=body([{"role": "user", "content": sent}], **more))
             text = saved._base.tokenizer.decode(engine.prompt)
             assert text == f"user: {sent}\n{end}" and engine.asked[-1][1]
 
     started(work)
+    image = {"role": "user", "content": [{"type": "text", "text": sent}, {"type": "image_url"}]}
+    assert not _is_plain({"messages": [image]}) and _is_plain({"messages": TALK})
 
 
 def test_where_routing_fails_the_base_model_answers(started, monkeypatch):
@@ -235,10 +251,23 @@ def test_where_routing_fails_the_base_model_answers(started, monkeypatch):
         answer = await client.post(ROUTED[0], json=body(TEXTS[0]))
         assert answer.json() == [0, 1, 2] and "x-router-model" not in answer.headers
         assert engine.asked[0][1] is None and plugin.failed._value.get() == 1
-        engine.broken = ""
+        engine.broken, take, taken = "", plugin._take, []
+
+        async def first_fails(*how):
+            taken.append(how)
+            if len(taken) == 1:
+                raise RuntimeError
+            await asyncio.sleep(0.05)
+            await take(*how)
+
+        monkeypatch.setattr(plugin, "_take", first_fails)
+        await client.post(ROUTED[1], json=body(TALK))
+        await asyncio.sleep(0.1)  # what was read on would be kept by now
+        assert plugin.failed._value.get() == 2 and len(taken) == 2 and not plugin.library.read
+        engine.asked[1:] = []
         monkeypatch.setattr(plugin.library.router, "unread", lambda text: 1 / 0)
         assert (await client.post(ROUTED[0], json=body(TEXTS[1]))).json() == [0, 1, 2]
-        assert plugin.failed._value.get() == 2 and len(engine.asked) == 2
+        assert plugin.failed._value.get() == 3 and len(engine.asked) == 2
 
     started(work)
 

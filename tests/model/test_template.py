@@ -1,6 +1,9 @@
 """Conversations in templates, against the tokenizer's own rendering."""
 
+from copy import deepcopy
+
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from helpers import PLAIN
 from router.model.template import Template, template_of
@@ -60,14 +63,12 @@ def test_a_frame_is_the_same_tomorrow(base, call):
     assert not dated.text([{"role": "user", "content": "x"}]).startswith("01 Jan 2025")  # it is asked today
 
 
-def test_the_first_token_is_not_written_twice(base):
-    class Stub:
-        bos_token, bos_token_id, chat_template = "<s>", 1, "there"
-
-        def __call__(self, text):
-            return {"input_ids": [1]}
-
-        def apply_chat_template(self, messages, **how):
-            return "<s>" + messages[-1]["content"]
-
-    assert Template(Stub()).text([{"role": "user", "content": "x"}]) == "x"
+def test_a_chat_has_the_special_tokens_that_its_template_writes_and_no_others(base):
+    tokenizer = deepcopy(base.tokenizer)
+    first = [("<pad>", tokenizer.pad_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=first)
+    tokenizer.bos_token, talk = "<pad>", [{"role": "user", "content": "x"}]
+    for source in (PLAIN, "{{ bos_token }}" + PLAIN):
+        found, how = Template(tokenizer, source), {"chat_template": source, "add_generation_prompt": True}
+        assert found.ids(talk) == tokenizer.apply_chat_template(talk, **how, return_dict=False)
+        assert found.frame.before == "user: "  # which is read with one first token, like any text

@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from helpers import PLAIN, method_of, read_table
 from helpers import QUERIES as ROWS
 from router.api import Router
 from router.cli import main as cli
+from router.constants import TEMPLATE
 from router.kit import Merges
 from router.library.adapters import load_library
 from router.methods.proto_route import decided
@@ -20,10 +22,12 @@ from router.model.frames import BARE, Frame, bare
 from router.model.template import Template
 from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
-from router.pipeline.reading import SHARED, TURNS, Read
+from router.pipeline.reading import FRAMES, SHARED, TURNS, Read
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
 from router.routing.variants import Variant
+from router.serving.export import vllm
+from router.serving.names import read_served
 from router.system.errors import InputError
 
 PROMPTS = [Query(*row[:3]) for row in ROWS if row[2] == "generation"]
@@ -118,6 +122,33 @@ def test_a_run_answers_a_conversation_in_the_template(ask, tmp_path, capsys, mon
         assert ("user: {query}" in capsys.readouterr().out) == framed
     monkeypatch.setattr("router.run.load_method", lambda name: Merges)  # a starter-kit method takes none
     assert ask({"messages": HI}) == 2
+
+
+def test_a_run_keeps_the_template_of_its_chats(ask, tmp_path, tiny_base):
+    assert ask({"messages": HI}) == 0
+    out, (before,) = tmp_path / "out", Router.load(tmp_path / "out", device="cpu").choose([HI])
+    (tmp_path / "template.jinja").write_text(
+        "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"
+    )
+    assert Router.load(out, device="cpu").choose([HI]) == [before]
+    served = vllm(read_served(out))
+    assert Path(served[served.index("--chat-template") + 1]).read_text() == PLAIN
+    assert ask({"input": "hi"}, given=("--fresh",)) == 0  # one that has none leaves none
+    assert not (out / TEMPLATE).exists() and "--chat-template" not in vllm(read_served(out))
+    (out / TEMPLATE).write_text("mine")
+    assert ask({"input": "hi"}) == 2 and (out / TEMPLATE).read_text() == "mine"
+
+
+def test_a_template_that_all_adapters_bring_is_served(router_of, tiny_library, tmp_path):
+    for folder in tiny_library.iterdir():
+        (folder / TEMPLATE).write_text(PLAIN)
+    router_of().fit([row[1] for row in ROWS]).save(tmp_path / "saved")
+    words = vllm(read_served(tmp_path / "saved"))
+    assert Path(words[words.index("--chat-template") + 1]).read_text() == PLAIN
+    (tmp_path / "saved" / TEMPLATE).write_text("other")
+    for use in (read_served, Router.load):
+        with pytest.raises(InputError, match="chat_template"):
+            use(tmp_path / "saved")
 
 
 def test_half_a_character_costs_no_report(ask, tmp_path):
@@ -284,6 +315,22 @@ def test_a_request_brings_no_new_frame(chat_router, tmp_path):
     assert together[-1] == loaded.choose([HI])[0] and together[0] == loaded.choose(odd[:1])[0]
 
 
+def test_a_template_that_writes_the_system_message_last_makes_few_frames(chat_router, tmp_path, monkeypatch):
+    last = PLAIN + "{% for m in messages if m['role'] == 'system' %}{{ m['content'] }}{% endfor %}"
+    chat_router()  # which writes the file
+    (tmp_path / "template.jinja").write_text(last)
+    router = chat_router().fit(["1 + 1 =", "hello"])
+    router._proto.prepare()
+    before = router.frames
+    talks = [[{"role": "system", "content": f"Rule {n}."}, *HI] for n in range(FRAMES + 4)]
+    assert len({choice.frame for choice in router.choose(talks)}) == 1 and router.frames == before
+    router.route(talks)
+    assert len(router.frames) == len(before) + FRAMES
+    monkeypatch.setattr("router.methods.proto_route.FRAMES_BYTES", 1)
+    router.route([f"Rules.\n{n}" for n in range(2 * SHARED)])
+    assert len(router.frames) == len(before) + FRAMES and router.wanted is None
+
+
 def test_a_system_message_of_many_requests_becomes_a_frame(chat_router, tmp_path):
     """As if the router had been fitted with it; a thread may choose meanwhile."""
     own = Frame("system: Be kind.\nuser: ", "\nassistant: ")
@@ -311,7 +358,11 @@ def test_a_system_message_of_many_requests_becomes_a_frame(chat_router, tmp_path
         pairs = zip(one, other, strict=True)
         return {a.frame == b.frame and a.weights == pytest.approx(b.weights, abs=1e-5) for a, b in pairs}
 
-    assert same(found, expected) == same(found[SHARED:], meanwhile) == {True} and router.wanted is None
+    assert (
+        same(found, expected) == same(found[SHARED:], meanwhile) == {True}
+        and router.wanted is None
+        and router.busy == [own]
+    )
     assert same(before, found[1:SHARED]) == {False}
 
 

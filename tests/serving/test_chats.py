@@ -81,15 +81,24 @@ async def test_a_variant_that_brings_a_template_is_asked_in_it(saved_chats, tiny
             ("/v1/chat/completions", chat(fits)),
             ("/v1/responses", {"model": "auto", "input": fits}),
             ("/v1/chat/completions", chat(fits) | {"model": "other"}),
+            ("/v1/chat/completions", chat(fits) | {"tools": [{}]}),  # which the template does not write
+            ("/v1/chat/completions", chat(fits) | {"chat_template": "mine"}),
         ):
             await client.post(path, json=body)
-        assert [body.get("chat_template") for _, body, _ in upstream.seen] == [other, None, None]
+        assert [body.get("chat_template") for _, body, _ in upstream.seen] == [
+            other,
+            None,
+            None,
+            None,
+            "mine",
+        ]
+        upstream.seen.clear()
         refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         router.templates = dict.fromkeys(router.templates, Template(router.tokenizer, refusing + other))
         for messages in ([{"role": "system", "content": "Be kind."}], [], [{"type": "function_call"}]):
             body = chat(fits)
             await client.post("/v1/chat/completions", json=body | {"messages": messages + body["messages"]})
-        assert [bool(body.get("chat_template")) for _, body, _ in upstream.seen[3:]] == [False, True, False]
+        assert [bool(body.get("chat_template")) for _, body, _ in upstream.seen] == [False, True, False]
         router._method.template = Template(router.tokenizer, refusing + PLAIN)
         told = await client.post(
             "/v1/chat/completions",

@@ -154,12 +154,16 @@ async def test_a_key_is_asked_for_and_not_passed_on(theirs):
     async with proxied(api_key="secret", upstream_key=theirs) as (client, upstream, _):
         for path in ("/v1/models", "/recent"):
             assert (await client.get(path)).status_code == 401
-        for key, status in (("", 401), ("Bearer wrong", 401), ("Bearer secre", 401), ("Bearer secret", 200)):
+        for key, status in (("", 401), ("Bearer wrong", 401), ("Bearer secre", 401), ("bearer secret", 200)):
             headers = {"authorization": key}
             answer = await client.post("/v1/completions", json=completion("x"), headers=headers)
             assert answer.status_code == status
-        (sent,) = (headers for _, _, headers in upstream.seen)
-        assert sent.get("authorization") == (theirs and f"Bearer {theirs}")
+        for key, status in (("wrong", 401), ("secret", 200)):
+            answer = await client.post("/v1/messages", json=chat("x"), headers={"x-api-key": key})
+            assert answer.status_code == status
+        for _, _, sent in upstream.seen:
+            assert sent.get("authorization") == (theirs and f"Bearer {theirs}") and "x-api-key" not in sent
+        assert len(upstream.seen) == 2
         assert (await client.get("/health")).status_code == 200
 
 
@@ -326,13 +330,15 @@ async def test_a_queue_that_is_full_says_when_to_try_again(monkeypatch):
 async def test_a_reload_takes_the_new_router():
     new = Two()
     new.choose = lambda texts: [Choice(1, {"base": 1.0}, 1.0, False, False, {}) for _ in texts]
-    new.variants[0].sha256 = "0a1b2c3d4e"
+    new.variants[0].sha256, new.frames, calibrated = "0a1b2c3d4e", ["kept"], []
+    new.calibrate, old = calibrated.append, Two()
+    old.frames, old.busy = ["idle", "busy", "kept"], ["busy", "kept"]
 
-    async with proxied(load=lambda: new) as (client, upstream, proxy):
+    async with proxied(old, load=lambda: new) as (client, upstream, proxy):
         await client.post("/v1/chat/completions", json=chat("x"))
         told = {"status": "reloaded", "variants": 2, "changed": ["variant-0-0a1b2c3d"]}
         assert (await client.post("/admin/reload")).json() == told
-        assert proxy.router is new
+        assert proxy.router is new and calibrated == ["busy"]
         await client.post("/v1/chat/completions", json=chat("x"))
         assert [body["model"] for _, body, _ in upstream.seen] == ["variant-0", "the-base"]
         async with proxy.renewing:
@@ -340,6 +346,19 @@ async def test_a_reload_takes_the_new_router():
 
     async with proxied() as (client, *_):
         assert (await client.post("/admin/reload")).status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("served", "fits"), [({}, False), ({"models": LLAMACPP, "loras": ["one", "two"]}, True)]
+)
+async def test_an_adapter_that_no_variant_has_is_counted_or_mixed_by_the_server(served, fits):
+    router = Two()
+    router.choose = lambda texts: [Choice(1, {"two": 0.9, "base": 0.1}, 2.0, False, False, {"two": 1.0})]
+
+    async with proxied(router, Upstream(**served)) as (client, *_):
+        answer = await client.post("/v1/completions", json=completion("x"))
+        assert answer.json()["router"]["fits"] == fits
+        assert ('router_unserved_total{adapter="two"} 1.0' in (await client.get("/metrics")).text) != fits
 
 
 async def test_metrics_and_the_last_decisions_hold_no_prompt():
