@@ -1,6 +1,7 @@
 """Fixtures: a tiny random model with its tokenizer, a tiny library, the command, the kit's golden files."""
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -132,6 +133,25 @@ def command(tmp_path, tiny_base, tiny_library):
         ), tmp_path / out
 
     return run
+
+
+@pytest.fixture()
+def own_method(tmp_path, monkeypatch):
+    """Puts a file among the methods."""
+    import router.methods as methods
+
+    (tmp_path / "methods").mkdir()
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path / "methods")])
+    made = []
+
+    def write(name, text):
+        (tmp_path / "methods" / f"{name}.py").write_text(text, "utf-8")
+        made.append(name)
+
+    yield write
+    for name in made:  # other tests look at what is there
+        sys.modules.pop(f"router.methods.{name}", None)
+        vars(methods).pop(name, None)
 
 
 @pytest.fixture(scope="module")

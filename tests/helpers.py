@@ -4,7 +4,6 @@ import csv
 import json
 import sys
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -15,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from router.constants import FORMAT
 from router.methods import load_method
+from router.model import answer
 from router.model.apply import applied
 from router.pipeline.context import Context
 from router.pipeline.evidence import Evidence
 from router.settings import Settings
-from router.system.files import MARKER, mark
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -113,6 +112,16 @@ def stand_in(monkeypatch, **modules):
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
+class Killed(BaseException):
+    """Ends a run as a kill does."""
+
+
+def before_batches(patch, called):
+    """Has `called(batch)` run before each batch is answered."""
+    plain = answer.if_it_fits
+    patch.setattr(answer, "if_it_fits", lambda way, batch: (called(batch), plain(way, batch))[1])
+
+
 # Base models of many families
 
 
@@ -171,11 +180,7 @@ ROWS = [
 ]
 # A chat template.
 PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
-QUERIES = [
-    ("g1", "What is two and two?", "generation", ""),
-    ("m1", "Which is a fruit, stone or pear? ", "multiple_choice", "['stone', 'pear']"),
-    ("g2", "Bonjour, comment allez-vous ?", "generation", ""),
-]
+QUERIES = [ROWS[0], ROWS[1], ROWS[4]]
 METHODS = ["base", "average", "proto_route", "oracle"]
 
 
@@ -205,6 +210,11 @@ def read_table(path):
         return list(csv.DictReader(file, strict=True))
 
 
+def weights_in(row):
+    """The weight of each candidate in a row of a routing table."""
+    return {name: float(value) for name, value in row.items() if name not in ("id", "variant")}
+
+
 def read_by_id(path):
     return {row["id"]: row for row in read_table(path)}
 
@@ -216,51 +226,6 @@ def arguments(method, queries, library, base, out, *flags):
         "--output_folder", out, "--dtype", "float32", "--device", "cpu", "--max_gen_len", 6, *flags,
     ]  # fmt: skip
     return [str(word) for word in words]
-
-
-# Folders that a run may remove or replace, and those that are somebody else's
-
-
-def marked(folder):
-    folder.mkdir()
-    (folder / ".proto-route").touch()
-    (folder / "0").mkdir()
-    (folder / "0" / "file").touch()
-
-
-def linked(folder):
-    marked(folder.parent / "elsewhere")
-    folder.symlink_to(folder.parent / "elsewhere")
-
-
-def foreign(folder):
-    folder.mkdir()
-    (folder / "mine").touch()
-
-
-def finished(folder, change=lambda file: None):
-    """A folder of ours as it was finished, and what somebody did to it since, given one of its files."""
-    (folder / "one").mkdir(parents=True)
-    for name in ("a", "one/b"):
-        (folder / name).write_text(name)
-    mark(folder, finished=True)
-    change(folder / "one" / "b")
-
-
-OURS = {
-    "missing": lambda folder: None, "empty": Path.mkdir, "marked": marked, "finished": finished,
-    "half removed": lambda folder: finished(folder, Path.unlink),
-}  # fmt: skip
-CHANGES = {
-    "changed": lambda file: file.write_text("mine"), "added": lambda file: file.with_name("c").touch(),
-    "linked": lambda file: file.with_name("c").symlink_to(".."),
-    "marked again": lambda file: (file.parent / MARKER).touch(),
-}  # fmt: skip
-THEIRS = {
-    "foreign": foreign, "file": Path.touch, "link": linked,
-    "lost": lambda folder: folder.symlink_to("nowhere"),
-    **{name: partial(finished, change=change) for name, change in CHANGES.items()},
-}  # fmt: skip
 
 
 # Finished runs
@@ -342,9 +307,10 @@ def edit_json(path, **fields):
 
 
 def edit_weights(path, change):
-    """Has `change(name, tensor)` make each tensor of a file anew; the old file, which may be mapped, goes."""
-    tensors = {key: change(key, of.clone()).contiguous() for key, of in load_file(path).items()}
-    path.unlink()
+    """Has `change(name, tensor)` make each tensor of a file anew; None leaves it out."""
+    tensors = {key: change(key, of.clone()) for key, of in load_file(path).items()}
+    path.unlink()  # it may be mapped
+    tensors = {key: of.contiguous() for key, of in tensors.items() if of is not None}
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -356,6 +322,15 @@ def spoil(path, old, new):
 
 
 # Answers of a base model
+
+
+def plain_model(folder, adapter=None, dtype=torch.float32, **how):
+    """A base model as transformers loads it, with an adapter as PEFT loads it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return (PeftModel.from_pretrained(model, adapter, **how) if adapter else model).eval()
 
 
 def written(model, tokenizer, prompt, length=6):

@@ -3,16 +3,14 @@
 import json
 import re
 
-import pytest
+import vulture
 
 from helpers import ROOT
-
-vulture = pytest.importorskip("vulture", reason="vulture is not installed")
 
 FROM_OUTSIDE = {
     "__getattr__",  # Python's own
     "_render_traceback_",  # IPython's
-    "filters",  # jinja2's
+    "filters", "base_model_name_or_path",  # jinja2's, PEFT's
     "redirect_slashes", "send_400_response",  # Starlette's and uvicorn's
     "hook", "async_pre_call_hook", "user_api_key_dict", "call_type",  # LiteLLM's
     "required_tasks", "proto_route_load", "proto_route_take",  # vLLM's

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import FAMILIES, arguments, choice_scores, family, read_by_id, read_table, write_queries, written
+from helpers import (
+    FAMILIES,
+    arguments,
+    choice_scores,
+    family,
+    plain_model,
+    read_by_id,
+    read_table,
+    write_queries,
+    written,
+)
 from router.main import main
 from router.model.answer import likeliest
 
@@ -45,10 +55,9 @@ def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatc
     tokenizer = AutoTokenizer.from_pretrained(base)
     answers, mixed = read_by_id(out / "queries.csv"), 0
     for row, (_, prompt, kind, _) in zip(read_table(out / "queries.routing.csv"), rows, strict=True):
-        model = AutoModelForCausalLM.from_pretrained(base)
-        if (folder := out / "variants" / row["variant"]).is_dir():
-            model, mixed = PeftModel.from_pretrained(model, folder), mixed + 1
-        model.eval()
+        folder = out / "variants" / row["variant"]
+        model = plain_model(base, folder if folder.is_dir() else None)
+        mixed += folder.is_dir()
         model.generation_config.eos_token_id = [1, 7]
         answer = answers[row["id"]]["prediction"]
         if kind == "generation":

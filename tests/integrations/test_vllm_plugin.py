@@ -5,22 +5,19 @@ import json
 from enum import Enum
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
 
-httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-pytest.importorskip("starlette", reason="needs the extra serve")
-
-from prometheus_client import CollectorRegistry  # noqa: E402
-from starlette.applications import Starlette  # noqa: E402
-from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
-from starlette.routing import Route  # noqa: E402
-
-from helpers import PLAIN, stand_in  # noqa: E402
-from router.integrations.vllm import FOLDER, ROUTED, Auto, _is_plain, check  # noqa: E402
-from router.integrations.vllm_worker import MARKED  # noqa: E402
-from router.routing.variants import served  # noqa: E402
-from router.system.errors import InputError  # noqa: E402
+from helpers import PLAIN, stand_in
+from router.integrations.vllm import FOLDER, ROUTED, Auto, _is_plain, check
+from router.integrations.vllm_worker import MARKED
+from router.routing.variants import served
+from router.system.errors import InputError
 
 TEXTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 ="]
 TALK = [
@@ -219,10 +216,8 @@ def test_who_waits_for_a_whole_answer_gets_the_last_output_alone(started, saved)
         stopped = 0
         for text in texts:
             engine.written = 0
-            answer = await client.post(
-                door(text), json=body(text, how={"output_kind": Kind.FINAL_ONLY.value})
-            )
-            assert answer.json() == [2]
+            asked = body(text, how={"output_kind": Kind.FINAL_ONLY.value})
+            assert (await client.post(door(text), json=asked)).json() == [2]
             if len(engine.asked) == 2 and MARKED.search(engine.asked[0][0]) and engine.asked[1][1]:
                 assert engine.written < 6
                 stopped += 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import WIDTHS, edit_json, edit_weights, write_tiny_adapter
+from helpers import WIDTHS, dense_updates, edit_json, edit_weights, write_tiny_adapter
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
 from router.library.adapters import load_library
 from router.library.command import main
@@ -21,16 +21,11 @@ from router.system.errors import InputError
 SCALES = {"attention": 8 / 4, "everything": 2 / 2, "mlp": 9 / 6**0.5}
 
 
-def vector(folder, scale):
+def vector(folder):
     """All modules of the dense update in float64, side by side, zero where there is none."""
-    tensors, parts = load_file(folder / "adapter_model.safetensors"), []
-    for layer in range(2):
-        for kind, (d_out, d_in) in WIDTHS.items():
-            key = f"base_model.model.model.layers.{layer}.{kind}.lora_"
-            a = tensors.get(f"{key}A.weight", torch.zeros(1, d_in)).double()
-            b = tensors.get(f"{key}B.weight", torch.zeros(d_out, 1)).double()
-            parts.append((scale * b @ a).flatten())
-    return torch.cat(parts).numpy()
+    updates = dense_updates(folder)
+    zeros = {f"model.layers.{n}.{kind}": np.zeros(shape) for n in range(2) for kind, shape in WIDTHS.items()}
+    return np.concatenate([updates.get(module, zero).ravel() for module, zero in zeros.items()])
 
 
 def run(capsys, *words):
@@ -59,8 +54,7 @@ def duplicated(tiny_library):
 
 def test_cosines_are_those_of_the_dense_updates(capsys, duplicated):
     names = ["attention", "everything", "larger", "mlp", "nearly"]
-    scales = SCALES | {"larger": 16 / 4, "nearly": SCALES["mlp"]}
-    dense = np.stack([vector(duplicated / name, scales[name]) for name in names])
+    dense = np.stack([vector(duplicated / name) for name in names])
     _, found = checked(capsys, duplicated)
     assert found["compared"] == names
     np.testing.assert_allclose(found["norms"], np.linalg.norm(dense, axis=1), rtol=1e-6)
@@ -118,25 +112,21 @@ def test_a_copy_that_writes_something_else_is_said_plainly(capsys, tiny_library)
     assert "mlp and turned" in out
 
 
-def narrow(folder):
-    edit_weights(folder / WEIGHTS_FILE, lambda key, value: value[:, :16] if "lora_A" in key else value)
-
-
-def scaled(by):
-    return lambda folder: edit_weights(folder / WEIGHTS_FILE, lambda _, value: value * by)
-
-
 def changed(**config):
     return lambda folder: edit_json(folder / CONFIG_FILE, **config)
+
+
+def weights(change):
+    return lambda folder: edit_weights(folder / WEIGHTS_FILE, change)
 
 
 BROKEN = {
     "no config": (lambda folder: (folder / CONFIG_FILE).unlink(), CONFIG_FILE),
     "huge alpha": (changed(lora_alpha=10**400), "lora_alpha"),
-    "NaN": (scaled(torch.nan), "not finite"),
-    "zero": (scaled(0), "zero"),
+    "NaN": (weights(lambda key, of: of * torch.nan), "not finite"),
+    "zero": (weights(lambda key, of: of * 0), "zero"),
     "other base": (changed(base_model_name_or_path="Huge"), "Huge"),
-    "other shape": (narrow, "(32, 16)"),
+    "other shape": (weights(lambda key, of: of[:, :16] if "lora_A" in key else of), "(32, 16)"),
 }
 
 

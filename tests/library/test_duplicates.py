@@ -5,9 +5,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from helpers import write_tiny_adapter
+from helpers import edit_weights, write_tiny_adapter
+from merge.folders import WEIGHTS_FILE
 from router.library.adapters import load_library
 from router.library.duplicates import ALIKE, nearby, representatives
 from router.methods.proto_route import ProtoRoute
@@ -20,11 +20,10 @@ TEXTS = ["a", "two words", "Question: what is 17 + 4?\nAnswer:", "x" * 40, "übe
 KINDS = ("self_attn.q_proj", "mlp.up_proj")
 
 
-def adapter(folder, change=lambda key, tensor: tensor, seed=1, kinds=KINDS, **config):
+def adapter(folder, change=lambda key, x: x, seed=1, **config):
     """A tiny adapter, its tensors changed one by one; None leaves a tensor out."""
-    file = write_tiny_adapter(folder, seed, kinds=kinds, **config) / "adapter_model.safetensors"
-    changed = {key: change(key, tensor) for key, tensor in load_file(file).items()}
-    save_file({key: value.contiguous() for key, value in changed.items() if value is not None}, file)
+    write_tiny_adapter(folder, seed, kinds=KINDS, **config)
+    edit_weights(folder / WEIGHTS_FILE, change)
     return load_library([str(folder)])[0]
 
 
@@ -52,85 +51,55 @@ def test_the_first_of_equals_represents_all(base, tmp_path, n):
     assert found[0] == 0 and set(found[-2:]) == {n if n == 2 else 1}  # of two sizes the smaller
 
 
-def test_the_same_update_from_other_factors_is_a_duplicate(base, tmp_path):
-    mix = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0] * 3
+def drawn(seed, *shape):
+    return torch.linalg.qr(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+def turned(x, cosine):
+    """Orthonormal columns, turned by an angle of this cosine."""
+    q = drawn(3, len(x), 8)
+    return cosine * q[:, :4] + (1 - cosine**2) ** 0.5 * q[:, 4:]
+
+
+MIX = 3 * drawn(0, 4, 4)
+CHANGES = {
+    "none": lambda key, x: x,
+    "mixed": lambda key, x: MIX @ x if "_A" in key else x @ MIX.inverse(),  # the same update
+    # Orthonormal columns of lora_B: the update reads as its lora_A does.
+    **{f"level {n}": lambda key, x, n=n: drawn(n, *x.shape) if "_B" in key else x for n in (1, 2)},
+    **{of: lambda key, x, of=of: turned(x, of) if "_B" in key else x for of in (1.0, 0.992, 0.988)},
+    "flipped": lambda key, x: -x if "_B" in key else x,
+    "nearly without": lambda key, x: x * 1e-3 if "up_proj.lora_B" in key else x,
+    "without": lambda key, x: None if "up_proj" in key else x,
+    **{
+        f"flipped without {left}": lambda key, x, left=left: None if left in key else -x if "_B" in key else x
+        for left in ("1.mlp.up_proj", "0.self_attn.q_proj")
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "alphas", "expected", "lookalikes"),
+    [
+        (["none", "mixed"], (4, 4), [0, 0], [False, False]),
+        (["level 1", "level 2"], (4, 4), [0, 0], [False, True]),
+        (["none", "flipped"], (4, 4), [0, 0], [False, True]),
+        (["none", "flipped", "none"], (16, 4, 1), [2, 2, 2], [False, True, False]),  # is none of the sizes
+        ([1.0, 0.992], (4, 4), [0, 0], [False, False]),
+        ([1.0, 0.988], (4, 4), [0, 0], [False, True]),
+        (["nearly without", "without"], (4, 4), [0, 1], [False, False]),
+        (["none", "flipped without 1.mlp.up_proj"], (4, 4), [0, 0], [False, True]),
+        (["none", "flipped without 0.self_attn.q_proj"], (4, 4), [0, 0], [False, True]),
+    ],
+)
+def test_of_adapters_that_read_alike_one_answers(base, tmp_path, changes, alphas, expected, lookalikes):
     adapters = [
-        adapter(tmp_path / "one"),
-        adapter(tmp_path / "two", lambda key, x: mix @ x if "lora_A" in key else x @ mix.inverse()),
+        adapter(tmp_path / f"{n}", CHANGES[change], alpha=alpha)
+        for n, (change, alpha) in enumerate(zip(changes, alphas, strict=True))
     ]
-    assert len(set(representatives(adapters, responses(base, adapters))[0])) == 1
-
-
-def level(seed):
-    """Gives every lora_B orthonormal columns, so that the update reads as its lora_A does."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda key, x: torch.linalg.qr(torch.randn(x.shape, generator=generator))[0] if "_B" in key else x
-
-
-def flipped(key, tensor):
-    return -tensor if "lora_B" in key else tensor
-
-
-@pytest.mark.parametrize("changes", [(level(1), level(2)), (lambda key, x: x, flipped)], ids=["B", "sign"])
-def test_of_adapters_that_read_alike_the_first_answers(base, tmp_path, changes):
-    adapters = [adapter(tmp_path / f"{n}", change) for n, change in enumerate(changes)]
-    found = responses(base, adapters)
-    np.testing.assert_allclose(found[:, 0], found[:, 1], rtol=1e-3)
-    numbers, lookalike = representatives(adapters, found)
-    assert numbers.tolist() == [0, 0] and lookalike.tolist() == [False, True]
-
-
-def test_a_lookalike_does_not_count_among_the_sizes_of_a_duplicate(base, tmp_path):
-    sizes = [adapter(tmp_path / f"alpha{alpha}", alpha=alpha) for alpha in (16, 1)]
-    harmful = adapter(tmp_path / "harmful", flipped, alpha=4)
-    adapters = [sizes[0], harmful, sizes[1]]
+    adapters.append(adapter(tmp_path / "other", seed=2))
     numbers, lookalike = representatives(adapters, responses(base, adapters))
-    assert numbers.tolist() == [2, 2, 2] and lookalike.tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize(("cosine", "same"), [(0.992, True), (0.988, False)])
-def test_updates_with_a_cosine_above_0_99_are_duplicates(base, tmp_path, cosine, same):
-    def turned(of):
-        """A lora_B whose columns are orthonormal, turned by an angle of this cosine."""
-
-        def change(key, x):
-            if "_B" not in key:
-                return x
-            q = torch.linalg.qr(torch.randn(len(x), 8, generator=torch.Generator().manual_seed(3)))[0]
-            return of * q[:, :4] + (1 - of**2) ** 0.5 * q[:, 4:]
-
-        return change
-
-    adapters = [adapter(tmp_path / "one", turned(1.0)), adapter(tmp_path / "two", turned(cosine))]
-    numbers, lookalike = representatives(adapters, responses(base, adapters))
-    assert numbers.tolist() == [0, 0] and lookalike.tolist() == [False, not same]
-
-
-def test_an_adapter_with_another_module_is_no_duplicate(base, tmp_path):
-    def nearly(key, x):  # of no weight beside the other modules
-        return x * 1e-3 if "up_proj.lora_B" in key else x
-
-    def without(key, x):
-        return None if "up_proj" in key else x
-
-    part = adapter(tmp_path / "part", without)
-    assert all("q_proj" in module for module in part.folder.shapes)
-    adapters = [adapter(tmp_path / "both", nearly), part]
-    assert representatives(adapters, responses(base, adapters))[0].tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("left_out", ["layers.1.mlp.up_proj", "layers.0.self_attn.q_proj"])
-def test_a_copy_that_leaves_a_module_out_is_a_lookalike(base, tmp_path, left_out):
-    def changed(key, tensor):
-        return None if left_out in key else flipped(key, tensor)
-
-    adapters = [
-        adapter(tmp_path / "other", seed=2),
-        adapter(tmp_path / "one"),
-        adapter(tmp_path / "two", changed),
-    ]
-    numbers, lookalike = representatives(adapters, responses(base, adapters))
-    assert numbers.tolist() == [0, 1, 1] and lookalike.tolist() == [False, False, True]
+    assert numbers.tolist() == [*expected, len(changes)] and lookalike.tolist() == [*lookalikes, False]
 
 
 def test_no_pair_that_is_alike_is_missed():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers import delta
-from merge.factors import Factors, gram, inner, pad, recompress, stacks, svd, weighted_sum
+from merge.factors import Factors, gram, inner, pad, recompress, stacks, svd
 
 
 def update(d_out, rank, d_in, seed):
@@ -27,16 +27,6 @@ def test_gram_holds_the_inner_products_of_all_pairs(count):
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12 * found.max())
     pairs = [[inner(one, other) for other in UPDATES[:count]] for one in UPDATES[:count]]
     np.testing.assert_allclose(pairs, expected, atol=1e-12 * expected.max())
-
-
-@pytest.mark.parametrize(
-    "weights", [(0.5, 0.3, 0.2), (1.0, -2.0, 0.25), (-1.0, -1.0, -1.0), (0.0, 1.0, 0.0), (1e-3, 40.0, -7.0)]
-)
-def test_weighted_sum_is_the_dense_sum(weights):
-    found = weighted_sum(UPDATES, weights)
-    expected = sum(weight * delta(part) for weight, part in zip(weights, UPDATES, strict=True))
-    assert found.rank == 12
-    np.testing.assert_allclose(delta(found), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -61,10 +51,8 @@ def test_svd_of_a_stack_is_that_of_each():
             np.testing.assert_allclose((u[n] * s[n]) @ vh[n], delta(dict(named)[name]), atol=1e-4)
 
 
-def test_recompress_of_zero_or_repeated_factors_is_exact():
+def test_recompressed_and_padded_factors():
     assert not delta(recompress(Factors(torch.zeros(3, 8), torch.zeros(5, 3)), 2)).any()
-    twice = weighted_sum([UPDATES[0], UPDATES[0]], [0.5, 0.5])
-    np.testing.assert_allclose(delta(recompress(twice, 4)), delta(UPDATES[0]), atol=1e-4)
     wide = pad(UPDATES[0], 9)
     assert wide.a.shape == (9, 30) and wide.b.shape == (20, 9) and (delta(wide) == delta(UPDATES[0])).all()
     with pytest.raises(ValueError, match="4 to 3"):

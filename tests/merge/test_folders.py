@@ -9,56 +9,42 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import LoraConfig, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from helpers import WIDTHS, delta, edit_json, peft_deltas, write_tiny_adapter
+from helpers import WIDTHS, delta, edit_json, edit_weights, peft_deltas, plain_model, write_tiny_adapter
 from merge.factors import Factors
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE, AdapterError, open_adapter, served_rank, write_adapter
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
-def config_of(folder):
-    return folder / CONFIG_FILE
-
-
-def weights_of(folder):
-    return folder / WEIGHTS_FILE
-
-
 def change(folder, tensors=None, **config):
     """Rewrites parts of an adapter folder."""
-    edit_json(config_of(folder), **config)
+    edit_json(folder / CONFIG_FILE, **config)
     if tensors is not None:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, weights_of(folder))
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / WEIGHTS_FILE)
 
 
 def loaded_by_peft(base_folder, adapter_folder):
     """The update of each module by PEFT's own loader; any warning is an error."""
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to True|Unexpected keyword arguments")
-        return peft_deltas(PeftModel.from_pretrained(model, adapter_folder))
+        return peft_deltas(plain_model(base_folder, adapter_folder))
 
 
 def with_patterns(folder):
     """Ranks and alphas that differ by module; PEFT matches the patterns against the end of names."""
-    write_tiny_adapter(folder, 5, rank=4, alpha=6)
-    tensors = load_file(weights_of(folder))
-    for key, value in tensors.items():
-        if "mlp.down_proj" in key:
-            tensors[key] = value[:3] if "lora_A" in key else value[:, :3]
-        if "layers.0.self_attn.q_proj" in key:
-            tensors[key] = value[:1] if "lora_A" in key else value[:, :1]
-    change(
-        folder,
-        tensors,
-        rank_pattern={"layers.0.self_attn.q_proj": 1, "down_proj": 3},
-        alpha_pattern={"mlp.down_proj": 12, r".*\.1\.self_attn\..*": 20},
-    )
+    ranks = {"mlp.down_proj": 3, "layers.0.self_attn.q_proj": 1}
+
+    def cut(key, of):
+        rank = next((rank for module, rank in ranks.items() if module in key), 4)
+        return of[:rank] if "lora_A" in key else of[:, :rank]
+
+    edit_weights(write_tiny_adapter(folder, 5, rank=4, alpha=6) / WEIGHTS_FILE, cut)
+    alphas = {"mlp.down_proj": 12, r".*\.1\.self_attn\..*": 20}
+    change(folder, rank_pattern={"down_proj": 3, "layers.0.self_attn.q_proj": 1}, alpha_pattern=alphas)
 
 
 def tiny(seed, **how):
@@ -66,8 +52,7 @@ def tiny(seed, **how):
 
 
 def in_bfloat16(folder):
-    write_tiny_adapter(folder, 14, alpha=10)
-    change(folder, {key: of.bfloat16() for key, of in load_file(weights_of(folder)).items()})
+    edit_weights(write_tiny_adapter(folder, 14, alpha=10) / WEIGHTS_FILE, lambda key, of: of.bfloat16())
 
 
 # As PEFT is given where a few layers of a large model are trained.
@@ -136,11 +121,11 @@ UNEVEN = {(0, "self_attn.q_proj"): 3, (1, "mlp.up_proj"): 5, (1, "self_attn.q_pr
 def test_what_is_written_peft_loads_as_the_same_update(tmp_path, tiny_base, ranks, rank, targets):
     updates = updates_of(ranks)
     assert write_adapter(tmp_path / "out", updates, "some/base", "abc123") == rank
-    config = json.loads(config_of(tmp_path / "out").read_text())
+    config = json.loads((tmp_path / "out" / CONFIG_FILE).read_text())
     assert (config["r"], config["lora_alpha"]) == (rank, rank)
     assert (config["base_model_name_or_path"], config["revision"]) == ("some/base", "abc123")
     assert config["target_modules"] == (targets or sorted(updates))
-    for key, value in load_file(weights_of(tmp_path / "out")).items():
+    for key, value in load_file(tmp_path / "out" / WEIGHTS_FILE).items():
         assert value.shape["lora_B" in key] == rank
     again = open_adapter(tmp_path / "out")
     assert again.base_model == "some/base"
@@ -186,7 +171,7 @@ def weights_with(make):
     """Changes the tensors of an adapter by `make(tensors)`, which gives those that are other."""
 
     def spoil(folder):
-        tensors = load_file(weights_of(folder))
+        tensors = load_file(folder / WEIGHTS_FILE)
         found = tensors | make(tensors)
         change(folder, {key: of for key, of in found.items() if of is not None})
 
@@ -195,14 +180,14 @@ def weights_with(make):
 
 # What spoils an adapter, the file that is named, and what is said of it.
 REFUSED = {
-    "no config": (lambda folder: config_of(folder).unlink(), "", CONFIG_FILE),
+    "no config": (lambda folder: (folder / CONFIG_FILE).unlink(), "", CONFIG_FILE),
     "link to itself": (instead(CONFIG_FILE, lambda at: at.symlink_to(at)), "", CONFIG_FILE),
     "pipe": (instead(CONFIG_FILE, os.mkfifo), "", CONFIG_FILE),
     **{
-        f"config {text[:9]}": (lambda of, text=text: config_of(of).write_text(text), CONFIG_FILE, "")
+        f"config {text[:9]}": (lambda of, text=text: (of / CONFIG_FILE).write_text(text), CONFIG_FILE, "")
         for text in ("{'r': 4}", "[" * 100_000, "[1, 2]")
     },
-    "no weights": (lambda folder: weights_of(folder).unlink(), "", WEIGHTS_FILE),
+    "no weights": (lambda folder: (folder / WEIGHTS_FILE).unlink(), "", WEIGHTS_FILE),
     "dangling link": (instead(WEIGHTS_FILE, lambda at: at.symlink_to("/nowhere")), "", WEIGHTS_FILE),
     "pipe of weights": (instead(WEIGHTS_FILE, os.mkfifo), "", WEIGHTS_FILE),
     "folder": (instead(WEIGHTS_FILE, Path.mkdir), "", WEIGHTS_FILE),
@@ -211,14 +196,14 @@ REFUSED = {
         "", "the pickle adapter_model.bin",
     ),
     **{
-        f"weights {n}": (lambda of, data=data: weights_of(of).write_bytes(data), WEIGHTS_FILE, "")
+        f"weights {n}": (lambda of, data=data: (of / WEIGHTS_FILE).write_bytes(data), WEIGHTS_FILE, "")
         for n, data in enumerate((
             b"", b"\xff" * 64, with_header(tensor_of([4], 0, 16)), with_header(tensor_of([3], 0, 8)),
             with_header(tensor_of([2], 0, 8) | {"b": tensor_of([2], 0, 8)[A0]}),  # overlapping
             with_header(tensor_of([1 << 40, 1 << 40], 0, 8)),
         ))
     },
-    "truncated": (lambda folder: os.truncate(weights_of(folder), 3000), WEIGHTS_FILE, ""),
+    "truncated": (lambda folder: os.truncate(folder / WEIGHTS_FILE, 3000), WEIGHTS_FILE, ""),
     "no tensors": (weights_with(lambda of: dict.fromkeys(of)), WEIGHTS_FILE, ""),
     "fp8": (weights_with(lambda of: {A0: of[A0].to(torch.float8_e4m3fn)}), WEIGHTS_FILE, "F8_E4M3"),
     "int8": (weights_with(lambda of: {A0: of[A0].to(torch.int8)}), WEIGHTS_FILE, "I8"),
@@ -288,7 +273,7 @@ def test_what_cannot_be_used_is_refused_by_name_and_cause(tmp_path, kind):
 def test_older_names_of_weights_mean_the_same(tmp_path, old, new):
     folder = write_tiny_adapter(tmp_path / "a", 1)
     expected = {module: delta(update) for module, update in open_adapter(folder).read_all()}
-    change(folder, {key.replace(old, new, 1): of for key, of in load_file(weights_of(folder)).items()})
+    change(folder, {key.replace(old, new, 1): of for key, of in load_file(folder / WEIGHTS_FILE).items()})
     for file in folder.iterdir():  # links are followed, as in the hub's cache
         (tmp_path / "snapshot").mkdir(exist_ok=True)
         (tmp_path / "snapshot" / file.name).symlink_to(file)
@@ -300,12 +285,11 @@ def test_older_names_of_weights_mean_the_same(tmp_path, old, new):
 @pytest.mark.filterwarnings("ignore:.*changes the base weights of the model")
 @pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
 def test_what_takes_a_part_out_of_the_base_can_be_converted(tmp_path, tiny_base, kind):
-    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model = plain_model(tiny_base)
     before = model.get_submodule(Q0).weight.double().detach().numpy().copy()
     torch.manual_seed(0)
-    model = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=kind)
-    )
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=kind)
+    model = get_peft_model(model, config)
     model.save_pretrained(tmp_path / "initial")
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -317,9 +301,8 @@ def test_what_takes_a_part_out_of_the_base_can_be_converted(tmp_path, tiny_base,
         open_adapter(tmp_path / "trained")
     initial = str(tmp_path / "initial")
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
-    np.testing.assert_allclose(
-        delta(open_adapter(tmp_path / "converted").read(Q0)), after - before, atol=1e-5
-    )
+    found = delta(open_adapter(tmp_path / "converted").read(Q0))
+    np.testing.assert_allclose(found, after - before, atol=1e-5)
 
 
 def test_a_pattern_that_hangs_its_reader_is_given_up(tmp_path):
@@ -340,8 +323,8 @@ def test_a_rank_of_two_millions_is_refused_unread(tmp_path):
     folder, rank = write_tiny_adapter(tmp_path / "wide", 1, r=2_000_000), 2_000_000
     half = 4 * 32 * rank
     header = tensor_of([rank, 32], 0, half) | {B0: tensor_of([32, rank], half, 2 * half)[A0]}
-    weights_of(folder).write_bytes(with_header(header))
-    os.truncate(weights_of(folder), 8 + len(json.dumps(header)) + 2 * half)
+    (folder / WEIGHTS_FILE).write_bytes(with_header(header))
+    os.truncate(folder / WEIGHTS_FILE, 8 + len(json.dumps(header)) + 2 * half)
     with pytest.raises(AdapterError, match=f"{Q0}: .*{rank}"):
         open_adapter(folder)
 

@@ -8,14 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 
 from helpers import FAMILIES, family
-from router.model.answer import by_length, encode, generate, score_choices
+from router.model.answer import encode, generate, score_choices
 from router.model.cache import new_cache
-from router.model.device import CHOICE_TOKENS
 from router.pipeline import answering
 from router.pipeline.context import Context
 from router.queries.submission import Query
@@ -76,20 +73,6 @@ def generation(*prompts):
     return [Query(str(n), prompt, "generation") for n, prompt in enumerate(prompts)]
 
 
-@given(st.lists(st.integers(1, 80)), st.none() | st.integers(1, 5))
-def test_by_length_respects_budget_and_rows(lengths, limit):
-    batches, budget = list(by_length(lengths, 60, limit)), 60
-    flat = [index for batch in batches for index in batch]
-    assert sorted(flat) == list(range(len(lengths)))
-    assert [lengths[index] for index in flat] == sorted(lengths, reverse=True)
-    for batch in batches:
-        longest = max(lengths[index] for index in batch)
-        assert len(batch) == 1 or len(batch) * longest <= budget
-        assert limit is None or len(batch) <= limit
-        if batch is not batches[-1]:  # it is full
-            assert (len(batch) + 1) * longest > budget or len(batch) == limit
-
-
 @contextmanager
 def scripted(base, text):
     """The model, made to go on with the given text whatever it is asked."""
@@ -116,16 +99,14 @@ def test_generated_text_loses_a_blank_and_special_tokens(base, told, kept):
     assert found.ids == (*letters(base, told), EOS)
 
 
-@pytest.mark.parametrize(("scoring", "skip"), [("full", 0), ("kit", 1)])
-def test_scores_equal_one_forward_pass_per_choice(base, scoring, skip):
-    found = score_choices(base.model, base.tokenizer, rows(base), CHOICES, scoring)
+def test_the_kits_scores_leave_out_the_first_token(base):
+    found = score_choices(base.model, base.tokenizer, rows(base), CHOICES, "kit")
     for prompt, choices, scores in zip(rows(base), CHOICES, found, strict=True):
-        expected = [log_probability(base, prompt, choice, skip) for choice in choices]
+        expected = [log_probability(base, prompt, choice, skip=1) for choice in choices]
         assert scores == pytest.approx(expected, rel=0, abs=1e-3)
-    if scoring == "kit":
-        assert found[1][2] == found[4][0] == 0.0  # an empty choice has no token left to score
-        tie = [Query("0", "Hi", "multiple_choice", ("zz", "", "qq", ""))]
-        assert answered(base, tie, scoring="kit")[0].text == "1"  # the lowest index
+    assert found[1][2] == found[4][0] == 0.0  # an empty choice has no token left to score
+    tie = [Query("0", "Hi", "multiple_choice", ("zz", "", "qq", ""))]
+    assert answered(base, tie, scoring="kit")[0].text == "1"  # the lowest index
 
 
 @pytest.mark.parametrize(("prompt", "ids", "limit"), [("", [0], None), (LONG, 7, 7)])
@@ -196,18 +177,13 @@ def test_a_batch_that_does_not_fit_is_halved(base, device, caplog):
     assert sum(done) == 9 * size and max(done) <= 3 * size
     assert [size for size in seen if size > 3] == [9, 4]  # what failed; the other half was not tried whole
     queries[4] = Query("4", "a longer one", "generation")
-    with refusing(
-        base, OUT_OF_MEMORY[device], lambda ids: ids.shape[1] == len(letters(base, "a longer one"))
-    ):
+    longer = len(letters(base, "a longer one"))
+    with refusing(base, OUT_OF_MEMORY[device], lambda ids: ids.shape[1] == longer):
         found = answered(base, queries, max_new_tokens=3)
     assert found[4].failed and found[4].text == "unknown" and "query 4: " in caplog.text
     assert found[:4] + found[5:] == expected[:4] + expected[5:]
-    with (
-        refusing(base, RuntimeError("shapes cannot be multiplied"), lambda ids: True) as seen,
-        pytest.raises(RuntimeError, match="shapes"),
-    ):
+    with refusing(base, RuntimeError("x"), lambda ids: True), pytest.raises(RuntimeError, match="x"):
         answered(base, generation("Hi", "Ho"))
-    assert len(seen) == 1
 
 
 def test_a_query_whose_output_is_not_finite_has_no_answer(base, caplog):
@@ -309,19 +285,3 @@ def test_a_model_whose_layers_keep_something_else_is_refused(base):
     endless.generation_config.eos_token_id = "x"
     with pytest.raises(InputError, match="eos_token_id"):
         generate(endless, tokenizer, rows(base), 5)
-
-
-def test_a_batch_of_choices_counts_their_own_tokens(base, monkeypatch):
-    """Each of them has logits of the whole vocabulary: short prompts with long choices must not pile up."""
-    seen = []
-
-    def record(_, tokenizer, rows, choices, scoring):
-        lengths = [[len(tokenizer(text)["input_ids"]) for text in options] for options in choices]
-        seen.append((len(rows) * 2, max(map(len, rows)) + max(map(max, lengths))))
-        return [(0.0, 1.0) for _ in choices]
-
-    monkeypatch.setattr("router.model.answer.score_choices", record)
-    queries = [Query(str(n), "Hi", "multiple_choice", ("word " * n, "b")) for n in range(1, 60)]
-    assert [found.text for found in answered(base, queries)] == ["1"] * len(queries)
-    assert sum(count for count, _ in seen) == 2 * len(queries) and len(seen) > 1
-    assert all(count == 2 or count * tokens <= CHOICE_TOKENS for count, tokens in seen)

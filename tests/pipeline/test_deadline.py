@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from helpers import ROWS, read_table
-from router.model import answer as module
+from helpers import ROWS, before_batches, read_table
 from router.model.apply import Merged
 from router.pipeline.deadline import RESERVE, Deadline
 from router.pipeline.steps import route
@@ -18,6 +17,9 @@ class Clock:
 
     def __call__(self):
         return self.now
+
+    def tick(self, seconds):
+        self.now += seconds
 
 
 @pytest.fixture()
@@ -37,15 +39,10 @@ def clock(monkeypatch):
 @pytest.fixture()
 def paced(monkeypatch, clock):
     """Lets a batch take so many seconds; returns the batches that were answered."""
-    plain, batches = module.if_it_fits, []
 
     def pace(seconds):
-        def slow(way, batch):
-            batches.append(batch)
-            clock.now += seconds
-            return plain(way, batch)
-
-        monkeypatch.setattr(module, "if_it_fits", slow)
+        batches = []
+        before_batches(monkeypatch, lambda batch: (batches.append(batch), clock.tick(seconds)))
         return batches
 
     return pace
@@ -111,10 +108,3 @@ def test_what_the_limit_cut_is_told_after_a_kill_too(command, paced, clock, monk
         assert command(*cut)[0] == 130
     code, out = command(*cut)
     assert code == 0 and len(batches) == 4 and told(out)["unanswered"] == len(ROWS) - 4
-
-
-def test_the_deadline_leaves_time_to_write():
-    clock = Clock()
-    deadline = Deadline(1, clock, began=100)  # 57 seconds to answer in
-    for clock.now, over in ((110, False), (156.9, False), (157, True)):
-        assert deadline.over() == over

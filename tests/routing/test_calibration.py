@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT, edit_json, read_table, write_tiny_adapter
-from router.library.adapters import load_library
+from helpers import ROOT, edit_json, read_table
 from router.model.answer import encode
 from router.model.base import linear_shapes, load_base
 from router.model.frames import Frame
@@ -78,17 +77,6 @@ def test_the_second_use_asks_nothing_and_gives_the_same_bytes(base, adapters, mo
     first = measured(base, adapters)
     monkeypatch.setattr(base.model, "forward", lambda *_, **__: pytest.fail("a forward pass"))
     assert bytes_of(measured(base, adapters)) == bytes_of(first)
-
-
-def test_a_new_adapter_costs_nothing_of_the_others(base, adapters, tiny_library, tmp_path):
-    first = measured(base, adapters)
-    for adapter in adapters:  # whoever measures one of these again fails
-        (adapter.folder.path / "adapter_model.safetensors").write_bytes(b"gone")
-    new = load_library([str(write_tiny_adapter(tmp_path / "new", 9))])
-    found = measured(base, [*adapters[:1], *new, *adapters[1:]])
-    np.testing.assert_array_equal(found["responses"][:, [0, 2, 3]], first["responses"])
-    expected = fresh(base, new)["responses"]
-    np.testing.assert_allclose(found["responses"][:, [1]], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 0.5])

@@ -3,21 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, dense_updates, inputs_of
+from helpers import NAMES, dense_updates, inputs_of, plain_model
 from router.library.adapters import load_library
 from router.model.answer import encode
-from router.routing.probe import Probed, counted_tokens, input_means, probe, unreadable
+from router.routing.probe import input_means, probe
 from router.routing.prototypes import prototypes
 
 # Of one, two and three tokens (none, one and two are counted beside the first), and longer ones.
 TEXTS = ["a", "ab", "abc", "two words", "Question: what is 17 + 4?\nAnswer:", "wordy " * 12, "über 漢字"]
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_base):
-    return AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64).eval()
 
 
 def read(model, row, modules):
@@ -39,7 +33,7 @@ def measured(base, tiny_library):
     return prototypes(load_library([str(tiny_library)])), encode(base.tokenizer, TEXTS)
 
 
-def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured, tiny_library):
+def test_both_responses_equal_dense_cosines_token_by_token(base, tiny_base, measured, tiny_library):
     protos, rows = measured
     assert [len(row) for row in rows][:3] == [1, 2, 3]
     means, _ = input_means(base.model, rows, 0, list(protos))
@@ -51,6 +45,7 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
     finally:
         torch.set_default_dtype(torch.float32)
     np.testing.assert_array_equal(again, found)
+    plain = plain_model(tiny_base, dtype=torch.float64)
     inputs = [read(plain, row, list(protos)) for row in rows]
     updates = [dense_updates(tiny_library / name) for name in NAMES]
     for m, module in enumerate(protos):
@@ -64,22 +59,6 @@ def test_both_responses_equal_dense_cosines_token_by_token(base, plain, measured
                 squares = [squared_cosine(token - mean, own[module]) for token in x[module]]
                 expected = [np.mean(squares), np.mean(squares[-2:])]
                 np.testing.assert_allclose(found[q, i, m], np.sqrt(expected), rtol=1e-3, atol=1e-5)
-
-
-def test_neither_padding_nor_the_first_token_counts():
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
-    found = counted_tokens(torch.zeros_like(mask), mask).int().tolist()
-    assert found == [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
-
-
-def test_a_prompt_with_anything_not_finite_is_unreadable():
-    responses, confidence, absent = np.ones((5, 2, 3, 2)), np.zeros(5), np.zeros((2, 3, 2), dtype=bool)
-    responses[:, 1, 2], absent[1, 2] = np.nan, True  # no prototype there
-    responses[:, 0, 1], absent[0, 1] = np.nan, True
-    responses[:, :, 2, 1], absent[:, 2, 1] = np.nan, True  # of no adapter
-    responses[1, :, 0, 1], responses[2, 1, 1, 0], confidence[3] = np.nan, np.inf, -np.inf
-    found = unreadable(Probed(responses, confidence), absent)
-    assert found.tolist() == [False, True, True, True, False]
 
 
 def test_the_confidence_is_that_of_the_whole_model(base, adapters):

@@ -1,25 +1,10 @@
 """Variants: the exact weighted sum of updates, in the file, under PEFT and in the model's logits."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
-from helpers import (
-    NAMES,
-    active,
-    delta,
-    dense_updates,
-    edit_json,
-    edit_weights,
-    logits,
-    peft_deltas,
-    raw_factors,
-)
+from helpers import active, delta, dense_updates, raw_factors
 from merge.factors import Factors
 from router.model.base import linear_shapes, load_base
 from router.routing.variants import Variant, complete, decide, materialise, write_variant
@@ -81,33 +66,6 @@ def test_complete_fills_up_a_kind_but_adds_none():
     assert found["m.1.q"] is ones and found["m.0.up"] is ones
     for module in ("m.0.q", "m.1.up", "m.2.q", "m.2.up"):
         assert delta(found[module]).shape == (6, 4) and not delta(found[module]).any()
-
-
-def test_an_active_variant_is_pefts_own_concatenation(tmp_path, tiny_base, tiny_library, base, adapters):
-    theirs = None
-    for name in NAMES:  # PEFT scales one factor only, so scales are folded into B and alpha is the rank
-        folded = shutil.copytree(tiny_library / name, tmp_path / "folded" / name)
-        config = json.loads((folded / "adapter_config.json").read_text())
-        scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
-        edit_json(folded / "adapter_config.json", lora_alpha=config["r"], use_rslora=False)
-        file = folded / "adapter_model.safetensors"
-        edit_weights(file, lambda key, of, scale=scale: of * scale if "lora_B" in key else of)
-        if theirs is None:
-            plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-            theirs = PeftModel.from_pretrained(plain, folded, adapter_name=name)
-        else:
-            theirs.load_adapter(folded, adapter_name=name)
-    theirs.add_weighted_adapter(NAMES, [MIXED.weights[name] for name in NAMES], "sum", combination_type="cat")
-    theirs.set_adapter("sum")
-    theirs.eval()
-
-    write_variant(tmp_path / "v", MIXED, adapters, base, linear_shapes(base.model))
-    with active(base, tmp_path / "v", "beside") as ours:
-        expected, found = peft_deltas(theirs, "sum"), peft_deltas(ours, "variant")
-        torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=0)
-    assert set(found) == set(expected)
-    for module in expected:
-        np.testing.assert_allclose(found[module], expected[module], atol=1e-5)
 
 
 def test_a_variant_is_written_in_the_base_models_dtype(tmp_path, tiny_base, tiny_library, adapters):

@@ -17,7 +17,7 @@ def runs(tmp_path_factory, tiny_base):
     library = write_tiny_library(folder / "library")
     queries = [
         write_queries(folder / "queries.csv", QUERIES),
-        write_queries(folder / "more.csv", [("g1", "1 + 1 =", "generation", "")]),
+        write_queries(folder / "more.csv", [("g1", "1 + 1 =", "generation", "", "base")]),
     ]
 
     def run(method):

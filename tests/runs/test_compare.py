@@ -115,9 +115,7 @@ def test_scores_are_means_over_files_with_a_folder_of_labels(capsys, runs, tmp_p
         write_csv(tmp_path / f"{stem}.csv", ("id", "target", "adapter"), rows)
         tops = {o: max((*NAMES, "base"), key=lambda name: float(w[name])) for o, w in weights.items()}
         expected["a"].append(1)
-        expected["b"].append(
-            np.mean([others[own]["prediction"].strip() == target for own, target, _ in rows])
-        )
+        expected["b"].append(np.mean([others[own]["prediction"].strip() == said for own, said, _ in rows]))
         expected["routed a"].append(np.mean([tops[own] in right[own].split("+") for own in right]))
         expected["routed b"].append(np.mean(["base" in right[own].split("+") for own in right]))
     write_csv(tmp_path / "others.csv", ("id", "target"), [("x", "y")])

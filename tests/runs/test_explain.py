@@ -35,12 +35,7 @@ def test_every_number_is_that_of_the_files(capsys, tmp_path):
     out = write_run(tmp_path / "run", [[1, 0, 0, 0], WEIGHTS], {})
     found = story(capsys, out, "q1")
     keys = ("name", "weight", "score", "response")
-    rows = [
-        ("one", 0.7, 3.0, 0.1),
-        ("two", 0.29, 2.4, 0.2),
-        ("base", 0.01, 0.8, 0),
-        ("three", 0.0, -1.0, 0.05),
-    ]
+    rows = [("one", 0.7, 3.0, 0.1), ("two", 0.29, 2.4, 0.2), ("base", 0.01, 0.8, 0), ("three", 0, -1.0, 0.05)]
     for candidate, row in zip(found["candidates"], rows, strict=True):
         assert candidate == pytest.approx(dict(zip(keys, row, strict=True)))
     assert (found["query"]["input"], found["answer"], found["file"]) == ("Question q1?", "answer q1", "run")
@@ -99,8 +94,6 @@ def test_votes_by_kind_of_module(capsys, tmp_path):
     assert found["means"] == [
         {"modules": "self_attn.q_proj", "mean": -9 / 5}, {"modules": "mlp.up_proj", "mean": -10 / 5},
     ]  # fmt: skip
-    lines = {line.split()[0]: line for line in text(capsys, out, "q0").splitlines() if line.strip()}
-    assert lines["mlp.up_proj"].count("-") == 21 and lines["self_attn.q_proj"].count("-") == 19  # and a sign
 
 
 def test_of_many_adapters_those_that_matter_are_shown(capsys, tmp_path):
@@ -121,7 +114,7 @@ def test_of_many_adapters_those_that_matter_are_shown(capsys, tmp_path):
     [("base", "the base model has 1.00"), ("average", "3 candidates have 0.33"), ("arrow", "averaged")],
 )
 def test_a_run_without_evidence_shows_what_there_is(capsys, runs, method, sentence):
-    found, shown = story(capsys, runs(method), "g2"), text(capsys, runs(method), "g2")
+    found, shown = story(capsys, runs(method), "g3"), text(capsys, runs(method), "g3")
     assert sentence in found["summary"] and found["votes"] is None
     assert all(candidate.keys() == {"name", "weight"} for candidate in found["candidates"])
     assert "response" not in shown

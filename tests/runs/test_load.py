@@ -7,7 +7,17 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from helpers import NAMES, QUERIES, arguments, edit_json, read_by_id, spoil, write_queries, write_run
+from helpers import (
+    NAMES,
+    QUERIES,
+    arguments,
+    edit_json,
+    read_by_id,
+    spoil,
+    weights_in,
+    write_queries,
+    write_run,
+)
 from router.main import main
 from router.runs.load import load
 from router.system.errors import InputError
@@ -27,13 +37,10 @@ def test_a_run_is_read_as_it_was_written(runs):
     for number, stem in enumerate(run.stems):
         rows = np.flatnonzero(run.file == number)
         answers, table = read_by_id(out / f"{stem}.csv"), read_by_id(out / f"{stem}.routing.csv")
-        assert {run.ids[n]: run.predictions[n] for n in rows} == {
-            own: row["prediction"] for own, row in answers.items()
-        }
+        assert [run.ids[n] for n in rows] == list(answers) == list(table)
+        assert [run.predictions[n] for n in rows] == [row["prediction"] for row in answers.values()]
         assert run.labels[rows].tolist() == [int(row["variant"]) for row in table.values()]
-        assert run.weights[rows].tolist() == [
-            [float(row[name]) for name in run.names] for row in table.values()
-        ]
+        assert run.weights[rows].tolist() == [list(weights_in(row).values()) for row in table.values()]
         arrays = load_file(out / f"{stem}.evidence.safetensors")
         assert np.array_equal(run.evidence.scores[rows], arrays["scores"])
     assert texts(run) == [*(row[1] for row in QUERIES), "1 + 1 ="]

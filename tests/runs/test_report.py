@@ -7,11 +7,12 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import product
 
 import numpy as np
 import pytest
 
-from helpers import METHODS, ROWS, read_table, write_csv, write_run
+from helpers import METHODS, QUERIES, read_table, write_csv, write_run
 from router.pipeline.evidence import Evidence
 from router.runs import explain
 from router.runs.load import load
@@ -124,17 +125,15 @@ def evidence_with(out, **more):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_real_run_has_its_report(command, capsys, method):
-    _, out = command(method)
-    capsys.readouterr()
+def test_a_real_run_has_its_report(runs, capsys, method):
+    out = runs(method)
     assert main([str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out / "report.html")
     page = Page(out / "report.html")
-    assert page.data["texts"] == [row[1] for row in ROWS]
-    predictions = [row["prediction"] for row in read_table(out / "queries.csv")]
-    choice = int(predictions[1])
-    answers = [predictions[0], f"{choice}: {['stone', 'pear'][choice]}"]
-    assert page.data["predictions"][:2] == answers
+    assert page.data["texts"] == [*(row[1] for row in QUERIES), "1 + 1 ="]
+    assert page.data["file"] == [0, 0, 0, 1]
+    first, choice, *_ = (row["prediction"] for row in read_table(out / "queries.csv"))
+    assert page.data["predictions"][:2] == [first, f"{choice}: {['stone', 'pear'][int(choice)]}"]
     sections = {attrs["id"] for tag, attrs in page.tags if tag == "section"}
     fit = {"fit", "layers"} if method == "proto_route" else set()
     assert sections == {"queries", "variants", "cost", "settings"} | fit
@@ -231,10 +230,8 @@ def test_names_of_modules_of_any_shape(small, modules, kinds, layers):
     assert len(Page(write_report(small)).data["layers"]) > 1
 
 
-def test_several_query_files_are_one_report(runs, tmp_path):
+def test_evidence_of_some_queries_alone_is_not_shown(runs, tmp_path):
     out = shutil.copytree(runs("proto_route"), tmp_path / "out")
-    page = Page(write_report(out))
-    assert page.data["file"] == [0, 0, 0, 1] and len(page.data["candidates"]) == 4
     record_with(out, drop=("files",))
     (out / "more.evidence.safetensors").unlink()
     assert "lowMargin" not in Page(write_report(out)).data
@@ -244,17 +241,14 @@ def test_adapters_that_stand_aside_are_named(small):
     scores = load(small).evidence.scores
     scores[:, 3] = np.nan
     evidence_with(small, scores=scores, duplicates={"four": "two"})
-    record_with(
-        small, lookalikes={"one": "five/six"}, silent=["three"], peak_gpu_mib={"load": 1, "probe": 3579},
-        homes={"one": "the chat template", "three": "Alpaca's frame", "two": "the chat template"},
-    )  # fmt: skip
+    homes = {"one": "the chat template", "three": "Alpaca's frame", "two": "the chat template"}
+    more = {"lookalikes": {"one": "five/six"}, "silent": ["three"], "peak_gpu_mib": {"probe": 3579}}
+    record_with(small, homes=homes, **more)
     page = Page(write_report(small))
-    for said in (
-        "four (represented by two )", "one reads what five/six reads", "three reads", "2,048 3,579",
-        "Trained in the chat template, and less likely to be chosen elsewhere: one , two .",
-        "Trained in Alpaca's frame, and less likely to be chosen elsewhere: three .",
-    ):  # fmt: skip
-        assert said in page.words
+    for said in ("four .*two", "one reads what five/six", "three reads", "2,048 3,579"):
+        assert re.search(said, page.words)
+    for home, names in (("the chat template", "one , two"), ("Alpaca's frame", "three")):
+        assert re.search(f"{home}[^:]*: {names} ", page.words)
     assert all(row[0] != 3 for rows in page.data["candidates"] for row in rows)
     assert 3 not in [axis for axis, *_ in page.data["prototypes"]]
 
@@ -292,17 +286,16 @@ def test_of_many_queries_a_sample_is_shown(tmp_path, monkeypatch):
     assert f"{low:,} queries have a low margin" in page.words  # of all
 
 
-@pytest.mark.parametrize(("n", "axes"), [(1, 1), (1, 6), (5, 3), (9, 1), (100, 4)])
-def test_layouts_of_any_size(n, axes):
-    points = np.random.default_rng(0).normal(size=(n, axes)).clip(0)
-    if n == 100:
-        points = np.repeat(np.eye(4), 25, axis=0)  # which do not hide each other
-    queries, prototypes = layout(points)
-    assert queries.shape == (n, 2) and prototypes.shape == (axes, 2)
-    both = np.vstack([queries, prototypes])
-    assert np.isfinite(both).all() and both.min() >= 0 and both.max() <= 1
-    apart = np.linalg.norm(queries[:, None] - queries[None], axis=2) + np.eye(n)
-    assert n < 100 or apart.min() > 0.005
+def test_layouts_of_any_size():
+    rng = np.random.default_rng(0)
+    sizes = [rng.normal(size=size).clip(0) for size in ((1, 1), (1, 6), (5, 3), (9, 1))]
+    for points in (*sizes, many := np.repeat(np.eye(4), 25, axis=0)):
+        queries, prototypes = layout(points)
+        assert queries.shape == (len(points), 2) and prototypes.shape == (points.shape[1], 2)
+        both = np.vstack([queries, prototypes])
+        assert np.isfinite(both).all() and both.min() >= 0 and both.max() <= 1
+    apart = np.linalg.norm(queries[:, None] - queries[None], axis=2) + np.eye(len(many))
+    assert apart.min() > 0.005  # those of one mix do not hide each other
 
 
 # In a browser
@@ -418,36 +411,31 @@ def test_everything_is_reached_by_pointer_and_keyboard(visit, path):
     assert page.evaluate("document.activeElement.textContent") == data["ids"][q]
 
 
-@pytest.mark.parametrize("low", [True, False])
-@pytest.mark.parametrize("to_base", [True, False])
-def test_a_row_says_why(visit, path, to_base, low):
+def test_a_row_says_why(visit, path):
     page, names = visit(path), [*ADAPTERS, "base model"]
     evidence = Evidence.load(path.parent / EVIDENCE)
-    responses, scores = evidence.responses, evidence.scores
-    candidates = np.column_stack([scores, np.full(len(scores), 2.5)])
-    wanted = ((candidates.argmax(1) == len(ADAPTERS)) == to_base) & (close(candidates) == low)
-    q = np.flatnonzero(wanted)[-1]
-    page.fill("#by-text", f"case {q - len(HOSTILE)}.")
-    page.locator("#count", has_text="1 of 125 queries").wait_for()
-    page.click(f"[data-toggle='{q}']")
-    why = page.locator(f"#why-{q}")
-
-    *_, second, best = order = candidates[q].argsort().tolist()
-    sentence = why.locator("p:not(.whole):not(.note)").inner_text()
-    assert names[second] in sentence and ("low margin" in sentence) == low
-    assert to_base or f"{names[best]} scores {scores[q, best]:.2f}" in sentence
-    margin = re.search(r"is ([\d.]+) behind", sentence)[1]
-    assert float(margin) == pytest.approx(candidates[q, best] - candidates[q, second], abs=0.006)
-    weights = np.exp((candidates[q] - candidates[q].max()) / 0.5)
-    weights /= weights.sum()
-    lines = why.locator("tbody tr").all()
-    for line, k in zip(lines, reversed(order), strict=True):
-        row = line.locator("th, td").all_inner_texts()
-        response = f"{responses[q, k]:.4f}" if k < len(ADAPTERS) else "\N{EN DASH}"
-        score = f"{candidates[q, k]:.2f}".replace("-", MINUS)
-        assert row[:3] == [names[k], response, score]
-        assert float(row[3].removesuffix(" %")) == pytest.approx(100 * weights[k], abs=0.6)
-        assert (line.get_attribute("class") == "faint") == (candidates[q, k] < 2.5)
+    candidates, threshold = evidence.candidates, evidence.base_score[0]
+    for to_base, low in product((True, False), repeat=2):
+        wanted = ((candidates.argmax(1) == len(ADAPTERS)) == to_base) & (close(candidates) == low)
+        q = np.flatnonzero(wanted)[-1]
+        page.fill("#by-text", f"case {q - len(HOSTILE)}.")
+        page.locator("#count", has_text="1 of 125 queries").wait_for()
+        page.click(f"[data-toggle='{q}']")
+        why = page.locator(f"#why-{q}")
+        *_, second, best = order = candidates[q].argsort().tolist()
+        sentence = why.locator("p:not(.whole):not(.note)").inner_text()
+        assert names[second] in sentence and ("low margin" in sentence) == low
+        assert to_base or names[best] in sentence
+        margin = re.search(r"is ([\d.]+) behind", sentence)[1]
+        assert float(margin) == pytest.approx(candidates[q, best] - candidates[q, second], abs=0.006)
+        weights = np.exp((candidates[q] - candidates[q].max()) / 0.5)
+        weights /= weights.sum()
+        for line, k in zip(why.locator("tbody tr").all(), reversed(order), strict=True):
+            row = line.locator("th, td").all_inner_texts()
+            response = f"{evidence.responses[q, k]:.4f}" if k < len(ADAPTERS) else "\N{EN DASH}"
+            assert row[:3] == [names[k], response, f"{candidates[q, k]:.2f}".replace("-", MINUS)]
+            assert float(row[3].removesuffix(" %")) == pytest.approx(100 * weights[k], abs=0.6)
+            assert (line.get_attribute("class") == "faint") == (candidates[q, k] < threshold)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

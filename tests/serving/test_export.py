@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from helpers import NAMES, edit_json, write_tiny_adapter
+from helpers import NAMES, edit_json, plain_model, write_tiny_adapter
 from merge.folders import open_adapter
 from router.api import Router
 from router.cli import main as cli
@@ -66,6 +64,9 @@ def modules_in(out):
 
 
 def test_vllm_gets_every_variant_by_name_and_a_slot_more(out, capsys, tiny_base, tmp_path, monkeypatch):
+    assert cli(["check", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "3 adapters" in said and all(name_of(path) in said for path in folders_in(out))
     assert cli(["export", str(out)]) == 0
     words, folders = words_of(out), folders_in(out)
     assert words[:4] == ["exec", "vllm", "serve", str(tiny_base)] and words[-1] == "$@"
@@ -177,8 +178,7 @@ def test_llamacpp_gets_the_adapters_with_scaled_factors(out, llama_cpp, tiny_lib
     assert words[1] == "llama-server"
     assert "3 adapters" in capsys.readouterr().out
     for file, name in zip(files, NAMES, strict=True):
-        model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-        peft = PeftModel.from_pretrained(model, tiny_library / name)
+        peft = plain_model(tiny_base, tiny_library / name)
         kept = load_file(file)
         for key in [key for key in kept if "lora_A" in key]:
             module = peft.get_submodule(key.removesuffix(".lora_A.weight"))
@@ -191,8 +191,10 @@ def test_a_saved_router_has_its_variants_for_llamacpp(saved, llama_cpp, capsys):
         assert main([str(saved), *map(str, llama_cpp)]) == 0
     made = {f"{name_of(path)}.gguf" for path in folders_in(saved)}
     assert {path.name for path in (saved / "gguf").glob("*.gguf")} == made and made
+    assert cli(["check", str(saved)]) == 0
     shutil.rmtree(folders_in(saved)[0])
-    assert main([str(saved)]) == 2 and "router.json" in capsys.readouterr().err
+    for command in ("check", "export"):
+        assert cli([command, str(saved)]) == 2 and "router.json" in capsys.readouterr().err
 
 
 def test_what_llamacpp_lacks_is_refused_and_nothing_is_left(out, llama_cpp, tiny_library, capsys):
@@ -262,8 +264,8 @@ def without_variants(out):
 )  # fmt: skip
 def test_what_has_no_variants_is_refused(out, capsys, harm, named):
     harm(out)
-    assert main([str(out)]) == 2
-    assert str(out / named) in capsys.readouterr().err and not (out / "serve.sh").exists()
+    assert cli(["check", str(out)]) == main([str(out)]) == 2
+    assert capsys.readouterr().err.count(str(out / named)) >= 2 and not (out / "serve.sh").exists()
     if harm in (exchanged, rescaled):
         with pytest.raises(InputError, match="variants"):
             Router.load(out, device="cpu")
@@ -271,20 +273,14 @@ def test_what_has_no_variants_is_refused(out, capsys, harm, named):
 
 def test_variants_of_an_earlier_run_are_not_served(command, monkeypatch, capsys):
     """They are still there if a run cannot replace them, which costs it no answer."""
-    command("proto_route", "--false_positive_rate", 0.9)
+    warm = ("proto_route", "--false_positive_rate", 0.9)
+    command(*warm)
     with monkeypatch.context() as patch:
         patch.setattr("router.run.remove_ours", lambda folder: None)
-        code, out = command("proto_route", "--false_positive_rate", 0.9, "--variant_rank", 1)
-        assert code == 0 and folders_in(out)
-        assert main([str(out)]) == 2 and "variants" in capsys.readouterr().err
-        code, out = command("base")
-    assert code == 0 and folders_in(out)
-    assert main([str(out)]) == 2 and "by itself" in capsys.readouterr().err
-
-
-def test_a_method_that_mixes_for_each_token_is_refused(command, capsys):
-    _, out = command("arrow")
-    assert main([str(out)]) == 2 and "for each token" in capsys.readouterr().err
+        for words in ((*warm, "--variant_rank", 1), ("base",), ("arrow",)):  # the last mixes for each token
+            code, out = command(*words)
+            assert code == 0 and folders_in(out)
+            assert main([str(out)]) == 2 and str(out) in capsys.readouterr().err
 
 
 def test_a_strangers_words_do_not_control_the_terminal(out, capsys):

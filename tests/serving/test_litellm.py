@@ -5,9 +5,6 @@ import importlib
 import sys
 
 import pytest
-
-pytest.importorskip("starlette", reason="needs the extra serve")
-
 from serving_stubs import Two
 
 from helpers import stand_in

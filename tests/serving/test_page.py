@@ -1,13 +1,9 @@
 """The page of the proxy in a browser: shares of the variants and the last decisions."""
 
-import pytest
+import httpx
+from serving_stubs import Two, Upstream, serving
 
-httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-pytest.importorskip("uvicorn", reason="needs the extra serve")
-
-from serving_stubs import Two, Upstream, serving  # noqa: E402
-
-from router.serving.proxy import Proxy  # noqa: E402
+from router.serving.proxy import Proxy
 
 
 def proxy(**how):

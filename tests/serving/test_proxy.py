@@ -5,21 +5,18 @@ import gzip
 import json
 import re
 
+import httpx
 import pytest
+from serving_stubs import LLAMACPP, Two, Upstream, chat, completion, proxied
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
-httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-pytest.importorskip("starlette", reason="needs the extra serve")
-
-from serving_stubs import LLAMACPP, Two, Upstream, chat, completion, proxied  # noqa: E402
-from starlette.responses import JSONResponse  # noqa: E402
-from starlette.routing import Route  # noqa: E402
-
-from helpers import ROOT  # noqa: E402
-from router.api import Choice  # noqa: E402
-from router.serving import prober as prober_module  # noqa: E402
-from router.serving.command import key_of  # noqa: E402
-from router.serving.text import prompt_of  # noqa: E402
-from router.system.errors import InputError  # noqa: E402
+from helpers import ROOT
+from router.api import Choice
+from router.serving import prober as prober_module
+from router.serving.command import key_of
+from router.serving.text import prompt_of
+from router.system.errors import InputError
 
 pytestmark = pytest.mark.anyio
 
@@ -133,6 +130,7 @@ WRONG = {
     "token ids": (b'{"model": "auto", "prompt": [[1, 2]]}', 400),
     "no message": (b'{"model": "auto", "messages": []}', 400),
     "no user": (b'{"model": "auto", "messages": [{"role": "system", "content": "x"}]}', 400),
+    "a role": (b'{"model": "auto", "messages": [{"role": "bot", "content": "x"}]}', 400),
     "no list": (b'{"model": "auto", "messages": "x"}', 400),
     "no content": (b'{"model": "auto", "messages": [{"role": "user"}]}', 400),
     "compressed": (gzip.compress(b'{"model": "auto", "prompt": "x"}'), 415),

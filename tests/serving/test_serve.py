@@ -11,20 +11,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import httpx
 import pytest
+from serving_stubs import free_port, serving
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
 
 from helpers import ROOT
+from router.routing.variants import served
 from router.serving.command import main
-
-httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-pytest.importorskip("uvicorn", reason="needs the extra serve")
-
-from serving_stubs import free_port, serving  # noqa: E402
-from starlette.applications import Starlette  # noqa: E402
-from starlette.responses import JSONResponse, StreamingResponse  # noqa: E402
-from starlette.routing import Route  # noqa: E402
-
-from router.routing.variants import served  # noqa: E402
 
 TEXTS = [f"{word} number {n}" for n in range(4) for word in ("What is", "Say", "Bonjour")]
 posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -101,7 +97,7 @@ def test_it_serves_reloads_drains_and_tells_who_left(upstream, router, tmp_path)
     saved = router.save(tmp_path / "saved")
     body = {"model": "auto", "prompt": "Endless"}
     decisions = tmp_path / "decisions.jsonl"
-    flags = "--timeout", 5, "--decisions", decisions
+    flags = "--timeout", 4, "--decisions", decisions
     with started(saved, upstream, *flags) as (process, client, log), socket.socket() as half:
         half.settimeout(20)
         half.connect((client.base_url.host, client.base_url.port))

@@ -6,19 +6,16 @@ from unittest.mock import Mock
 
 import pytest
 
-from helpers import OURS, THEIRS
 from router.system.errors import InputError
 from router.system.files import (
-    SEAL,
+    MARKER,
     cache_folder,
     is_ours,
-    is_sealed,
     mark,
     read_record,
     remaking,
     remove_ours,
     replacing,
-    sealed,
     work_folder,
 )
 
@@ -58,14 +55,47 @@ def test_the_cache_is_where_the_variable_says(monkeypatch, tmp_path):
         cache_folder()
 
 
+def finished(folder, change=lambda file: None):
+    """A folder of ours as it was finished, and what somebody did to it since, given one of its files."""
+    (folder / "one").mkdir(parents=True)
+    for name in ("a", "one/b"):
+        (folder / name).write_text(name)
+    mark(folder, finished=True)
+    change(folder / "one" / "b")
+
+
+def begun(folder):
+    mark(folder)
+    (folder / "0").mkdir()
+    (folder / "0" / "file").touch()
+
+
+def linked(folder):
+    begun(folder.parent / "elsewhere")
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+OURS = {
+    "missing": lambda folder: None, "empty": Path.mkdir, "begun": begun,
+    "finished": finished, "half removed": lambda of: finished(of, Path.unlink),
+}  # fmt: skip
+THEIRS = {
+    "foreign": lambda of: (of.mkdir(), (of / "mine").touch()), "file": Path.touch, "link": linked,
+    "lost": lambda of: of.symlink_to("nowhere"),
+    "changed": lambda of: finished(of, lambda file: file.write_text("mine")),
+    "added": lambda of: finished(of, lambda file: file.with_name("c").touch()),
+    "a link added": lambda of: finished(of, lambda file: file.with_name("c").symlink_to("..")),
+    "marked again": lambda of: finished(of, lambda file: (file.parent / MARKER).touch()),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", [*OURS, *THEIRS])
 def test_only_a_folder_of_ours_is_removed(tmp_path, kind):
     (OURS | THEIRS)[kind](tmp_path / ".work.one")
     before = sorted(tmp_path.rglob("*"))
     work = work_folder(tmp_path, ".work.")  # which replaces those that killed runs left
-    assert work.parent == tmp_path and work.name.startswith(".work.") and is_ours(work)
     (work / "file").touch()
-    assert is_ours(work)
+    assert work.parent == tmp_path and work.name.startswith(".work.") and is_ours(work)
     kept = [path for path in sorted(tmp_path.rglob("*")) if work not in (path, path.parent)]
     assert kept == (before if kind in THEIRS else [])
     if kind in THEIRS:
@@ -99,7 +129,7 @@ def test_what_a_kill_leaves_of_a_folder_of_ours_is_ours(tmp_path, monkeypatch, d
 
 def test_a_folder_is_made_anew_as_a_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "one"
-    OURS["finished"](folder)
+    finished(folder)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OSError), remaking(folder) as made:
         (made / "new").touch()
@@ -112,17 +142,3 @@ def test_a_folder_is_made_anew_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(InputError, match="one"), remaking(folder):
         pytest.fail("replaced")
     assert (folder / "new").read_text() == "mine" and list(tmp_path.iterdir()) == [folder]
-
-
-def test_a_sealed_file_is_known_as_it_was(tmp_path):
-    file = tmp_path / "serve.sh"
-    assert is_sealed(file)  # not there
-    text = sealed(f"# {SEAL}{'0' * 64}\nrun \u00fc\n")
-    file.write_text(text, "utf-8")
-    assert is_sealed(file)
-    for other in (text + "x", text.replace("run", "ran"), "run\n", "", f"# {SEAL}"):
-        file.write_text(other, "utf-8")
-        assert not is_sealed(file)
-    file.unlink()
-    file.symlink_to("nowhere")
-    assert not is_sealed(file) and not is_sealed(tmp_path)

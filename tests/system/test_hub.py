@@ -2,30 +2,13 @@
 
 from importlib import import_module
 from types import SimpleNamespace
-from unittest.mock import Mock, call, patch
+from unittest.mock import Mock, patch
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
 from router.system.hub import HubError, fetch
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.mark.parametrize(
-    ("spec", "revision"), [("some/model", None), ("some/model@v2", "v2"), (f"some/model@{COMMIT}", COMMIT)]
-)
-def test_a_repository_has_its_folder_id_and_commit(monkeypatch, tmp_path, spec, revision):
-    folder = tmp_path / "snapshots" / COMMIT
-    asked = Mock(return_value=str(folder))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
-    assert fetch(spec, ("*.json",)) == (folder, "some/model", COMMIT)
-    fetch(spec, local_only=True, without=("a*",))
-    network = {"allow_patterns": ["*.json"], "ignore_patterns": None, "local_files_only": False}
-    cache = {"allow_patterns": None, "ignore_patterns": ["a*"], "local_files_only": True}
-    assert asked.call_args_list == [call("some/model", revision=revision, **how) for how in (network, cache)]
-
 
 # What the hub's client speaks HTTP with: httpx or httpx2, by its version.
 CLIENT = import_module(errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
