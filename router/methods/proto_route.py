@@ -54,7 +54,9 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
             best, now = scores[turn].argmax(), scores[row].argmax()
             needed = TO_BASE if scores.shape[1] - 1 in (best, now) else SWITCH
             lead = (scores[turn, best] - scores[turn, now]) * min(1, read.words / BRIEF)
-            if lead > needed or best == now:
+            if lead > needed or (
+                best == now and read.words >= BRIEF
+            ):  # "ok" makes nobody surer, or less sure
                 row = turn
         rows.append(row)
         start += len(reads)
@@ -82,7 +84,9 @@ class ProtoRoute(Method):
     @property
     def forms(self) -> list[Frame]:
         """In which adapters are usually trained, beside bare prompts; form n is the n-th, from 1 on."""
-        return [ALPACA, *filter(None, [self.template.usable])]
+        own = self.template.usable
+        alike = own is not None and own.after.strip() == ALPACA.after.strip()
+        return [*([] if alike else [ALPACA]), *filter(None, [own])]
 
     @cached_property
     def prototypes(self) -> dict[str, ModulePrototypes]:

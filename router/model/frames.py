@@ -37,6 +37,9 @@ JOINED = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 WORD = re.compile(rf"[{JOINED}]{{1,2}}|[^\s{JOINED}]+")
 
 
+BEGUN = 40  # characters of an answer that a text in a template may begin
+
+
 class Format(NamedTuple):
     """How a family of models or data sets writes turns.
 
@@ -163,15 +166,16 @@ def turns_of_text(text: str, template: Frame | None = None) -> list[Parts]:
     """A plain text in the first of FORMATS that it is written in: each message of the user, in its parts.
 
     Args:
-        template: the frame of the base model's template, for its default system message.
+        template: the frame of the base model's template, for its default system message; a text in a template
+            that is none of FORMATS is one message.
     """
-    whole = text.rstrip()
     for user, after, preambles in FORMATS:
-        mark = after.rstrip()
-        if not whole.endswith(mark) or user not in text:
+        mark, tags = after.rstrip(), after.startswith("<")
+        end = text.rfind(mark)
+        begun = text[end + len(mark) :].strip()  # of the answer, such as `<think>`
+        if end < 0 or user not in text or (begun and not (tags and len(begun) <= BEGUN)):
             continue
-        end = len(whole) - len(mark)
-        if not mark.startswith("<"):  # else blanks before the mark belong to the message
+        if not tags:  # else blanks before the mark belong to the message
             end = len(text[:end].rstrip())
         start = text.find(user)
         first = start + len(user)
@@ -185,6 +189,16 @@ def turns_of_text(text: str, template: Frame | None = None) -> list[Parts]:
             plain = template.before
         if head in (written, template and template.before, *(before + written for before in preambles)):
             plain = head
-        asked = [turn.partition(mark)[0] for turn in text[first:end].split(written)]
+        *before, last = re.split(re.escape(user) + (r"" if user.endswith("\n") else r"\s*"), text[first:end])
+        asked = [*(_ended(turn, mark) for turn in before), last]
         return [Parts(head, turn, tail, Frame(plain, tail)) for turn in asked if turn.strip()] or [bare(text)]
+    if template and (own := bare(text, template)).own == template:
+        return [own._replace(common=template)]
     return [bare(text)]
+
+
+def _ended(turn: str, mark: str) -> str:
+    """An earlier turn without what follows the message: the end of the turn, and the answer."""
+    if mark.startswith("<"):
+        return turn.partition(mark[: mark.index(">") + 1])[0]
+    return turn.partition(mark)[0].rstrip()

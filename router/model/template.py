@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,16 @@ class Template:
         tokenizer: of the base model; its template is used where no other is given.
         source: a Jinja template; None takes the tokenizer's.
         name: where it is from, for errors.
+
+    Attributes:
+        first: the token that begins any text that is read, "" if there is none.
     """
 
     def __init__(self, tokenizer: Any, source: str | None = None, name: str = "the base model") -> None:
         self.tokenizer, self.source, self.name = tokenizer, source, name
         bos = tokenizer.bos_token
         # `encode` puts it before what is read of a text, so that a template's own would be the second.
-        self._first = bos if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+        self.first = bos if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
 
     @property
     def jinja(self) -> Any:
@@ -122,6 +126,15 @@ class Template:
             return None
 
     @cached_property
+    def trims(self) -> bool:
+        """Whether it takes blanks from a message's ends."""
+        padded = {"role": "user", "content": f" {MARK} "}
+        for messages in ([padded], [NEUTRAL, padded]):
+            with suppress(InputError):
+                return padded["content"] not in self.text(messages, dated=False)
+        return False
+
+    @cached_property
     def end(self) -> int:
         """The token that ends a turn, if the template writes one after the user's message; else -1."""
         after = self.usable.after if self.usable else ""
@@ -139,14 +152,15 @@ class Template:
         frame = self._around([message for message in messages if message["role"] in SYSTEM], query)
         asked = (content(message) for message in messages if message["role"] == "user")
         common = Frame(self.frame.before, frame.after)
-        return [Parts(frame.before, text, frame.after, common) for text in asked if text.strip()]
+        read = (text.strip() if self.trims else text for text in asked if text.strip())
+        return [Parts(frame.before, text, frame.after, common) for text in read]
 
     def _around(self, system: Sequence[Message], query: str = "") -> Frame:
         text = self.text([*system, {"role": "user", "content": MARK}], query, dated=False)
         before, found, after = text.partition(MARK)
         if not found:
             raise InputError(f"{self.name}: expected a chat template that writes the user's message")
-        return Frame(before.removeprefix(self._first), after)
+        return Frame(before.removeprefix(self.first), after)
 
 
 def is_mark(tokenizer: Any, ids: Sequence[int]) -> bool:

@@ -48,7 +48,7 @@ def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts
         return [bare(query.input)]
     if settings.frame:
         return [within(query.input, settings.frame)]
-    return _telling(turns_of_text(query.input, template.usable))
+    return _telling(turns_of_text(query.input.removeprefix(template.first), template.usable))
 
 
 def _telling(turns: list[Parts]) -> list[Parts]:
@@ -117,10 +117,10 @@ def _in_frames(
         talks: the numbers of conversations.
         finds: whether what a good part of the bare prompts share is looked for.
         talk: the frame of the template, which a conversation in no other takes: some templates write a system
-            message after the user's, so that each makes another frame.
+            message after the user's, so that each makes another frame. So does a prompt that ends like it.
     """
     plain = {n for n, turns in enumerate(parts) if turns[0].common == BARE} - talks
-    edges = [frame for frame in known if frame != BARE]
+    edges = [frame for frame in known if frame != BARE] if finds else []
     if new and finds:
         found = usual([parts[n][0].text for n in plain], SHARED)
         # What generic text has as well, such as a last line `Answer:`, needs no frame.
@@ -134,6 +134,8 @@ def _in_frames(
             framed[n] = [next((part for part in tried if part.own != BARE), one)]
         elif one.common not in allowed and n in talks:
             framed[n] = [part._replace(common=talk) for part in parts[n]]
+        elif one.common not in allowed and talk.after and one.tail.strip().startswith(talk.after.strip()):
+            framed[n] = [part._replace(common=talk, tail=talk.after) for part in parts[n]]
         elif one.common not in allowed:
             framed[n] = [bare(parts[n][-1].read)]
     return framed

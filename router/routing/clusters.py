@@ -18,7 +18,6 @@ PER_BEST = 1.5  # at most so many variants for each candidate that is a query's 
 MEAN_LOSS, WORST_LOSS = 0.05, 0.45
 SAMPLE = 20_000  # queries that groups are made from; of more, the others join the nearest group
 BLOCK = 4_096  # such queries at a time
-NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
 LARGE = 256  # candidates that are a query's best; of more, groups are made without k-means
 
 
@@ -187,9 +186,10 @@ def with_base(centres: Array) -> Array:
 
 
 def nearest(weights: Array, centres: Array) -> NDArray[np.int64]:
-    """The variant that answers each new query, (queries,): the nearest one that has its first candidate.
+    """The variant that answers each new query, (queries,): the nearest one that is of its first candidate.
 
-    Where no variant has that adapter, since no query of the sample asked for it, the base model answers.
+    That one has at least half of the largest share in it. Where there is none, as no query of the sample
+    asked for this adapter, the base model answers.
 
     Args:
         weights: (queries, candidates), rows sum to 1.
@@ -201,7 +201,7 @@ def nearest(weights: Array, centres: Array) -> NDArray[np.int64]:
         array([1, 0, 2])
     """
     points = mixes(weights)
-    there = centres[:, points.argmax(1)].T >= NEGLIGIBLE  # (queries, variants)
+    there = centres.max(1) <= 2 * centres[:, points.argmax(1)].T  # (queries, variants)
     there = np.where(there.any(1, keepdims=True), there, np.isclose(centres[:, -1], 1.0))
     return np.asarray(np.where(there, _apart(points, centres), np.inf).argmin(1), np.int64)
 

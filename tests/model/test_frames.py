@@ -41,6 +41,29 @@ def test_of_a_conversation_the_head_and_each_message_are_read():
     assert last.own == (head, tail)
 
 
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("User: hi there\nAssistant: hi\nUser:\nSay it.\nAssistant:", ["hi there", "Say it."]),
+        (f"{ALPACA.user}\nWrite ### Response: here.\n\n{ALPACA.after}\n", ["Write ### Response: here."]),
+        (f"{CHATML.user}a<|im_end|>\n{CHATML.user}b{CHATML.after}", ["a", "b"]),
+        (f"{CHATML.user}a<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n{CHATML.user}b<|im_end|>c{CHATML.after}<think>\n",
+         ["a", "b<|im_end|>c"]),
+    ],
+)  # fmt: skip
+def test_turns_end_where_they_end_and_the_last_one_is_whole(text, messages):
+    turns = turns_of_text(text)
+    assert [turn.text for turn in turns] == messages and turns[-1].common != BARE
+
+
+def test_a_text_in_the_template_is_in_its_frame_though_it_is_of_no_format():
+    thinks = Frame(TEMPLATE.before, CHATML.after + "<think>\n\n</think>\n\n")
+    strange = Frame("@you: ", "\n@me: ")
+    for frame in (thinks, strange):
+        (parts,) = turns_of_text(frame.around("x"), frame)
+        assert (parts.text, parts.common) == ("x", frame)
+
+
 def test_the_templates_own_system_message_and_none_are_frames():
     for frame in (TEMPLATE, Frame(CHATML.user, CHATML.after)):
         assert turns_of_text(frame.around("x"), TEMPLATE)[0].common == frame

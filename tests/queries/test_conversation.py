@@ -18,7 +18,7 @@ from router.kit import Merges
 from router.library.adapters import load_library
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
-from router.model.frames import BARE, Frame, bare
+from router.model.frames import ALPACA, BARE, Frame, bare
 from router.model.template import Template
 from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
@@ -313,6 +313,40 @@ def test_a_request_brings_no_new_frame(chat_router, tmp_path):
     together = loaded.choose([*odd, *many, HI])
     assert set(loaded._proto.fits) == before
     assert together[-1] == loaded.choose([HI])[0] and together[0] == loaded.choose(odd[:1])[0]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] | trim }}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_text_that_ends_as_the_template_does_is_in_its_frame(chat_router, tmp_path):
+    chat_router()  # which writes the file
+    (tmp_path / "template.jinja").write_text(CHATML + "{{ '<|im_start|>assistant\n' }}")
+    router = chat_router().fit(["1 + 1 =", "hello"])
+    router._proto.prepare()
+    talk = [{"role": "system", "content": "Sort."}, {"role": "user", "content": " hi \n"}]
+    text = router._method.template.text(talk)
+    expected, *others = router.choose(
+        [talk, text, text.rstrip(), f"{text}<think>\n", f"{text}<think>\n\n</think>\n\n"]
+    )
+    assert expected.frame != "bare" and others == [expected] * 4
+    for spoken in (text.removeprefix("<|im_start|>system\nSort.<|im_end|>\n"), f"<eos>{text}"):
+        router._method.template.first = "<eos>"  # as if the tokenizer put it before any text
+        assert router.choose([spoken])[0].frame == expected.frame
+    told = chat_router(frame="none").fit(["1 + 1 ="])
+    told._proto.prepare()
+    assert {choice.frame for choice in told.choose([text, "hello"])} == {"bare"}
+
+
+def test_adapters_of_a_template_that_ends_like_alpacas_are_at_home_in_it(method, tmp_path):
+    made = method()
+    assert [form.after for form in made.forms] == [ALPACA.after, "\nassistant: "]
+    (tmp_path / "template.jinja").write_text(
+        "{{ '### Instruction:\n' + messages[-1]['content'] }}\n### Response:\n"
+    )
+    del made.template
+    assert len(made.forms) == 1 and made.forms[0].before == "### Instruction:\n"
 
 
 def test_a_template_that_writes_the_system_message_last_makes_few_frames(chat_router, tmp_path, monkeypatch):
