@@ -23,7 +23,9 @@ from typing import Any, get_args
 
 from router.constants import Dtype
 from router.main import stop
+from router.model.device import pick_device
 from router.pipeline.journal import alone_in
+from router.pipeline.record import versions
 from router.queries.submission import Query, query_of, read_queries, submitted
 from router.settings import Count, Settings, reader
 from router.system.errors import InputError, exit_code, reason, told_if_memory_runs_out
@@ -112,7 +114,8 @@ def _name(path: Path, args: argparse.Namespace) -> str:
     if not known:
         raise InputError(f"--router {args.router}: expected a saved router or a finished run, found neither")
     hashes = [sha256_of(path), sha256_of(known[0])]
-    flags = [str(args.base_model), args.device, str(args.dtype), str(args.block)]
+    flags = [str(args.base_model), pick_device(args.device), str(args.dtype), str(args.block)]
+    flags.append(json.dumps(versions()))
     return f"{path.stem}-{hashlib.sha256(' '.join(hashes + flags).encode()).hexdigest()[:12]}"
 
 
@@ -193,8 +196,6 @@ def _answer(todo: Mapping[Path, Sequence[Query]], args: argparse.Namespace) -> N
         how |= {"num_cpus": actors + 1, "include_dashboard": False}  # one for Ray's own tasks
     import ray  # reads the environment
     import ray.data
-
-    from router.model.device import pick_device
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it calls an error is raised as well
     base = args.base_model

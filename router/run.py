@@ -44,7 +44,7 @@ from router.system.files import (
     is_ours,
     is_sealed,
     mark,
-    record_of,
+    read_record,
     remove_ours,
     replacing,
     sha256_of,
@@ -105,7 +105,7 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
         source = (
             _loaded(made, context) if issubclass(made, Method) else StarterKitMethod(made, name, settings)
         )
-    identity = {"method": name, "queries": digest_of(queries)} | _identity(source, settings)
+    identity = {"method": name, "queries": digest_of(queries)} | _identity(made, source, settings)
     with processes.first():
         journal = Journal(settings.output_folder, identity, fresh, processes.rank)
     try:
@@ -166,7 +166,7 @@ def _work(context: Context) -> Iterator[Path]:
             remove_ours(work)
 
 
-def _identity(source: Loaded | StarterKitMethod, settings: Settings) -> dict[str, Any]:
+def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Settings) -> dict[str, Any]:
     """What the answers depend on beside the method and the queries, as JSON values."""
     import torch
 
@@ -184,8 +184,10 @@ def _identity(source: Loaded | StarterKitMethod, settings: Settings) -> dict[str
         found["threads"] = torch.get_num_threads()
     brought = (of.folder.path / name for of in source.adapters for name in (TEMPLATE, TOKENIZER))
     templates = (file for file in (settings.chat_template, *brought) if file and file.is_file())
+    read = (file for file in made.reads(source.adapters, settings) if file.is_file())
     return found | {
         "templates": [sha256_of(file) for file in templates],
+        "what the method reads": [sha256_of(file) for file in read],
         "dtype": str(dtype), "device": device.type, "base model": source.base.sha256,
         "configuration": source.base.configuration,
         # Other batches round otherwise, which decides between answers that are nearly as likely.
@@ -213,7 +215,7 @@ def _no_answer(journal: Journal, deadline: Deadline | None) -> InputError:
 def _commit(files: Files, result: Result, found: Record, settings: Settings, work: Path) -> Record:
     """Writes all results, then moves them to the output folder, the record last; returns it whole.
 
-    What an earlier run wrote there goes, so that nothing of it passes for this one's.
+    Variants and report of an earlier run go. Its answers to other query files stay, and later runs know them.
     """
     folder, start = settings.output_folder, 0
     for path, part in files.items():
@@ -227,7 +229,9 @@ def _commit(files: Files, result: Result, found: Record, settings: Settings, wor
         start = rows.stop
     names = _results(settings)
     written = sorted(name for name in names if (work / name).exists())
-    found = replace(found, files={name: sha256_of(work / name) for name in written})
+    found = replace(
+        found, files={name: sha256_of(work / name) for name in written}, earlier=_earlier(settings)
+    )
     with replacing(work / RECORD) as file:
         file.write(found.text(indent=2) + "\n")
     known = check_outputs(settings)  # what was put there meanwhile stays, too
@@ -310,13 +314,28 @@ def check_outputs(settings: Settings) -> set[str]:
     return known
 
 
+def _earlier(settings: Settings) -> dict[str, str]:
+    """The hashes of what runs on other query files left in the output folder, by name."""
+    folder, ours = settings.output_folder, _results(settings)
+    if not (folder / RECORD).exists():
+        return {}
+    known = Record.read(folder / RECORD)
+    there = {name: digest for name, digest in (known.earlier | known.files).items() if name not in ours}
+    return {
+        name: digest
+        for name, digest in there.items()
+        if (folder / name).is_file() and sha256_of(folder / name) == digest
+    }
+
+
 def _hashes(folder: Path) -> set[str]:
     """Those of results that runs left in a folder: the last one, and one that was killed as it wrote."""
     found: set[str] = set()
     if (folder / COMMIT).exists():
-        found.update(record_of(list[str], (folder / COMMIT).read_bytes()))
+        found.update(read_record(list[str], folder / COMMIT))
     if (folder / RECORD).exists():
-        found.update(Record.read(folder / RECORD).files.values())
+        record = Record.read(folder / RECORD)
+        found.update((record.files | record.earlier).values())
     return found
 
 

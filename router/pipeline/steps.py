@@ -115,6 +115,11 @@ class Method(ABC):
     def check(cls) -> None:
         """Refuses a run for which something is missing, before anything is loaded."""
 
+    @classmethod
+    def reads(cls, adapters: Sequence[Adapter], settings: Settings) -> list[Path]:
+        """The files on which the routing depends beside weights, prompts and templates: here, none."""
+        return []
+
     @abstractmethod
     def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """The weights of each query, with evidence if the method keeps any.

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
+from router.constants import TEMPLATE
 from router.pipeline.record import Record
 from router.queries.submission import adapters_of, read_rows
 from router.runs.explain import Rows, called, open_console, section
@@ -23,6 +24,7 @@ from router.system.errors import InputError, exit_code
 from router.system.files import is_folder
 
 PARTS = ("flags", "base", "versions")  # of a record that decide a run
+LABELS = 10  # of a file, for an interval
 WIDTH = 48  # characters of a prediction or a setting shown
 
 
@@ -74,8 +76,11 @@ def joined(one: Run, two: Run) -> pd.DataFrame:
             f"{alone[0]!r}; run both on the same query files"
         )
     two = two.rows([place[key] for key in keys])
-    for key, asked, other in zip(keys, one.queries, two.queries, strict=True):
-        if asked and other and asked != other:
+    names = {path.name for path in one.record.paths}
+    other_files = {n for n in names if one.record.queries.get(n) != two.record.queries.get(n)}
+    for key, number, asked, other in zip(keys, one.file, one.queries, two.queries, strict=True):
+        gone = not (asked and other) and one.record.paths[number].name in other_files
+        if gone or (asked and other and asked != other):
             raise InputError(
                 f"expected two runs on the same queries, but {key!r} is another in {one.folder} than in "
                 f"{two.folder}; run both on one query file"
@@ -99,7 +104,8 @@ def _settings(a: Record, b: Record) -> Rows:
     one, two = (
         {"method": record.method}
         | {f"{part}.{name}": value for part in PARTS for name, value in plain.get(part, {}).items()}
-        | {"adapters": [f"{name} {of.sha256[:12]}" for name, of in record.adapters.items()]}
+        | {"adapters": [f"{name} {(of.content or of.sha256)[:12]}" for name, of in record.adapters.items()]}
+        | {"chat template": record.files.get(TEMPLATE)}
         for record, plain in ((a, a.plain()), (b, b.plain()))
     )
     return [
@@ -135,7 +141,9 @@ def _score(both: pd.DataFrame) -> dict[str, Any]:
         raise InputError("--labels: expected ids of the runs' queries, found none of them")
     right = pd.DataFrame({"file": known["file"]})
     for side in "AB":
-        right[side.lower()] = (known[f"answer {side}"].str.strip() == known["label"]).astype(float)
+        right[side.lower()] = (known[f"answer {side}"].str.strip() == known["label"].str.strip()).astype(
+            float
+        )
     for side in "AB":  # how often the top candidate is a labelled adapter, unless there is none
         pairs = zip(known[f"top {side}"], known["adapter"], strict=True)
         routed = [float(top in adapters_of(of)) if top and of else np.nan for top, of in pairs]
@@ -143,7 +151,8 @@ def _score(both: pd.DataFrame) -> dict[str, Any]:
     groups = right.groupby("file", sort=False)
     means = groups.mean()
     steps = (right["b"] - right["a"]).groupby(right["file"], sort=False)
-    spread = 1.96 * float(np.sqrt((steps.var(ddof=0) / steps.size()).sum())) / len(means)
+    variance, enough = steps.var() / steps.size(), (steps.size() >= LABELS).all()
+    spread = 1.96 * float(np.sqrt(variance.sum())) / len(means) if enough else None
     means.insert(0, "queries", groups.size())
     means.loc["mean over files"] = means.mean()
     means.loc["mean over files", "queries"] = len(known)
@@ -152,8 +161,8 @@ def _score(both: pd.DataFrame) -> dict[str, Any]:
     return {
         "files": files.to_dict("records"),
         "difference": difference,
-        "low": difference - spread,
-        "high": difference + spread,
+        "low": None if spread is None else max(-1.0, difference - spread),
+        "high": None if spread is None else min(1.0, difference + spread),
     }
 
 
@@ -168,8 +177,11 @@ def show(found: Mapping[str, Any], console: Console, most: int) -> None:
     changes = [row | _apart(row["a"], row["b"]) for row in found["changes"][:most]]
     section(console, f"Predictions: {len(found['changes'])} of {total} differ, {len(changes)} shown", changes)
     if score := found["score"]:
-        points = [f"{100 * score[key]:+.1f}" for key in ("difference", "low", "high")]
-        text = f"B - A: {points[0]} points, 95 % interval {points[1]} to {points[2]} (paired by query)"
+        text = f"B - A: {100 * score['difference']:+.1f} points, "
+        if score["low"] is None:
+            text += f"without an interval, for which each file needs {LABELS} labels"
+        else:
+            text += f"95 % interval {100 * score['low']:+.1f} to {100 * score['high']:+.1f} (paired by query)"
         section(console, "Shares of right answers and of right routes", score["files"], text)
 
 

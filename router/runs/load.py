@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from router.constants import BASE_COLUMN, FORMAT
 from router.pipeline.evidence import Evidence, joined
-from router.pipeline.record import RECORD, Record
+from router.pipeline.record import RECORD, RESUMED, Record
 from router.queries.submission import Query, digest_of, read_queries, read_rows, submission_name
 from router.routing.clusters import Array, Clusters
 from router.settings import Settings
@@ -126,6 +126,8 @@ class Run:
         notes = [f"An adapter was left out: {reason}." for reason in self.record.left_out]
         if limit := self.record.time_limit:
             notes.append(f"{str(limit).capitalize()}.")
+        if self.record.resumed:
+            notes.append(f"{RESUMED.capitalize()}.")
         gone = self.file[[query is None for query in self.queries]]
         return notes + [
             f"The texts of {missing} queries of {path} are not at hand: the file is gone or has "
@@ -212,7 +214,7 @@ def _answers(path: Path) -> dict[str, str]:
 def _asked(path: Path, ids: list[str], record: Record) -> list[Query | None]:
     """What was asked with each id, None where that is not at hand any more."""
     try:
-        found = read_queries(path)
+        found = read_queries(path) if path.is_file() else []  # a pipe or a device would give no end
     except InputError:
         found = []
     digest = record.queries.get(path.name)

@@ -15,8 +15,10 @@ from router.model.answer import Answer
 from router.pipeline.fitted import Fitted
 from router.pipeline.journal import Journal, alone_in
 from router.pipeline.result import Routing
+from router.pipeline.steps import evenly
 from router.queries.submission import Query
 from router.routing.variants import write_variant
+from router.runs.load import load
 from router.system.errors import InputError
 
 ONE, TWO = Query("1", "a", "generation"), Query("2", "b\u2028\n", "multiple_choice", ("x", "y"))
@@ -138,7 +140,22 @@ def test_what_was_answered_is_not_answered_again(command, monkeypatch):
         command("proto_route", "--batch_size", 1, "--false_positive_rate", 0.99)
     with killed_after(len(ROWS), monkeypatch) as done:
         assert command("proto_route", "--batch_size", 1, "--false_positive_rate", 0.99)[0] == 0
-    assert len(done) == len(ROWS) - 3
+    assert len(done) == len(ROWS) - 3 and load(out).record.resumed and "earlier process" in load(out).notes[0]
+
+
+@pytest.mark.parametrize("method", ["oracle", "cards"])
+def test_what_else_a_method_reads_is_known(method, command, tiny_library, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("router.methods.cards.Cards.check", lambda: None)
+    route = lambda self, queries, rows: evenly(queries, self.adapters)  # noqa: E731
+    monkeypatch.setattr("router.methods.cards.Cards.route", route)
+    with pytest.raises(Killed), killed_after(1, monkeypatch):
+        command(method, "--batch_size", 1)
+    if method == "cards":
+        (tiny_library / "mlp" / "README.md").write_text("It sorts.")
+    else:
+        write_queries(tmp_path / "queries.csv", [(*row[:4], "base") for row in ROWS])
+    capsys.readouterr()
+    assert command(method, "--batch_size", 1)[0] == 2 and "reads" in capsys.readouterr().err
 
 
 def test_a_run_killed_while_it_probes_goes_on(command, monkeypatch):

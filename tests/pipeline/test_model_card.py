@@ -115,6 +115,7 @@ LICENCES = {
     "several": ((MIT, None, "license: bsd"), "other", ["MIT", "not declared", "bsd"]),
     "broken": (("license: [", "- mit", "license: !!python/name:os.system"), "other", ["not declared"] * 3),
     "one of its own": ((OTHER,) * 3, "other", ["other, my \\| own, https://some.org/terms"] * 3),
+    "endless": ((MIT, f"license: mit\nx: [{'a, ' * 20000}]", MIT), "other", ["MIT", "not declared", "MIT"]),
     "a choice": (("license: [mit, apache-2.0]",) * 3, "other", ["mit, apache-2.0"] * 3),
 }
 

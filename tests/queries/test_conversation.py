@@ -252,6 +252,13 @@ def test_a_brief_message_has_to_say_more(lead, enough):
         assert found.weights.argmax() == (2 if words >= enough else 0)
 
 
+def test_a_brief_message_that_agrees_leaves_all_as_it_was():
+    routing, first = routing_of((9, 0, 1), (2, 1, 0)), Read((), BARE, words=9)
+    for words, row in ((1, 0), (5, 0), (6, 1)):
+        found = decided(routing, [[first, Read((), BARE, words=words)]])
+        np.testing.assert_array_equal(found.weights[0], routing.weights[row])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("Shorter, please.", 2), ("¿De qué color es?", 4), ("再短一点", 2), ("", 0), ("今天 OK?", 2)],

@@ -100,6 +100,9 @@ def test_the_score_and_the_interval_of_the_paired_difference(capsys, tmp_path):
     assert found["difference"] == pytest.approx(steps.mean())
     drawn = steps[rng.integers(150, size=(20000, 150))].mean(1)
     assert np.allclose((found["low"], found["high"]), np.quantile(drawn, (0.025, 0.975)), atol=0.008)
+    (tmp_path / "few").mkdir()
+    few = write_csv(tmp_path / "few" / "run.csv", ("id", "target"), [("q0", "yes")])
+    assert compared(capsys, one, two, "--labels", few)["score"]["low"] is None
     alike = compared(capsys, one, one, "--labels", labels)["score"]
     assert alike["low"] == alike["high"] == alike["difference"] == 0
 

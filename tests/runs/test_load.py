@@ -1,6 +1,7 @@
 """Finished runs, real ones on the tiny model and ones written by hand, are read as they were written."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from helpers import (
     write_run,
 )
 from router.main import main
+from router.runs.compare import compare
 from router.runs.load import load
 from router.system.errors import InputError
 
@@ -147,6 +149,13 @@ def test_queries_that_changed_since_are_not_shown(tmp_path, tiny_base, tiny_libr
     assert main(arguments("proto_route", [queries], tiny_library, tiny_base, out)) == 0
     assert texts(load(out)) == [row[1] for row in QUERIES]
     write_queries(queries, [(own, f"{text}?", *rest) for own, text, *rest in QUERIES])
+    assert load(out).queries == [None] * len(QUERIES)
+    edited = tmp_path / "edited"
+    assert main(arguments("proto_route", [queries], tiny_library, tiny_base, edited)) == 0
+    with pytest.raises(InputError, match="other in"):
+        compare(out, edited)
+    queries.unlink()
+    os.mkfifo(queries)  # which would give nothing, for ever
     assert load(out).queries == [None] * len(QUERIES)
     (out / "queries.evidence.safetensors").unlink()  # of which the record tells
     with pytest.raises(InputError, match=r"queries\.evidence"):
