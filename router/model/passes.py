@@ -20,6 +20,7 @@ from router.system.progress import progress
 Found = TypeVar("Found")
 
 MAX_TOKENS = 128  # the most that routing reads of a prompt; docs/lab.md tells what more would change
+HEAD = 32  # of these before a long message, such as a system message's; a short one leaves it more
 
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 
@@ -43,6 +44,21 @@ def truncated(rows: Sequence[Sequence[int]]) -> list[list[int]]:
         [*row[: MAX_TOKENS // 2], *row[-(MAX_TOKENS // 2) :]] if len(row) > MAX_TOKENS else list(row)
         for row in rows
     ]
+
+
+def headed(row: Sequence[int], head: int) -> list[int]:
+    """A long prompt with both ends of its head alone, which `truncated` would read in the message's place.
+
+    Args:
+        head: how many of the tokens come before the message.
+
+    Example:
+        >>> [ids] = truncated([headed(list(range(1000)), 500)])
+        >>> ids[15], ids[16], ids[31], ids[32], ids[63], ids[64]
+        (15, 484, 499, 500, 531, 936)
+    """
+    room = max(HEAD, MAX_TOKENS - len(row[head:]))
+    return list(row) if head <= room else [*row[: room // 2], *row[head - (room - room // 2) :]]
 
 
 def batches(

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from router.model.answer import cut, encode
 from router.model.frames import BARE, Frame, Parts, bare, turns_of_text, usual, within
+from router.model.passes import MAX_TOKENS, headed
 from router.model.template import Template
 from router.queries.submission import Query
 from router.routing.calibration import generic_prompts
@@ -92,10 +94,13 @@ def turns_of(
     shared = {*known, *(frame for frame, count in counts.most_common(new) if count >= SHARED)}
 
     def read(n: int, one: Parts) -> Read:
-        tokens = there[n] if n in there else tuple(cut(next(ids), limit, n in talks))
+        tokens = there[n] if n in there else cut(next(ids), limit, n in talks)
+        if len(tokens) > MAX_TOKENS and one.head != one.common.before:  # it has a system message of its own
+            tokens = headed(tokens, heads(one.head[:ENDS]))
         own = one.own if one.own in shared and one.own != one.common else None
-        return Read(tokens, one.common, own, one.words)
+        return Read(tuple(tokens), one.common, own, one.words)
 
+    heads = cache(lambda head: len(encode(template.tokenizer, [head])[0]))
     return [[read(n, one) for one in turns] for n, turns in enumerate(parts)]
 
 

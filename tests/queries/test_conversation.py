@@ -19,6 +19,7 @@ from router.library.adapters import load_library
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import ALPACA, BARE, Frame, bare
+from router.model.passes import MAX_TOKENS, truncated
 from router.model.template import Template
 from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
@@ -325,6 +326,17 @@ def test_a_request_brings_no_new_frame(chat_router, tmp_path):
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] | trim }}<|im_end|>\n{% endfor %}"
 )
+
+
+def test_of_a_long_message_under_a_long_system_message_both_are_read(method):
+    system, made = f"Start {'z' * 200} end.", method()
+    for text in (f"Job {'y' * 300} now.", "short"):
+        (query,) = queries_of(text, system=system)
+        ((read,),) = made.turns([query])
+        (ids,) = truncated([read.ids])
+        seen = made.tokenizer.decode(ids)
+        assert all(part in seen for part in ("system: Start", "end.\nuser: ", text[:9], text[-6:]))
+        assert len(ids) == MAX_TOKENS
 
 
 def test_text_that_ends_as_the_template_does_is_in_its_frame(chat_router, tmp_path):
