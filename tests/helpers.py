@@ -257,6 +257,7 @@ DECIDED = {
     "residual": 2.0,
     "votes": np.zeros(len(MODULES)),
     "frame": 0.0,
+    "later": 0.0,
 }
 
 

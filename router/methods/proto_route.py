@@ -44,6 +44,7 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
     """
     if len(routing.weights) == len(turns):
         return routing
+    reads_of = [read for reads in turns for read in reads]
     assert routing.evidence is not None  # the gate keeps it
     scores, rows, start = routing.evidence.candidates, list[int](), 0
     low = np.fmin.reduce(scores[:, :-1], axis=1, keepdims=True)  # who is not on the shortlist has no more
@@ -60,7 +61,9 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
                 row = turn
         rows.append(row)
         start += len(reads)
-    return routing.rows(np.array(rows))
+    found = routing.rows(np.array(rows))
+    later = np.array([reads_of[row].later for row in rows], np.float32)
+    return Routing(found.weights, found.evidence and replace(found.evidence, later=later))
 
 
 class ProtoRoute(Method):
@@ -166,7 +169,7 @@ class ProtoRoute(Method):
         fits is the mean of two leads: one with the system message as a part of the query, and one with it as
         a part of the frame. A system message tells which adapter is likely, but foreign queries have it, too.
         """
-        routing = self._judged([read._replace(shared=None) for read in reads])
+        routing = self._judged([replace(read, shared=None) for read in reads])
         if routing.evidence is None:
             return routing
         of_one = self._of_one_adapter(reads, routing.evidence.best)

@@ -92,12 +92,14 @@ class Parts(NamedTuple):
         text: the message, or all of a plain text.
         tail: after it.
         common: its frame, if what is special of head and tail is part of the query.
+        later: how many messages of the user follow.
     """
 
     head: str
     text: str
     tail: str
     common: Frame
+    later: int = 0
 
     @property
     def read(self) -> str:

@@ -26,6 +26,7 @@ LOW_MARGIN = 0.5  # standard deviations of generic text
 # The arrays, a letter an axis: queries, adapters, modules.
 _ARRAYS = {
     "responses": "qa", "scores": "qa", "base_score": "q", "residual": "q", "votes": "qm", "frame": "q",
+    "later": "q",
 }  # fmt: skip
 
 
@@ -71,6 +72,7 @@ class Evidence(Names):
             mean, less 5 for one that is not at home; NaN where it has no prototype.
         frame: (queries,) the number of the frame that each query was compared in; under a shared system
             message that one, whose lead counts half, while scores and votes are of the template's frame.
+        later: (queries,) how many of the user's messages follow the one that all this is of.
     """
 
     responses: Array
@@ -79,6 +81,7 @@ class Evidence(Names):
     residual: Array
     votes: Array
     frame: Array
+    later: Array
 
     @property
     def candidates(self) -> Array:
@@ -151,6 +154,8 @@ class Evidence(Names):
             if np.isinf(array).any():
                 raise ValueError(f"{name}: expected finite numbers, or none, got endless ones")
         scored = np.isfinite(found.scores).any(1) & np.isfinite(found.base_score)
+        if not (found.later >= 0).all():
+            raise ValueError("later: expected numbers from 0")
         if not scored.all():
             raise ValueError("expected an adapter's score for each query, got none")
         if not np.isin(found.frame, range(len(found.frames))).all() or len(found.thresholds) != len(

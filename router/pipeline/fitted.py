@@ -178,6 +178,7 @@ class Fitted:
             residual=judged.residual.astype(np.float32),
             votes=judged.votes.astype(np.float32),
             frame=np.zeros(len(responses), np.float32),
+            later=np.zeros(len(responses), np.float32),
             duplicates=duplicates,
             lookalikes=lookalikes,
             silent=[self.names[n] for n in self.silent],

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
 
 from router.model.answer import cut, encode
 from router.model.frames import BARE, Frame, Parts, bare, turns_of_text, usual, within
@@ -26,7 +26,8 @@ COUNTED = 256  # frames whose requests are counted
 SHARED = 16  # queries under one system message, which is then a frame; it costs as much as 230
 
 
-class Read(NamedTuple):
+@dataclass(frozen=True)
+class Read:
     """What is read of a query.
 
     Attributes:
@@ -34,23 +35,27 @@ class Read(NamedTuple):
         frame: in which it is compared with generic text.
         shared: the frame with a system message that many queries have, if it has one.
         words: of the message.
+        later: how many messages of the user follow; it is the same reading wherever it stands.
     """
 
     ids: tuple[int, ...]
     frame: Frame
     shared: Frame | None = None
     words: int = 0
+    later: int = field(default=0, compare=False, repr=False)
 
 
 def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts]:
     """A query in what is its own and what stands around it; of a conversation each of its last turns."""
-    if query.messages:
-        return _telling(template.turns(query.conversation, query.id))
-    if settings.frame == "none":
+    if settings.frame == "none" and not query.messages:
         return [bare(query.input)]
-    if settings.frame:
+    if settings.frame and not query.messages:
         return [within(query.input, settings.frame)]
-    return _telling(turns_of_text(query.input.removeprefix(template.first), template.usable))
+    if query.messages:
+        turns = template.turns(query.conversation, query.id)
+    else:
+        turns = turns_of_text(query.input.removeprefix(template.first), template.usable)
+    return _telling([turn._replace(later=len(turns) - n) for n, turn in enumerate(turns, 1)])
 
 
 def _telling(turns: list[Parts]) -> list[Parts]:
@@ -98,7 +103,7 @@ def turns_of(
         if len(tokens) > MAX_TOKENS and one.head != one.common.before:  # it has a system message of its own
             tokens = headed(tokens, heads(one.head[:ENDS]))
         own = one.own if one.own in shared and one.own != one.common else None
-        return Read(tuple(tokens), one.common, own, one.words)
+        return Read(tuple(tokens), one.common, own, one.words, one.later)
 
     heads = cache(lambda head: len(encode(template.tokenizer, [head])[0]))
     return [[read(n, one) for one in turns] for n, turns in enumerate(parts)]

@@ -67,16 +67,19 @@ def checked(messages: Any, where: str = "messages", ends: bool = True) -> list[M
     return list(messages)
 
 
-def shown(messages: Sequence[Message], unread: str = "") -> str:
+def shown(messages: Sequence[Message], later: int | None = None) -> str:
     """A conversation for a reader.
 
     Args:
-        unread: what is noted at messages that routing does not read.
+        later: notes which messages routing does not read, and, where the user has several, which one decided:
+            the one that so many of the user's follow.
     """
-    read = (*SYSTEM, "user")
-    notes = ("" if message["role"] in read else unread for message in messages)
-    rows = (f"{of['role']}{note}: {content(of)}" for of, note in zip(messages, notes, strict=True))
-    return "\n".join(rows)
+    asked = [n for n, of in enumerate(messages) if of["role"] == "user" and content(of).strip()]
+    notes = dict.fromkeys(range(len(messages)), "")
+    if later is not None:
+        notes |= {n: " (not read)" for n, of in enumerate(messages) if of["role"] not in (*SYSTEM, "user")}
+        notes |= {asked[-1 - later]: " (decided)"} if later < len(asked) > 1 else {}
+    return "\n".join(f"{of['role']}{notes[n]}: {content(of)}" for n, of in enumerate(messages))
 
 
 def packed(messages: Sequence[Message]) -> str:

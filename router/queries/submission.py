@@ -53,10 +53,13 @@ class Query:
         """The messages; none for a prompt."""
         return json.loads(self.messages) if self.messages else []
 
-    @property
-    def marked(self) -> str:
-        """The text, for a reader who asks what of a conversation routing has read."""
-        return shown(self.conversation, " (not read)") if self.messages else self.input
+    def marked(self, later: int) -> str:
+        """The text, for a reader who asks what of a conversation routing has read, and what decided.
+
+        Args:
+            later: how many messages of the user follow the one that decided.
+        """
+        return shown(self.conversation, later) if self.messages else self.input
 
 
 def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -58,7 +58,9 @@ def explain(folder: Path, name: str) -> dict[str, Any]:
         "file": run.stems[run.file[n]],
         "id": run.ids[n],
         "summary": "; ".join(_summary(rows, variant)),
-        "query": asdict(query) | {"input": query.marked if e else query.input} if query else None,
+        "query": asdict(query) | {"input": query.marked(int(e.later[n])) if e else query.input}
+        if query
+        else None,
         "frame": e.frames[int(e.frame[n])] if e else None,
         "answer": run.predictions[n],
         "candidates": rows,

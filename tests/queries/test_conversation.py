@@ -116,7 +116,7 @@ def test_a_run_answers_a_conversation_in_the_template(ask, tmp_path, capsys, mon
     evidence = Evidence.load(out / "talks.evidence.safetensors")
     assert evidence.frames == [["user: ", "\nassistant: "], ["", ""]] and evidence.frame.tolist() == [0, 1]
     page = (out / "report.html").read_text()
-    assert r"system: S\nuser: hi\nassistant (not read): a" in page and r"user: {query}\nassistant: " in page
+    assert r"system: S\nuser (decided): hi\nassistant (not read): a" in page and r"user: {query}\nassistant: " in page
     for query, framed in (("1", True), ("2", False)):
         capsys.readouterr()
         assert cli(["explain", str(out), query]) == 0
@@ -150,6 +150,18 @@ def test_a_template_that_all_adapters_bring_is_served(router_of, tiny_library, t
     for use in (read_served, Router.load):
         with pytest.raises(InputError, match="chat_template"):
             use(tmp_path / "saved")
+
+
+def test_the_message_that_decided_is_named(ask, tmp_path, capsys):
+    said = [
+        {"role": "user", "content": text} for text in ("one two three four five six", "shorter", "", "yes")
+    ]
+    assert ask({"id": "q", "messages": said}, {"id": "r", "messages": HI}) == 0
+    assert Evidence.load(tmp_path / "out" / "talks.evidence.safetensors").later.tolist() == [2, 0]
+    assert "user (decided): one two" in (tmp_path / "out" / "report.html").read_text()
+    capsys.readouterr()
+    assert cli(["explain", str(tmp_path / "out"), "q"]) == 0
+    assert "user (decided): one two" in capsys.readouterr().out
 
 
 def test_half_a_character_costs_no_report(ask, tmp_path):
@@ -217,7 +229,7 @@ def routing_of(*scores):
     rest = np.zeros((len(scores), 1), np.float32)
     evidence = Evidence(
         ["a", "b"], ["m"], responses=scores[:, :2], scores=scores[:, :2], base_score=scores[:, 2],
-        residual=rest[:, 0], votes=rest, frame=rest[:, 0],
+        residual=rest[:, 0], votes=rest, frame=rest[:, 0], later=rest[:, 0],
     )  # fmt: skip
     return Routing(np.eye(3)[scores.argmax(1)], evidence)
 

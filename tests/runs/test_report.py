@@ -43,7 +43,7 @@ def evidence_of(n, rng, threshold):
     responses = rng.uniform(0.03, 0.1, size=scores.shape)
     return Evidence(
         ADAPTERS, MODULES, responses=responses, scores=scores, base_score=np.full(n, threshold),
-        residual=scores.max(1), votes=votes, frame=np.zeros(n),
+        residual=scores.max(1), votes=votes, frame=np.zeros(n), later=np.zeros(n),
     )  # fmt: skip
 
 

@@ -152,7 +152,10 @@ def layers(run: Run) -> dict[str, Any] | None:
 def data(run: Run) -> dict[str, Any]:
     """What the page's script needs to know of the queries."""
     e = run.evidence
-    texts = [(query.marked if e else query.input) if query else None for query in run.queries]
+    texts = [
+        (query.marked(int(e.later[n])) if e else query.input) if query else None
+        for n, query in enumerate(run.queries)
+    ]
     found: dict[str, Any] = {
         "names": run.shown,
         "files": list(map(str, run.record.paths)),
