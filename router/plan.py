@@ -3,7 +3,7 @@
 It reads queries, adapters' headers and the base model's configuration, and measures the pace of two random
 layers like the base model's. The rest is one coarse model of all methods, which rather says too much:
 
-- The base model reads each prompt, and generic text, once beside all adapters before it answers.
+- The base model reads each prompt once beside all adapters before it answers, generic text twice a frame.
 - As many variants as adapters are written, and each answers a batch of its own.
 - An answer has half the tokens that are allowed, the longest of a batch all of them.
 
@@ -29,7 +29,9 @@ from router.model import base as models
 from router.model.answer import encode, positions
 from router.model.apply import picked
 from router.model.device import batch_tokens, cache_bytes, pick_device, pick_dtype
+from router.model.frames import BARE
 from router.model.passes import MAX_TOKENS, forward
+from router.model.template import template_of
 from router.pipeline.per_token import PerToken
 from router.pipeline.steps import Method, Static, default_base
 from router.queries.submission import GENERATION, read_queries
@@ -136,14 +138,23 @@ def plan(name: str, settings: Settings) -> Plan:
     local = spec != models.EMBEDDED and is_folder(spec)
     library = check_against_base(library, base, local, models.linear_shapes(model), bad)
     device = torch.device(pick_device(settings.device))
-    rows = encode(tokenizer, [query.input for query in queries], settings.max_seq_len)
+    template = template_of(tokenizer, settings.chat_template)
+    talks = template.known and any(query.messages for query in queries)
+    rows = [
+        template.ids(query.conversation, query.id)
+        if talks and query.messages
+        else encode(tokenizer, [query.input], settings.max_seq_len)[0]
+        for query in queries
+    ]
     run = _Run(
         method, settings, model, file_bytes, device, pick_dtype(settings.dtype, device.type),
         folders=[adapter.folder for adapter in library if name != "base"],
         prompts=len(rows), tokens=sum(map(len, rows)),
         texts=sum(query.eval_type == GENERATION for query in queries),
     )  # fmt: skip
-    generic = sum(map(len, encode(tokenizer, generic_prompts(), settings.max_seq_len)))
+    frames = [BARE, *([template.usable] if talks and template.usable else [])]
+    texts = [text for frame in frames for text in generic_prompts(frame)]
+    generic = 2 * sum(map(len, encode(tokenizer, texts, settings.max_seq_len)))  # for means, for responses
     return Plan(
         name, base, device.type, str(run.dtype).removeprefix("torch."),
         adapters=[adapter.name for adapter in library],

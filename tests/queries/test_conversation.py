@@ -116,7 +116,10 @@ def test_a_run_answers_a_conversation_in_the_template(ask, tmp_path, capsys, mon
     evidence = Evidence.load(out / "talks.evidence.safetensors")
     assert evidence.frames == [["user: ", "\nassistant: "], ["", ""]] and evidence.frame.tolist() == [0, 1]
     page = (out / "report.html").read_text()
-    assert r"system: S\nuser (decided): hi\nassistant (not read): a" in page and r"user: {query}\nassistant: " in page
+    assert (
+        r"system: S\nuser (decided): hi\nassistant (not read): a" in page
+        and r"user: {query}\nassistant: " in page
+    )
     for query, framed in (("1", True), ("2", False)):
         capsys.readouterr()
         assert cli(["explain", str(out), query]) == 0
