@@ -60,7 +60,6 @@ def parser() -> argparse.ArgumentParser:
     methods = method_names()
     shown = f"one of {', '.join(methods)}"
     p.add_argument("-m", "--merging_method", choices=methods, metavar="NAME", help=shown)
-    p.add_argument("--list_methods", action="store_true", help="print the names of all methods and exit")
     for setting in fields(Settings):
         _add_setting(p, setting)
     p.add_argument(
@@ -102,9 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with told_if_memory_runs_out():
             (p := parser()).parse_args(argv, args)
-            if args.list_methods:
-                print("\n".join(method_names()))
-                return 0
             _check_together(p, args)
             if args.quiet or not leads():
                 os.environ["TQDM_DISABLE"] = "1"

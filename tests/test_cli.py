@@ -24,7 +24,7 @@ def test_every_subcommand_has_its_own_help(capsys, name):
 def test_subcommands_pass_words_and_exit_codes_on(capsys, tmp_path, tiny_library):
     out = str(write_run(tmp_path / "run", [[0.7, 0.29, 0, 0.01]], {}))
     for words in (
-        ["run", "--list_methods"], ["explain", out, "q0", "--json"], ["compare", out, out, "--json"],
+        ["explain", out, "q0", "--json"], ["compare", out, out, "--json"],
         ["library", "check", str(tiny_library), "--json"], ["report", out],
     ):  # fmt: skip
         assert main(words) == 0 and capsys.readouterr().out
@@ -32,7 +32,7 @@ def test_subcommands_pass_words_and_exit_codes_on(capsys, tmp_path, tiny_library
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize("words", [[], ["answer"], ["--list_methods"], ["-m", "proto_route"]])
+@pytest.mark.parametrize("words", [[], ["answer"], ["--json"], ["-m", "proto_route"]])
 def test_what_is_no_command_is_refused(capsys, words):
     with pytest.raises(SystemExit) as caught:
         main(words)
@@ -48,7 +48,7 @@ def test_the_version_is_that_of_the_installed_package(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["router", "--help"], COMMANDS), (["router.main", "--list_methods"], METHODS)]
+    ("words", "said"), [(["router", "--help"], COMMANDS), (["router.main", "--help"], METHODS)]
 )
 def test_the_module_is_the_command_and_loads_little_to_help(words, said):
     command = [sys.executable, "-X", "importtime", "-m", *words]

@@ -137,14 +137,14 @@ def _in_frames(
         edges += [found] if all(bare(text, found).own == BARE for text in generic_prompts()) else []
     counts = Counter(turns[0].common for turns in parts if turns[0].common not in (BARE, talk))
     allowed = {BARE, talk, *known, *(frame for frame, _ in counts.most_common(new))}
-    framed = list(parts)
+    framed, mark = list(parts), talk.after.strip()
     for n, (one, *_) in enumerate(parts):
         if n in plain:
             tried = (bare(one.text, edge) for edge in edges)
             framed[n] = [next((part for part in tried if part.own != BARE), one)]
         elif one.common not in allowed and n in talks:
             framed[n] = [part._replace(common=talk) for part in parts[n]]
-        elif one.common not in allowed and talk.after and one.tail.strip().startswith(talk.after.strip()):
+        elif one.common not in allowed and mark and one.tail.strip().startswith(mark):
             framed[n] = [part._replace(common=talk, tail=talk.after) for part in parts[n]]
         elif one.common not in allowed:
             framed[n] = [bare(parts[n][-1].read)]
