@@ -39,7 +39,7 @@ from router.pipeline.steps import Method
 from router.pipeline.steps import load as load_library_and_base
 from router.queries.conversation import Message
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query, query_of
-from router.routing.clusters import Array, Clusters, cluster, mixes, nearest, with_base
+from router.routing.clusters import Array, Clusters, cluster, firsts, mixes, nearest, with_base
 from router.routing.probe import Probed, confidence_of
 from router.routing.variants import VARIANTS, Variant, content_of, decide, folder_names, hashed
 from router.runs.load import load as load_run
@@ -110,6 +110,7 @@ class Router:
         self.variants: list[Variant] = []
         self.templates: dict[int, Template] = {}
         self._centres: Array | None = None  # (variants, candidates) the mean mix that each was made for
+        self._firsts = np.zeros((0, 0), bool)  # (variants, candidates) the first of a query it was made for
         self._folder: Path | None = None  # of a router that was loaded
         self._seen = ""  # what its ABOUT was then, by its sha256
         self._known = OrderedDict[bytes, Routing]()  # what `choose` was asked lately, by its sha256
@@ -199,6 +200,9 @@ class Router:
         router = cls(method)
         router.candidates, router.variants = about.candidates, about.variants
         router._centres = np.array(about.centres, np.float64)
+        router._firsts = np.zeros(router._centres.shape, bool)
+        for row, numbers in zip(router._firsts, about.firsts, strict=True):
+            row[numbers] = True
         router._folder, router._seen = folder, seen
         router._read_fits(about.files)
         router._read_templates(folder)
@@ -244,7 +248,7 @@ class Router:
         for adapter in router._method.adapters:
             if not record.adapters[adapter.name].is_of(adapter):
                 raise InputError(f"{folder}: {adapter.where} is another one now; run again")
-        router._decide(run.clusters.weights)
+        router._decide(run.weights, run.clusters)
         paths = [folder / VARIANTS / name if name else None for name in folder_names(router.variants)]
         for n, (path, made) in enumerate(zip(paths, record.variants, strict=False)):
             if path and path.exists() and (content_of(path) or None) != made.sha256:
@@ -313,7 +317,7 @@ class Router:
         assert evidence is not None  # proto_route keeps it
         groups = [None] * len(queries)
         if self._centres is not None:
-            groups = nearest(routing.weights, self._centres).tolist()
+            groups = nearest(routing.weights, self._centres, self._firsts).tolist()
         found = []
         for row, own, margin, group, (*_, last) in zip(
             routing.weights, mixes(routing.weights), evidence.margin.tolist(), groups, turns, strict=True
@@ -340,7 +344,7 @@ class Router:
 
     @property
     def busy(self) -> list[Frame]:
-        """The frames that were calibrated here and that most requests came in since, at most FRAMES."""
+        """The frames that were calibrated here and that most requests came in, at most FRAMES."""
         return [frame for frame in self._often if frame in self._proto.fits][:FRAMES]
 
     def calibrate(self, frame: Frame) -> None:
@@ -349,6 +353,7 @@ class Router:
         fitted = self._proto.learned(frame)
         with self._lock:
             self._proto.fits[frame] = fitted
+        self._asked[frame] = SHARED
 
     @property
     def frames(self) -> list[Frame]:
@@ -400,7 +405,7 @@ class Router:
         self._check_adapters()
         weights = self.route(texts).to_numpy()
         many = self._method.n_variants if n_variants is None else n_variants
-        self._decide(cluster(weights, many, self._method.settings.seed).weights)
+        self._decide(weights, cluster(weights, many, self._method.settings.seed))
         return self
 
     def _check_adapters(self) -> None:
@@ -409,11 +414,14 @@ class Router:
                 "a saved router has no adapters to make variants of; use from_library, or copy its folder"
             )
 
-    def _decide(self, centres: Array) -> None:
+    def _decide(self, weights: Array, clusters: Clusters) -> None:
         """Keeps the groups of a sample and one for the base model, which has no folder and costs nothing."""
         self._forget()
         self._written, self.templates = None, {}
-        self._centres = with_base(centres)
+        self._centres, found = with_base(clusters.weights), firsts(weights, clusters)
+        more = len(self._centres) - len(found)  # one that the base model answers, or none
+        self._firsts = np.pad(found, ((0, more), (0, 0)))
+        self._firsts[len(found) :, -1] = True
         self.variants = decide(self._centres, self.candidates[:-1])
 
     @_one_at_a_time
@@ -448,7 +456,8 @@ class Router:
             Saved(
                 FORMAT, own_version(), base.name, base.revision, base.sha256, base.configuration,
                 base.name == EMBEDDED_ID and base.revision is None, dtype, self.candidates, settings,
-                self.variants, self._centres.tolist(), hashes(work),
+                self.variants, self._centres.tolist(), [np.flatnonzero(of).tolist() for of in self._firsts],
+                hashes(work),
             ).write(work)  # fmt: skip
         return folder
 
@@ -520,7 +529,8 @@ class Router:
             raise ValueError("expected variants; call fit with a sample of the queries to come")
         method, rows, folder = self._method, self._method.encoded(queries), self._variants()
         routing = method.route(queries, rows)
-        clusters = Clusters(nearest(routing.weights, self._centres), self._centres)
+        labels = nearest(routing.weights, self._centres, self._firsts)
+        clusters = Clusters(labels, self._centres)
         folders = folder_names(self.variants)
         decision = Decision(self._base, method.adapters, routing, clusters, self.variants, folders)
         return method.predict(queries, rows, decision, folder), clusters.labels.tolist()

@@ -26,12 +26,12 @@ from router.library.adapters import check_against_base, load_library
 from router.library.sources import expand, is_here
 from router.methods import load_method
 from router.model import base as models
-from router.model.answer import encode, positions
+from router.model.answer import cut, encode, positions
 from router.model.apply import picked
 from router.model.device import batch_tokens, cache_bytes, pick_device, pick_dtype
 from router.model.frames import BARE
 from router.model.passes import MAX_TOKENS, forward
-from router.model.template import template_of
+from router.model.template import template_for
 from router.pipeline.per_token import PerToken
 from router.pipeline.steps import Method, Static, default_base
 from router.queries.submission import GENERATION, read_queries
@@ -138,10 +138,10 @@ def plan(name: str, settings: Settings) -> Plan:
     local = spec != models.EMBEDDED and is_folder(spec)
     library = check_against_base(library, base, local, models.linear_shapes(model), bad)
     device = torch.device(pick_device(settings.device))
-    template = template_of(tokenizer, settings.chat_template)
+    template = template_for(tokenizer, settings.chat_template, (of.folder.path for of in library))
     talks = template.known and any(query.messages for query in queries)
     rows = [
-        template.ids(query.conversation, query.id)
+        cut(template.ids(query.conversation, query.id), settings.max_seq_len)
         if talks and query.messages
         else encode(tokenizer, [query.input], settings.max_seq_len)[0]
         for query in queries

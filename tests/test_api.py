@@ -35,6 +35,7 @@ from router.main import main
 from router.model.answer import encode
 from router.model.passes import truncated
 from router.pipeline import state
+from router.routing.clusters import cluster
 from router.system.errors import InputError
 from router.system.files import sha256_of
 
@@ -106,6 +107,17 @@ def test_a_text_whose_adapter_no_variant_has_goes_to_the_base_model(router):
     (choice,) = router.fit([MORE[one]]).choose([MORE[other]])
     assert not choice.fits and not router.variants[choice.variant].weights
     assert (choice.weights, choice.mix) == (expected.weights, expected.mix)
+
+
+@pytest.mark.parametrize("many", [1, 2, 3])
+def test_few_variants_answer_those_that_they_were_made_for(router, tmp_path, many):
+    weights = router.route(MORE).to_numpy()
+    labels, sent = cluster(weights, many, 0).labels, weights.argmax(1) < len(NAMES)
+    saved = router.fit(MORE, many).save(tmp_path / "saved")
+    for of in (router, Router.load(saved, device="cpu")):
+        found = np.array([choice.variant for choice in of.choose(MORE)])
+        assert np.array_equal(found[sent], labels[sent]) and sent.any()
+        assert not any(of.variants[n].weights for n in found[~sent])  # the base model's own
 
 
 def test_texts_that_no_adapter_fits_go_to_the_base_model(router):

@@ -175,7 +175,9 @@ def turns_of_text(text: str, template: Frame | None = None) -> list[Parts]:
         mark, tags = after.rstrip(), after.startswith("<")
         end = text.rfind(mark)
         begun = text[end + len(mark) :].strip()  # of the answer, such as `<think>`
-        if end < 0 or user not in text or (begun and not (tags and len(begun) <= BEGUN)):
+        ends = tags and mark[: mark.index(">") + 1]
+        fine = not begun or (ends and len(begun) <= BEGUN and ends not in begun and user.strip() not in begun)
+        if end < 0 or user not in text or not fine:
             continue
         if not tags:  # else blanks before the mark belong to the message
             end = len(text[:end].rstrip())

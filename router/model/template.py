@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -184,6 +184,14 @@ def template_of(tokenizer: Any, file: Path | None) -> Template:
         raise InputError(f"--chat_template {file}: expected a Jinja template ({error})") from error
     _ = found.frame
     return found
+
+
+def template_for(tokenizer: Any, file: Path | None, folders: Iterable[Path]) -> Template:
+    """The template in a file, or the tokenizer's own, or the first that an adapter's folder brings."""
+    own = template_of(tokenizer, file)
+    if own.known:
+        return own
+    return next(filter(None, (brought(tokenizer, folder) for folder in folders)), own)
 
 
 def brought(tokenizer: Any, folder: Path) -> Template | None:

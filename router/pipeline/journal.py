@@ -27,7 +27,7 @@ from router.queries.submission import Query
 from router.system.errors import InputError, reason
 from router.system.files import is_ours, mark, record_of, remove_ours, replacing
 
-FOLDER, LOCK = ".journal", ".lock"
+FOLDER, LOCK, DONE = ".journal", ".lock", "done"
 
 
 @contextmanager
@@ -90,6 +90,8 @@ class Journal(UserDict[Query, Answer]):
         if not is_ours(self.folder):
             raise InputError(f"{self.folder}: expected the journal of a run, or none; move it away")
         self._begin(json.loads(json.dumps(identity)))
+        if not rank:
+            (self.folder / DONE).unlink(missing_ok=True)
         own = self.folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
         own.touch()
         ends = {path: self._read(path) for path in self.folder.glob("answers*.jsonl")}
@@ -113,7 +115,7 @@ class Journal(UserDict[Query, Answer]):
         other = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
         if not other:
             return
-        if known:
+        if known and not (self.folder / DONE).exists():
             raise InputError(
                 f"--output_folder {self.folder.parent}: holds an unfinished run that differs in "
                 f"{', '.join(other)}; choose another folder, or pass --fresh to start anew there"
@@ -169,6 +171,11 @@ class Journal(UserDict[Query, Answer]):
         self._file.close()
         if not self.data and not any(self.folder.glob("*.safetensors")):
             self.discard()
+
+    def finish(self) -> None:
+        """Stays for the same command, which answers what there was no time for; any other one begins anew."""
+        if not self.rank:
+            (self.folder / DONE).touch()
 
     def discard(self) -> None:
         """Forgets everything, on disk too."""

@@ -154,7 +154,7 @@ def licence_of(adapter: Adapter) -> str:
     with suppress(Exception):  # whatever is wrong with a stranger's card, it declares nothing
         top, _ = card(adapter.folder.path)
         if len(top) <= LONGEST_HEADER:
-            header = ModelCard(f"---\n{top}\n---\n").data.to_dict()  # type: ignore[no-untyped-call]
+            header = ModelCard(f"---\n{top}\n---\n", ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
     licence = header.get("license")
     ids = licence if isinstance(licence, list) else [licence]
     values = [*ids, header.get("license_name"), header.get("license_link")]

@@ -100,7 +100,10 @@ def turns_of(
 
     def read(n: int, one: Parts) -> Read:
         tokens = there[n] if n in there else cut(next(ids), limit, n in talks)
-        if len(tokens) > MAX_TOKENS and one.head != one.common.before:  # it has a system message of its own
+        whole = not limit or len(tokens) < limit
+        if (
+            whole and len(tokens) > MAX_TOKENS and one.head != one.common.before
+        ):  # a system message of its own
             tokens = headed(tokens, heads(one.head[:ENDS]))
         own = one.own if one.own in shared and one.own != one.common else None
         return Read(tuple(tokens), one.common, own, one.words, one.later)

@@ -43,6 +43,7 @@ class Saved:
         candidates: the adapters' names, and the base model's.
         settings: those of a run that answers depend on.
         centres: (variants, candidates) the mean mix that each variant was made for.
+        firsts: for each variant, the numbers of the candidates that were the first of a query.
         files: the sha256 of the other files, by their paths in the folder; TEMPLATE is one if chats are not
             written in the base model's own.
     """
@@ -59,12 +60,17 @@ class Saved:
     settings: dict[str, Any]
     variants: list[Variant]
     centres: list[list[float]]
+    firsts: list[list[int]]
     files: dict[str, str]
 
     def __post_init__(self) -> None:
         wide = len(self.candidates)
         if len(self.centres) != len(self.variants) or any(len(row) != wide for row in self.centres):
             raise ValueError("expected a centre for each variant, with a weight for each candidate")
+        if len(self.firsts) != len(self.variants) or not {n for of in self.firsts for n in of} <= {
+            *range(wide)
+        }:
+            raise ValueError("expected numbers of candidates for each variant")
 
     @property
     def base(self) -> str:

@@ -11,6 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +25,12 @@ from router.library.adapters import Adapter, base_of, check_against_base, load_l
 from router.model.answer import FAILED, Answer, cut, cut_at, encode, positions
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
-from router.model.template import Template, brought, template_of
+from router.model.template import Template, brought, template_for
 from router.pipeline.answering import Rows, answered, answered_by_vllm, known_to
 from router.pipeline.context import Context
 from router.pipeline.model_card import Recipe, write_card
 from router.pipeline.result import Decision, Result, Routing
-from router.queries.submission import Query
+from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.routing.clusters import Array, Clusters, cluster
 from router.routing.variants import (
     VARIANTS,
@@ -142,11 +143,8 @@ class Method(ABC):
     @cached_property
     def template(self) -> Template:
         """What conversations are written in: --chat_template, the base model's own, or an adapter's."""
-        own = template_of(self.tokenizer, self.settings.chat_template)
-        if own.known:
-            return own
-        found = (brought(self.tokenizer, adapter.folder.path) for adapter in self.adapters)
-        return next(filter(None, found), own)
+        folders = (adapter.folder.path for adapter in self.adapters)
+        return template_for(self.tokenizer, self.settings.chat_template, folders)
 
     def encoded(self, queries: Sequence[Query]) -> list[list[int]]:
         """The token ids of each query's prompt, cut to --max_seq_len; a conversation's is in the template.
@@ -242,8 +240,12 @@ class Method(ABC):
                 found = answered_by_vllm(self.base, queries, rows, variants, self.context, bar.update)
                 return self._ended(queries, found, variants)
             with applied(self.base, self.settings.apply) as models:
-                for n in swap_order(paths):
-                    members = np.flatnonzero(labels == n).tolist()
+                kinds = [GENERATION, MULTIPLE_CHOICE]
+                parts = [kinds[::-1]] if not self.context.deadline else [[kind] for kind in kinds[::-1]]
+                for wanted, n in product(parts, swap_order(paths)):
+                    members = [
+                        m for m in np.flatnonzero(labels == n).tolist() if queries[m].eval_type in wanted
+                    ]
                     if not members:  # a variant that was made for other queries
                         continue
                     part, ids = [queries[m] for m in members], [rows[m] for m in members]

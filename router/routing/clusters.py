@@ -185,23 +185,31 @@ def with_base(centres: Array) -> Array:
     return np.concatenate([centres, base])
 
 
-def nearest(weights: Array, centres: Array) -> NDArray[np.int64]:
-    """The variant that answers each new query, (queries,): the nearest one that is of its first candidate.
+def firsts(weights: Array, clusters: Clusters) -> NDArray[np.bool_]:
+    """Which candidates are the first of a query in each group, (variants, candidates)."""
+    found = np.zeros(clusters.weights.shape, bool)
+    found[clusters.labels, mixes(weights).argmax(1)] = True
+    return found
 
-    That one has at least half of the largest share in it. Where there is none, as no query of the sample
-    asked for this adapter, the base model answers.
+
+def nearest(weights: Array, centres: Array, of: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The variant that answers each new query, (queries,): the nearest one made for its first candidate.
+
+    Where there is none, since no query of the sample asked for this adapter, the base model answers.
 
     Args:
         weights: (queries, candidates), rows sum to 1.
         centres: (variants, candidates), as `with_base` gives them.
+        of: (variants, candidates), as `firsts` gives them.
 
     Example:
         >>> centres = np.array([[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
-        >>> nearest(np.array([[0.9, 0.1, 0.0, 0.0], [0.1, 0.9, 0.0, 0.0], [0.1, 0.0, 0.9, 0.0]]), centres)
+        >>> later = np.array([[0.9, 0.1, 0.0, 0.0], [0.1, 0.9, 0.0, 0.0], [0.1, 0.0, 0.9, 0.0]])
+        >>> nearest(later, centres, centres > 0)
         array([1, 0, 2])
     """
     points = mixes(weights)
-    there = centres.max(1) <= 2 * centres[:, points.argmax(1)].T  # (queries, variants)
+    there = of[:, points.argmax(1)].T  # (queries, variants)
     there = np.where(there.any(1, keepdims=True), there, np.isclose(centres[:, -1], 1.0))
     return np.asarray(np.where(there, _apart(points, centres), np.inf).argmin(1), np.int64)
 

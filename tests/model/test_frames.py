@@ -19,7 +19,16 @@ def test_a_text_in_a_known_format_is_parted(form):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "What is it?\nAnswer:", "### Instruction:\nx", "a [/INST]", CHATML.after, "USER: x"]
+    "text",
+    [
+        f"{CHATML.user}a{CHATML.after}b<|im_end|>\n{CHATML.user}c",
+        "",
+        "What is it?\nAnswer:",
+        "### Instruction:\nx",
+        "a [/INST]",
+        CHATML.after,
+        "USER: x",
+    ],
 )
 def test_any_other_text_is_bare(text):
     (parts,) = turns_of_text(text)
@@ -75,7 +84,7 @@ def test_the_templates_own_system_message_and_none_are_frames():
 
 
 def test_a_frame_that_is_told():
-    assert within("Q: x A:", "Q: {input} A:") == ("Q: ", "x", " A:", ("Q: ", " A:"))
+    assert within("Q: x A:", "Q: {input} A:")[:4] == ("Q: ", "x", " A:", ("Q: ", " A:"))
     for other in ("Q: x", "Q: A:", "x A:"):
         assert within(other, "Q: {input} A:").common == BARE
 
@@ -84,7 +93,7 @@ def test_what_a_good_part_of_the_texts_share_is_found():
     asked = [f"Ask: what is {n}?\nThink.\nTell:" for n in "abcdefgh"]
     frame = Frame("Ask: what is ", "\nThink.\nTell:")
     assert usual(asked, 8) == usual([*asked, *"uvwxyz"], 8) == frame
-    assert bare(asked[0], frame) == (frame.before, "a?", frame.after, BARE)
+    assert bare(asked[0], frame)[:4] == (frame.before, "a?", frame.after, BARE)
     assert usual(asked, 9) == usual([*asked, *map(str, range(25))], 8) == BARE  # too few
     assert usual(["same\nsame"] * 20, 8) == usual([], 8) == BARE
     assert usual([f"Rules.\n{n}" for n in range(9)], 8) == Frame("Rules.\n", "")

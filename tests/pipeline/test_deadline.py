@@ -84,6 +84,14 @@ def test_what_costs_least_is_answered_first_and_no_variant_is_read_in_vain(
     lengths = {row[0]: len(row[1]) for row in ROWS if row[2] == "generation"}
     done = {own for own in answers if answers[own] != "unknown"}
     assert done == {"m1", "m2", min(lengths, key=lengths.get)}
+    clock.now = 0
+    assert command("base")[0] == 0  # what was cut is no unfinished run
+    clock.now = 0
+    _, out = command(
+        "proto_route", "--batch_size", 1, "--time_limit", 1.8, "--false_positive_rate", 0.99, out="third"
+    )
+    answers = {row["id"]: row["prediction"] for row in read_table(out / "queries.csv")}
+    assert "unknown" not in (answers["m1"], answers["m2"]) and told(out)["unanswered"]
     clock.now, read[:] = 0, []
     _, out = command("proto_route", "--batch_size", 1, "--time_limit", 0.9, out="other")
     assert told(out)["unanswered"] == len(ROWS) - 2 and not any(read)  # what the base model answers, first

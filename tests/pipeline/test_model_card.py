@@ -116,6 +116,11 @@ LICENCES = {
     "broken": (("license: [", "- mit", "license: !!python/name:os.system"), "other", ["not declared"] * 3),
     "one of its own": ((OTHER,) * 3, "other", ["other, my \\| own, https://some.org/terms"] * 3),
     "endless": ((MIT, f"license: mit\nx: [{'a, ' * 20000}]", MIT), "other", ["MIT", "not declared", "MIT"]),
+    "odd": (
+        ("license: MIT\nmodel-index:\n- name: x\n  results:\n  - task: {type: y}",) * 3,
+        "mit",
+        ["MIT"] * 3,
+    ),
     "a choice": (("license: [mit, apache-2.0]",) * 3, "other", ["mit, apache-2.0"] * 3),
 }
 

@@ -352,6 +352,8 @@ def test_of_a_long_message_under_a_long_system_message_both_are_read(method):
         seen = made.tokenizer.decode(ids)
         assert all(part in seen for part in ("system: Start", "end.\nuser: ", text[:9], text[-6:]))
         assert len(ids) == MAX_TOKENS
+        ((read,),) = method(max_seq_len=160).turns([query])  # which reads both ends
+        assert text[-6:] in made.tokenizer.decode(truncated([read.ids])[0])
 
 
 def test_text_that_ends_as_the_template_does_is_in_its_frame(chat_router, tmp_path):

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from router.routing.clusters import MEAN_LOSS, WORST_LOSS, cluster, mixes, most_variants, nearest, with_base
+from router.routing.clusters import (
+    MEAN_LOSS,
+    WORST_LOSS,
+    Clusters,
+    cluster,
+    firsts,
+    mixes,
+    most_variants,
+    nearest,
+    with_base,
+)
 
 
 def lost(weights, clusters):
@@ -45,20 +55,22 @@ def test_every_query_is_in_the_nearest_mean(n_variants):
     np.testing.assert_allclose(found.weights.sum(1), 1, atol=1e-12)
     distances = ((mixes(weights)[:, None] - found.weights[None]) ** 2).sum(2)
     assert (distances[np.arange(120), found.labels] <= distances.min(1) + 1e-9).all()
+    of = firsts(weights, found)
+    assert (nearest(weights, found.weights, of) == found.labels).all()
     later = random_rows(300, 5, seed=1)
     distances = ((mixes(later)[:, None] - found.weights[None]) ** 2).sum(2)
-    distances[found.weights.max(1) > 2 * found.weights[:, mixes(later).argmax(1)].T] = np.inf
-    assert (nearest(later, found.weights) == distances.argmin(1))[np.isfinite(distances).any(1)].all()
+    distances[~of[:, mixes(later).argmax(1)].T] = np.inf
+    assert (nearest(later, found.weights, of) == distances.argmin(1))[np.isfinite(distances).any(1)].all()
     again = cluster(weights, n_variants, seed=0)
     assert np.array_equal(again.labels, found.labels) and np.array_equal(again.weights, found.weights)
 
 
 def test_a_query_of_an_adapter_that_no_variant_has_is_the_base_models():
-    centres = with_base(np.array([[1.0, 0, 0, 0, 0], [0, 0.5, 0.3, 0.2, 0]]))
-    weights = np.array(
-        [[0.1, 0, 0, 0.8, 0.1], [0, 0.1, 0.3, 0.4, 0.2], [0, 0.1, 0.9, 0, 0], [0.9, 0, 0, 0.1, 0]]
-    )
-    assert nearest(weights, centres).tolist() == [2, 2, 1, 0]
+    sample = np.array([[1.0, 0, 0, 0, 0], *[[0, 1.0, 0, 0, 0]] * 9, [0, 0.4, 0.35, 0.25, 0]])
+    made = Clusters(np.repeat([0, 1], [1, 10]), np.array([[1.0, 0, 0, 0, 0], [0, 0.94, 0.035, 0.025, 0]]))
+    of = np.vstack([firsts(sample, made), [[False] * 4 + [True]]])
+    later = np.array([[0.1, 0, 0, 0.8, 0.1], [0, 0.1, 0.9, 0, 0], [0, 0.4, 0.3, 0.3, 0], [0.9, 0, 0, 0.1, 0]])
+    assert nearest(later, with_base(made.weights), of).tolist() == [2, 2, 1, 0]
 
 
 @pytest.mark.parametrize("n_variants", [None, 7])
