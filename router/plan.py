@@ -26,14 +26,14 @@ from router.library.adapters import check_against_base, load_library
 from router.library.sources import expand, is_here
 from router.methods import load_method
 from router.model import base as models
-from router.model.answer import cut, encode, positions
+from router.model.answer import encode, positions
 from router.model.apply import picked
 from router.model.device import batch_tokens, cache_bytes, pick_device, pick_dtype
 from router.model.frames import BARE
 from router.model.passes import MAX_TOKENS, forward
 from router.model.template import template_for
 from router.pipeline.per_token import PerToken
-from router.pipeline.steps import Method, Static, default_base
+from router.pipeline.steps import Method, Static, default_base, encoded
 from router.queries.submission import GENERATION, read_queries
 from router.routing.calibration import generic_prompts
 from router.settings import Settings
@@ -139,20 +139,14 @@ def plan(name: str, settings: Settings) -> Plan:
     library = check_against_base(library, base, local, models.linear_shapes(model), bad)
     device = torch.device(pick_device(settings.device))
     template = template_for(tokenizer, settings.chat_template, (of.folder.path for of in library))
-    talks = template.known and any(query.messages for query in queries)
-    rows = [
-        cut(template.ids(query.conversation, query.id), settings.max_seq_len)
-        if talks and query.messages
-        else encode(tokenizer, [query.input], settings.max_seq_len)[0]
-        for query in queries
-    ]
+    rows = encoded(template, queries, settings.max_seq_len)
     run = _Run(
         method, settings, model, file_bytes, device, pick_dtype(settings.dtype, device.type),
         folders=[adapter.folder for adapter in library if name != "base"],
         prompts=len(rows), tokens=sum(map(len, rows)),
         texts=sum(query.eval_type == GENERATION for query in queries),
     )  # fmt: skip
-    frames = [BARE, *([template.usable] if talks and template.usable else [])]
+    frames = [BARE, *([template.frame] if any(query.messages for query in queries) else [])]
     texts = [text for frame in frames for text in generic_prompts(frame)]
     generic = 2 * sum(map(len, encode(tokenizer, texts, settings.max_seq_len)))  # for means, for responses
     return Plan(

@@ -55,9 +55,8 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
             best, now = scores[turn].argmax(), scores[row].argmax()
             needed = TO_BASE if scores.shape[1] - 1 in (best, now) else SWITCH
             lead = (scores[turn, best] - scores[turn, now]) * min(1, read.words / BRIEF)
-            if lead > needed or (
-                best == now and read.words >= BRIEF
-            ):  # "ok" makes nobody surer, or less sure
+            agrees = best == now and read.words >= BRIEF  # "ok" makes nobody surer, or less sure
+            if lead > needed or agrees:
                 row = turn
         rows.append(row)
         start += len(reads)

@@ -67,9 +67,8 @@ class Saved:
         wide = len(self.candidates)
         if len(self.centres) != len(self.variants) or any(len(row) != wide for row in self.centres):
             raise ValueError("expected a centre for each variant, with a weight for each candidate")
-        if len(self.firsts) != len(self.variants) or not {n for of in self.firsts for n in of} <= {
-            *range(wide)
-        }:
+        numbers = [n for of in self.firsts for n in of]
+        if len(self.firsts) != len(self.variants) or any(not 0 <= n < wide for n in numbers):
             raise ValueError("expected numbers of candidates for each variant")
 
     @property

@@ -89,6 +89,13 @@ def load(context: Context) -> Loaded:
     return Loaded(base, adapters, bad or [])
 
 
+def encoded(template: Template, queries: Sequence[Query], most: int | None) -> list[list[int]]:
+    """The token ids of each query's prompt, at most so many; a conversation's is in the template."""
+    prompts = iter(encode(template.tokenizer, [q.input for q in queries if not q.messages]))
+    rows = [template.ids(q.conversation, q.id) if q.messages else next(prompts) for q in queries]
+    return [cut(row, most, bool(q.messages)) for row, q in zip(rows, queries, strict=True)]
+
+
 class Method(ABC):
     """A method that gives every query its weights; clusters and variants do the rest.
 
@@ -152,10 +159,7 @@ class Method(ABC):
         Raises:
             InputError: the template refuses a conversation.
         """
-        prompts = iter(encode(self.tokenizer, [q.input for q in queries if not q.messages]))
-        rows = [self.template.ids(q.conversation, q.id) if q.messages else next(prompts) for q in queries]
-        most = self.settings.max_seq_len
-        return [cut(row, most, bool(q.messages)) for row, q in zip(rows, queries, strict=True)]
+        return encoded(self.template, queries, self.settings.max_seq_len)
 
     def kept(self, name: str, count: int) -> Routing | None:
         """The routing of so many queries, if the journal kept one; the same in all processes."""
@@ -240,11 +244,11 @@ class Method(ABC):
                 found = answered_by_vllm(self.base, queries, rows, variants, self.context, bar.update)
                 return self._ended(queries, found, variants)
             with applied(self.base, self.settings.apply) as models:
-                kinds = [GENERATION, MULTIPLE_CHOICE]
-                parts = [kinds[::-1]] if not self.context.deadline else [[kind] for kind in kinds[::-1]]
-                for wanted, n in product(parts, swap_order(paths)):
+                kinds = MULTIPLE_CHOICE, GENERATION
+                turns = [{kind} for kind in kinds] if self.context.deadline else [set(kinds)]
+                for turn, n in product(turns, swap_order(paths)):  # in short time, what costs least first
                     members = [
-                        m for m in np.flatnonzero(labels == n).tolist() if queries[m].eval_type in wanted
+                        m for m in np.flatnonzero(labels == n).tolist() if queries[m].eval_type in turn
                     ]
                     if not members:  # a variant that was made for other queries
                         continue
