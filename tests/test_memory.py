@@ -16,7 +16,7 @@ from router.system.errors import InputError
 LIMITED = """
 import sys
 from resource import RLIMIT_AS, getpagesize, setrlimit
-import router.main, router.pipeline.record, router.run
+import router.methods.proto_route, router.main, router.pipeline.record, router.run
 router.main.LEAST = 0
 own = int(open("/proc/self/statm").read().split()[0]) * getpagesize()
 setrlimit(RLIMIT_AS, (own, own))
