@@ -12,6 +12,10 @@ from helpers import PLAIN, arguments, shared, write_queries, write_tiny_library
 settings.register_profile("same cases each time", deadline=None, derandomize=True, database=None)
 settings.load_profile("same cases each time")
 
+# Files whose tests start other processes, or take many architectures or damaged files; those that need a browser
+# are slow, too.
+SLOW = set("card device_map families full_disk fuzz kit_golden memory notebook numbers processes serve".split())
+
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run the slow tests too")
@@ -24,7 +28,8 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--all"):
         skip = pytest.mark.skip(reason="slow; run with --all")
         for item in items:
-            if "slow" in item.keywords:
+            slow = "slow" in item.keywords or "browser" in item.fixturenames
+            if slow or item.path.stem.removeprefix("test_") in SLOW:
                 item.add_marker(skip)
 
 

@@ -76,6 +76,7 @@ def wheel_and_sdist(tmp_path_factory):
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 
 
+@pytest.mark.slow
 def test_wheel_and_sdist_hold_every_module_and_data_file(wheel_and_sdist):
     data = {
         "router/py.typed", "merge/py.typed", "router/routing/generic.json", "router/routing/talk.json",

@@ -178,6 +178,7 @@ def test_a_run_killed_while_it_probes_goes_on(command, monkeypatch):
     assert files_of(out) == files_of(whole)
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment(tmp_path, tiny_base, tiny_library, monkeypatch):
     """The real signal, at moments spread over the whole run; processes start with all imported."""
     queries = write_queries(tmp_path / "queries.csv")

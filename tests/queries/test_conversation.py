@@ -385,6 +385,7 @@ def test_adapters_of_a_template_that_ends_like_alpacas_are_at_home_in_it(method,
     assert len(made.forms) == 1 and made.forms[0].before == "### Instruction:\n"
 
 
+@pytest.mark.slow
 def test_a_template_that_writes_the_system_message_last_makes_few_frames(chat_router, tmp_path, monkeypatch):
     last = PLAIN + "{% for m in messages if m['role'] == 'system' %}{{ m['content'] }}{% endfor %}"
     chat_router()  # which writes the file

@@ -49,6 +49,7 @@ def test_rows_end_as_on_any_system(tmp_path, end):
     assert list(read_rows(path, ["adapter"])) == rows
 
 
+@pytest.mark.slow
 @given(st.text() | st.sampled_from(["NA", "None", "nan", "NULL", "007", "1e5", "True", " blanks ", "a\0b"]))
 @example("x" * 2_000_000)
 @example('one\rtwo\r\nthree\nfour\t,"five"\r')

@@ -71,6 +71,7 @@ def test_a_score_loses_its_handicap_and_the_residual_does_not(kind):
         kind().fit(generic, handicap=np.zeros(3))
 
 
+@pytest.mark.slow
 def test_a_saved_router_knows_homes_in_frames_that_come_later(chat_router, monkeypatch, tmp_path):
     monkeypatch.setattr(
         "router.pipeline.fitted.trained_in", lambda framed, bare: np.array([True, False, False])
