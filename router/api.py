@@ -405,7 +405,7 @@ class Router:
         self._check_adapters()
         weights = self.route(texts).to_numpy()
         many = self._method.n_variants if n_variants is None else n_variants
-        self._decide(weights, cluster(weights, many, self._method.settings.seed))
+        self._decide(weights, cluster(weights, many, self._method.settings.seed, self._method.sharp))
         return self
 
     def _check_adapters(self) -> None:
@@ -529,7 +529,7 @@ class Router:
             raise ValueError("expected variants; call fit with a sample of the queries to come")
         method, rows, folder = self._method, self._method.encoded(queries), self._variants()
         routing = method.route(queries, rows)
-        labels = nearest(routing.weights, self._centres, self._firsts)
+        labels = nearest(routing.weights, self._centres, self._firsts, method.sharp)
         clusters = Clusters(labels, self._centres)
         folders = folder_names(self.variants)
         decision = Decision(self._base, method.adapters, routing, clusters, self.variants, folders)

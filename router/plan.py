@@ -238,6 +238,7 @@ def _memory(run: _Run) -> int:
         copied = sum(d_out * d_in for d_out, d_in in shapes.values()) * size  # what an adapter changes
     written, chosen = batch_tokens(run.model, run.device, run.dtype)
     logits = chosen * config.get_text_config(decoder=True).vocab_size * size
-    work = max(RESPONSES, 2 * cache_bytes(config, run.dtype) * written, logits)
+    longest = max(written, run.settings.max_gen_len)
+    work = max(RESPONSES, 2 * cache_bytes(config, run.dtype) * longest, logits)
     held = KERNELS + 4 * run.factors + 16 * len(run.folders) * run.prompts + copied + work
     return int(LIBRARIES + weights + max(run.file_bytes, held))  # the file stays mapped while it is read

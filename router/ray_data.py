@@ -26,7 +26,7 @@ from router.main import stop
 from router.model.device import pick_device
 from router.pipeline.journal import alone_in
 from router.pipeline.record import versions
-from router.queries.submission import Query, query_of, read_queries, submitted
+from router.queries.submission import Query, check_id, query_of, read_queries, submitted
 from router.settings import Count, Settings, reader
 from router.system.errors import InputError, exit_code, reason, told_if_memory_runs_out
 from router.system.files import is_folder, sha256_of, told_if_full
@@ -101,10 +101,11 @@ def read(path: Path) -> list[Query]:
         raise InputError(f"--input {path}: expected a Parquet file ({reason(error)})") from error
     if not rows:
         raise InputError(f"--input {path}: expected at least one query, found none")
-    found = []
+    found, numbers = [], dict[str, int]()
     for n, row in enumerate(rows, 1):
-        given = {key: value for key, value in row.items() if value is not None}
-        found.append(query_of(given | {"id": str(row.get("id", n))}, f"{path}, row {n}"))
+        given = {"id": n} | {key: value for key, value in row.items() if value is not None}
+        check_id(own := str(given["id"]), n, numbers, path, "row")
+        found.append(query_of(given | {"id": own}, f"{path}, row {n}"))
     return found
 
 

@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
@@ -184,12 +184,11 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
     device, dtype = model.device, model.dtype
     if device.type == "cpu" and dtype.itemsize < 4:  # each number of threads rounds otherwise
         found["threads"] = torch.get_num_threads()
-    brought = (of.folder.path / name for of in source.adapters for name in (TEMPLATE, TOKENIZER))
-    templates = (file for file in (settings.chat_template, *brought) if file and file.is_file())
-    read = (file for file in made.reads(source.adapters, settings) if file.is_file())
+    templates = [of.folder.path / name for of in source.adapters for name in (TEMPLATE, TOKENIZER)]
+    templates += [settings.chat_template] if settings.chat_template else []
     return found | {
-        "templates": [sha256_of(file) for file in templates],
-        "what the method reads": [sha256_of(file) for file in read],
+        "templates": _each(templates),
+        "what the method reads": _each(made.reads(source.adapters, settings)),
         "dtype": str(dtype), "device": device.type, "base model": source.base.sha256,
         "configuration": source.base.configuration,
         # Other batches round otherwise, which decides between answers that are nearly as likely.
@@ -198,6 +197,11 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
         # In order, as the columns of the routing are.
         "adapters": [[adapter.name, content(adapter)] for adapter in source.adapters],
     }  # fmt: skip
+
+
+def _each(files: Sequence[Path]) -> list[str | None]:
+    """The hash of each file, None where there is none: which adapter has one counts, too."""
+    return [sha256_of(file) if file.is_file() else None for file in files]
 
 
 def _no_answer(journal: Journal, deadline: Deadline | None) -> InputError:
@@ -360,7 +364,7 @@ def _check_names(settings: Settings) -> None:
             if not whole(str(text)):  # bytes that were no UTF-8
                 raise InputError(f"--{flag} {text}: expected a name in UTF-8, got another; rename it")
     queries = {path.resolve() for path in settings.dataset_filepaths}
-    taken = {RECORD, REPORT, VARIANTS, FOLDER, LOCK, COMMIT}
+    taken = {RECORD, REPORT, VARIANTS, TEMPLATE, FOLDER, LOCK, COMMIT}
     for path in settings.dataset_filepaths:
         for name in _outputs(path):
             output = settings.output_folder / name

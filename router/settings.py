@@ -127,9 +127,9 @@ class Settings:
         "FLOAT",
     )
     top_k: Count = setting(TOP_K, "maximum number of adapters per query, from 1", "INT")
-    false_positive_rate: Annotated[float, Field(gt=0, lt=1)] = setting(
+    false_positive_rate: Annotated[float, Field(ge=1e-6, lt=1)] = setting(
         FALSE_POSITIVE_RATE,
-        "of queries that no adapter fits, the share that may be sent to one, between 0 and 1",
+        "of queries that no adapter fits, the share that may be sent to one, between 0.000001 and 1",
         "FLOAT",
     )
     seed: Annotated[int, Field(ge=0, le=LARGEST)] = setting(

@@ -12,9 +12,11 @@ from helpers import PLAIN, arguments, shared, write_queries, write_tiny_library
 settings.register_profile("same cases each time", deadline=None, derandomize=True, database=None)
 settings.load_profile("same cases each time")
 
-# Files whose tests start other processes, or take many architectures or damaged files; those that need a browser
-# are slow, too.
-SLOW = set("card device_map families full_disk fuzz kit_golden memory notebook numbers processes serve".split())
+# Files whose tests start other processes, or take many architectures or damaged files. What needs a browser
+# is slow, too.
+SLOW = set(
+    "card device_map families full_disk fuzz kit_golden memory notebook numbers processes serve".split()
+)
 
 
 def pytest_addoption(parser):

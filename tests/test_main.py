@@ -190,6 +190,13 @@ REFUSED = {
     "no labels": (
         "oracle", lambda t: ["--dataset_filepaths", other_file(t, columns=COLUMNS[:4])], "adapter",
     ),
+    "two labels of a query": (
+        "oracle",
+        lambda t: ["--dataset_filepaths", *(
+            write_queries(t / f"{name}.csv", [("1", "a", "generation", "", name)]) for name in NAMES[:2]
+        )],
+        f"{NAMES[1]}.csv, line 2, column adapter",
+    ),
     "unknown label": (
         "oracle",
         lambda t: ["--dataset_filepaths", other_file(t, rows=[("1", "a", "generation", "", "mlp+lyrics")])],
@@ -448,7 +455,9 @@ def test_something_else_that_no_run_wrote_is_left_alone(name, flags, command, tm
     assert mine.read_text() == '{"pace": 5}'
 
 
-@pytest.mark.parametrize("name", ["run.json", "report.html", ".lock", "variants", ".journal"])
+@pytest.mark.parametrize(
+    "name", ["run.json", "report.html", ".lock", "variants", ".journal", "chat_template.jinja"]
+)
 def test_a_query_file_of_a_name_that_a_run_needs_is_refused(name, command, tmp_path, capsys, unloaded):
     assert command("base", "--dataset_filepaths", write_queries(tmp_path / name))[0] == 2
     assert name in capsys.readouterr().err

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -106,6 +107,10 @@ def test_parquet_and_csv_hold_the_same_queries(tmp_path, queries):
     pq.write_table(pa.table({"messages": [talk, talk]}), tmp_path / "chat.parquet")
     first, second = ray_data.read(tmp_path / "chat.parquet")
     assert first.conversation == talk and (first.id, second.id) == ("1", "2")
+    for ids, found in ((["a", None], ["a", "2"]), (["a", "a"], None), (["a", " "], None)):
+        pq.write_table(pa.table({"id": ids, "messages": [talk, talk]}), tmp_path / "chat.parquet")
+        with nullcontext() if found else pytest.raises(InputError, match="row 2, column id"):
+            assert [query.id for query in ray_data.read(tmp_path / "chat.parquet")] == found
 
 
 @pytest.mark.parametrize(

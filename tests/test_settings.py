@@ -36,7 +36,7 @@ def test_what_no_version_knows_goes_what_is_missing_is_named():
 
 ENDS = [
     ("seed", 1 << 31), ("n_variants", 0), ("max_gen_len", 1 << 31), ("temperature", 0.0),
-    ("temperature", float("inf")), ("false_positive_rate", 0.0), ("false_positive_rate", 1.0),
+    ("temperature", float("inf")), ("false_positive_rate", 5e-324), ("false_positive_rate", 1.0),
 ]  # fmt: skip
 
 

@@ -187,9 +187,9 @@ def card(folder: Path) -> tuple[str, str]:
     """An adapter's model card, its YAML header and its text; "" where there is none."""
     text, file = "", folder / CARD_FILE
     if file.is_file():
-        with file.open(encoding="utf-8", errors="replace") as card:
+        with file.open(encoding="utf-8-sig", errors="replace") as card:
             text = card.read(LONGEST_CARD)
-    found = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    found = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", text, re.DOTALL)
     return (found[1], text[found.end() :]) if found else ("", text)
 
 
@@ -209,14 +209,14 @@ def base_of(adapters: Iterable[Adapter]) -> str:
     Raises:
         InputError: they name several, or none at all.
     """
-    named: dict[str, str] = {}
+    named: dict[str, Adapter] = {}  # by what each model is called
     for adapter in adapters:
         if adapter.folder.base_model:
-            named.setdefault(adapter.folder.base_model, adapter.name)
+            named.setdefault(_model(adapter.folder.base_model), adapter)
     if len(named) != 1:
-        what = "; ".join(f"{adapter} names {base}" for base, adapter in named.items()) or "none named"
+        what = "; ".join(f"{of.name} names {of.folder.base_model}" for of in named.values()) or "none named"
         raise InputError(f"--adapters: expected one base model for all: {what}; pass --base_model")
-    return next(iter(named))
+    return next(iter(named.values())).folder.base_model
 
 
 def check_against_base(
@@ -253,7 +253,7 @@ def misfit(
         )
     for module, shape in adapter.folder.shapes.items():
         if shapes.get(module) != shape:
-            had = f"{shapes[module]}" if module in shapes else "no such linear layer"
+            had = f"{shapes[module]}" if module in shapes else "no such linear layer below its output layer"
             return InputError(
                 f"{where}: {module} has shape {shape}, but {base_name} has {had} there; "
                 "is it an adapter of another base model?"
@@ -268,7 +268,8 @@ def _model(name: str) -> str:
         >>> _model("unsloth/mistral-7b-v0.1-bnb-4bit") == _model("mistralai/Mistral-7B-v0.1")
         True
     """
-    return re.sub(r"(-unsloth)?-(bnb-4bit|gptq|awq)$", "", name.rpartition("/")[2].casefold())
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]  # of a folder, also one of Windows
+    return re.sub(r"(-unsloth)?-(bnb-4bit|gptq|awq)$", "", last.casefold())
 
 
 def last_block(adapters: Sequence[Adapter]) -> list[str]:

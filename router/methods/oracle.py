@@ -31,8 +31,8 @@ class Oracle(Method):
         """Weight 1 for the labelled adapter, or equal shares for several.
 
         Raises:
-            InputError: a query file has no labels, or a label names no adapter of the library, or the queries
-                are others than those of the query files.
+            InputError: a query file has no labels, a label names no adapter of the library, a query has two
+                labels, or the queries are others than those of the query files.
         """
         if list(queries) != [of for path in self.settings.dataset_filepaths for of in read_queries(path)]:
             raise InputError(
@@ -45,7 +45,13 @@ class Oracle(Method):
             for path in self.settings.dataset_filepaths
             for line, label in read_labels(path, "adapter")
         )
+        known: dict[Query, str] = {}  # the same query has one answer
         for n, (path, line, label) in enumerate(labels):
+            if (other := known.setdefault(queries[n], label)) != label:
+                raise InputError(
+                    f"{path}, line {line}, column adapter: expected {other!r}, which the same query has in "
+                    f"another file, got {label!r}; answer the files in two runs"
+                )
             needed = adapters_of(label)
             for name in needed:
                 if name not in names:

@@ -76,6 +76,7 @@ class ProtoRoute(Method):
             `Fitted.probe` does.
     """
 
+    sharp = True
     elsewhere: Callable[[Fitted, Sequence[Sequence[int]]], Probed] | None = None
 
     @cached_property
@@ -181,7 +182,16 @@ class ProtoRoute(Method):
         assert framed is not None
         base_score = routing.evidence.base_score.copy()
         base_score[under] += (routing.evidence.lead[under] - framed.lead) / 2
-        evidence = together([replace(routing.evidence, base_score=base_score), framed.rows(slice(0))])
+        evidence = replace(routing.evidence, base_score=base_score)
+        around = {reads[n].shared: evidence.frames.index(list(reads[n].frame)) for n in under}
+        thresholds = [  # means, as the lead is
+            {
+                rate: (value + evidence.thresholds[around[Frame(*frame)]][rate]) / 2
+                for rate, value in of.items()
+            }
+            for frame, of in zip(framed.frames, framed.thresholds, strict=True)
+        ]
+        evidence = together([evidence, replace(framed.rows(slice(0)), thresholds=thresholds)])
         evidence.frame[under] = [evidence.frames.index(list(read.frame)) for read in again]
         weights = routing.weights.copy()
         scores = np.nan_to_num(evidence.candidates[under].astype(np.float64), nan=-np.inf)

@@ -25,8 +25,11 @@ def cache_argument(model: Any) -> str:
     return "cache" if "cache" in signature(plain.forward).parameters else "past_key_values"
 
 
+STEP = 1024  # new tokens for which there is room at once
+
+
 class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
-    """One layer's keys and values with room for tokens to come."""
+    """One layer's keys and values with room for tokens to come, at most STEP at a time."""
 
     keys: Tensor
     values: Tensor
@@ -34,17 +37,22 @@ class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
-        self._all: tuple[Tensor, ...] = tuple(
-            torch.nn.functional.pad(x, (0, 0, 0, room)) for x in (keys, values)
-        )
+        self._all: tuple[Tensor, ...] = keys, values
+        self._widen(min(room, STEP))
         self._show(keys.shape[-2])
+
+    def _widen(self, room: int) -> None:
+        self._all = tuple(torch.nn.functional.pad(x, (0, 0, 0, room)) for x in self._all)
 
     def _show(self, length: int) -> None:
         self.keys, self.values = (whole[:, :, :length] for whole in self._all)  # (B, heads, length, d)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         start = self.keys.shape[-2]
-        self._show(start + key_states.shape[-2])
+        end = start + key_states.shape[-2]
+        if end > self._all[0].shape[-2]:
+            self._widen(end - start + STEP)
+        self._show(end)
         self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
         return self.keys, self.values
 

@@ -95,10 +95,15 @@ class Journal(UserDict[Query, Answer]):
         own = self.folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
         own.touch()
         ends = {path: self._read(path) for path in self.folder.glob("answers*.jsonl")}
-        self.resumed = bool(self.data) or any(self.folder.glob("*.safetensors"))
+        self.resumed = bool(self.data) or self._routed
         self._file: IO[bytes] = own.open("r+b")
         self._file.truncate(ends[own])
         self._file.seek(ends[own])
+
+    @property
+    def _routed(self) -> bool:
+        """Whether it holds a routing, or a part of one."""
+        return any(self.folder.glob("*.safetensors"))
 
     def _begin(self, identity: dict[str, Any]) -> None:
         """Goes on with what is there, or starts anew where there is nothing, or nothing of this identity."""
@@ -115,7 +120,8 @@ class Journal(UserDict[Query, Answer]):
         other = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
         if not other:
             return
-        if known and not (self.folder / DONE).exists():
+        begun = self._routed or any(file.stat().st_size for file in self.folder.glob("answers*.jsonl"))
+        if known and begun and not (self.folder / DONE).exists():
             raise InputError(
                 f"--output_folder {self.folder.parent}: holds an unfinished run that differs in "
                 f"{', '.join(other)}; choose another folder, or pass --fresh to start anew there"
@@ -169,7 +175,7 @@ class Journal(UserDict[Query, Answer]):
     def close(self) -> None:
         """Closes the file; a journal without an entry goes."""
         self._file.close()
-        if not self.data and not any(self.folder.glob("*.safetensors")):
+        if not self.data and not self._routed:
             self.discard()
 
     def finish(self) -> None:

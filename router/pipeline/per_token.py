@@ -219,7 +219,8 @@ class PerToken(Method):
         experts, pad = self.experts, self.tokenizer.pad_token_id
         with self.stages("weights"):
             means = mean_weights(self.base.model, rows, pad, experts, self.weigh, len(self.adapters))
-        return Routing(np.column_stack([means, np.full(len(means), 0.0 if experts else 1.0)]))
+        weights = np.column_stack([means, ~means.any(1)])  # the base model's where text reaches no expert
+        return Routing(weights / weights.sum(1, keepdims=True))  # means of thousands of tokens are rounded
 
     def write_variants(self, variants: Sequence[Variant], folder: Path) -> list[str | None]:
         """Writes nothing: there is no merged adapter."""

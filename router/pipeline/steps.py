@@ -107,7 +107,11 @@ class Method(ABC):
 
     Attributes:
         shapes: (d_out, d_in) of the base model's linear layers.
+        sharp: whether weights tell how likely each candidate is right, so that one may answer alone; else a
+            query is answered with the mix that they are.
     """
+
+    sharp = False
 
     def __init__(
         self, name: str, base: Base, adapters: Sequence[Adapter], context: Context | None = None
@@ -299,7 +303,7 @@ def group(method: Method, routing: Routing) -> tuple[Clusters, list[Variant]]:
     """Groups queries of similar weights, and decides the variant of each group."""
     with method.stages("clusters"):
         clusters = method.context.processes.decided(
-            lambda: cluster(routing.weights, method.n_variants, method.settings.seed)
+            lambda: cluster(routing.weights, method.n_variants, method.settings.seed, method.sharp)
         )
         return clusters, decide(clusters.weights, [adapter.name for adapter in method.adapters])
 

@@ -185,7 +185,7 @@ def read_queries(path: Path) -> list[Query]:
             try:
                 if isinstance(row, str):
                     raise InputError(f"{path}, line {line}: {row}")
-                _check_id(row["id"], line, lines, path)
+                check_id(row["id"], line, lines, path)
                 spelt = {name: row[name] for name in columns or row}
                 queries.append(query_of(spelt, f"{path}, line {line}", csv=bool(columns)))
             except InputError as error:
@@ -200,13 +200,17 @@ def read_queries(path: Path) -> list[Query]:
     return queries
 
 
-def _check_id(name: str, line: int, lines: dict[str, int], path: Path) -> None:
-    """Refuses no id, one that is no UTF-8, and one of an earlier line."""
+def check_id(name: str, line: int, lines: dict[str, int], path: Path, what: str = "line") -> None:
+    """Notes on which line, or row, an id stands.
+
+    Raises:
+        InputError: it is blank, no UTF-8, or stands on an earlier one.
+    """
     if not name.strip() or not whole(name):
-        raise InputError(f"{path}, line {line}, column id: expected an id, got {name!r}")
+        raise InputError(f"{path}, {what} {line}, column id: expected an id, got {name!r}")
     if (first := lines.setdefault(name, line)) != line:
         raise InputError(
-            f"{path}, line {line}, column id: {name!r} stands on line {first} too; ids must be unique"
+            f"{path}, {what} {line}, column id: {name!r} stands on {what} {first} too; ids must be unique"
         )
 
 

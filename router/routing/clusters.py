@@ -34,7 +34,7 @@ class Clusters:
     weights: Array
 
 
-def mixes(weights: Array) -> Array:
+def mixes(weights: Array, sharp: bool = True) -> Array:
     """What each query is to be answered with, (queries, candidates); rows sum to 1.
 
     The base model, the last candidate, answers alone or not at all: it answers where it has the largest
@@ -42,12 +42,17 @@ def mixes(weights: Array) -> Array:
     the adapters one answers alone if it has more than PURE of their weight. Two equal halves, the average of
     two adapters, stay a mix.
 
+    Args:
+        sharp: False takes weights as they are, of methods whose weights are shares by their own formula.
+
     Example:
         >>> mixes(np.array([[0.4, 0.3, 0.3], [0.35, 0.35, 0.3], [0.3, 0.3, 0.4]]))
         array([[1. , 0. , 0. ],
                [0.5, 0.5, 0. ],
                [0. , 0. , 1. ]])
     """
+    if not sharp:
+        return weights
     best, last = weights.argmax(1), weights.shape[1] - 1
     adapters = weights / np.where(best == last, 1.0, 1.0 - weights[:, -1])[:, None]
     adapters[:, -1] = 0.0
@@ -62,7 +67,7 @@ def most_variants(best: int) -> int:
     return math.ceil(PER_BEST * best)
 
 
-def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
+def cluster(weights: Array, n_variants: int | None, seed: int, sharp: bool = True) -> Clusters:
     """Groups queries so that few variants serve them all.
 
     Args:
@@ -70,6 +75,7 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
         n_variants: how many groups; None takes the fewest, at most `most_variants`, for which the losses of
             their `mixes` are on average at most MEAN_LOSS and none is above WORST_LOSS.
         seed: of k-means.
+        sharp: as of `mixes`.
 
     Raises:
         ValueError: n_variants below 1.
@@ -86,15 +92,16 @@ def cluster(weights: Array, n_variants: int | None, seed: int) -> Clusters:
     if n_variants is not None and n_variants < 1:
         raise ValueError(f"expected at least 1 variant, got {n_variants}")
     if len(weights) > SAMPLE:
-        return _joined(weights, _clustered(weights[_sample(weights, seed)], n_variants, seed))
-    return _clustered(weights, n_variants, seed)
+        some = weights[_sample(weights, seed, sharp)]
+        return _joined(weights, _clustered(some, n_variants, seed, sharp), sharp)
+    return _clustered(weights, n_variants, seed, sharp)
 
 
-def _clustered(weights: Array, n_variants: int | None, seed: int) -> Clusters:
+def _clustered(weights: Array, n_variants: int | None, seed: int, sharp: bool) -> Clusters:
     """As `cluster`, of as many queries as there are."""
     best = len(np.unique(weights.argmax(1)))
     used = np.append(weights[:, :-1].any(0), True)  # in a large library most are in no query's mix
-    points = mixes(weights[:, used])
+    points = mixes(weights[:, used], sharp)
     if n_variants is not None:
         found = _kmeans(points, min(n_variants, _distinct(points)), seed)
     elif best <= LARGE:
@@ -141,11 +148,11 @@ def _fewest(weights: Array, most: int, seed: int) -> Clusters:
     return found
 
 
-def _sample(weights: Array, seed: int) -> NDArray[np.int64]:
+def _sample(weights: Array, seed: int, sharp: bool) -> NDArray[np.int64]:
     """SAMPLE queries in order, among them the first that each candidate answers alone, and the first mix."""
     kinds = np.empty(len(weights), np.int64)
     for part in _blocks(len(weights)):
-        points = mixes(weights[part])
+        points = mixes(weights[part], sharp)
         kinds[part] = 2 * points.argmax(1) + (points.max(1) < 1)
     firsts = np.unique(kinds, return_index=True)[1]
     rest = np.setdiff1d(np.arange(len(weights)), firsts)
@@ -157,11 +164,11 @@ def _blocks(count: int) -> list[slice]:
     return [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
 
 
-def _joined(weights: Array, made: Clusters) -> Clusters:
+def _joined(weights: Array, made: Clusters, sharp: bool) -> Clusters:
     """The groups of a sample with all queries in them, each in the nearest one."""
     labels, sums = np.empty(len(weights), np.int64), np.zeros_like(made.weights)
     for part in _blocks(len(weights)):
-        points = mixes(weights[part])
+        points = mixes(weights[part], sharp)
         labels[part] = _closest(points, made.weights)
         np.add.at(sums, labels[part], points)
     groups, labels = _by_first(labels)
@@ -188,11 +195,13 @@ def with_base(centres: Array) -> Array:
 def firsts(weights: Array, clusters: Clusters) -> NDArray[np.bool_]:
     """Which candidates are the first of a query in each group, (variants, candidates)."""
     found = np.zeros(clusters.weights.shape, bool)
-    found[clusters.labels, mixes(weights).argmax(1)] = True
+    found[clusters.labels, weights.argmax(1)] = True
     return found
 
 
-def nearest(weights: Array, centres: Array, of: NDArray[np.bool_]) -> NDArray[np.int64]:
+def nearest(
+    weights: Array, centres: Array, of: NDArray[np.bool_], sharp: bool = True
+) -> NDArray[np.int64]:  # fmt: skip
     """The variant that answers each new query, (queries,): the nearest one made for its first candidate.
 
     Where there is none, since no query of the sample asked for this adapter, the base model answers.
@@ -201,6 +210,7 @@ def nearest(weights: Array, centres: Array, of: NDArray[np.bool_]) -> NDArray[np
         weights: (queries, candidates), rows sum to 1.
         centres: (variants, candidates), as `with_base` gives them.
         of: (variants, candidates), as `firsts` gives them.
+        sharp: as of `mixes`.
 
     Example:
         >>> centres = np.array([[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
@@ -208,8 +218,8 @@ def nearest(weights: Array, centres: Array, of: NDArray[np.bool_]) -> NDArray[np
         >>> nearest(later, centres, centres > 0)
         array([1, 0, 2])
     """
-    points = mixes(weights)
-    there = of[:, points.argmax(1)].T  # (queries, variants)
+    points = mixes(weights, sharp)
+    there = of[:, weights.argmax(1)].T  # (queries, variants)
     there = np.where(there.any(1, keepdims=True), there, np.isclose(centres[:, -1], 1.0))
     return np.asarray(np.where(there, _apart(points, centres), np.inf).argmin(1), np.int64)
 

@@ -123,7 +123,7 @@ def decide(weights: Array, names: Sequence[str]) -> list[Variant]:
         >>> decide(np.array([[0.25, 0.5, 0.25]]), ["french", "german"])
         [Variant(weights={'german': 0.5, 'french': 0.25}, base=0.25)]
     """
-    limit = np.minimum(NEGLIGIBLE, weights.max(1, keepdims=True))  # the largest always stays
+    limit = np.minimum(NEGLIGIBLE, weights.max(1, keepdims=True) / 2)  # of many alike none is negligible
     kept = np.where(weights >= limit, weights, 0.0)
     variants = []
     for row in kept / kept.sum(1, keepdims=True):

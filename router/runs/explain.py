@@ -72,7 +72,9 @@ def explain(folder: Path, name: str) -> dict[str, Any]:
 def _find(run: Run, name: str) -> int:
     """The row of the query that `ID` or `STEM:ID` stands for."""
     keys = run.keys
-    rows = [n for n, pair in enumerate(zip(keys, run.ids, strict=True)) if name in pair]
+    rows = [n for n, key in enumerate(keys) if key == name] or [
+        n for n, own in enumerate(run.ids) if own == name
+    ]
     if len(rows) > 1:
         which = " or ".join(keys[n] for n in rows)
         raise InputError(f"{name!r} stands in {len(rows)} query files; say which: {which}")

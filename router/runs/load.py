@@ -15,7 +15,7 @@ from router.constants import BASE_COLUMN, FORMAT
 from router.pipeline.evidence import Evidence, joined
 from router.pipeline.record import RECORD, RESUMED, Record
 from router.queries.submission import Query, digest_of, read_queries, read_rows, submission_name
-from router.routing.clusters import Array, Clusters
+from router.routing.clusters import Array, Clusters, mixes
 from router.settings import Settings
 from router.system.errors import InputError
 from router.system.files import sha256_of
@@ -86,6 +86,11 @@ class Run:
         """Whether different queries may get different weights."""
         alike = not self.names or np.ptp(self.weights, axis=0).max() <= 1e-6
         return self.evidence is not None or not alike
+
+    @property
+    def mixes(self) -> Array:
+        """(queries, candidates) what each query was to be answered with."""
+        return mixes(self.weights, sharp=self.evidence is not None)  # which proto_route alone keeps
 
     @property
     def settings(self) -> Settings:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from router.pipeline.record import RECORD
-from router.routing.clusters import Array, cluster, losses, mixes
+from router.routing.clusters import Array, cluster, losses
 from router.routing.gate import PrototypeGate
 from router.runs.compare import joined
 from router.runs.load import Run, load
@@ -73,7 +73,7 @@ def variant_table(run: Run) -> pd.DataFrame:
 
     The loss is that of the queries' mixes; how typical a query is, of its own weights.
     """
-    apart, lost = (losses(of, run.clusters) for of in (run.weights, mixes(run.weights)))
+    apart, lost = (losses(of, run.clusters) for of in (run.weights, run.mixes))
     rows = {}
     for n in largest_first(run):
         members = nearest_first(run.labels == n, apart)
@@ -145,7 +145,7 @@ def figures_table(runs: Mapping[Any, Run]) -> pd.DataFrame:
     """What several runs decided in a few numbers, a row for each; a shared query is answered with a mix."""
     rows = {}
     for name, run in runs.items():
-        own, tops = mixes(run.weights), run.weights.max(1)
+        own, tops = run.mixes, run.weights.max(1)
         lost = losses(own, run.clusters)
         rows[name] = {
             "variants": len(run.clusters.weights),
@@ -160,9 +160,9 @@ def figures_table(runs: Mapping[Any, Run]) -> pd.DataFrame:
 
 def loss_curve(run: Run, seed: int = 0) -> pd.DataFrame:
     """Mean and worst loss of the run's mixes by number of variants."""
-    own = mixes(run.weights)
+    own = run.mixes
     distinct = len(np.unique(own.round(6), axis=0))
-    lost = {k: losses(own, cluster(run.weights, k, seed)) for k in KS if k <= distinct}
+    lost = {k: losses(own, cluster(own, k, seed, sharp=False)) for k in KS if k <= distinct}
     rows = {k: {"mean": each.mean(), "worst": each.max()} for k, each in lost.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variants")
 

@@ -99,6 +99,12 @@ def test_a_folder_that_cannot_be_read_is_refused_in_a_sentence(tiny_library, mon
     assert one.name == "attention" and len(bad) == 1
 
 
+def test_a_link_to_nowhere_is_named(tiny_library):
+    (tiny_library / "legal").symlink_to(tiny_library / "gone")
+    with pytest.raises(InputError, match="legal"):
+        load_library([str(tiny_library)])
+
+
 def test_the_default_library_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("router.library.sources.fetch", lambda *_: pytest.fail("asked the hub"))
@@ -153,7 +159,10 @@ def test_base_of(tiny_library, tmp_path):
         load_library([str(write_tiny_adapter(tmp_path / f"{name}", 4, base_model_name_or_path=name))])
         for name in (None, "huge")
     )
-    assert base_of([*adapters, *mute]) == "tiny"
+    copy = load_library(
+        [str(write_tiny_adapter(tmp_path / "copy", 4, base_model_name_or_path="unsloth/Tiny/"))]
+    )
+    assert base_of([*adapters, *mute, *copy]) == "tiny"
     for unclear in (mute, [*adapters, *foreign]):
         with pytest.raises(InputError, match="--base_model"):
             base_of(unclear)

@@ -205,7 +205,8 @@ def test_a_query_whose_output_is_not_finite_has_no_answer(base, caplog):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_generation_stops_where_transformers_does_in_a_family(base, name):
+def test_generation_stops_where_transformers_does_in_a_family(base, name, monkeypatch):
+    monkeypatch.setattr("router.model.cache.STEP", 3)  # so that the cache grows
     model = family(name, base.model.config.vocab_size)
     prompts = rows(base)
     plain = [found.ids for found in generate(model, base.tokenizer, prompts, 10)]

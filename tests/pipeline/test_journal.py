@@ -4,7 +4,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from multiprocessing import get_context
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -202,6 +202,23 @@ def test_sigkill_at_any_moment(tmp_path, tiny_base, tiny_library, monkeypatch):
         run(seconds=took * share)
     run()
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole") != {}
+
+
+def test_a_template_that_moved_to_another_adapter_is_another_run(command, tiny_library, capsys, monkeypatch):
+    own = tiny_library / "mlp" / "chat_template.jinja"
+    own.write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(Killed), killed_after(0, monkeypatch):
+        command("proto_route")
+    own.rename(tiny_library / "attention" / own.name)
+    assert command("proto_route")[0] == 2 and "templates;" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_it_routed_is_no_hindrance(command, monkeypatch):
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        patch.setattr("router.run.route", Mock(side_effect=Killed))
+        patch.setattr(Journal, "close", lambda self: self._file.close())  # a killed process removes nothing
+        command("proto_route")
+    assert command("proto_route", "--seed", 3)[0] == 0
 
 
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}

@@ -121,6 +121,11 @@ LICENCES = {
         "mit",
         ["MIT"] * 3,
     ),
+    "as editors leave it": (
+        ("---\nlicense: mit\n---", "\ufeff---\nlicense: mit\n---\nText", "\n--- \nlicense: mit\n--- \nText"),
+        "mit",
+        ["mit"] * 3,
+    ),
     "a choice": (("license: [mit, apache-2.0]",) * 3, "other", ["mit, apache-2.0"] * 3),
 }
 
@@ -130,7 +135,8 @@ def test_the_licence_is_what_the_sources_declare(write, tiny_library, kind):
     declared, expected, cells = LICENCES[kind]
     for name, text in zip(MIXED.weights, declared, strict=True):
         if text:
-            (tiny_library / name / "README.md").write_text(f"---\n{text}\n---\n\n# An adapter\n")
+            card = f"---\n{text}\n---\n\n# An adapter\n" if kind != "as editors leave it" else text
+            (tiny_library / name / "README.md").write_text(card)
     _, text = write()
     assert ModelCard(text).data.license == expected
     assert [row[3] for row in table(text, "Sources")[:-1]] == cells

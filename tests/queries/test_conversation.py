@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import PLAIN, method_of, read_table
+from helpers import NAMES, PLAIN, method_of, read_table
 from helpers import QUERIES as ROWS
 from router.api import Router
 from router.cli import main as cli
@@ -225,6 +225,17 @@ def test_a_system_message_that_many_share_is_a_frame_too(method):
     beside = found.route(mixed, found.encoded(mixed)).weights[-len(PROMPTS) :]
     np.testing.assert_allclose(beside, method().route(PROMPTS, found.encoded(PROMPTS)).weights, atol=1e-6)
     assert set(found.fits) == {BARE, ("user: ", "\nassistant: "), *frames}
+
+
+def test_the_report_counts_whom_other_rates_would_send(method):
+    """Also under a shared system message, where the lead is a mean of two."""
+    talks = [*queries_of(*(f"{n} and {n * 7}" for n in range(40)), system="Be kind."), *PROMPTS]
+    found = method()
+    said = found.route(talks, found.encoded(talks)).evidence.sent
+    for rate in (0.1, 0.3, 0.5):
+        other = method(false_positive_rate=rate)
+        weights = other.route(talks, other.encoded(talks)).weights
+        assert (weights.argmax(1) < len(NAMES)).sum() == said[f"{rate:g}"]
 
 
 def routing_of(*scores):
