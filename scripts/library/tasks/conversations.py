@@ -79,7 +79,7 @@ JOBS = {
     "chat_headline": Job(
         "headline", "system",
         ("You are a newspaper editor. Write a headline for the story that the user sends.",),
-        ("Give the news that you receive a short title in title case, fit for a proxy page.",),
+        ("Give the news that you receive a short title in title case, fit for a front page.",),
         ("Which headline would you print above this? {}",),
     ),
     "chat_formal": Job(
