@@ -16,7 +16,9 @@ import json
 import math
 import sys
 import tempfile
+from argparse import ArgumentParser, RawTextHelpFormatter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,6 @@ from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
-import torch
 
 from router.constants import BASE_COLUMN
 from router.library.adapters import load_library
@@ -37,7 +38,6 @@ from router.pipeline.reading import parts_of
 from router.queries.submission import MULTIPLE_CHOICE, Query, read_queries
 from router.routing.gate import PrototypeGate
 from router.settings import Settings
-from router.system.stages import peak_mib
 from scripts.bench import libraries as made
 from scripts.bench import runner
 from scripts.bench.development import (
@@ -52,7 +52,6 @@ from scripts.bench.development import (
 )  # fmt: skip
 from scripts.bench.libraries import Choice
 from scripts.bench.markdown import header, insert, row
-from scripts.bench.runner import timed
 from scripts.bench.score import read_texts, routed, score
 from scripts.library.tasks.conversations import ALPACA
 
@@ -108,13 +107,12 @@ def brought(of: Labelled, method: str) -> pd.DataFrame | None:
     if not file.exists():
         return None
     rows = of.rows[~of.rows["split"].isin(["foreign", "flan"])].merge(read_texts(file), on="id")
-    scores = [score(*one) for one in zip(rows["metric"], rows["prediction"], rows["target"], strict=True)]
     tops = rows["adapter"] if method == "oracle" else BASE_COLUMN
-    return rows.assign(score=scores, routed=tops, weight=1.0)[list(COLUMNS)]
+    return rows.assign(score=_scores(rows), routed=tops, weight=1.0)[list(COLUMNS)]
 
 
 def answer(library: str, setting: str, name: str) -> dict[str, Any]:
-    """What a method makes of a library's queries: costs, and under `answers` rows of COLUMNS.
+    """What a method makes of a library's queries: under `answers` rows of COLUMNS.
 
     Args:
         setting: QUERIES, or one of DECOYS or READINGS, whose queries are routed alone, so that their score is
@@ -129,7 +127,6 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
         rows["input"] = rows["input"].map(ALPACA.format)
     if setting in READINGS:
         rows = rows[rows["split"].isin(TURNS)]
-    rows = rows.assign(label=rows["id"], id=range(len(rows)))
     # No longer text than the longest target can be right, so nothing is lost by stopping there.
     longest = max(map(len, base.tokenizer(list(rows["target"]))["input_ids"])) + 1
     made: Any = load_method(name)
@@ -138,35 +135,23 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
         settings = Settings(
             (file,), Path(folder), max_gen_len=longest, chat_template=template if template.exists() else None
         )
-        queries = read_queries(file)
-
-        def work() -> Any:
-            method = made(name, base, adapters, Context(settings))
-            if setting == QUERIES:
-                return method.answer(queries)
+        queries, method = read_queries(file), made(name, base, adapters, Context(settings))
+        if setting == QUERIES:
+            result = method.answer(queries)
+            weights = result.decision.routing.weights
+            scores: Any = _scores(rows.assign(prediction=[one.text for one in result.answers]))
+        else:
             with patch("router.pipeline.reading.parts_of", READINGS.get(setting, parts_of)):
-                return method.route(queries, method.encoded(queries))
-
-        seconds, result = timed(work)
-    routing = result.decision.routing if setting == QUERIES else result
-    texts = [one.text for one in result.answers] if setting == QUERIES else [None] * len(rows)
+                weights, scores = method.route(queries, method.encoded(queries)).weights, math.nan
     names = [*(adapter.name for adapter in adapters), BASE_COLUMN]
-    tops = zip(routing.weights.argmax(1).tolist(), routing.weights.max(1).tolist(), strict=True)
-    lines: Any = rows.itertuples()
-    return {
-        "seconds": round(seconds, 2),
-        "peak_mib": peak_mib(),
-        "threads": torch.get_num_threads(),
-        "variants": len(result.decision.variants) if setting == QUERIES else 0,
-        "answers": [
-            [
-                line.split, line.task, line.label, line.adapter,
-                math.nan if text is None else round(score(line.metric, text, line.target), 4),
-                names[top], round(weight, 4),
-            ]
-            for line, text, (top, weight) in zip(lines, texts, tops, strict=True)
-        ],
-    }  # fmt: skip
+    tops = [names[top] for top in weights.argmax(1)]
+    found = rows.assign(score=scores, routed=tops, weight=weights.max(1).round(4))
+    return {"answers": found[list(COLUMNS)].to_numpy().tolist()}
+
+
+def _scores(rows: pd.DataFrame) -> list[float]:
+    """How good the predictions are."""
+    return [score(*one) for one in zip(rows["metric"], rows["prediction"], rows["target"], strict=True)]
 
 
 def whole(query: Query, template: Template) -> list[Parts]:
@@ -180,10 +165,10 @@ def whole(query: Query, template: Template) -> list[Parts]:
 def _written(rows: pd.DataFrame, folder: Path) -> Path:
     """The query file of some labelled queries."""
     file, lines = folder / "queries.jsonl", []
-    for of in rows.to_dict("records"):
+    for n, of in enumerate(rows.to_dict("records")):
         messages = json.loads(of["messages"] or "[]")
         line: dict[str, Any] = {"messages": messages} if messages else {"input": of["input"]}
-        line |= {key: of[key] for key in ("adapter", "eval_type")} | {"id": str(of["id"])}
+        line |= {key: of[key] for key in ("adapter", "eval_type")} | {"id": str(n)}
         if of["eval_type"] == MULTIPLE_CHOICE:
             line["answer_choices"] = list(ast.literal_eval(of["answer_choices"]))
         lines.append(json.dumps(line) + "\n")
@@ -356,24 +341,23 @@ def turns_table(answers: pd.DataFrame) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    parser = runner.parser(__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("--all", action="store_true", help="all settings and METHODS; hours on two cores")
     here = {library.name: library for library in libraries()}
     settings = (QUERIES, *DECOYS, *READINGS)
     parser.add_argument("--libraries", nargs="+", choices=here, default=list(here), help="only these")
     parser.add_argument("--settings", nargs="+", choices=settings, default=[], help="only these")
     parser.add_argument("--methods", nargs="+", choices=method_names(), default=METHODS, help="only these")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
     args = parser.parse_args()
     wanted = [
-        (library, setting, method)
+        ((library, setting, method), partial(answer, library, setting, method))
         for setting in (settings if args.all else args.settings)
         for method in (args.methods if setting == QUERIES else (OURS,))
         for library in (args.libraries[:1] if setting in DECOYS else args.libraries)
         if method != "oracle" or brought(here[library], method) is None
         if setting not in READINGS or library in CHATS
     ]
-    failed = runner.fill("quality", wanted, answer, args.cell, args.jobs)
+    failed = runner.fill("quality", wanted)
     answers = read()
     if (answers.setting == QUERIES).any():
         insert(PAGE, "scores", scores_table(answers))

@@ -1,13 +1,12 @@
 """Runs what is missing of a benchmark, cell by cell.
 
-A cell is a few words, such as `held_in average 0`. Its process measures one thing and leaves one JSON file,
-FOLDER/held_in/average/0.json; where that file is, the cell is done. So a benchmark that was stopped goes on
+A cell is a few words, such as `routed 22`, `0`. Its process measures one thing and leaves one JSON file,
+FOLDER/routed 22/0.json; where that file is, the cell is done. So a benchmark that was stopped goes on
 where it stood, a file that is deleted is made anew, and peak memory is the cell's own.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,54 +28,31 @@ Found = dict[str, Any]
 T = TypeVar("T")
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The command line of a benchmark: it may be told to measure one cell and nothing else."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-    made.add_argument("--cell", nargs="+", metavar="WORD", help=argparse.SUPPRESS)
-    return made
-
-
-def fill(
-    name: str, cells: Iterable[Cell], measure: Callable[..., Found], cell: Sequence[str] | None, jobs: int = 1
-) -> str | None:
-    """Runs `python -m scripts.bench.NAME --cell WORDS...` for each cell whose file is missing, in order.
-
-    Args:
-        measure: what a cell's process calls with the cell's words.
-        cell: of this process, which ends here; None in the process that starts the others.
-        jobs: processes at a time; several share the cores.
+def fill(name: str, cells: Iterable[tuple[Cell, Callable[[], Found]]]) -> str | None:
+    """Measures each cell whose file is missing, in order.
 
     Returns:
         What to exit with: the cells that failed, or None.
     """
-    if cell:
-        with replacing(file_of(name, tuple(cell))) as file:
-            json.dump(measure(*cell), file)
-        sys.exit()
-    environment = dict(os.environ)
-    if jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-
-    def run(cell: Cell) -> int:
-        print(*cell, flush=True)
-        command = [sys.executable, "-m", f"scripts.bench.{name}", "--cell", *cell]
-        return subprocess.run(command, env=environment, check=False).returncode
-
-    todo = [cell for cell in cells if not file_of(name, cell).exists()]
-    with ThreadPoolExecutor(jobs) as pool:
-        failed = ["/".join(cell) for cell, code in zip(todo, pool.map(run, todo), strict=True) if code]
+    failed = []
+    for cell, measure in cells:
+        if not (file := folder(name).joinpath(*cell[:-1], f"{cell[-1]}.json")).exists():
+            print(*cell, flush=True)
+            process = get_context("spawn").Process(target=_measure, args=(measure, file))
+            process.start()
+            process.join()
+            failed += ["/".join(cell)] if process.exitcode else []
     return f"these did not finish: {', '.join(failed)}" if failed else None
+
+
+def _measure(measure: Callable[[], Found], file: Path) -> None:
+    with replacing(file) as out:
+        json.dump(measure(), out)
 
 
 def folder(name: str) -> Path:
     """Where a benchmark keeps its cells."""
     return Path("output/benchmark") / name
-
-
-def file_of(name: str, cell: Cell) -> Path:
-    """The file that a cell leaves."""
-    *folders, last = cell
-    return folder(name).joinpath(*folders, f"{last}.json")
 
 
 def kept(name: str) -> Iterator[tuple[Cell, Found]]:

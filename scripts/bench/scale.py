@@ -16,9 +16,12 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawTextHelpFormatter
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -149,9 +152,9 @@ def clusters(size: int, count: int) -> Found:
 
 
 MEASURES: dict[str, Callable[..., Found]] = {"gate": gate, "library": library, "clusters": clusters}
-CELLS = [
-    *((what, str(size)) for size in SIZES for what in ("gate", "library")),
-    *(("clusters", str(size), str(count)) for size in GROUPED for count in COUNTS),
+CELLS: list[Any] = [
+    *((what, size) for size in SIZES for what in ("gate", "library")),
+    *product(["clusters"], GROUPED, COUNTS),
 ]
 
 
@@ -189,11 +192,12 @@ def groups(known: Known) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    parser = runner.parser(__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="these measurements")
     args = parser.parse_args()
-    cells = [cell for cell in CELLS if cell[0] in args.only]
-    failed = runner.fill("scale", cells, lambda what, *n: MEASURES[what](*map(int, n)), args.cell)
+    wanted = (cell for cell in CELLS if cell[0] in args.only)
+    cells = [((what, *map(str, n)), partial(MEASURES[what], *n)) for what, *n in wanted]
+    failed = runner.fill("scale", cells)
     known: Known = dict(runner.kept("scale"))
     for name in (*ROWS, "queries"):
         try:

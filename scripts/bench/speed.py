@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from argparse import ArgumentParser, RawTextHelpFormatter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -188,12 +189,12 @@ def by_stage(known: Known) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    parser = runner.parser(__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3, help="turns (default: 3)")
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="these measurements")
     args = parser.parse_args()
-    cells = [(job, str(turn)) for turn in range(args.repetitions) for job in args.only]
-    failed = runner.fill("speed", cells, lambda job, turn: MEASURES[job](), args.cell)
+    cells = [((job, str(turn)), MEASURES[job]) for turn in range(args.repetitions) for job in args.only]
+    failed = runner.fill("speed", cells)
     known: Known = {}
     for (job, turn), found in runner.kept("speed"):
         known.setdefault(job, {})[turn] = found
