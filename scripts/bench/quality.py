@@ -38,18 +38,9 @@ from router.pipeline.reading import parts_of
 from router.queries.submission import MULTIPLE_CHOICE, Query, read_queries
 from router.routing.gate import PrototypeGate
 from router.settings import Settings
+from scripts.bench import development, runner
 from scripts.bench import libraries as made
-from scripts.bench import runner
-from scripts.bench.development import (
-    CHATS,
-    COMMITTED,
-    FITS,
-    FOREIGN,
-    FORMS,
-    SPLITS,
-    Labelled,
-    libraries,
-)  # fmt: skip
+from scripts.bench.development import CHATS, FITS, FOREIGN, Labelled, libraries
 from scripts.bench.libraries import Choice
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.score import read_texts, routed, score
@@ -59,7 +50,7 @@ PAGE, CHAT_PAGE = Path("docs/results.md"), Path("docs/serving.md")
 OURS, QUERIES = "proto_route", "queries"
 METHODS = (OURS, "base", "oracle")
 FLAN = 5  # rows of each FLAN task with one right answer, since the others would make all answers long
-LOSABLE = 4  # queries that the base model answers rightly; where there are fewer, points say nothing
+LOSABLE = 4  # queries that the base model answers rightly, in part at least; with fewer, points say nothing
 DRAWS = 2000
 SHOWN = {
     "own": "familiar wording", "unseen": "new wording", "mc": "multiple choice", "none": "no adapter fits",
@@ -98,7 +89,7 @@ def asked(of: Labelled, method: str = OURS) -> pd.DataFrame:
     rows = pd.concat([of.rows[~flan], few], ignore_index=True)
     there = ["none"] if brought(of, method) is not None else []
     splits = {"oracle": FITS, "base": [split for split in FOREIGN if split not in there]}
-    return rows[rows["split"].isin(splits.get(method, SPLITS))].reset_index(drop=True)
+    return rows[rows["split"].isin(splits.get(method, development.SPLITS))].reset_index(drop=True)
 
 
 def brought(of: Labelled, method: str) -> pd.DataFrame | None:
@@ -176,29 +167,22 @@ def _written(rows: pd.DataFrame, folder: Path) -> Path:
     return file
 
 
-class Scores:
-    """The scores of all methods in one split of a library, with bootstrap draws that they share.
+def by_task(found: pd.DataFrame) -> Any:
+    """The scores of all methods in one split of a library, (queries, methods), task by task."""
+    known = found.dropna(subset=["score"])  # not where nobody knows the right answer
+    table = known.pivot_table(index=["task", "id"], columns="method", values="score", aggfunc="mean")
+    return table.groupby(level="task")
 
-    Attributes:
-        tasks: (tasks, methods) mean score.
-        drawn: (draws, methods) mean over tasks in each draw.
-    """
 
-    def __init__(self, found: pd.DataFrame) -> None:
-        known = found.dropna(subset=["score"])  # not where nobody knows the right answer
-        table = known.pivot_table(index=["task", "id"], columns="method", values="score", aggfunc="mean")
-        self.tasks = table.groupby(level="task").mean()
-        rng = np.random.default_rng(0)
-        drawn = []
-        for _, rows in table.groupby(level="task"):
-            picks = rng.integers(len(rows), size=(DRAWS, len(rows)))
-            drawn.append(rows.to_numpy()[picks].mean(1))  # (draws, methods)
-        self.drawn = pd.DataFrame(np.mean(drawn, 0), columns=table.columns)
-
-    def value(self, statistic: Callable[[Any], float]) -> tuple[float, float, float]:
-        """A statistic of the methods' means, and its interval."""
-        low, high = np.quantile([statistic(drawn) for _, drawn in self.drawn.iterrows()], [0.025, 0.975])
-        return float(statistic(self.tasks.mean())), float(low), float(high)
+def compared(found: pd.DataFrame, statistic: Callable[[Any], float]) -> tuple[float, float, float]:
+    """A statistic of the methods' means over tasks, and its interval by draws that the methods share."""
+    tasks, rng, drawn = by_task(found), np.random.default_rng(0), []
+    for _, rows in tasks:
+        picks = rng.integers(len(rows), size=(DRAWS, len(rows)))
+        drawn.append(rows.to_numpy()[picks].mean(1))  # (draws, methods)
+    means = pd.DataFrame(np.mean(drawn, 0), columns=tasks.mean().columns)
+    low, high = np.quantile([statistic(one) for _, one in means.iterrows()], [0.025, 0.975])
+    return float(statistic(tasks.mean().mean())), float(low), float(high)
 
 
 def read() -> pd.DataFrame:
@@ -215,8 +199,8 @@ def read() -> pd.DataFrame:
         raise SystemExit(f"nothing in {runner.folder('quality')} yet; pass --all, or names")
     for of in libraries():
         for method in ("base", "oracle"):
-            if (known := brought(of, method)) is not None:
-                answers.append(known.assign(library=of.name, setting=QUERIES, method=method))
+            if (there := brought(of, method)) is not None:
+                answers.append(there.assign(library=of.name, setting=QUERIES, method=method))
     table = pd.concat(answers, ignore_index=True)
     pairs = zip(table.routed, table.adapter, strict=True)
     return table.assign(right=[float(routed(top, adapter)) for top, adapter in pairs])
@@ -224,7 +208,7 @@ def read() -> pd.DataFrame:
 
 def names(answers: pd.DataFrame) -> list[str]:
     """The libraries, those that no constant was chosen on first."""
-    return sorted(answers["library"].unique(), key=lambda name: (name == COMMITTED, name))
+    return sorted(answers["library"].unique(), key=lambda name: (name == development.COMMITTED, name))
 
 
 def part(
@@ -261,23 +245,19 @@ def targets(answers: pd.DataFrame, library: str) -> Iterator[Verdict]:
     """What was aimed at, and what came."""
     for split, share in (("own", 0.98), ("unseen", 0.80), ("mc", 0.92)):
         if len(found := part(answers, library, split, OURS, "oracle")):
-            value = Scores(found).value(lambda s: s[OURS] / s["oracle"])
+            value = compared(found, lambda s: s[OURS] / s["oracle"])
             aim = f"at least {share:.2f} of the oracle's score"
             yield SHOWN[split], aim, "{:.3f} ({:.3f}…{:.3f})".format(*value), value[0] >= share
-    for split in FOREIGN:
-        if _can_lose(found := part(answers, library, split, OURS, "base")):
-            lead, points = _lead(found)
-            yield SHOWN[split], "points against the base model, at least -1", points, lead >= -0.01
-    foreign = part(answers, library, "foreign", OURS, "base")
-    for form in FORMS:  # of the library that has all
-        if _can_lose(found := foreign[foreign.task.str.startswith(f"{form}: ")]):
-            lead, points = _lead(found)
-            yield (
-                f"foreign queries, {form}",
-                "points against the base model, at least -2",
-                points,
-                lead >= -0.02,
-            )
+    beside = {split: part(answers, library, split, OURS, "base") for split in FOREIGN}
+    settings = [(SHOWN[split], found, 1) for split, found in beside.items()]
+    foreign = beside["foreign"]
+    for form in development.FORMS:  # of the library that has all
+        settings.append((f"foreign queries, {form}", foreign[foreign.task.str.startswith(f"{form}: ")], 2))
+    for title, found, most in settings:
+        if (found[found.method == "base"].score > 0).sum() >= LOSABLE:  # points can be lost
+            value = compared(found, lambda s: 100 * (s[OURS] - s["base"]))
+            points = "{:+.1f} ({:+.1f}…{:+.1f})".format(*value)
+            yield title, f"points against the base model, at least -{most}", points, value[0] >= -most
     sent = [1 - one.right.mean() for split in FOREIGN[:3] if len(one := part(answers, library, split, OURS))]
     if sent:
         rate, promised = float(np.mean(sent)), PrototypeGate().false_positive_rate
@@ -285,23 +265,12 @@ def targets(answers: pd.DataFrame, library: str) -> Iterator[Verdict]:
         yield "mean of the foreign kinds", aim, f"{rate:.3f}", 1 / 2 <= rate / promised <= 2
 
 
-def _can_lose(found: pd.DataFrame) -> bool:
-    """Whether the base model is right, in part at least, on so many queries that points can be lost."""
-    return int((found[found.method == "base"].score > 0).sum()) >= LOSABLE
-
-
-def _lead(found: pd.DataFrame) -> tuple[float, str]:
-    """How far we lead the base model, and that in words."""
-    value = Scores(found).value(lambda s: s[OURS] - s["base"])
-    return value[0], "{:+.1f} ({:+.1f}…{:+.1f})".format(*(100 * v for v in value))
-
-
 def limits(answers: pd.DataFrame, library: str) -> Iterator[Verdict]:
     """What the limits of docs/results.md are taken from: the worst kind of each split, and decoys."""
     for split in FOREIGN:
         if len(found := part(answers, library, split, OURS, "base")):
-            scores = Scores(found)
-            lost = (scores.tasks[OURS] - scores.tasks["base"]).sort_values()
+            tasks = by_task(found).mean()
+            lost = (tasks[OURS] - tasks["base"]).sort_values()
             text = f"{100 * lost.iloc[0]:+.1f} points ({lost.index[0]})"
             yield SHOWN[split], "each kind at most 3 below", text, lost.iloc[0] >= -0.03
     for name, (title, _) in DECOYS.items():

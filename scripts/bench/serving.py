@@ -11,31 +11,20 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import httpx
 import psutil
 
 from router.routing.variants import served
+from scripts import engines
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.runner import timed
 from scripts.bench.score import read_texts
-from scripts.engines import (
-    KEY,
-    LITELLM,
-    PATIENCE,
-    PROXY,
-    SERVER,
-    litellm,
-    proxy,
-    started,
-    vllm,
-    write_litellm,
-)
 
 WORK, PAGE = Path("build/engines").resolve(), Path("docs/serving.md")
 AT_ONCE = {1: 24, 8: 48, 32: 96}  # requests at once -> in all
@@ -50,7 +39,7 @@ class Answered(NamedTuple):
 
     Attributes:
         seconds: until the first token.
-        variant: that answered, by the router; None is the base model.
+        variant: that answered, as its server says, or that was asked for; None is the base model.
     """
 
     seconds: float
@@ -68,19 +57,17 @@ def ask(client: httpx.Client, prompt: str, model: str, tokens: int) -> Answered:
 
     LiteLLM's auto-router knows chats alone; it asks vLLM for the same completion.
     """
-    talks = client.base_url == LITELLM
+    talks = client.base_url == engines.LITELLM
     path = "/v1/chat/completions" if talks else "/v1/completions"
-    body: dict[str, Any] = (
-        {"messages": [{"role": "user", "content": prompt}]} if talks else {"prompt": prompt}
-    )
-    body |= {"model": model, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    body = {"model": model, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    body |= {"messages": [{"role": "user", "content": prompt}]} if talks else {"prompt": prompt}
     start, seconds = time.perf_counter(), 0.0
-    with client.stream("POST", path, json=body, headers={"authorization": f"Bearer {KEY}"}) as answer:
+    with client.stream("POST", path, json=body, headers={"authorization": f"Bearer {engines.KEY}"}) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 seconds = seconds or time.perf_counter() - start
-        model = answer.headers.get("x-litellm-model-name") or answer.headers.get("x-router-model", "")
-    name = model.rpartition("/")[2]
+        told = answer.headers.get("x-litellm-model-name") or answer.headers.get("x-router-model")
+    name = (told or model).rpartition("/")[2]
     return Answered(seconds, name if name.startswith("variant-") else None)
 
 
@@ -108,7 +95,7 @@ def measured(
     model: Callable[[str], str] = lambda prompt: "auto",
 ) -> Way:
     """Asks some prompts for a token each, so many at once; then mixed ones for WRITTEN tokens each."""
-    client = httpx.Client(base_url=address, timeout=PATIENCE)
+    client = httpx.Client(base_url=address, timeout=engines.PATIENCE)
 
     def asked(at_once: int, prompts: Sequence[str], tokens: int) -> dict[str, Answered]:
         with ThreadPoolExecutor(at_once) as pool:
@@ -144,11 +131,10 @@ def auto_router(examples: Mapping[str, Sequence[str]]) -> Iterator[list[psutil.P
         "auto_router_default_model": "base", "auto_router_embedding_model": "embeddings",
     }  # fmt: skip
     models = {"embeddings": embeddings, "auto": auto}
-    write_litellm(
-        WORK, *({"model_name": name, "litellm_params": of} for name, of in models.items()), hook=False
-    )
-    words = ["litellm/bin/python", "-m", "scripts.bench.embeddings"]
-    with started(WORK, "embeddings", words, f"{EMBEDDINGS}/v1/embeddings") as first, litellm(WORK) as second:
+    listed = ({"model_name": name, "litellm_params": of} for name, of in models.items())
+    engines.write_litellm(WORK, *listed, hook=False)
+    words, ready = ["litellm/bin/python", "-m", "scripts.bench.embeddings"], f"{EMBEDDINGS}/v1/embeddings"
+    with engines.started(WORK, "embeddings", words, ready) as first, engines.litellm(WORK) as second:
         yield [first, second]
 
 
@@ -169,20 +155,21 @@ def main() -> None:
     labels, ours, theirs = foreign | fits, iter(fits), iter(foreign)
     some = {count: [*islice(ours, many // 2), *islice(theirs, many // 2)] for count, many in AT_ONCE.items()}
     mixed = [*islice(ours, FITS), *islice(theirs, SERVED - FITS)]
-    blocks = "--block-size", "32"
-    with vllm(WORK, "plugin", *blocks, plugin=True) as server:
-        plugin = measured(SERVER, [server], some, mixed)
+
+    def started(name: str, plugin: bool = False) -> AbstractContextManager[psutil.Process]:
+        return engines.vllm(WORK, name, "--block-size", "32", plugin=plugin)
+
+    with started("plugin", plugin=True) as server:
+        plugin = measured(engines.SERVER, [server], some, mixed)
     chosen = {prompt: answer.variant for prompt, answer in (plugin.answers | plugin.mixed).items()}
-    with vllm(WORK, "alone", *blocks, plugin=False) as server:
-        base = httpx.get(f"{SERVER}/v1/models").json()["data"][0]["id"]
-        alone = measured(SERVER, [server], some, mixed, lambda prompt: chosen.get(prompt) or base)
-    for way in (alone.answers, alone.mixed):  # for which nobody says what answered
-        way |= {prompt: answer._replace(variant=chosen[prompt]) for prompt, answer in way.items()}
+    with started("alone") as server:
+        base = httpx.get(f"{engines.SERVER}/v1/models").json()["data"][0]["id"]
+        alone = measured(engines.SERVER, [server], some, mixed, lambda prompt: chosen.get(prompt) or base)
     # Each on a server of its own, since one keeps what it read.
-    with vllm(WORK, "behind", *blocks, plugin=False) as server, proxy(WORK, OMP_NUM_THREADS="2") as second:
-        behind = measured(PROXY, [server, second], some, mixed)
-    with vllm(WORK, "auto", *blocks, plugin=False) as server, auto_router(examples) as others:
-        auto = measured(LITELLM, [server, *others], some, mixed)
+    with started("behind") as server, engines.proxy(WORK, OMP_NUM_THREADS="2") as second:
+        behind = measured(engines.PROXY, [server, second], some, mixed)
+    with started("auto") as server, auto_router(examples) as others:
+        auto = measured(engines.LITELLM, [server, *others], some, mixed)
     ways = {"vLLM alone": alone, "with the plugin": plugin, "behind the proxy": behind, AUTO: auto}
     lines = header(["", *ways])
     for count, prompts in some.items():
@@ -196,15 +183,12 @@ def main() -> None:
     title = f"tokens a second, {routed[0]} of {SERVED} requests to variants (LiteLLM: {routed[1]})"
     lines.append(row(title, *rates))
     lines.append(row("memory", *(f"{way.mib:.0f} MiB ({way.mib - alone.mib:+.0f})" for way in ways.values())))
+    routers = plugin, behind, auto
     for what, of in (("right variant", fits), ("foreign requests left to the base model", foreign)):
-        shares = [
-            fmean(
-                one.variant == serves.get(labels[prompt])
-                for prompt, one in way.answers.items()
-                if prompt in of
-            )
-            for way in (plugin, behind, auto)
+        asked = [
+            {prompt: way.answers[prompt].variant for prompt in way.answers.keys() & of} for way in routers
         ]
+        shares = [fmean(serves.get(labels[prompt]) == found[prompt] for prompt in found) for found in asked]
         lines.append(row(what, "", *(f"{share:.2f}" for share in shares)))
     print("\n".join(lines))
     insert(PAGE, "serving", lines)
