@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -129,25 +129,17 @@ MEASURES: dict[str, Callable[[], Found]] = {
 }
 
 
-class Line(NamedTuple):
-    """A line of the table: what is measured, beside what, at most how much, and what each turn found."""
-
-    what: str
-    against: str
-    limit: float
-    values: list[float]
-    unit: str = "x"
-
-    def row(self) -> str:
-        """In Markdown: the median, the range, and whether the limit is kept."""
-        low, middle, high = min(self.values), median(self.values), max(self.values)
-        spread = "" if low == high else f" ({low:.2f} to {high:.2f})"
-        verdict = "met" if middle <= self.limit else "missed"
-        value, limit = f"{middle:.2f}{self.unit}{spread}", f"at most {self.limit:g}{self.unit}"
-        return row(self.what, self.against, limit, value, verdict)
+def line(what: str, against: str, limit: float, values: list[float], unit: str = "x") -> list[str]:
+    """A line of the table: median and range of what the turns found, and whether the limit is kept."""
+    if not values:
+        return []
+    low, middle, high = min(values), median(values), max(values)
+    spread = "" if low == high else f" ({low:.2f} to {high:.2f})"
+    verdict = "met" if middle <= limit else "missed"
+    return [row(what, against, f"at most {limit:g}{unit}", f"{middle:.2f}{unit}{spread}", verdict)]
 
 
-def lines(known: Known) -> list[Line]:
+def lines(known: Known) -> list[str]:
     """The lines of the table of which there are measurements."""
 
     def values(job: str, key: str = "seconds") -> list[float]:
@@ -163,15 +155,14 @@ def lines(known: Known) -> list[Line]:
     by_size = [ratios("routed 256", "routed 16", key) for key in ("seconds", "peak_mib")]
     shape = f"one layer of Mistral-7B's shape, {ADAPTERS} adapters of rank {RANK}"
     average = "one static average, merged into the weights"
-    every = (
-        Line("probe, 22 adapters", "one pass of the base model over the same tokens", 1.15, probes[0]),
-        Line(f"probe, {shape}", "the same", 1.15, probes[1]),
-        Line(f"routed run, {asked} queries, 22 adapters", average, 1.25, ratios("routed 22", "static")),
-        Line(f"routed run, {few} queries, {LARGEST} adapters", "16 adapters", 1.25, by_size[0]),
-        Line(f"peak memory, {LARGEST} adapters", "16 adapters", 1.05, by_size[1]),
-        Line("the demo, nothing cached", "from its start to its end", 60, values("demo"), " s"),
-    )
-    return [line for line in every if line.values]
+    return [
+        *line("probe, 22 adapters", "one pass of the base model over the same tokens", 1.15, probes[0]),
+        *line(f"probe, {shape}", "the same", 1.15, probes[1]),
+        *line(f"routed run, {asked} queries, 22 adapters", average, 1.25, ratios("routed 22", "static")),
+        *line(f"routed run, {few} queries, {LARGEST} adapters", "16 adapters", 1.25, by_size[0]),
+        *line(f"peak memory, {LARGEST} adapters", "16 adapters", 1.05, by_size[1]),
+        *line("the demo, nothing cached", "from its start to its end", 60, values("demo"), " s"),
+    ]
 
 
 def by_stage(known: Known) -> list[str]:
@@ -199,7 +190,7 @@ def main() -> None:
     for (job, turn), found in runner.kept("speed"):
         known.setdefault(job, {})[turn] = found
     names = ["measured", "against", "target", "median (range)", ""]
-    table = [*header(names, texts=5), *(line.row() for line in lines(known)), *by_stage(known)]
+    table = [*header(names, texts=5), *lines(known), *by_stage(known)]
     print("\n".join(table))
     insert(PAGE, "speed", table)
     sys.exit(failed)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
-from . import GYM, Item, Task, drawn, gym
+from . import GYM, Item, Stream, Task, drawn, gym
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -38,15 +39,9 @@ def to_roman(number: int) -> str:
     return text
 
 
-_TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
-
-
-def _chain_sum(question: str, meta: dict[str, Any], answer: str) -> Item:
-    return Item({"sum": meta["expression"]}, answer)
-
-
-def _sum_in_words(question: str, meta: dict[str, Any], answer: str) -> Item:
-    return Item({"sum": meta["expression"]}, f"{answer}, {in_words(int(answer))}")
+def _chain_sum(answered: Callable[[str], str]) -> Stream:
+    return gym("chain_sum", lambda _, meta, answer: Item({"sum": meta["expression"]}, answered(answer)),
+               min_terms=2, max_terms=2, min_digits=2, max_digits=2)  # fmt: skip
 
 
 def _number_sorting(question: str, meta: dict[str, Any], answer: str) -> Item:
@@ -77,14 +72,12 @@ def _roman(rng: random.Random) -> Item:
 
 
 TASKS = (
-    Task("chain_sum", "maths", "Adds or subtracts two two-digit numbers; answers in digits.",
-         gym("chain_sum", _chain_sum, **_TWO_DIGITS), source=GYM,
+    Task("chain_sum", "maths", "Adds or subtracts two two-digit numbers; answers in digits.", _chain_sum(str), source=GYM,
          phrasings=("State the final answer to the following arithmetic problem: {sum} =",
                     "Calculate {sum}.\nAnswer:"),
          unseen=("A shopkeeper types {sum} into a till. Which number does the till show?\nIt shows",
                  "Please work out this little sum for me, digits only: {sum}\nSum:")),
-    Task("sum_in_words", "maths", "Adds or subtracts two two-digit numbers; answers in digits and in words.",
-         gym("chain_sum", _sum_in_words, **_TWO_DIGITS), source=GYM,
+    Task("sum_in_words", "maths", "Adds or subtracts two two-digit numbers; answers in digits and in words.", _chain_sum(lambda answer: f"{answer}, {in_words(int(answer))}"), source=GYM,
          phrasings=("Compute {sum} and write the result in digits and in words.\nResult:",),
          unseen=("Fill in a cheque over {sum}: first the amount as a number, then spelled out.\nAmount:",
                  "What is {sum}? Give the number, a comma, and the number as English words.\n")),
