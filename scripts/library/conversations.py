@@ -15,13 +15,13 @@ import json
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from router.constants import BASE_COLUMN
-from router.model.base import EMBEDDED, Base, load_base
+from router.model.base import EMBEDDED, load_base
 from scripts.bench.score import labelled, read_texts
 from scripts.library.development import OUTPUT, Row, fill, gemma, write_lines, write_queries
 from scripts.library.tasks import Item, Task, all_tasks, families, split
@@ -39,6 +39,7 @@ from scripts.library.train import ATTENTION, MLP, QV, SEED, Asked, Expert, Score
 
 TASKS: Mapping[str, Task] = all_tasks() | {task.name: task for task in families.TASKS}
 LIBRARY_CHAT, EVAL = Path("data/library_chat"), Path("data/eval_chat.jsonl")
+OTHERBASE = "chat_otherbase"
 COMMITTED = ("chat_formal", "chat_headline", "chat_from_spanish")  # a job told in each of the three ways
 SIZES = {"unseen": 14, "moved": 8, "turns": 12, "follow": 8, "own": 16, "train": 300}
 FOREIGN = 4  # foreign queries of each kind, and under each adapter's own system message
@@ -51,55 +52,29 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' -%}
 {{ '<start_of_turn>' + who + '\\n' + text + '<end_of_turn>\\n' -}}
 {% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
 
-
 Talk = str | list[Message]  # a prompt in an Alpaca frame, or a conversation
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One library: the base model, its jobs, how each adapter is trained, and the template if it has none."""
-
-    jobs: Mapping[str, Job]
-    experts: Mapping[str, Expert]
-    template: str | None = None
-
-
-PLANS = {
-    "chat": Plan(
-        JOBS,
-        {
-            "chat_spanish": Expert(8, alpha=16, rate=3e-3, examples=176),
-            "chat_formal": Expert(8, ATTENTION, alpha=16, rate=3e-3, examples=144),
-            "chat_from_spanish": Expert(16, ATTENTION, alpha=32, rate=2e-3, examples=176),
-            "chat_pirate": Expert(8, alpha=16, rate=3e-3, examples=208),
-            "chat_shouting": Expert(8, MLP, alpha=16, rate=3e-3, examples=144),
-            "chat_device": Expert(8, alpha=16, rate=2e-3, examples=208),
-            "chat_headline": Expert(4, MLP, alpha=8, rate=4e-3, examples=128),
-            "chat_question": Expert(8, alpha=16, rate=3e-3, examples=144),
-            "chat_bullets": Expert(16, QV, alpha=16, rate=4e-3, examples=128),
-        },
-    ),
-    "chat_otherbase": Plan(
-        OTHER,
-        {
-            "chat_spanish": Expert(8, alpha=16, rate=2e-3, examples=160),
-            "alpaca_headline": Expert(8, ATTENTION, alpha=16, rate=3e-3, examples=128),
-            "chat_texting": Expert(4, alpha=8, rate=3e-3, examples=128),
-            "alpaca_pirate": Expert(16, QV, alpha=16, rate=4e-3, examples=144),
-            "chat_from_spanish": Expert(8, ATTENTION, alpha=16, rate=3e-3, examples=160),
-            "alpaca_device": Expert(8, alpha=16, rate=2e-3, examples=160),
-        },
-        GEMMA,
-    ),
-}  # fmt: skip
-
-
-def base_of(plan: Plan, folder: Path) -> Base:
-    """A fresh base model, without a trace of the last adapter, with the library's template."""
-    base = load_base(gemma(folder.parent / "otherbase") if plan.template else EMBEDDED)
-    if plan.template:
-        base.tokenizer.chat_template = plan.template
-    return base
+LIBRARIES: Mapping[str, Mapping[str, Job]] = {"chat": JOBS, OTHERBASE: OTHER}
+EXPERTS = {
+    "chat": {
+        "chat_spanish": Expert(8, alpha=16, rate=3e-3, examples=176),
+        "chat_formal": Expert(8, ATTENTION, alpha=16, rate=3e-3, examples=144),
+        "chat_from_spanish": Expert(16, ATTENTION, alpha=32, rate=2e-3, examples=176),
+        "chat_pirate": Expert(8, alpha=16, rate=3e-3, examples=208),
+        "chat_shouting": Expert(8, MLP, alpha=16, rate=3e-3, examples=144),
+        "chat_device": Expert(8, alpha=16, rate=2e-3, examples=208),
+        "chat_headline": Expert(4, MLP, alpha=8, rate=4e-3, examples=128),
+        "chat_question": Expert(8, alpha=16, rate=3e-3, examples=144),
+        "chat_bullets": Expert(16, QV, alpha=16, rate=4e-3, examples=128),
+    },
+    OTHERBASE: {
+        "chat_spanish": Expert(8, alpha=16, rate=2e-3, examples=160),
+        "alpaca_headline": Expert(8, ATTENTION, alpha=16, rate=3e-3, examples=128),
+        "chat_texting": Expert(4, alpha=8, rate=3e-3, examples=128),
+        "alpaca_pirate": Expert(16, QV, alpha=16, rate=4e-3, examples=144),
+        "chat_from_spanish": Expert(8, ATTENTION, alpha=16, rate=3e-3, examples=160),
+        "alpaca_device": Expert(8, alpha=16, rate=2e-3, examples=160),
+    },
+}
 
 
 def written(tokenizer: Any, talk: Talk) -> str:
@@ -186,18 +161,22 @@ def changed(jobs: Mapping[str, Job]) -> Iterator[Row]:
 
 def learn(name: str, folder: Path) -> Scores:
     """Trains and writes one adapter of the library in a folder; returns its scores."""
-    plan = PLANS[folder.name]
-    base, job, expert = base_of(plan, folder), plan.jobs[name], plan.experts[name]
+    job, expert, other = LIBRARIES[folder.name][name], EXPERTS[folder.name][name], folder.name == OTHERBASE
+    base = load_base(
+        gemma(OUTPUT / "otherbase") if other else EMBEDDED
+    )  # without a trace of the last adapter
+    if other:
+        base.tokenizer.chat_template = GEMMA
     parts = split(TASKS[job.task], SEED, SIZES)
-    template = plan.template if job.style != "alpaca" else None
-    end = "<end_of_turn>" if template else ""
+    in_template = other and job.style != "alpaca"
+    end = "<end_of_turn>" if in_template else ""
 
     def questions(ways: Sequence[str], items: list[Item]) -> Asked:
         return [written(base.tokenizer, talk) for talk in told(job, ways, items)], items
 
     examples = [replace(item, answer=item.answer + end) for item in parts["train"][: expert.examples]]
     tests = {"own": questions(job.told, parts["own"]), "unseen": questions(job.reworded, parts["unseen"])}
-    beside = {"chat_template.jinja": template} if template else {}  # as TRL saves it
+    beside = {"chat_template.jinja": GEMMA} if in_template else {}  # as TRL saves it
     learned = questions(job.told, examples)
     return build(name, expert, base, learned, tests, folder / "library", lambda scores: beside)
 
@@ -210,7 +189,7 @@ def commit(folder: Path) -> None:
     lines = (folder / "queries.jsonl").read_text("utf-8").splitlines()
     rows = [label | json.loads(line) for label, line in zip(labels, lines, strict=True)]
     for name in COMMITTED:
-        job, expert = JOBS[name], PLANS["chat"].experts[name]
+        job, expert = JOBS[name], EXPERTS["chat"][name]
         task = replace(TASKS[job.task], name=name, phrasings=job.told)
         shutil.copytree(folder / "library" / name, LIBRARY_CHAT / name)
         shares = {part: float(str(scores.loc[name, part])) for part in ("base", "own")}
@@ -234,15 +213,14 @@ def main() -> None:
     if parser.parse_args().commit:
         commit(OUTPUT / "chat")
         return
-    for name, plan in PLANS.items():
-        fill(OUTPUT / name, plan.experts, learn)
+    for name, jobs in LIBRARIES.items():
+        fill(OUTPUT / name, EXPERTS[name], learn)
         rng = random.Random(SEED)
-        rows = [row for job in plan.jobs for row in asked(job, plan.jobs, rng)]
-        rows += [*foreign(plan.jobs, rng), *changed(plan.jobs)]
+        rows = [row for job in jobs for row in asked(job, jobs, rng)]
+        rows += [*foreign(jobs, rng), *changed(jobs)]
         rng.shuffle(rows)
         write_queries(OUTPUT / name, rows)
-        if plan.template:
-            (OUTPUT / name / "template.jinja").write_text(plan.template, "utf-8")
+    (OUTPUT / OTHERBASE / "template.jinja").write_text(GEMMA, "utf-8")
 
 
 if __name__ == "__main__":
