@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 from enum import Enum
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from router.integrations.vllm_worker import MARKED
 from router.routing.variants import served
 from router.system.errors import InputError
 
+pytestmark = pytest.mark.anyio
 TEXTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 ="]
 TALK = [
     {"role": "user", "content": "Say it again"},
@@ -101,7 +103,7 @@ def saved(saved_chats):
 
 @pytest.fixture()
 def started(saved, tiny_base, monkeypatch):
-    """Runs `work(client, engine, plugin)` against a server whose doors ask the engine."""
+    """A server whose doors ask the engine; yields a client, the engine and the plugin."""
     loras = dict.fromkeys(("LoadLoRAAdapterRequest", "UnloadLoRAAdapterRequest"), SimpleNamespace)
     stand_in(
         monkeypatch,
@@ -111,7 +113,8 @@ def started(saved, tiny_base, monkeypatch):
     )
     monkeypatch.setenv(FOLDER, str(saved._folder))
 
-    def run(work):
+    @asynccontextmanager
+    async def run():
         engine, plugin = Engine(saved), Auto(CollectorRegistry())
 
         async def answer(request):
@@ -128,15 +131,11 @@ def started(saved, tiny_base, monkeypatch):
         app.add_api_route = lambda path, to, methods: app.add_route(path, to, methods)
         plugin.attach_router(app)
 
-        async def go():
-            state = SimpleNamespace(openai_serving_models=Models())
-            await plugin.init_state(engine, state, SimpleNamespace(model=str(tiny_base), revision=None))
-            engine.asked.clear()
-            transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
-                return await work(client, engine, plugin)
-
-        return asyncio.run(go())
+        state = SimpleNamespace(openai_serving_models=Models())
+        await plugin.init_state(engine, state, SimpleNamespace(model=str(tiny_base), revision=None))
+        engine.asked.clear()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://vllm") as client:
+            yield client, engine, plugin
 
     return run
 
@@ -158,12 +157,11 @@ def named(router, text):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_each_is_answered_as_the_router_decides(started, saved, stream):
+async def test_each_is_answered_as_the_router_decides(started, saved, stream):
     texts = [*TEXTS, TALK[:1], TALK, "x" * 300, "?", "Say: no"]
     expected = [named(saved, text) for text in texts]
     assert len(set(expected)) > 1 and "the-base" in expected
-
-    async def work(client, engine, plugin):
+    async with started() as (client, engine, plugin):
         asked = (client.post(door(text), json=body(text, stream=stream)) for text in texts)
         answers = await asyncio.gather(*asked)
         assert [answer.headers["x-router-model"] for answer in answers] == expected
@@ -172,27 +170,21 @@ def test_each_is_answered_as_the_router_decides(started, saved, stream):
         weights = json.loads(answers[0].headers["x-router-weights"])
         assert sum(weights.values()) == pytest.approx(1, abs=0.02)
 
-    started(work)
 
-
-def test_prompts_with_the_same_ends_do_not_take_what_was_read_of_each_other(started, saved):
+async def test_prompts_with_the_same_ends_do_not_take_what_was_read_of_each_other(started, saved):
     ends = "".join(f"{n}, " for n in range(80))
     texts = [f"{ends}{middle * 200}{ends}" for middle in "abcdefgh"]
     expected = [named(saved, text) for text in texts]
-
-    async def work(client, engine, plugin):
+    async with started() as (client, _, plugin):
         answers = await asyncio.gather(*(client.post(ROUTED[0], json=body(text)) for text in texts))
         assert [answer.headers.get("x-router-model") for answer in answers] == expected
         assert not plugin.library.read and not plugin.library.wanted and not plugin.failed._value.get()
 
-    started(work)
 
-
-def test_a_prompt_that_no_adapter_fits_is_asked_once(started, saved):
+async def test_a_prompt_that_no_adapter_fits_is_asked_once(started, saved):
     alone = next(text for text in (f"{n} and ?" for n in range(50)) if named(saved, text) == "the-base")
     sent = next(text for text in TEXTS if named(saved, text) != "the-base")
-
-    async def work(client, engine, plugin):
+    async with started() as (client, engine, _):
         await client.post(ROUTED[0], json=body(alone))
         ((first, lora, params),) = engine.asked
         assert MARKED.search(first) and lora is None and params.skip_reading_prefix_cache
@@ -205,14 +197,11 @@ def test_a_prompt_that_no_adapter_fits_is_asked_once(started, saved):
         await client.post(ROUTED[0], json=body(alone))
         assert [lora for _, lora, _ in engine.asked] == [named(saved, sent), None]
 
-    started(work)
 
-
-def test_who_waits_for_a_whole_answer_gets_the_last_output_alone(started, saved):
+async def test_who_waits_for_a_whole_answer_gets_the_last_output_alone(started, saved):
     """And a base model whose answer nobody wants stops after its first token."""
     texts = ["x" * 300, *TEXTS, TALK, *(f"{n} and ?" for n in range(5))]
-
-    async def work(client, engine, plugin):
+    async with started() as (client, engine, _):
         stopped = 0
         for text in texts:
             engine.written = 0
@@ -224,29 +213,24 @@ def test_who_waits_for_a_whole_answer_gets_the_last_output_alone(started, saved)
             engine.asked.clear()
         assert stopped
 
-    started(work)
 
-
-def test_a_variant_that_brings_a_template_is_asked_in_it(started, saved):
+async def test_a_variant_that_brings_a_template_is_asked_in_it(started, saved):
     sent = next(text for text in TEXTS if named(saved, [{"role": "user", "content": text}]) != "the-base")
     number = int(named(saved, [{"role": "user", "content": sent}]).split("-")[1])
     template = PLAIN.replace("assistant: ", "them> ")
     (saved._folder / "variants" / str(number) / "chat_template.jinja").write_text(template)
-
-    async def work(client, engine, plugin):
+    async with started() as (client, engine, _):
         others = ({"tools": [{}]}, {"chat_template_kwargs": {"x": 1}}, {"add_generation_prompt": False})
         for more, end in (({}, "them> "), *((more, "assistant: ") for more in others)):
             await client.post(ROUTED[1], json=body([{"role": "user", "content": sent}], **more))
             text = saved._base.tokenizer.decode(engine.prompt)
             assert text == f"user: {sent}\n{end}" and engine.asked[-1][1]
-
-    started(work)
     image = {"role": "user", "content": [{"type": "text", "text": sent}, {"type": "image_url"}]}
     assert not _is_plain({"messages": [image]}) and _is_plain({"messages": TALK})
 
 
-def test_where_routing_fails_the_base_model_answers(started, monkeypatch):
-    async def work(client, engine, plugin):
+async def test_where_routing_fails_the_base_model_answers(started, monkeypatch):
+    async with started() as (client, engine, plugin):
         engine.broken = "no memory"
         answer = await client.post(ROUTED[0], json=body(TEXTS[0]))
         assert answer.json() == [0, 1, 2] and "x-router-model" not in answer.headers
@@ -269,11 +253,9 @@ def test_where_routing_fails_the_base_model_answers(started, monkeypatch):
         assert (await client.post(ROUTED[0], json=body(TEXTS[1]))).json() == [0, 1, 2]
         assert plugin.failed._value.get() == 3 and len(engine.asked) == 2
 
-    started(work)
 
-
-def test_other_models_and_doors(started):
-    async def work(client, engine, plugin):
+async def test_other_models_and_doors(started):
+    async with started() as (client, engine, _):
         other = await client.post(ROUTED[0], json=body(TEXTS[0]) | {"model": "the-base"})
         assert other.json() == [0, 1, 2] and engine.asked[0][0] == "cmpl-1"
         for path, sent in (("/v1/embeddings", body("x")), (ROUTED[0], body("") | {"prompt": ["a", "b"]})):
@@ -283,11 +265,9 @@ def test_other_models_and_doors(started):
         await client.post(ROUTED[0], json=body(TEXTS[0], how={"n": 2}))  # several, not read themselves
         assert {bool(MARKED.search(name)) for name, _, _ in engine.asked[1:3]} == {True, False}
 
-    started(work)
 
-
-def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, saved):
-    async def work(client, engine, plugin):
+async def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, saved):
+    async with started() as (client, engine, plugin):
         old = plugin.library
         told = await client.post("/v1/admin/reload")
         assert told.json() == {"status": "reloaded", "variants": len(saved.variants)}
@@ -299,8 +279,6 @@ def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, saved):
         assert (await client.post("/v1/admin/reload")).status_code == 409
         async with plugin.renewing:
             assert (await client.post("/v1/admin/reload")).status_code == 409
-
-    started(work)
 
 
 @pytest.mark.parametrize(
@@ -320,13 +298,10 @@ def test_a_vllm_in_which_prompts_cannot_be_read_is_refused(saved, part, field, v
         check(config)
 
 
-def test_what_is_missing_at_the_start_is_said(started, saved, monkeypatch, tmp_path):
-    async def nothing(*_):
-        return None
-
+async def test_what_is_missing_at_the_start_is_said(started, monkeypatch, tmp_path):
     monkeypatch.setenv(FOLDER, str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="saved router"):
-        started(nothing)
+        await started().__aenter__()
     monkeypatch.delenv(FOLDER)
     with pytest.raises(InputError, match=FOLDER):
-        started(nothing)
+        await started().__aenter__()

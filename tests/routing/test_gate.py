@@ -1,10 +1,12 @@
 """The gate against a reading of its docstring by plain loops, and what it promises on text of known law."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
-from sklearn.utils.estimator_checks import check_estimator
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 
 from router.routing.gate import DOUBT, FACTORS, RIDGE, SHRINK, TAIL, PrototypeGate, threshold
 from router.routing.large import LargeGate, gate_for
@@ -167,9 +169,6 @@ def test_the_base_model_is_as_far_below_as_the_best_one_leads():
     assert 0 < sent.mean() < 1
 
 
-# Large libraries.
-
-
 def large(monkeypatch, **sizes):
     for name, value in sizes.items():
         monkeypatch.setattr(f"router.routing.large.{name}", value)
@@ -222,26 +221,6 @@ def test_the_shortlist_has_the_best_adapter(monkeypatch):
     assert (few.scores.argmax(1) == best).mean() > 0.8
 
 
-# What all adapters share.
-
-
-def test_what_all_adapters_respond_to_alike_is_taken_out():
-    rng = np.random.default_rng(0)
-    of_all = rng.normal(size=(200, 1, 10, 1))
-    own = rng.normal(size=(200, 20, 10, 2))
-    for share, stands_out in ((0.9, False), (0.0, True)):
-        generic = np.exp(-2 + 0.2 * (share * of_all + np.sqrt(1 - share**2) * own))
-        strange = np.exp(np.log(generic).mean(0, keepdims=True) + 0.2 * 4)  # 4 deviations above, everywhere
-        gate = PrototypeGate().fit(generic)
-        assert (np.abs(gate.decision_function(strange)) > 2).all() == stands_out
-        assert (gate.predict(strange) < 20) == stands_out
-        strange[:, 2] *= np.exp(0.2)  # and one a little more than the others
-        assert gate.predict(strange) == 2
-
-
-# The threshold of the base model.
-
-
 def test_the_threshold_never_rises_with_the_share():
     scores = np.random.default_rng(1).normal(size=160)
     found = [threshold(scores, share) for share in np.linspace(0.001, 0.999, 999)]
@@ -262,9 +241,6 @@ def test_the_threshold_is_that_of_an_exponential_tail(share):
     assert np.median(found) == pytest.approx(share, rel=0.25)
     many = (fresh > threshold(3 + 2 * rng.exponential(size=50_000), share)).mean()
     assert many == pytest.approx(share, rel=0.1)
-
-
-# What is promised.
 
 
 @pytest.mark.parametrize("n", [3, 20, 200])
@@ -313,9 +289,6 @@ def test_weights_are_the_softmax_of_the_kept_candidates(top_k, kept):
     assert np.flatnonzero(equal).tolist() == [0, 2, 4, 6, 8, 300]  # the first keep their weights
 
 
-# What says most.
-
-
 @pytest.mark.parametrize("noise", [0.0, 2e-6])
 def test_a_module_that_is_silent_on_generic_text_says_nothing(noise):
     generic, X = GENERIC.copy(), queries(2, 0.5)
@@ -326,40 +299,20 @@ def test_a_module_that_is_silent_on_generic_text_says_nothing(noise):
     assert np.abs(gate.decision_function(X)).max() < 100  # nor to the others
 
 
-# As an estimator.
-
-
-class MatrixGate(PrototypeGate):
-    """The same gate on the matrices of scikit-learn's checks: each column an adapter of one module."""
-
-    def fit(self, X, y=None):
-        return super().fit(cube(X), y)
-
-    def _checked(self, X):
-        return super()._checked(cube(X))
-
-
-def cube(X):
-    X = np.asarray(X)
-    return np.stack([X, X], -1)[:, :, None] if X.ndim == 2 else X
-
-
-# What scikit-learn expects of every estimator and the gate does not do, even on matrices: it speaks of
-# queries, adapters and modules, has four dimensions, and leaves the refusal of complex numbers to NumPy.
-UNLIKE = (
-    "n_features_in n_features_in_after_fitting complex_data estimators_empty_data_messages fit2d_1sample "
-    "fit2d_predict1d estimator_sparse_tag estimator_sparse_array estimator_sparse_matrix"
-)
-
-
-def test_it_passes_scikit_learns_checks_but_for_these():
-    unlike = {f"check_{name}": "unlike" for name in UNLIKE.split()}
-    results = check_estimator(MatrixGate(), expected_failed_checks=unlike, on_skip=None)
-    assert {result["check_name"] for result in results if result["status"] == "xfail"} == set(unlike)
-    assert sum(result["status"] == "passed" for result in results) >= 12
-
-
-# What is refused.
+def test_it_is_cloned_pickled_and_fitted_as_scikit_learn_asks():
+    given, X, reference = (
+        {"temperature": 0.5, "top_k": 2, "false_positive_rate": 0.2},
+        queries(1),
+        GENERIC.copy(),
+    )
+    gate = PrototypeGate(**given)
+    with pytest.raises(NotFittedError):
+        gate.predict(X)
+    assert gate.fit(reference) is gate and gate.get_params() == given
+    expected = gate.predict_proba(X)
+    for other in (clone(gate).fit(reference), pickle.loads(pickle.dumps(gate)), gate.fit(reference)):
+        np.testing.assert_array_equal(other.predict_proba(X), expected)
+    np.testing.assert_array_equal(reference, GENERIC)  # not changed
 
 
 def test_what_fits_no_gate_is_refused():
