@@ -45,6 +45,13 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture()
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own, which is not there yet."""
+    monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture()
 def anyio_backend():
     """Tests that are coroutines are run by anyio's plugin."""
     return "asyncio"
@@ -97,8 +104,12 @@ def router_of(tiny_base, tiny_library):
 @pytest.fixture()
 def chat_router(router_of, tmp_path):
     """Makes routers of the tiny library with a chat template."""
-    (tmp_path / "template.jinja").write_text(PLAIN)
-    return lambda **how: router_of(chat_template=tmp_path / "template.jinja", **how)
+
+    def make(template=PLAIN, **how):
+        (tmp_path / "template.jinja").write_text(template)
+        return router_of(chat_template=tmp_path / "template.jinja", **how)
+
+    return make
 
 
 @pytest.fixture()
@@ -129,15 +140,15 @@ def adapters(tiny_library):
 
 @pytest.fixture()
 def command(tmp_path, tiny_base, tiny_library):
-    """Runs a method on the queries; returns the exit code and the output folder."""
+    """Runs a method on the queries, or on other rows; returns the exit code and the output folder."""
     from router.main import main
 
     queries = write_queries(tmp_path / "queries.csv")
 
-    def run(method, *flags, out="out"):
-        return main(
-            arguments(method, [queries], tiny_library, tiny_base, tmp_path / out, *flags)
-        ), tmp_path / out
+    def run(method, *flags, out="out", rows=None, library=tiny_library, base=tiny_base):
+        if rows is not None:
+            write_queries(queries, rows)
+        return main(arguments(method, [queries], library, base, tmp_path / out, *flags)), tmp_path / out
 
     return run
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -41,17 +40,6 @@ def test_folders_come_in_the_order_given_and_those_inside_by_name(tiny_library, 
     (tiny_library / "everything" / "inside").mkdir()
     monkeypatch.chdir(tiny_library / "everything")
     assert names(["."]) == names(["inside/.."]) == ["everything"]
-
-
-@pytest.mark.parametrize("name", ["base", "id", "variant", "evil\x1b[2J"])
-def test_a_name_that_is_no_column_is_refused_and_not_printed(tmp_path, tiny_library, name):
-    (tmp_path / "odd" / name).mkdir(parents=True)  # broken, too
-    with pytest.raises(InputError) as told:
-        load_library([str(tmp_path / "odd")])
-    assert "\x1b" not in str(told.value)
-    twice = shutil.copytree(tiny_library / "mlp", tmp_path / "other" / "mlp")
-    with pytest.raises(InputError, match="adapter 'mlp'"):
-        load_library([str(tiny_library), str(twice)])
 
 
 BAD = {
@@ -168,15 +156,10 @@ def test_base_of(tiny_library, tmp_path):
             base_of(unclear)
     check_against_base(adapters, "Tiny", False, SHAPES)  # the hub's names are the same in any case
     check_against_base(adapters, "/models/anything", True, SHAPES)
-    with pytest.raises(InputError, match=r"adapter huge .*tiny"):
-        check_against_base(foreign, "tiny", False, SHAPES)
-
-
-@pytest.mark.parametrize("is_folder", [True, False])
-def test_an_adapter_of_another_shape_is_refused(tiny_library, is_folder):
-    module, adapters = "model.layers.1.mlp.down_proj", load_library([str(tiny_library)])
-    with pytest.raises(InputError, match=rf"everything .*{module} .*\(32, 48\).*\(32, 64\)"):
-        check_against_base(adapters, "tiny", is_folder, SHAPES | {module: (32, 64)})
-    lower = {module: shape for module, shape in SHAPES.items() if "layers.1" not in module}
-    with pytest.raises(InputError, match=r"adapter attention .*layers\.1\."):
-        check_against_base(adapters, "tiny", is_folder, lower)
+    module = "model.layers.1.mlp.down_proj"
+    for of, shapes, cause in (
+        (foreign, SHAPES, "adapter huge .*tiny"),
+        (adapters, SHAPES | {module: (32, 64)}, rf"everything .*{module} .*\(32, 48\).*\(32, 64\)"),
+    ):
+        with pytest.raises(InputError, match=cause):
+            check_against_base(of, "tiny", False, shapes)

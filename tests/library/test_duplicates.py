@@ -10,9 +10,7 @@ from helpers import edit_weights, write_tiny_adapter
 from merge.folders import WEIGHTS_FILE
 from router.library.adapters import load_library
 from router.library.duplicates import ALIKE, nearby, representatives
-from router.methods.proto_route import ProtoRoute
 from router.model.answer import encode
-from router.queries.submission import GENERATION, Query
 from router.routing.probe import input_means, probe
 from router.routing.prototypes import prototypes
 
@@ -119,17 +117,3 @@ def test_no_pair_that_is_alike_is_missed():
     assert all(set(np.flatnonzero(row)) <= set(others) for row, others in zip(alike, found, strict=True))
     assert all(others == sorted(others) for others in found)
     assert sum(map(len, found)) < 150**2 / 20
-
-
-def test_duplicates_get_no_weight_and_change_nobody_elses(base, tmp_path):
-    alone = [adapter(tmp_path / "one", alpha=4), adapter(tmp_path / "two", seed=2)]
-    larger, smaller = (adapter(tmp_path / f"alpha{alpha}", alpha=alpha) for alpha in (16, 1))
-    queries = [Query(str(n), text, GENERATION) for n, text in enumerate(TEXTS)]
-
-    def route(adapters):
-        method = ProtoRoute("proto_route", base, adapters)
-        return method.route(queries, method.encoded(queries)).weights
-
-    found = route([larger, *alone, smaller])
-    assert not found[:, [0, 3]].any()
-    np.testing.assert_allclose(found[:, [1, 2, 4]], route(alone), atol=1e-5)

@@ -24,21 +24,16 @@ SHIPPED = generic_prompts()
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache of the test's own, and few texts."""
-    monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path / "cache")
+def few_texts(cache, monkeypatch):
     monkeypatch.setattr("router.routing.calibration.generic_prompts", lambda frame: TEXTS)
-    return tmp_path / "cache"
 
 
 def measured(base, adapters, limit=None):
     """All that a calibration gives, as arrays by name."""
-    calibration = Calibration(base, limit)
-    protos = prototypes(adapters)
+    calibration, protos = Calibration(base, limit), prototypes(adapters)
     means = calibration.means(list(protos))
     responses = calibration.responses(adapters, protos, means)
-    means = {module: mean.numpy() for module, mean in means.items()}
-    return means | {"responses": responses}
+    return {module: mean.numpy() for module, mean in means.items()} | {"responses": responses}
 
 
 def fresh(base, adapters, limit=None):
@@ -47,8 +42,7 @@ def fresh(base, adapters, limit=None):
     modules = sorted({module for adapter in adapters for module in adapter.folder.shapes})
     (means, _), protos = input_means(base.model, rows, 0, modules), prototypes(adapters)
     responses = probe(base.model, rows, 0, {m: protos[m] for m in modules}, means, len(adapters)).responses
-    means = {module: mean.numpy() for module, mean in means.items()}
-    return means | {"responses": responses}
+    return {module: mean.numpy() for module, mean in means.items()} | {"responses": responses}
 
 
 def assert_close(found, expected):

@@ -3,17 +3,7 @@
 import numpy as np
 import pytest
 
-from router.routing.clusters import (
-    MEAN_LOSS,
-    WORST_LOSS,
-    Clusters,
-    cluster,
-    firsts,
-    mixes,
-    most_variants,
-    nearest,
-    with_base,
-)
+from router.routing.clusters import MEAN_LOSS, WORST_LOSS, cluster, firsts, mixes, most_variants, nearest
 
 
 def lost(weights, clusters):
@@ -63,14 +53,6 @@ def test_every_query_is_in_the_nearest_mean(n_variants):
     assert (nearest(later, found.weights, of) == distances.argmin(1))[np.isfinite(distances).any(1)].all()
     again = cluster(weights, n_variants, seed=0)
     assert np.array_equal(again.labels, found.labels) and np.array_equal(again.weights, found.weights)
-
-
-def test_a_query_of_an_adapter_that_no_variant_has_is_the_base_models():
-    sample = np.array([[1.0, 0, 0, 0, 0], *[[0, 1.0, 0, 0, 0]] * 9, [0, 0.4, 0.35, 0.25, 0]])
-    made = Clusters(np.repeat([0, 1], [1, 10]), np.array([[1.0, 0, 0, 0, 0], [0, 0.94, 0.035, 0.025, 0]]))
-    of = np.vstack([firsts(sample, made), [[False] * 4 + [True]]])
-    later = np.array([[0.1, 0, 0, 0.8, 0.1], [0, 0.1, 0.9, 0, 0], [0, 0.4, 0.3, 0.3, 0], [0.9, 0, 0, 0.1, 0]])
-    assert nearest(later, with_base(made.weights), of).tolist() == [2, 2, 1, 0]
 
 
 @pytest.mark.parametrize("n_variants", [None, 7])
@@ -135,9 +117,6 @@ def test_auto_takes_the_fewest_variants_within_the_tolerance():
     found = cluster(many, None, seed=0)
     assert len(found.weights) == most_variants(9) == 14  # one and a half for each best candidate
     assert lost(mixes(many), found) > MEAN_LOSS  # so it is the limit that stopped it
-
-
-# Many queries, many candidates.
 
 
 def test_of_many_queries_a_sample_is_grouped(monkeypatch):

@@ -300,11 +300,8 @@ def test_a_module_that_is_silent_on_generic_text_says_nothing(noise):
 
 
 def test_it_is_cloned_pickled_and_fitted_as_scikit_learn_asks():
-    given, X, reference = (
-        {"temperature": 0.5, "top_k": 2, "false_positive_rate": 0.2},
-        queries(1),
-        GENERIC.copy(),
-    )
+    given = {"temperature": 0.5, "top_k": 2, "false_positive_rate": 0.2}
+    X, reference = queries(1), GENERIC.copy()
     gate = PrototypeGate(**given)
     with pytest.raises(NotFittedError):
         gate.predict(X)

@@ -36,18 +36,12 @@ def test_two_groups_are_found_as_by_trying_all_cuts(seed):
     rng = np.random.default_rng(seed)
     gains = rng.choice([0, 0.15, 0.3], rng.integers(2, 15), p=[0.6, 0.2, 0.2])
     framed, bare = responses(gains, noise=0.03, seed=seed)
-    gain = np.log(framed / bare).mean((0, 2))
+    framed[:, 1, 9:] = bare[:, 0, :9] = np.nan  # without a prototype there
+    gains = np.log(framed / bare).mean(0)
+    gain = np.nanmean(gains - np.nanmean(gains, 0), 1)
     assert set(np.flatnonzero(trained_in(framed, bare)).tolist()) == by_all_cuts(gain)
-
-
-def test_adapters_of_another_form_are_told_from_those_of_one():
-    framed, bare = responses([0.25, 0, 0, 0.3, 0, 0, 0.28, 0])
-    framed[:, 3, 7:], bare[:, 0, :9] = np.nan, np.nan  # without a prototype there
-    for order in ([*range(8)], [5, 3, 0, 1, 2, 7, 6, 4]):
-        found = np.flatnonzero(trained_in(framed[:, order], bare[:, order]))
-        assert {order[n] for n in found} == {0, 3, 6}
-    for gains in ([0.0] * 12, [0.2] * 12, [0.3, *[0.0] * 11], [0.3, 0.3, 0.0], [0.3, 0.0]):
-        assert not trained_in(*responses(gains)).any()  # of one form, or a single one
+    for alike in ([0.2] * 12, [0.3, *[0.0] * 11], [0.3, 0.3, 0.0]):
+        assert not trained_in(*responses(alike, seed=seed)).any()  # of one form, or a single one
 
 
 @pytest.mark.parametrize("kind", [PrototypeGate, LargeGate])

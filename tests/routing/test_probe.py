@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from helpers import NAMES, dense_updates, inputs_of, plain_model
-from router.library.adapters import load_library
 from router.model.answer import encode
 from router.routing.probe import input_means, probe
 from router.routing.prototypes import prototypes
@@ -27,14 +26,8 @@ def squared_cosine(x, update):
     return total / (x @ x)
 
 
-@pytest.fixture()
-def measured(base, tiny_library):
-    """Prototypes and token ids of the texts."""
-    return prototypes(load_library([str(tiny_library)])), encode(base.tokenizer, TEXTS)
-
-
-def test_both_responses_equal_dense_cosines_token_by_token(base, tiny_base, measured, tiny_library):
-    protos, rows = measured
+def test_both_responses_equal_dense_cosines_token_by_token(base, tiny_base, adapters, tiny_library):
+    protos, rows = prototypes(adapters), encode(base.tokenizer, TEXTS)
     assert [len(row) for row in rows][:3] == [1, 2, 3]
     means, _ = input_means(base.model, rows, 0, list(protos))
     found = probe(base.model, rows, 0, protos, means, 3).responses
