@@ -5,18 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import (
-    FAMILIES,
-    arguments,
-    choice_scores,
-    family,
-    plain_model,
-    read_by_id,
-    read_table,
-    write_queries,
-    written,
-)
-from router.main import main
+from helpers import FAMILIES, choice_scores, family, plain_model, read_by_id, read_table, written
 from router.model.answer import likeliest
 
 PROMPTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "abc"]
@@ -35,23 +24,20 @@ def saved(tmp_path, tiny_base, kind, **config):
         # Mixtral's experts are no linear layers, and PEFT warns of the pattern that it makes for them.
         targets = ["q_proj", "v_proj"] if kind == "mixtral" else "all-linear"
         lora = LoraConfig(r=3, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
-        get_peft_model(model, lora).save_pretrained(tmp_path / "library" / name)
-    return base, tmp_path / "library"
+        get_peft_model(model, lora).save_pretrained(tmp_path / "adapters" / name)
+    return base, tmp_path / "adapters"
 
 
-@pytest.fixture(params=FAMILIES)
-def folders(request, tmp_path, tiny_base):
-    return saved(tmp_path, tiny_base, request.param)
-
-
-def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatch):
-    base, library = folders
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_run_answers_as_peft_and_transformers_do(kind, command, tmp_path, tiny_base, monkeypatch):
+    base, library = saved(tmp_path, tiny_base, kind)
     rows = [(f"g{n}", text, "generation", "") for n, text in enumerate(PROMPTS)]
     rows.append(("m", PROMPTS[0], "multiple_choice", str(CHOICES)))
-    queries, out, scored = write_queries(tmp_path / "queries.csv", rows), tmp_path / "out", []
+    scored = []
     monkeypatch.setattr("router.model.answer.likeliest", lambda row: scored.append(row) or likeliest(row))
     flags = ("--false_positive_rate", 0.9, "--temperature", 3.0)  # most queries get a mix
-    assert main(arguments("proto_route", [queries], library, base, out, *flags)) == 0
+    code, out = command("proto_route", *flags, rows=rows, library=library, base=base)
+    assert code == 0
     tokenizer = AutoTokenizer.from_pretrained(base)
     answers, mixed = read_by_id(out / "queries.csv"), 0
     for row, (_, prompt, kind, _) in zip(read_table(out / "queries.routing.csv"), rows, strict=True):
@@ -70,25 +56,24 @@ def test_a_run_answers_as_peft_and_transformers_do(folders, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "opt", "qwen2_moe"])  # pictures; tokens in a row; experts
-def test_published_methods_take_unusual_families(kind, tmp_path, tiny_base, capsys):
+def test_published_methods_take_unusual_families(kind, command, tmp_path, tiny_base, capsys):
     base, library = saved(tmp_path, tiny_base, kind)
-    queries = write_queries(tmp_path / "queries.csv", [(text, text, "generation", "") for text in PROMPTS])
+    rows = [(text, text, "generation", "") for text in PROMPTS]
     for method in ("arrow", "spectr", "lag", "logo", "mass", "average", "ties"):
-        out = tmp_path / method
-        assert main(arguments(method, [queries], library, base, out)) == 0, (method, capsys.readouterr().err)
+        code, out = command(method, out=method, rows=rows, library=library, base=base)
+        assert code == 0, (method, capsys.readouterr().err)
         for row in read_table(out / "queries.routing.csv"):
             assert float(row["one"]) + float(row["two"]) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["proto_route", "logo"])  # which read some of a prompt, and all of it
-def test_a_query_beyond_the_table_of_positions_fails_alone(method, tmp_path, tiny_base, capsys):
+def test_a_query_beyond_the_table_of_positions_fails_alone(method, command, tmp_path, tiny_base, capsys):
     base, library = saved(tmp_path, tiny_base, "opt", max_position_embeddings=140)
     rows = [(f"q{length}", (PROMPTS[0] * 8)[:length], "generation", "") for length in (20, 138, 150)]
-    queries = write_queries(tmp_path / "queries.csv", rows)
-    words = arguments(method, [queries], library, base, tmp_path / "out")
-    for flags, failed in (((), ["q150"]), (("--max_seq_len", "135"), [])):
-        assert main([*words, *flags]) == 0
-        told, answers = capsys.readouterr().err, read_by_id(tmp_path / "out" / "queries.csv")
+    for flags, failed in (((), ["q150"]), (("--max_seq_len", 135), [])):
+        code, out = command(method, *flags, rows=rows, library=library, base=base)
+        told, answers = capsys.readouterr().err, read_by_id(out / "queries.csv")
+        assert code == 0
         assert [name for name, row in answers.items() if row["prediction"] == "unknown"] == failed
         assert ("query q150" in told) == bool(failed) and "query q138" not in told
         assert "2 of 3 prompts" in told and "--max_seq_len 135" in told

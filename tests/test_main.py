@@ -10,9 +10,8 @@ import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from unittest.mock import ANY
+from unittest.mock import ANY, Mock
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +23,6 @@ from helpers import (
     METHODS,
     NAMES,
     ROWS,
-    arguments,
     choice_scores,
     edit_weights,
     files_of,
@@ -104,7 +102,7 @@ def test_a_run_leaves_answers_routing_record_and_variants(command, capsys, tiny_
     assert bool(folders) == (method != "base")
 
 
-def test_oracle_answers_with_each_querys_own_adapter(command, tmp_path, tiny_base, tiny_library):
+def test_oracle_answers_with_each_querys_own_adapter(command, tiny_base, tiny_library):
     code, out = command("oracle")
     assert code == 0
     found = {row["id"]: row["prediction"] for row in read_table(out / "queries.csv")}
@@ -113,9 +111,9 @@ def test_oracle_answers_with_each_querys_own_adapter(command, tmp_path, tiny_bas
         model = plain_model(tiny_base, None if name == "base" else tiny_library / name)
         assert [found[row[0]] for row in rows] == answers_of(model, tiny_base, rows)
     several = [(name, "a", "generation", "", name) for name in ("mlp", "mlp+attention", "attention+base+mlp")]
-    code, out = command("oracle", "--dataset_filepaths", write_queries(tmp_path / "several.csv", several))
+    code, out = command("oracle", rows=several)
     assert code == 0
-    for row in read_table(out / "several.routing.csv"):  # the mean of those that a query needs
+    for row in read_table(out / "queries.routing.csv"):  # the mean of those that a query needs
         needed = row["id"].split("+")
         expected = {name: (name in needed) / len(needed) for name in (*NAMES, "base")}
         assert weights_in(row) == pytest.approx(expected, abs=1e-6)
@@ -130,15 +128,6 @@ def test_the_same_command_gives_the_same_bytes(command, method):
     for record in records:
         del record["seconds"], record["peak_mib"], record["flags"]["output_folder"]
     assert records[0] == records[1]
-
-
-def test_a_higher_rate_leaves_fewer_queries_with_the_base_model(command):
-    shares = []
-    for rate, flag in ((0.01, "false_alarm"), (0.1, "false_positive_rate"), (0.99, "false_positive_rate")):
-        _, out = command("proto_route", f"--{flag}", rate, out=str(rate))
-        assert json.loads((out / "run.json").read_text())["flags"]["false_positive_rate"] == rate
-        shares.append([weights_in(row)["base"] for row in read_table(out / "queries.routing.csv")])
-    assert (np.diff(shares, axis=0) <= 1e-6).all() and np.mean(shares[0]) > np.mean(shares[-1])
 
 
 def test_a_second_run_replaces_the_first(command, capsys):
@@ -348,16 +337,15 @@ def test_files_of_two_runs_do_not_pass_for_one(command):
         (out / name).write_bytes(before)
 
 
-def test_answers_to_another_query_file_stay_and_are_known(command, tmp_path, tiny_base, tiny_library):
+def test_answers_to_another_query_file_stay_and_are_known(command, tmp_path):
     _, out = command("base")
     first = (out / "queries.csv").read_bytes()
-    other = write_queries(tmp_path / "other.csv", ROWS[:2])
-    assert main(arguments("base", [other], tiny_library, tiny_base, out)) == 0
+    other = ("--dataset_filepaths", write_queries(tmp_path / "other.csv", ROWS[:2]))
+    assert command("base", *other)[0] == 0
     assert (out / "queries.csv").read_bytes() == first and set(load(out).stems) == {"other"}
     assert command("base")[0] == 0 and set(load(out).stems) == {"queries"}
     (out / "other.csv").write_text("mine")
-    assert main(arguments("base", [other], tiny_library, tiny_base, out)) == 2
-    assert (out / "other.csv").read_text() == "mine"
+    assert command("base", *other)[0] == 2 and (out / "other.csv").read_text() == "mine"
 
 
 @pytest.fixture()
@@ -410,25 +398,22 @@ def test_where_nothing_finite_comes_out_the_run_ends(command, capsys, monkeypatc
     assert not (out / "queries.csv").exists()
 
 
-def no_memory(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory.")
+FULL = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
 
 
-@pytest.mark.parametrize("way", [no_memory, lambda _, __, rows, ___: [FAILED] * len(rows)])
-def test_the_id_of_a_query_does_not_control_the_terminal(command, capsys, tmp_path, monkeypatch, way):
+@pytest.mark.parametrize("way", [FULL, lambda _, __, rows, ___: [FAILED] * len(rows)])
+def test_the_id_of_a_query_does_not_control_the_terminal(command, capsys, monkeypatch, way):
     monkeypatch.setattr("router.model.answer.generate", way)
     rows = [("\x1b[2Jg", "a", "generation", ""), ("m", "b", "multiple_choice", "['x', 'y']")]
-    path = write_queries(tmp_path / "odd.csv", rows)
-    code, _ = command("base", "--dataset_filepaths", path)
+    code, _ = command("base", rows=rows)
     told = "".join(capsys.readouterr())
     assert code == 0 and "query \\x1b[2Jg: " in told and "\x1b" not in told
 
 
-def test_half_a_character_of_a_choice_reaches_the_report(command, tmp_path, tiny_base):
-    rows = [("half", "Which?", "multiple_choice", r"['\ud83d']", "base"), *ROWS]
-    code, out = command("base", "--dataset_filepaths", write_queries(tmp_path / "half.csv", rows))
+def test_half_a_character_of_a_choice_reaches_the_report(command, tiny_base):
+    code, out = command("base", rows=[("half", "Which?", "multiple_choice", r"['\ud83d']", "base"), *ROWS])
     assert code == 0 and not (out / ".journal").exists()
-    found = [row["prediction"] for row in read_table(out / "half.csv")]
+    found = [row["prediction"] for row in read_table(out / "queries.csv")]
     assert found == ["0", *answers_of(plain_model(tiny_base), tiny_base, ROWS)]
     page = (out / "report.html").read_text("utf-8")
     data = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
@@ -488,7 +473,7 @@ def test_weights_that_are_replaced_while_a_run_reads_are_refused(
     def then_changed(context):
         found = load(context)
         for folder in tiny_library.iterdir():
-            file = folder / "adapter_model.safetensors"
+            file = folder / WEIGHTS_FILE
             save_file({key: 2 * of for key, of in load_file(file).items()}, file)
         return found
 
@@ -515,7 +500,7 @@ def test_a_file_that_is_put_there_meanwhile_is_not_replaced(command, tmp_path, m
         assert command("base")[0] == 0
 
 
-def test_a_token_beyond_the_embeddings_costs_its_prompts_alone(tmp_path, tiny_base, tiny_library):
+def test_a_token_beyond_the_embeddings_costs_its_prompts_alone(command, tmp_path, tiny_base):
     base = shutil.copytree(tiny_base, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -524,13 +509,10 @@ def test_a_token_beyond_the_embeddings_costs_its_prompts_alone(tmp_path, tiny_ba
         ("x1", "Say [PAD] to me", "generation", "", "base"),
         ("x2", "Which?", "multiple_choice", "['[PAD]', 'b']", "base"),
     ]
-    found = []
-    for folder, rows in ((tiny_base, ROWS), (base, [*odd, *ROWS])):
-        queries = write_queries(tmp_path / f"{folder.name}.csv", rows)
-        out = tmp_path / f"out-{folder.name}"
-        assert main(arguments("proto_route", [queries], tiny_library, folder, out)) == 0
-        found.append([row["prediction"] for row in read_table(out / queries.name)])
-    assert found[1] == ["unknown", "unknown", *found[0]]
+    _, plain = command("proto_route", out="plain")
+    code, out = command("proto_route", rows=[*odd, *ROWS], base=base)
+    first, second = ([row["prediction"] for row in read_table(of / "queries.csv")] for of in (plain, out))
+    assert code == 0 and second == ["unknown", "unknown", *first]
 
 
 def test_variants_that_are_the_own_adapters_are_not_replaced(command, tmp_path, capsys):

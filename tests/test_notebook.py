@@ -11,9 +11,8 @@ import shutil
 import numpy as np
 import pytest
 
-from helpers import NAMES, ROOT, ROWS, arguments, write_queries, write_tiny_adapter
+from helpers import NAMES, ROOT, ROWS, write_tiny_adapter
 from router.constants import LIBRARY
-from router.main import main
 from router.runs import tables
 
 NOTEBOOK = ROOT / "notebooks" / "clusters.ipynb"
@@ -51,17 +50,10 @@ def extra():
 
 
 @pytest.fixture()
-def finished(tmp_path, tiny_base, tiny_library):
+def finished(command, tiny_library):
     """Makes a run over the tiny library and a duplicate of one of its adapters; returns its folder."""
     write_tiny_adapter(tiny_library / "double", 2, 2, alpha=4)
-    queries = write_queries(tmp_path / "queries.csv")
-
-    def run(method, *flags, out="out"):
-        flags = ("--max_gen_len", 2, *flags)
-        assert main(arguments(method, [queries], tiny_library, tiny_base, tmp_path / out, *flags)) == 0
-        return tmp_path / out
-
-    return run
+    return lambda method, *flags, **how: command(method, "--max_gen_len", 2, *flags, **how)[1]
 
 
 def test_the_notebook_shows_any_run(extra, finished, monkeypatch):

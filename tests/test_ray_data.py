@@ -154,9 +154,8 @@ def test_what_cannot_be_answered_is_refused(ray, answering, queries, tmp_path, m
 
 
 def test_the_rows_are_those_of_a_run(ray, answering, command, tmp_path):
-    queries = write_queries(tmp_path / "queries.csv", MANY)  # the command's
-    assert command("proto_route") == (0, tmp_path / "out")
-    code, said = ray(queries, router=tmp_path / "out")
+    _, out = command("proto_route", rows=MANY)
+    code, said = ray(tmp_path / "queries.csv", router=out)
     assert code == 0 and "23 queries" in said
     check_rows(tmp_path)
 

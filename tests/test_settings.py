@@ -48,6 +48,11 @@ def test_a_value_that_a_setting_refuses_is_named_by_its_flag(name, value):
         Settings(**{name: value})
 
 
+def test_the_name_of_a_flag_in_0_1_is_understood():
+    words = ["-m", "base", "--false_alarm", "0.2"]
+    assert parser().parse_args(words).false_positive_rate == 0.2
+
+
 @pytest.mark.parametrize("name", kinds())
 def test_the_help_shows_a_default_that_its_flag_takes(name):
     (flag,) = [action for action in parser()._actions if action.dest == name]

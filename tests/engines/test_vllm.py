@@ -8,9 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from helpers import WIDTHS, active, arguments, read_by_id, stand_in, write_queries, write_tiny_library
+from helpers import WIDTHS, active, read_by_id, stand_in, write_tiny_library
 from router.engines import vllm
-from router.main import main
 from router.model.answer import answers, encode
 from router.model.base import load_base
 from router.pipeline.answering import answered_by_vllm
@@ -80,13 +79,6 @@ QUERIES = [
 ]
 
 
-@pytest.fixture()
-def words(tmp_path, tiny_base, tiny_library):
-    """The command line of a run."""
-    queries = write_queries(tmp_path / "queries.csv")
-    return arguments("proto_route", [queries], tiny_library, tiny_base, tmp_path / "out", "--engine", "vllm")
-
-
 @pytest.mark.parametrize("scoring", ["full", "kit"])
 def test_each_prompt_is_answered_by_its_own_variant(base, tmp_path, scoring, monkeypatch):
     monkeypatch.setattr(vllm, "AT_ONCE", 3)
@@ -109,14 +101,14 @@ def test_each_prompt_is_answered_by_its_own_variant(base, tmp_path, scoring, mon
     assert [len(part) for part in llm.asked] == [5, 2]  # a prompt for each choice
 
 
-def test_a_run_has_the_same_results_as_in_this_process(words, tmp_path):
-    words += ["--false_positive_rate", "0.9", "--temperature", "3.0"]
-    assert main(words) == 0
-    assert main([*words, "--engine", "transformers", "--output_folder", str(tmp_path / "here")]) == 0
-    here, there = (read_by_id(tmp_path / name / "queries.csv") for name in ("here", "out"))
-    assert here == there and len(here) == 6
+def test_a_run_has_the_same_results_as_in_this_process(command):
+    flags = ("--false_positive_rate", 0.9, "--temperature", 3.0)
+    _, there = command("proto_route", *flags, "--engine", "vllm")
+    _, here = command("proto_route", *flags, out="here")
+    answers = read_by_id(here / "queries.csv")
+    assert read_by_id(there / "queries.csv") == answers and len(answers) == 6
     assert len({lora and lora.path for _, lora in LLM.made[0].asked[0]}) > 1
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["flags"]["engine"] == "vllm"
+    assert json.loads((there / "run.json").read_text())["flags"]["engine"] == "vllm"
 
 
 def test_what_is_kept_or_cannot_be_read_is_not_asked(base, caplog):
@@ -137,19 +129,19 @@ def test_what_is_kept_or_cannot_be_read_is_not_asked(base, caplog):
     assert len(LLM.made) == 2  # not even loaded
 
 
-def test_a_run_whose_vllm_does_not_start_keeps_its_journal(words, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_vllm_does_not_start_keeps_its_journal(command, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(LLM, "says", "No available memory for the\ncache blocks.")
-        assert main(words) == 2
+        code, out = command("proto_route", "--engine", "vllm")
     said = capsys.readouterr().err
-    assert "No available memory for the cache blocks" in said and "the same command goes on" in said
-    assert (tmp_path / "out" / ".journal" / "routing.safetensors").is_file()
-    assert main(words) == 0
+    assert code == 2 and "No available memory for the cache blocks" in said
+    assert "the same command goes on" in said and (out / ".journal" / "routing.safetensors").is_file()
+    assert command("proto_route", "--engine", "vllm")[0] == 0
 
 
-@pytest.mark.parametrize("flags", [["--device_map", "auto"], ["-m", "arrow", "--engine", "vllm"]])
-def test_what_does_not_go_together_is_refused(words, monkeypatch, flags, capsys):
-    assert main([*words, *flags]) == 2
-    assert flags[-2] in capsys.readouterr().err
+def test_what_does_not_go_together_is_refused(command, monkeypatch, capsys):
+    for method, flags in (("proto_route", ("--device_map", "auto")), ("arrow", ())):
+        assert command(method, *flags, "--engine", "vllm")[0] == 2
+        assert (flags or ["--engine"])[0] in capsys.readouterr().err
     monkeypatch.setattr("router.run.find_spec", lambda name: None)  # nor is there vLLM
-    assert main(words) == 2 and "pip install" in capsys.readouterr().err
+    assert command("proto_route", "--engine", "vllm")[0] == 2 and "pip install" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import shutil
 import time
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from unittest.mock import Mock, patch
 
@@ -238,17 +239,14 @@ LOWER = {"post_processor": None, "normalizer": {"type": "Lowercase"}}
     ],
 )
 def test_an_unfinished_run_that_answers_otherwise_is_refused(
-    file, change, flags, again, differs, tiny_base, tiny_library, tmp_path, capsys, monkeypatch
+    file, change, flags, again, differs, command, tiny_base, tiny_library, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("router.library.sources.LIBRARY", tiny_library)
-    base = shutil.copytree(tiny_base, tmp_path / "base")
-    queries = write_queries(tmp_path / "queries.csv")
-    words = arguments("proto_route", [queries], tiny_library, base, tmp_path / "out", *flags)
+    run = partial(command, "proto_route", *flags, base=shutil.copytree(tiny_base, tmp_path / "base"))
     with pytest.raises(Killed), killed_after(0, monkeypatch):
-        main(words)
+        run()
     if file:
-        edit_json(base / file, **change)
+        edit_json(tmp_path / "base" / file, **change)
     monkeypatch.setattr("torch.get_num_threads", lambda: 99)  # which counts in half precision alone
-    assert main([*words, *again]) == 2
-    assert f"{differs};" in capsys.readouterr().err
-    assert main([*words, *again, "--fresh"]) == 0
+    assert run(*again)[0] == 2 and f"{differs};" in capsys.readouterr().err
+    assert run(*again, "--fresh")[0] == 0
