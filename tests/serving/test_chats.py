@@ -77,32 +77,26 @@ async def test_a_variant_that_brings_a_template_is_asked_in_it(saved_chats, tiny
     names = [served(n, of.sha256) for n, of in enumerate(router.variants) if of.weights]
     listed = Upstream([{"id": "the-base"}, *({"id": name} for name in names)])
     async with proxied(router, listed) as (client, upstream, _):
-        for path, body in (
-            ("/v1/chat/completions", chat(fits)),
-            ("/v1/responses", {"model": "auto", "input": fits}),
-            ("/v1/chat/completions", chat(fits) | {"model": "other"}),
-            ("/v1/chat/completions", chat(fits) | {"tools": [{}]}),  # which the template does not write
-            ("/v1/chat/completions", chat(fits) | {"chat_template": "mine"}),
+        for path, body, given in (
+            ("/v1/chat/completions", chat(fits), other),
+            ("/v1/responses", {"model": "auto", "input": fits}, None),
+            ("/v1/chat/completions", chat(fits, model="other"), None),
+            ("/v1/chat/completions", chat(fits, tools=[{}]), None),  # which the template does not write
+            ("/v1/chat/completions", chat(fits, chat_template="mine"), "mine"),
         ):
             await client.post(path, json=body)
-        assert [body.get("chat_template") for _, body, _ in upstream.seen] == [
-            other,
-            None,
-            None,
-            None,
-            "mine",
-        ]
-        upstream.seen.clear()
+            assert upstream.seen[-1][1].get("chat_template") == given
         refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         router.templates = dict.fromkeys(router.templates, Template(router.tokenizer, refusing + other))
-        for messages in ([{"role": "system", "content": "Be kind."}], [], [{"type": "function_call"}]):
-            body = chat(fits)
-            await client.post("/v1/chat/completions", json=body | {"messages": messages + body["messages"]})
-        assert [bool(body.get("chat_template")) for _, body, _ in upstream.seen] == [False, True, False]
+        (own,), system = chat(fits)["messages"], {"role": "system", "content": "Be kind."}
+        for messages, given in (
+            ([system, own], False),
+            ([own], True),
+            ([{"type": "function_call"}, own], False),
+        ):
+            await client.post("/v1/chat/completions", json={"model": "auto", "messages": messages})
+            assert bool(upstream.seen[-1][1].get("chat_template")) == given
         router._method.template = Template(router.tokenizer, refusing + PLAIN)
-        told = await client.post(
-            "/v1/chat/completions",
-            json=chat("x") | {"messages": [{"role": "system", "content": "S"}, *chat("x")["messages"]]},
-        )
+        told = await client.post("/v1/chat/completions", json={"model": "auto", "messages": [system, own]})
         assert told.status_code == 400 and "no system" in told.json()["error"]["message"]
     assert "--trust-request-chat-template" in vllm(read_served(tmp_path / "saved"))

@@ -91,25 +91,6 @@ def test_what_is_read_of_a_request(body, read):
     assert [message["content"] for message in prompt_of(body)] == read
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/../flush_cache", "/v1/%2e%2e/flush_cache", "/v1/a/%2E./b", "/v1/..%2fflush_cache"]
-)
-async def test_no_path_leads_out_of_v1(path):
-    async with proxied() as (_, upstream, proxy):
-        told = []
-
-        async def send(message):
-            told.append(message)
-
-        scope = {
-            "type": "http", "method": "GET", "headers": [], "query_string": b"", "http_version": "1.1",
-            "scheme": "http", "server": ("proxy", 80), "client": ("c", 1), "root_path": "",
-            "path": "/v1/" + path.removeprefix("/v1/"), "raw_path": path.encode(),
-        }  # fmt: skip
-        await proxy.app(scope, lambda: asyncio.sleep(0, {"type": "http.request", "body": b""}), send)
-        assert told[0]["status"] == 404 and upstream.seen == []
-
-
 async def test_odd_headers_and_names_pass_or_are_quoted():
     listed = Upstream(({"id": "模型"}, {"id": "variant-0", "parent": "模型"}))
     async with proxied(upstream=listed) as (client, upstream, _):
@@ -192,15 +173,10 @@ async def test_a_variant_that_is_served_as_the_base_model_is_not_ready(says, sta
         assert answer.status_code == status and (status == 200 or "variant-0" in answer.text)
 
 
-class Half(httpx.AsyncByteStream):
+async def half(error):
     """An answer that begins and breaks off."""
-
-    def __init__(self, error):
-        self.error = error
-
-    async def __aiter__(self):
-        yield b"data: "
-        raise self.error
+    yield b"data: "
+    raise error
 
 
 class Mortal(httpx.ASGITransport):
@@ -218,7 +194,7 @@ class Mortal(httpx.ASGITransport):
             raise error
         stream = b'"stream"' in await request.aread()
         kind = {"content-type": "text/event-stream"} if stream else {}
-        return httpx.Response(200, headers=kind, stream=Half(error))
+        return httpx.Response(200, headers=kind, content=half(error))
 
 
 async def test_an_upstream_that_dies_comes_back_with_other_names():

@@ -13,10 +13,8 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from serving_stubs import free_port, serving
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse, StreamingResponse
-from starlette.routing import Route
+from serving_stubs import Upstream, free_port, serving
+from starlette.responses import StreamingResponse
 
 from helpers import ROOT
 from router.routing.variants import served
@@ -26,40 +24,32 @@ TEXTS = [f"{word} number {n}" for n in range(4) for word in ("What is", "Say", "
 posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 
-@pytest.fixture()
-def upstream():
-    """A stub server; yields its address, the slow prompts that it was asked, and those whose client left."""
+class Waiting(Upstream):
+    """Answers "Slow" late and "Endless" never, and lists the clients that left."""
 
-    async def models(_):
-        return JSONResponse({"data": [{"id": "tiny"}]})
+    def __init__(self):
+        super().__init__(({"id": "tiny"},))
+        self.left = []
 
-    async def answer(request):
+    async def answer(self, request):
         body = await request.json()
-        prompt = body["prompt"]
-        if prompt.startswith(("Slow", "Endless")):
-            asked.append(prompt)
-        if prompt.startswith("Slow"):
-            await asyncio.sleep(0.5)
-        if prompt.startswith("Endless"):
+        if body["prompt"] == "Endless":
             if body.get("stream"):
-                return StreamingResponse(endless(), media_type="text/event-stream")
+                return StreamingResponse(self.endless(), media_type="text/event-stream")
             while not await request.is_disconnected():
                 await asyncio.sleep(0.01)
-            left.append(prompt)
-        return JSONResponse({"model": body["model"], "choices": [{"text": prompt}]})
+            self.left.append("Endless")
+        answer = await super().answer(request)
+        await asyncio.sleep(0.5 * (body["prompt"] == "Slow"))
+        return answer
 
-    async def endless():
+    async def endless(self):
         try:
             while True:
                 yield b"data: 0\n\n"
                 await asyncio.sleep(0.01)
         finally:
-            left.append("stream")
-
-    asked, left = [], []
-    routes = [Route("/v1/models", models), Route("/v1/completions", answer, methods=["POST"])]
-    with serving(Starlette(routes=routes)) as address:
-        yield address, asked, left
+            self.left.append("stream")
 
 
 @pytest.fixture()
@@ -92,15 +82,16 @@ def started(saved, upstream, *flags):
 
 
 @posix
-def test_it_serves_reloads_drains_and_tells_who_left(upstream, router, tmp_path):
-    upstream, asked, left = upstream
-    saved = router.save(tmp_path / "saved")
+def test_it_serves_reloads_drains_and_tells_who_left(router, tmp_path):
+    saved, upstream = router.save(tmp_path / "saved"), Waiting()
     body = {"model": "auto", "prompt": "Endless"}
     decisions = tmp_path / "decisions.jsonl"
     flags = "--timeout", 4, "--decisions", decisions
-    with started(saved, upstream, *flags) as (process, client, log), socket.socket() as half:
-        half.settimeout(20)
-        half.connect((client.base_url.host, client.base_url.port))
+    with (
+        serving(upstream.app) as address,
+        started(saved, address, *flags) as (process, client, log),
+        socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as half,
+    ):
         half.sendall(b"POST /v1/")
         assert [_post(client, text)["model"] for text in TEXTS] == _names(router, TEXTS)
         router.fit(TEXTS[:1]).save(saved)  # one variant
@@ -108,7 +99,7 @@ def test_it_serves_reloads_drains_and_tells_who_left(upstream, router, tmp_path)
         _until(lambda: _post(client, TEXTS[1])["model"] in _names(router, TEXTS[1:2]))
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/completions", json=body, timeout=1)
-        _until(lambda: left == ["Endless"])
+        _until(lambda: upstream.left == ["Endless"])
         assert half.recv(1) == b""  # cut at the time limit
         assert len(decisions.read_text().splitlines()) >= len(TEXTS)
         with (
@@ -118,11 +109,11 @@ def test_it_serves_reloads_drains_and_tells_who_left(upstream, router, tmp_path)
             chunks = answer.iter_raw()  # held, else httpx closes the connection
             assert next(chunks).startswith(b"data: 0")
             slow = pool.submit(_post, client, "Slow")
-            _until(lambda: "Slow" in asked)
+            _until(lambda: upstream.seen[-1][1]["prompt"] == "Slow")
             process.send_signal(signal.SIGTERM)
             assert slow.result()["model"].partition("-")[0] in ("variant", "tiny")
             assert process.wait(20) in (0, -signal.SIGTERM)  # an open stream does not hold it up
-        _until(lambda: left == ["Endless", "stream"])
+        _until(lambda: upstream.left == ["Endless", "stream"])
     assert not any("Traceback" in line or "What is number" in line for line in log)
 
 

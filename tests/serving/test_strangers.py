@@ -91,6 +91,9 @@ async def test_auto_is_never_passed_on_unrouted(path):
         ("PUT", "/v1/completions", 405), ("OPTIONS", "/v1/models", 405), ("BREW", "/v1/completions", 405),
         ("GET", "/none", 404), ("POST", "//v1/completions", 404), ("GET", "/health/", 404),
         ("GET", "/v1/route/../../x", 404), ("PATCH", "/", 405),
+        # Out of /v1.
+        ("GET", "/v1/../flush_cache", 404), ("GET", "/v1/%2e%2e/flush_cache", 404),
+        ("GET", "/v1/a/%2E./b", 404), ("GET", "/v1/..%2fflush_cache", 404),
     ],
 )  # fmt: skip
 async def test_odd_methods_and_paths_get_an_error_object(method, path, status):
