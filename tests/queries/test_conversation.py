@@ -107,23 +107,29 @@ def ask(command, tmp_path):
 def test_a_run_answers_a_conversation_in_the_template(ask, tmp_path, capsys, monkeypatch):
     talk = [{"role": "system", "content": "S"}, *HI, {"role": "assistant", "content": "a"}, *HI]
     text, out = "system: S\nuser: hi\nassistant: a\nuser: hi\nassistant: ", tmp_path / "out"
+    words = ("one two three four five six", "shorter", "", "yes")  # the last three are brief
+    several = [{"role": "user", "content": content} for content in words]
     assert ask({"id": "q9", "messages": HI}, given=()) == 2  # without a template it is refused
     assert "query q9" in (said := capsys.readouterr().err) and "--chat_template" in said
     assert not list(out.glob("*.csv"))
-    assert ask({"messages": talk}, {"input": text}) == 0
-    talked, asked = read_table(out / "talks.csv")
-    assert talked["prediction"] and asked["prediction"]
+    assert ask({"messages": talk}, {"input": text}, {"messages": several}) == 0
+    assert all(row["prediction"] for row in read_table(out / "talks.csv"))
     evidence = Evidence.load(out / "talks.evidence.safetensors")
-    assert evidence.frames == [["user: ", "\nassistant: "], ["", ""]] and evidence.frame.tolist() == [0, 1]
+    assert evidence.frames == [["user: ", "\nassistant: "], ["", ""]] and evidence.frame.tolist() == [0, 1, 0]
+    assert evidence.later.tolist()[1:] == [0, 2]
     page = (out / "report.html").read_text()
-    assert (
-        r"system: S\nuser (decided): hi\nassistant (not read): a" in page
-        and r"user: {query}\nassistant: " in page
-    )
-    for query, framed in (("1", True), ("2", False)):
+    first = "user (decided): one two"
+    for part in (
+        r"system: S\nuser (decided): hi\nassistant (not read): a",
+        r"user: {query}\nassistant: ",
+        first,
+    ):
+        assert part in page
+    for query, framed in (("1", True), ("2", False), ("3", True)):
         capsys.readouterr()
         assert cli(["explain", str(out), query]) == 0
-        assert ("user: {query}" in capsys.readouterr().out) == framed
+        said = capsys.readouterr().out
+        assert ("user: {query}" in said) == framed and (first in said) == (query == "3")
     monkeypatch.setattr("router.run.load_method", lambda name: Merges)  # a starter-kit method takes none
     assert ask({"messages": HI}) == 2
 
@@ -155,18 +161,6 @@ def test_a_template_that_all_adapters_bring_is_served(router_of, tiny_library, t
             use(tmp_path / "saved")
 
 
-def test_the_message_that_decided_is_named(ask, tmp_path, capsys):
-    said = [
-        {"role": "user", "content": text} for text in ("one two three four five six", "shorter", "", "yes")
-    ]
-    assert ask({"id": "q", "messages": said}, {"id": "r", "messages": HI}) == 0
-    assert Evidence.load(tmp_path / "out" / "talks.evidence.safetensors").later.tolist() == [2, 0]
-    assert "user (decided): one two" in (tmp_path / "out" / "report.html").read_text()
-    capsys.readouterr()
-    assert cli(["explain", str(tmp_path / "out"), "q"]) == 0
-    assert "user (decided): one two" in capsys.readouterr().out
-
-
 def test_half_a_character_costs_no_report(ask, tmp_path):
     half = {"role": "user", "content": "half \ud83d"}
     assert ask({"messages": [half]}, {"input": half["content"]}) == 0
@@ -192,22 +186,6 @@ def queries_of(*texts, system=None):
         Query(str(n), text, "generation", (), json.dumps(talk))
         for n, (text, talk) in enumerate(zip(texts, talks, strict=True))
     ]
-
-
-def test_what_cannot_be_read_stays_with_the_base_model(method):
-    talks = queries_of(*(f"question {n}" for n in range(SHARED)), system="Be kind.")
-    found = method()
-    found.route(talks, ())
-    for fitted in found.fits.values():
-
-        def unreadable(*how, probe=fitted.probe):
-            probed = probe(*how)
-            probed.responses[0], probed.confidence[0] = np.nan, np.nan
-            return probed
-
-        object.__setattr__(fitted, "probe", unreadable)
-    weights = found.route(talks, ()).weights
-    assert weights[0].tolist() == [0, 0, 0, 1] and np.isfinite(weights).all()
 
 
 def test_a_system_message_that_many_share_is_a_frame_too(method):
@@ -351,6 +329,7 @@ def test_a_request_brings_no_new_frame(chat_router, tmp_path):
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
 )
 
 
@@ -367,10 +346,8 @@ def test_of_a_long_message_under_a_long_system_message_both_are_read(method):
         assert text[-6:] in made.tokenizer.decode(truncated([read.ids])[0])
 
 
-def test_text_that_ends_as_the_template_does_is_in_its_frame(chat_router, tmp_path):
-    chat_router()  # which writes the file
-    (tmp_path / "template.jinja").write_text(CHATML + "{{ '<|im_start|>assistant\n' }}")
-    router = chat_router().fit(["1 + 1 =", "hello"])
+def test_text_that_ends_as_the_template_does_is_in_its_frame(chat_router):
+    router = chat_router(CHATML).fit(["1 + 1 =", "hello"])
     router._proto.prepare()
     talk = [{"role": "system", "content": "Sort."}, {"role": "user", "content": " hi \n"}]
     text = router._method.template.text(talk)
@@ -381,7 +358,7 @@ def test_text_that_ends_as_the_template_does_is_in_its_frame(chat_router, tmp_pa
     for spoken in (text.removeprefix("<|im_start|>system\nSort.<|im_end|>\n"), f"<eos>{text}"):
         router._method.template.first = "<eos>"  # as if the tokenizer put it before any text
         assert router.choose([spoken])[0].frame == expected.frame
-    told = chat_router(frame="none").fit(["1 + 1 ="])
+    told = chat_router(CHATML, frame="none").fit(["1 + 1 ="])
     told._proto.prepare()
     assert {choice.frame for choice in told.choose([text, "hello"])} == {"bare"}
 
@@ -397,11 +374,9 @@ def test_adapters_of_a_template_that_ends_like_alpacas_are_at_home_in_it(method,
 
 
 @pytest.mark.slow
-def test_a_template_that_writes_the_system_message_last_makes_few_frames(chat_router, tmp_path, monkeypatch):
+def test_a_template_that_writes_the_system_message_last_makes_few_frames(chat_router, monkeypatch):
     last = PLAIN + "{% for m in messages if m['role'] == 'system' %}{{ m['content'] }}{% endfor %}"
-    chat_router()  # which writes the file
-    (tmp_path / "template.jinja").write_text(last)
-    router = chat_router().fit(["1 + 1 =", "hello"])
+    router = chat_router(last).fit(["1 + 1 =", "hello"])
     router._proto.prepare()
     before = router.frames
     talks = [[{"role": "system", "content": f"Rule {n}."}, *HI] for n in range(FRAMES + 4)]
@@ -436,16 +411,11 @@ def test_a_system_message_of_many_requests_becomes_a_frame(chat_router, tmp_path
         learning.result()
     found = router.choose([*under, *plain])
 
-    def same(one, other):
-        pairs = zip(one, other, strict=True)
-        return {a.frame == b.frame and a.weights == pytest.approx(b.weights, abs=1e-5) for a, b in pairs}
-
-    assert (
-        same(found, expected) == same(found[SHARED:], meanwhile) == {True}
-        and router.wanted is None
-        and router.busy == [own]
-    )
-    assert same(before, found[1:SHARED]) == {False}
+    for one, other in zip([*found, *meanwhile], [*expected, *found[SHARED:]], strict=True):
+        assert one.frame == other.frame and one.weights == pytest.approx(other.weights, abs=1e-5)
+    for one, other in zip(before, found[1:SHARED], strict=True):
+        assert one.frame != other.frame or one.weights != pytest.approx(other.weights, abs=1e-5)
+    assert router.wanted is None and router.busy == [own]
 
 
 def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch, tmp_path):
@@ -514,11 +484,9 @@ def test_a_variant_keeps_no_template_of_the_one_before(method, tiny_library, tmp
     assert there == [True, False]
 
 
-def test_a_template_that_wants_a_system_message_gets_one(chat_router, tmp_path):
+def test_a_template_that_wants_a_system_message_gets_one(chat_router):
     strict = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no job') }}{% endif %}" + PLAIN
-    router = chat_router()  # which writes the file
-    (tmp_path / "template.jinja").write_text(strict)
-    router = chat_router().fit(["1 + 1 ="])
+    router = chat_router(strict).fit(["1 + 1 ="])
     router.choose(["2 + 2 =", [{"role": "system", "content": "S"}, *HI]])
     with pytest.raises(InputError, match="no job"):
         router.answer([HI])

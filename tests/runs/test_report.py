@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from helpers import METHODS, QUERIES, read_table, write_csv, write_run
+from helpers import METHODS, QUERIES, edit_json, read_table, write_csv, write_run
 from router.pipeline.evidence import Evidence
 from router.runs import explain
 from router.runs.load import load
@@ -110,12 +110,6 @@ def small(tmp_path):
     return synthetic(tmp_path, HOSTILE)
 
 
-def record_with(out, drop=(), **more):
-    """Changes run.json."""
-    record = json.loads((out / "run.json").read_text()) | more
-    (out / "run.json").write_text(json.dumps({key: of for key, of in record.items() if key not in drop}))
-
-
 def evidence_with(out, **more):
     """Changes the evidence."""
     replace(Evidence.load(out / EVIDENCE), **more).save(out / EVIDENCE)
@@ -156,7 +150,7 @@ def test_what_a_run_lacks_is_left_out(small, tmp_path):
     (tmp_path / "run.csv").unlink()
     page = Page(write_report(small))
     assert page.data["texts"] == [None] * 5 and page.data["ids"] == [f"q{k}" for k in range(5)]
-    record_with(small, drop=("base", "adapters", "n_variants", "low_margin", "variants"))
+    edit_json(small / "run.json", base=None, adapters=None, n_variants=None, low_margin=None, variants=None)
     page = Page(write_report(small))
     sections = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
     assert sections == ["queries", "cost", "settings"]
@@ -232,7 +226,7 @@ def test_names_of_modules_of_any_shape(small, modules, kinds, layers):
 
 def test_evidence_of_some_queries_alone_is_not_shown(runs, tmp_path):
     out = shutil.copytree(runs("proto_route"), tmp_path / "out")
-    record_with(out, drop=("files",))
+    edit_json(out / "run.json", files=None)
     (out / "more.evidence.safetensors").unlink()
     assert "lowMargin" not in Page(write_report(out)).data
 
@@ -243,7 +237,7 @@ def test_adapters_that_stand_aside_are_named(small):
     evidence_with(small, scores=scores, duplicates={"four": "two"})
     homes = {"one": "the chat template", "three": "Alpaca's frame", "two": "the chat template"}
     more = {"lookalikes": {"one": "five/six"}, "silent": ["three"], "peak_gpu_mib": {"probe": 3579}}
-    record_with(small, homes=homes, **more)
+    edit_json(small / "run.json", homes=homes, **more)
     page = Page(write_report(small))
     for said in ("four .*two", "one reads what five/six", "three reads", "2,048 3,579"):
         assert re.search(said, page.words)
