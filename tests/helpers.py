@@ -82,6 +82,15 @@ def dense_updates(folder):
     }
 
 
+def updates_in(library):
+    """The dense updates of a library by module and by the adapter's number, in order of names."""
+    found = {}
+    for number, folder in enumerate(sorted(library.iterdir())):
+        for module, update in dense_updates(folder).items():
+            found.setdefault(module, {})[number] = update
+    return found
+
+
 def delta(factors):
     """B A in float64, not by the code under test."""
     return factors.b.double().numpy() @ factors.a.double().numpy()

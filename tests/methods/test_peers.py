@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROWS, delta, dense_updates, read_table, variants_in
+from helpers import ROWS, delta, dense_updates, read_table, updates_in, variants_in
 from merge.factors import Factors
-from router.library.adapters import load_library
 from router.methods import load_method
 from router.methods.dare_ties import DROP, thinned
 from router.settings import Settings
@@ -150,18 +149,6 @@ def test_an_untrained_adapter_is_no_trouble(method):
     assert np.isfinite(delta(combine(method, [zero, MIXED[0]]))).all()
 
 
-# Through the command.
-
-
-def by_module(library):
-    """The dense updates of the adapters that have a module, for each module."""
-    found = {}
-    for adapter in load_library([str(library)]):
-        for module, one in adapter.read_all():
-            found.setdefault(module, []).append(delta(one))
-    return found
-
-
 @pytest.mark.parametrize("method", PEERS)
 def test_a_peer_answers_all_queries_with_one_variant(command, method, tiny_library):
     code, out = command(method, "--n_variants", 3, "--max_gen_len", 3)
@@ -172,18 +159,18 @@ def test_a_peer_answers_all_queries_with_one_variant(command, method, tiny_libra
     assert variant["folder"] == "variants/0" and variant["queries"] == len(ROWS)
     assert variants_in(out) == ["0"]
 
-    found, updates = dense_updates(out / "variants" / "0"), by_module(tiny_library)
+    found, updates = dense_updates(out / "variants" / "0"), updates_in(tiny_library)
     assert found.keys() == updates.keys()
-    assert Counter(len(parts) for parts in updates.values()) == {2: 14}  # of 3 adapters each module has 2
+    assert Counter(map(len, updates.values())) == {2: 14}  # of 3 adapters each module has 2
     for module, parts in updates.items():
         assert np.abs(found[module]).max() > 0.01
         if method in READINGS:
-            np.testing.assert_allclose(found[module], READINGS[method](parts), atol=1e-4)
+            np.testing.assert_allclose(found[module], READINGS[method]([*parts.values()]), atol=1e-4)
 
 
 def test_a_peers_variant_is_recompressed_on_demand(command, tiny_library):
     _, out = command("ties", "--variant_rank", 2, "--max_gen_len", 3)
     found = dense_updates(out / "variants" / "0")
-    for module, parts in by_module(tiny_library).items():
-        u, s, vt = np.linalg.svd(ties_by_the_entry(parts))
+    for module, parts in updates_in(tiny_library).items():
+        u, s, vt = np.linalg.svd(ties_by_the_entry([*parts.values()]))
         np.testing.assert_allclose(found[module], (u[:, :2] * s[:2]) @ vt[:2], atol=1e-4)

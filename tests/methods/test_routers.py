@@ -11,12 +11,12 @@ from peft import ArrowConfig, create_arrow_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 
 from helpers import (
-    delta,
     files_of,
     inputs_of,
     method_of,
     plain_model,
     read_table,
+    updates_in,
     variants_in,
     weights_in,
     write_tiny_adapter,
@@ -66,23 +66,11 @@ def routed(router, texts):
     return router.route(queries, router.encoded(queries)).weights
 
 
-def deltas(library):
-    """s B A in float64, by module and number of the adapter."""
-    found = {}
-    for number, adapter in enumerate(load_library([str(library)])):
-        for module, update in adapter.read_all():
-            found.setdefault(module, {})[number] = delta(update)
-    return found
-
-
 def logits_of(model, base, rows):
     ids, mask = padded(rows, 0, "cpu")
     with torch.no_grad():
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-
-
-# Token by token.
 
 
 def chosen(scores, k):
@@ -141,7 +129,7 @@ def few(request, monkeypatch):
 @pytest.mark.parametrize("module", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
 def test_each_token_gets_what_the_papers_formula_says(name, module, few, base, five):
     router = method(name, base, five)
-    model, updates, seen = router.base.model, deltas(five)[module], []
+    model, updates, seen = router.base.model, updates_in(five)[module], []
     layer = model.get_submodule(module)
     with attached(model, router.experts, router.weigh):
         handle = layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
@@ -172,7 +160,7 @@ def test_the_table_has_means_that_padding_does_not_change(name, base, five):
     table = mean_weights(model, rows, 0, router.experts, weigh, 5)
     np.testing.assert_allclose(table.sum(1), 1, atol=1e-5)
     k, expected = {"arrow": 4, "spectr": 4, "lag": 20}[name], np.zeros(5)
-    for module, updates in deltas(five).items():
+    for module, updates in updates_in(five).items():
         for x in inputs[module]:
             for number, weight in READINGS[name](x, updates, k).items():
                 expected[number] += weight / len(rows[2]) / len(router.experts)
@@ -201,11 +189,9 @@ def test_one_adapter_alone_is_that_adapter(name, adapter, base, tiny_base, tiny_
     torch.testing.assert_close(logits[mask], theirs[mask], atol=1e-3, rtol=1e-4)
 
 
-# PEFT's own Arrow: the same routing where its vectors are, and other vectors by default.
-
-
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_arrow_is_pefts_with_a_converged_power_iteration(base, tiny_base, uniform, monkeypatch, top_k):
+    """By default its vectors are others."""
     monkeypatch.setattr("router.methods.arrow.TOP_K", top_k)
     iterate = ArrowLoraLinearLayer.top_right_singular_vec_from_BA
     # At worst the second singular value is 0.977 of the first, and 0.977^1000 is left.
@@ -222,9 +208,6 @@ def test_arrow_is_pefts_with_a_converged_power_iteration(base, tiny_base, unifor
     torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-3, rtol=1e-3)
 
 
-# LoGo and MASS.
-
-
 def module_inputs(model, base, text, modules):
     """The modules' inputs for one prompt alone, by module, (T, d_in) float64."""
     return inputs_of(model, modules, lambda: logits_of(model, base, encode(base.tokenizer, [text])))
@@ -233,7 +216,7 @@ def module_inputs(model, base, text, modules):
 def all_attached(base_folder, library):
     """The base model with the sum of all updates in its weights."""
     model = plain_model(base_folder)
-    for module, updates in deltas(library).items():
+    for module, updates in updates_in(library).items():
         total = torch.tensor(sum(updates.values()), dtype=torch.float32)
         model.get_submodule(module).weight.data += total
     return model
@@ -245,7 +228,8 @@ def test_logo_weighs_by_the_norm_at_the_last_block(
 ):
     monkeypatch.setattr("router.methods.logo.TOP_K", 3)
     library = uniform[0].parent if shared else tiny_library
-    router, updates, model = method("logo", base, library), deltas(library), all_attached(tiny_base, library)
+    router, updates = method("logo", base, library), updates_in(library)
+    model = all_attached(tiny_base, library)
     places = [m for m in updates if m.startswith("model.layers.1.") and (not shared or m.endswith("q_proj"))]
     for row, text in zip(routed(router, TEXTS), TEXTS, strict=True):
         inputs = module_inputs(model, router.base, text, places)
@@ -259,7 +243,7 @@ def test_logo_weighs_by_the_norm_at_the_last_block(
 
 def test_mass_weighs_by_what_the_subspaces_leave_over(base, five):
     router = method("mass", base, five)
-    found, updates = routed(router, TEXTS), deltas(five)
+    found, updates = routed(router, TEXTS), updates_in(five)
     block = [module for module in updates if module.startswith("model.layers.1.")]
     assert (found[:, :-1] > 0).sum(1).max() <= 3 and not found[:, -1].any()
     least = {m: min(np.linalg.matrix_rank(d, tol=1e-6) for d in updates[m].values()) for m in block}
@@ -284,9 +268,6 @@ def test_mass_weighs_by_what_the_subspaces_leave_over(base, five):
     assert select(np.full((1, 2, 0), np.nan)).tolist() == [[0.5, 0.5]]  # none changes the last block
 
 
-# Cards.
-
-
 @pytest.fixture()
 def encoder():
     try:
@@ -306,9 +287,6 @@ def test_cards_picks_the_adapter_whose_card_is_about_it(encoder, base, tiny_libr
     np.testing.assert_allclose(found.sum(1), 1)
     assert found[0].argmax() == 0 and found[1].argmax() == 2
     np.testing.assert_allclose(routed(router, texts[:1]), found[:1], atol=1e-5)
-
-
-# Through the command.
 
 
 @pytest.mark.parametrize("name", PER_TOKEN + PER_QUERY)

@@ -8,10 +8,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import edit_json
+from helpers import edit_json, edit_weights
 from router.model import base as module
 from router.model.base import embedded_folder, load_base
 from router.system.errors import InputError
@@ -23,20 +22,19 @@ def copied(tiny_base, tmp_path):
     return shutil.copytree(tiny_base, tmp_path / "base")
 
 
-def spoilt(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def with_weights(name, change):
+    """Changes one tensor of a base model; None leaves it out."""
+    return lambda folder: edit_weights(
+        folder / "model.safetensors", lambda key, of: change(of) if name in key else of
+    )
 
 
-UP = "model.layers.1.mlp.up_proj.weight"
-
-
+UP, HEAD = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
 # How the folder of a base model is damaged, and what is named beside it.
 DAMAGED = {
-    "not finite": (lambda folder: spoilt(folder, lambda tensors: tensors[UP][0, 0].fill_(torch.nan)), UP),
-    "missing": (lambda folder: spoilt(folder, lambda tensors: tensors.pop(UP)), UP),
-    "missing head": (lambda folder: spoilt(folder, lambda of: of.pop("lm_head.weight")), "lm_head.weight"),
+    "not finite": (with_weights(UP, lambda of: of.index_fill(0, torch.tensor(0), torch.nan)), UP),
+    "missing": (with_weights(UP, lambda of: None), UP),
+    "missing head": (with_weights(HEAD, lambda of: None), HEAD),
     "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 1000), ""),
     **{
         f"{part}": (lambda folder, part=part: edit_json(folder / "config.json", **part), "")
@@ -66,11 +64,8 @@ def test_a_model_that_cannot_be_used_is_told_from_a_damaged_one(copied, monkeypa
     ):
         load_base(str(copied), "cpu", "float32")
 
-    def grow(tensors):
-        for kind in ("up_proj", "down_proj"):
-            tensors[f"model.layers.0.mlp.{kind}.weight"].mul_(1e4)
-
-    spoilt(copied, grow)
+    for kind in ("up_proj", "down_proj"):
+        with_weights(f"layers.0.mlp.{kind}", lambda of: 1e4 * of)(copied)
     load_base(str(copied), "cpu", "float32")
     with pytest.raises(InputError, match="--dtype float32"):
         load_base(str(copied), "cpu", "float16")
@@ -98,7 +93,7 @@ def test_a_models_own_code_is_refused_without_a_question(copied, tmp_path, monke
 def test_a_file_that_is_replaced_while_read_is_refused(copied, tmp_path, monkeypatch, name, moment):
     """Else what is computed from one model would be kept under the hash of another, for good."""
     other = shutil.copytree(copied, tmp_path / "other")
-    spoilt(other, lambda tensors: tensors["lm_head.weight"].mul_(2))
+    with_weights(HEAD, lambda of: 2 * of)(other)
     for file in other.glob("*.json"):
         file.write_text(file.read_text() + "\n")
     read = module._read
