@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 import router
-from helpers import METHODS, ROOT, write_run
+from helpers import METHODS, ROOT
 from router.cli import COMMANDS, main
 
 
@@ -19,17 +19,6 @@ def test_every_subcommand_has_its_own_help(capsys, name):
         main([name, "--help"])
     told = capsys.readouterr().out
     assert caught.value.code == 0 and told.startswith(f"usage: proto-route {name} ")
-
-
-def test_subcommands_pass_words_and_exit_codes_on(capsys, tmp_path, tiny_library):
-    out = str(write_run(tmp_path / "run", [[0.7, 0.29, 0, 0.01]], {}))
-    for words in (
-        ["explain", out, "q0", "--json"], ["compare", out, out, "--json"],
-        ["library", "check", str(tiny_library), "--json"], ["report", out],
-    ):  # fmt: skip
-        assert main(words) == 0 and capsys.readouterr().out
-    assert main(["explain", out, "nobody"]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize("words", [[], ["answer"], ["--json"], ["-m", "proto_route"]])

@@ -79,14 +79,12 @@ def started(tmp_path, tiny_base, tiny_library, monkeypatch):
         settings = {"max_gen_len": 6, "batch_size": 5, "dtype": "float32", "device": "cpu"} | settings
         flags = Settings((queries,), tmp_path / out, (str(tiny_library),), str(tiny_base), **settings)
         (tmp_path / out).mkdir(exist_ok=True)
-        return in_threads(
-            count,
-            lambda processes: _run(
-                method,
-                {queries: read_queries(queries)},
-                Context(flags, processes=processes, deadline=deadline()),
-            ),
-        )
+
+        def one(processes):
+            context = Context(flags, processes=processes, deadline=deadline())
+            return _run(method, {queries: read_queries(queries)}, context)
+
+        return in_threads(count, one)
 
     return run
 
