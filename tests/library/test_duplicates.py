@@ -31,24 +31,6 @@ def responses(base, adapters):
     return probe(base.model, rows, 0, protos, means, len(adapters)).responses[..., 0]
 
 
-def test_the_middle_of_three_sizes_represents_all_in_any_order(base, tmp_path):
-    other = adapter(tmp_path / "other", seed=2)
-    sizes = {alpha: adapter(tmp_path / f"alpha{alpha}", alpha=alpha) for alpha in (16, 4, 1)}
-    for order in permutations(sizes):
-        adapters = [sizes[order[0]], other, sizes[order[1]], sizes[order[2]]]
-        middle = adapters.index(sizes[4])
-        assert representatives(adapters, responses(base, adapters))[0].tolist() == [middle, 1, middle, middle]
-
-
-@pytest.mark.parametrize("n", [2, 3, 5])
-def test_the_first_of_equals_represents_all(base, tmp_path, n):
-    adapters = [adapter(tmp_path / "other", seed=2), *(adapter(tmp_path / f"same{k}") for k in range(n))]
-    assert representatives(adapters, responses(base, adapters))[0].tolist() == [0] + [1] * n
-    adapters[-2:] = [adapter(tmp_path / "large", alpha=8), adapter(tmp_path / "small", alpha=2)]
-    found = representatives(adapters, responses(base, adapters))[0].tolist()
-    assert found[0] == 0 and set(found[-2:]) == {n if n == 2 else 1}  # of two sizes the smaller
-
-
 def drawn(seed, *shape):
     return torch.linalg.qr(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))[0]
 
@@ -79,6 +61,12 @@ CHANGES = {
 @pytest.mark.parametrize(
     ("changes", "alphas", "expected", "lookalikes"),
     [
+        (["none", "none"], (8, 2), [1, 1], [False, False]),  # of two sizes the smaller
+        *(
+            (["none"] * 3, sizes, [sizes.index(4)] * 3, [False] * 3)  # the middle one
+            for sizes in permutations((16, 4, 1))
+        ),
+        (["none"] * 5, (4, 4, 4, 8, 2), [0] * 5, [False] * 5),  # of equals the first
         (["none", "mixed"], (4, 4), [0, 0], [False, False]),
         (["level 1", "level 2"], (4, 4), [0, 0], [False, True]),
         (["none", "flipped"], (4, 4), [0, 0], [False, True]),

@@ -178,8 +178,20 @@ def weights_with(make):
     return spoil
 
 
+def wide(folder, rank=2_000_000):
+    """A file of holes whose header says that it has this rank."""
+    half = 4 * 32 * rank
+    header = tensor_of([rank, 32], 0, half) | {B0: tensor_of([32, rank], half, 2 * half)[A0]}
+    (folder / WEIGHTS_FILE).write_bytes(with_header(header))
+    os.truncate(folder / WEIGHTS_FILE, 8 + len(json.dumps(header)) + 2 * half)
+    change(folder, r=rank)
+
+
 # What spoils an adapter, the file that is named, and what is said of it.
 REFUSED = {
+    "a pattern that hangs": (changed(rank_pattern={"(.*?[a-z])" * 12 + "(?<=0)": 4}), "", ""),
+    "gigabytes of holes": (lambda folder: os.truncate(folder / CONFIG_FILE, 3 << 30), CONFIG_FILE, "MiB"),
+    "a rank of two_millions": (wide, WEIGHTS_FILE, f"{Q0}: "),
     "no config": (lambda folder: (folder / CONFIG_FILE).unlink(), "", CONFIG_FILE),
     "link to itself": (instead(CONFIG_FILE, lambda at: at.symlink_to(at)), "", CONFIG_FILE),
     "pipe": (instead(CONFIG_FILE, os.mkfifo), "", CONFIG_FILE),
@@ -303,27 +315,3 @@ def test_what_takes_a_part_out_of_the_base_can_be_converted(tmp_path, tiny_base,
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
     found = delta(open_adapter(tmp_path / "converted").read(Q0))
     np.testing.assert_allclose(found, after - before, atol=1e-5)
-
-
-def test_a_pattern_that_hangs_its_reader_is_given_up(tmp_path):
-    folder = write_tiny_adapter(tmp_path / "slow", 1, rank_pattern={"(.*?[a-z])" * 12 + "(?<=0)": 4})
-    with pytest.raises(AdapterError, match=f"{folder}: "):
-        open_adapter(folder)
-
-
-def test_a_configuration_of_gigabytes_is_refused_unread(tmp_path):
-    folder = write_tiny_adapter(tmp_path / "sparse", 1)
-    with (folder / CONFIG_FILE).open("r+b") as file:
-        file.truncate(3 << 30)  # of holes
-    with pytest.raises(AdapterError, match="MiB"):
-        open_adapter(folder)
-
-
-def test_a_rank_of_two_millions_is_refused_unread(tmp_path):
-    folder, rank = write_tiny_adapter(tmp_path / "wide", 1, r=2_000_000), 2_000_000
-    half = 4 * 32 * rank
-    header = tensor_of([rank, 32], 0, half) | {B0: tensor_of([32, rank], half, 2 * half)[A0]}
-    (folder / WEIGHTS_FILE).write_bytes(with_header(header))
-    os.truncate(folder / WEIGHTS_FILE, 8 + len(json.dumps(header)) + 2 * half)
-    with pytest.raises(AdapterError, match=f"{Q0}: .*{rank}"):
-        open_adapter(folder)
