@@ -559,6 +559,7 @@ def _queries(texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None) -
         raise ValueError("expected at least one text, and a list of choices for each or for none")
     queries = []
     for n, (text, of) in enumerate(zip(texts, options, strict=True)):
+        text = text.tolist() if isinstance(text, np.ndarray) else text  # as pandas reads a list
         asked = {"messages": text} if isinstance(text, (list, tuple)) else {"input": text}
         row = {"id": str(n), "eval_type": kind, "answer_choices": of}
         queries.append(query_of(row | asked, f"text {n + 1}"))

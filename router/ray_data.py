@@ -103,9 +103,9 @@ def read(path: Path) -> list[Query]:
         raise InputError(f"--input {path}: expected at least one query, found none")
     found, numbers = [], dict[str, int]()
     for n, row in enumerate(rows, 1):
-        given = {"id": n} | {key: value for key, value in row.items() if value is not None}
-        check_id(own := str(given["id"]), n, numbers, path, "row")
-        found.append(query_of(given | {"id": own}, f"{path}, row {n}"))
+        own = str(n if row.get("id") is None else row["id"])
+        check_id(own, n, numbers, path, "row")
+        found.append(query_of(row | {"id": own}, f"{path}, row {n}"))
     return found
 
 

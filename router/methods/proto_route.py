@@ -152,10 +152,13 @@ class ProtoRoute(Method):
         return sum(of.gate.reference_.nbytes for of in list(self.fits.values())) >= FRAMES_BYTES
 
     def prepare(self) -> None:
-        """Fits the frames that a request may come in at any time: none, and the template."""
+        """Fits the frames that a request may come in at any time: none, the template's, and --frame."""
         self.fitted()
         if frame := self.template.usable:
             self.fitted(frame)
+        if (told := self.settings.frame) and told != "none":
+            before, _, after = told.partition("{input}")
+            self.fitted(Frame(before, after))
 
     def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
         """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""

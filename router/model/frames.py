@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -164,14 +164,14 @@ def usual(texts: Sequence[str], least: int) -> Frame:
     return Frame(before, after) if len(before) + len(after) < min(map(len, some)) else BARE
 
 
-def turns_of_text(text: str, template: Frame | None = None) -> list[Parts]:
+def turns_of_text(text: str, template: Frame | None = None, own: Format | None = None) -> list[Parts]:
     """A plain text in the first of FORMATS that it is written in: each message of the user, in its parts.
 
     Args:
-        template: the frame of the base model's template, for its default system message; a text in a template
-            that is none of FORMATS is one message.
+        template: the frame of the base model's template, for its default system message.
+        own: how that template writes turns, for one that is none of FORMATS; else its text is one message.
     """
-    for user, after, preambles in FORMATS:
+    for user, after, preambles in [*FORMATS, *filter(None, [own])]:
         mark, tags = after.rstrip(), after.startswith("<")
         end = text.rfind(mark)
         begun = text[end + len(mark) :].strip()  # of the answer, such as `<think>`
@@ -193,16 +193,29 @@ def turns_of_text(text: str, template: Frame | None = None) -> list[Parts]:
             plain = template.before
         if head in (written, template and template.before, *(before + written for before in preambles)):
             plain = head
-        *before, last = re.split(re.escape(user) + (r"" if user.endswith("\n") else r"\s*"), text[first:end])
-        asked = [*(_ended(turn, mark) for turn in before), last]
-        return [Parts(head, turn, tail, Frame(plain, tail)) for turn in asked if turn.strip()] or [bare(text)]
-    if template and (own := bare(text, template)).own == template:
-        return [own._replace(common=template)]
+        asked = [turn for turn in _turns(text[first:end], user, ends or mark) if turn.strip()]
+        return [Parts(head, turn, tail, Frame(plain, tail)) for turn in asked] or [bare(text)]
+    if template and (found := bare(text, template)).own == template:
+        return [found._replace(common=template)]
     return [bare(text)]
 
 
-def _ended(turn: str, mark: str) -> str:
-    """An earlier turn without what follows the message: the end of the turn, and the answer."""
-    if mark.startswith("<"):
-        return turn.partition(mark[: mark.index(">") + 1])[0]
-    return turn.partition(mark)[0].rstrip()
+def _turns(text: str, user: str, end: str) -> Iterator[str]:
+    """The user's messages in a conversation, without what follows them; results of tools are none.
+
+    Args:
+        text: from the first message to the end of the last one.
+        user, end: what stands before a message, and after it. The former may be within a message, too.
+    """
+    blanks = "" if user.endswith("\n") else r"\s*"
+    first, *more = re.split(f"({re.escape(user)}{blanks})", text)
+    turns = [first]
+    for mark, turn in zip(more[::2], more[1::2], strict=True):
+        if end in turns[-1]:
+            turns.append(turn)
+        else:
+            turns[-1] += mark + turn
+    for turn in turns[:-1]:
+        message = turn.partition(end)[0]
+        yield message if end.startswith("<") else message.rstrip()
+    yield turns[-1]

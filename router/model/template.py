@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from router.constants import TEMPLATE, TOKENIZER
 from router.model.answer import encode
-from router.model.frames import Frame, Parts
+from router.model.frames import Format, Frame, Parts, alike
 from router.queries.conversation import SYSTEM, Message, content
 from router.system.errors import InputError, reason
 
@@ -38,10 +41,11 @@ class Template:
 
     Attributes:
         first: the token that begins any text that is read, "" if there is none.
+        refused: whether it has refused a conversation that was `tried`.
     """
 
     def __init__(self, tokenizer: Any, source: str | None = None, name: str = "the base model") -> None:
-        self.tokenizer, self.source, self.name = tokenizer, source, name
+        self.tokenizer, self.source, self.name, self.refused = tokenizer, source, name, False
         bos = tokenizer.bos_token
         # `encode` puts it before what is read of a text, so that a template's own would be the second.
         self.first = bos if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
@@ -76,9 +80,12 @@ class Template:
         source = self.source
         if not dated and isinstance(self.jinja, str) and "strftime_now" in self.jinja:
             source = UNDATED + self.jinja
+        plain = _plain(messages)
+        if any(of["role"] == "developer" for of in plain) and "developer" not in self.jinja:
+            plain = [of | {"role": "system"} if of["role"] == "developer" else of for of in plain]
         try:
             text = self.tokenizer.apply_chat_template(
-                _plain(messages), chat_template=source, tokenize=False, add_generation_prompt=True
+                plain, chat_template=source, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # whatever a template leads to
             raise InputError(
@@ -91,14 +98,16 @@ class Template:
         return encode(self.tokenizer, [self.text(messages, query)], special=False)[0]
 
     def tried(self, messages: Sequence[Message], query: str = "") -> list[int] | None:
-        """The same; None, with a warning, where the template refuses the messages.
+        """The same; None, and once a warning, where the template refuses the messages.
 
         So does one that knows no system message.
         """
         try:
             return self.ids(messages, query)
         except InputError as error:
-            log.warning("%s; it is asked in the template of the others", error)
+            if not self.refused:
+                log.warning("%s; such chats are asked in the template of the others", error)
+            self.refused = True
             return None
 
     @cached_property
@@ -110,12 +119,15 @@ class Template:
         Raises:
             InputError: there is no template, or it does not write the user's message.
         """
+        return self._bare(dated=False)
+
+    def _bare(self, dated: bool) -> Frame:
         try:
-            return self._around([])
+            return self._around([], dated=dated)
         except InputError:
             if not self.known:
                 raise
-            return self._around([NEUTRAL])
+            return self._around([NEUTRAL], dated=dated)
 
     @cached_property
     def usable(self) -> Frame | None:
@@ -126,9 +138,37 @@ class Template:
             return None
 
     @cached_property
+    def format(self) -> Format | None:
+        """How it writes turns; None where that cannot be told from a conversation of three messages."""
+        asked, said = {"role": "user", "content": MARK}, {"role": "assistant", "content": "said"}
+        try:
+            _, between, after = self.text([asked, said, asked], dated=False).split(MARK)
+            before = self.frame.before
+        except (InputError, ValueError):
+            return None
+        between = between.rpartition("said")[2]
+        user = between[len(between) - alike([before[::-1], between[::-1]]) :]  # with which both end
+        user = re.sub(r"\A[^<]*>", "", user.removeprefix(after[: after.find(">") + 1])).lstrip()  # of others
+        return Format(user, after) if user.strip() and after.strip() else None
+
+    @cached_property
+    def _date(self) -> tuple[str, str]:
+        """What stands before the date that the template writes, and the line with it as routing writes it."""
+        before, dated = self.frame.before, self._bare(dated=True).before
+        start = re.sub(r"\S+\Z", "", before[: alike([before, dated])]) if before != dated else before
+        return start, before[len(start) :].partition("\n")[0]
+
+    def undated(self, text: str) -> str:
+        """A text that was written in the template, on whichever day, as routing writes it."""
+        start, line = self._date if self.usable else ("", "")
+        written, end, rest = text.removeprefix(start).partition("\n")
+        dated = line and text.startswith(start) and re.sub(r"\w", "", written) == re.sub(r"\w", "", line)
+        return f"{start}{line}{end}{rest}" if dated else text
+
+    @cached_property
     def trims(self) -> bool:
         """Whether it takes blanks from a message's ends."""
-        padded = {"role": "user", "content": f" {MARK} "}
+        padded = {"role": "user", "content": f"\n\t{MARK}\t\n"}
         for messages in ([padded], [NEUTRAL, padded]):
             with suppress(InputError):
                 return padded["content"] not in self.text(messages, dated=False)
@@ -155,11 +195,11 @@ class Template:
         read = (text.strip() if self.trims else text for text in asked if text.strip())
         return [Parts(frame.before, text, frame.after, common) for text in read]
 
-    def _around(self, system: Sequence[Message], query: str = "") -> Frame:
-        text = self.text([*system, {"role": "user", "content": MARK}], query, dated=False)
+    def _around(self, system: Sequence[Message], query: str = "", dated: bool = False) -> Frame:
+        text = self.text([*system, {"role": "user", "content": MARK}], query, dated)
         before, found, after = text.partition(MARK)
-        if not found:
-            raise InputError(f"{self.name}: expected a chat template that writes the user's message")
+        if not found or MARK in after:
+            raise InputError(f"{self.name}: expected a chat template that writes the user's message once")
         return Frame(before.removeprefix(self.first), after)
 
 
@@ -187,11 +227,13 @@ def template_of(tokenizer: Any, file: Path | None) -> Template:
 
 
 def template_for(tokenizer: Any, file: Path | None, folders: Iterable[Path]) -> Template:
-    """The template in a file, or the tokenizer's own, or the first that an adapter's folder brings."""
+    """The template in a file, or the tokenizer's own, or the one that most of the adapters' folders bring."""
     own = template_of(tokenizer, file)
     if own.known:
         return own
-    return next(filter(None, (brought(tokenizer, folder) for folder in folders)), own)
+    found = [of for folder in folders if (of := brought(tokenizer, folder))]
+    counts = Counter(of.jinja for of in found)
+    return max(found, key=lambda of: counts[of.jinja], default=own)  # of equally many the first
 
 
 def brought(tokenizer: Any, folder: Path) -> Template | None:
@@ -206,6 +248,8 @@ def brought(tokenizer: Any, folder: Path) -> Template | None:
         if not older.is_file() or older.stat().st_size > MOST:
             return None
         source = json.loads(older.read_text("utf-8")).get("chat_template")
+        if isinstance(source, list):  # several by name
+            source = {of["name"]: of["template"] for of in source}.get("default")
         if not source or not isinstance(source, str):
             return None
         if len(source.encode()) > LARGEST:  # refuses half a character, too
@@ -213,11 +257,16 @@ def brought(tokenizer: Any, folder: Path) -> Template | None:
         found = Template(tokenizer, source, str(older))
         _ = found.frame
         return found
-    except (InputError, OSError, ValueError, AttributeError, RecursionError) as error:
+    except (InputError, OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         log.warning("%s: its chat template is not used (%s)", folder, reason(error))
         return None
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages whose content is one text, since most templates know no parts."""
-    return [{**message, "content": content(message)} for message in messages]
+    """Messages as most templates know them: their content is one text, arguments of tools are an object."""
+    found = [deepcopy({**message, "content": content(message)}) for message in messages]
+    for message in found:
+        for call in message.get("tool_calls") or ():
+            with suppress(ValueError, TypeError, AttributeError):  # OpenAI spells them as JSON
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return found

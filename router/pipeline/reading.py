@@ -54,7 +54,8 @@ def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts
     if query.messages:
         turns = template.turns(query.conversation, query.id)
     else:
-        turns = turns_of_text(query.input.removeprefix(template.first), template.usable)
+        text = template.undated(query.input.removeprefix(template.first))
+        turns = turns_of_text(text, template.usable, template.format)
     return _telling([turn._replace(later=len(turns) - n) for n, turn in enumerate(turns, 1)])
 
 
@@ -88,10 +89,14 @@ def turns_of(
     parts, limit = [parts_of(query, template, settings) for query in queries], settings.max_seq_len
     talks = {n for n, query in enumerate(queries) if query.messages}
     parts = _in_frames(parts, talks, known, new, settings.frame is None, template.usable or BARE)
-    there = {n: tuple(row) for n, row in enumerate(rows) if parts[n][0].common == BARE}
-    texts = [one.read for n, turns in enumerate(parts) for one in turns if n not in there]
-    if limit is None:  # else the end of what is read may be in the middle
-        texts = [text if len(text) <= 2 * ENDS else text[:ENDS] + text[-ENDS:] for text in texts]
+    there = {n: tuple(row) for n, row in enumerate(rows) if parts[n][0].common == BARE and n not in talks}
+
+    def ends(text: str, most: int) -> str:
+        """A text, or so many characters at its ends; with a limit what is read may end elsewhere."""
+        return text if limit or len(text) <= 2 * most else text[:most] + text[-most:]
+
+    others = (one for n, turns in enumerate(parts) for one in turns if n not in there)
+    texts = [ends(ends(one.head, ENDS // 2) + one.text + one.tail, ENDS) for one in others]
     ids = iter(encode(template.tokenizer, texts))
     counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
     if asked is not None:
@@ -100,11 +105,9 @@ def turns_of(
 
     def read(n: int, one: Parts) -> Read:
         tokens = there[n] if n in there else cut(next(ids), limit, n in talks)
-        whole = not limit or len(tokens) < limit
-        if (
-            whole and len(tokens) > MAX_TOKENS and one.head != one.common.before
-        ):  # a system message of its own
-            tokens = headed(tokens, heads(one.head[:ENDS]))
+        whole, own_head = not limit or len(tokens) < limit, one.head != one.common.before
+        if whole and own_head and len(tokens) > MAX_TOKENS:
+            tokens = headed(tokens, heads(ends(one.head, ENDS // 2)))
         own = one.own if one.own in shared and one.own != one.common else None
         return Read(tuple(tokens), one.common, own, one.words, one.later)
 

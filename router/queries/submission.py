@@ -223,6 +223,7 @@ def query_of(row: Mapping[str, Any], where: str, csv: bool = False) -> Query:
     Raises:
         InputError: the row is none.
     """
+    row = {key: value for key, value in row.items() if value is not None}  # as pandas writes what is missing
     if ("messages" in row) == ("input" in row):
         both = "both" if "input" in row else "neither"
         raise InputError(f"{where}: expected `messages` or `input`, got {both}")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from router.library.adapters import Adapter
 from router.library.store import content, each_kept, load, save
-from router.model.answer import encode
+from router.model.answer import cut, encode
 from router.model.base import Base
 from router.model.frames import BARE, Frame, alike
 from router.model.passes import truncated
@@ -106,7 +106,8 @@ class Calibration:
         self, base: Base, limit: int | None = None, frame: Frame = BARE, texts: Sequence[str] | None = None
     ) -> None:
         self.base = base
-        self.rows = truncated(encode(base.tokenizer, texts or generic_prompts(frame), limit))
+        whole = encode(base.tokenizer, texts or generic_prompts(frame))
+        self.rows = truncated([cut(row, limit, ends=frame != BARE) for row in whole])  # as queries are
         self.framing = framing_of(base.tokenizer, self.rows, frame)
         self.pad, model = base.tokenizer.pad_token_id, base.model
         self.probe = partial(probe, model, self.rows, self.pad, title="calibrate", framing=self.framing)

@@ -206,7 +206,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         self.filter_ /= scale[:, None, None]
         points = self.reference_.reshape(n_queries, -1)
         kernel = (points @ points.T).astype(np.float64)
-        ridge = RIDGE * np.trace(kernel) / n_queries
+        ridge = max(RIDGE * np.trace(kernel) / n_queries, 1e-6)  # texts that are all alike have none
         inverse = np.linalg.inv(kernel + ridge * np.eye(n_queries))
         self.coefficients_ = inverse @ (scores / scale)
         # With H = K (K + a I)^-1, what is left of a text that was left out is (s - H s) / (1 - h); a cancels.

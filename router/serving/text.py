@@ -49,6 +49,6 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
         found = checked(messages, ends=False)
     except InputError as error:
         raise NoText(str(error)) from error
-    system = [one for one in found if one["role"] in SYSTEM and content(one)]
+    system = [one for one in found if one["role"] in SYSTEM]
     asked = [one for one in found if one["role"] == "user" and content(one).strip()]
     return [{"role": one["role"], "content": content(one)} for one in (*system, *asked)]

@@ -1,12 +1,14 @@
 """Conversations in templates, against the tokenizer's own rendering."""
 
+import json
 from copy import deepcopy
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
 from helpers import PLAIN
-from router.model.template import Template, template_of
+from router.model.frames import turns_of_text
+from router.model.template import Template, template_for, template_of
 from router.system.errors import InputError
 
 TALK = [
@@ -38,6 +40,61 @@ def test_each_message_is_read_with_the_system_message_alone(template):
     assert first.read == "system: Sort.\nuser: 3,\n1\nassistant: "
     assert last.read == "system: Sort.\nuser: Now 5, 4\nassistant: "
     assert last.common == template.frame == ("user: ", "\nassistant: ")
+
+
+TURN = "{%% for m in messages %%}%s{%% endfor %%}%s"
+TEMPLATES = {
+    "Phi 4": TURN % (
+        "<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>", "<|im_start|>assistant<|im_sep|>"
+    ),
+    "Command R": "{{ bos_token }}" + TURN % (
+        "<|START_OF_TURN_TOKEN|><|{{ m.role.upper() }}_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>",
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+    ),
+    "Granite": "{% if messages[0].role != 'system' %}[system]You are kind.[end]\n{% endif %}" + TURN % (
+        "[{{ m.role }}]{{ m.content }}[end]\n", "[assistant]"
+    ),
+    "Llama 3.2, dated": "<|im_start|>Date: {{ strftime_now('%d %b %Y') }}<|im_end|>\n" + TURN % (
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"
+    ),
+    "plain": PLAIN,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_text_in_the_template_is_read_as_its_messages_are(base, name):
+    template = Template(base.tokenizer, TEMPLATES[name])
+    system, said = ({"role": role, "content": f"The {role}'s."} for role in ("system", "assistant"))
+    first, last = ({"role": "user", "content": text} for text in ("One thing", "Two words."))
+    for talk in ([last], [system, last], [system, first, said, last]):
+        text = template.undated(template.text(talk).removeprefix(template.first))
+        found = turns_of_text(text, template.usable, template.format)
+        assert [(one.read, one.common) for one in found] == [
+            (one.read, template.frame) for one in template.turns(talk)
+        ]
+
+
+def test_a_developer_and_calls_of_tools_are_written_as_servers_write_them(base):
+    source = TURN % (
+        "{% if m.role in ('system', 'user') %}{{ m.content }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %} ", "A:"
+    )  # fmt: skip
+    call = {"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    talk = [
+        {"role": "developer", "content": "Be kind."}, {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]  # fmt: skip
+    assert Template(base.tokenizer, source).text(talk) == "Be kind. x Oslo A:"
+    assert call["function"]["arguments"] == '{"city": "Oslo"}'
+
+
+def test_most_adapters_decide_which_template_a_library_has(base, tmp_path):
+    others = [PLAIN.replace("user", "User"), PLAIN, PLAIN]
+    for name, source in zip("abc", others, strict=True):
+        (tmp_path / name).mkdir()
+        named = [{"name": "tools", "template": "x"}, {"name": "default", "template": source}]
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert template_for(base.tokenizer, None, [tmp_path / name for name in "abc"]).jinja == PLAIN
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,9 @@ def test_a_run_answers_a_conversation_in_the_template(ask, tmp_path, capsys, mon
     assert ask({"messages": talk}, {"input": text}, {"messages": several}) == 0
     assert all(row["prediction"] for row in read_table(out / "talks.csv"))
     evidence = Evidence.load(out / "talks.evidence.safetensors")
-    assert evidence.frames == [["user: ", "\nassistant: "], ["", ""]] and evidence.frame.tolist() == [0, 1, 0]
-    assert evidence.later.tolist()[1:] == [0, 2]
+    assert evidence.frames == [["user: ", "\nassistant: "]]
+    np.testing.assert_array_equal(evidence.scores[0], evidence.scores[1])  # as messages and as text
+    assert evidence.later.tolist() == [1, 1, 2]
     page = (out / "report.html").read_text()
     first = "user (decided): one two"
     for part in (
@@ -125,11 +126,11 @@ def test_a_run_answers_a_conversation_in_the_template(ask, tmp_path, capsys, mon
         first,
     ):
         assert part in page
-    for query, framed in (("1", True), ("2", False), ("3", True)):
+    for query in ("1", "2", "3"):
         capsys.readouterr()
         assert cli(["explain", str(out), query]) == 0
         said = capsys.readouterr().out
-        assert ("user: {query}" in said) == framed and (first in said) == (query == "3")
+        assert "user: {query}" in said and (first in said) == (query == "3")
     monkeypatch.setattr("router.run.load_method", lambda name: Merges)  # a starter-kit method takes none
     assert ask({"messages": HI}) == 2
 
@@ -275,8 +276,8 @@ def test_words_are_counted_in_any_script(text, words):
 def test_python_takes_texts_and_conversations(chat_router, tmp_path):
     router = chat_router(max_gen_len=4)
     asked = ["1 + 1 =", HI, tuple(HI)]
-    weights = router.route(asked).to_numpy()
-    np.testing.assert_array_equal(weights[1], weights[2])
+    weights = router.route([*asked, np.array(HI)]).to_numpy()  # the last as pandas reads it
+    np.testing.assert_array_equal(weights[1:], weights[[1]].repeat(3, 0))
     assert len(router.answer(asked)) == 3
     router.fit(asked).save(tmp_path / "saved")
     chosen = router.choose(asked)
@@ -344,6 +345,37 @@ def test_of_a_long_message_under_a_long_system_message_both_are_read(method):
         assert len(ids) == MAX_TOKENS
         ((read,),) = method(max_seq_len=160).turns([query])  # which reads both ends
         assert text[-6:] in made.tokenizer.decode(truncated([read.ids])[0])
+
+
+def test_of_a_very_long_system_message_the_message_is_read_too(method):
+    (query,) = queries_of(f"Translate {'y' * 300} now.", system="Rule. " * 4000)
+    ((read,),) = (made := method()).turns([query])
+    assert "Translate" in made.tokenizer.decode(truncated([read.ids])[0])
+
+
+def test_a_long_shared_system_message_is_cut_as_generic_text_in_it_is(method):
+    talks = queries_of(*(f"{n} and {n}" for n in range(SHARED)), system="Be kind. " * 20)
+    for limit in (100, 40):  # above what stands around a message there is no room for it
+        made = method(max_seq_len=limit)
+        assert np.isfinite(made.route(talks, made.encoded(talks)).weights).all()
+        for fitted in made.fits.values():
+            assert fitted.framing.end < limit / 2
+
+
+def test_a_template_of_messages_alone_has_each_read_on_its_own(chat_router):
+    made = chat_router("{% for m in messages %}{{ m['content'] }} {% endfor %}")._proto
+    talk = [HI[0], {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Now 5, 4"}]
+    (query,) = queries_of("")
+    query = replace(query, messages=json.dumps(talk))
+    assert made.turns([query], made.encoded([query])) == made.turns([query])
+    assert len(made.turns([query])[0]) == 2
+
+
+def test_a_saved_router_has_the_frame_that_was_told(chat_router, tmp_path):
+    router = chat_router(frame="Customer: {input} Agent:").fit(["1 + 1 =", "hello"])
+    saved = Router.load(router.save(tmp_path / "saved"), device="cpu")
+    text = "Customer: my parcel is late Agent:"
+    assert saved.choose([text])[0].frame == Frame("Customer: ", " Agent:").name
 
 
 def test_text_that_ends_as_the_template_does_is_in_its_frame(chat_router):

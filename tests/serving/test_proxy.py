@@ -84,6 +84,7 @@ CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "
           {"role": "user", "content": [{"type": "tool_result", "content": "7"}]}], "system": "S"},
          ["S", "go"]),
         ({"input": "hello", "instructions": "S"}, ["S", "hello"]),
+        ({"messages": [{"role": "system", "content": ""}, *chat("hello")["messages"]]}, ["", "hello"]),
         ({"input": [*chat("hello")["messages"], {"type": "function_call_output", "output": "7"}]}, ["hello"]),
     ],
 )  # fmt: skip
