@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from router import __version__
+from router.system.errors import InputError
 
-# Each module has a `main(argv)` of its own and is imported only when its subcommand is called.
+# Each module adds its `flags` to a parser and does the `work`; it is imported only when it is called.
 COMMANDS = {
     "run": ("router.main", "answer queries with a routed mixture of adapters"),
     "explain": ("router.runs.explain", "explain why one query of a finished run got its answer"),
@@ -17,14 +18,14 @@ COMMANDS = {
     "library": ("router.library.command", "check a library of adapters"),
     "check": ("router.serving.check", "say whether a run or a saved router can be served"),
     "export": ("router.serving.export", "write the command that serves a router's variants"),
-    "serve": ("router.serving.command", "route requests for the model `auto` in front of such a server"),
+    "serve": ("router.serving.command", "route requests for the model `auto` to that server's variants"),
     "ray": ("router.ray_data", "answer many queries with Ray Data, on one machine or a cluster"),
     "report": ("router.runs.report.page", "rebuild report.html of a finished run"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit code; 2 for wrong arguments."""
+    """Runs one subcommand and returns its exit code; 2 for what a person can fix, once that is printed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
@@ -42,4 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.command is None:
         p.error(f"expected a command, one of {', '.join(COMMANDS)}")
-    return int(import_module(COMMANDS[args.command][0]).main(argv[1:]))
+    name, about = COMMANDS[args.command]
+    module = import_module(name)
+    if args.command == "run":  # also called as `python -m router.main`
+        return int(module.main(argv[1:]))
+    p = argparse.ArgumentParser(prog=f"proto-route {args.command}", description=about)
+    module.flags(p)
+    given = p.parse_args(argv[1:])
+    try:
+        return module.work(given) or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -6,7 +6,6 @@ name of the folder is made of what the answers depend on, so a block that has it
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -14,6 +13,7 @@ import os
 import secrets
 import signal
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -28,7 +28,7 @@ from router.pipeline.journal import alone_in
 from router.pipeline.record import versions
 from router.queries.submission import Query, check_id, query_of, read_queries, submitted
 from router.settings import Count, Settings, reader
-from router.system.errors import InputError, exit_code, reason, told_if_memory_runs_out
+from router.system.errors import InputError, reason, told_if_memory_runs_out
 from router.system.files import is_folder, sha256_of, told_if_full
 from router.system.progress import progress
 
@@ -38,11 +38,8 @@ LESS = "fewer --actors, --dtype bfloat16 (half as much for weights)"
 TRIES = 3  # of a block whose actor dies; without a limit Ray would try for ever
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0, 2 for wrong input, 130 if it was stopped."""
-    p = argparse.ArgumentParser(
-        prog="proto-route ray", description="Answers many queries with Ray Data and a router of proto_route."
-    )
+def flags(p: ArgumentParser) -> None:
+    """Those of `proto-route ray`."""
     add = p.add_argument
     add("--router", type=Path, required=True, metavar="DIR", help="a saved router, or a finished run")
     files, shared = "the query files to answer", "the folder for the answers, which all machines share"
@@ -56,32 +53,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--block", type=count, default=1000, help="queries of a file of answers, from 1 (default: 1000)")
     where = "this machine alone, or the Ray cluster that it belongs to (default: local)"
     add("--address", default="local", choices=("local", "auto"), help=where)
-    args = p.parse_args(argv)
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        return exit_code(lambda: _run(args))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
 
 
-def _run(args: argparse.Namespace) -> None:
-    """Answers what is not answered yet, and says where the answers are."""
+def work(args: Namespace) -> int:
+    """Answers what is not answered yet; returns 130 if it was stopped, else 0."""
     from router.run import check_outputs  # imports torch
 
+    signal.signal(signal.SIGTERM, stop)
     for package in ("ray", "pyarrow"):
         if find_spec(package) is None:
             raise InputError(f"expected the package {package}; pip install 'proto-route[ray]'")
-    with told_if_memory_runs_out(LESS), told_if_full(args.output), alone_in(args.output):
-        check_outputs(Settings((), args.output))
-        every: dict[Path, list[Query]] = {}
-        for path in args.input:
-            queries, folder = read(path), args.output.absolute() / _name(path, args)
-            folder.mkdir(exist_ok=True)
-            print(f"{path}: {len(queries)} queries, answers in {folder}", file=sys.stderr)
-            every |= blocks(queries, args.block, folder)
-        if todo := {part: block for part, block in every.items() if not part.exists()}:
-            _answer(todo, args)
+    try:
+        with told_if_memory_runs_out(LESS), told_if_full(args.output), alone_in(args.output):
+            check_outputs(Settings((), args.output))
+            every: dict[Path, list[Query]] = {}
+            for path in args.input:
+                queries, folder = read(path), args.output.absolute() / _name(path, args)
+                folder.mkdir(exist_ok=True)
+                print(f"{path}: {len(queries)} queries, answers in {folder}", file=sys.stderr)
+                every |= blocks(queries, args.block, folder)
+            if todo := {part: block for part, block in every.items() if not part.exists()}:
+                _answer(todo, args)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
 
 
 def read(path: Path) -> list[Query]:
@@ -109,7 +105,7 @@ def read(path: Path) -> list[Query]:
     return found
 
 
-def _name(path: Path, args: argparse.Namespace) -> str:
+def _name(path: Path, args: Namespace) -> str:
     """The folder of a file's answers: its name, and a hash of all that the answers depend on."""
     known = [file for name in ("router.json", "run.json") if (file := args.router / name).is_file()]
     if not known:
@@ -184,7 +180,7 @@ def _died() -> InputError:
     )
 
 
-def _answer(todo: Mapping[Path, Sequence[Query]], args: argparse.Namespace) -> None:
+def _answer(todo: Mapping[Path, Sequence[Query]], args: Namespace) -> None:
     """Has actors answer blocks, each for its file."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
     os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"  # else it warns of actors that might restart

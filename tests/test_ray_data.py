@@ -10,6 +10,7 @@ import pytest
 
 from helpers import ROOT, many_rows, read_by_id, write_queries
 from router import ray_data
+from router.cli import main as cli
 from router.queries.submission import COLUMNS, read_queries
 from router.system.errors import InputError
 
@@ -56,7 +57,7 @@ def ray(words, capfd):
 
     def run(path, *flags, **how):
         capfd.readouterr()
-        code = ray_data.main(words(path, *flags, **how))
+        code = cli(["ray", *words(path, *flags, **how)])
         return code, "".join(capfd.readouterr())
 
     return run

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,6 @@ from merge.folders import WEIGHTS_FILE
 from router.constants import LIBRARY
 from router.library.adapters import Adapter, Examined, examined, misfit
 from router.library.duplicates import OVERLAP, SAME, norms_and_cosines, overlaps
-from router.system.errors import exit_code
 
 OUTLIER = 10.0  # a norm may be this many times larger or smaller than the median
 HEADINGS = "adapter sound base rank scale modules kind parameters MB revision sha256".split()
@@ -127,27 +126,21 @@ def _row(facts: Mapping[str, Any]) -> list[str]:
     return cells + [""] * (len(HEADINGS) - len(cells))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 2 if an adapter is broken."""
-    p = argparse.ArgumentParser(prog="proto-route library", description=__doc__)
+def flags(p: ArgumentParser) -> None:
+    """Those of `proto-route library`."""
     commands = p.add_subparsers(required=True, metavar="check")
     checking = commands.add_parser("check", help="check and compare adapters; exit code 2 if one is broken")
     checking.add_argument("--json", action="store_true", help="print JSON instead of text")
+    specs = f"as for --adapters of router.main (default: {LIBRARY})"
     checking.add_argument(
-        "specs",
-        nargs="*",
-        default=[str(LIBRARY)],
-        metavar="NAME_OR_FOLDER_OR_HUB_ID",
-        help=f"as for --adapters of router.main (default: {LIBRARY})",
+        "specs", nargs="*", default=[str(LIBRARY)], metavar="NAME_OR_FOLDER_OR_HUB_ID", help=specs
     )
-    args = p.parse_args(argv)
-    broken: list[str] = []
 
-    def work() -> None:
-        findings = check(args.specs)
-        broken.extend(facts["name"] for facts in findings["adapters"] if not facts["sound"])
-        for line in [json.dumps(findings)] if args.json else as_text(findings):
-            # Names are a stranger's, who must not control the terminal.
-            print("".join(filter(str.isprintable, line)))
 
-    return exit_code(work) or (2 if broken else 0)
+def work(args: Namespace) -> int:
+    """Prints what `check` finds; returns 2 if an adapter is broken, else 0."""
+    findings = check(args.specs)
+    for line in [json.dumps(findings)] if args.json else as_text(findings):
+        # Names are a stranger's, who must not control the terminal.
+        print("".join(filter(str.isprintable, line)))
+    return 0 if all(facts["sound"] for facts in findings["adapters"]) else 2

@@ -5,8 +5,8 @@ Labels are read only here, after the fact, to score what both runs wrote; no met
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from router.pipeline.record import Record
 from router.queries.submission import adapters_of, read_rows
 from router.runs.explain import Rows, called, open_console, section
 from router.runs.load import Run, cut, load
-from router.system.errors import InputError, exit_code
+from router.system.errors import InputError
 from router.system.files import is_folder
 
 PARTS = ("flags", "base", "versions")  # of a record that decide a run
@@ -197,24 +197,20 @@ def _apart(a: Any, b: Any) -> dict[str, str]:
     return {key: before + cut(text[start:], WIDTH).replace("\n", "\\n") for key, text in (("a", a), ("b", b))}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0 whether or not runs differ, 2 for input that a person can fix."""
-    p = argparse.ArgumentParser(
-        prog="proto-route compare", description="Shows what changed between two finished runs."
-    )
+def flags(p: ArgumentParser) -> None:
+    """Those of `proto-route compare`."""
     p.add_argument("run_a", type=Path, metavar="RUN_A", help="the output folder of a finished run")
     p.add_argument("run_b", type=Path, metavar="RUN_B", help="another one, on the same query files")
     labels = "score both runs: files with id,target[,adapter], named like the query files, or their folders"
     p.add_argument("--labels", nargs="+", type=Path, default=(), metavar="CSV", help=labels)
     p.add_argument("--show", type=int, default=5, metavar="N", help="predictions to show (default: 5)")
     p.add_argument("--json", action="store_true", help="print JSON, with every prediction that differs")
-    args = p.parse_args(argv)
 
-    def work() -> None:
-        found = compare(args.run_a, args.run_b, args.labels)
-        if args.json:
-            print(json.dumps(found, indent=2))
-        else:
-            show(found, open_console(), max(0, args.show))
 
-    return exit_code(work)
+def work(args: Namespace) -> None:
+    """Prints what `compare` finds."""
+    found = compare(args.run_a, args.run_b, args.labels)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found, open_console(), max(0, args.show))

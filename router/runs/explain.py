@@ -6,10 +6,10 @@ variant answered, and why. Loads no model.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,7 +26,7 @@ from router.constants import BASE_COLUMN
 from router.pipeline.evidence import LOW_MARGIN, Evidence
 from router.runs.load import Run, cut, load
 from router.runs.report.data import candidates, vote_means
-from router.system.errors import InputError, exit_code, printable
+from router.system.errors import InputError, printable
 
 NEAREST = 8  # adapters shown for their score
 LONG = 600  # characters shown of a text
@@ -207,21 +207,17 @@ def show(story: Mapping[str, Any], console: Console) -> None:
         section(console, f"{title} and a residual of {votes['residual']:.2f}", rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 for input that a person can fix."""
-    p = argparse.ArgumentParser(
-        prog="proto-route explain", description="Explains why one query of a finished run got its answer."
-    )
+def flags(p: ArgumentParser) -> None:
+    """Those of `proto-route explain`."""
     p.add_argument("output", type=Path, metavar="OUTPUT", help="the output folder of a finished run")
     p.add_argument("id", metavar="ID", help="a query's id; STEM:ID if several query files have it")
     p.add_argument("--json", action="store_true", help="print JSON, with all candidates that have a score")
-    args = p.parse_args(argv)
 
-    def work() -> None:
-        story = explain(args.output, args.id)
-        if args.json:
-            print(json.dumps(story, indent=2))
-        else:
-            show(story, open_console())
 
-    return exit_code(work)
+def work(args: Namespace) -> None:
+    """Prints what `explain` tells."""
+    story = explain(args.output, args.id)
+    if args.json:
+        print(json.dumps(story, indent=2))
+    else:
+        show(story, open_console())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from router.serving.names import read_served
-from router.system.errors import InputError, exit_code
+from router.system.errors import InputError
 
 
 def check(folder: Path, base_model: str | None = None) -> list[str]:
@@ -31,14 +30,14 @@ def check(folder: Path, base_model: str | None = None) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0, or 2 with what is wrong."""
-    p = argparse.ArgumentParser(
-        prog="proto-route check",
-        description="Opens a router or a run as `proto-route serve` would, and says what is wrong.",
+def flags(p: ArgumentParser) -> None:
+    """Those of `proto-route check`."""
+    p.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a saved router, or the output folder of a run"
     )
-    add = p.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="a saved router, or the output folder of a run")
-    add("--base_model", metavar="FOLDER|HUB_ID", help="the base model, if it is elsewhere now")
-    args = p.parse_args(argv)
-    return exit_code(lambda: print("\n".join(check(args.folder, args.base_model))))
+    p.add_argument("--base_model", metavar="FOLDER|HUB_ID", help="the base model, if it is elsewhere now")
+
+
+def work(args: Namespace) -> None:
+    """Prints what a server would have."""
+    print("\n".join(check(args.folder, args.base_model)))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
 import re
 import signal
 import socket
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
 from contextlib import suppress
 from importlib.util import find_spec
 from logging.handlers import RotatingFileHandler
@@ -20,7 +19,7 @@ from pydantic import Field
 
 from router.constants import ADDRESS, Dtype
 from router.settings import Count, Positive, reader
-from router.system.errors import InputError, exit_code
+from router.system.errors import InputError
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
@@ -34,16 +33,8 @@ NEEDED = ("starlette", "httpx", "uvicorn", "prometheus_client")
 FILE_SIZE, FILES = 64 << 20, 9  # bytes of a file of decisions, and how many older ones are kept
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serves; returns the exit code: 0, or 2 for input that a person can fix.
-
-    The environment variable PROTO_ROUTE_API_KEY holds the key that clients have to bring, if there is one,
-    and PROTO_ROUTE_UPSTREAM_KEY the one that the upstream asks for.
-    """
-    p = argparse.ArgumentParser(
-        prog="proto-route serve",
-        description="An OpenAI-compatible proxy: requests for the model `auto` go to the variant that fits.",
-    )
+def flags(p: ArgumentParser) -> None:
+    """Those of `proto-route serve`."""
     add, count = p.add_argument, reader(Count)
     add("--router", type=Path, required=True, metavar="DIR", help="a saved router, or a finished run")
     add("--upstream", required=True, metavar="URL", help="the server that serves the variants")
@@ -60,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     add("--decisions", type=Path, metavar="FILE", help="write each decision as a line of JSON")
     add("--log_prompts", action="store_true", help="write prompts to the log, and to --decisions")
-    args = p.parse_args(argv)
-    return exit_code(lambda: _serve(args))
 
 
 def key_of(name: str) -> str | None:
@@ -100,7 +89,12 @@ def decisions_to(file: Path) -> RotatingFileHandler:
     return RotatingFileHandler(file, maxBytes=FILE_SIZE, backupCount=FILES, encoding="utf-8", delay=True)
 
 
-def _serve(args: argparse.Namespace) -> None:
+def work(args: Namespace) -> None:
+    """Serves until it is stopped.
+
+    The environment variable PROTO_ROUTE_API_KEY holds the key that clients have to bring, if there is one,
+    and PROTO_ROUTE_UPSTREAM_KEY the one that the upstream asks for.
+    """
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise InputError(
             f"proto-route serve: expected the packages of the extra `serve`, {', '.join(missing)} is "
@@ -121,7 +115,7 @@ def _serve(args: argparse.Namespace) -> None:
             asyncio.run(_served(proxy, listener, args.timeout))
 
 
-def _proxy(args: argparse.Namespace) -> Proxy:
+def _proxy(args: Namespace) -> Proxy:
     from router.api import Router
     from router.serving.proxy import Proxy
     from router.serving.tracing import tracer

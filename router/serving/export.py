@@ -6,10 +6,9 @@ adapters themselves where they are at hand, since it mixes them anew for each re
 
 from __future__ import annotations
 
-import argparse
 import shlex
-import sys
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from merge.folders import AdapterError, open_adapter, served_rank, write_adapter
 from router.routing.variants import limited
 from router.serving.gguf import base_gguf, converted
 from router.serving.names import Served, read_adapters, read_served
+from router.settings import Count, reader
 from router.system.errors import InputError, printable
 from router.system.files import SEAL, is_sealed, remaking, replacing, sealed
 
@@ -119,26 +119,20 @@ def export(
     return [*said, f"{script}: {many} of {name}, rank {served.rank}, for {engine}"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 for input that a person can fix."""
-    p = argparse.ArgumentParser(
-        prog="proto-route export", description="Writes the command that serves a router's variants."
-    )
+def flags(p: ArgumentParser) -> None:
+    """Those of `proto-route export`."""
     add = p.add_argument
     add("folder", type=Path, metavar="DIR", help="a saved router, or the output folder of a run")
     add("--engine", choices=ENGINES, default="vllm", help="the server (default: vllm)")
-    add("--max_rank", type=int, metavar="INT", help="recompress adapters of a higher rank")
+    add("--max_rank", type=reader(Count), metavar="INT", help="recompress adapters of a higher rank, from 1")
     add("--llama_cpp", type=Path, metavar="DIR", help="a checkout of llama.cpp, for its converter")
-    add(
-        "--gguf", type=Path, metavar="FILE", help="the base model for llama.cpp (default: the embedded one's)"
-    )
-    args = p.parse_args(argv)
-    if args.max_rank is not None and args.max_rank < 1:
-        p.error(f"--max_rank: expected a whole number from 1, got {args.max_rank}")
+    add("--gguf", type=Path, metavar="FILE", help="llama.cpp's base model (default: the embedded one's)")
+
+
+def work(args: Namespace) -> None:
+    """Exports, and prints what was done."""
     try:
         lines = export(args.folder, args.engine, args.max_rank, args.llama_cpp, args.gguf)
-        print(printable("\n".join(lines)))
-    except (InputError, AdapterError, OverflowError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+    except (AdapterError, OverflowError, OSError) as error:
+        raise InputError(str(error)) from error
+    print(printable("\n".join(lines)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 # As torch, the operating system, the loader of shared libraries, Python and C++ say it.
@@ -21,16 +20,6 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return printable(super().__str__())
-
-
-def exit_code(work: Callable[[], object]) -> int:
-    """Does the work of a command: 0, or 2 once it is printed what a person can fix."""
-    try:
-        work()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def printable(text: str) -> str:

@@ -14,9 +14,14 @@ from safetensors.torch import load_file
 
 from helpers import WIDTHS, dense_updates, edit_json, edit_weights, write_tiny_adapter
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
+from router.cli import main as cli
 from router.library.adapters import load_library
-from router.library.command import main
 from router.system.errors import InputError
+
+
+def main(words):
+    return cli(["library", *words])
+
 
 SCALES = {"attention": 8 / 4, "everything": 2 / 2, "mlp": 9 / 6**0.5}
 

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from helpers import NAMES, edit_json, read_by_id, spoil, write_csv, write_run
-from router.runs.compare import main
+from router.cli import main as cli
 from router.runs.explain import called
+
+
+def main(words):
+    return cli(["compare", *words])
 
 
 def compared(capsys, *argv):

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from helpers import NAMES, NONE, ROOT, read_by_id, write_run
-from router.runs.explain import main
+from router.cli import main as cli
+
+
+def main(words):
+    return cli(["explain", *words])
+
 
 WEIGHTS = [0.7, 0.29, 0, 0.01]
 

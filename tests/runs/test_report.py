@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from helpers import METHODS, QUERIES, edit_json, read_table, write_csv, write_run
+from router.cli import main as cli
 from router.pipeline.evidence import Evidence
-from router.runs import explain
 from router.runs.load import load
 from router.runs.report.data import layers, places_of
 from router.runs.report.layout import layout
-from router.runs.report.page import main, write_report
+from router.runs.report.page import write_report
 
 MINUS = "\N{MINUS SIGN}"
 HOSTILE = [
@@ -121,7 +121,7 @@ def evidence_with(out, **more):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_real_run_has_its_report(runs, capsys, method):
     out = runs(method)
-    assert main([str(out)]) == 0
+    assert cli(["report", str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out / "report.html")
     page = Page(out / "report.html")
     assert page.data["texts"] == [*(row[1] for row in QUERIES), "1 + 1 ="]
@@ -143,7 +143,7 @@ def test_a_large_library_is_reported_by_its_shortlists(command, capsys, monkeypa
     page = Page(out / "report.html")
     assert all(len(rows) == 3 for rows in page.data["candidates"])
     assert len(page.data["places"]) == 6 and len(page.data["prototypes"]) == 4
-    assert explain.main([str(out), page.data["ids"][0]]) == 0
+    assert cli(["explain", str(out), page.data["ids"][0]]) == 0
 
 
 def test_what_a_run_lacks_is_left_out(small, tmp_path):

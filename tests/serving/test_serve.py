@@ -17,8 +17,13 @@ from serving_stubs import Upstream, free_port, serving
 from starlette.responses import StreamingResponse
 
 from helpers import ROOT
+from router.cli import main as cli
 from router.routing.variants import served
-from router.serving.command import main
+
+
+def main(words):
+    return cli(["serve", *words])
+
 
 TEXTS = [f"{word} number {n}" for n in range(4) for word in ("What is", "Say", "Bonjour")]
 posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from router.cli import main as cli
 from router.serving import command, tracing
 from router.serving.proxy import Proxy
 
@@ -286,7 +287,7 @@ def test_a_front_for_all_without_a_key_warns(host, key, warns, monkeypatch, capl
     if key:
         monkeypatch.setenv("PROTO_ROUTE_API_KEY", key)
     words = ["--router", tmp_path, "--upstream", "http://127.0.0.1:1", "--host", host, "--port", 0]
-    assert command.main(list(map(str, words))) == 2  # there is no router
+    assert cli(["serve", *map(str, words)]) == 2  # there is no router
     assert ("PROTO_ROUTE_API_KEY" in caplog.text) == warns
 
 
@@ -314,7 +315,7 @@ def test_spans_reach_the_endpoint_in_the_environment(monkeypatch):
 def test_flags_out_of_range_are_refused(flag, capsys):
     words = ["--router", "r", "--upstream", "http://127.0.0.1:1", flag]
     try:
-        code = command.main(words)
+        code = cli(["serve", *words])
     except SystemExit as end:  # argparse's
         code = end.code
     assert code == 2 and flag.split("=")[0] in capsys.readouterr().err

@@ -6,10 +6,9 @@ them, and the page's script gets them as JSON that cannot end its block.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -19,7 +18,7 @@ from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.record import REPORT
 from router.runs.load import Run, load
 from router.runs.report.data import BEST, LONG, SHOWN_QUERIES, data, escaped, headline, layers, variants
-from router.system.errors import InputError, exit_code
+from router.system.errors import InputError
 from router.system.files import SEAL, is_sealed, replacing, sealed
 
 if TYPE_CHECKING:
@@ -86,11 +85,11 @@ def _value(value: Any) -> str:
     return "default" if value is None else ", ".join(map(str, value if isinstance(value, list) else [value]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 for input that a person can fix."""
-    p = argparse.ArgumentParser(
-        prog="proto-route report", description="Makes report.html from the files of a finished run."
-    )
+def flags(p: ArgumentParser) -> None:
+    """Those of `proto-route report`."""
     p.add_argument("folder", type=Path, metavar="DIR", help="the run's output folder")
-    folder = p.parse_args(argv).folder
-    return exit_code(lambda: print(write_report(folder)))
+
+
+def work(args: Namespace) -> None:
+    """Writes the report and prints where it is."""
+    print(write_report(args.folder))
