@@ -19,7 +19,7 @@ from router.constants import BASE_COLUMN
 from router.routing.variants import served_names
 from router.serving.names import AUTO
 from router.serving.prober import Prober
-from router.serving.text import NoText, prompt_of
+from router.serving.text import prompt_of
 from router.system.errors import InputError
 
 FOLDER = "PROTO_ROUTE_ROUTER"
@@ -60,7 +60,7 @@ class AutoModel(CustomLogger):  # type: ignore[misc]
             raise HTTPException(500, f"{FOLDER}: {error}") from error
         try:
             choice: Choice = await prober(prompt_of(data))
-        except (NoText, InputError) as error:  # no text, or none that the base model's template takes
+        except InputError as error:  # no text, or none that the base model's template takes
             raise HTTPException(400, str(error)) from error
         except asyncio.QueueFull as error:
             raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error

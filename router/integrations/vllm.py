@@ -41,9 +41,10 @@ from router.pipeline.state import FILE
 from router.queries.conversation import checked
 from router.routing.probe import Probed
 from router.routing.variants import VARIANTS, served_names, stray
-from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed, routed_by
+from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed
 from router.serving.names import AUTO
 from router.serving.request import admit, as_error, as_json, object_of
+from router.serving.text import prompt_of
 from router.system.errors import InputError
 
 log = logging.getLogger("vllm.proto_route")  # vLLM shows its own loggers alone
@@ -454,7 +455,7 @@ class Door:
 
         try:
             asked = self._asked(request, raw) if AUTO.encode() in raw else None
-        except HTTPException as error:
+        except (HTTPException, InputError) as error:
             await as_error(request, error)(scope, again, send)
             return
         if asked is None:
@@ -490,4 +491,4 @@ class Door:
         root = request.scope.get("root_path", "")
         if (path := request.scope["path"].removeprefix(root)) not in ROUTED:
             raise not_routed(path)
-        return Asked(routed_by(body), body["messages"] if path == CHATS and _is_plain(body) else None)
+        return Asked(prompt_of(body), body["messages"] if path == CHATS and _is_plain(body) else None)

@@ -9,24 +9,11 @@ from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
 
-from router.api import Choice, Prompt
+from router.api import Choice
 from router.serving.names import AUTO
-from router.serving.text import NoText, prompt_of
 
 CHATS = "/v1/chat/completions"
 ROUTED = ("/v1/completions", CHATS, "/v1/responses", "/v1/messages")
-
-
-def routed_by(body: Mapping[str, Any]) -> Prompt:
-    """What a request for the model `auto` is routed by.
-
-    Raises:
-        HTTPException: 400, it says nothing by which it could be routed.
-    """
-    try:
-        return prompt_of(body)
-    except NoText as error:
-        raise HTTPException(400, str(error)) from error
 
 
 def not_routed(path: str) -> HTTPException:

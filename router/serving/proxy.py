@@ -36,10 +36,11 @@ from router.constants import CANARY
 from router.model.template import Template
 from router.queries.conversation import checked
 from router.routing.variants import served_names
-from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed, routed_by
+from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed
 from router.serving.names import AUTO
 from router.serving.prober import Prober
 from router.serving.request import GONE, admit, as_error, as_json, body_of, left, object_of
+from router.serving.text import prompt_of
 from router.serving.tracing import traced
 from router.serving.upstream import Serves, Upstream, end_to_end, variants_of
 from router.system.errors import InputError, printable
@@ -136,7 +137,7 @@ class Proxy:
                 Route("/v1/{path:path}", self.forward, methods=["GET", "POST", "DELETE"]),
             ],
             lifespan=self._lifespan,
-            exception_handlers={HTTPException: as_error, Exception: as_error},
+            exception_handlers={HTTPException: as_error, InputError: as_error, Exception: as_error},
         )
         self.app.router.redirect_slashes = False  # it would make an address of the header `host`
 
@@ -167,8 +168,6 @@ class Proxy:
             raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error
         except IndexError as error:  # it spells a token that the base model has no embedding of
             raise HTTPException(400, "expected a text that the base model can read") from error
-        except InputError as error:  # its template refuses the messages, or there is none
-            raise HTTPException(400, str(error)) from error
         self.seconds.labels("probe").observe(time.perf_counter() - start)
         return found
 
@@ -194,7 +193,7 @@ class Proxy:
         """POST /v1/route: the decision alone."""
         admit(request, self.api_key, self.hosts)
         body = object_of(request, await body_of(request, self.max_body, self.timeout))
-        decided = await self._decided(routed_by(body))
+        decided = await self._decided(prompt_of(body))
         return as_json(described(decided.choice, await self._name(decided, self._key(request))))
 
     async def forward(self, request: Request) -> Response:
@@ -235,7 +234,7 @@ class Proxy:
         return await self._passed_on(request, raw, routed)
 
     async def _decision(self, request: Request, body: dict[str, Any]) -> Routed:
-        prompt, key, began = routed_by(body), self._key(request), time.time_ns()
+        prompt, key, began = prompt_of(body), self._key(request), time.time_ns()
         decided = await self._decided(prompt)
         name = await self._name(decided, key)
         fields: dict[str, Any] = {"model": name}

@@ -13,6 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from router.system.errors import InputError
+
 GONE = 499  # the status of a request whose client has left, which nobody sees
 
 
@@ -22,10 +24,12 @@ def as_json(content: Any, status: int = 200, headers: Mapping[str, str] | None =
 
 
 def as_error(_: Request, error: Exception) -> Response:
-    """OpenAI's error object."""
+    """OpenAI's error object; an InputError is the request's fault."""
     status, message, headers = 500, "the proxy failed; its log says why", None
     if isinstance(error, HTTPException):
         status, message, headers = error.status_code, error.detail, error.headers
+    elif isinstance(error, InputError):
+        status, message = 400, str(error)
     return refusal(status, message, headers)
 
 

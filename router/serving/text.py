@@ -10,10 +10,6 @@ from router.serving.names import AUTO
 from router.system.errors import InputError
 
 
-class NoText(ValueError):
-    """A request has no text to be routed by, or more than one prompt."""
-
-
 def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
     """What a request of the model `auto` is routed by.
 
@@ -22,7 +18,7 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
             Anthropic's messages (with `system`); or `input`, as OpenAI's responses (with `instructions`).
 
     Raises:
-        NoText: there is no text, or more than one prompt.
+        InputError: there is no text, or more than one prompt.
 
     Example:
         >>> prompt_of({"input": "Hello", "instructions": "Be brief."})
@@ -34,7 +30,7 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
             given = given[0]
         if not isinstance(given, str) or not given:
             what = "one text; send several prompts in several requests" if isinstance(given, list) else "text"
-            raise NoText(f"model {AUTO}: expected {what}, since it is routed by what it says")
+            raise InputError(f"model {AUTO}: expected {what}, since it is routed by what it says")
         return given
     messages = body.get("messages", body.get("input"))
     if isinstance(messages, str) and "input" in body:
@@ -45,10 +41,7 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
             one for one in messages if not isinstance(one, Mapping) or "role" in one or "type" not in one
         ]
         messages = [{"role": "system", "content": above}, *messages] if above else messages
-    try:
-        found = checked(messages, ends=False)
-    except InputError as error:
-        raise NoText(str(error)) from error
+    found = checked(messages, ends=False)
     system = [one for one in found if one["role"] in SYSTEM]
     asked = [one for one in found if one["role"] == "user" and content(one).strip()]
     return [{"role": one["role"], "content": content(one)} for one in (*system, *asked)]
