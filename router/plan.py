@@ -102,7 +102,6 @@ class _Run(NamedTuple):
     model: Any  # the base model without weights
     file_bytes: int  # of its weights
     device: torch.device
-    dtype: torch.dtype
     folders: list[AdapterFolder]
     prompts: int
     tokens: int  # of all prompts
@@ -131,17 +130,15 @@ def plan(name: str, settings: Settings) -> Plan:
     here = [spec for spec in specs if is_here(spec)]
     library = load_library(here, local_only=True, bad=bad)
     spec = settings.base_model or default_base(settings, library)
-    config, tokenizer, file_bytes = _base(spec)
-    with torch.device("meta"):
-        model = _random(config)
+    device = torch.device(pick_device(settings.device))
+    tokenizer, model, file_bytes = _base(spec, pick_dtype(settings.dtype, device.type))
     base = models.EMBEDDED_ID if spec == models.EMBEDDED else spec
     local = spec != models.EMBEDDED and is_folder(spec)
     library = check_against_base(library, base, local, models.linear_shapes(model), bad)
-    device = torch.device(pick_device(settings.device))
     template = template_for(tokenizer, settings.chat_template, (of.folder.path for of in library))
     rows = encoded(template, queries, settings.max_seq_len)
     run = _Run(
-        method, settings, model, file_bytes, device, pick_dtype(settings.dtype, device.type),
+        method, settings, model, file_bytes, device,
         folders=[adapter.folder for adapter in library if name != "base"],
         prompts=len(rows), tokens=sum(map(len, rows)),
         texts=sum(query.eval_type == GENERATION for query in queries),
@@ -150,7 +147,7 @@ def plan(name: str, settings: Settings) -> Plan:
     texts = [text for frame in frames for text in generic_prompts(frame)]
     generic = 2 * sum(map(len, encode(tokenizer, texts, settings.max_seq_len)))  # for means, for responses
     return Plan(
-        name, base, device.type, str(run.dtype).removeprefix("torch."),
+        name, base, device.type, str(model.dtype).removeprefix("torch."),
         adapters=[adapter.name for adapter in library],
         download=[spec for spec in specs if spec not in here],
         queries=len(queries), prompt_tokens=run.tokens,
@@ -158,27 +155,17 @@ def plan(name: str, settings: Settings) -> Plan:
     )  # fmt: skip
 
 
-def _base(spec: str) -> tuple[Any, Any, int]:
-    """A base model's configuration and tokenizer, and the bytes of its weights."""
-    from transformers import AutoConfig, AutoTokenizer
-
+def _base(spec: str, dtype: torch.dtype) -> tuple[Any, Any, int]:
+    """A base model's tokenizer, itself without weights, and the bytes of these."""
     try:
         local = models.embedded_folder() if spec == models.EMBEDDED else Path(spec)
         folder = local if is_folder(local) else models.fetched(spec, local_only=True)[0]
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return config, tokenizer, sum(file.stat().st_size for file in models.weight_files(folder))
+        tokenizer, model = models.read(folder, dtype, "meta")
+        return tokenizer, model, sum(file.stat().st_size for file in models.weight_files(folder))
     except HubError as error:
         raise InputError(f"--plan: expected the base model {spec} here; download it first") from error
     except Exception as error:  # transformers raises whatever a damaged configuration leads to
         raise InputError(f"--base_model {spec}: cannot be read: {reason(error)}") from error
-
-
-def _random(config: Any, **how: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    build: Any = AutoModelForCausalLM.from_config
-    return build(config, **how)
 
 
 def _seconds(run: _Run, generic: int) -> dict[str, float]:
@@ -189,7 +176,7 @@ def _seconds(run: _Run, generic: int) -> dict[str, float]:
     new, per_token = run.settings.max_gen_len, issubclass(run.method, PerToken)
     single = per_token or issubclass(run.method, Static)
     variants = 1 if single else run.settings.n_variants or len(run.folders) + 2
-    room = batch_tokens(run.model, run.device, run.dtype)[0]
+    room = batch_tokens(run.model, run.device, run.model.dtype)[0]
     size = run.settings.batch_size or max(1.0, room / (run.tokens / run.prompts + new))
     batches = max(min(run.texts, variants), run.texts / size)
     written = sum((of.path / WEIGHTS_FILE).stat().st_size for of in run.folders)
@@ -203,10 +190,13 @@ def _seconds(run: _Run, generic: int) -> dict[str, float]:
 
 def _pace(run: _Run) -> tuple[float, float]:
     """Seconds to read a prompt token, and for a step in which a batch writes."""
-    config = copy.deepcopy(run.model.config)
+    from transformers import AutoModelForCausalLM
+
+    config, dtype = copy.deepcopy(run.model.config), run.model.dtype
     text = config.get_text_config(decoder=True)
     layers, text.num_hidden_layers = text.num_hidden_layers, min(LAYERS, text.num_hidden_layers)
-    model = models.ready(_random(config, dtype=run.dtype), run.device.type)
+    random: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model = models.ready(random, run.device.type)
     head: Any = model.get_output_embeddings()
     length = min(MAX_TOKENS, positions(model))
 
@@ -216,7 +206,7 @@ def _pace(run: _Run) -> tuple[float, float]:
         return last + max(0.0, few - last) * float(layers / text.num_hidden_layers)
 
     with torch.inference_mode():
-        state = torch.zeros(1, head.in_features, dtype=run.dtype, device=run.device)
+        state = torch.zeros(1, head.in_features, dtype=dtype, device=run.device)
         last = _timed(lambda: head(state).sum().item())
         return whole(ROWS, length) / (ROWS * length), whole(1, 1)
 
@@ -228,17 +218,18 @@ def _timed(work: Callable[[], Any]) -> float:
 
 def _memory(run: _Run) -> int:
     """Bytes at the peak."""
-    size, config = run.dtype.itemsize, run.model.config
+    config, dtype = run.model.config, run.model.dtype
+    size = dtype.itemsize
     weights = run.model.num_parameters() * size
     shapes = {module: shape for of in run.folders for module, shape in of.shapes.items()}
     copied = 0
     if run.settings.engine == "vllm":
         copied = weights  # it loads them once more
-    elif picked(run.model, run.device, run.dtype, run.settings.apply) == "merged":
+    elif picked(run.model, run.device, dtype, run.settings.apply) == "merged":
         copied = sum(d_out * d_in for d_out, d_in in shapes.values()) * size  # what an adapter changes
-    written, chosen = batch_tokens(run.model, run.device, run.dtype)
+    written, chosen = batch_tokens(run.model, run.device, dtype)
     logits = chosen * config.get_text_config(decoder=True).vocab_size * size
     longest = max(written, run.settings.max_gen_len)
-    work = max(RESPONSES, 2 * cache_bytes(config, run.dtype) * longest, logits)
+    work = max(RESPONSES, 2 * cache_bytes(config, dtype) * longest, logits)
     held = KERNELS + 4 * run.factors + 16 * len(run.folders) * run.prompts + copied + work
     return int(LIBRARIES + weights + max(run.file_bytes, held))  # the file stays mapped while it is read

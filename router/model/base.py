@@ -195,7 +195,7 @@ def load_base(
     if place == "cpu":
         keep_freed_memory()
     try:
-        tokenizer, model = _read(folder, pick_dtype(dtype, place), place, device_map)
+        tokenizer, model = read(folder, pick_dtype(dtype, place), place, device_map)
         sha256 = sha256_of(weights) if spec == EMBEDDED else sha256_of(*weight_files(folder))
         _check_unchanged(weights, before)
     except Exception as error:  # transformers raises whatever a damaged configuration leads to
@@ -234,7 +234,7 @@ def ready(model: Any, device: str) -> Any:
     return (model if spread(model) else model.to(device)).eval()
 
 
-def _read(
+def read(
     folder: Path, dtype: torch.dtype, place: str, device_map: str | dict[str, Any] | None = None
 ) -> tuple[Any, Any]:
     """The tokenizer and the model of a folder; on `meta` no weights are read. Missing ones are an error."""
