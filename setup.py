@@ -11,6 +11,7 @@ setup(
     packages=find_packages(include=["router", "router.*", "merge", "merge.*"]),
     package_data={
         "router": ["py.typed"],
+        "router.pipeline": ["card.md"],
         "router.routing": ["generic.json", "talk.json"],
         "router.runs.report": ["report.html.j2"],
         "router.serving": ["page.html"],

