@@ -80,11 +80,6 @@ def is_here(spec: str) -> bool:
 
 
 def _from_hub(spec: str, local_only: bool) -> Source:
-    try:
-        path, repo, commit = fetch(spec, FILES, local_only)
-    except HubError as error:
-        raise InputError(
-            f"--adapters {spec}: no such folder, no such name in {LIBRARY}, and the hub could not give "
-            f"it ({error}). Where there is no network, download the adapter elsewhere and pass its folder."
-        ) from error
+    where = f"--adapters {spec}: no such folder, no such name in {LIBRARY}"
+    path, repo, commit = fetch(spec, FILES, local_only, where=where)
     return Source(repo.rsplit("/", 1)[-1], path, commit)

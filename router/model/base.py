@@ -25,7 +25,7 @@ from router.model.answer import end_tokens, pad_id
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
 from router.system.errors import InputError, out_of_memory, reason
 from router.system.files import FULL, cache_folder, is_folder, read_record, sha256_of, told_if_full, typed
-from router.system.hub import HubError, fetch
+from router.system.hub import fetch
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +188,7 @@ def load_base(
     elif is_folder(spec):
         weights, name, revision = Path(spec), spec, None
     else:
-        weights, name, revision = _from_hub(spec)
+        weights, name, revision = fetched(spec)
     before = _stamps(weights)
     folder = embedded_folder() if spec == EMBEDDED else weights
     place = pick_device(device)
@@ -303,18 +303,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def fetched(spec: str, local_only: bool = False) -> tuple[Path, str, str]:
     """A base model from the hub; as `router.system.hub.fetch`."""
-    return fetch(spec, FILES, local_only, OTHERS)
-
-
-def _from_hub(spec: str) -> tuple[Path, str, str]:
-    try:
-        return fetched(spec)
-    except HubError as error:
-        raise InputError(
-            f"--base_model {spec}: expected a folder, `embedded`, or a model on the hub; "
-            f"the hub could not give it ({error}). "
-            "Download it where there is a network and pass the folder instead."
-        ) from error
+    where = f"--base_model {spec}: no such folder, not the word {EMBEDDED}"
+    return fetch(spec, FILES, local_only, OTHERS, where)
 
 
 def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:

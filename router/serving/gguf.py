@@ -15,7 +15,7 @@ from router.model.base import EMBEDDED_ID, embedded_folder, embedded_gguf
 from router.serving.names import Served
 from router.system.errors import InputError
 from router.system.files import remaking
-from router.system.hub import HubError, fetch
+from router.system.hub import fetch
 
 CONVERTER = "convert_lora_to_gguf.py"
 
@@ -74,9 +74,5 @@ def _config(served: Served) -> Path:
         return embedded_folder()
     if Path(served.base).is_dir():
         return Path(served.base)
-    try:
-        return fetch(f"{served.base}@{served.revision}" if served.revision else served.base, ["*.json"])[0]
-    except HubError as error:
-        raise InputError(
-            f"{served.base}: expected its configuration from the hub, got none ({error})"
-        ) from error
+    spec = f"{served.base}@{served.revision}" if served.revision else served.base
+    return fetch(spec, ["*.json"], where=f"{spec}: no such folder with a configuration")[0]

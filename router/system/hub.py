@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from router.system.errors import reason
+from router.system.errors import InputError, reason
 
 
-class HubError(Exception):
-    """The hub could not provide a repository; the message is the first line of the reason."""
+class HubError(InputError):
+    """The hub could not provide a repository."""
 
 
 def fetch(
-    spec: str, patterns: Sequence[str] | None = None, local_only: bool = False, without: Sequence[str] = ()
+    spec: str,
+    patterns: Sequence[str] | None = None,
+    local_only: bool = False,
+    without: Sequence[str] = (),
+    where: str = "no such folder",
 ) -> tuple[Path, str, str]:
     """Fetches a repository, `ID[@REVISION]`.
 
@@ -22,6 +26,7 @@ def fetch(
         patterns: the files to fetch; None takes all.
         local_only: these files must be in the cache already.
         without: files that are not fetched, whatever `patterns` says.
+        where: begins the error: which flag names it, and where else it was looked for.
 
     Returns:
         The repository's folder in the cache, its id, and its commit.
@@ -47,5 +52,8 @@ def fetch(
             local_files_only=local_only,
         )
     except failures as error:
-        raise HubError(reason(error)) from error
+        raise HubError(
+            f"{where}, and the hub could not give it ({reason(error)}). Where there is no network, download "
+            "it elsewhere and pass its folder"
+        ) from error
     return Path(found), name, Path(found).name

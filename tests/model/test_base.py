@@ -96,7 +96,7 @@ def test_a_file_that_is_replaced_while_read_is_refused(copied, tmp_path, monkeyp
     with_weights(HEAD, lambda of: 2 * of)(other)
     for file in other.glob("*.json"):
         file.write_text(file.read_text() + "\n")
-    read = module._read
+    read = module.read
 
     def replaced(*args, **places):
         if moment == "before":
@@ -107,7 +107,7 @@ def test_a_file_that_is_replaced_while_read_is_refused(copied, tmp_path, monkeyp
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_read", replaced)
+        patched.setattr(module, "read", replaced)
         with pytest.raises(InputError, match=f"--base_model {copied}: .*changed"):
             load_base(str(copied), "cpu", "float32")
     load_base(str(copied), "cpu", "float32")

@@ -29,9 +29,11 @@ def test_whatever_goes_wrong_is_one_line(monkeypatch, kind):
     error = ERRORS[kind]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
     with pytest.raises(HubError) as caught:
-        fetch("some/model")
+        fetch("some/model", where="--flag some/model: no such folder")
     first = str(error).partition("\n")[0] or "TimeoutError"
-    assert str(caught.value).startswith(first) and "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert said.startswith(f"--flag some/model: no such folder, and the hub could not give it ({first}")
+    assert "\n" not in said and said.endswith("pass its folder")
     assert caught.value.__cause__ is error
     mistake = KeyError("a mistake in the code")  # is none of the hub's errors
     with patch.object(huggingface_hub, "snapshot_download", side_effect=mistake), pytest.raises(KeyError):
