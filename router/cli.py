@@ -18,7 +18,10 @@ COMMANDS = {
     "library": ("router.library.command", "check a library of adapters"),
     "check": ("router.serving.check", "say whether a run or a saved router can be served"),
     "export": ("router.serving.export", "write the command that serves a router's variants"),
-    "serve": ("router.serving.command", "route requests for the model `auto` to that server's variants"),
+    "serve": (
+        "router.serving.command",
+        "serve an OpenAI-compatible proxy: requests for `auto` go to the variant that fits",
+    ),
     "ray": ("router.ray_data", "answer many queries with Ray Data, on one machine or a cluster"),
     "report": ("router.runs.report.page", "rebuild report.html of a finished run"),
 }
