@@ -141,9 +141,16 @@ def _in_frames(
         found = usual([parts[n][0].text for n in plain], SHARED)
         # What generic text has as well, such as a last line `Answer:`, needs no frame.
         edges += [found] if all(bare(text, found).own == BARE for text in generic_prompts()) else []
+    mark = talk.after.strip()
     counts = Counter(turns[0].common for turns in parts if turns[0].common not in (BARE, talk))
-    allowed = {BARE, talk, *known, *(frame for frame, _ in counts.most_common(new))}
-    framed, mark = list(parts), talk.after.strip()
+
+    def odd(frame: Frame) -> bool:
+        """Whether a few texts alone begin their answers so, in the template."""
+        after = frame.after.strip()
+        return bool(mark) and after.startswith(mark) and after != mark and counts[frame] < SHARED
+
+    allowed = {BARE, talk, *known, *[frame for frame, _ in counts.most_common() if not odd(frame)][:new]}
+    framed = list(parts)
     for n, (one, *_) in enumerate(parts):
         if n in plain:
             tried = (bare(one.text, edge) for edge in edges)

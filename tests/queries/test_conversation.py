@@ -360,6 +360,16 @@ def test_a_long_shared_system_message_is_cut_as_generic_text_in_it_is(method):
     assert all(fitted.framing.end < 20 for fitted in made.fits.values())
 
 
+def test_how_few_answers_begin_makes_no_frame(method, tmp_path):
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    (tmp_path / "template.jinja").write_text(turn.format("{{ messages[-1]['content'] }}"))
+    texts = [Query(str(n), turn.format(n) + f"So {n}:", "generation") for n in range(3)]
+    made = method()
+    alone = [made.turns([text]) for text in texts]
+    assert made.turns(texts) == [turns for (turns,) in alone]
+    assert {read.frame for turns in made.turns(texts) for read in turns} == {made.template.frame}
+
+
 def test_a_template_of_messages_alone_has_each_read_on_its_own(chat_router):
     made = chat_router("{% for m in messages %}{{ m['content'] }} {% endfor %}")._proto
     talk = [HI[0], {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Now 5, 4"}]
