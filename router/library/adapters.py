@@ -20,6 +20,7 @@ from router.system.errors import InputError, out_of_memory
 from router.system.files import sha256_of
 
 LONGEST_CARD = 1 << 20  # characters
+QUANTISED = r"(-unsloth)?-(bnb-4bit|gptq|awq)$"  # how names of such copies of a base model end
 TAKEN = (BASE_COLUMN, "id", "variant")  # columns of the routing table that are no adapter's
 
 
@@ -209,14 +210,13 @@ def base_of(adapters: Iterable[Adapter]) -> str:
     Raises:
         InputError: they name several, or none at all.
     """
-    named: dict[str, Adapter] = {}  # by what each model is called
-    for adapter in adapters:
-        if adapter.folder.base_model:
-            named.setdefault(_model(adapter.folder.base_model), adapter)
-    if len(named) != 1:
-        what = "; ".join(f"{of.name} names {of.folder.base_model}" for of in named.values()) or "none named"
+    named = {adapter.folder.base_model: adapter.name for adapter in adapters if adapter.folder.base_model}
+    # Folders of one name may be two models.
+    models = {_model(base) if re.fullmatch(r"[\w.-]+/[\w.-]+/?", base) else base for base in named}
+    if len(models) != 1:
+        what = "; ".join(f"{adapter} names {base}" for base, adapter in named.items()) or "none named"
         raise InputError(f"--adapters: expected one base model for all: {what}; pass --base_model")
-    return next(iter(named.values())).folder.base_model
+    return min(named, key=lambda base: bool(re.search(QUANTISED, base.casefold())))  # the first that is whole
 
 
 def check_against_base(
@@ -269,7 +269,7 @@ def _model(name: str) -> str:
         True
     """
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]  # of a folder, also one of Windows
-    return re.sub(r"(-unsloth)?-(bnb-4bit|gptq|awq)$", "", last.casefold())
+    return re.sub(QUANTISED, "", last.casefold())
 
 
 def last_block(adapters: Sequence[Adapter]) -> list[str]:

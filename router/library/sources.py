@@ -50,7 +50,8 @@ def find(spec: str, local_only: bool = False) -> list[Source]:
     try:
         if (path / CONFIG_FILE).exists():  # a link keeps its own name
             return [Source(Path(os.path.normpath(path.absolute())).name, path, None)]
-        there = (child for child in path.iterdir() if child.is_dir() or child.is_symlink())
+        # With links to nowhere, of which none is to be left out without a word.
+        there = (child for child in path.iterdir() if child.is_dir() or not child.exists())
         found = sorted(child for child in there if not child.name.startswith("."))
     except OSError as error:
         raise InputError(

@@ -1,7 +1,7 @@
 """The key-value cache of a batch: filled part by part, with room for new tokens; rows can leave it.
 
-transformers' own cache grows by concatenation, which copies all of it for every new token. This one has its
-final width from the start. Knows no adapters and no queries.
+transformers' own cache grows by concatenation, which copies all of it for every new token. This one grows by
+many at once. Knows no adapters and no queries.
 """
 
 from __future__ import annotations

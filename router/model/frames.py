@@ -37,6 +37,7 @@ JOINED = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 WORD = re.compile(rf"[{JOINED}]{{1,2}}|[^\s{JOINED}]+")
 
 
+RESULT = "<tool_response>"  # of a tool, which Qwen's template writes as a turn of the user
 BEGUN = 40  # characters of an answer that a text in a template may begin
 
 
@@ -172,7 +173,8 @@ def turns_of_text(text: str, template: Frame | None = None, own: Format | None =
         own: how that template writes turns, for one that is none of FORMATS; else its text is one message.
     """
     for user, after, preambles in [*FORMATS, *filter(None, [own])]:
-        mark, tags = after.rstrip(), after.startswith("<")
+        mark = after.rstrip()
+        tags = mark.startswith("<") and ">" in mark
         end = text.rfind(mark)
         begun = text[end + len(mark) :].strip()  # of the answer, such as `<think>`
         ends = tags and mark[: mark.index(">") + 1]
@@ -193,7 +195,8 @@ def turns_of_text(text: str, template: Frame | None = None, own: Format | None =
             plain = template.before
         if head in (written, template and template.before, *(before + written for before in preambles)):
             plain = head
-        asked = [turn for turn in _turns(text[first:end], user, ends or mark) if turn.strip()]
+        turns = _turns(text[first:end], user, ends or mark)
+        asked = [turn for turn in turns if turn.strip() and not turn.lstrip().startswith(RESULT)]
         return [Parts(head, turn, tail, Frame(plain, tail)) for turn in asked] or [bare(text)]
     if template and (found := bare(text, template)).own == template:
         return [found._replace(common=template)]
@@ -201,7 +204,7 @@ def turns_of_text(text: str, template: Frame | None = None, own: Format | None =
 
 
 def _turns(text: str, user: str, end: str) -> Iterator[str]:
-    """The user's messages in a conversation, without what follows them; results of tools are none.
+    """What stands in the user's turns of a conversation, without what follows.
 
     Args:
         text: from the first message to the end of the last one.

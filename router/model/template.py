@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cached_property
@@ -23,10 +23,11 @@ log = logging.getLogger(__name__)
 MARK = "\u2063proto-route\u2063"  # stands for the user's message; nobody writes it
 LARGEST = 1 << 20  # bytes of a template file
 MOST = 16 << 20  # bytes of a tokenizer's configuration
-# Before a template that writes today's date, for routing: so a frame is the same tomorrow.
-DATES = {"%d": "01", "%m": "01", "%b": "Jan", "%B": "January", "%Y": "2025", "%y": "25", "%A": "Wednesday"}
-UNDATED = "{% macro strftime_now(format) %}{{ format FILTERS }}{% endmacro %}\n".replace(
-    "FILTERS", "".join(f"| replace('{code}', '{spelt}')" for code, spelt in DATES.items())
+# What a template writes for today's date where routing reads it, so that a frame is the same tomorrow; and
+# another date, none of whose parts begins alike.
+DATE, OTHER = (
+    dict(zip(("%d", "%m", "%b", "%B", "%Y", "%y", "%A"), spelt.split(), strict=True))
+    for spelt in ("01 01 Jan January 2025 25 Wednesday", "22 12 Oct October 3034 34 Friday")
 )
 NEUTRAL: Message = {"role": "system", "content": "You are a helpful assistant."}
 
@@ -61,12 +62,14 @@ class Template:
         """Whether there is a template."""
         return bool(self.jinja)
 
-    def text(self, messages: Sequence[Message], query: str = "", dated: bool = True) -> str:
+    def text(
+        self, messages: Sequence[Message], query: str = "", date: Mapping[str, str] | None = None
+    ) -> str:  # fmt: skip
         """A conversation up to where the answer begins.
 
         Args:
             query: its id, for the error.
-            dated: whether a template that writes the date writes today's.
+            date: how a template that writes the date spells each part of it; None is today's.
 
         Raises:
             InputError: there is no template, or it refuses the messages.
@@ -78,20 +81,22 @@ class Template:
                 "--chat_template FILE"
             )
         source = self.source
-        if not dated and isinstance(self.jinja, str) and "strftime_now" in self.jinja:
-            source = UNDATED + self.jinja
-        plain = _plain(messages)
+        if date and isinstance(self.jinja, str) and "strftime_now" in self.jinja:
+            filters = "".join(f"| replace('{code}', '{spelt}')" for code, spelt in date.items())
+            macro = f"{{% macro strftime_now(format) %}}{{{{ format {filters} }}}}{{% endmacro %}}\n"
+            source = macro + self.jinja
+        plain = [{**message, "content": content(message)} for message in messages]  # most know no parts
         if any(of["role"] == "developer" for of in plain) and "developer" not in self.jinja:
             plain = [of | {"role": "system"} if of["role"] == "developer" else of for of in plain]
+        how = {"chat_template": source, "tokenize": False, "add_generation_prompt": True}
         try:
-            text = self.tokenizer.apply_chat_template(
-                plain, chat_template=source, tokenize=False, add_generation_prompt=True
-            )
+            with suppress(Exception):  # a template may want what OpenAI has
+                return str(self.tokenizer.apply_chat_template(_with_objects(plain), **how))
+            return str(self.tokenizer.apply_chat_template(plain, **how))
         except Exception as error:  # whatever a template leads to
             raise InputError(
                 f"{which}the chat template of {self.name} does not take its messages ({reason(error)})"
             ) from error
-        return str(text)
 
     def ids(self, messages: Sequence[Message], query: str = "") -> list[int]:
         """The tokens of the same, with no special ones but those that the template writes, as servers do."""
@@ -119,15 +124,15 @@ class Template:
         Raises:
             InputError: there is no template, or it does not write the user's message.
         """
-        return self._bare(dated=False)
+        return self._bare(DATE)
 
-    def _bare(self, dated: bool) -> Frame:
+    def _bare(self, date: Mapping[str, str]) -> Frame:
         try:
-            return self._around([], dated=dated)
+            return self._around([], date=date)
         except InputError:
             if not self.known:
                 raise
-            return self._around([NEUTRAL], dated=dated)
+            return self._around([NEUTRAL], date=date)
 
     @cached_property
     def usable(self) -> Frame | None:
@@ -142,7 +147,7 @@ class Template:
         """How it writes turns; None where that cannot be told from a conversation of three messages."""
         asked, said = {"role": "user", "content": MARK}, {"role": "assistant", "content": "said"}
         try:
-            _, between, after = self.text([asked, said, asked], dated=False).split(MARK)
+            _, between, after = self.text([asked, said, asked], date=DATE).split(MARK)
             before = self.frame.before
         except (InputError, ValueError):
             return None
@@ -154,8 +159,8 @@ class Template:
     @cached_property
     def _date(self) -> tuple[str, str]:
         """What stands before the date that the template writes, and the line with it as routing writes it."""
-        before, dated = self.frame.before, self._bare(dated=True).before
-        start = re.sub(r"\S+\Z", "", before[: alike([before, dated])]) if before != dated else before
+        before = self.frame.before
+        start = before[: alike([before, self._bare(OTHER).before])]
         return start, before[len(start) :].partition("\n")[0]
 
     def undated(self, text: str) -> str:
@@ -171,7 +176,7 @@ class Template:
         padded = {"role": "user", "content": f"\n\t{MARK}\t\n"}
         for messages in ([padded], [NEUTRAL, padded]):
             with suppress(InputError):
-                return padded["content"] not in self.text(messages, dated=False)
+                return padded["content"] not in self.text(messages, date=DATE)
         return False
 
     @cached_property
@@ -195,8 +200,8 @@ class Template:
         read = (text.strip() if self.trims else text for text in asked if text.strip())
         return [Parts(frame.before, text, frame.after, common) for text in read]
 
-    def _around(self, system: Sequence[Message], query: str = "", dated: bool = False) -> Frame:
-        text = self.text([*system, {"role": "user", "content": MARK}], query, dated)
+    def _around(self, system: Sequence[Message], query: str = "", date: Mapping[str, str] = DATE) -> Frame:
+        text = self.text([*system, {"role": "user", "content": MARK}], query, date)
         before, found, after = text.partition(MARK)
         if not found or MARK in after:
             raise InputError(f"{self.name}: expected a chat template that writes the user's message once")
@@ -262,11 +267,11 @@ def brought(tokenizer: Any, folder: Path) -> Template | None:
         return None
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as most templates know them: their content is one text, arguments of tools are an object."""
-    found = [deepcopy({**message, "content": content(message)}) for message in messages]
+def _with_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with arguments of tools as most templates want them: objects, which OpenAI spells in JSON."""
+    found = deepcopy(list(messages))
     for message in found:
         for call in message.get("tool_calls") or ():
-            with suppress(ValueError, TypeError, AttributeError):  # OpenAI spells them as JSON
+            with suppress(LookupError, TypeError, ValueError):
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
     return found

@@ -104,7 +104,7 @@ def turns_of(
     shared = {*known, *(frame for frame, count in counts.most_common(new) if count >= SHARED)}
 
     def read(n: int, one: Parts) -> Read:
-        tokens = there[n] if n in there else cut(next(ids), limit, n in talks)
+        tokens = there[n] if n in there else cut(next(ids), limit, n in talks or one.common != BARE)
         whole, own_head = not limit or len(tokens) < limit, one.head != one.common.before
         if whole and own_head and len(tokens) > MAX_TOKENS:
             tokens = headed(tokens, heads(ends(one.head, ENDS // 2)))

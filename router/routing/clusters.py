@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 PURE = 0.5  # an adapter with more than this share of the adapters' weight answers alone; see docs/method.md
+NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
 PER_BEST = 1.5  # at most so many variants for each candidate that is a query's best
 # Limits of the total variation distance between a query's own mix and its variant's: on average, and at
 # worst. The second keeps the few queries of a rare task from drowning in a large group; two pure groups that
@@ -120,7 +121,7 @@ def _of_same_adapters(weights: Array, most: int) -> Clusters:
     """
     labels = weights.argmax(1)
     shared = np.flatnonzero(weights.max(1) < 1)
-    sets = np.packbits(weights[shared] > 0, axis=1)
+    sets = np.packbits(weights[shared] >= NEGLIGIBLE, axis=1)
     _, kind, counts = np.unique(sets, axis=0, return_inverse=True, return_counts=True)
     frequent = np.argsort(-counts, kind="stable")[:most]
     own = np.isin(kind.ravel(), frequent)

@@ -17,11 +17,10 @@ from merge.factors import Factors, recompress, weighted_sum
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from router.library.adapters import Adapter
 from router.model.base import Base
-from router.routing.clusters import Array
+from router.routing.clusters import NEGLIGIBLE, Array
 from router.system.files import sha256_of
 
 VARIANTS = "variants"  # the folder of variants in an output folder
-NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
 ALIKE = 0.05  # nats between what a variant and the base model say, which another dtype may turn around
 
 

@@ -88,6 +88,10 @@ def test_a_folder_that_cannot_be_read_is_refused_in_a_sentence(tiny_library, mon
 
 
 def test_a_link_to_nowhere_is_named(tiny_library):
+    (tiny_library / "README.md").symlink_to(
+        tiny_library / "mlp" / "adapter_config.json"
+    )  # as the hub keeps files
+    assert len(load_library([str(tiny_library)])) == 3
     (tiny_library / "legal").symlink_to(tiny_library / "gone")
     with pytest.raises(InputError, match="legal"):
         load_library([str(tiny_library)])
@@ -147,10 +151,13 @@ def test_base_of(tiny_library, tmp_path):
         load_library([str(write_tiny_adapter(tmp_path / f"{name}", 4, base_model_name_or_path=name))])
         for name in (None, "huge")
     )
-    copy = load_library(
-        [str(write_tiny_adapter(tmp_path / "copy", 4, base_model_name_or_path="unsloth/Tiny/"))]
+    whole, copy, one, other = (
+        load_library([str(write_tiny_adapter(tmp_path / f"of {n}", 4, base_model_name_or_path=base))])
+        for n, base in enumerate(("org/Tiny", "unsloth/tiny-bnb-4bit", "/one/merged", "/other/merged"))
     )
-    assert base_of([*adapters, *mute, *copy]) == "tiny"
+    assert base_of([*copy, *mute, *whole]) == "org/Tiny"
+    with pytest.raises(InputError, match="--base_model"):
+        base_of([*one, *other])
     for unclear in (mute, [*adapters, *foreign]):
         with pytest.raises(InputError, match="--base_model"):
             base_of(unclear)

@@ -56,6 +56,8 @@ def test_of_a_conversation_the_head_and_each_message_are_read():
         ("User: hi there\nAssistant: hi\nUser:\nSay it.\nAssistant:", ["hi there", "Say it."]),
         (f"{ALPACA.user}\nWrite ### Response: here.\n\n{ALPACA.after}\n", ["Write ### Response: here."]),
         (f"{CHATML.user}a<|im_end|>\n{CHATML.user}b{CHATML.after}", ["a", "b"]),
+        (f"{CHATML.user}a<|im_end|>\n{CHATML.user}<tool_response>\n4{CHATML.after}", ["a"]),
+        ("User: Explain 'Invalid User: bob' to me\nAssistant:", ["Explain 'Invalid User: bob' to me"]),
         (f"{CHATML.user}a<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n{CHATML.user}b<|im_end|>c{CHATML.after}<think>\n",
          ["a", "b<|im_end|>c"]),
     ],

@@ -79,6 +79,7 @@ def test_a_developer_and_calls_of_tools_are_written_as_servers_write_them(base):
         "{% if m.role in ('system', 'user') %}{{ m.content }}{% endif %}"
         "{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %} ", "A:"
     )  # fmt: skip
+    calls = "{% for m in messages %}{{ m.tool_calls[0].function.arguments + m.content }}{% endfor %}"
     call = {"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
     talk = [
         {"role": "developer", "content": "Be kind."}, {"role": "user", "content": "x"},
@@ -86,6 +87,9 @@ def test_a_developer_and_calls_of_tools_are_written_as_servers_write_them(base):
     ]  # fmt: skip
     assert Template(base.tokenizer, source).text(talk) == "Be kind. x Oslo A:"
     assert call["function"]["arguments"] == '{"city": "Oslo"}'
+    assert Template(base.tokenizer, calls).text(talk[2:]) == '{"city": "Oslo"}'  # which wants text
+    for odd in ([{"name": "f", "arguments": "{}"}], [{"function": {"name": "f"}}], [{"type": "custom"}], 5):
+        assert Template(base.tokenizer, PLAIN).text([talk[1] | {"tool_calls": odd}]) == "user: x\nassistant: "
 
 
 def test_most_adapters_decide_which_template_a_library_has(base, tmp_path):
@@ -116,6 +120,7 @@ def test_a_template_that_fails_is_a_sentence(base, tmp_path, source):
 def test_a_frame_is_the_same_tomorrow(base, call):
     dated = Template(base.tokenizer, f"{{{{ {call} }}}}\n" + PLAIN)
     assert dated.frame.before == "01 Jan 2025\nuser: "
+    assert {dated.undated(f"{day} Oct 2026\nuser: x") for day in ("01", "09")} == {"01 Jan 2025\nuser: x"}
     assert dated.turns([{"role": "user", "content": "x"}])[0].common == dated.frame
     assert not dated.text([{"role": "user", "content": "x"}]).startswith("01 Jan 2025")  # it is asked today
 
