@@ -413,19 +413,20 @@ def test_adapters_of_a_template_that_ends_like_alpacas_are_at_home_in_it(method,
     assert len(made.forms) == 1 and made.forms[0].before == "### Instruction:\n"
 
 
-@pytest.mark.slow
 def test_a_template_that_writes_the_system_message_last_makes_few_frames(chat_router, monkeypatch):
     last = PLAIN + "{% for m in messages if m['role'] == 'system' %}{{ m['content'] }}{% endfor %}"
     router = chat_router(last).fit(["1 + 1 =", "hello"])
     router._proto.prepare()
     before = router.frames
     talks = [[{"role": "system", "content": f"Rule {n}."}, *HI] for n in range(FRAMES + 4)]
-    assert len({choice.frame for choice in router.choose(talks)}) == 1 and router.frames == before
+    assert len({choice.frame for choice in router.choose(talks)}) == 1
     router.route(talks)
-    assert len(router.frames) == len(before) + FRAMES
+    assert router.frames == before
+    router.route(SHARED * talks[:1])
+    assert len(router.frames) == len(before) + 1
     monkeypatch.setattr("router.methods.proto_route.FRAMES_BYTES", 1)
     router.route([f"Rules.\n{n}" for n in range(2 * SHARED)])
-    assert len(router.frames) == len(before) + FRAMES and router.wanted is None
+    assert len(router.frames) == len(before) + 1 and router.wanted is None
 
 
 def test_a_system_message_of_many_requests_becomes_a_frame(chat_router, tmp_path):
