@@ -212,7 +212,7 @@ def base_of(adapters: Iterable[Adapter]) -> str:
     """
     named = {adapter.folder.base_model: adapter.name for adapter in adapters if adapter.folder.base_model}
     # Folders of one name may be two models.
-    models = {_model(base) if re.fullmatch(r"[\w.-]+/[\w.-]+/?", base) else base for base in named}
+    models = {_model(base) if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else base for base in named}
     if len(models) != 1:
         what = "; ".join(f"{adapter} names {base}" for base, adapter in named.items()) or "none named"
         raise InputError(f"--adapters: expected one base model for all: {what}; pass --base_model")

@@ -90,8 +90,9 @@ class Template:
             plain = [of | {"role": "system"} if of["role"] == "developer" else of for of in plain]
         how = {"chat_template": source, "tokenize": False, "add_generation_prompt": True}
         try:
-            with suppress(Exception):  # a template may want what OpenAI has
-                return str(self.tokenizer.apply_chat_template(_with_objects(plain), **how))
+            if any(message.get("tool_calls") for message in plain):
+                with suppress(Exception):  # a template may want what OpenAI has
+                    return str(self.tokenizer.apply_chat_template(_with_objects(plain), **how))
             return str(self.tokenizer.apply_chat_template(plain, **how))
         except Exception as error:  # whatever a template leads to
             raise InputError(

@@ -104,7 +104,7 @@ def _asked(folder: Path) -> pd.DataFrame:
         return read_texts(file)
     lines = [json.loads(line) for line in file.with_suffix(".jsonl").read_text("utf-8").splitlines()]
     rows = pd.DataFrame(lines, columns=["id", "input", "messages"]).fillna("").assign(eval_type=GENERATION)
-    rows["messages"] = [json.dumps(talk) if talk else "" for talk in rows.get("messages", [""] * len(rows))]
+    rows["messages"] = [json.dumps(talk) if talk else "" for talk in rows["messages"]]
     return rows
 
 
