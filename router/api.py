@@ -34,6 +34,7 @@ from router.pipeline.fitted import Fitted
 from router.pipeline.reading import FRAMES, SHARED, Read
 from router.pipeline.result import Decision, Routing, joined
 from router.pipeline.saved import ABOUT, Saved, changed, replacing_router
+from router.pipeline.served import content_of, hashed
 from router.pipeline.state import FILE
 from router.pipeline.steps import Method
 from router.pipeline.steps import load as load_library_and_base
@@ -41,7 +42,7 @@ from router.queries.conversation import Message
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query, query_of
 from router.routing.clusters import Array, Clusters, cluster, firsts, mixes, nearest, with_base
 from router.routing.probe import Probed, confidence_of
-from router.routing.variants import VARIANTS, Variant, content_of, decide, folder_names, hashed
+from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
 from router.settings import Settings
 from router.system.errors import InputError, printable

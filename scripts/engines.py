@@ -18,8 +18,8 @@ import httpx
 import psutil
 
 from router.api import Router
+from router.pipeline.served import served
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query, read_queries
-from router.routing.variants import served
 from scripts.bench.runner import write_prompts
 from scripts.bench.score import read_texts
 

@@ -160,7 +160,7 @@ def test_neither_order_nor_batches_change_a_prediction(
 
 def test_threads_change_no_choice(base, library, tmp_path, monkeypatch):
     few = generic_prompts()[:40]
-    monkeypatch.setattr("router.routing.calibration.generic_prompts", lambda frame: few)
+    monkeypatch.setattr("router.pipeline.calibration.generic_prompts", lambda frame: few)
     before, found = torch.get_num_threads(), []
     for threads in (before, 2 * os.cpu_count() + 1):  # with no core each, none waits busily
         monkeypatch.setattr("router.library.store.cache_folder", lambda n=threads: tmp_path / f"{n}")  # anew

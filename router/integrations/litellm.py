@@ -16,7 +16,7 @@ from litellm.integrations.custom_logger import CustomLogger
 
 from router.api import Choice, Router
 from router.constants import BASE_COLUMN
-from router.routing.variants import served_names
+from router.pipeline.served import served_names
 from router.serving.names import AUTO
 from router.serving.prober import Prober
 from router.serving.text import prompt_of

@@ -37,10 +37,11 @@ from router.model.frames import Frame
 from router.model.template import Template
 from router.pipeline.fitted import Fitted
 from router.pipeline.saved import ABOUT, Saved
+from router.pipeline.served import served_names, stray
 from router.pipeline.state import FILE
 from router.queries.conversation import checked
 from router.routing.probe import Probed
-from router.routing.variants import VARIANTS, served_names, stray
+from router.routing.variants import VARIANTS
 from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed
 from router.serving.names import AUTO
 from router.serving.request import admit, as_error, as_json, object_of

@@ -14,13 +14,14 @@ from router.model.answer import by_length
 from router.model.device import tokens_at_once
 from router.model.frames import ALPACA, BARE, Frame
 from router.model.passes import truncated
+from router.pipeline.calibration import Calibration
 from router.pipeline.evidence import joined as together
 from router.pipeline.fitted import Fitted
 from router.pipeline.reading import BRIEF, FRAMES, Read, turns_of
 from router.pipeline.result import Routing, joined
 from router.pipeline.steps import Method
 from router.queries.submission import Query
-from router.routing.calibration import Calibration, generic_prompts
+from router.routing.calibration import generic_prompts
 from router.routing.gate import PrototypeGate
 from router.routing.homes import EVERY, LEAST
 from router.routing.probe import Probed

@@ -30,18 +30,10 @@ from router.pipeline.answering import Rows, answered, answered_by_vllm, known_to
 from router.pipeline.context import Context
 from router.pipeline.model_card import Recipe, write_card
 from router.pipeline.result import Decision, Result, Routing
+from router.pipeline.served import hashed
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.routing.clusters import Array, Clusters, cluster
-from router.routing.variants import (
-    VARIANTS,
-    Variant,
-    complete,
-    decide,
-    folder_names,
-    hashed,
-    limited,
-    write_variant,
-)
+from router.routing.variants import VARIANTS, Variant, complete, decide, folder_names, limited, write_variant
 from router.settings import Settings
 from router.system.errors import InputError
 from router.system.files import is_folder

@@ -12,7 +12,8 @@ from router.constants import BASE_COLUMN, TEMPLATE
 from router.library.adapters import load_library
 from router.pipeline.record import RECORD, BaseRecord, Record, VariantRecord
 from router.pipeline.saved import ABOUT, Saved, changed
-from router.routing.variants import VARIANTS, Variant, content_of, served
+from router.pipeline.served import content_of, served
+from router.routing.variants import VARIANTS, Variant
 from router.system.errors import InputError
 from router.system.files import is_folder
 

@@ -34,8 +34,8 @@ from starlette.routing import Route
 from router.api import Choice, Prompt, Router
 from router.constants import CANARY
 from router.model.template import Template
+from router.pipeline.served import served_names
 from router.queries.conversation import checked
-from router.routing.variants import served_names
 from router.serving.decision import CHATS, ROUTED, described, headers_of, not_routed
 from router.serving.names import AUTO
 from router.serving.prober import Prober

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from router.api import Router
 from router.constants import CANARY
-from router.routing.variants import served_names, stray
+from router.pipeline.served import served_names, stray
 from router.system.files import is_folder
 
 PATIENCE = 60.0  # seconds that a canary may take

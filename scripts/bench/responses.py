@@ -13,7 +13,7 @@ from router.library.adapters import load_library
 from router.model.answer import encode
 from router.model.base import load_base
 from router.model.passes import truncated
-from router.routing.calibration import Calibration
+from router.pipeline.calibration import Calibration
 from router.routing.probe import probe
 from router.routing.prototypes import prototypes
 from scripts.bench.development import Labelled

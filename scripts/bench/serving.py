@@ -20,7 +20,7 @@ from typing import NamedTuple
 import httpx
 import psutil
 
-from router.routing.variants import served
+from router.pipeline.served import served
 from scripts import engines
 from scripts.bench.markdown import header, insert, row
 from scripts.bench.runner import timed

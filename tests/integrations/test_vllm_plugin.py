@@ -17,7 +17,7 @@ from starlette.routing import Route
 from helpers import PLAIN, stand_in
 from router.integrations.vllm import FOLDER, ROUTED, Auto, _is_plain, check
 from router.integrations.vllm_worker import MARKED
-from router.routing.variants import served
+from router.pipeline.served import served
 from router.system.errors import InputError
 
 pytestmark = pytest.mark.anyio

@@ -11,7 +11,7 @@ from serving_stubs import Upstream, chat, proxied, serving
 from helpers import PLAIN
 from router.model.template import Template
 from router.pipeline.reading import SHARED
-from router.routing.variants import served
+from router.pipeline.served import served
 from router.serving.export import vllm
 from router.serving.names import read_served
 from router.serving.proxy import Proxy

@@ -18,7 +18,7 @@ from starlette.responses import StreamingResponse
 
 from helpers import ROOT
 from router.cli import main as cli
-from router.routing.variants import served
+from router.pipeline.served import served
 
 
 def main(words):

@@ -14,7 +14,8 @@ from router.model.answer import encode
 from router.model.base import linear_shapes, load_base
 from router.model.frames import Frame
 from router.model.hooks import reading_inputs
-from router.routing.calibration import Calibration, generic_prompts
+from router.pipeline.calibration import Calibration
+from router.routing.calibration import generic_prompts
 from router.routing.probe import END, input_means, probe
 from router.routing.prototypes import prototypes
 from router.system.errors import InputError
@@ -25,7 +26,7 @@ SHIPPED = generic_prompts()
 
 @pytest.fixture(autouse=True)
 def few_texts(cache, monkeypatch):
-    monkeypatch.setattr("router.routing.calibration.generic_prompts", lambda frame: TEXTS)
+    monkeypatch.setattr("router.pipeline.calibration.generic_prompts", lambda frame: TEXTS)
 
 
 def measured(base, adapters, limit=None):
@@ -97,7 +98,7 @@ PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
 OTHER = {
     "limit": lambda base, patch: Calibration(base, 9),
     "texts": lambda base, patch: patch.setattr(
-        "router.routing.calibration.generic_prompts", lambda frame: TEXTS[:-1]
+        "router.pipeline.calibration.generic_prompts", lambda frame: TEXTS[:-1]
     ),
     "config": lambda base, patch: spoilt(base, "config.json", rms_norm_eps=0.1),
     "tokenizer": lambda base, patch: spoilt(base, "tokenizer.json", pre_tokenizer=PREFIXED),
@@ -106,8 +107,8 @@ OTHER = {
     "device": lambda base, patch: replace(base, model=copy.deepcopy(base.model).to("meta")),
     "torch": lambda base, patch: patch.setattr("torch.__version__", "2.0.0"),
     "threads": lambda base, patch: patch.setattr("torch.get_num_threads", lambda: 99),
-    "format": lambda base, patch: patch.setattr("router.routing.calibration.FORMAT", 0),
-    "prototypes": lambda base, patch: patch.setattr("router.routing.calibration.PROTOTYPES", 0),
+    "format": lambda base, patch: patch.setattr("router.pipeline.calibration.FORMAT", 0),
+    "prototypes": lambda base, patch: patch.setattr("router.pipeline.calibration.PROTOTYPES", 0),
 }
 
 
@@ -134,7 +135,7 @@ def test_the_shipped_texts_are_no_query_of_ours():
 
 def test_what_all_prompts_of_a_frame_begin_with_is_not_counted(base, monkeypatch):
     frame = Frame("system: be kind\nuser: ", "\nassistant: ")
-    few = "router.routing.calibration.generic_prompts"
+    few = "router.pipeline.calibration.generic_prompts"
     monkeypatch.setattr(few, lambda of: [of.around(text) for text in "xyz"])
     calibration = Calibration(base, None, frame)
     ids = encode(base.tokenizer, [frame.before])[0]
@@ -160,6 +161,6 @@ def test_generic_text_that_overflows_is_refused_with_what_helps(base, adapters, 
         means, confidence = input_means(*how)
         return means, confidence.where(torch.arange(len(confidence)) > 0, torch.inf)
 
-    monkeypatch.setattr("router.routing.calibration.input_means", overflows)
+    monkeypatch.setattr("router.pipeline.calibration.input_means", overflows)
     with pytest.raises(InputError, match="--dtype"):
         measured(base, adapters)

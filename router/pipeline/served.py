@@ -1,0 +1,73 @@
+"""Variants on a server: names that bear hashes, and whether it answers with their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from merge.folders import CONFIG_FILE, WEIGHTS_FILE
+from router.routing.variants import Variant
+from router.system.files import sha256_of
+
+ALIKE = 0.05  # nats between what a variant and the base model say, which another dtype may turn around
+
+
+def served(number: int, sha256: str) -> str:
+    """The name of a variant on a server, with the start of its hash.
+
+    A server keeps what it computed under a name, so other weights need another name. One that was not written
+    has no hash.
+
+    Example:
+        >>> served(3, "0a1b2c3d4e")
+        'variant-3-0a1b2c3d'
+    """
+    return f"variant-{number}-{sha256[:8]}" if sha256 else f"variant-{number}"
+
+
+def served_names(variants: Sequence[Variant]) -> list[str | None]:
+    """The name of each variant on a server; None for the plain base model."""
+    return [served(n, variant.sha256) if variant.weights else None for n, variant in enumerate(variants)]
+
+
+def hashed(variants: Sequence[Variant], names: Sequence[str | None], folder: Path) -> list[Variant]:
+    """The variants with the hashes of what was written into their folders, if they have any.
+
+    Args:
+        names: of these in `folder`.
+    """
+    pairs = zip(variants, names, strict=True)
+    return [replace(of, sha256=content_of(folder / name)) if name else of for of, name in pairs]
+
+
+def content_of(folder: Path) -> str:
+    """The hash of a variant's configuration, which scales its weights, and of these; "" if one is gone."""
+    files = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    return sha256_of(*files) if all(file.is_file() for file in files) else ""
+
+
+def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:
+    """Which variants a server answers as the base model would, though they answer otherwise.
+
+    So does one that takes an adapter and finds none of its weights. Of a variant that says nearly the same as
+    the base model, nobody can tell.
+
+    Args:
+        variants: one of them the plain base model.
+        said: log-probability of the likeliest token after CANARY, by the number of the variant.
+
+    Example:
+        >>> made = [Variant({"one": 1.0}, 0.0, canary=-0.2), Variant({}, 1.0, canary=-0.9)]
+        >>> stray(made, {0: -0.25}), stray(made, {0: -0.9})
+        ([], [0])
+    """
+    plain = next((of.canary for of in variants if not of.weights), None)
+    return [
+        number
+        for number, value in said.items()
+        if plain is not None
+        and (own := variants[number].canary) is not None
+        and abs(own - plain) > ALIKE
+        and abs(value - plain) < abs(value - own)
+    ]
