@@ -21,7 +21,7 @@ import torch
 from router.constants import BASE_COLUMN, CANARY, FORMAT, TEMPLATE, Device, Dtype
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute, decided
-from router.model.answer import Answer, encode, padded
+from router.model.answer import Answer, Rows, encode, padded
 from router.model.apply import applied
 from router.model.base import EMBEDDED_ID, Base, load_base
 from router.model.frames import BARE, Frame
@@ -361,7 +361,7 @@ class Router:
         """The frames that texts are compared in, in the order in which a saved router has them."""
         return list(self._proto.fits)
 
-    def read_by(self, read: Callable[[Fitted, Sequence[Sequence[int]]], Probed]) -> None:
+    def read_by(self, read: Callable[[Fitted, Rows], Probed]) -> None:
         """Has another program's copy of the base model read what `unread` tells, such as an engine's.
 
         Args:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router.model.answer import FAILED, Answer, answers, encode
+from router.model.answer import FAILED, Answer, Choices, answers, encode
 from router.model.base import EMBEDDED, load_base
 from router.pipeline.answering import known_to, warn
 from router.pipeline.context import Context
@@ -73,7 +73,7 @@ class Merges:
         found = self._answer(batch["input"], [()] * len(batch["input"]))
         return [answer.ids for answer in found], [answer.text for answer in found]
 
-    def _answer(self, texts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[Answer]:
+    def _answer(self, texts: Sequence[str], choices: Choices) -> list[Answer]:
         settings = self.settings
         rows = encode(self.tokenizer, texts, self.max_seq_len or settings.max_seq_len)
         return answers(
@@ -170,7 +170,7 @@ class Handler(Merges):
         self.base_model, self.tokenizer = base.model, base.tokenizer
         return base.model
 
-    def _answer(self, texts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[Answer]:
+    def _answer(self, texts: Sequence[str], choices: Choices) -> list[Answer]:
         kinds = [MULTIPLE_CHOICE if options else GENERATION for options in choices]
         asked = zip(texts, kinds, choices, strict=True)
         queries = [Query(str(n), text, kind, tuple(options)) for n, (text, kind, options) in enumerate(asked)]

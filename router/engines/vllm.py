@@ -21,13 +21,15 @@ from router.model.answer import (
     FAILED,
     NOT_FINITE,
     Answer,
+    Choices,
     Done,
+    Rows,
     continuation,
     end_tokens,
     endings,
     likeliest,
     unanswerable,
-)  # fmt: skip
+)
 from router.model.base import Base
 from router.system.errors import InputError
 
@@ -41,8 +43,8 @@ ENVIRONMENT = {  # where it does not say otherwise
 
 def answer(
     base: Base,
-    rows: Sequence[Sequence[int]],
-    choices: Sequence[Sequence[str]],
+    rows: Rows,
+    choices: Choices,
     variants: Sequence[Path | None],
     asked: Sequence[int],
     *,
@@ -55,8 +57,6 @@ def answer(
 
     Args:
         base: vLLM loads it anew from its folder. On a GPU, `base` itself waits in the main memory meanwhile.
-        rows: token ids of each prompt.
-        choices: of each prompt; none where text is to be written.
         variants: the folder of each prompt's variant; None for the base model.
         asked: the numbers of the prompts to answer.
 

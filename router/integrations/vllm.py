@@ -31,7 +31,7 @@ from starlette.responses import Response
 from router.api import Prompt, Router
 from router.constants import CANARY
 from router.integrations.vllm_worker import mark
-from router.model.answer import encode
+from router.model.answer import Rows, encode
 from router.model.base import embedded_folder
 from router.model.frames import Frame
 from router.model.template import Template
@@ -105,7 +105,7 @@ class Library:
         self.wanted = Counts[Part]()  # by how many requests, whose long prompts may be read alike
         router.read_by(self._probed)
 
-    def _probed(self, fitted: Fitted, rows: Sequence[Sequence[int]]) -> Probed:
+    def _probed(self, fitted: Fitted, rows: Rows) -> Probed:
         """What the engine read of prompts, as `Fitted.probe` has it."""
         found = [self.read[fitted.framing.frame, tuple(row)] for row in rows]
         confidence = np.array([confidence for _, confidence in found], np.float32)

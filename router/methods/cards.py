@@ -12,7 +12,7 @@ import torch
 
 from router.library.adapters import Adapter, card
 from router.library.sources import CARD_FILE
-from router.model.answer import by_length
+from router.model.answer import Rows, by_length
 from router.pipeline.result import Routing
 from router.pipeline.steps import Method, largest, without_base
 from router.queries.submission import Query
@@ -66,7 +66,7 @@ class Cards(Method):
         """Looks for the sentence encoder."""
         encoder_folder()
 
-    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+    def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """Weighs adapters by cosine; the base model has no weight."""
         with self.stages("cards"):
             device = str(self.base.model.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from router.library.adapters import Adapter, last_block
+from router.model.answer import Rows
 from router.model.passes import batches, forward
 from router.pipeline.per_token import Experts, attached, load_experts, norms
 from router.pipeline.result import Routing
@@ -44,7 +45,7 @@ class LoGo(Method):
     says, and every query meets all adapters.
     """
 
-    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+    def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """Weighs adapters in proportion to the norms; the base model has no weight."""
         model = self.base.model
         with self.stages("experts"):
@@ -53,7 +54,7 @@ class LoGo(Method):
             signals = self._signals(rows, experts)
         return without_base(proportional(signals, TOP_K))
 
-    def _signals(self, rows: Sequence[Sequence[int]], experts: dict[str, Experts]) -> Array:
+    def _signals(self, rows: Rows, experts: dict[str, Experts]) -> Array:
         """The norm of each adapter's output for each prompt's last token, (prompts, adapters)."""
         model, n, modules = self.base.model, len(self.adapters), probed(self.adapters)
         count = np.array([len(modules & adapter.folder.shapes.keys()) for adapter in self.adapters])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merge.factors import support
 from router.library.adapters import Adapter, last_block
+from router.model.answer import Rows
 from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
 from router.pipeline.result import Routing
@@ -48,7 +49,7 @@ class Mass(Method):
       tasks by TSV, without weights.
     """
 
-    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+    def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """Weighs at most three adapters; the base model has no weight."""
         with self.stages("subspaces"):
             spaces = subspaces(self.adapters, str(self.base.model.device))
@@ -77,13 +78,12 @@ def subspaces(adapters: Sequence[Adapter], device: str = "cpu") -> dict[str, dic
 
 
 def residuals(
-    model: Any, rows: Sequence[Sequence[int]], pad_id: int, spaces: Mapping[str, Mapping[int, Tensor]],
+    model: Any, rows: Rows, pad_id: int, spaces: Mapping[str, Mapping[int, Tensor]],
     n_adapters: int,
 ) -> Array:  # fmt: skip
     """`norm(x - V V^T x)`, where x is the mean input of a module over a prompt's tokens.
 
     Args:
-        rows: token ids of each prompt.
         spaces: by module, adapter number -> V^T, (r, d_in).
 
     Returns:

@@ -9,6 +9,7 @@ import numpy as np
 
 from router.constants import BASE_COLUMN
 from router.library.adapters import Adapter
+from router.model.answer import Rows
 from router.pipeline.result import Routing
 from router.pipeline.steps import Method
 from router.queries.submission import Query, adapters_of, read_labels, read_queries
@@ -27,7 +28,7 @@ class Oracle(Method):
         """The labels."""
         return list(settings.dataset_filepaths)
 
-    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+    def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """Weight 1 for the labelled adapter, or equal shares for several.
 
         Raises:

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from router.model.answer import by_length
+from router.model.answer import Rows, by_length
 from router.model.device import tokens_at_once
 from router.model.frames import ALPACA, BARE, Frame
 from router.model.passes import truncated
@@ -78,7 +78,7 @@ class ProtoRoute(Method):
     """
 
     sharp = True
-    elsewhere: Callable[[Fitted, Sequence[Sequence[int]]], Probed] | None = None
+    elsewhere: Callable[[Fitted, Rows], Probed] | None = None
 
     @cached_property
     def fits(self) -> dict[Frame, Fitted]:
@@ -139,7 +139,7 @@ class ProtoRoute(Method):
     def turns(
         self,
         queries: Sequence[Query],
-        rows: Sequence[Sequence[int]] = (),
+        rows: Rows = (),
         new: int = FRAMES,
         asked: Counter[Frame] | None = None,
     ) -> list[list[Read]]:
@@ -161,7 +161,7 @@ class ProtoRoute(Method):
             before, _, after = told.partition("{input}")
             self.fitted(Frame(before, after))
 
-    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+    def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""
         turns = self.turns(queries, rows)
         return decided(self.judged([read for reads in turns for read in reads]), turns)
@@ -251,7 +251,7 @@ class ProtoRoute(Method):
             self.keep(f"{name}-{number}", routing)
         return routing
 
-    def _probed(self, fitted: Fitted, prompts: Sequence[Sequence[int]], title: str) -> Probed:
+    def _probed(self, fitted: Fitted, prompts: Rows, title: str) -> Probed:
         """Probes the prompts. Each process takes whole batches, which are the same as in one process."""
         if self.elsewhere is not None:
             return self.elsewhere(fitted, truncated(prompts))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 Found = TypeVar("Found")
+Rows = Sequence[Sequence[int]]  # token ids of each prompt
+Choices = Sequence[Sequence[str]]  # of each prompt; none where text is to be written
 NO_ROOM = "does not fit into memory"
 NOT_FINITE = "the model's output is not finite"
 
@@ -95,7 +97,7 @@ def positions(model: Any) -> int:
 
 
 def padded(
-    rows: Sequence[Sequence[int]], pad_id: int, device: Any, side: Literal["left", "right"] = "left"
+    rows: Rows, pad_id: int, device: Any, side: Literal["left", "right"] = "left"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask of a padded batch, both (B, T) int64."""
     import torch
@@ -160,14 +162,13 @@ def endings(tokenizer: Any, choices: Sequence[str]) -> list[list[int]]:
     return [[*tokens, *end] or [pad_id(tokenizer)] for tokens in ids]
 
 
-def generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[Answer]:
+def generate(model: Any, tokenizer: Any, rows: Rows, max_new_tokens: int) -> list[Answer]:
     """Greedy continuations of a batch of token rows: plain argmax, no penalties.
 
     Rows that have ended leave the batch.
 
     Args:
         model: a causal language model, plain or PEFT.
-        rows: token ids of each prompt.
         max_new_tokens: generation stops here or at one of the `end_tokens`. The last of them is not read, so
             the longest prompt and one less have to fit into the model's `positions`.
 
@@ -230,18 +231,13 @@ def cut_at(tokenizer: Any, answer: Answer, end: int) -> Answer:
 
 
 def score_choices(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Sequence[int]],
-    choices: Sequence[Sequence[str]],
-    scoring: Scoring = "full",
+    model: Any, tokenizer: Any, rows: Rows, choices: Choices, scoring: Scoring = "full"
 ) -> list[tuple[float, ...]]:
     """Log-probability of every choice after its prompt, in nats.
 
     Each prompt is read once, and its choices share its key-value cache.
 
     Args:
-        rows: token ids of each prompt.
         choices: the choices of each prompt, at least one each.
         scoring: `full` sums over all of the choice's tokens and the end-of-sequence token, if there is one;
             `kit` leaves the first token out, as the competition's starter kit does.
@@ -343,16 +339,14 @@ def unanswerable(
 def batched(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Sequence[int]],
-    choices: Sequence[Sequence[str]],
+    rows: Rows,
+    choices: Choices,
     max_new_tokens: int,
     batch_size: int | None = None,
 ) -> tuple[list[Batch], dict[int, str]]:
     """Batches of prompts of similar length, and why a prompt is in none: it has no answer.
 
     Args:
-        rows: token ids of each prompt.
-        choices: of each prompt; none where text is to be written.
         max_new_tokens: the most tokens of a text.
         batch_size: prompts per batch, however long; None fills batches by tokens.
     """
@@ -383,8 +377,8 @@ def batched(
 def answer(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Sequence[int]],
-    choices: Sequence[Sequence[str]],
+    rows: Rows,
+    choices: Choices,
     batches: Sequence[Batch],
     *,
     max_new_tokens: int,
@@ -397,8 +391,6 @@ def answer(
     few of the model's `positions` free gets fewer new tokens.
 
     Args:
-        rows: token ids of each prompt.
-        choices: of each prompt; none where text is to be written.
         batches: as `batched` makes them.
         max_new_tokens: the most tokens of a text.
     """
@@ -427,8 +419,8 @@ def answer(
 def answers(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Sequence[int]],
-    choices: Sequence[Sequence[str]],
+    rows: Rows,
+    choices: Choices,
     *,
     max_new_tokens: int = 64,
     scoring: Scoring = "full",

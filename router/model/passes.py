@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from router.model.answer import by_length, halves, if_it_fits, padded, positions
+from router.model.answer import Rows, by_length, halves, if_it_fits, padded, positions
 from router.model.device import tokens_at_once
 from router.system.progress import progress
 
@@ -30,7 +30,7 @@ def lock_of(model: Any) -> RLock:
     return _LOCKS.setdefault(model, RLock())
 
 
-def truncated(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+def truncated(rows: Rows) -> list[list[int]]:
     """Truncates prompts for routing: keeps all of a short one, the first and the last tokens of a long one.
 
     A prompt asks its question at one of its ends. What lies between is context.
@@ -62,11 +62,7 @@ def headed(row: Sequence[int], head: int) -> list[int]:
 
 
 def batches(
-    model: Any,
-    rows: Sequence[Sequence[int]],
-    pad_id: int,
-    title: str | None,
-    read: Callable[[Tensor, Tensor], Found],
+    model: Any, rows: Rows, pad_id: int, title: str | None, read: Callable[[Tensor, Tensor], Found]
 ) -> Iterator[tuple[list[int], Found]]:
     """Yields (row numbers, what was read) of left-padded batches; a title shows a bar.
 

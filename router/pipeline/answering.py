@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router.model.answer import FAILED, Answer, Done, answer, batched
+from router.model.answer import FAILED, Answer, Done, Rows, answer, batched
 from router.model.base import Base
 from router.pipeline.context import Context
 from router.queries.submission import MULTIPLE_CHOICE, Query
 from router.system.errors import printable
 
 log = logging.getLogger(__name__)
-Rows = Sequence[Sequence[int]]  # token ids of each query's prompt
 Bar = Callable[[int], object]  # told how many tokens of prompts are done
 
 

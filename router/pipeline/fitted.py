@@ -13,6 +13,7 @@ from torch import Tensor
 
 from router.library.adapters import Adapter
 from router.library.duplicates import representatives
+from router.model.answer import Rows
 from router.model.passes import truncated
 from router.pipeline.evidence import Evidence
 from router.routing.calibration import Measured, silent
@@ -126,7 +127,7 @@ class Fitted:
     def _of_kept(self, responses: NDArray[np.float32]) -> NDArray[np.float32]:
         return responses if len(self.kept) == len(self.names) else responses[:, self.kept]
 
-    def probe(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int, title: str | None) -> Probed:
+    def probe(self, model: Any, rows: Rows, pad_id: int, title: str | None) -> Probed:
         """One pass of the base model over the prompts; a title shows a bar."""
         rows, n_adapters = truncated(rows), len(self.names)
         return probe(model, rows, pad_id, self.prototypes, self.means, n_adapters, title, self.framing)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from merge.factors import support
 from router.library.adapters import Adapter
-from router.model.answer import Answer
+from router.model.answer import Answer, Rows
 from router.model.hooks import Change, changing_outputs
 from router.model.passes import batches, forward
 from router.pipeline.result import Decision, Routing
@@ -141,13 +141,12 @@ def attached(model: Any, experts: Mapping[str, Experts], weigh: Rule) -> Iterato
 
 
 def mean_weights(
-    model: Any, rows: Sequence[Sequence[int]], pad_id: int, experts: Mapping[str, Experts], weigh: Rule,
+    model: Any, rows: Rows, pad_id: int, experts: Mapping[str, Experts], weigh: Rule,
     n_adapters: int,
 ) -> Array:  # fmt: skip
     """Measures each prompt's weights in one pass, averaged over its tokens and all modules.
 
     Args:
-        rows: token ids of each prompt.
         n_adapters: the size of the library; an adapter has weight 0 where it does not compete.
 
     Returns:
@@ -214,7 +213,7 @@ class PerToken(Method):
         """One entry for all queries."""
         return 1
 
-    def route(self, queries: Sequence[Query], rows: Sequence[Sequence[int]]) -> Routing:
+    def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """Loads the library and measures the prompts' mean weights, for the routing table."""
         experts, pad = self.experts, self.tokenizer.pad_token_id
         with self.stages("weights"):
@@ -226,9 +225,7 @@ class PerToken(Method):
         """Writes nothing: there is no merged adapter."""
         return [None] * len(variants)
 
-    def predict(
-        self, queries: Sequence[Query], rows: Sequence[Sequence[int]], decision: Decision, folder: Path
-    ) -> list[Answer]:
+    def predict(self, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path) -> list[Answer]:
         """Answers with the base model while the adapters add to its modules' outputs."""
         with (
             attached(self.base.model, self.experts, self.weigh),

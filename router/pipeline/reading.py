@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from router.model.answer import cut, encode
+from router.model.answer import Rows, cut, encode
 from router.model.frames import BARE, Frame, Parts, bare, turns_of_text, usual, within
 from router.model.passes import MAX_TOKENS, headed
 from router.model.template import Template
@@ -69,7 +69,7 @@ def _telling(turns: list[Parts]) -> list[Parts]:
 
 def turns_of(
     queries: Sequence[Query],
-    rows: Sequence[Sequence[int]],
+    rows: Rows,
     template: Template,
     settings: Settings,
     known: Collection[Frame],

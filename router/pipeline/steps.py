@@ -22,11 +22,11 @@ from merge.factors import Factors
 from merge.folders import write_adapter
 from router.constants import COMPETITION, COMPETITION_BASE, TEMPLATE
 from router.library.adapters import Adapter, base_of, check_against_base, load_library
-from router.model.answer import FAILED, Answer, cut, cut_at, encode, positions
+from router.model.answer import FAILED, Answer, Rows, cut, cut_at, encode, positions
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
 from router.model.template import Template, brought, template_for
-from router.pipeline.answering import Rows, answered, answered_by_vllm, known_to
+from router.pipeline.answering import answered, answered_by_vllm, known_to
 from router.pipeline.context import Context
 from router.pipeline.model_card import Recipe, write_card
 from router.pipeline.result import Decision, Result, Routing
@@ -126,11 +126,7 @@ class Method(ABC):
 
     @abstractmethod
     def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
-        """The weights of each query, with evidence if the method keeps any.
-
-        Args:
-            rows: token ids of each query's prompt.
-        """
+        """The weights of each query, with evidence if the method keeps any."""
 
     @property
     def n_variants(self) -> int | None:
