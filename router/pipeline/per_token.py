@@ -30,6 +30,7 @@ from router.library.adapters import Adapter
 from router.model.answer import Answer, Rows
 from router.model.hooks import Change, changing_outputs
 from router.model.passes import batches, forward
+from router.pipeline.answering import answered
 from router.pipeline.result import Decision, Routing
 from router.pipeline.steps import Method
 from router.queries.submission import Query
@@ -231,4 +232,5 @@ class PerToken(Method):
             attached(self.base.model, self.experts, self.weigh),
             progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar,
         ):
-            return self.answer_with(self.base.model, queries, rows, bar.update)
+            found = answered(self.base.model, self.tokenizer, queries, rows, self.context, bar.update)
+        return self._ended(queries, found, [None] * len(queries))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -207,18 +207,6 @@ class Method(ABC):
             self._brought[folder] = brought(self.tokenizer, folder)
         return self._brought[folder]
 
-    def answer_with(
-        self,
-        model: Any,
-        queries: Sequence[Query],
-        rows: Rows,
-        bar: Callable[[int], object] = lambda tokens: None,
-        folder: Path | None = None,
-    ) -> list[Answer]:
-        """Answers queries in order with one model, of the variant in a folder; see `answered`."""
-        found = answered(model, self.tokenizer, queries, rows, self.context, bar)
-        return self._ended(queries, found, [folder] * len(queries))
-
     def predict(self, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path) -> list[Answer]:
         """Answers each query with its variant, in order; what another process answers has failed.
 
@@ -226,18 +214,18 @@ class Method(ABC):
             folder: holds the variants' folders.
         """
         self._brought.clear()  # the folders may hold other variants by now
-        labels = decision.clusters.labels
+        labels, context = decision.clusters.labels, self.context
         paths = [folder / name if name else None for name in decision.folders]
-        rows = self.asked(queries, rows, [paths[n] for n in labels])
-        answers, known = dict[int, Answer](), known_to(self.context)
+        variants = [paths[n] for n in labels]
+        rows = self.asked(queries, rows, variants)
+        found, known = [FAILED] * len(queries), known_to(context)
         with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
             if self.settings.engine == "vllm":
-                variants = [paths[n] for n in labels]
-                found = answered_by_vllm(self.base, queries, rows, variants, self.context, bar.update)
+                found = answered_by_vllm(self.base, queries, rows, variants, context, bar.update)
                 return self._ended(queries, found, variants)
             with applied(self.base, self.settings.apply) as models:
                 kinds = MULTIPLE_CHOICE, GENERATION
-                turns = [{kind} for kind in kinds] if self.context.deadline else [set(kinds)]
+                turns = [{kind} for kind in kinds] if context.deadline else [set(kinds)]
                 for turn, n in product(turns, swap_order(paths)):  # in short time, what costs least first
                     members = [
                         m for m in np.flatnonzero(labels == n).tolist() if queries[m].eval_type in turn
@@ -245,12 +233,13 @@ class Method(ABC):
                     if not members:  # a variant that was made for other queries
                         continue
                     part, ids = [queries[m] for m in members], [rows[m] for m in members]
-                    over = self.context.deadline and self.context.deadline.over()
+                    over = context.deadline and context.deadline.over()
                     idle = over or all(query in known for query in part)  # nothing is asked
                     model = self.base.model if idle else models.activate(paths[n])
-                    found = self.answer_with(model, part, ids, bar.update, paths[n])
-                    answers.update(zip(members, found, strict=True))
-        return [answers[m] for m in range(len(queries))]
+                    answers = answered(model, self.tokenizer, part, ids, context, bar.update)
+                    for m, one in zip(members, answers, strict=True):
+                        found[m] = one
+        return self._ended(queries, found, variants)
 
     def _ended(
         self, queries: Sequence[Query], answers: Sequence[Answer], folders: Sequence[Path | None]

@@ -26,6 +26,7 @@ from router.methods import all_merge_handlers
 from router.methods.cards import encoder_folder
 from router.methods.mass import select
 from router.model.answer import encode, padded
+from router.pipeline.answering import answered
 from router.pipeline.per_token import attached, mean_weights
 from router.queries.submission import Query
 from router.settings import Settings
@@ -181,7 +182,7 @@ def test_one_adapter_alone_is_that_adapter(name, adapter, base, tiny_base, tiny_
         logits = logits_of(router.base.model, router.base, rows)
 
     model = plain_model(tiny_base, tiny_library / adapter)
-    expected = router.answer_with(model, queries, router.encoded(queries))
+    expected = answered(model, router.tokenizer, queries, router.encoded(queries), router.context)
     assert [answer.ids for answer in found] == [answer.ids for answer in expected]  # cached steps too
     np.testing.assert_allclose(found[-1].scores, expected[-1].scores, atol=1e-3)
     mask = padded(rows, 0, "cpu")[1].bool()
