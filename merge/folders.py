@@ -79,15 +79,12 @@ class AdapterFolder:
 
     def read(self, module: str) -> Factors:
         """One module's update in float32, its scale folded into `b`."""
-        return next(self._read([module]))[1]
+        return next(self.read_all([module]))[1]
 
-    def read_all(self) -> Iterator[tuple[str, Factors]]:
-        """Every module's update, as `read` gives it, in order of name; opens the file once."""
-        return self._read(sorted(self._keys))
-
-    def _read(self, modules: Sequence[str]) -> Iterator[tuple[str, Factors]]:
+    def read_all(self, modules: Sequence[str] | None = None) -> Iterator[tuple[str, Factors]]:
+        """Each of these modules' updates, as `read` gives it; None takes all, in order of name."""
         with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
-            for module in modules:
+            for module in sorted(self._keys) if modules is None else modules:
                 a, b = (file.get_tensor(key).float() for key in self._keys[module])
                 yield module, Factors(a, b * self.scale(module))
 

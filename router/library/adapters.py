@@ -46,22 +46,17 @@ class Adapter:
         return f"adapter {self.name} ({self.folder.path})"
 
     def read(self, module: str) -> Factors:
-        """One module's update in float32.
+        """One module's update in float32; see `read_all`."""
+        return next(self.read_all([module]))[1]
+
+    def read_all(self, modules: Sequence[str] | None = None) -> Iterator[tuple[str, Factors]]:
+        """Each of these modules' updates in float32, one after the other; None takes all, in order of name.
 
         Raises:
             InputError: a value is not finite, or the file cannot be read.
         """
         with self.named():
-            return self._finite(module, self.folder.read(module))
-
-    def read_all(self) -> Iterator[tuple[str, Factors]]:
-        """Every module's update in float32, one after the other.
-
-        Raises:
-            InputError: a value is not finite, or the file cannot be read.
-        """
-        with self.named():
-            for module, update in self.folder.read_all():
+            for module, update in self.folder.read_all(modules):
                 yield module, self._finite(module, update)
 
     @contextmanager

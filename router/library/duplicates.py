@@ -170,8 +170,7 @@ def _by_module(
     """The numbers of the adapters that change a module, and their updates of it, module by module."""
 
     def numbered(n: int, adapter: Adapter) -> Iterator[tuple[str, int, Factors]]:
-        updates = adapter.read_all() if modules is None else ((name, adapter.read(name)) for name in modules)
-        return ((module, n, update) for module, update in updates)
+        return ((module, n, update) for module, update in adapter.read_all(modules))
 
     merged = heapq.merge(*map(numbered, range(len(adapters)), adapters), key=itemgetter(0, 1))
     for _, group in groupby(merged, key=itemgetter(0)):
