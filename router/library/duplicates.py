@@ -14,7 +14,6 @@ from itertools import groupby
 from operator import itemgetter
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from merge.factors import Factors, gram, svd
@@ -154,12 +153,9 @@ def overlaps(adapters: Sequence[Adapter], modules: Sequence[str] | None = None) 
         read = []
         for update in updates:
             _, s, vh = svd(update)  # (k,), (k, d_in)
-            read.append(vh * (s / s.sum().clamp_min(1e-30)).sqrt()[:, None])
-        every = torch.cat(read)  # (K, d_in)
-        number = torch.repeat_interleave(torch.arange(len(read)), torch.tensor([len(rows) for rows in read]))
-        for owner, rows in zip(owners, read, strict=True):
-            shared = (every @ rows.T).square().sum(1).double()  # (K,)
-            inner[owner, owners] += torch.bincount(number, shared, len(read)).numpy()
+            rows = vh * (s / s.sum().clamp_min(1e-30)).sqrt()[:, None]
+            read.append(Factors(rows, rows.T))
+        inner[np.ix_(owners, owners)] += gram(read).numpy()
     sizes = np.sqrt(np.outer(inner.diagonal(), inner.diagonal()))
     return np.divide(inner, sizes, out=np.zeros_like(inner), where=sizes > 0)
 
