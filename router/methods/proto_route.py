@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -214,28 +214,22 @@ class ProtoRoute(Method):
 
     def _judged(self, reads: Sequence[Read], name: str = "part") -> Routing:
         """The routing of what was read, by `frame` alone; the same text is probed once, kept as `name`."""
-        frames = {frame: n for n, frame in enumerate(dict.fromkeys(read.frame for read in reads))}
-        prompts = sorted(dict.fromkeys(reads), key=lambda read: frames[read.frame])
+        by_frame: dict[Frame, list[Read]] = {}
+        for read in dict.fromkeys(reads):
+            by_frame.setdefault(read.frame, []).append(read)
         with self.context.processes.first():  # the others find prototypes and calibration on disk
-            for frame in frames:
-                self.fitted(frame)
-        chunks = list(self._chunks(prompts))
+            at_once = {frame: self.fitted(frame).at_once for frame in by_frame}
+        chunks = [
+            part[start : start + at_once[frame]]
+            for frame, part in by_frame.items()
+            for start in range(0, len(part), at_once[frame])
+        ]
         routing = joined([self._part(chunk, n, len(chunks), name) for n, chunk in enumerate(chunks)])
+        prompts = [read for chunk in chunks for read in chunk]
         if prompts == list(reads):  # as they are, without a copy
             return routing
         distinct = {read: n for n, read in enumerate(prompts)}
         return routing.rows(np.array([distinct[read] for read in reads]))
-
-    def _chunks(self, prompts: Sequence[Read]) -> Iterator[list[Read]]:
-        """Prompts of one frame, as many as are probed together."""
-        chunk: list[Read] = []
-        for read in prompts:
-            if chunk and (read.frame != chunk[0].frame or len(chunk) == self.fitted(read.frame).at_once):
-                yield chunk
-                chunk = []
-            chunk.append(read)
-        if chunk:
-            yield chunk
 
     def _part(self, prompts: Sequence[Read], number: int, of: int, name: str) -> Routing:
         """The routing of some prompts of one frame; their responses, which are large, go with it."""
