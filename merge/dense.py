@@ -14,21 +14,14 @@ code falls back on the sign that most other entries have.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from merge.factors import Factors, dense
+from merge.factors import Factors
 
 # The paper's recipe without validation data: k = 20 % and lambda = 1.
 KEEP = 0.2
 SCALE = 1.0
-
-
-def stack(updates: Sequence[Factors]) -> Tensor:
-    """The dense updates, (n, d_out, d_in)."""
-    return torch.stack([dense(update) for update in updates])
 
 
 def to_factors(update: Tensor) -> Factors:
@@ -80,7 +73,7 @@ def disjoint_mean(updates: Tensor, signs: Tensor) -> Tensor:
     return total / agree.sum(0).clamp(min=1)
 
 
-def ties(updates: Tensor, keep: float = KEEP) -> Tensor:
+def ties(updates: Tensor) -> Tensor:
     """Trims, elects signs and averages what agrees: (n, d_out, d_in) to (d_out, d_in)."""
-    trimmed = trim(updates, keep)
+    trimmed = trim(updates, KEEP)
     return SCALE * disjoint_mean(trimmed, elect(trimmed))

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from merge.dense import KEEP, ties
+from merge.dense import ties
 from merge.factors import Factors, support
 from router.pipeline.steps import Static
-
-
-def _blocks(matrices: Sequence[Tensor]) -> Tensor:
-    blocks: Tensor = torch.block_diag(*matrices)  # type: ignore[no-untyped-call]
-    return blocks
-
-
-def aligned_ties(updates: Sequence[Factors], keep: float = KEEP) -> Factors:
-    """TIES on each update's coordinates in the left singular basis of all updates side by side.
-
-    The SVD runs on the factors: `[D_1 .. D_n] = [B_1 .. B_n] @ diag(A_1 .. A_n)`, block-diagonal.
-    """
-    side_by_side = Factors(
-        _blocks([update.a for update in updates]),  # (sum of ranks, n * d_in)
-        torch.cat([update.b for update in updates], dim=1),  # (d_out, sum of ranks)
-    )
-    u, s, vh = support(side_by_side)
-    d_in = updates[0].a.shape[1]
-    coordinates = (s[:, None] * vh).view(len(s), len(updates), d_in).transpose(0, 1)  # (n, k, d_in)
-    return Factors(ties(coordinates, keep), u)
 
 
 class Knots(Static):
@@ -40,8 +18,15 @@ class Knots(Static):
     which changes nothing but that ranking. The authors tune k and lambda on validation data. Here they
     are those of TIES: k = 20 % (also the authors' for vision) and lambda = 1. The result's rank is at most
     the sum of ranks.
+
+    The SVD runs on the factors: `[D_1 .. D_n] = [B_1 .. B_n] @ diag(A_1 .. A_n)`, block-diagonal.
     """
 
     def combine(self, module: str, updates: list[Factors]) -> Factors:
-        """KnOTS-TIES."""
-        return aligned_ties(updates)
+        """TIES on each update's coordinates in the left singular basis of all updates side by side."""
+        a: Tensor = torch.block_diag(*(update.a for update in updates))  # type: ignore[no-untyped-call]
+        b = torch.cat([update.b for update in updates], dim=1)
+        u, s, vh = support(Factors(a, b))  # a is (sum of ranks, n * d_in), b (d_out, sum of ranks)
+        d_in = updates[0].a.shape[1]
+        coordinates = (s[:, None] * vh).view(len(s), len(updates), d_in).transpose(0, 1)  # (n, k, d_in)
+        return Factors(ties(coordinates), u)

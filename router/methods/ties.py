@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from merge.dense import stack, ties, to_factors
-from merge.factors import Factors
+import torch
+
+from merge.dense import ties, to_factors
+from merge.factors import Factors, dense
 from router.pipeline.steps import Static
 
 
@@ -16,4 +18,4 @@ class Ties(Static):
 
     def combine(self, module: str, updates: list[Factors]) -> Factors:
         """TIES on the dense updates."""
-        return to_factors(ties(stack(updates)))
+        return to_factors(ties(torch.stack([dense(update) for update in updates])))
