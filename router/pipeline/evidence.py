@@ -130,10 +130,8 @@ class Evidence(Names):
         arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _ARRAYS}
         # One key, since safetensors writes several in any order.
         names = json.dumps({name.name: getattr(self, name.name) for name in fields(Names)})
-        part = path.with_suffix(".part")
-        save_file(arrays, part, metadata={"names": names})
-        for_others(part)
-        part.replace(path)
+        save_file(arrays, path, metadata={"names": names})
+        for_others(path)
 
     @staticmethod
     def load(path: Path) -> Evidence:

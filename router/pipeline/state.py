@@ -88,14 +88,12 @@ def save(fits: Sequence[Fitted], folder: Path) -> None:
         one.names, list(one.prototypes), one.representative, one.lookalikes, one.silent, frames,
         **one.gate.get_params(),
     )  # fmt: skip
-    work = folder / f".{FILE}"
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        work,
+        folder / FILE,
         metadata={"router": json.dumps(asdict(about))},  # safetensors writes several in no certain order
     )
-    for_others(work)
-    work.replace(folder / FILE)
+    for_others(folder / FILE)
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping[str, int]) -> list[Fitted]:
