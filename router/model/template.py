@@ -57,11 +57,6 @@ class Template:
         found = self.source or getattr(self.tokenizer, "chat_template", None)
         return found.get("default", found) if isinstance(found, dict) else found
 
-    @property
-    def known(self) -> bool:
-        """Whether there is a template."""
-        return bool(self.jinja)
-
     def text(
         self, messages: Sequence[Message], query: str = "", date: Mapping[str, str] | None = None
     ) -> str:  # fmt: skip
@@ -75,7 +70,7 @@ class Template:
             InputError: there is no template, or it refuses the messages.
         """
         which = f"query {query}: " if query else ""
-        if not self.known:
+        if not self.jinja:
             raise InputError(
                 f"{which}expected a base model with a chat template, since this is a conversation; pass "
                 "--chat_template FILE"
@@ -131,7 +126,7 @@ class Template:
         try:
             return self._around([], date=date)
         except InputError:
-            if not self.known:
+            if not self.jinja:
                 raise
             return self._around([NEUTRAL], date=date)
 
@@ -235,7 +230,7 @@ def template_of(tokenizer: Any, file: Path | None) -> Template:
 def template_for(tokenizer: Any, file: Path | None, folders: Iterable[Path]) -> Template:
     """The template in a file, or the tokenizer's own, or the one that most of the adapters' folders bring."""
     own = template_of(tokenizer, file)
-    if own.known:
+    if own.jinja:
         return own
     found = [of for folder in folders if (of := brought(tokenizer, folder))]
     counts = Counter(of.jinja for of in found)
