@@ -77,9 +77,6 @@ def weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factor
     Both factors are scaled by the root of the weight (the sign goes into `b`), so that neither loses
     precision when stored in half precision.
 
-    Raises:
-        ValueError: there are no updates, or not one weight per update.
-
     Example:
         >>> one = Factors(torch.eye(2), torch.eye(2))
         >>> total = weighted_sum([one, one], [1.0, -0.25])
@@ -89,10 +86,6 @@ def weighted_sum(updates: Sequence[Factors], weights: Sequence[float]) -> Factor
         tensor([[0.7500, 0.0000],
                 [0.0000, 0.7500]])
     """
-    if not updates or len(updates) != len(weights):
-        raise ValueError(
-            f"expected one weight per update, got {len(updates)} updates, {len(weights)} weights"
-        )
     roots = [abs(weight) ** 0.5 for weight in weights]
     signed = [root if weight >= 0 else -root for root, weight in zip(roots, weights, strict=True)]
     a = torch.cat([root * update.a for root, update in zip(roots, updates, strict=True)])
@@ -148,17 +141,12 @@ def from_svd(u: Tensor, s: Tensor, vh: Tensor) -> Factors:
 def recompress(update: Factors, rank: int) -> Factors:
     """The best approximation of at most the given rank (Eckart-Young), with singular values split evenly.
 
-    Raises:
-        ValueError: the rank is below 1.
-
     Example:
         >>> update = Factors(torch.eye(2), torch.diag(torch.tensor([3.0, 1.0])))
         >>> dense(recompress(update, 1)).round(decimals=4).abs()
         tensor([[3., 0.],
                 [0., 0.]])
     """
-    if rank < 1:
-        raise ValueError(f"expected a rank of at least 1, got {rank}")
     return from_svd(*svd(update, rank))
 
 
