@@ -225,7 +225,7 @@ def _memory(run: _Run) -> int:
     copied = 0
     if run.settings.engine == "vllm":
         copied = weights  # it loads them once more
-    elif picked(run.model, run.device, dtype, run.settings.apply) == "merged":
+    elif picked(run.model, run.device, run.settings.apply) == "merged":
         copied = sum(d_out * d_in for d_out, d_in in shapes.values()) * size  # what an adapter changes
     written, chosen = batch_tokens(run.model, run.device, dtype)
     logits = chosen * config.get_text_config(decoder=True).vocab_size * size

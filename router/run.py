@@ -192,7 +192,7 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
         "dtype": str(dtype), "device": device.type, "base model": source.base.sha256,
         "configuration": source.base.configuration,
         # Other batches round otherwise, which decides between answers that are nearly as likely.
-        "apply": picked(model, device, dtype, settings.apply),
+        "apply": picked(model, device, settings.apply),
         "tokens at once": [tokens_at_once(device, dtype), *batch_tokens(model, device, dtype)],
         # In order, as the columns of the routing are.
         "adapters": [[adapter.name, content(adapter)] for adapter in source.adapters],

@@ -51,12 +51,12 @@ class Applied(ABC):
 def applied(base: Base, how: Apply = "auto") -> Applied:
     """A way to activate folders on a base model; `picked` says what `auto` is."""
     model = base.model
-    if picked(model, model.device, model.dtype, how) == "merged":
+    if picked(model, model.device, how) == "merged":
         return Merged(base)
     return Hooked(base) if spread(model) else Beside(base)
 
 
-def picked(model: Any, device: torch.device, dtype: torch.dtype, how: Apply) -> Way:
+def picked(model: Any, device: torch.device, how: Apply) -> Way:
     """What `auto` is for a model: `merged` in float32 where a copy of its linear layers fits, else `beside`.
 
     The model and the copy may take ROOM of the device's memory. What else is in memory does not count, so the
@@ -78,8 +78,8 @@ def picked(model: Any, device: torch.device, dtype: torch.dtype, how: Apply) -> 
         return "beside"
     own = sum(weight.numel() for weight in model.parameters())
     copied = sum(d_out * d_in for d_out, d_in in linear_shapes(model).values())
-    fits = (own + copied) * dtype.itemsize <= ROOM * memory_bytes(device)
-    return "merged" if fits and dtype == torch.float32 else "beside"
+    fits = (own + copied) * model.dtype.itemsize <= ROOM * memory_bytes(device)
+    return "merged" if fits and model.dtype == torch.float32 else "beside"
 
 
 class Merged(Applied):

@@ -214,7 +214,7 @@ def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
             base.revision,
             str(device),
             tokens_at_once(device, dtype),
-            picked(base.model, device, dtype, apply),
+            picked(base.model, device, apply),
             base.configuration,
         ),
         "adapters": {of.name: AdapterRecord(of.sha256, of.revision, content(of)) for of in decision.adapters},
