@@ -46,7 +46,7 @@ from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
 from router.settings import Settings
 from router.system.errors import InputError, printable
-from router.system.files import hashes, sha256_of
+from router.system.files import hashes, is_still, sha256_of
 from router.system.version import own_version
 
 log = logging.getLogger(__name__)
@@ -515,7 +515,7 @@ class Router:
     def _check_there(self) -> None:
         """Refuses a loaded router in whose place another one was saved since."""
         folder = cast(Path, self._folder)
-        if not (folder / ABOUT).is_file() or sha256_of(folder / ABOUT) != self._seen:
+        if not is_still(folder / ABOUT, self._seen):
             raise InputError(f"{folder}: another router was saved there while this was in use; load it again")
 
     @_one_at_a_time

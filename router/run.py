@@ -43,6 +43,7 @@ from router.system.files import (
     for_others,
     is_ours,
     is_sealed,
+    is_still,
     mark,
     read_record,
     remove_ours,
@@ -326,11 +327,10 @@ def _earlier(settings: Settings) -> dict[str, str]:
     if not (folder / RECORD).exists():
         return {}
     known = Record.read(folder / RECORD)
-    there = {name: digest for name, digest in (known.earlier | known.files).items() if name not in ours}
     return {
         name: digest
-        for name, digest in there.items()
-        if (folder / name).is_file() and sha256_of(folder / name) == digest
+        for name, digest in (known.earlier | known.files).items()
+        if name not in ours and is_still(folder / name, digest)
     }
 
 

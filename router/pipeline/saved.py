@@ -16,11 +16,11 @@ from router.routing.variants import VARIANTS, Variant
 from router.system.errors import InputError
 from router.system.files import (
     is_ours,
+    is_still,
     mark,
     read_record,
     remove_ours,
     replacing,
-    sha256_of,
     typed,
     work_folder,
 )  # fmt: skip
@@ -106,11 +106,7 @@ class Saved:
 
 def changed(folder: Path, files: Mapping[str, str]) -> str | None:
     """A file of a saved router that is not as it was saved, or gone; None if all are there."""
-    for name, digest in files.items():
-        path = folder / name
-        if not path.is_file() or sha256_of(path) != digest:
-            return name
-    return None
+    return next((name for name, digest in files.items() if not is_still(folder / name, digest)), None)
 
 
 @contextmanager

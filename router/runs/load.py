@@ -18,7 +18,7 @@ from router.queries.submission import Query, digest_of, read_queries, read_rows,
 from router.routing.clusters import Array, Clusters, mixes
 from router.settings import Settings
 from router.system.errors import InputError
-from router.system.files import sha256_of
+from router.system.files import is_still
 
 Labels = NDArray[np.int64]
 
@@ -164,7 +164,7 @@ def load(folder: Path) -> Run:
             raise ValueError(f"it is of format {record.format}, and this version reads {FORMAT}")
     for name, digest in record.files.items():
         with _refused(folder / name):
-            if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+            if not is_still(folder / name, digest):
                 raise ValueError("it is not the one that run.json lists")
     names = [*record.adapters, BASE_COLUMN] if record.variants else []  # a starter-kit method does not route
     file, answers, queries = list[int](), list[tuple[str, str]](), list[Query | None]()

@@ -66,6 +66,11 @@ def sha256_of(*files: Path) -> str:
     return digest.hexdigest()
 
 
+def is_still(path: Path, sha256: str) -> bool:
+    """Whether there is such a file with these bytes, by their hash."""
+    return path.is_file() and sha256_of(path) == sha256
+
+
 def hashes(folder: Path) -> dict[str, str]:
     """The sha256 of each file in a folder but its mark, by its path there; of a link, no hash."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
