@@ -2,12 +2,14 @@
 
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import settings
 
 from helpers import PLAIN, arguments, shared, write_queries, write_tiny_library
+from router.model.frames import BARE
 
 settings.register_profile("same cases each time", deadline=None, derandomize=True, database=None)
 settings.load_profile("same cases each time")
@@ -41,6 +43,20 @@ def own_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("router.library.store.cache_folder", lambda: folder)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """A map of few steps in reports, and a fourth of the generic texts: one that changes few choices."""
+    from sklearn.manifold import TSNE
+
+    from router.routing.calibration import generic_prompts
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("router.pipeline.calibration", "router.methods.proto_route"):
+            patch.setattr(f"{module}.generic_prompts", lambda frame=BARE: generic_prompts(frame)[2::4])
+        patch.setattr("sklearn.manifold.TSNE", partial(TSNE, max_iter=250))
         yield
 
 

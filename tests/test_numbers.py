@@ -16,7 +16,6 @@ from helpers import delta as dense
 from merge.factors import Factors, recompress, weighted_sum
 from router.library.adapters import load_library
 from router.queries.submission import Query
-from router.routing.calibration import generic_prompts
 from router.routing.gate import PrototypeGate
 
 # Updates.
@@ -159,8 +158,6 @@ def test_neither_order_nor_batches_change_a_prediction(
 
 
 def test_threads_change_no_choice(base, library, tmp_path, monkeypatch):
-    few = generic_prompts()[:40]
-    monkeypatch.setattr("router.pipeline.calibration.generic_prompts", lambda frame: few)
     before, found = torch.get_num_threads(), []
     for threads in (before, 2 * os.cpu_count() + 1):  # with no core each, none waits busily
         monkeypatch.setattr("router.library.store.cache_folder", lambda n=threads: tmp_path / f"{n}")  # anew

@@ -19,6 +19,11 @@ from router.routing.homes import FORMS
 EVAL = sorted((ROOT / "data" / "eval").glob("*.csv"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Nothing is made quicker here."""
+
+
 def test_the_library_is_small_sound_and_better_than_the_base_model():
     adapters, skills = load_library([str(LIBRARY)]), set()
     sizes = [file.stat().st_size for file in LIBRARY.rglob("*") if file.is_file()]

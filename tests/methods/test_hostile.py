@@ -11,7 +11,7 @@ from router.methods.proto_route import ProtoRoute
 from router.model.answer import encode
 from router.model.hooks import reading_inputs
 from router.queries.submission import GENERATION, Query
-from router.routing.calibration import generic_prompts, silent
+from router.routing import calibration
 
 QUERIES = [
     Query(str(n), text, GENERATION)
@@ -41,7 +41,7 @@ def least(base, rank=4):
         sums.setdefault(name, []).append(x)
 
     with torch.inference_mode(), reading_inputs(base.model, names, visit):
-        for row in encode(base.tokenizer, generic_prompts()):
+        for row in encode(base.tokenizer, calibration.generic_prompts()):
             base.model(torch.tensor([row[1:]]))
     return {
         name: torch.linalg.svd(torch.cat(x) - torch.cat(x).mean(0), full_matrices=False)[2][-rank:].float()
@@ -85,5 +85,5 @@ def test_a_random_direction_is_heard():
     v = np.linalg.qr(rng.standard_normal((64, 8)))[0]
     squares = ((x @ v) ** 2).mean(-1) / np.square(x).sum(-1)  # (prompts, tokens)
     mean = np.sqrt(squares.mean(1))[:, None, None, None].repeat(2, 3).astype(np.float32)
-    assert not silent(mean, [64]).any() and silent(mean / 2, [64]).all()
-    assert not silent(np.full_like(mean, np.nan), [64]).any()
+    assert not calibration.silent(mean, [64]).any() and calibration.silent(mean / 2, [64]).all()
+    assert not calibration.silent(np.full_like(mean, np.nan), [64]).any()

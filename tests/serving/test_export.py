@@ -32,7 +32,7 @@ def out(command):
 @pytest.fixture()
 def saved(router_of, tmp_path):
     texts = [f"{word} number {n}" for n in range(9) for word in ("What is", "Say", "Bonjour")]
-    return router_of().fit(texts).save(tmp_path / "saved")
+    return router_of(false_positive_rate=0.9).fit(texts).save(tmp_path / "saved")
 
 
 def words_of(folder):
