@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import ROWS, Killed, arguments, before_batches, edit_json, files_of, write_queries
+from router.constants import TEMPLATE
 from router.main import main
 from router.model.answer import Answer
 from router.pipeline.fitted import Fitted
@@ -117,7 +118,7 @@ def test_one_run_at_a_time(tmp_path):
     assert not (tmp_path / "new").exists()  # nothing was written
 
 
-@pytest.mark.parametrize("method", ["proto_route", "average", "arrow"])
+@pytest.mark.parametrize("method", ["proto_route", "arrow"])
 def test_a_run_killed_after_any_batch_ends_with_the_same_bytes(command, monkeypatch, method):
     _, whole = command(method, "--batch_size", 1, out="whole")
     for _ in ROWS[1:]:  # each time one batch more
@@ -205,15 +206,6 @@ def test_sigkill_at_any_moment(tmp_path, tiny_base, tiny_library, monkeypatch):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole") != {}
 
 
-def test_a_template_that_moved_to_another_adapter_is_another_run(command, tiny_library, capsys, monkeypatch):
-    own = tiny_library / "mlp" / "chat_template.jinja"
-    own.write_text("{{ messages[0]['content'] }}")
-    with pytest.raises(Killed), killed_after(0, monkeypatch):
-        command("proto_route")
-    own.rename(tiny_library / "attention" / own.name)
-    assert command("proto_route")[0] == 2 and "templates;" in capsys.readouterr().err
-
-
 def test_a_run_that_was_killed_before_it_routed_is_no_hindrance(command, monkeypatch):
     with pytest.raises(Killed), monkeypatch.context() as patch:
         patch.setattr("router.run.route", Mock(side_effect=Killed))
@@ -222,31 +214,42 @@ def test_a_run_that_was_killed_before_it_routed_is_no_hindrance(command, monkeyp
     assert command("proto_route", "--seed", 3)[0] == 0
 
 
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-LOWER = {"post_processor": None, "normalizer": {"type": "Lowercase"}}
+def with_other(file, **fields):
+    """Changes a file of the base model."""
+    return lambda base, library: edit_json(base / file, **fields)
+
+
+def move_template(base, library):
+    (library / "mlp" / TEMPLATE).rename(library / "attention" / TEMPLATE)
+
+
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "flags", "again", "differs"),
+    ("change", "flags", "again", "differs"),
     [
-        ("config.json", ROPE, (), (), "configuration"),
-        ("tokenizer_config.json", {"chat_template": "{{ messages[0]['content'] }}"}, (), (), "configuration"),
-        ("tokenizer.json", LOWER, (), (), "configuration"),
-        ("generation_config.json", {"eos_token_id": 7}, (), (), "configuration"),
-        (None, {}, ("--dtype", "bfloat16"), (), "threads"),
-        (None, {}, (), ("--seed", "3"), "seed"),
-        (None, {}, (), ("--adapters", "mlp", "everything", "attention"), "adapters"),  # another order
+        (with_other("config.json", rope_parameters=ROPE), (), (), "configuration"),
+        (with_other("tokenizer_config.json", chat_template="{{ messages }}"), (), (), "configuration"),
+        (with_other("tokenizer.json", normalizer={"type": "Lowercase"}), (), (), "configuration"),
+        (with_other("generation_config.json", eos_token_id=7), (), (), "configuration"),
+        (move_template, (), (), "templates"),
+        (None, ("--dtype", "bfloat16"), (), "threads"),
+        (None, (), ("--seed", "3"), "seed"),
+        (None, (), ("--adapters", "mlp", "everything", "attention"), "adapters"),  # another order
     ],
 )
 def test_an_unfinished_run_that_answers_otherwise_is_refused(
-    file, change, flags, again, differs, command, tiny_base, tiny_library, tmp_path, capsys, monkeypatch
+    change, flags, again, differs, command, tiny_base, tiny_library, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("router.library.sources.LIBRARY", tiny_library)
-    run = partial(command, "proto_route", *flags, base=shutil.copytree(tiny_base, tmp_path / "base"))
-    with pytest.raises(Killed), killed_after(0, monkeypatch):
+    (tiny_library / "mlp" / TEMPLATE).write_text("{{ messages[0]['content'] }}")
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    run = partial(command, "base", "--batch_size", 1, *flags, base=base)
+    with pytest.raises(Killed), killed_after(1, monkeypatch):
         run()
-    if file:
-        edit_json(tmp_path / "base" / file, **change)
+    if change:
+        change(base, tiny_library)
     monkeypatch.setattr("torch.get_num_threads", lambda: 99)  # which counts in half precision alone
     assert run(*again)[0] == 2 and f"{differs};" in capsys.readouterr().err
     assert run(*again, "--fresh")[0] == 0
