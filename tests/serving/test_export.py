@@ -11,10 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import NAMES, edit_json, plain_model, write_tiny_adapter
+from helpers import (
+    NAMES,
+    arguments,
+    edit_json,
+    plain_model,
+    write_queries,
+    write_tiny_adapter,
+    write_tiny_library,
+)
 from merge.folders import open_adapter
 from router.api import Router
 from router.cli import main as cli
+from router.main import main as run
 from router.serving.names import read_served
 from router.system.errors import InputError
 from router.system.files import sha256_of
@@ -24,15 +33,21 @@ def main(words):
     return cli(["export", *words])
 
 
-@pytest.fixture()
-def out(command):
-    return command("proto_route", "--false_positive_rate", 0.9, "--temperature", 3.0)[1]
+WARM = ("--false_positive_rate", 0.9, "--temperature", 3.0)  # so that there are variants, and mixed ones
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_base):
+    """A run that all tests may copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    queries, library = write_queries(folder / "queries.csv"), write_tiny_library(folder / "library")
+    assert run(arguments("proto_route", [queries], library, tiny_base, folder / "out", *WARM)) == 0
+    return folder / "out"
 
 
 @pytest.fixture()
-def saved(router_of, tmp_path):
-    texts = [f"{word} number {n}" for n in range(9) for word in ("What is", "Say", "Bonjour")]
-    return router_of(false_positive_rate=0.9).fit(texts).save(tmp_path / "saved")
+def out(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "out")
 
 
 def words_of(folder):
@@ -189,7 +204,8 @@ def test_llamacpp_gets_the_adapters_with_scaled_factors(out, llama_cpp, tiny_lib
             torch.testing.assert_close(update, module.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
 
 
-def test_a_saved_router_has_its_variants_for_llamacpp(saved, llama_cpp, capsys):
+def test_a_saved_router_has_its_variants_for_llamacpp(router_of, llama_cpp, capsys, tmp_path):
+    saved = router_of(false_positive_rate=0.9).fit(["Say 1", "Bonjour 2"]).save(tmp_path / "saved")
     for _ in range(2):  # the second time over the first
         assert main([str(saved), *map(str, llama_cpp)]) == 0
     made = {f"{name_of(path)}.gguf" for path in folders_in(saved)}
@@ -200,7 +216,10 @@ def test_a_saved_router_has_its_variants_for_llamacpp(saved, llama_cpp, capsys):
         assert cli([command, str(saved)]) == 2 and "router.json" in capsys.readouterr().err
 
 
-def test_what_llamacpp_lacks_is_refused_and_nothing_is_left(out, llama_cpp, tiny_library, capsys):
+def test_what_llamacpp_lacks_is_refused_and_nothing_is_left(command, llama_cpp, tiny_library, capsys):
+    _, out = command("proto_route", *WARM)
+    capsys.readouterr()
+
     def refused(*words):
         assert main([str(out), "--engine", "llamacpp", *map(str, words)]) == 2
         assert not list(out.glob("*gguf*")) and not (out / "serve.sh").exists()
