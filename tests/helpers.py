@@ -187,6 +187,8 @@ ROWS = [
     ("g3", "Bonjour, comment allez-vous aujourd'hui ?", "generation", "", "everything"),
     ("g4", "1 + 1 =", "generation", "", "base"),
 ]
+PROMPTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "abc"]
+CHAT = [{"role": "user", "content": "Say it again"}]
 # A chat template.
 PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
 QUERIES = [ROWS[0], ROWS[1], ROWS[4]]

@@ -6,9 +6,7 @@ import pytest
 import torch
 from played_card import CARD, card
 
-from helpers import read_table
-
-PROMPTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "abc"]
+from helpers import PROMPTS, read_table
 
 
 def test_a_stray_tensor_is_noticed():

@@ -5,10 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import FAMILIES, choice_scores, family, plain_model, read_by_id, read_table, written
+from helpers import FAMILIES, PROMPTS, choice_scores, family, plain_model, read_by_id, read_table, written
 from router.model.answer import likeliest
 
-PROMPTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "abc"]
 CHOICES = ["stone", "pear", "a", "two and two"]
 
 

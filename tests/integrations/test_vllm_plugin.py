@@ -14,16 +14,16 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from helpers import PLAIN, stand_in
+from helpers import CHAT, PLAIN, PROMPTS, stand_in
 from router.integrations.vllm import FOLDER, ROUTED, Auto, _is_plain, check
 from router.integrations.vllm_worker import MARKED
 from router.pipeline.served import served
 from router.system.errors import InputError
 
 pytestmark = pytest.mark.anyio
-TEXTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 ="]
+TEXTS = PROMPTS[:3]
 TALK = [
-    {"role": "user", "content": "Say it again"},
+    *CHAT,
     {"role": "assistant", "content": "Again."},
     {"role": "user", "content": "And now the other one"},
 ]
@@ -97,11 +97,6 @@ class Models:
 
 
 @pytest.fixture()
-def saved(saved_chats):
-    return saved_chats([*TEXTS, TALK[:1]])
-
-
-@pytest.fixture()
 def started(saved, tiny_base, monkeypatch):
     """A server whose doors ask the engine; yields a client, the engine and the plugin."""
     loras = dict.fromkeys(("LoadLoRAAdapterRequest", "UnloadLoRAAdapterRequest"), SimpleNamespace)
@@ -158,7 +153,7 @@ def named(router, text):
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_each_is_answered_as_the_router_decides(started, saved, stream):
-    texts = [*TEXTS, TALK[:1], TALK, "x" * 300, "?", "Say: no"]
+    texts = [*TEXTS, CHAT, TALK, "x" * 300, "?", "Say: no"]
     expected = [named(saved, text) for text in texts]
     assert len(set(expected)) > 1 and "the-base" in expected
     async with started() as (client, engine, plugin):

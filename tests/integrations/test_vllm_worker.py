@@ -7,15 +7,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from helpers import stand_in
+from helpers import CHAT, PROMPTS, stand_in
 from router.integrations.vllm_worker import Reader, mark
 from router.model.cache import cache_argument
 from router.pipeline.state import FILE
 from router.system.errors import InputError
 from router.system.files import sha256_of
-
-TEXTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 ="]
-CHAT = [{"role": "user", "content": "Say it again"}]
 
 
 class Runner:
@@ -65,11 +62,6 @@ class Runner:
 
 
 @pytest.fixture()
-def saved(saved_chats):
-    return saved_chats([*TEXTS, CHAT])
-
-
-@pytest.fixture()
 def runner(tiny_base, monkeypatch):
     from router.model.base import load_base
 
@@ -84,7 +76,7 @@ def loaded(saved, runner):
     reader = Reader(runner)
     reader.load(saved._folder, sha256_of(saved._folder / FILE), "v1")
     prompts, wanted = {"somebody-else": list(range(40, 60))}, {}
-    for n, text in enumerate([*TEXTS, CHAT]):
+    for n, text in enumerate([*PROMPTS[:3], CHAT]):
         ((frame, ids),) = saved.unread(text)
         name = mark("v1", saved.frames.index(frame), f"a{n}")
         prompts[f"{name}-0a1b2c3d"] = list(ids)  # as vLLM makes ids of its own

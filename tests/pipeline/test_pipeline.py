@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from helpers import method_of
+from helpers import PROMPTS, method_of
 from router.queries.submission import Query
 
-TEXTS = ["What is two and two?", "Bonjour, comment allez-vous ?", "1 + 1 =", "word " * 60]
+TEXTS = [*PROMPTS[:3], "word " * 60]
 QUERIES = [Query(str(n), text, "generation") for n, text in enumerate(TEXTS)]
 QUERIES += [Query("m", "Stone or pear? ", "multiple_choice", ("stone", "pear"))]
 
