@@ -117,6 +117,17 @@ def router_of(tiny_base, tiny_library):
     return lambda library=tiny_library, **how: Router.from_library(library, **fixed | how)
 
 
+@pytest.fixture(scope="module")
+def fit_and_save(tmp_path_factory, tiny_base):
+    """Saves a router of the tiny library, fitted to texts: once for the tests of a file, which copy it."""
+    from router.api import Router
+
+    folder = tmp_path_factory.mktemp("fitted")
+    library = write_tiny_library(folder / "library")
+    fixed = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "max_gen_len": 6}
+    return lambda texts, **how: Router.from_library(library, **fixed | how).fit(texts).save(folder / "saved")
+
+
 @pytest.fixture()
 def chat_router(router_of, tmp_path):
     """Makes routers of the tiny library with a chat template."""

@@ -43,9 +43,14 @@ def router(made):
 MORE = [*TEXTS, "Bonjour !", "x" * 40, "Say x again, and then y."]
 
 
+@pytest.fixture(scope="module")
+def fitted(fit_and_save):
+    return fit_and_save(MORE)
+
+
 @pytest.fixture()
-def saved(router, tmp_path):
-    return router.fit(MORE).save(tmp_path / "saved")
+def saved(fitted, tmp_path):
+    return shutil.copytree(fitted, tmp_path / "saved")
 
 
 @pytest.fixture()
@@ -295,7 +300,7 @@ def test_parts_of_a_router_that_do_not_fit_together_are_refused(saved):
 
 
 def test_threads_share_a_router(router):
-    texts = [f"{text} {n}" for n in range(4) for text in MORE]
+    texts = [f"{text} {n}" for n in range(2) for text in MORE]
     router.fit(texts)
     expected = [router.choose([text])[0] for text in texts]
     with ThreadPoolExecutor(8) as pool:
@@ -313,7 +318,7 @@ def test_a_strangers_file_is_not_replaced_by_a_router(router, saved, tmp_path, n
     mine.parent.mkdir(parents=True)
     mine.write_text(text := '{"files": {}}')
     with pytest.raises(InputError, match=name.partition("/")[0]):
-        router.save(tmp_path / "theirs")
+        router.fit(MORE).save(tmp_path / "theirs")
     assert files_of(tmp_path / "theirs") == {name: text.encode()}
     (saved / "router.safetensors").write_bytes(b"changed")  # by somebody since
     with pytest.raises(InputError, match=r"router\.safetensors"):
@@ -353,7 +358,7 @@ def test_what_is_put_there_while_a_router_is_saved_stays(router, saved, monkeypa
 
     monkeypatch.setattr("router.pipeline.state.save", slow)
     with pytest.raises(InputError, match="variants"):
-        router.save(saved)
+        router.fit(MORE).save(saved)
     assert (saved / "variants" / "mine").read_text() == "mine" and (saved / "router.json").exists()
 
 

@@ -1,6 +1,7 @@
 """`proto-route ray`: the rows of a run, in blocks; what is answered is not answered again."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,10 +35,15 @@ def queries(tmp_path):
     return write_queries(tmp_path / "queries.csv", MANY)
 
 
+@pytest.fixture(scope="module")
+def fitted(fit_and_save):
+    return fit_and_save([row[1] for row in MANY])
+
+
 @pytest.fixture()
-def saved(tmp_path, router_of):
+def saved(fitted, tmp_path):
     """The folder of a router that was fitted to the queries."""
-    return router_of(max_gen_len=6).fit([row[1] for row in MANY]).save(tmp_path / "router")
+    return shutil.copytree(fitted, tmp_path / "router")
 
 
 @pytest.fixture()

@@ -4,18 +4,15 @@ import shutil
 
 import pytest
 
-from helpers import CHAT, PLAIN, PROMPTS, write_tiny_library
+from helpers import CHAT, PLAIN, PROMPTS
 from router.api import Router
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory, tiny_base):
-    folder = tmp_path_factory.mktemp("fitted")
-    (folder / "template.jinja").write_text(PLAIN)
-    how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "false_positive_rate": 0.9}
-    library = write_tiny_library(folder / "library")
-    router = Router.from_library(library, chat_template=folder / "template.jinja", **how)
-    return router.fit([*PROMPTS[:3], CHAT]).save(folder / "saved")
+def fitted(fit_and_save, tmp_path_factory):
+    template = tmp_path_factory.mktemp("chats") / "template.jinja"
+    template.write_text(PLAIN)
+    return fit_and_save([*PROMPTS[:3], CHAT], chat_template=template, false_positive_rate=0.9)
 
 
 @pytest.fixture()
