@@ -291,43 +291,32 @@ def test_cards_picks_the_adapter_whose_card_is_about_it(encoder, base, tiny_libr
 
 
 @pytest.mark.parametrize("name", PER_TOKEN + PER_QUERY)
-def test_a_run_routes_to_adapters_alone(name, command, request):
+def test_a_run_answers_with_the_weights_that_it_routes_by(name, command, request):
+    """Each query with its own, as there are variants enough; per token the one entry has the mean of all."""
     if name == "cards":
         request.getfixturevalue("encoder")
-    code, out = command(name, "--max_gen_len", 4)
+    code, out = command(name, "--max_gen_len", 4, "--n_variants", 100)
     assert code == 0 and all(row["prediction"] for row in read_table(out / "queries.csv"))
-    for row in read_table(out / "queries.routing.csv"):
+    rows = read_table(out / "queries.routing.csv")
+    made = [one["weights"] for one in json.loads((out / "run.json").read_text())["variants"]]
+    mean = pd.DataFrame(map(weights_in, rows)).mean().to_dict()
+    for row in rows:
         weights = weights_in(row)
         assert min(weights.values()) >= 0 == weights["base"]
         assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
+        own, found = mean if name in PER_TOKEN else weights, made[int(row["variant"])]
+        assert {key: found.get(key, 0) for key in own} == pytest.approx(own, abs=0.02)  # negligible shares
     assert bool(variants_in(out)) == (name in PER_QUERY)
     if name in PER_TOKEN:
         _, second = command(name, "--max_gen_len", 4, "--batch_size", 1, "--n_variants", 3, out="second")
         assert files_of(out) == files_of(second)
 
 
-@pytest.mark.parametrize("name", [*PER_QUERY, "arrow"])
-def test_queries_are_answered_with_the_weights_that_the_formula_gives(name, command, request):
-    """Each with its own where there are variants enough; per token the one entry has the mean of all."""
-    if name == "cards":
-        request.getfixturevalue("encoder")
-    code, out = command(name, "--n_variants", 100)
-    assert code == 0
-    rows = read_table(out / "queries.routing.csv")
-    made = [one["weights"] for one in json.loads((out / "run.json").read_text())["variants"]]
-    mean = pd.DataFrame(map(weights_in, rows)).mean().to_dict()
-    for row in rows:
-        own = mean if name == "arrow" else weights_in(row)
-        found = made[int(row["variant"])]
-        assert {key: found.get(key, 0) for key in own} == pytest.approx(own, abs=0.02)  # negligible shares
-
-
-@pytest.mark.parametrize("name", PER_TOKEN)
-def test_weights_over_thousands_of_tokens_sum_to_one(name, command, monkeypatch):
+def test_weights_over_thousands_of_tokens_sum_to_one(command, monkeypatch):
     monkeypatch.setattr(
         "router.pipeline.per_token.mean_weights", lambda *of: np.full((len(of[1]), 3), 0.33334)
     )
-    assert command(name)[0] == 0  # the run is read back
+    assert command("arrow")[0] == 0  # the run is read back
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
