@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import cache
 from importlib.metadata import distribution, packages_distributions
 
 import pytest
@@ -33,6 +34,7 @@ def imported(tree):
             yield node.module.split(".")[0]
 
 
+@cache
 def required(extra=None):
     """The names of setup.py's install_requires, or of one of its extras, read without running it."""
     tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))

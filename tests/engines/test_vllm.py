@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from helpers import WIDTHS, active, read_by_id, stand_in, write_tiny_library
+from helpers import ROWS, WIDTHS, active, read_by_id, stand_in, write_tiny_library
 from router.engines import vllm
 from router.model.answer import answers, encode
 from router.model.base import load_base
@@ -132,7 +132,7 @@ def test_what_is_kept_or_cannot_be_read_is_not_asked(base, caplog):
 def test_a_run_whose_vllm_does_not_start_keeps_its_journal(command, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(LLM, "says", "No available memory for the\ncache blocks.")
-        code, out = command("proto_route", "--engine", "vllm")
+        code, out = command("proto_route", "--engine", "vllm", rows=ROWS[:2])
     said = capsys.readouterr().err
     assert code == 2 and "No available memory for the cache blocks" in said
     assert "the same command goes on" in said and (out / ".journal" / "routing.safetensors").is_file()
