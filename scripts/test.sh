@@ -8,7 +8,6 @@ bash scripts/install.sh test,notebook,bench,ray
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/vulture
 # Two processes share the tests, so each computes with one thread.
 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 if [ "$*" = --all ]; then
