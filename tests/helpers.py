@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from merge.factors import Factors
 from router.constants import FORMAT
+from router.library.adapters import load_library
 from router.methods import load_method
 from router.model import answer
 from router.model.apply import applied
 from router.pipeline.context import Context
 from router.pipeline.evidence import Evidence
+from router.routing.variants import Variant
 from router.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,10 +110,20 @@ def write_tiny_library(folder):
     return folder
 
 
-def method_of(name, base, adapters, journal=None, deadline=None, **settings):
-    """A method with a base model and a library."""
-    context = Context(Settings(**settings), journal=journal, deadline=deadline)
-    return load_method(name)(name, base, adapters, context)
+def method_of(name, base, *folders, **settings):
+    """A method with a base model and a library in folders."""
+    adapters = load_library([str(folder) for folder in folders])
+    return load_method(name)(name, base, adapters, Context(Settings(**settings)))
+
+
+def random_update(d_out, rank, d_in, seed):
+    """Factors of a random update."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((rank, d_in), (d_out, rank)))
+    return Factors(a, b)
+
+
+MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)  # of the tiny library
 
 
 def stand_in(monkeypatch, **modules):

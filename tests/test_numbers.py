@@ -14,7 +14,6 @@ from threadpoolctl import threadpool_limits
 from helpers import NAMES, edit_json, method_of, write_tiny_library
 from helpers import delta as dense
 from merge.factors import Factors, recompress, weighted_sum
-from router.library.adapters import load_library
 from router.queries.submission import Query
 from router.routing.gate import PrototypeGate
 
@@ -92,8 +91,7 @@ def library(tmp_path_factory):
 
 
 def method(base, folders, **flags):
-    library = load_library([str(folder) for folder in folders])
-    return method_of("proto_route", base, library, max_gen_len=3, **flags)
+    return method_of("proto_route", base, *folders, max_gen_len=3, **flags)
 
 
 def weights_of(found):

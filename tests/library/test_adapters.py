@@ -104,9 +104,7 @@ def test_the_default_library_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
         load_library(["data/library"])
 
 
-def test_weights_replaced_after_opening_do_not_reach_the_cache(tmp_path, monkeypatch):
-    # An empty cache: another test may have kept the prototypes of the same adapter, which are not read then.
-    monkeypatch.setattr("router.library.store.cache_folder", lambda: tmp_path / "cache")
+def test_weights_replaced_after_opening_do_not_reach_the_cache(tmp_path, cache):
     folder, other = (write_tiny_adapter(tmp_path / name, 1) for name in ("one", "other"))
     (adapter,) = load_library([str(folder)])
     write_tiny_adapter(folder, 2)

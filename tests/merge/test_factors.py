@@ -4,15 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import delta
+from helpers import delta, random_update
 from merge.factors import Factors, pad, recompress, svd
-
-
-def update(d_out, rank, d_in, seed):
-    rng = np.random.default_rng(seed)
-    a, b = rng.standard_normal((rank, d_in)), rng.standard_normal((d_out, rank))
-    return Factors(torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32))
-
 
 # Square, wide, tall, of full rank, and with more columns than the update has rank.
 SHAPES = [(20, 4, 30), (30, 4, 20), (12, 12, 12), (6, 10, 30), (30, 10, 6), (3, 9, 3), (5, 1, 5)]
@@ -20,7 +13,7 @@ SHAPES = [(20, 4, 30), (30, 4, 20), (12, 12, 12), (6, 10, 30), (30, 10, 6), (3, 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_svd_is_that_of_the_dense_update(shape):
-    factors = update(*shape, seed=8)
+    factors = random_update(*shape, seed=8)
     u, s, vh = svd(factors)
     k = min(shape)
     assert (u.shape, s.shape, vh.shape) == ((shape[0], k), (k,), (k, shape[2]))
@@ -32,7 +25,7 @@ def test_svd_is_that_of_the_dense_update(shape):
 
 def test_recompressed_and_padded_factors():
     assert not delta(recompress(Factors(torch.zeros(3, 8), torch.zeros(5, 3)), 2)).any()
-    one = update(20, 4, 30, seed=0)
+    one = random_update(20, 4, 30, seed=0)
     wide = pad(one, 9)
     assert wide.a.shape == (9, 30) and wide.b.shape == (20, 9) and (delta(wide) == delta(one)).all()
     with pytest.raises(ValueError, match="4 to 3"):

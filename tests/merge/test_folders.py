@@ -12,8 +12,16 @@ import torch
 from peft import LoraConfig, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from helpers import WIDTHS, delta, edit_json, edit_weights, peft_deltas, plain_model, write_tiny_adapter
-from merge.factors import Factors
+from helpers import (
+    WIDTHS,
+    delta,
+    edit_json,
+    edit_weights,
+    peft_deltas,
+    plain_model,
+    random_update,
+    write_tiny_adapter,
+)
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE, AdapterError, open_adapter, served_rank, write_adapter
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -96,13 +104,9 @@ def test_read_is_what_peft_computes(tmp_path, tiny_base, kind):
 
 
 def updates_of(ranks):
-    rng = np.random.default_rng(0)
     return {
-        f"model.layers.{layer}.{kind}": Factors(
-            torch.tensor(rng.standard_normal((rank, WIDTHS[kind][1])), dtype=torch.float32),
-            torch.tensor(rng.standard_normal((WIDTHS[kind][0], rank)), dtype=torch.float32),
-        )
-        for (layer, kind), rank in ranks.items()
+        f"model.layers.{layer}.{kind}": random_update(WIDTHS[kind][0], rank, WIDTHS[kind][1], seed)
+        for seed, ((layer, kind), rank) in enumerate(ranks.items())
     }
 
 

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import edit_weights, write_tiny_adapter
+from helpers import edit_weights, method_of, write_tiny_adapter
 from merge.folders import WEIGHTS_FILE
-from router.library.adapters import load_library
-from router.methods.proto_route import ProtoRoute
 from router.model.answer import encode
 from router.model.hooks import reading_inputs
 from router.queries.submission import GENERATION, Query
@@ -27,7 +25,7 @@ def library(tmp_path):
 
 
 def routed(base, library):
-    method = ProtoRoute("proto_route", base, load_library([str(library)]))
+    method = method_of("proto_route", base, library)
     return method.route(QUERIES, method.encoded(QUERIES))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROWS, delta, dense_updates, read_table, updates_in, variants_in
+from helpers import ROWS, delta, dense_updates, random_update, read_table, updates_in, variants_in
 from merge.factors import Factors
 from router.methods import load_method
 from router.methods.dare_ties import DROP, thinned
@@ -18,9 +18,7 @@ D_OUT, D_IN = 12, 8
 
 
 def update(rank, seed, d_out=D_OUT, d_in=D_IN):
-    rng = np.random.default_rng(seed)
-    a, b = rng.standard_normal((rank, d_in)), rng.standard_normal((d_out, rank))
-    return Factors(torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32))
+    return random_update(d_out, rank, d_in, seed)
 
 
 def combine(method, updates, seed=0):

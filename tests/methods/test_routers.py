@@ -21,7 +21,6 @@ from helpers import (
     weights_in,
     write_tiny_adapter,
 )
-from router.library.adapters import load_library
 from router.methods import all_merge_handlers
 from router.methods.cards import encoder_folder
 from router.methods.mass import select
@@ -54,11 +53,6 @@ def uniform(tmp_path):
     """Four adapters of one rank with the same targets, as PEFT's Arrow needs them."""
     kinds = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
     return [write_tiny_adapter(tmp_path / "uniform" / n, 10 + i, 4, kinds) for i, n in enumerate("abcd")]
-
-
-def method(name, base, library, **settings):
-    """A method with a base model and a library."""
-    return method_of(name, base, load_library([str(library)]), **settings)
 
 
 def routed(router, texts):
@@ -129,7 +123,7 @@ def few(request, monkeypatch):
 @pytest.mark.parametrize("name", PER_TOKEN)
 @pytest.mark.parametrize("module", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
 def test_each_token_gets_what_the_papers_formula_says(name, module, few, base, five):
-    router = method(name, base, five)
+    router = method_of(name, base, five)
     model, updates, seen = router.base.model, updates_in(five)[module], []
     layer = model.get_submodule(module)
     with attached(model, router.experts, router.weigh):
@@ -149,7 +143,7 @@ def test_each_token_gets_what_the_papers_formula_says(name, module, few, base, f
 
 @pytest.mark.parametrize("name", PER_TOKEN)
 def test_the_table_has_means_that_padding_does_not_change(name, base, five):
-    router = method(name, base, five)
+    router = method_of(name, base, five)
     rows = encode(router.tokenizer, TEXTS)
     model, weigh = router.base.model, router.weigh
     with attached(model, router.experts, weigh):
@@ -171,7 +165,7 @@ def test_the_table_has_means_that_padding_does_not_change(name, base, five):
 @pytest.mark.parametrize("adapter", ["everything", "mlp"])  # the second is rsLoRA with its scale
 @pytest.mark.parametrize("name", PER_TOKEN)
 def test_one_adapter_alone_is_that_adapter(name, adapter, base, tiny_base, tiny_library, tmp_path):
-    router = method(name, base, tiny_library / adapter, output_folder=tmp_path / "out", max_gen_len=8)
+    router = method_of(name, base, tiny_library / adapter, output_folder=tmp_path / "out", max_gen_len=8)
     queries = [Query(str(n), text, "generation") for n, text in enumerate(TEXTS)]
     queries.append(Query("m", "Stone or pear? ", "multiple_choice", ("stone", "pear", "plum")))
     result = router.answer(queries)
@@ -198,7 +192,7 @@ def test_arrow_is_pefts_with_a_converged_power_iteration(base, tiny_base, unifor
     # At worst the second singular value is 0.977 of the first, and 0.977^1000 is left.
     converged = partialmethod(iterate, iters=500)
     monkeypatch.setattr(ArrowLoraLinearLayer, "top_right_singular_vec_from_BA", converged)
-    router = method("arrow", base, uniform[0].parent)
+    router = method_of("arrow", base, uniform[0].parent)
     rows = encode(router.tokenizer, TEXTS)
     how = ArrowConfig(top_k=top_k, rng_seed=0)
     peft = create_arrow_model(plain_model(tiny_base), [str(path) for path in uniform], how).eval()
@@ -229,7 +223,7 @@ def test_logo_weighs_by_the_norm_at_the_last_block(
 ):
     monkeypatch.setattr("router.methods.logo.TOP_K", 3)
     library = uniform[0].parent if shared else tiny_library
-    router, updates = method("logo", base, library), updates_in(library)
+    router, updates = method_of("logo", base, library), updates_in(library)
     model = all_attached(tiny_base, library)
     places = [m for m in updates if m.startswith("model.layers.1.") and (not shared or m.endswith("q_proj"))]
     for row, text in zip(routed(router, TEXTS), TEXTS, strict=True):
@@ -243,7 +237,7 @@ def test_logo_weighs_by_the_norm_at_the_last_block(
 
 
 def test_mass_weighs_by_what_the_subspaces_leave_over(base, five):
-    router = method("mass", base, five)
+    router = method_of("mass", base, five)
     found, updates = routed(router, TEXTS), updates_in(five)
     block = [module for module in updates if module.startswith("model.layers.1.")]
     assert (found[:, :-1] > 0).sum(1).max() <= 3 and not found[:, -1].any()
@@ -281,7 +275,7 @@ def test_cards_picks_the_adapter_whose_card_is_about_it(encoder, base, tiny_libr
     header = "---\nbase_model: pirates\n---\n\n"
     (tiny_library / "attention" / "README.md").write_text(header + "# cook\n\nRecipes for soup and bread.")
     (tiny_library / "mlp" / "README.md").write_text("Translates SQL databases and table queries.")
-    router = method("cards", base, tiny_library)
+    router = method_of("cards", base, tiny_library)
     texts = ["How do I bake bread?", "SELECT name FROM users;", "x " * 400]
     found = routed(router, texts)
     assert found.shape == (3, 4) and not found[:, -1].any()

@@ -7,13 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import active, logits, plain_model
+from helpers import MIXED, active, logits, plain_model
 from router.model.apply import Beside, Merged, applied
 from router.model.base import linear_shapes, load_base
 from router.routing.variants import Variant, write_variant
 from router.system.errors import InputError
-
-MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
 
 
 def lora_weights(model):

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from helpers import NAMES, dense_updates, logits, write_tiny_adapter
+from helpers import MIXED, NAMES, dense_updates, logits, write_tiny_adapter
 from router.main import parser
 from router.methods import load_method
 from router.model.base import EMBEDDED_ID
@@ -20,8 +20,6 @@ from router.pipeline.steps import load
 from router.routing.variants import Variant
 from router.settings import Settings
 from router.system.files import sha256_of
-
-MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
 
 
 def made(name, tiny_base, library, **settings):

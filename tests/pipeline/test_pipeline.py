@@ -12,11 +12,11 @@ QUERIES += [Query("m", "Stone or pear? ", "multiple_choice", ("stone", "pear"))]
 
 
 @pytest.fixture()
-def method(base, adapters, tmp_path):
+def method(base, tiny_library, tmp_path):
     """Makes a method with its base model and library attached."""
 
     def make(name, **settings):
-        return method_of(name, base, adapters, output_folder=tmp_path / "out", max_gen_len=4, **settings)
+        return method_of(name, base, tiny_library, output_folder=tmp_path / "out", max_gen_len=4, **settings)
 
     return make
 

@@ -15,7 +15,6 @@ from router.api import Router
 from router.cli import main as cli
 from router.constants import TEMPLATE
 from router.kit import Merges
-from router.library.adapters import load_library
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import ALPACA, BARE, Frame, bare
@@ -175,7 +174,7 @@ def method(base, tiny_library, tmp_path):
 
     def make(**settings):
         how = {"chat_template": tmp_path / "template.jinja", "output_folder": tmp_path / "out"} | settings
-        return method_of("proto_route", base, load_library([str(tiny_library)]), **how)
+        return method_of("proto_route", base, tiny_library, **how)
 
     return make
 

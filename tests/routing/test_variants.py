@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import active, delta, dense_updates, raw_factors
+from helpers import MIXED, active, delta, dense_updates, raw_factors
 from merge.factors import Factors
 from router.model.base import linear_shapes, load_base
 from router.routing.variants import Variant, complete, decide, write_variant
-
-MIXED = Variant({"mlp": 0.5, "attention": 0.3, "everything": 0.15}, 0.05)
 
 
 def test_decide_drops_negligible_shares_and_keeps_sums_of_one():
