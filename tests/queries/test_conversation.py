@@ -31,7 +31,14 @@ from router.serving.names import read_served
 from router.system.errors import InputError
 
 PROMPTS = [Query(*row[:3]) for row in ROWS if row[2] == "generation"]
-HI = [{"role": "user", "content": "hi"}]
+
+
+def talk(text, system=None):
+    head = [{"role": "system", "content": system}] if system else []
+    return [*head, {"role": "user", "content": text}]
+
+
+HI = talk("hi")
 CHOICE = {"input": "x", "eval_type": "multiple_choice"}
 
 
@@ -43,7 +50,7 @@ def file_of(tmp_path, *lines):
 
 def test_lines_are_conversations_and_prompts(tmp_path):
     lines = (
-        {"id": "a", "messages": [{"role": "system", "content": "S"}, *HI]}, "",
+        {"id": "a", "messages": talk("hi", "S")}, "",
         {"input": "1 + 1 =", "eval_type": "multiple_choice", "answer_choices": ["2", "3"]},
         {"id": 7, "input": "x", "more": None},
     )  # fmt: skip
@@ -62,13 +69,13 @@ BAD = {
     "a text": ({"messages": "hi"}, "messages"),
     "no role": ({"messages": [{"content": "x"}]}, "role"),
     "a role": ({"messages": [{"role": "bot", "content": "x"}]}, "'bot'"),
-    "content": ({"messages": [{"role": "user", "content": 7}]}, "message 1"),
+    "content": ({"messages": talk(7)}, "message 1"),
     "no user": ({"messages": [{"role": "system", "content": "x"}]}, "user"),
-    "blank": ({"messages": [{"role": "user", "content": " "}]}, "user"),
+    "blank": ({"messages": talk(" ")}, "user"),
     "answered": ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, "assistant"),
-    "megabytes": ({"messages": [{"role": "user", "content": "x" * (5 << 20)}]}, "characters"),
+    "megabytes": ({"messages": talk("x" * (5 << 20))}, "characters"),
     "calls": ({"messages": [{"role": "assistant", "tool_calls": "x" * (5 << 20)}, *HI]}, "characters"),
-    "a picture": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {}]}]}, "parts"),
+    "a picture": ({"messages": talk([{"type": "text", "text": "x"}, {}])}, "parts"),
     "tools": ({"messages": HI, "tools": [{}]}, "tools"),
     "an id": ({"id": [], "messages": HI}, "id"),
     "half an id": ({"id": "\ud83d", "messages": HI}, "column id"),
@@ -104,14 +111,14 @@ def ask(command, tmp_path):
 
 
 def test_a_run_answers_a_conversation_in_the_template(ask, tmp_path, capsys, monkeypatch):
-    talk = [{"role": "system", "content": "S"}, *HI, {"role": "assistant", "content": "a"}, *HI]
+    asked = [*talk("hi", "S"), {"role": "assistant", "content": "a"}, *HI]
     text, out = "system: S\nuser: hi\nassistant: a\nuser: hi\nassistant: ", tmp_path / "out"
     words = ("one two three four five six", "shorter", "", "yes")  # the last three are brief
-    several = [{"role": "user", "content": content} for content in words]
+    several = [message for word in words for message in talk(word)]
     assert ask({"id": "q9", "messages": HI}, given=()) == 2  # without a template it is refused
     assert "query q9" in (said := capsys.readouterr().err) and "--chat_template" in said
     assert not list(out.glob("*.csv"))
-    assert ask({"messages": talk}, {"input": text}, {"messages": several}) == 0
+    assert ask({"messages": asked}, {"input": text}, {"messages": several}) == 0
     assert all(row["prediction"] for row in read_table(out / "talks.csv"))
     evidence = Evidence.load(out / "talks.evidence.safetensors")
     assert evidence.frames == [["user: ", "\nassistant: "]]
@@ -162,8 +169,8 @@ def test_a_template_that_all_adapters_bring_is_served(router_of, tiny_library, t
 
 
 def test_half_a_character_costs_no_report(ask, tmp_path):
-    half = {"role": "user", "content": "half \ud83d"}
-    assert ask({"messages": [half]}, {"input": half["content"]}) == 0
+    half = "half \ud83d"
+    assert ask({"messages": talk(half)}, {"input": half}) == 0
     assert "half ?" in (tmp_path / "out" / "report.html").read_text("utf-8")
     assert not (tmp_path / "out" / ".journal").exists()
 
@@ -180,11 +187,8 @@ def method(base, tiny_library, tmp_path):
 
 
 def queries_of(*texts, system=None):
-    head = [{"role": "system", "content": system}] if system else []
-    talks = [[*head, {"role": "user", "content": text}] for text in texts]
     return [
-        Query(str(n), text, "generation", (), json.dumps(talk))
-        for n, (text, talk) in enumerate(zip(texts, talks, strict=True))
+        Query(str(n), text, "generation", (), json.dumps(talk(text, system))) for n, text in enumerate(texts)
     ]
 
 
@@ -296,20 +300,20 @@ def test_an_adapter_is_asked_in_the_template_that_it_brings(chat_router, tiny_li
     def answer(asked):
         return chat_router(method="average", max_gen_len=6).answer([asked])
 
-    talk = [{"role": "system", "content": "S"}, *HI]
-    plain = answer(talk)
+    under = talk("hi", "S")
+    plain = answer(under)
     angled = "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"
     bring(angled)
     assert answer(HI) == answer("<hi>") != answer("user: hi\nassistant: ")
     bring("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN)
-    assert answer(talk) == plain and "no system" in caplog.text  # one that refuses is not used
+    assert answer(under) == plain and "no system" in caplog.text  # one that refuses is not used
     for folder in tiny_library.iterdir():
         (folder / "chat_template.jinja").unlink()
         (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": angled}))
     assert answer(HI) == answer("<hi>")
     bring("{{ raise_exception('never') }}")
     caplog.clear()
-    assert answer(talk) == plain and "never" in caplog.text
+    assert answer(under) == plain and "never" in caplog.text
     ids = tuple(base.tokenizer("abc")["input_ids"])
     assert cut_at(base.tokenizer, Answer("abc", ids), ids[1]) == Answer("a", ids[:2])  # a turn's end
 
@@ -371,9 +375,8 @@ def test_how_few_answers_begin_makes_no_frame(method, tmp_path):
 
 def test_a_template_of_messages_alone_has_each_read_on_its_own(chat_router):
     made = chat_router("{% for m in messages %}{{ m['content'] }} {% endfor %}")._proto
-    talk = [HI[0], {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Now 5, 4"}]
-    (query,) = queries_of("")
-    query = replace(query, messages=json.dumps(talk))
+    asked = [*HI, {"role": "assistant", "content": "Yes?"}, *talk("Now 5, 4")]
+    query = Query("0", "", "generation", (), json.dumps(asked))
     assert made.turns([query], made.encoded([query])) == made.turns([query])
     assert len(made.turns([query])[0]) == 2
 
@@ -388,11 +391,10 @@ def test_a_saved_router_has_the_frame_that_was_told(chat_router, tmp_path):
 def test_text_that_ends_as_the_template_does_is_in_its_frame(chat_router):
     router = chat_router(CHATML).fit(["1 + 1 =", "hello"])
     router._proto.prepare()
-    talk = [{"role": "system", "content": "Sort."}, {"role": "user", "content": " hi \n"}]
-    text = router._method.template.text(talk)
-    expected, *others = router.choose(
-        [talk, text, text.rstrip(), f"{text}<think>\n", f"{text}<think>\n\n</think>\n\n"]
-    )
+    asked = talk(" hi \n", "Sort.")
+    text = router._method.template.text(asked)
+    ends = (text, text.rstrip(), f"{text}<think>\n", f"{text}<think>\n\n</think>\n\n")
+    expected, *others = router.choose([asked, *ends])
     assert expected.frame != "bare" and others == [expected] * 4
     for spoken in (text.removeprefix("<|im_start|>system\nSort.<|im_end|>\n"), f"<eos>{text}"):
         router._method.template.first = "<eos>"  # as if the tokenizer put it before any text
@@ -417,7 +419,7 @@ def test_a_template_that_writes_the_system_message_last_makes_few_frames(chat_ro
     router = chat_router(last).fit(["1 + 1 =", "hello"])
     router._proto.prepare()
     before = router.frames
-    talks = [[{"role": "system", "content": f"Rule {n}."}, *HI] for n in range(FRAMES + 4)]
+    talks = [talk("hi", f"Rule {n}.") for n in range(FRAMES + 4)]
     assert len({choice.frame for choice in router.choose(talks)}) == 1
     router.route(talks)
     assert router.frames == before
@@ -431,10 +433,7 @@ def test_a_template_that_writes_the_system_message_last_makes_few_frames(chat_ro
 def test_a_system_message_of_many_requests_becomes_a_frame(chat_router, tmp_path):
     """As if the router had been fitted with it; a thread may choose meanwhile."""
     own = Frame("system: Be kind.\nuser: ", "\nassistant: ")
-    under = [
-        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"{n}?"}]
-        for n in range(SHARED)
-    ]
+    under = [talk(f"{n}?", "Be kind.") for n in range(SHARED)]
     plain = ["1 + 1 =", "hello", HI]
     chat_router().fit([*plain, *under]).save(tmp_path / "with")
     chat_router().fit([*plain, *under[1:]]).save(tmp_path / "without")
@@ -527,18 +526,18 @@ def test_a_variant_keeps_no_template_of_the_one_before(method, tiny_library, tmp
 def test_a_template_that_wants_a_system_message_gets_one(chat_router):
     strict = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no job') }}{% endif %}" + PLAIN
     router = chat_router(strict).fit(["1 + 1 ="])
-    router.choose(["2 + 2 =", [{"role": "system", "content": "S"}, *HI]])
+    router.choose(["2 + 2 =", talk("hi", "S")])
     with pytest.raises(InputError, match="no job"):
         router.answer([HI])
 
 
 def test_a_long_chat_keeps_both_its_ends(method):
     made = method(max_seq_len=40)
-    asked = [{"role": "system", "content": "rules " * 40}, *HI]
-    (ids,) = made.encoded([Query("0", "", "generation", (), json.dumps(asked))])
+    asked = queries_of("hi", system="rules " * 40)
+    (ids,) = made.encoded(asked)
     text = made.tokenizer.decode(ids)
     assert len(ids) == 40 and text.startswith("system: rules") and text.endswith("user: hi\nassistant: ")
-    ((read,),) = made.turns([Query("0", "", "generation", (), json.dumps(asked))])
+    ((read,),) = made.turns(asked)
     assert list(read.ids) == ids
 
 
@@ -548,8 +547,8 @@ def test_of_a_long_conversation_the_last_messages_are_read_and_the_job(method):
     written = "".join(f"User: {text}\nAssistant: x\n" for text in long)
     queries = [Query("0", written + "User: last\nAssistant:", "generation")]
     for words in (long, [job, *["why?"] * (2 * TURNS), "thanks"]):
-        talk = [{"role": "user", "content": text} for text in words]
-        queries.append(Query("1", "", "generation", (), json.dumps(talk)))
+        asked = [message for word in words for message in talk(word)]
+        queries.append(Query("1", "", "generation", (), json.dumps(asked)))
     turns = method().turns(queries)
     assert [len(reads) for reads in turns] == [TURNS] * 3
     spelt = [method().tokenizer.decode(read.ids) for read in turns[-1]]
