@@ -4,7 +4,6 @@ import re
 import time
 
 import httpx
-import openai
 import pytest
 from serving_stubs import Upstream, chat, proxied, serving
 
@@ -26,6 +25,8 @@ def router(saved_chats):
 
 @pytest.fixture()
 def client(router):
+    import openai  # which takes long, so not where tests are collected
+
     with (
         serving(Upstream([{"id": "tiny", "object": "model"}]).app) as upstream,
         serving(Proxy(router, upstream).app) as proxy,
