@@ -139,18 +139,6 @@ def chat_router(router_of, tmp_path):
     return make
 
 
-@pytest.fixture()
-def saved_chats(chat_router, tmp_path):
-    """Saves a router of chats that was fitted to texts, and loads it."""
-    from router.api import Router
-
-    def saved(texts):
-        made = chat_router(false_positive_rate=0.9).fit(texts)
-        return Router.load(made.save(tmp_path / "saved"), device="cpu")
-
-    return saved
-
-
 @pytest.fixture(scope="module")
 def base(tiny_base):
     from router.model.base import load_base

@@ -8,6 +8,7 @@ import pytest
 from serving_stubs import Upstream, chat, proxied, serving
 
 from helpers import PLAIN
+from router.api import Router
 from router.model.template import Template
 from router.pipeline.reading import SHARED
 from router.pipeline.served import served
@@ -19,8 +20,19 @@ USER = ("What is number 1", "Say number 2", "Bonjour number 3", "thanks", "Say n
 
 
 @pytest.fixture()
-def router(saved_chats):
-    return saved_chats([chat(text)["messages"] for text in USER])
+def saved(chat_router, tmp_path):
+    """Saves a router of USER's messages, and loads it."""
+
+    def made():
+        fitted = chat_router(false_positive_rate=0.9).fit([chat(text)["messages"] for text in USER])
+        return Router.load(fitted.save(tmp_path / "saved"), device="cpu")
+
+    return made
+
+
+@pytest.fixture()
+def router(saved):
+    return saved()
 
 
 @pytest.fixture()
@@ -69,11 +81,11 @@ def test_a_system_message_of_many_requests_is_calibrated_beside_them(client, rou
 
 
 @pytest.mark.anyio
-async def test_a_variant_that_brings_a_template_is_asked_in_it(saved_chats, tiny_library, tmp_path):
+async def test_a_variant_that_brings_a_template_is_asked_in_it(saved, tiny_library, tmp_path):
     other = PLAIN.replace("assistant: ", "them> ")
     for folder in tiny_library.iterdir():
         (folder / "chat_template.jinja").write_text(other)
-    router = saved_chats([chat(text)["messages"] for text in USER])
+    router = saved()
     fits = next(text for text in USER if router.choose([chat(text)["messages"]])[0].fits)
     names = [served(n, of.sha256) for n, of in enumerate(router.variants) if of.weights]
     listed = Upstream([{"id": "the-base"}, *({"id": name} for name in names)])
