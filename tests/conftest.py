@@ -118,14 +118,23 @@ def router_of(tiny_base, tiny_library):
 
 
 @pytest.fixture(scope="module")
-def fit_and_save(tmp_path_factory, tiny_base):
-    """Saves a router of the tiny library, fitted to texts: once for the tests of a file, which copy it."""
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture()
+def saved_of(kept, tiny_base, tmp_path):
+    """Copies a saved router of the tiny library, which is fitted to texts once for the tests of a file."""
     from router.api import Router
 
-    folder = tmp_path_factory.mktemp("fitted")
-    library = write_tiny_library(folder / "library")
-    fixed = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "max_gen_len": 6}
-    return lambda texts, **how: Router.from_library(library, **fixed | how).fit(texts).save(folder / "saved")
+    def copied(texts, **how):
+        if not (kept / "saved").exists():
+            library = write_tiny_library(kept / "library")
+            how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "max_gen_len": 6} | how
+            Router.from_library(library, **how).fit(texts).save(kept / "saved")
+        return shutil.copytree(kept / "saved", tmp_path / "saved")
+
+    return copied
 
 
 @pytest.fixture()

@@ -43,14 +43,9 @@ def router(made):
 MORE = [*TEXTS, "Bonjour !", "x" * 40, "Say x again, and then y."]
 
 
-@pytest.fixture(scope="module")
-def fitted(fit_and_save):
-    return fit_and_save(MORE)
-
-
 @pytest.fixture()
-def saved(fitted, tmp_path):
-    return shutil.copytree(fitted, tmp_path / "saved")
+def saved(saved_of):
+    return saved_of(MORE)
 
 
 @pytest.fixture()

@@ -1,7 +1,6 @@
 """`proto-route ray`: the rows of a run, in blocks; what is answered is not answered again."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,15 +34,10 @@ def queries(tmp_path):
     return write_queries(tmp_path / "queries.csv", MANY)
 
 
-@pytest.fixture(scope="module")
-def fitted(fit_and_save):
-    return fit_and_save([row[1] for row in MANY])
-
-
 @pytest.fixture()
-def saved(fitted, tmp_path):
+def saved(saved_of):
     """The folder of a router that was fitted to the queries."""
-    return shutil.copytree(fitted, tmp_path / "router")
+    return saved_of([row[1] for row in MANY])
 
 
 @pytest.fixture()
@@ -183,7 +177,7 @@ def test_a_block_that_has_its_answers_is_not_answered_again(ray, answering, quer
 
 def test_other_answers_have_another_folder(ray, answering, queries, tmp_path):
     assert ray(queries)[0] == 0 and ray(queries, "--block", 5)[0] == 0
-    about = tmp_path / "router" / "router.json"
+    about = tmp_path / "saved" / "router.json"
     about.write_text(about.read_text() + "\n")
     assert ray(queries)[0] == 0
     write_queries(queries, MANY[:-1])

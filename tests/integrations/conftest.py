@@ -1,6 +1,4 @@
-"""A saved router of prompts and of a chat, fitted once for all tests of a file."""
-
-import shutil
+"""A saved router of prompts and of a chat."""
 
 import pytest
 
@@ -8,13 +6,8 @@ from helpers import CHAT, PLAIN, PROMPTS
 from router.api import Router
 
 
-@pytest.fixture(scope="module")
-def fitted(fit_and_save, tmp_path_factory):
-    template = tmp_path_factory.mktemp("chats") / "template.jinja"
-    template.write_text(PLAIN)
-    return fit_and_save([*PROMPTS[:3], CHAT], chat_template=template, false_positive_rate=0.9)
-
-
 @pytest.fixture()
-def saved(fitted, tmp_path):
-    return Router.load(shutil.copytree(fitted, tmp_path / "saved"), device="cpu")
+def saved(saved_of, tmp_path):
+    (tmp_path / "template.jinja").write_text(PLAIN)
+    how = {"chat_template": tmp_path / "template.jinja", "false_positive_rate": 0.9}
+    return Router.load(saved_of([*PROMPTS[:3], CHAT], **how), device="cpu")

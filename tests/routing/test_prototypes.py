@@ -7,14 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from helpers import write_tiny_adapter
-from router.library.adapters import load_library
 from router.routing.prototypes import prototypes
-
-
-def test_an_adapter_that_is_zero_has_no_prototype(tmp_path):
-    write_tiny_adapter(tmp_path / "zero", 1, size=0.0)
-    assert prototypes(load_library([str(tmp_path / "zero")])) == {}
 
 
 def test_a_library_that_was_seen_before_is_not_decomposed_again(adapters, cache, monkeypatch):
