@@ -26,15 +26,6 @@ def random_rows(rows, columns, seed=0):
     return np.random.default_rng(seed).dirichlet(np.full(columns, 0.3), rows)
 
 
-def test_labels_are_in_order_of_first_query():
-    corners = np.eye(3)
-    found = cluster(corners[[2, 0, 2, 1, 0]], 3, seed=0)
-    assert found.labels.tolist() == [0, 1, 0, 2, 1]
-    np.testing.assert_allclose(found.weights, corners[[2, 0, 1]], atol=1e-12)
-    many = cluster(random_rows(200, 6), 9, seed=3).labels.tolist()
-    assert list(dict.fromkeys(many)) == list(range(9))
-
-
 @pytest.mark.parametrize("n_variants", [1, 7])
 def test_every_query_is_in_the_nearest_mean(n_variants):
     weights = random_rows(120, 5)
