@@ -137,15 +137,11 @@ class ProtoRoute(Method):
         return calibration.responses(self.adapters, protos, calibration.means(list(protos)))
 
     def turns(
-        self,
-        queries: Sequence[Query],
-        rows: Rows = (),
-        new: int = FRAMES,
-        asked: Counter[Frame] | None = None,
+        self, queries: Sequence[Query], new: int = FRAMES, asked: Counter[Frame] | None = None
     ) -> list[list[Read]]:
         """What is read of each query, see `turns_of`; in no new frame once they fill their memory."""
         new = 0 if self.full else new
-        return turns_of(queries, rows, self.template, self.settings, self.fits.keys(), new, asked)
+        return turns_of(queries, self.template, self.settings, self.fits.keys(), new, asked)
 
     @property
     def full(self) -> bool:
@@ -163,7 +159,7 @@ class ProtoRoute(Method):
 
     def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""
-        turns = self.turns(queries, rows)
+        turns = self.turns(queries)
         return decided(self.judged([read for reads in turns for read in reads]), turns)
 
     def judged(self, reads: Sequence[Read]) -> Routing:
@@ -180,7 +176,7 @@ class ProtoRoute(Method):
         under = [n for n, read in enumerate(reads) if read.shared and read.shared not in of_one]
         if not under:
             return routing
-        again = [Read(reads[n].ids, reads[n].shared or BARE) for n in under]
+        again = [Read(reads[n].under, reads[n].shared or BARE) for n in under]
         in_frame = self._judged(again, "framed")
         framed = in_frame.evidence
         assert framed is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ JOINED = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 WORD = re.compile(rf"[{JOINED}]{{1,2}}|[^\s{JOINED}]+")
 
 
+TAG = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")
 RESULT = "<tool_response>"  # of a tool, which Qwen's template writes as a turn of the user
 BEGUN = 40  # characters of an answer that a text in a template may begin
 
@@ -161,12 +162,15 @@ def usual(texts: Sequence[str], least: int) -> Frame:
     start, back = alike(some), alike([text[::-1] for text in some])
     before, after = some[0][:start], some[0][len(some[0]) - back :]
     # Not within a word: the first letter that all happen to share is their own.
-    before, after = re.sub(r"\S+\Z", "", before), re.sub(r"\A\S+", "", after)
+    before = before[: len(before) - len(re.match(r"\S*", before[::-1])[0])]  # type: ignore[index]
+    after = re.sub(r"\A\S+", "", after)
     return Frame(before, after) if len(before) + len(after) < min(map(len, some)) else BARE
 
 
 def turns_of_text(text: str, template: Frame | None = None, own: Format | None = None) -> list[Parts]:
     """A plain text in the first of FORMATS that it is written in: each message of the user, in its parts.
+
+    Answers and results of tools after the last message are left out, but for the start of an answer.
 
     Args:
         template: the frame of the base model's template, for its default system message.
@@ -174,51 +178,66 @@ def turns_of_text(text: str, template: Frame | None = None, own: Format | None =
     """
     for user, after, preambles in [*FORMATS, *filter(None, [own])]:
         mark = after.rstrip()
-        tags = mark.startswith("<") and ">" in mark
-        end = text.rfind(mark)
-        begun = text[end + len(mark) :].strip()  # of the answer, such as `<think>`
-        ends = tags and mark[: mark.index(">") + 1]
-        fine = not begun or (ends and len(begun) <= BEGUN and ends not in begun and user.strip() not in begun)
-        if end < 0 or user not in text or not fine:
+        tag = TAG.match(mark)
+        end = tag[0] if tag else mark  # of a message
+        head, turns = _turns(text, user, end)
+        if not turns or not (last := _last(turns[-1], mark, end, bool(TAG.match(text)))):
             continue
-        if not tags:  # else blanks before the mark belong to the message
-            end = len(text[:end].rstrip())
-        start = text.find(user)
-        first = start + len(user)
-        if not user.endswith("\n"):
-            first = len(text) - len(text[first:].lstrip())
-        if first > end:
-            continue
-        head, tail, written = text[:first], text[end:], text[start:first]
+        message, tail = last
+        tail = tail or (template.after if template and template.after.startswith(mark) else after)
+        written = head[head.rindex(user) :]
         plain = written
         if template and template.after.strip() == tail.strip() and template.before.endswith(written):
             plain = template.before
         if head in (written, template and template.before, *(before + written for before in preambles)):
             plain = head
-        turns = _turns(text[first:end], user, ends or mark)
-        asked = [turn for turn in turns if turn.strip() and not turn.lstrip().startswith(RESULT)]
-        return [Parts(head, turn, tail, Frame(plain, tail)) for turn in asked] or [bare(text)]
+        asked = [_message(turn.partition(end)[0], end) for turn in turns[:-1]] + [message]
+        told = [turn for turn in asked if turn.strip() and not turn.lstrip().startswith(RESULT)]
+        return [Parts(head, turn, tail, Frame(plain, tail)) for turn in told] or [bare(text)]
     if template and (found := bare(text, template)).own == template:
         return [found._replace(common=template)]
     return [bare(text)]
 
 
-def _turns(text: str, user: str, end: str) -> Iterator[str]:
-    """What stands in the user's turns of a conversation, without what follows.
+def _turns(text: str, user: str, end: str) -> tuple[str, list[str]]:
+    """What stands before the first message of the user, with its mark; and each with what follows.
 
     Args:
-        text: from the first message to the end of the last one.
         user, end: what stands before a message, and after it. The former may be within a message, too.
     """
     blanks = "" if user.endswith("\n") else r"\s*"
-    first, *more = re.split(f"({re.escape(user)}{blanks})", text)
-    turns = [first]
-    for mark, turn in zip(more[::2], more[1::2], strict=True):
-        if end in turns[-1]:
-            turns.append(turn)
+    before, *more = re.split(f"({re.escape(user)}{blanks})", text)
+    turns, ended = list[list[str]](), True
+    for mark, part in zip(more[::2], more[1::2], strict=True):
+        if ended:
+            turns.append([])
         else:
-            turns[-1] += mark + turn
-    for turn in turns[:-1]:
-        message = turn.partition(end)[0]
-        yield message if end.startswith("<") else message.rstrip()
-    yield turns[-1]
+            turns[-1].append(mark)
+        turns[-1].append(part)
+        ended = end in part
+    return before + "".join(more[:1]), ["".join(parts) for parts in turns]
+
+
+def _message(text: str, end: str) -> str:
+    """A message before its end; blanks before a tag such as `<|im_end|>` belong to it."""
+    return text if end.startswith("<") else text.rstrip()
+
+
+def _last(turn: str, mark: str, end: str, tagged: bool) -> tuple[str, str] | None:
+    """The last message of the user, and what follows it, "" for too much; None if it is not asked.
+
+    Args:
+        turn: with what follows.
+        mark: the end of the message and the start of the answer, which has begun only after a tag.
+        end: of the message.
+        tagged: whether the text begins with a tag, so that anything may follow.
+    """
+    tag = TAG.match(end)
+    message, there, rest = turn.partition(mark) if tag else turn.rpartition(mark)
+    begun, message = rest.strip(), _message(message, end)
+    if there and (not begun or (tag and len(begun) <= BEGUN and end not in begun)):
+        return message, turn[len(message) :]
+    if tag and not there:  # nor is an answer
+        message, there, rest = turn.rpartition(end)
+        tagged = tagged and not rest.strip()
+    return (message, "") if tag and there and tagged else None

@@ -21,6 +21,7 @@ Found = TypeVar("Found")
 
 MAX_TOKENS = 128  # the most that routing reads of a prompt; docs/lab.md tells what more would change
 HEAD = 32  # of these before a long message, such as a system message's; a short one leaves it more
+ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
 
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 
@@ -46,19 +47,25 @@ def truncated(rows: Rows) -> list[list[int]]:
     ]
 
 
-def headed(row: Sequence[int], head: int) -> list[int]:
-    """A long prompt with both ends of its head alone, which `truncated` would read in the message's place.
+def headed(row: Sequence[int], head: int, frame: bool = False) -> list[int]:
+    """A prompt with both ends of a long head alone, which `truncated` would read in the message's place.
 
     Args:
         head: how many of the tokens come before the message.
+        frame: whether these say nothing. Then as many are read of the head before any message, at most half.
 
     Example:
         >>> [ids] = truncated([headed(list(range(1000)), 500)])
         >>> ids[15], ids[16], ids[31], ids[32], ids[63], ids[64]
         (15, 484, 499, 500, 531, 936)
     """
-    room = max(HEAD, MAX_TOKENS - len(row[head:]))
+    room = MAX_TOKENS // 2 if frame else max(HEAD, MAX_TOKENS - len(row[head:]))
     return list(row) if head <= room else [*row[: room // 2], *row[head - (room - room // 2) :]]
+
+
+def ends_of(text: str, most: int = ENDS) -> str:
+    """A text, or so many characters at either of its ends."""
+    return text if len(text) <= 2 * most else text[:most] + text[-most:]
 
 
 def batches(

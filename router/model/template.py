@@ -147,7 +147,8 @@ class Template:
             before = self.frame.before
         except (InputError, ValueError):
             return None
-        between = between.rpartition("said")[2]
+        answer, _, between = between.rpartition("said")
+        after = after[: alike([after, answer])] or after  # without what begins the answer, such as `<think>`
         user = between[len(between) - alike([before[::-1], between[::-1]]) :]  # with which both end
         user = re.sub(r"\A[^<]*>", "", user.removeprefix(after[: after.find(">") + 1])).lstrip()  # of others
         return Format(user, after) if user.strip() and after.strip() else None

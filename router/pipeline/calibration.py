@@ -21,7 +21,7 @@ from router.library.store import content, each_kept, load, save
 from router.model.answer import cut, encode
 from router.model.base import Base
 from router.model.frames import BARE, Frame
-from router.model.passes import truncated
+from router.model.passes import ENDS, ends_of, headed, truncated
 from router.routing.calibration import Measured, framing_of, generic_prompts
 from router.routing.probe import END, input_means, probe
 from router.routing.prototypes import FORMAT as PROTOTYPES
@@ -46,8 +46,10 @@ class Calibration:
         self, base: Base, limit: int | None = None, frame: Frame = BARE, texts: Sequence[str] | None = None
     ) -> None:
         self.base = base
-        whole = encode(base.tokenizer, texts or generic_prompts(frame))
-        self.rows = truncated([cut(row, limit, ends=frame != BARE) for row in whole])  # as queries are
+        short = frame if limit else frame._replace(before=ends_of(frame.before, ENDS // 4))
+        head, *whole = encode(base.tokenizer, [short.before, *(texts or generic_prompts(short))])
+        rows = (cut(row, limit, ends=frame != BARE) for row in whole)  # as queries are
+        self.rows = truncated([of if len(of) == limit else headed(of, len(head), True) for of in rows])
         self.framing = framing_of(base.tokenizer, self.rows, frame)
         self.pad, model = base.tokenizer.pad_token_id, base.model
         self.probe = partial(probe, model, self.rows, self.pad, title="calibrate", framing=self.framing)

@@ -5,20 +5,20 @@ A prompt is read as it is, a conversation by each message of the user under its 
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from router.model.answer import Rows, cut, encode
+from router.model.answer import cut, encode
 from router.model.frames import BARE, Frame, Parts, bare, turns_of_text, usual, within
-from router.model.passes import MAX_TOKENS, headed
+from router.model.passes import ENDS, MAX_TOKENS, ends_of, headed
 from router.model.template import Template
 from router.queries.submission import Query
 from router.routing.calibration import generic_prompts
 from router.settings import Settings
 
-ENDS = 1 << 14  # characters at either end of a text, which hold more tokens than routing reads of it
 FRAMES = 8  # that one batch of queries may bring
 TURNS = 8  # of a conversation; each may be a pass of the base model
 BRIEF = 6  # words; the lead in a message with fewer counts less, since "shorter, please" says little
@@ -36,6 +36,7 @@ class Read:
         shared: the frame with a system message that many queries have, if it has one.
         words: of the message.
         later: how many messages of the user follow; it is the same reading wherever it stands.
+        under: the tokens that are read in `shared`.
     """
 
     ids: tuple[int, ...]
@@ -43,6 +44,7 @@ class Read:
     shared: Frame | None = None
     words: int = 0
     later: int = field(default=0, compare=False, repr=False)
+    under: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts]:
@@ -69,7 +71,6 @@ def _telling(turns: list[Parts]) -> list[Parts]:
 
 def turns_of(
     queries: Sequence[Query],
-    rows: Rows,
     template: Template,
     settings: Settings,
     known: Collection[Frame],
@@ -78,10 +79,10 @@ def turns_of(
 ) -> list[list[Read]]:
     """What is read of each query: one text, or one for each of the user's messages in a conversation.
 
-    Of a very long one the middle is left out before it is tokenised, since its ends alone are read.
+    Of a very long one the middle is left out before it is tokenised, since its ends alone are read; but with
+    a limit, which may end it elsewhere.
 
     Args:
-        rows: token ids of each query's prompt, which are read of a bare one; none where they are not known.
         known: the frames that came before.
         new: at most so many others of each kind; a text in one more is taken as it is.
         asked: counts the system messages and the like, each as a frame.
@@ -89,14 +90,8 @@ def turns_of(
     parts, limit = [parts_of(query, template, settings) for query in queries], settings.max_seq_len
     talks = {n for n, query in enumerate(queries) if query.messages}
     parts = _in_frames(parts, talks, known, new, settings.frame is None, template.usable or BARE)
-    there = {n: tuple(row) for n, row in enumerate(rows) if parts[n][0].common == BARE and n not in talks}
-
-    def ends(text: str, most: int) -> str:
-        """A text, or so many characters at its ends; with a limit what is read may end elsewhere."""
-        return text if limit or len(text) <= 2 * most else text[:most] + text[-most:]
-
-    others = (one for n, turns in enumerate(parts) for one in turns if n not in there)
-    texts = [ends(ends(one.head, ENDS // 2) + one.text + one.tail, ENDS) for one in others]
+    every, most = [one for turns in parts for one in turns], sys.maxsize if limit else ENDS
+    texts = [ends_of(ends_of(one.head, most // 4) + one.text + one.tail, most) for one in every]
     ids = iter(encode(template.tokenizer, texts))
     counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
     if asked is not None:
@@ -104,14 +99,17 @@ def turns_of(
     shared = {*known, *(frame for frame, count in counts.most_common(new) if count >= SHARED)}
 
     def read(n: int, one: Parts) -> Read:
-        tokens = there[n] if n in there else cut(next(ids), limit, n in talks or one.common != BARE)
-        whole, own_head = not limit or len(tokens) < limit, one.head != one.common.before
-        if whole and own_head and len(tokens) > MAX_TOKENS:
-            tokens = headed(tokens, heads(ends(one.head, ENDS // 2)))
+        tokens = cut(next(ids), limit, n in talks or one.common != BARE)
+        head = heads(one.head) if one.head and (not limit or len(tokens) < limit) else 0
+        under = tuple(headed(tokens, head, frame=True))
+        if one.head == one.common.before:
+            tokens = list(under)
+        elif len(tokens) > MAX_TOKENS:
+            tokens = headed(tokens, head)
         own = one.own if one.own in shared and one.own != one.common else None
-        return Read(tuple(tokens), one.common, own, one.words, one.later)
+        return Read(tuple(tokens), one.common, own, one.words, one.later, under if own else ())
 
-    heads = cache(lambda head: len(encode(template.tokenizer, [head])[0]))
+    heads = cache(lambda head: len(encode(template.tokenizer, [ends_of(head, most // 4)])[0]))
     return [[read(n, one) for one in turns] for n, turns in enumerate(parts)]
 
 

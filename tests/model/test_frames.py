@@ -60,6 +60,10 @@ def test_of_a_conversation_the_head_and_each_message_are_read():
         ("User: Explain 'Invalid User: bob' to me\nAssistant:", ["Explain 'Invalid User: bob' to me"]),
         (f"{CHATML.user}a<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n{CHATML.user}b<|im_end|>c{CHATML.after}<think>\n",
          ["a", "b<|im_end|>c"]),
+        (f"{CHATML.user}a{CHATML.after}{'So it goes. ' * 9}", ["a"]),
+        (f"{CHATML.user}a{CHATML.after}Wait<|im_end|>\n<|im_start|>tool\n4{CHATML.after}", ["a"]),
+        (f"{CHATML.user}a{CHATML.after}b<|im_end|>\n{CHATML.user}c<|im_end|>\n", ["a", "c"]),
+        ("[INST] a [/INST][TOOL_CALLS] [4]</s>[TOOL_RESULTS] 4[/TOOL_RESULTS]", ["a"]),
     ],
 )  # fmt: skip
 def test_turns_end_where_they_end_and_the_last_one_is_whole(text, messages):

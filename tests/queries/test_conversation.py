@@ -20,6 +20,7 @@ from router.model.answer import Answer, cut_at
 from router.model.frames import ALPACA, BARE, Frame, bare
 from router.model.passes import MAX_TOKENS, truncated
 from router.model.template import Template
+from router.pipeline import calibration
 from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
 from router.pipeline.reading import FRAMES, SHARED, TURNS, Read
@@ -356,6 +357,15 @@ def test_of_a_very_long_system_message_the_message_is_read_too(method):
     assert "Translate" in made.tokenizer.decode(truncated([read.ids])[0])
 
 
+@pytest.mark.parametrize("length", [9, 90, 40_000])
+def test_generic_text_is_read_as_queries_under_a_shared_system_message_are(method, length):
+    made, texts = method(), calibration.generic_prompts(Frame("\0"))
+    talks = queries_of(*(text[1:] for text in texts), system="Be kind. " * (length // 9))
+    reads = [read for turns in made.turns(talks) for read in turns]
+    (shared,) = {read.shared for read in reads}
+    assert calibration.Calibration(made.base, None, shared).rows == truncated([read.under for read in reads])
+
+
 def test_a_long_shared_system_message_is_cut_as_generic_text_in_it_is(method):
     talks = queries_of(*(f"{n} and {n}" for n in range(SHARED)), system="Be kind. " * 20)
     made = method(max_seq_len=40)  # in which only part of what stands around a message has room
@@ -377,7 +387,6 @@ def test_a_template_of_messages_alone_has_each_read_on_its_own(chat_router):
     made = chat_router("{% for m in messages %}{{ m['content'] }} {% endfor %}")._proto
     asked = [*HI, {"role": "assistant", "content": "Yes?"}, *talk("Now 5, 4")]
     query = Query("0", "", "generation", (), json.dumps(asked))
-    assert made.turns([query], made.encoded([query])) == made.turns([query])
     assert len(made.turns([query])[0]) == 2
 
 
