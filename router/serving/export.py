@@ -6,6 +6,7 @@ adapters themselves where they are at hand, since it mixes them anew for each re
 
 from __future__ import annotations
 
+import json
 import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -40,7 +41,8 @@ def vllm(served: Served) -> list[str]:
         "--max-lora-rank", str(served_rank(served.rank)), "--lora-target-modules", *served.modules,
         *(["--trust-request-chat-template"] if served.templates else []),
         *(["--chat-template", str(served.template.resolve())] if served.template else []),
-        "--lora-modules", *(f"{name}={path.resolve()}" for name, path in served.folders.items()),
+        "--lora-modules",  # in JSON, as its NAME=PATH cannot have every path
+        *(json.dumps({"name": name, "path": str(path.resolve())}) for name, path in served.folders.items()),
     ]  # fmt: skip
 
 
@@ -86,9 +88,11 @@ def export(
 
     Raises:
         InputError: there are no variants in the folder, or nothing that llama.cpp's files can be made with;
-            or what would be replaced is somebody else's.
+            the engine does not take its path; or what would be replaced is somebody else's.
     """
     script = folder / SCRIPT
+    if engine == "llamacpp" and {":", ","} & set(str(folder.resolve())):
+        raise InputError(f"{folder.resolve()}: expected a path without : and , for llama.cpp; move it")
     if not is_sealed(script):
         raise InputError(f"{script}: expected none, or one of an earlier export as it was; move it away")
     served, said = read_served(folder), []

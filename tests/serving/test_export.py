@@ -82,6 +82,7 @@ def modules_in(out):
 
 
 def test_vllm_gets_every_variant_by_name_and_a_slot_more(out, capsys, tiny_base, tmp_path, monkeypatch):
+    out = out.rename(tmp_path / "lr=1e-4,seed=3")
     assert cli(["check", str(out)]) == 0
     said = capsys.readouterr().out
     assert "3 adapters" in said and all(name_of(path) in said for path in folders_in(out))
@@ -92,7 +93,8 @@ def test_vllm_gets_every_variant_by_name_and_a_slot_more(out, capsys, tiny_base,
     ranks = [json.loads((path / "adapter_config.json").read_text())["r"] for path in folders]
     assert words[words.index("--max-lora-rank") + 1] == str(max(ranks))
     assert modules_named(words) == sorted(modules_in(out))
-    named = dict(word.split("=", 1) for word in words if word.startswith("variant-"))
+    modules = map(json.loads, words[words.index("--lora-modules") + 1 : -1])
+    named = {module["name"]: module["path"] for module in modules}
     assert named == {name_of(path): str(path.resolve()) for path in folders} and folders
     assert f"{len(folders)} variants" in capsys.readouterr().out
     fake = tmp_path / "bin" / "vllm"
@@ -234,6 +236,9 @@ def test_what_llamacpp_lacks_is_refused_and_nothing_is_left(command, llama_cpp, 
     assert "this architecture is not known" in refused(*llama_cpp[2:])
     write_tiny_adapter(tiny_library / "mlp", 9)
     assert "mlp" in refused(*llama_cpp[2:])
+    for name in ("lr=1e-4,seed=3", "12:30"):
+        out = out.rename(out.with_name(name))
+        assert name in refused(*llama_cpp[2:])
 
 
 def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(out, llama_cpp, capsys):
