@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from merge.factors import Factors, inner
-from merge.folders import AdapterError, open_adapter, served_rank, write_adapter
+from merge.folders import SERVED_RANKS, AdapterError, open_adapter, served_rank, write_adapter
 from router.routing.variants import limited
 from router.serving.gguf import base_gguf, converted
 from router.serving.names import Served, read_adapters, read_served
@@ -88,7 +88,7 @@ def export(
 
     Raises:
         InputError: there are no variants in the folder, or nothing that llama.cpp's files can be made with;
-            the engine does not take its path; or what would be replaced is somebody else's.
+            the engine does not take its path or the rank; or what would be replaced is somebody else's.
     """
     script = folder / SCRIPT
     if engine == "llamacpp" and {":", ","} & set(str(folder.resolve())):
@@ -111,6 +111,11 @@ def export(
                 ranks.append(rank)
         folders = {own: final / path.name for own, path in served.folders.items()}
         served = replace(served, folders=folders, rank=max(ranks))
+    if engine == "vllm" and served.rank > (most := SERVED_RANKS[-1]):
+        raise InputError(
+            f"{folder}: expected variants of rank {most} at most, as vLLM does, got {served.rank}; pass "
+            f"--max_rank {most}"
+        )
     if engine == "llamacpp":
         base = base_gguf(served, gguf)
         files = converted(served, folder / GGUF, llama_cpp)

@@ -267,6 +267,14 @@ def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(out, llama_cpp, capsy
         assert words or text[text.index("--max-lora-rank") + 1] == "8"  # the least that it accepts for 3
 
 
+def test_a_rank_that_vllm_lacks_is_refused(out, capsys):
+    write_tiny_adapter(folders_in(out)[0], 9, rank=600)
+    accepted(out, int(folders_in(out)[0].name))
+    assert main([str(out)]) == 2
+    assert "--max_rank 512" in capsys.readouterr().err and not (out / "serve.sh").exists()
+    assert main([str(out), "--max_rank", "512"]) == 0
+
+
 def exchanged(out):
     first, second, *_ = (path / "adapter_model.safetensors" for path in folders_in(out))
     first.write_bytes(second.read_bytes())
