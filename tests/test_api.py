@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +72,8 @@ def test_a_canary_is_what_peft_and_transformers_say(saved, finished, tiny_base):
             assert variant.canary == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_saved_router_needs_the_base_model_alone(router, tiny_library, tmp_path):
+def test_a_saved_router_needs_the_base_model_alone(made, tiny_base, tiny_library, tmp_path, monkeypatch):
+    router = made(base_model=os.path.relpath(tiny_base))
     assert router.choose(["nobody asks it again"])[0].variant is None and router.variants == []
     with pytest.raises(ValueError, match="fit"):
         router.save(tmp_path / "saved")
@@ -82,6 +84,7 @@ def test_a_saved_router_needs_the_base_model_alone(router, tiny_library, tmp_pat
     chosen = router.answer(TEXTS, choices)
     shutil.move(tiny_library, tmp_path / "gone")
     moved = shutil.move(saved, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)  # from which the base model has another relative path
     loaded = Router.load(moved, device="cpu")
     assert loaded.candidates == router.candidates and loaded.variants == router.variants
     assert loaded.choose(MORE) == expected and loaded.choose(MORE[::-1]) == expected[::-1]

@@ -45,7 +45,7 @@ class Base:
     Attributes:
         model: in evaluation mode, on its device.
         tokenizer: pads on the left; has a padding token.
-        name: hub id or folder, as adapters refer to it.
+        name: hub id, or the whole path of a folder.
         revision: commit on the hub, None elsewhere.
         sha256: of the weight file(s); for the embedded model, of its GGUF file.
     """
@@ -186,7 +186,7 @@ def load_base(
     if spec == EMBEDDED:
         weights, name, revision = embedded_gguf(), EMBEDDED_ID, None
     elif is_folder(spec):
-        weights, name, revision = Path(spec), spec, None
+        weights, name, revision = Path(spec), str(Path(spec).resolve()), None
     else:
         weights, name, revision = fetched(spec)
     before = _stamps(weights)
