@@ -11,7 +11,7 @@ from typing import Any
 
 from router.system.errors import InputError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # the last is an older tool's
 SYSTEM = ("system", "developer")
 LARGEST = 4 << 20  # characters of a conversation
 Message = Mapping[str, Any]  # role, content, and whatever else a template reads

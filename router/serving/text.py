@@ -24,7 +24,11 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
         >>> prompt_of({"input": "Hello", "instructions": "Be brief."})
         [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hello'}]
     """
-    if "messages" not in body and "input" not in body:
+    messages = body.get("messages")
+    if messages is None:
+        messages = body.get("input")
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    if messages is None:
         given = body.get("prompt")
         if isinstance(given, list) and len(given) == 1:
             given = given[0]
@@ -32,10 +36,7 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
             what = "one text; send several prompts in several requests" if isinstance(given, list) else "text"
             raise InputError(f"model {AUTO}: expected {what}, since it is routed by what it says")
         return given
-    messages = body.get("messages", body.get("input"))
-    if isinstance(messages, str) and "input" in body:
-        messages = [{"role": "user", "content": messages}]
-    above = content({"content": body.get("system", body.get("instructions"))})
+    above = content({"content": body.get("system") or body.get("instructions")})
     if isinstance(messages, list):  # a response's input has calls of tools and their results, without a role
         messages = [
             one for one in messages if not isinstance(one, Mapping) or "role" in one or "type" not in one

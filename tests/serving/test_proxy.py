@@ -80,6 +80,8 @@ CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "
           {"type": "text", "text": "x"}]}]}, ["look\nx"]),
         ({"messages": [*chat("go")["messages"], {"role": "assistant", "content": None, "tool_calls": CALL},
           {"role": "tool", "content": "7", "tool_call_id": "c"}]}, ["go"]),
+        ({"messages": [*chat("go")["messages"], {"role": "function", "name": "f", "content": "7"}]}, ["go"]),
+        ({"messages": None, "input": "hello", "system": None, "instructions": "S"}, ["S", "hello"]),
         ({"messages": [*chat("go", "I call")["messages"],
           {"role": "user", "content": [{"type": "tool_result", "content": "7"}]}], "system": "S"},
          ["S", "go"]),
@@ -90,6 +92,7 @@ CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "
 )  # fmt: skip
 def test_what_is_read_of_a_request(body, read):
     assert [message["content"] for message in prompt_of(body)] == read
+    assert prompt_of({"prompt": "hi", "messages": None, "input": None}) == "hi"
 
 
 async def test_odd_headers_and_names_pass_or_are_quoted():
