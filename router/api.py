@@ -146,6 +146,8 @@ class Router:
             raise ValueError(f"method {method}: expected one that routes, this one is of the starter kit")
         if adapters:
             settings["adapters"] = tuple(map(str, adapters))
+        if isinstance(template := settings.get("chat_template"), str):
+            settings["chat_template"] = Path(template)
         context = Context(Settings(base_model=base_model, **settings))
         made.check()
         loaded = load_library_and_base(context)

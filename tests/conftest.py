@@ -143,7 +143,7 @@ def chat_router(router_of, tmp_path):
 
     def make(template=PLAIN, **how):
         (tmp_path / "template.jinja").write_text(template)
-        return router_of(chat_template=tmp_path / "template.jinja", **how)
+        return router_of(chat_template=str(tmp_path / "template.jinja"), **how)
 
     return make
 
