@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from router.model.answer import halves
+
 WINDOW = 0.005  # seconds that texts wait for more; one that waits alone does not
 MOST = 64  # texts in one pass
 
@@ -64,9 +66,9 @@ class Prober:
                 else:
                     found.set_result(one)
 
-    def _each(self, texts: Sequence[Any]) -> list[Any]:
-        """A decision per text, or the error where there is none; each is tried alone where a batch fails."""
+    def _each(self, texts: list[Any]) -> list[Any]:
+        """A decision per text, or its error; of a batch that fails, each half is tried."""
         try:
             return [one for _, one in zip(texts, self.decide(texts), strict=True)]
         except Exception as error:
-            return [error] if len(texts) == 1 else [self._each([text])[0] for text in texts]
+            return [error] if len(texts) == 1 else [one for half in halves(texts) for one in self._each(half)]
