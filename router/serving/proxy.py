@@ -166,8 +166,6 @@ class Proxy:
             found: Decided = await self.prober(prompt)
         except asyncio.QueueFull as error:
             raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error
-        except IndexError as error:  # it spells a token that the base model has no embedding of
-            raise HTTPException(400, "expected a text that the base model can read") from error
         self.seconds.labels("probe").observe(time.perf_counter() - start)
         return found
 
