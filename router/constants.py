@@ -15,7 +15,7 @@ Engine = Literal["transformers", "vllm"]  # what answers
 Scoring = Literal["full", "kit"]
 # In a folder of a model or of an adapter, as transformers and TRL save them; the second may hold the first.
 TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
-ADDRESS = r"https?://[^\s/:]+(:\d+)?(/\S*)?"  # of a server
+ADDRESS = r"https?://([^\s/:]+|\[[\da-fA-F:.]+\])(:\d+)?(/\S*)?"  # of a server
 CANARY = "The capital of France is"  # what every variant is asked for one token of, to see that it is served
 FORMAT = 12  # of runs and saved routers; raise it when a reader of the old one could not use the new one
 TEMPERATURE, TOP_K, FALSE_POSITIVE_RATE = 0.7, 3, 0.05  # of the gate, unless they are set

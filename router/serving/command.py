@@ -110,7 +110,8 @@ def work(args: Namespace) -> None:
         proxy = _proxy(args)
         count = len(proxy.router.variants)
         port = listener.getsockname()[1]  # --port 0 is any
-        print(f"http://{args.host}:{port}: {count} variant{'s' * (count != 1)}", flush=True)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"http://{host}:{port}: {count} variant{'s' * (count != 1)}", flush=True)
         with suppress(KeyboardInterrupt):  # uvicorn has drained, and raises it once more
             asyncio.run(_served(proxy, listener, args.timeout))
 

@@ -154,7 +154,8 @@ def test_what_cannot_start_says_why(capsys, router, tmp_path, monkeypatch):
 
     saved, nobody = router.save(tmp_path / "saved"), "http://127.0.0.1:1"
     assert "--upstream" in refused(saved, "localhost:8000")
-    assert str(tmp_path / "none") in refused(tmp_path / "none", nobody, "--port", "0")
+    for upstream in (nobody, "http://[::1]:1"):
+        assert str(tmp_path / "none") in refused(tmp_path / "none", upstream, "--port", "0")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         assert refused(saved, nobody, "--port", port).startswith(f"error: --port {port}: ")
