@@ -141,7 +141,7 @@ async def proxied(router=None, upstream=None, quiet=False, **how):
     """
     upstream = upstream or Upstream()
     transport = how.pop("transport", None) or httpx.ASGITransport(upstream.app)
-    proxy = Proxy(router or Two(), "http://upstream", transport=transport, **how)
+    proxy = Proxy(router or Two(), "http://upstream/v1", transport=transport, **how)
     app = httpx.ASGITransport(proxy.app, raise_app_exceptions=not quiet)
     async with (
         proxy._lifespan(proxy.app),

@@ -93,8 +93,8 @@ class Upstream:
     def __init__(self, address: str, timeout: float, transport: httpx.AsyncBaseTransport | None) -> None:
         nobody = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # no client gets another one's cookies
         self.client = httpx.AsyncClient(
-            base_url=address, timeout=httpx.Timeout(timeout, connect=10.0), transport=transport,
-            limits=httpx.Limits(max_connections=None), cookies=nobody,
+            base_url=address.rstrip("/").removesuffix("/v1"), cookies=nobody, transport=transport,
+            timeout=httpx.Timeout(timeout, connect=10.0), limits=httpx.Limits(max_connections=None),
         )  # fmt: skip
         self.asked: dict[str, asyncio.Future[Serves]] = {}
 
