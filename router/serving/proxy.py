@@ -294,7 +294,8 @@ class Proxy:
             response = await self._whole(answer, routed.shown, start)
         told = headers_of(routed.shown) if routed else {}
         response.headers.update(told)
-        for key, value in end_to_end(answer.headers.raw, {b"content-encoding", *map(str.encode, told)}):
+        less = {b"content-encoding", b"date", b"server", *map(str.encode, told)}  # uvicorn writes its own
+        for key, value in end_to_end(answer.headers.raw, less):
             response.headers.append(key.decode("latin-1"), value.decode("latin-1"))
         return response
 
