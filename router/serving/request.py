@@ -57,7 +57,7 @@ def admit(request: Request, api_key: str | None, hosts: Collection[str] | None) 
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     foreign = origin is not None and origin.partition("://")[2] != host
     if foreign or request.headers.get("sec-fetch-site") == "cross-site":
-        raise HTTPException(403, "origin: expected no page of another site; set PROTO_ROUTE_API_KEY")
+        raise HTTPException(403, "origin: expected no page of another site; have that site's server ask")
     name = re.sub(r":\d*$", "", host.lower()).strip("[]")  # without the port
     if hosts is not None and name not in hosts:
         raise HTTPException(403, f"host: expected {' or '.join(sorted(hosts))}, since no key is asked for")
