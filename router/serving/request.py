@@ -49,9 +49,9 @@ def admit(request: Request, api_key: str | None, hosts: Collection[str] | None) 
         HTTPException: 401 or 403, it is not let in.
     """
     if api_key is not None:
-        given = re.sub(r"(?i)^bearer ", "", request.headers.get("authorization", ""))
-        given = given or request.headers.get("x-api-key", "")  # as Anthropic's clients say it
-        if not hmac.compare_digest(given.encode(), api_key.encode()):
+        bearer = re.sub(r"(?i)^bearer ", "", request.headers.get("authorization", ""))
+        given = bearer, request.headers.get("x-api-key", "")  # as Anthropic's clients say it
+        if not any(hmac.compare_digest(one.encode(), api_key.encode()) for one in given):
             raise HTTPException(401, "authorization: expected the API key of this server as a bearer token")
         return
     host, origin = request.headers.get("host", ""), request.headers.get("origin")

@@ -144,11 +144,13 @@ async def test_a_key_is_asked_for_and_not_passed_on(theirs):
             answer = await client.post("/v1/completions", json=completion("x"), headers=headers)
             assert answer.status_code == status
         for key, status in (("wrong", 401), ("secret", 200)):
-            answer = await client.post("/v1/messages", json=chat("x"), headers={"x-api-key": key})
-            assert answer.status_code == status
+            for more in ({}, {"authorization": "Basic dTpw"}):  # of a server before this one
+                headers = {"x-api-key": key} | more
+                answer = await client.post("/v1/messages", json=chat("x"), headers=headers)
+                assert answer.status_code == status
         for _, _, sent in upstream.seen:
             assert sent.get("authorization") == (theirs and f"Bearer {theirs}") and "x-api-key" not in sent
-        assert len(upstream.seen) == 2
+        assert len(upstream.seen) == 3
         assert (await client.get("/health")).status_code == 200
 
 
