@@ -380,6 +380,8 @@ class Proxy:
         """Why no request, or none for one of these names, would be answered; "" if all would."""
         try:
             await self.prober(CANARY)
+        except asyncio.QueueFull as error:  # raised, since it holds for less than READY
+            raise HTTPException(503, "too many requests wait; try again") from error
         except Exception as error:
             log.warning("the router does not decide: %r", error)
             return "the router does not decide; the log of the proxy says why"

@@ -308,6 +308,12 @@ async def test_a_queue_that_is_full_says_when_to_try_again(monkeypatch):
         assert refused and all(answer.headers["retry-after"] == "1" for answer in refused)
         assert {answer.status_code for answer in answers} == {200, 429}
 
+    async with proxied(queue=1) as (client, _, proxy):
+        proxy.prober._queue.put_nowait(("x", asyncio.get_running_loop().create_future()))
+        full = await client.get("/ready")
+        assert full.status_code == 503 and "wait" in full.json()["error"]["message"]
+        assert (await client.get("/ready")).status_code == 200  # the moment after
+
 
 async def test_a_reload_takes_the_new_router():
     new = Two()
