@@ -20,6 +20,7 @@ from router.pipeline.served import served_names, stray
 from router.system.files import is_folder
 
 PATIENCE = 60.0  # seconds that a canary may take
+KEPT = 3.0  # seconds of an idle connection: less than vLLM keeps it, or it is cut as it is used
 KEYS = 1000  # clients' keys with which the server has been asked what it serves
 HUB_ID = r"[\w.-]+/[\w.-]+"
 # Headers of one connection (RFC 9110, section 7.6.1), and the length, which is counted anew.
@@ -94,7 +95,8 @@ class Upstream:
         nobody = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # no client gets another one's cookies
         self.client = httpx.AsyncClient(
             base_url=address.rstrip("/").removesuffix("/v1"), cookies=nobody, transport=transport,
-            timeout=httpx.Timeout(timeout, connect=10.0), limits=httpx.Limits(max_connections=None),
+            timeout=httpx.Timeout(timeout, connect=10.0),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=KEPT),
         )  # fmt: skip
         self.asked: dict[str, asyncio.Future[Serves]] = {}
 
