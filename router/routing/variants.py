@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from merge.factors import Factors, recompress, weighted_sum
-from merge.folders import write_adapter
+from merge.folders import LARGEST_RANK, write_adapter
 from router.library.adapters import Adapter
 from router.model.base import Base
 from router.routing.clusters import NEGLIGIBLE, Array
@@ -84,8 +84,12 @@ def materialise(variant: Variant, adapters: Sequence[Adapter], rank: int | None 
 
 
 def limited(update: Factors, rank: int | None) -> Factors:
-    """The update itself if it has at most the given rank, else the best of that rank; None sets no limit."""
-    return update if rank is None or update.rank <= rank else recompress(update, rank)
+    """The update itself if it has at most the given rank, else the best of that rank.
+
+    None is the largest rank that is read: no layer is as wide, so the best of that rank is exact.
+    """
+    most = min(rank or LARGEST_RANK, LARGEST_RANK)
+    return update if update.rank <= most else recompress(update, most)
 
 
 def complete(updates: Mapping[str, Factors], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:

@@ -7,7 +7,7 @@ import torch
 from helpers import MIXED, active, delta, dense_updates, raw_factors
 from merge.factors import Factors
 from router.model.base import linear_shapes, load_base
-from router.routing.variants import Variant, complete, decide, write_variant
+from router.routing.variants import Variant, complete, decide, limited, write_variant
 
 
 def test_decide_drops_negligible_shares_and_keeps_sums_of_one():
@@ -37,6 +37,15 @@ def test_a_written_variant_has_the_asked_rank(tmp_path, base, adapters):
     assert {a.shape[0] for a, _ in raw_factors(tmp_path / "one").values()} == {1}
     assert write_variant(tmp_path / "three", MIXED, adapters, base, shapes, 3) == 3  # padded to no more
     assert {a.shape[0] for a, _ in raw_factors(tmp_path / "three").values()} == {3}
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_more_columns_than_are_read_become_as_many_as_the_layer_is_wide(monkeypatch, rank):
+    monkeypatch.setattr("router.routing.variants.LARGEST_RANK", 7)
+    many = Factors(torch.randn(9, 4), torch.randn(6, 9))
+    found = limited(many, rank)
+    assert found.rank == 4
+    np.testing.assert_allclose(delta(found), delta(many), atol=1e-5)
 
 
 def test_complete_fills_up_a_kind_but_adds_none():
