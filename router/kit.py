@@ -39,6 +39,7 @@ class Merges:
         self.merged_model: dict[str, Any] = {}
         self.base_model_name: str | None = None
         self.base_model_revision_id: str | None = None
+        self.is_peft = False
         self.base_model: Any = None
         self.tokenizer: Any = None
         self.max_seq_len: int | None = None
@@ -95,13 +96,21 @@ class Merges:
             self._load_base_model()
 
     def _load_huggingface_models_and_configs(self) -> None:
-        """For kit methods: fills `loaded_models` and `loaded_configs` from `list_models`."""
+        """For kit methods: fills `loaded_models` and `loaded_configs` from `list_models`.
+
+        These are adapters where `is_peft` is set, else whole models, in float32.
+        """
         from peft import PeftConfig, load_peft_weights
 
         for name, revision in self.list_models:
-            kwargs: dict[str, Any] = {"revision": revision} if revision else {}
-            self.loaded_models[name] = load_peft_weights(name, device="cpu", use_safetensors=True, **kwargs)
-            self.loaded_configs[name] = PeftConfig.from_pretrained(name, **kwargs)
+            if self.is_peft:
+                kwargs: dict[str, Any] = {"revision": revision} if revision else {}
+                weights = load_peft_weights(name, device="cpu", use_safetensors=True, **kwargs)
+                config: Any = PeftConfig.from_pretrained(name, **kwargs)
+            else:
+                model = load_base(f"{name}@{revision}" if revision else name, "cpu", "float32").model
+                weights, config = model.state_dict(), model.config
+            self.loaded_models[name], self.loaded_configs[name] = weights, config
 
 
 class StarterKitMethod:

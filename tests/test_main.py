@@ -253,6 +253,7 @@ class KitAvg(Merges):
         self.list_models = [(FIRST, None), (SECOND, None)]
         self.base_model_name = BASE
         self.base_model_revision_id = None
+        self.is_peft = True
         self.max_seq_len = None
         self.max_gen_len = 6
         self.device = torch.device("cpu")
@@ -300,6 +301,41 @@ def test_a_starter_kits_method_answers_as_it_stands(command, tmp_path, tiny_base
     model = plain_model(tiny_base, tmp_path / "mean")
     found = [row["prediction"] for row in read_table(out / "queries.csv")]
     assert found == answers_of(model, tiny_base, ROWS)
+    assert found != answers_of(plain_model(tiny_base), tiny_base, ROWS)
+
+
+KIT_FULL_METHOD = """
+from router.kit import Merges
+
+
+class KitFull(Merges):
+    def __init__(self, name):
+        super().__init__(name)
+        self.list_models = [(FIRST, None), (SECOND, None)]
+        self.base_model_name = FIRST
+        self.max_gen_len = 6
+
+    def merge(self):
+        super()._load_huggingface_models_and_configs()
+        first, second = self.loaded_models.values()
+        self.merged_model = {name: (value + second[name]) / 2 for name, value in first.items()}
+        self._load_base_model()
+        self.base_model.load_state_dict(self.merged_model)
+        return self.base_model
+"""
+
+
+def test_a_starter_kits_method_of_whole_models_answers(command, tmp_path, tiny_base, own_method):
+    torch.manual_seed(1)
+    shutil.copytree(tiny_base, second := tmp_path / "second")
+    edit_weights(second / "model.safetensors", lambda key, of: of + 0.1 * torch.randn_like(of))
+    own_method("kit_full", f"FIRST, SECOND = {str(tiny_base)!r}, {str(second)!r}\n{KIT_FULL_METHOD}")
+    code, out = command("kit_full")
+    shutil.copytree(second, mean := tmp_path / "mean")
+    first = load_file(tiny_base / "model.safetensors")
+    edit_weights(mean / "model.safetensors", lambda key, of: (of + first[key]) / 2)
+    found = [row["prediction"] for row in read_table(out / "queries.csv")]
+    assert code == 0 and found == answers_of(plain_model(mean), tiny_base, ROWS)
     assert found != answers_of(plain_model(tiny_base), tiny_base, ROWS)
 
 
