@@ -157,7 +157,7 @@ class StarterKitMethod:
         if part[0].eval_type == GENERATION:
             for ids, text in zip(*self.kit.generate(batch), strict=True):
                 # No ids and `unknown` is all that the kit's call can say of one that failed.
-                yield FAILED if (text, len(ids)) == (FAILED.text, 0) else Answer(text, tuple(ids))
+                yield FAILED if (text, len(ids)) == (FAILED.text, 0) else Answer(text, tuple(map(int, ids)))
             return
         batch["answer_choices"] = [list(query.choices) for query in part]
         for index, scores in zip(*self.kit.predict_multiple_choice(batch), strict=True):

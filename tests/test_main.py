@@ -305,6 +305,8 @@ def test_a_starter_kits_method_answers_as_it_stands(command, tmp_path, tiny_base
 
 
 KIT_FULL_METHOD = """
+import torch
+
 from router.kit import Merges
 
 
@@ -322,6 +324,10 @@ class KitFull(Merges):
         self._load_base_model()
         self.base_model.load_state_dict(self.merged_model)
         return self.base_model
+
+    def generate(self, batch):
+        ids, texts = super().generate(batch)
+        return [torch.tensor(row) for row in ids], texts
 """
 
 
