@@ -85,6 +85,7 @@ KINDS = {
     "unknown_key": tiny(13, sent_by_a_later_version=True),
     "bfloat16": in_bfloat16,
     "a pattern": tiny(15, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj"),
+    "a group and a set": tiny(17, target_modules=r".*\.(0|1)\d*\.(self|mlp)[_a-z]*\.\w+_proj"),
     "a long pattern": tiny(16, target_modules=rf"{NAMED}|[\w.]+\.(q|k|v|o|gate|up|down)_proj"),
 }
 
