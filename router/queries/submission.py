@@ -143,12 +143,17 @@ def read_labels(path: Path, column: str) -> Iterator[tuple[int, str]]:
     """What stands in a column of a query file, row by row, each with its line.
 
     Raises:
-        InputError: there is no such column.
+        InputError: there is no such column, or no text in it.
     """
     for line, row in read_rows(path, (column,)):
-        if not isinstance(row.get(column), str):
-            raise InputError(f"{path}, line {line}, column {column}: expected a text, got none")
-        yield line, row[column]
+        yield line, label_of(row, column, f"{path}, line {line}")
+
+
+def label_of(row: Mapping[str, Any], column: str, where: str) -> str:
+    """A label in a row; a whole number in JSON lines is its text."""
+    if not isinstance(label := row.get(column), (str, int)):
+        raise InputError(f"{where}, column {column}: expected a text, got {label!r:.40}")
+    return str(label)
 
 
 def adapters_of(label: str) -> list[str]:

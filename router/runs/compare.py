@@ -17,7 +17,7 @@ from rich.console import Console
 
 from router.constants import TEMPLATE
 from router.pipeline.record import Record
-from router.queries.submission import adapters_of, read_rows
+from router.queries.submission import adapters_of, label_of, read_rows
 from router.runs.explain import Rows, called, open_console, section
 from router.runs.load import Run, cut, load
 from router.system.errors import InputError
@@ -126,10 +126,11 @@ def _labels(paths: Sequence[Path], stems: Sequence[str]) -> dict[str, dict[str, 
     rows: dict[str, dict[str, str]] = {}
     for file in of_runs:
         for line, row in read_rows(file, ("id", "target")):
-            if rows.setdefault(f"{file.stem}:{row['id']}", row) is not row:
+            where = f"--labels: {file}, line {line}"
+            given = {of: label_of(row, of, where) for of in ("target", "adapter") if row.get(of) is not None}
+            if rows.setdefault(f"{file.stem}:{row['id']}", given) is not given:
                 raise InputError(
-                    f"--labels: {file}, line {line}: expected one row for each query, got a second one for "
-                    f"{row['id']:.60}"
+                    f"{where}: expected one row for each query, got a second one for {row['id']:.60}"
                 )
     return rows
 

@@ -162,5 +162,13 @@ def test_labels_may_be_few_but_not_two_of_one_query(capsys, tmp_path):
     found = compared(capsys, one, two, "--labels", labels[0])
     assert found["score"]["files"][-1]["queries"] == 2 and found["score"]["difference"] == -0.5
     assert found["changes"] == [{"id": "q2", "a": "c", "b": "d", "label": "c"}]
+    lines = tmp_path / "run.jsonl"
+    lines.write_text('{"id": "q0", "target": 0}\n{"id": "q1", "target": null}\n')
+    write_csv(two / "run.csv", ("id", "prediction"), [("q0", "0"), ("q1", "b"), ("q2", "d")])
+    found = compared(capsys, one, two, "--labels", lines)
+    assert found["score"]["files"][-1]["queries"] == 1 and found["score"]["difference"] == 1.0
+    lines.write_text('{"id": "q0", "target": "a", "adapter": ["mlp"]}\n')
+    assert main([str(one), str(two), "--labels", str(lines)]) == 2
+    assert "run.jsonl, line 1, column adapter: " in capsys.readouterr().err
     assert main([str(one), str(two), "--labels", *(str(path.parent) for path in labels)]) == 2
     assert "second/run.csv, line 2: " in capsys.readouterr().err
