@@ -152,8 +152,9 @@ def _score(both: pd.DataFrame) -> dict[str, Any]:
     groups = right.groupby("file", sort=False)
     means = groups.mean()
     steps = (right["b"] - right["a"]).groupby(right["file"], sort=False)
-    variance, enough = steps.var() / steps.size(), (steps.size() >= LABELS).all()
-    spread = 1.96 * float(np.sqrt(variance.sum())) / len(means) if enough else None
+    variance, enough = (steps.var() / steps.size()).sum(), (steps.size() >= LABELS).all()
+    # Where all differences are alike, labels do not say how far others would be.
+    spread = 1.96 * float(np.sqrt(variance)) / len(means) if enough and variance else None
     means.insert(0, "queries", groups.size())
     means.loc["mean over files"] = means.mean()
     means.loc["mean over files", "queries"] = len(known)
@@ -180,7 +181,7 @@ def show(found: Mapping[str, Any], console: Console, most: int) -> None:
     if score := found["score"]:
         text = f"B - A: {100 * score['difference']:+.1f} points, "
         if score["low"] is None:
-            text += f"without an interval, for which each file needs {LABELS} labels"
+            text += f"without an interval: each file needs {LABELS} labels, and differences have to vary"
         else:
             text += f"95 % interval {100 * score['low']:+.1f} to {100 * score['high']:+.1f} (paired by query)"
         section(console, "Shares of right answers and of right routes", score["files"], text)
