@@ -110,12 +110,14 @@ def test_oracle_answers_with_each_querys_own_adapter(command, tiny_base, tiny_li
         rows = [row for row in ROWS if row[4] == name]
         model = plain_model(tiny_base, None if name == "base" else tiny_library / name)
         assert [found[row[0]] for row in rows] == answers_of(model, tiny_base, rows)
-    several = [(name, "a", "generation", "", name) for name in ("mlp", "mlp+attention", "attention+base+mlp")]
-    code, out = command("oracle", rows=several)
+    write_tiny_adapter(tiny_library / "mlp+code", 4)
+    labels = {"mlp": ["mlp"], "mlp + attention ": ["mlp", "attention"], "mlp+code": ["mlp+code"]}
+    labels["attention+base+mlp"] = ["attention", "base", "mlp"]
+    code, out = command("oracle", rows=[(label, "a", "generation", "", label) for label in labels])
     assert code == 0
     for row in read_table(out / "queries.routing.csv"):  # the mean of those that a query needs
-        needed = row["id"].split("+")
-        expected = {name: (name in needed) / len(needed) for name in (*NAMES, "base")}
+        needed = labels[row["id"]]
+        expected = {name: (name in needed) / len(needed) for name in (*NAMES, "mlp+code", "base")}
         assert weights_in(row) == pytest.approx(expected, abs=1e-6)
 
 

@@ -53,7 +53,7 @@ class Oracle(Method):
                     f"{path}, line {line}, column adapter: expected {other!r}, which the same query has in "
                     f"another file, got {label!r}; answer the files in two runs"
                 )
-            needed = adapters_of(label)
+            needed = adapters_of(label, names)
             for name in needed:
                 if name not in names:
                     raise InputError(

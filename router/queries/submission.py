@@ -12,7 +12,7 @@ import io
 import json
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,9 +156,9 @@ def label_of(row: Mapping[str, Any], column: str, where: str) -> str:
     return str(label)
 
 
-def adapters_of(label: str) -> list[str]:
-    """The adapters that a label in the column `adapter` names, several as `a+b`."""
-    return label.split("+")
+def adapters_of(label: str, names: Container[str] = ()) -> list[str]:
+    """The adapters that a label in the column `adapter` names: one of the names, or several as `a+b`."""
+    return [label] if label in names else [part.strip() for part in label.split("+")]
 
 
 def digest_of(queries: Sequence[Query]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def compare(a: Path, b: Path, labels: Sequence[Path] = ()) -> dict[str, Any]:
         "moved": len(moved),
         "moves": sorted(moves, key=lambda move: -move["queries"]),
         "changes": changed[list(columns)].rename(columns=columns).to_dict("records"),
-        "score": _score(both) if labels else None,
+        "score": _score(both, {*one.names, *two.names}) if labels else None,
     }
 
 
@@ -135,7 +135,7 @@ def _labels(paths: Sequence[Path], stems: Sequence[str]) -> dict[str, dict[str, 
     return rows
 
 
-def _score(both: pd.DataFrame) -> dict[str, Any]:
+def _score(both: pd.DataFrame, names: Container[str]) -> dict[str, Any]:
     """Shares of right answers, their means over files, and the interval of the paired difference."""
     known = both[both["label"].notna()]
     if known.empty:
@@ -147,7 +147,7 @@ def _score(both: pd.DataFrame) -> dict[str, Any]:
         )
     for side in "AB":  # how often the top candidate is a labelled adapter, unless there is none
         pairs = zip(known[f"top {side}"], known["adapter"], strict=True)
-        routed = [float(top in adapters_of(of)) if top and of else np.nan for top, of in pairs]
+        routed = [float(top in adapters_of(of, names)) if top and of else np.nan for top, of in pairs]
         right[f"routed {side.lower()}"] = routed
     groups = right.groupby("file", sort=False)
     means = groups.mean()
