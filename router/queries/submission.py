@@ -65,7 +65,7 @@ class Query:
 def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a query file, JSON lines if its name ends in `.jsonl`, else CSV, with the line of each.
 
-    Of JSON lines without an id, the line is the id.
+    Of JSON lines without an id, or with null, the line is the id.
 
     Args:
         needed: columns of CSV.
@@ -132,9 +132,10 @@ def _json_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if text.strip():
             try:
                 row = record_of(dict[str, Any], text)
-                if not isinstance(row.setdefault("id", line), (str, int)):
-                    raise ValueError(f"expected a text or a whole number as id, got {row['id']!r:.40}")
-                yield line, row | {"id": str(row["id"])}
+                own = line if row.get("id") is None else row["id"]
+                if not isinstance(own, (str, int)):
+                    raise ValueError(f"expected a text or a whole number as id, got {own!r:.40}")
+                yield line, row | {"id": str(own)}
             except ValueError as error:
                 yield line, f"expected a JSON object ({error})"
 
@@ -247,14 +248,14 @@ def query_of(row: Mapping[str, Any], where: str, csv: bool = False) -> Query:
 
 
 def _choices(given: Any, text: str, where: str, csv: bool) -> tuple[str, ...]:
-    """The choices in a list of texts, or in CSV in a text that spells a Python list, also of numbers.
+    """The choices in a list of texts or numbers, or in CSV in a text that spells it in Python.
 
     Where the cell of CSV is blank, the input is the only choice, answered with 0, as the starter kit does.
     """
     if csv and given.strip() in ("", "None", "nan"):
         return (text,)
-    found, kinds = (_literal(given.strip()), (str, int, float)) if csv else (given, (str,))
-    fits = isinstance(found, (list, tuple)) and all(isinstance(one, kinds) for one in found)
+    found = _literal(given.strip()) if csv else given
+    fits = isinstance(found, (list, tuple)) and all(isinstance(one, (str, int, float)) for one in found)
     if not (fits and found):
         raise InputError(
             f"{where}, column answer_choices: expected a list of at least one text, such as "

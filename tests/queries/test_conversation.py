@@ -52,13 +52,14 @@ def file_of(tmp_path, *lines):
 def test_lines_are_conversations_and_prompts(tmp_path):
     lines = (
         {"id": "a", "messages": talk("hi", "S")}, "",
-        {"input": "1 + 1 =", "eval_type": "multiple_choice", "answer_choices": ["2", "3"]},
+        {"id": None, "input": "1 + 1 =", "eval_type": "multiple_choice", "answer_choices": [2, "3", -0.5]},
         {"id": 7, "input": "x", "more": None},
     )  # fmt: skip
     first, second, third = read_queries(file_of(tmp_path, *lines))
     assert (first.id, first.input, first.conversation[1:]) == ("a", "system: S\nuser: hi", HI)
-    assert second == Query("3", "1 + 1 =", "multiple_choice", ("2", "3")) and not second.conversation
+    assert second == Query("3", "1 + 1 =", "multiple_choice", ("2", "3", "-0.5")) and not second.conversation
     assert third == Query("7", "x", "generation")
+    assert read_queries(file_of(tmp_path, {"input": "x"}))[0].id == "1"
 
 
 BAD = {
@@ -83,7 +84,7 @@ BAD = {
     "an id twice": ({"id": "1", "input": "x"}, "line 1"),
     "a kind": ({"input": "x", "eval_type": "essay"}, "eval_type"),
     "no choices": (CHOICE, "answer_choices"),
-    **{f"{of!r}": (CHOICE | {"answer_choices": of}, "answer_choices") for of in ("", [True, 2], "ab")},
+    **{f"{of!r}": (CHOICE | {"answer_choices": of}, "answer_choices") for of in ("", [[1], 2], "ab")},
     "no text": ({"input": 7}, "input"),
 }
 
