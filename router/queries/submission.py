@@ -95,9 +95,7 @@ def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, An
             for line, row in _json_rows(file) if json_lines else _csv_rows(file, path, needed):
                 yield line, row
     except OSError as error:
-        raise InputError(
-            f"{path}: expected a file of {kind} ({error.strerror}); check --dataset_filepaths"
-        ) from error
+        raise InputError(f"{path}: expected a file of {kind} ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
         quotes = "" if json_lines else ", each quote closed, and doubled within a text"
         raise InputError(f"{path}, after line {line}: expected {kind} in UTF-8{quotes} ({error})") from error
