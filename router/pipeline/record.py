@@ -14,6 +14,7 @@ from pydantic import FiniteFloat
 
 from router.constants import BASE_COLUMN, FORMAT, Apply, Dtype, Engine
 from router.pipeline.evidence import LOW_MARGIN
+from router.queries.submission import submission_name
 from router.system.files import read_record, typed
 from router.system.version import own_version
 
@@ -279,7 +280,7 @@ def summary(found: Record) -> str:
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in found.seconds.items())
     lines.append(f"{sum(found.seconds.values()):.0f} seconds: {stages}")
     folder = found.flags["output_folder"]
-    files = ", ".join(path.name for path in found.paths)
+    files = ", ".join(map(submission_name, found.paths))
     lines.append(f"answers in {folder}: {files}; report: {folder}/{REPORT}")
     return "\n".join(lines)
 
