@@ -248,10 +248,10 @@ def misfit(
         )
     for module, shape in adapter.folder.shapes.items():
         if shapes.get(module) != shape:
-            had = f"{shapes[module]}" if module in shapes else "no such linear layer below its output layer"
+            had = shapes.get(module, "no torch.nn.Linear below its output layer")
             return InputError(
                 f"{where}: {module} has shape {shape}, but {base_name} has {had} there; "
-                "is it an adapter of another base model?"
+                "is it an adapter of another base model, or of layers that are not supported, such as Conv1D?"
             )
     return None
 
