@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from merge.folders import WEIGHTS_FILE
+from router.library.sources import find
 from router.model.answer import FAILED, Answer, Choices, answers, encode
 from router.model.base import EMBEDDED, load_base
 from router.pipeline.answering import known_to, warn
@@ -18,6 +20,7 @@ from router.pipeline.context import Context
 from router.pipeline.steps import Method, load
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.settings import Settings
+from router.system.files import is_folder
 
 KIT_BATCH = 8  # queries handed to a kit method at once, unless --batch_size is given
 
@@ -84,10 +87,8 @@ class Merges:
 
     def _load_base_model(self) -> None:
         """For kit methods: loads `base_model_name` into `base_model`, and its tokenizer."""
-        name = self.settings.base_model or self.base_model_name or EMBEDDED
-        if not self.settings.base_model and self.base_model_revision_id:
-            name = f"{name}@{self.base_model_revision_id}"
-        base = load_base(name, self.settings.device, self.settings.dtype)
+        own = _spec(self.base_model_name or EMBEDDED, self.base_model_revision_id)
+        base = load_base(self.settings.base_model or own, self.settings.device, self.settings.dtype)
         self.base_model, self.tokenizer = base.model, base.tokenizer
 
     def _load_tokenizer(self) -> None:
@@ -100,17 +101,23 @@ class Merges:
 
         These are adapters where `is_peft` is set, else whole models, in float32.
         """
-        from peft import PeftConfig, load_peft_weights
+        from peft import PeftConfig
+        from safetensors.torch import load_file
 
         for name, revision in self.list_models:
+            spec = _spec(name, revision)
             if self.is_peft:
-                kwargs: dict[str, Any] = {"revision": revision} if revision else {}
-                weights = load_peft_weights(name, device="cpu", use_safetensors=True, **kwargs)
-                config: Any = PeftConfig.from_pretrained(name, **kwargs)
+                folder = find(spec)[0].path
+                weights, config = load_file(folder / WEIGHTS_FILE), PeftConfig.from_pretrained(str(folder))
             else:
-                model = load_base(f"{name}@{revision}" if revision else name, "cpu", "float32").model
+                model = load_base(spec, "cpu", "float32").model
                 weights, config = model.state_dict(), model.config
             self.loaded_models[name], self.loaded_configs[name] = weights, config
+
+
+def _spec(name: str, revision: str | None) -> str:
+    """A model as flags name it; a folder has no revision."""
+    return f"{name}@{revision}" if revision and not is_folder(name) else name
 
 
 class StarterKitMethod:

@@ -252,7 +252,7 @@ from router.kit import Merges
 class KitAvg(Merges):
     def __init__(self, name):
         super().__init__(name)
-        self.list_models = [(FIRST, None), (SECOND, None)]
+        self.list_models = [(FIRST, "of no matter"), (SECOND, "v2")]
         self.base_model_name = BASE
         self.base_model_revision_id = None
         self.is_peft = True
@@ -277,14 +277,15 @@ class KitAvg(Merges):
 
 
 @pytest.fixture()
-def kit_method(tmp_path, tiny_base, own_method):
-    """A starter kit's method in a new file among the methods; returns its two adapter folders."""
+def kit_method(tmp_path, tiny_base, own_method, monkeypatch):
+    """A starter kit's method in a new file among the methods; returns its two adapters, one of the hub's."""
     folders = [
         write_tiny_adapter(tmp_path / "kit" / name, seed, base_model_name_or_path=str(tiny_base))
         for seed, name in enumerate("ab")
     ]
-    first, second, base = map(str, (*folders, tiny_base))
-    own_method("kit_avg", f"FIRST, SECOND, BASE = {first!r}, {second!r}, {base!r}\n{KIT_METHOD}")
+    monkeypatch.setattr("router.library.sources.fetch", lambda spec, *_, **__: (folders[1], spec, "0123abc"))
+    first, base = str(folders[0]), str(tiny_base)
+    own_method("kit_avg", f"FIRST, SECOND, BASE = {first!r}, 'some/adapter', {base!r}\n{KIT_METHOD}")
     return folders
 
 
