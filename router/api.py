@@ -376,7 +376,8 @@ class Router:
         """What `choose` will have the base model read of a text, unless it did so lately: tokens by frame."""
         (turns,) = self._proto.turns(_queries([text], None), new=0)
         new = [read for read in turns if _key(read) not in self._known]
-        parts = [(frame, read.ids) for read in new for frame in (read.frame, read.shared) if frame]
+        parts = [(read.frame, read.ids) for read in new]
+        parts += [(read.shared, read.under) for read in new if read.shared]
         return [(frame, tuple(truncated([ids])[0])) for frame, ids in dict.fromkeys(parts)]
 
     def _judged(self, reads: Sequence[Read]) -> Routing:

@@ -38,6 +38,8 @@ WORD = re.compile(rf"[{JOINED}]{{1,2}}|[^\s{JOINED}]+")
 
 
 TAG = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")
+# What a chat begins with, if not with the tag of a user's turn.
+OPENING = r"(<s>|<bos>|<\|begin_of_text\|>)?\s*(<\|system\|>|\[AVAILABLE_TOOLS\]|\[SYSTEM_PROMPT\]|{})"
 RESULT = "<tool_response>"  # of a tool, which Qwen's template writes as a turn of the user
 BEGUN = 40  # characters of an answer that a text in a template may begin
 
@@ -181,10 +183,12 @@ def turns_of_text(text: str, template: Frame | None = None, own: Format | None =
         tag = TAG.match(mark)
         end = tag[0] if tag else mark  # of a message
         head, turns = _turns(text, user, end)
-        if not turns or not (last := _last(turns[-1], mark, end, bool(TAG.match(text)))):
+        role = TAG.match(user)
+        opened = bool(role and re.match(OPENING.format(re.escape(role[0])), text))
+        if not turns or not (last := _last(turns[-1], mark, end, opened)):
             continue
         message, tail = last
-        tail = tail or (template.after if template and template.after.startswith(mark) else after)
+        tail = tail or (template.after if template and template.after.lstrip().startswith(mark) else after)
         written = head[head.rindex(user) :]
         plain = written
         if template and template.after.strip() == tail.strip() and template.before.endswith(written):
@@ -223,21 +227,25 @@ def _message(text: str, end: str) -> str:
     return text if end.startswith("<") else text.rstrip()
 
 
-def _last(turn: str, mark: str, end: str, tagged: bool) -> tuple[str, str] | None:
+def _last(turn: str, mark: str, end: str, opened: bool) -> tuple[str, str] | None:
     """The last message of the user, and what follows it, "" for too much; None if it is not asked.
 
     Args:
         turn: with what follows.
         mark: the end of the message and the start of the answer, which has begun only after a tag.
         end: of the message.
-        tagged: whether the text begins with a tag, so that anything may follow.
+        opened: whether the text begins as the format does, so that anything may follow.
     """
     tag = TAG.match(end)
-    message, there, rest = turn.partition(mark) if tag else turn.rpartition(mark)
-    begun, message = rest.strip(), _message(message, end)
-    if there and (not begun or (tag and len(begun) <= BEGUN and end not in begun)):
+    first, there, _ = turn.partition(mark)
+    whole, _, rest = turn.rpartition(mark)
+    if there and tag and opened and end in whole[len(first + mark) :]:  # more turns, of tools
+        return _message(first, end), ""
+    message, begun = _message(whole, end), rest.strip()
+    started = tag and (opened or end.startswith("<")) and len(begun) <= BEGUN and end not in begun
+    if there and (not begun or started):
         return message, turn[len(message) :]
-    if tag and not there:  # nor is an answer
-        message, there, rest = turn.rpartition(end)
-        tagged = tagged and not rest.strip()
-    return (message, "") if tag and there and tagged else None
+    if tag and opened and not there:  # nor is an answer
+        whole, there, rest = turn.rpartition(end)
+        return (_message(whole, end), "") if there and not rest.strip() else None
+    return (message, "") if tag and opened else None

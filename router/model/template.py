@@ -148,7 +148,8 @@ class Template:
         except (InputError, ValueError):
             return None
         answer, _, between = between.rpartition("said")
-        after = after[: alike([after, answer])] or after  # without what begins the answer, such as `<think>`
+        # Without what begins the answer, such as `<think>`, nor a half tag.
+        after = re.sub(r"[<\[][^>\]]*\Z", "", after[: alike([after, answer])]) or after
         user = between[len(between) - alike([before[::-1], between[::-1]]) :]  # with which both end
         user = re.sub(r"\A[^<]*>", "", user.removeprefix(after[: after.find(">") + 1])).lstrip()  # of others
         return Format(user, after) if user.strip() and after.strip() else None

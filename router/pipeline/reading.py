@@ -99,9 +99,10 @@ def turns_of(
     shared = {*known, *(frame for frame, count in counts.most_common(new) if count >= SHARED)}
 
     def read(n: int, one: Parts) -> Read:
-        tokens = cut(next(ids), limit, n in talks or one.common != BARE)
-        head = heads(one.head) if one.head and (not limit or len(tokens) < limit) else 0
-        under = tuple(headed(tokens, head, frame=True))
+        whole = next(ids)
+        tokens = cut(whole, limit, n in talks or one.common != BARE)
+        head = heads(one.head) if one.head and (not limit or len(whole) < limit) else 0
+        under = tuple(headed(cut(whole, limit, ends=True), head, frame=True))
         if one.head == one.common.before:
             tokens = list(under)
         elif len(tokens) > MAX_TOKENS:

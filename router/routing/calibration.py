@@ -19,11 +19,9 @@ from router.model.frames import BARE, Frame, alike
 from router.model.template import is_mark
 from router.routing.probe import END, Framing
 
-FORMAT = 6  # raise it when what is measured changes
 # A module is silent if generic text has less than this share of chance along what the adapter reads. Trained
 # adapters have 0.6 and more, random ones 1.
 SILENT = 0.4
-CONFIDENCE = " confidence"  # no module is called so
 
 
 def generic_prompts(frame: Frame = BARE) -> list[str]:

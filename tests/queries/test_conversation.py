@@ -367,6 +367,20 @@ def test_generic_text_is_read_as_queries_under_a_shared_system_message_are(metho
     assert calibration.Calibration(made.base, None, shared).rows == truncated([read.under for read in reads])
 
 
+def test_an_engine_is_told_what_it_has_to_read(chat_router):
+    system, read = "Be kind. " * 12, set()
+    router = chat_router().fit([talk(f"{n} and {n}", system) for n in range(SHARED)])
+    base, told = router._proto.base, router.unread(talk("7, 8", system))
+
+    def probe(fitted, rows):
+        read.update((fitted.framing.frame, tuple(row)) for row in rows)
+        return fitted.probe(base.model, rows, base.tokenizer.pad_token_id, None)
+
+    router.read_by(probe)
+    router.choose([talk("7, 8", system)])
+    assert read == set(told) and len(read) == 2
+
+
 def test_a_long_shared_system_message_is_cut_as_generic_text_in_it_is(method):
     talks = queries_of(*(f"{n} and {n}" for n in range(SHARED)), system="Be kind. " * 20)
     made = method(max_seq_len=40)  # in which only part of what stands around a message has room
