@@ -3,12 +3,13 @@
 import shutil
 import sys
 from functools import partial
+from zlib import crc32
 
 import pytest
 import torch
 from hypothesis import settings
 
-from helpers import PLAIN, arguments, shared, write_queries, write_tiny_library
+from helpers import CHAT, PLAIN, PROMPTS, arguments, shared, write_queries, write_tiny_library
 from router.model.frames import BARE
 
 settings.register_profile("same cases each time", deadline=None, derandomize=True, database=None)
@@ -124,17 +125,28 @@ def kept(tmp_path_factory):
 
 @pytest.fixture()
 def saved_of(kept, tiny_base, tmp_path):
-    """Copies a saved router of the tiny library, which is fitted to texts once for the tests of a file."""
+    """Copies a saved router of the tiny library, fitted in the same way only once for the tests of a file."""
     from router.api import Router
 
     def copied(texts, **how):
-        if not (kept / "saved").exists():
-            library = write_tiny_library(kept / "library")
+        one = kept / f"saved-{crc32(repr((texts, sorted(how))).encode())}"
+        if not one.exists():
+            library = write_tiny_library(tmp_path / "fitted")
             how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "max_gen_len": 6} | how
-            Router.from_library(library, **how).fit(texts).save(kept / "saved")
-        return shutil.copytree(kept / "saved", tmp_path / "saved")
+            Router.from_library(library, **how).fit(texts).save(one)
+        return shutil.copytree(one, tmp_path / "saved")
 
     return copied
+
+
+@pytest.fixture()
+def saved(saved_of, tmp_path):
+    """A loaded router of prompts and of a chat."""
+    from router.api import Router
+
+    (tmp_path / "template.jinja").write_text(PLAIN)
+    how = {"chat_template": tmp_path / "template.jinja", "false_positive_rate": 0.9}
+    return Router.load(saved_of([*PROMPTS[:3], CHAT], **how), device="cpu")
 
 
 @pytest.fixture()

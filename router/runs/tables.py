@@ -158,11 +158,11 @@ def figures_table(runs: Mapping[Any, Run]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def loss_curve(run: Run, seed: int = 0) -> pd.DataFrame:
+def loss_curve(run: Run) -> pd.DataFrame:
     """Mean and worst loss of the run's mixes by number of variants."""
     own = run.mixes
     distinct = len(np.unique(own.round(6), axis=0))
-    lost = {k: losses(own, cluster(own, k, seed, sharp=False)) for k in KS if k <= distinct}
+    lost = {k: losses(own, cluster(own, k, seed=0, sharp=False)) for k in KS if k <= distinct}
     rows = {k: {"mean": each.mean(), "worst": each.max()} for k, each in lost.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variants")
 

@@ -15,7 +15,7 @@ class HubError(InputError):
 
 def fetch(
     spec: str,
-    patterns: Sequence[str] | None = None,
+    patterns: Sequence[str],
     local_only: bool = False,
     without: Sequence[str] = (),
     where: str = "no such folder",
@@ -23,7 +23,7 @@ def fetch(
     """Fetches a repository, `ID[@REVISION]`.
 
     Args:
-        patterns: the files to fetch; None takes all.
+        patterns: the files to fetch.
         local_only: these files must be in the cache already.
         without: files that are not fetched, whatever `patterns` says.
         where: begins the error: which flag names it, and where else it was looked for.
@@ -47,7 +47,7 @@ def fetch(
         found = snapshot_download(
             name,
             revision=revision or None,
-            allow_patterns=list(patterns) if patterns else None,
+            allow_patterns=list(patterns),
             ignore_patterns=list(without) or None,
             local_files_only=local_only,
         )
