@@ -29,7 +29,7 @@ def test_whatever_goes_wrong_is_one_line(monkeypatch, kind):
     error = ERRORS[kind]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
     with pytest.raises(HubError) as caught:
-        fetch("some/model", where="--flag some/model: no such folder")
+        fetch("some/model", ["*"], where="--flag some/model: no such folder")
     first = str(error).partition("\n")[0] or "TimeoutError"
     said = str(caught.value)
     assert said.startswith(f"--flag some/model: no such folder, and the hub could not give it ({first}")
@@ -37,11 +37,11 @@ def test_whatever_goes_wrong_is_one_line(monkeypatch, kind):
     assert caught.value.__cause__ is error
     mistake = KeyError("a mistake in the code")  # is none of the hub's errors
     with patch.object(huggingface_hub, "snapshot_download", side_effect=mistake), pytest.raises(KeyError):
-        fetch("some/model")
+        fetch("some/model", ["*"])
 
 
 @pytest.mark.parametrize("spec", ["some/model", "not/a/repository", "some/model@nothing"])
 def test_what_is_not_in_the_cache_is_refused(monkeypatch, tmp_path, spec):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(HubError):
-        fetch(spec, local_only=True)
+        fetch(spec, ["*"], local_only=True)
