@@ -129,7 +129,7 @@ def saved_of(kept, tiny_base, tmp_path):
     from router.api import Router
 
     def copied(texts, **how):
-        one = kept / f"saved-{crc32(repr((texts, sorted(how))).encode())}"
+        one = kept / f"saved-{crc32(repr((texts, how)).encode())}"
         if not one.exists():
             library = write_tiny_library(tmp_path / "fitted")
             how = {"base_model": str(tiny_base), "device": "cpu", "dtype": "float32", "max_gen_len": 6} | how
@@ -140,12 +140,12 @@ def saved_of(kept, tiny_base, tmp_path):
 
 
 @pytest.fixture()
-def saved(saved_of, tmp_path):
+def saved(saved_of, kept):
     """A loaded router of prompts and of a chat."""
     from router.api import Router
 
-    (tmp_path / "template.jinja").write_text(PLAIN)
-    how = {"chat_template": tmp_path / "template.jinja", "false_positive_rate": 0.9}
+    (kept / "template.jinja").write_text(PLAIN)
+    how = {"chat_template": kept / "template.jinja", "false_positive_rate": 0.9}
     return Router.load(saved_of([*PROMPTS[:3], CHAT], **how), device="cpu")
 
 

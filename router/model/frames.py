@@ -164,8 +164,8 @@ def usual(texts: Sequence[str], least: int) -> Frame:
     start, back = alike(some), alike([text[::-1] for text in some])
     before, after = some[0][:start], some[0][len(some[0]) - back :]
     # Not within a word: the first letter that all happen to share is their own.
-    before = before[: len(before) - len(re.match(r"\S*", before[::-1])[0])]  # type: ignore[index]
-    after = re.sub(r"\A\S+", "", after)
+    before, after = (re.sub(r"\A\S+", "", edge) for edge in (before[::-1], after))
+    before = before[::-1]  # from its end, since a search for the last word takes the square of the length
     return Frame(before, after) if len(before) + len(after) < min(map(len, some)) else BARE
 
 

@@ -52,7 +52,7 @@ def told(out):
     return json.loads((out / "run.json").read_text())["time_limit"]
 
 
-@pytest.mark.parametrize("method", ["base", "proto_route"])
+@pytest.mark.parametrize("method", ["base", "proto_route", "average"])
 def test_past_the_deadline_the_rest_is_unknown(command, paced, clock, method):
     batches = paced(50)
     code, out = command(method, "--batch_size", 1, "--time_limit", 2)

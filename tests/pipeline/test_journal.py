@@ -118,7 +118,7 @@ def test_one_run_at_a_time(tmp_path):
     assert not (tmp_path / "new").exists()  # nothing was written
 
 
-@pytest.mark.parametrize("method", ["proto_route", "arrow"])
+@pytest.mark.parametrize("method", ["proto_route", "average", "arrow"])
 def test_a_run_killed_after_any_batch_ends_with_the_same_bytes(command, monkeypatch, method):
     _, whole = command(method, "--batch_size", 1, out="whole")
     for _ in ROWS[1:]:  # each time one batch more
