@@ -239,9 +239,9 @@ class Proxy:
         if (serves := await self.upstream.known(key, self.router)).loras is not None:
             fields["lora"] = self._scales(decided, serves)
         elif (own := decided.template) and request.scope["path"] == CHATS and _takes(own, body):
-            with suppress(InputError):  # it refuses the chat; what is none, the server refuses
-                await asyncio.to_thread(own.text, checked(body["messages"], ends=False))
-                fields["chat_template"] = own.source  # vLLM's word; serve.sh has it trust this one
+            with suppress(InputError):  # what is no chat, the server refuses
+                if await asyncio.to_thread(own.tried, checked(body["messages"], ends=False)) is not None:
+                    fields["chat_template"] = own.source  # vLLM's word; serve.sh has it trust this one
         self.requests.labels(name).inc()
         self.frames.labels(decided.choice.frame).inc()
         self._calibrate()
