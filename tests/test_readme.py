@@ -87,6 +87,10 @@ def test_the_tree_of_files_is_whole():
     assert len(names) > 20 and [name for name in names if name not in tree] == []
 
 
+def test_the_readme_is_one_page():
+    assert len(README.split()) <= 800
+
+
 def test_the_example_of_a_method_runs(command, own_method):
     own_method("first_adapter", *re.findall(r"^```python\n(.*?)^```$", CONTRIBUTING, re.M | re.S))
     code, out = command("first_adapter")

@@ -306,11 +306,12 @@ def test_a_run_answers_with_the_weights_that_it_routes_by(name, command, request
         assert files_of(out) == files_of(second)
 
 
-def test_weights_over_thousands_of_tokens_sum_to_one(command, monkeypatch):
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_weights_over_thousands_of_tokens_sum_to_one(name, command, monkeypatch):
     monkeypatch.setattr(
         "router.pipeline.per_token.mean_weights", lambda *of: np.full((len(of[1]), 3), 0.33334)
     )
-    assert command("arrow")[0] == 0  # the run is read back
+    assert command(name)[0] == 0  # the run is read back
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)

@@ -266,7 +266,7 @@ def test_hostile_text_stays_text_and_nothing_is_fetched(small):
 
 def test_of_many_queries_a_sample_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr("router.runs.report.page.SHOWN_QUERIES", 100)  # 2,000 take long
-    out = synthetic(tmp_path, [f"{k}: {text}" * 60 for k, text in enumerate(sentences(1_200))])
+    out = synthetic(tmp_path, [f"{k}: {text}" * 60 for k, text in enumerate(sentences(3_000))])
     page = Page(write_report(out))
     assert max(map(len, page.data["texts"])) == 1_000 and "Texts are cut after 1,000 characters" in page.words
     variants = {row["id"]: int(row["variant"]) for row in read_table(out / "run.routing.csv")}
@@ -275,7 +275,7 @@ def test_of_many_queries_a_sample_is_shown(tmp_path, monkeypatch):
     assert set(shown.values()) == set(variants.values())
     pairs = zip(page.data["ids"], page.data["texts"], strict=True)
     assert all(text.startswith(own[1:] + ":") for own, text in pairs)
-    assert "Here are 100 of the 1,200 queries" in page.words
+    assert "Here are 100 of the 3,000 queries" in page.words
     low = sum(close(load(out).evidence.candidates))
     assert f"{low:,} queries have a low margin" in page.words  # of all
 
