@@ -150,7 +150,7 @@ def read_labels(path: Path, column: str) -> Iterator[tuple[int, str]]:
 
 def label_of(row: Mapping[str, Any], column: str, where: str) -> str:
     """A label in a row; a whole number in JSON lines is its text."""
-    if not isinstance(label := row.get(column), (str, int)):
+    if not isinstance(label := row.get(column), (str, int)) or isinstance(label, bool):
         raise InputError(f"{where}, column {column}: expected a text, got {label!r:.40}")
     return str(label)
 
@@ -252,8 +252,10 @@ def _choices(given: Any, text: str, where: str, csv: bool) -> tuple[str, ...]:
     """
     if csv and given.strip() in ("", "None", "nan"):
         return (text,)
-    found = _literal(given.strip()) if csv else given
-    fits = isinstance(found, (list, tuple)) and all(isinstance(one, (str, int, float)) for one in found)
+    found, odd = (_literal(given.strip()), ()) if csv else (given, bool)
+    fits = isinstance(found, (list, tuple)) and all(
+        isinstance(one, (str, int, float)) and not isinstance(one, odd) for one in found
+    )
     if not (fits and found):
         raise InputError(
             f"{where}, column answer_choices: expected a list of at least one text, such as "

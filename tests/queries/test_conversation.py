@@ -84,7 +84,7 @@ BAD = {
     "an id twice": ({"id": "1", "input": "x"}, "line 1"),
     "a kind": ({"input": "x", "eval_type": "essay"}, "eval_type"),
     "no choices": (CHOICE, "answer_choices"),
-    **{f"{of!r}": (CHOICE | {"answer_choices": of}, "answer_choices") for of in ("", [[1], 2], "ab")},
+    **{f"{of!r}": (CHOICE | {"answer_choices": of}, "answer_choices") for of in ("", [True, 2], [[1]], "ab")},
     "no text": ({"input": 7}, "input"),
 }
 
