@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -48,6 +48,9 @@ from router.settings import Settings
 from router.system.errors import InputError, printable
 from router.system.files import hashes, is_still, sha256_of
 from router.system.version import own_version
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -274,7 +277,7 @@ class Router:
                 self.templates[number] = found
 
     @property
-    def _base(self) -> Any:
+    def _base(self) -> Base:
         return self._method.base
 
     @property
@@ -284,14 +287,14 @@ class Router:
         return self._method
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's."""
         return self._base.tokenizer
 
     @property
     def base_model(self) -> str:
         """The base model's id on the hub, or its folder."""
-        return str(self._base.name)
+        return self._base.name
 
     @_one_at_a_time
     def route(self, texts: Sequence[Prompt]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from timeit import repeat
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,9 @@ from router.pipeline.steps import Method, Static, default_base, encoded
 from router.queries.submission import GENERATION, read_queries
 from router.routing.calibration import generic_prompts
 from router.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from router.system.errors import InputError, reason
 from router.system.files import is_folder
 from router.system.hub import HubError
@@ -100,7 +103,7 @@ class _Run(NamedTuple):
 
     method: type[Method]
     settings: Settings
-    model: Any  # the base model without weights
+    model: PreTrainedModel  # the base model without weights
     file_bytes: int  # of its weights
     device: torch.device
     folders: list[AdapterFolder]
@@ -162,7 +165,7 @@ def plan(name: str, settings: Settings) -> Plan:
     )  # fmt: skip
 
 
-def _base(spec: str, dtype: torch.dtype) -> tuple[Any, Any, int]:
+def _base(spec: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, int]:
     """A base model's tokenizer, itself without weights, and the bytes of these."""
     try:
         local = models.embedded_folder() if spec == models.EMBEDDED else Path(spec)
@@ -202,8 +205,8 @@ def _pace(run: _Run) -> tuple[float, float]:
     config, dtype = copy.deepcopy(run.model.config), run.model.dtype
     text = config.get_text_config(decoder=True)
     layers, text.num_hidden_layers = text.num_hidden_layers, min(LAYERS, text.num_hidden_layers)
-    random: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    model = models.ready(random, run.device.type)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    models.ready(model, run.device.type)
     head: Any = model.get_output_embeddings()
     length = min(MAX_TOKENS, positions(model))
 

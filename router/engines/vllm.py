@@ -63,7 +63,7 @@ def answer(
     Raises:
         InputError: vLLM cannot load the base model, or has no room for it and the variants.
     """
-    model: Any = base.model
+    model = base.model
     text = model.config.get_text_config(decoder=True)
     context: int | None = getattr(text, "max_position_embeddings", None)
     tails: dict[int, list[list[int]]] = {

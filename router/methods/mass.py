@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from router.pipeline.result import Routing
 from router.pipeline.steps import Method, largest, without_base
 from router.queries.submission import Query
 from router.routing.clusters import Array
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The authors' settings (crisostomi/mass): they keep the tasks of more than this weight, the best one in any
 # case, and at most three.
@@ -78,7 +81,7 @@ def subspaces(adapters: Sequence[Adapter], device: str = "cpu") -> dict[str, dic
 
 
 def residuals(
-    model: Any, rows: Rows, pad_id: int, spaces: Mapping[str, Mapping[int, Tensor]],
+    model: PreTrainedModel, rows: Rows, pad_id: int, spaces: Mapping[str, Mapping[int, Tensor]],
     n_adapters: int,
 ) -> Array:  # fmt: skip
     """`norm(x - V V^T x)`, where x is the mean input of a module over a prompt's tokens.

@@ -19,6 +19,7 @@ from router.system.errors import InputError, out_of_memory
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Found = TypeVar("Found")
 Rows = Sequence[Sequence[int]]  # token ids of each prompt
@@ -28,7 +29,10 @@ NOT_FINITE = "the model's output is not finite"
 
 
 def encode(
-    tokenizer: Any, prompts: Sequence[str], max_seq_len: int | None = None, special: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_seq_len: int | None = None,
+    special: bool = True,
 ) -> list[list[int]]:
     """Token ids of each prompt.
 
@@ -79,7 +83,13 @@ def by_length(lengths: Sequence[int], budget: float, rows: int | None = None) ->
         yield batch
 
 
-def positions(model: Any) -> int:
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens the model knows."""
+    words: Any = model.get_input_embeddings()
+    return int(words.num_embeddings)
+
+
+def positions(model: PreTrainedModel) -> int:
     """How many positions the model has: as many as its table (OPT, GPT-2), or any number if it computes them.
 
     One with rotary positions, such as Llama, can go beyond the context that it was made for.
@@ -127,7 +137,7 @@ class Answer:
     failed: bool = False
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the tokenizer's, and those of the model's generation config.
 
     There may be several (Gemma and Llama 3 end a turn with another token than a text), or none.
@@ -155,14 +165,16 @@ def likeliest(scores: tuple[float, ...]) -> Answer:
     return Answer(str(scores.index(max(scores))), scores=scores)
 
 
-def endings(tokenizer: Any, choices: Sequence[str]) -> list[list[int]]:
+def endings(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> list[list[int]]:
     """The tokens of each choice, at least one, with the end-of-sequence token, if there is one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = tokenizer([_whole(text) for text in choices], add_special_tokens=False)["input_ids"]
     return [[*tokens, *end] or [pad_id(tokenizer)] for tokens in ids]
 
 
-def generate(model: Any, tokenizer: Any, rows: Rows, max_new_tokens: int) -> list[Answer]:
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, max_new_tokens: int
+) -> list[Answer]:
     """Greedy continuations of a batch of token rows: plain argmax, no penalties.
 
     Rows that have ended leave the batch.
@@ -210,7 +222,7 @@ def generate(model: Any, tokenizer: Any, rows: Rows, max_new_tokens: int) -> lis
     return answers
 
 
-def continuation(tokenizer: Any, ids: Sequence[int]) -> str:
+def continuation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of generated ids, without special tokens and without one leading blank.
 
     Llama's tokenizer drops the first blank of a text and others do not, so the ids are decoded after a
@@ -218,20 +230,24 @@ def continuation(tokenizer: Any, ids: Sequence[int]) -> str:
     """
     letter = tokenizer("a", add_special_tokens=False)["input_ids"]
     before, text = (
-        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        str(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         for part in (letter, [*letter, *ids])
     )
-    return str(text.removeprefix(before).removeprefix(" "))
+    return text.removeprefix(before).removeprefix(" ")
 
 
-def cut_at(tokenizer: Any, answer: Answer, end: int) -> Answer:
+def cut_at(tokenizer: PreTrainedTokenizerBase, answer: Answer, end: int) -> Answer:
     """An answer up to a token in it, which ends it."""
     ids = answer.ids[: answer.ids.index(end)]
     return replace(answer, ids=(*ids, end), text=continuation(tokenizer, ids))
 
 
 def score_choices(
-    model: Any, tokenizer: Any, rows: Rows, choices: Choices, scoring: Scoring = "full"
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    choices: Choices,
+    scoring: Scoring = "full",
 ) -> list[tuple[float, ...]]:
     """Log-probability of every choice after its prompt, in nats.
 
@@ -279,7 +295,7 @@ def score_choices(
     return [tuple(next(flat) for _ in options) for options in choices]
 
 
-def pad_id(tokenizer: Any, size: int = sys.maxsize) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase, size: int = sys.maxsize) -> int:
     """The token that fills a batch up; nobody reads it, so any will do where the tokenizer names none.
 
     Args:
@@ -318,7 +334,7 @@ class Done(NamedTuple):
 
 
 def unanswerable(
-    model: Any, row: Sequence[int], tails: Sequence[Sequence[int]], reads: int, most: float
+    model: PreTrainedModel, row: Sequence[int], tails: Sequence[Sequence[int]], reads: int, most: float
 ) -> str:
     """Why a prompt has no answer; "" if it may have one.
 
@@ -328,7 +344,7 @@ def unanswerable(
         reads: how many tokens the model reads at most.
         most: how many it can read.
     """
-    known = model.get_input_embeddings().num_embeddings
+    known = vocabulary(model)
     if reads > most:
         return f"does not fit into a context of {most} tokens"
     if max(chain(row, *tails)) >= known:
@@ -337,8 +353,8 @@ def unanswerable(
 
 
 def batched(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     choices: Choices,
     max_new_tokens: int,
@@ -375,8 +391,8 @@ def batched(
 
 
 def answer(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     choices: Choices,
     batches: Sequence[Batch],
@@ -417,8 +433,8 @@ def answer(
 
 
 def answers(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     choices: Choices,
     *,

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from router.model.base import Base, linear_shapes
 from router.model.device import ROOM, memory_bytes, spread
 from router.model.hooks import Change, changing_outputs
 from router.system.errors import InputError, out_of_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Way = Literal["merged", "beside"]
 
@@ -44,7 +47,7 @@ class Applied(ABC):
         self.activate(None)
 
     @abstractmethod
-    def activate(self, folder: Path | None) -> Any:
+    def activate(self, folder: Path | None) -> PreTrainedModel:
         """The model with a folder's update active, until the next call; None is the base model alone."""
 
 
@@ -56,7 +59,7 @@ def applied(base: Base, how: Apply = "auto") -> Applied:
     return Hooked(base) if spread(model) else Beside(base)
 
 
-def picked(model: Any, device: torch.device, how: Apply) -> Way:
+def picked(model: PreTrainedModel, device: torch.device, how: Apply) -> Way:
     """What `auto` is for a model: `merged` in float32 where a copy of its linear layers fits, else `beside`.
 
     The model and the copy may take ROOM of the device's memory. What else is in memory does not count, so the
@@ -93,7 +96,7 @@ class Merged(Applied):
         self._plain: dict[str, Tensor] = {}  # copies of what was ever changed, (d_out, d_in) by module
         self._changed: set[str] = set()
 
-    def activate(self, folder: Path | None) -> Any:
+    def activate(self, folder: Path | None) -> PreTrainedModel:
         """As in `Applied`."""
         updates = dict(open_adapter(folder).read_all()) if folder else {}
         updates = {module: update for module, update in updates.items() if update.b.any()}
@@ -109,7 +112,7 @@ class Merged(Applied):
                 plain = self._plain[module].float()
                 self._changed.add(module)
                 weight.copy_(torch.addmm(plain, update.b.to(plain.device), update.a.to(plain.device)))
-        return model
+        return self.base.model
 
 
 def _copied(weight: Tensor, module: str) -> Tensor:
@@ -174,7 +177,7 @@ class Hooked(Applied):
         super().__init__(base)
         self._active = ExitStack()
 
-    def activate(self, folder: Path | None) -> Any:
+    def activate(self, folder: Path | None) -> PreTrainedModel:
         """As in `Applied`."""
         self._active.close()
         updates = open_adapter(folder).read_all() if folder else ()
@@ -198,7 +201,7 @@ def _changed(folder: Path | None) -> tuple[list[str], int]:
     return config["target_modules"], config["r"]
 
 
-def _wrapped(model: Any, folder: Path) -> Any:
+def _wrapped(model: PreTrainedModel, folder: Path) -> Any:
     """Adds a folder's variant to a model, by PEFT; if that fails, the model is as it was."""
     from peft import PeftConfig, PeftModelForCausalLM
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from router.model.answer import end_tokens, pad_id
+from router.model.answer import end_tokens, pad_id, vocabulary
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
 from router.system.errors import InputError, out_of_memory, reason
 from router.system.files import FULL, cache_folder, is_folder, read_record, sha256_of, told_if_full, typed
@@ -204,7 +204,7 @@ def load_base(
         raise InputError(
             f"--base_model {spec}: cannot be loaded from {folder}: {reason(error)}{again}"
         ) from error
-    if tokenizer.pad_token_id != (filler := pad_id(tokenizer, model.get_input_embeddings().num_embeddings)):
+    if tokenizer.pad_token_id != (filler := pad_id(tokenizer, vocabulary(model))):
         tokenizer.pad_token_id = filler
     if place == "meta":
         return Base(model, tokenizer, name, revision, sha256)
@@ -218,8 +218,8 @@ def load_base(
     return Base(model, tokenizer, name, revision, sha256)
 
 
-def ready(model: Any, device: str) -> Any:
-    """Moves a causal language model to its device, prepares it to answer, and returns it.
+def ready(model: PreTrainedModel, device: str) -> None:
+    """Moves a causal language model to its device and prepares it to answer.
 
     One that accelerate has spread over several stays there.
 
@@ -231,12 +231,13 @@ def ready(model: Any, device: str) -> Any:
 
     new_cache(model)  # raises if a layer is of an unsupported kind
     make_head_input_contiguous(model)
-    return (model if spread(model) else model.to(device)).eval()
+    placed: Any = model if spread(model) else model.to(device)  # type: ignore[arg-type]
+    placed.eval()
 
 
 def read(
     folder: Path, dtype: torch.dtype, place: str, device_map: str | dict[str, Any] | None = None
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """The tokenizer and the model of a folder; on `meta` no weights are read. Missing ones are an error."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -260,11 +261,11 @@ def read(
     return tokenizer, model
 
 
-def _check_finite(model: Any, spec: str) -> None:
+def _check_finite(model: PreTrainedModel, spec: str) -> None:
     """Refuses a model whose output is not finite: weights that are damaged, or too large for the dtype."""
     import torch
 
-    some = torch.arange(min(8, model.get_input_embeddings().num_embeddings), device=model.device)
+    some = torch.arange(min(8, vocabulary(model)), device=model.device)
     try:
         with torch.inference_mode():
             logits = model(some[None]).logits  # (1, 8, V)
@@ -307,11 +308,11 @@ def fetched(spec: str, local_only: bool = False) -> tuple[Path, str, str]:
     return fetch(spec, FILES, local_only, OTHERS, where)
 
 
-def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
+def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """(d_out, d_in) of every linear layer below the head, by module name, in the model's order."""
     from torch.nn import Linear
 
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from router.model.device import tokens_at_once
 from router.system.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def cache_argument(model: Any) -> str:
+
+def cache_argument(model: PreTrainedModel) -> str:
     """The model's argument for its key-value cache: transformers renamed it, and the old name warns."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain: Any = getattr(model, "get_base_model", lambda: model)()
     return "cache" if "cache" in signature(plain.forward).parameters else "past_key_values"
 
 
@@ -62,7 +65,7 @@ class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
         self._show(length)
 
 
-def new_cache(model: Any) -> DynamicCache:
+def new_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache for the model.
 
     Raises:
@@ -83,7 +86,7 @@ def keep_rows(cache: Any, rows: Tensor) -> None:
         layer.batch_select_indices(rows.to(layer.keys.device))
 
 
-def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tensor, Any]:
+def read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor, room: int) -> tuple[Tensor, DynamicCache]:
     """Reads a left-padded batch, with as many rows per pass as `tokens_at_once` allows.
 
     Args:
@@ -110,7 +113,7 @@ def read_prompts(model: Any, ids: Tensor, mask: Tensor, room: int) -> tuple[Tens
     return torch.cat(logits), whole
 
 
-def read_token(model: Any, token: Tensor, mask: Tensor, cache: Any) -> Tensor:
+def read_token(model: PreTrainedModel, token: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
     """Reads one more token of each row of a left-padded batch.
 
     Args:

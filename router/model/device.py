@@ -14,6 +14,7 @@ from router.system.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 # Tokens in one pass over prompts. On most processors the activations of 512 stay in the caches, and more
 # tokens are slower, not faster. One that multiplies tiles (AMX) is fastest at 2,048.
@@ -55,7 +56,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def spread(model: Any) -> bool:
+def spread(model: PreTrainedModel) -> bool:
     """Whether accelerate has spread the model over several devices or memories, and moves what it needs."""
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     return len(places) > 1 or "disk" in places
@@ -117,7 +118,7 @@ def cache_bytes(config: Any, dtype: torch.dtype) -> int:
     return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 
 
-def batch_tokens(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+def batch_tokens(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
     """How many tokens a batch may hold that generates, and one of multiple choice, including padding.
 
     On a GPU they are as many as fit into half of what the weights and a copy of them leave of its memory:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Visit = Callable[[str, Tensor], object]  # (module name, its input (..., d_in))
 Change = Callable[[Tensor, Tensor], Tensor]  # (input (..., d_in), output (..., d_out)) -> new output
 
 
 @contextmanager
-def reading_inputs(model: Any, modules: Sequence[str], visit: Visit) -> Iterator[None]:
+def reading_inputs(model: PreTrainedModel, modules: Sequence[str], visit: Visit) -> Iterator[None]:
     """Calls `visit(module name, input)` whenever one of the named modules runs inside the block."""
     here = model.device
 
@@ -34,7 +37,7 @@ def reading_inputs(model: Any, modules: Sequence[str], visit: Visit) -> Iterator
 
 
 @contextmanager
-def changing_outputs(model: Any, changes: Mapping[str, Change]) -> Iterator[None]:
+def changing_outputs(model: PreTrainedModel, changes: Mapping[str, Change]) -> Iterator[None]:
     """Replaces the output of each named module by `change(input, output)` inside the block."""
 
     def hook(change: Change) -> Callable[[Any, tuple[Tensor], Tensor], Tensor]:
@@ -46,10 +49,11 @@ def changing_outputs(model: Any, changes: Mapping[str, Change]) -> Iterator[None
         yield
 
 
-def make_head_input_contiguous(model: Any) -> None:
+def make_head_input_contiguous(model: PreTrainedModel) -> None:
     """Makes the output layer copy its input first, from now on.
 
     Reading a prompt gives the layer a strided slice, and a strided 3-D product copies the whole vocabulary
     matrix once per row.
     """
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from threading import RLock
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from router.model.answer import Rows, by_length, halves, if_it_fits, padded, positions
+from router.model.answer import Rows, by_length, halves, if_it_fits, padded, positions, vocabulary
 from router.model.device import tokens_at_once
 from router.system.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Found = TypeVar("Found")
 
@@ -26,7 +29,7 @@ ENDS = 1 << 14  # characters at either end of a text, which hold more tokens tha
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 
 
-def lock_of(model: Any) -> RLock:
+def lock_of(model: PreTrainedModel) -> RLock:
     """What a thread holds while hooks on a model are its own."""
     return _LOCKS.setdefault(model, RLock())
 
@@ -69,7 +72,11 @@ def ends_of(text: str, most: int = ENDS) -> str:
 
 
 def batches(
-    model: Any, rows: Rows, pad_id: int, title: str | None, read: Callable[[Tensor, Tensor], Found]
+    model: PreTrainedModel,
+    rows: Rows,
+    pad_id: int,
+    title: str | None,
+    read: Callable[[Tensor, Tensor], Found],
 ) -> Iterator[tuple[list[int], Found]]:
     """Yields (row numbers, what was read) of left-padded batches; a title shows a bar.
 
@@ -83,7 +90,7 @@ def batches(
     Raises:
         Exception: whatever `read` raises; for want of memory only if a single prompt does not fit.
     """
-    most, known = positions(model), model.get_input_embeddings().num_embeddings
+    most, known = positions(model), vocabulary(model)
     rows = [[token if token < known else pad_id for token in row[:most]] for row in rows]
     lengths = [len(row) for row in rows]
 
@@ -105,7 +112,7 @@ def batches(
                 bar.update(sum(lengths[n] for n in batch))
 
 
-def forward(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Runs the model on a left-padded batch, so that hooks can read it; returns the next logits, (B, V)."""
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     logits: Tensor = model(

@@ -11,13 +11,16 @@ from contextlib import suppress
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from router.constants import TEMPLATE, TOKENIZER
 from router.model.answer import encode
 from router.model.frames import Format, Frame, Parts, alike
 from router.queries.conversation import SYSTEM, Message, content
 from router.system.errors import InputError, reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 MARK = "\u2063proto-route\u2063"  # stands for the user's message; nobody writes it
@@ -45,7 +48,9 @@ class Template:
         refused: whether it has refused a conversation that was `tried`.
     """
 
-    def __init__(self, tokenizer: Any, source: str | None = None, name: str = "the base model") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, source: str | None = None, name: str = "the base model"
+    ) -> None:
         self.tokenizer, self.source, self.name, self.refused = tokenizer, source, name, False
         bos = tokenizer.bos_token
         # `encode` puts it before what is read of a text, so that a template's own would be the second.
@@ -83,7 +88,7 @@ class Template:
         plain = [{**message, "content": content(message)} for message in messages]  # most know no parts
         if any(of["role"] == "developer" for of in plain) and "developer" not in self.jinja:
             plain = [of | {"role": "system"} if of["role"] == "developer" else of for of in plain]
-        how = {"chat_template": source, "tokenize": False, "add_generation_prompt": True}
+        how: dict[str, Any] = {"chat_template": source, "tokenize": False, "add_generation_prompt": True}
         try:
             if any(message.get("tool_calls") for message in plain):
                 with suppress(Exception):  # a template may want what OpenAI has
@@ -206,12 +211,12 @@ class Template:
         return Frame(before.removeprefix(self.first), after)
 
 
-def is_mark(tokenizer: Any, ids: Sequence[int]) -> bool:
+def is_mark(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
     """Whether what follows a message begins with a token of its own, as chat templates end a turn."""
     return bool(ids) and ids[0] in tokenizer.added_tokens_decoder
 
 
-def template_of(tokenizer: Any, file: Path | None) -> Template:
+def template_of(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> Template:
     """The template in a file, or the tokenizer's own.
 
     Raises:
@@ -229,7 +234,7 @@ def template_of(tokenizer: Any, file: Path | None) -> Template:
     return found
 
 
-def template_for(tokenizer: Any, file: Path | None, folders: Iterable[Path]) -> Template:
+def template_for(tokenizer: PreTrainedTokenizerBase, file: Path | None, folders: Iterable[Path]) -> Template:
     """The template in a file, or the tokenizer's own, or the one that most of the adapters' folders bring."""
     own = template_of(tokenizer, file)
     if own.jinja:
@@ -239,7 +244,7 @@ def template_for(tokenizer: Any, file: Path | None, folders: Iterable[Path]) -> 
     return max(found, key=lambda of: counts[of.jinja], default=own)  # of equally many the first
 
 
-def brought(tokenizer: Any, folder: Path) -> Template | None:
+def brought(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template | None:
     """The template that the folder of an adapter or a variant brings; None if it brings none that is one.
 
     It is in a file of its own, or in the tokenizer's configuration, as older versions save it.

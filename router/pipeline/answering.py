@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from router.model.answer import FAILED, Answer, Done, Rows, answer, batched
 from router.model.base import Base
@@ -16,13 +16,16 @@ from router.pipeline.context import Context
 from router.queries.submission import MULTIPLE_CHOICE, Query
 from router.system.errors import printable
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
 Bar = Callable[[int], object]  # told how many tokens of prompts are done
 
 
 def answered(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     queries: Sequence[Query],
     rows: Rows,
     context: Context,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from router.routing.large import gate_for
 from router.routing.probe import Framing, Probed, probe, unreadable
 from router.routing.prototypes import ModulePrototypes
 from router.system.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
 RESPONSES = 1 << 25  # of a large library fewer prompts, so that there are at most so many responses
@@ -127,7 +130,7 @@ class Fitted:
     def _of_kept(self, responses: NDArray[np.float32]) -> NDArray[np.float32]:
         return responses if len(self.kept) == len(self.names) else responses[:, self.kept]
 
-    def probe(self, model: Any, rows: Rows, pad_id: int, title: str | None) -> Probed:
+    def probe(self, model: PreTrainedModel, rows: Rows, pad_id: int, title: str | None) -> Probed:
         """One pass of the base model over the prompts; a title shows a bar."""
         rows, n_adapters = truncated(rows), len(self.names)
         return probe(model, rows, pad_id, self.prototypes, self.means, n_adapters, title, self.framing)

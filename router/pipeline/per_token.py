@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ from router.queries.submission import Query
 from router.routing.clusters import Array
 from router.routing.variants import Variant
 from router.system.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def keep_top(logits: Tensor, k: int) -> Tensor:
 
 
 @contextmanager
-def attached(model: Any, experts: Mapping[str, Experts], weigh: Rule) -> Iterator[None]:
+def attached(model: PreTrainedModel, experts: Mapping[str, Experts], weigh: Rule) -> Iterator[None]:
     """Adds `sum_i w_i D_i x` to the output of each module while the block runs.
 
     The model's weights are not touched; afterwards it is as it was.
@@ -142,7 +145,7 @@ def attached(model: Any, experts: Mapping[str, Experts], weigh: Rule) -> Iterato
 
 
 def mean_weights(
-    model: Any, rows: Rows, pad_id: int, experts: Mapping[str, Experts], weigh: Rule,
+    model: PreTrainedModel, rows: Rows, pad_id: int, experts: Mapping[str, Experts], weigh: Rule,
     n_adapters: int,
 ) -> Array:  # fmt: skip
     """Measures each prompt's weights in one pass, averaged over its tokens and all modules.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,9 @@ from router.settings import Settings
 from router.system.errors import InputError
 from router.system.files import is_folder
 from router.system.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +114,7 @@ class Method(ABC):
         self.name, self.base, self.adapters = name, base, list(adapters)
         self.context = context or Context()
         self.settings, self.stages = self.context.settings, self.context.stages
-        self.tokenizer: Any = base.tokenizer
+        self.tokenizer = base.tokenizer
         self.shapes = linear_shapes(base.model)
         self._brought: dict[Path, Template | None] = {}
 
@@ -324,7 +327,7 @@ def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list
     return [found.get(query, FAILED) for query in queries]
 
 
-def _cuts(rows: Rows, settings: Settings, model: Any) -> Iterator[str]:
+def _cuts(rows: Rows, settings: Settings, model: PreTrainedModel) -> Iterator[str]:
     """What is not read of long prompts, and which are longer than the base model's context."""
     limit = settings.max_seq_len
     if limit and (long := sum(len(row) >= limit for row in rows)):

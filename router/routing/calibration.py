@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from torch import Tensor
 from router.model.frames import BARE, Frame, alike
 from router.model.template import is_mark
 from router.routing.probe import END, Framing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A module is silent if generic text has less than this share of chance along what the adapter reads. Trained
 # adapters have 0.6 and more, random ones 1.
@@ -66,7 +69,7 @@ class Measured(NamedTuple):
     confidence: NDArray[np.float32]
 
 
-def framing_of(tokenizer: Any, rows: Sequence[Sequence[int]], frame: Frame) -> Framing:
+def framing_of(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], frame: Frame) -> Framing:
     """What the tokens of generic prompts have in common in a frame.
 
     Marks of a chat template follow the message. The end of a prompt is these marks and the END tokens before.

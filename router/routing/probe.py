@@ -9,7 +9,7 @@ that of other tokens. Knows no labels and no adapter's name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
 from router.routing.prototypes import ModulePrototypes
 from router.system.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 END = 2  # counted tokens that are the end of a prompt, just before the answer
 BLOCK = 256  # tokens that a processor centres at once in float32, so that they stay in its caches
@@ -61,7 +64,11 @@ def counted_tokens(ids: Tensor, mask: Tensor, prefix: Sequence[int] = ()) -> Ten
 
 
 def input_means(
-    model: Any, rows: Sequence[Sequence[int]], pad_id: int, modules: Sequence[str], prefix: Sequence[int] = ()
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    modules: Sequence[str],
+    prefix: Sequence[int] = (),
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The mean input of each module over all counted tokens of the prompts, (d_in,) float32 by module.
 
@@ -166,7 +173,7 @@ def confidence_of(logits: Tensor) -> Tensor:
 
 
 def probe(
-    model: Any,
+    model: PreTrainedModel,
     rows: Sequence[Sequence[int]],
     pad_id: int,
     prototypes: Mapping[str, ModulePrototypes],

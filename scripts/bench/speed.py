@@ -92,7 +92,8 @@ def mistral() -> Found:
     """The same with a layer of Mistral-7B's shape and random weights, and adapters on all of it."""
     torch.manual_seed(0)
     made: Any = AutoModelForCausalLM
-    model = ready(made.from_config(MistralConfig(num_hidden_layers=1), dtype=torch.bfloat16), "cpu")
+    model = made.from_config(MistralConfig(num_hidden_layers=1), dtype=torch.bfloat16)
+    ready(model, "cpu")
     rows = torch.randint(5, model.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(2))
     with tempfile.TemporaryDirectory() as folder:
         libraries.uniform(model, MISTRAL, RANK, ADAPTERS, Path(folder))
