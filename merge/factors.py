@@ -161,3 +161,18 @@ def pad(update: Factors, rank: int) -> Factors:
         raise ValueError(f"cannot pad rank {update.rank} to {rank}")
     a = torch.nn.functional.pad(update.a, (0, 0, 0, extra))
     return Factors(a, torch.nn.functional.pad(update.b, (0, extra)))
+
+
+def balanced(update: Factors) -> Factors:
+    """The same update, with both factors of like size, for float16, which has few digits below 6e-5.
+
+    What a direction has in one factor moves into the other by powers of two, so nothing is rounded.
+
+    Example:
+        >>> a, b = balanced(Factors(torch.tensor([[4.0, 8.0]]), torch.tensor([[2.0**-9]])))
+        >>> a.tolist(), b.tolist()
+        ([[0.0625, 0.125]], [[0.125]])
+    """
+    a, b = (of.abs().amax(dim).log2() for of, dim in ((update.a, 1), (update.b, 0)))  # (r,)
+    shift = ((b - a) / 2).round().nan_to_num(0, 0, 0)
+    return Factors(torch.ldexp(update.a, shift[:, None]), torch.ldexp(update.b, -shift))

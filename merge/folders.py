@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from merge.factors import Factors, pad
+from merge.factors import Factors, balanced, pad
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -142,7 +142,7 @@ class _Matcher:
         targets, layers = config.get("target_modules"), config.get("layers_to_transform")
         if self.named(config.get("exclude_modules") or [], module):
             return False
-        if targets is None or targets == "all-linear":
+        if targets is None or str(targets).lower() == "all-linear" or module in _listed(targets):
             return True
         if isinstance(targets, str) or layers in (None, []):
             return self.named(targets, module)
@@ -351,13 +351,17 @@ def served_rank(rank: int) -> int:
 
 
 def _targets(modules: Iterable[str]) -> list[str]:
-    """Target modules by kind ("q_proj") if every layer has all kinds, else by full name."""
+    """Target modules by kind ("q_proj") if every layer has all kinds, else by full name.
+
+    A kind that is a number (the layers of a `Sequential`) would be taken for a block's, too.
+    """
     layers: dict[str, set[str]] = {}
     for module in modules:
         layer, _, kind = module.rpartition(".")
         layers.setdefault(re.sub(r"(\d+)\..*$", r"\1", layer), set()).add(kind)
     kinds = set.union(*layers.values())
-    return sorted(kinds if all(found == kinds for found in layers.values()) else modules)
+    alike = all(found == kinds for found in layers.values()) and not any(map(str.isdigit, kinds))
+    return sorted(kinds if alike else modules)
 
 
 def write_adapter(
@@ -405,7 +409,7 @@ def write_adapter(
     }
     tensors = {}
     for module, update in updates.items():
-        padded = pad(update, rank)
+        padded = pad(balanced(update) if dtype == torch.float16 else update, rank)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = padded.a.to(dtype).contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = padded.b.to(dtype).contiguous()
     for name, tensor in tensors.items():

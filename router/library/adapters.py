@@ -251,7 +251,8 @@ def misfit(
             had = shapes.get(module, "no torch.nn.Linear below its output layer")
             return InputError(
                 f"{where}: {module} has shape {shape}, but {base_name} has {had} there; "
-                "is it an adapter of another base model, or of layers that are not supported, such as Conv1D?"
+                "is it an adapter of another base model, or of unsupported layers, such as Conv1D? "
+                "If PEFT loads it, it has older names: save it again with PEFT"
             )
     return None
 

@@ -101,7 +101,8 @@ def as_text(findings: Mapping[str, Any]) -> list[str]:
     for one, other, overlap, cosine in findings["look_alikes"]:
         lines.append(
             f"look-alikes: {one} and {other}: they read the same (overlap {overlap:.2f}) and write something "
-            f"else (cosine {cosine:.2f}); one may be a copy that was made to do harm, so a run asks the first"
+            f"else (cosine {cosine:.2f}); one may be a copy that was made to do harm: a run that finds their "
+            "responses alike asks the first"
         )
     for name, size in findings["outliers"].items():
         lines.append(f"outlier: {name}: its update has {size:.3g} times the median norm")

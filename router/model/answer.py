@@ -106,6 +106,19 @@ def positions(model: PreTrainedModel) -> int:
     return context if context in sizes else sys.maxsize
 
 
+def alike_up_to(model: PreTrainedModel) -> int:
+    """Up to how many tokens a row reads the same beside any other; any number for most models.
+
+    LongRoPE (Phi 4 mini) and dynamic NTK turn positions by the longest row of a batch, once it is longer.
+    """
+    text = model.config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    for kind in (rope, *(of for of in rope.values() if isinstance(of, dict))):
+        if kind.get("rope_type") in ("longrope", "dynamic"):
+            return int(kind.get("original_max_position_embeddings") or text.max_position_embeddings)
+    return sys.maxsize
+
+
 def padded(
     rows: Rows, pad_id: int, device: Any, side: Literal["left", "right"] = "left"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -384,7 +397,7 @@ def batched(
         part = [n for n in readable if len(choices[n]) == count]
         lengths = [reads[n] + (0 if count else max_new_tokens) for n in part]
         grouped = by_length(lengths, math.inf if batch_size else budget, batch_size)
-        for places in _apart(grouped, [len(rows[n]) for n in part], lengths, most):
+        for places in _apart(grouped, [len(rows[n]) for n in part], lengths, min(most, alike_up_to(model))):
             tokens = sum(lengths[k] for k in places)
             found.append(Batch([part[k] for k in places], tokens, bool(count)))
     return found, left_out

@@ -135,18 +135,20 @@ class Beside(Applied):
 
     A folder that changes the same modules as the one before it, at no lower rank, is put into the layers
     that are there (PEFT's hot swap). For any other, layers are wrapped anew, which takes longer;
-    `swap_order` gives an order in which that is rare. Folders are as `write_adapter` leaves them, in the base
-    model's dtype.
+    `swap_order` gives an order in which that is rare. A folder that PEFT reads otherwise is `Hooked`. Folders
+    are as `write_adapter` leaves them, in the base model's dtype.
     """
 
     def __init__(self, base: Base) -> None:
         super().__init__(base)
         self._model: Any = base.model
+        self._hooked = Hooked(base)
         self._targets: list[str] = []
         self._rank = 0
 
     def activate(self, folder: Path | None) -> Any:
         """As in `Applied`."""
+        self._hooked.activate(None)
         targets, rank = _changed(folder)
         if targets != self._targets or rank < self._rank:  # PEFT pads a lower rank, which costs at every step
             self._deactivate()
@@ -156,8 +158,10 @@ class Beside(Applied):
             from peft.utils.hotswap import hotswap_adapter
 
             hotswap_adapter(self._model, str(folder), "variant", "cpu")  # it moves tensor by tensor
+        elif (wrapped := _wrapped(self.base.model, folder)) is None:
+            return self._hooked.activate(folder)
         else:
-            self._model = _wrapped(self.base.model, folder)
+            self._model = wrapped
         self._targets, self._rank = targets, rank
         return self._model
 
@@ -202,7 +206,11 @@ def _changed(folder: Path | None) -> tuple[list[str], int]:
 
 
 def _wrapped(model: PreTrainedModel, folder: Path) -> Any:
-    """Adds a folder's variant to a model, by PEFT; if that fails, the model is as it was."""
+    """Adds a folder's variant to a model, by PEFT; if that fails, the model is as it was.
+
+    None if PEFT takes its tensors for others: of some mixtures of experts it looks for `down_proj` in the
+    fused experts alone, though a shared expert and dense layers have one, too.
+    """
     from peft import PeftConfig, PeftModelForCausalLM
 
     how: dict[str, Any] = {
@@ -210,14 +218,17 @@ def _wrapped(model: PreTrainedModel, folder: Path) -> Any:
         "autocast_adapter_dtype": False,  # in the base model's dtype, not float32
         "low_cpu_mem_usage": True,  # no random initialisation first
     }
-    with warnings.catch_warnings():  # between PEFT and transformers; a user cannot act on it
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with warnings.catch_warnings():  # a user cannot act on them; what PEFT does not take shows below
+        warnings.simplefilter("ignore")
         found = PeftModelForCausalLM(model, PeftConfig.from_pretrained(str(folder)), **how)
         try:
-            found.load_adapter(str(folder), torch_device=str(model.device), **how)
+            keys = found.load_adapter(str(folder), torch_device=str(model.device), **how)
         except BaseException:
             found.unload()
             raise
+    if keys.missing_keys or keys.unexpected_keys:
+        found.unload()
+        return None
     return found.eval()
 
 

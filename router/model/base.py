@@ -214,7 +214,7 @@ def load_base(
             "left them elsewhere; use a device with more memory"
         )
     ready(model, place)
-    _check_finite(model, spec)
+    check_sound(model, spec)
     return Base(model, tokenizer, name, revision, sha256)
 
 
@@ -261,18 +261,21 @@ def read(
     return tokenizer, model
 
 
-def _check_finite(model: PreTrainedModel, spec: str) -> None:
-    """Refuses a model whose output is not finite: weights that are damaged, or too large for the dtype."""
+def check_sound(model: PreTrainedModel, spec: str) -> None:
+    """Refuses a model without a cache, or whose output is not finite: damaged, or too large for the dtype."""
     import torch
 
-    some = torch.arange(min(8, vocabulary(model)), device=model.device)
+    from router.model.cache import read_prompts, read_token
+
+    some = torch.arange(min(8, vocabulary(model)), device=model.device)[None]
     try:
         with torch.inference_mode():
-            logits = model(some[None]).logits  # (1, 8, V)
+            logits, cache = read_prompts(model, some[:, :-1], torch.ones_like(some[:, :-1]), 1)  # (1, V)
+            logits = logits + read_token(model, some[:, -1], torch.ones_like(some), cache)
     except Exception as error:
         raise InputError(
-            f"--base_model {spec}: expected a language model that reads tokens alone, but "
-            f"{type(model).__name__} fails on them: {reason(error)}"
+            f"--base_model {spec}: expected a language model that reads tokens alone and keeps their keys "
+            f"and values, but {type(model).__name__} fails: {reason(error)}"
         ) from error
     if not logits.isfinite().all():
         here = [(name, weight) for name, weight in model.named_parameters() if not weight.is_meta]

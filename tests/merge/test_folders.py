@@ -22,6 +22,7 @@ from helpers import (
     random_update,
     write_tiny_adapter,
 )
+from merge.factors import Factors
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE, AdapterError, open_adapter, served_rank, write_adapter
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -81,6 +82,10 @@ KINDS = {
     "some_layers": tiny(9, layers=(1,), layers_to_transform=[1]),
     "a_layer": tiny(10, layers=(1,), layers_to_transform=1, layers_pattern="layers"),
     "excluded": tiny(11, kinds=tuple(WIDTHS)[1:], target_modules="all-linear", exclude_modules=["q_proj"]),
+    "capitals": tiny(18, target_modules="All-Linear"),
+    "whole_names": tiny(
+        19, kinds=("self_attn.q_proj",), target_modules=[Q0, Q0.replace("0", "1")], layers_to_transform=[0]
+    ),
     "mica": tiny(12, init_lora_weights="mica"),
     "unknown_key": tiny(13, sent_by_a_later_version=True),
     "bfloat16": in_bfloat16,
@@ -140,6 +145,20 @@ def test_what_is_written_peft_loads_as_the_same_update(tmp_path, tiny_base, rank
             np.testing.assert_allclose(found[module], delta(update), atol=1e-5)
     served = {1: 1, 2: 8, 8: 8, 9: 16, 33: 64, 257: 320, 321: 512, 512: 512, 513: 513}
     assert {rank: served_rank(rank) for rank in served} == served
+
+
+def test_small_updates_keep_their_digits_in_float16(tmp_path):
+    """Below 6e-5 float16 has few: alpha / r as a factor of B would cost 4 % here."""
+    updates = {
+        "q": Factors(
+            *(size * of for size, of in zip((0.03, 4e-7), random_update(48, 256, 32, 0), strict=True))
+        )
+    }
+    updates["k"] = Factors(updates["q"].a.index_fill(0, torch.tensor([1]), 0), updates["q"].b)
+    write_adapter(tmp_path, updates, "base", dtype=torch.float16)
+    for module, found in open_adapter(tmp_path).read_all():
+        expected = delta(updates[module])
+        assert np.linalg.norm(delta(found) - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 DEEP = "(" * 5000 + "a" + ")" * 5000

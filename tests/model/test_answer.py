@@ -11,7 +11,8 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 
 from helpers import FAMILIES, family
-from router.model.answer import encode, generate, score_choices
+from router.model.answer import answers, encode, generate, score_choices
+from router.model.base import check_sound
 from router.model.cache import new_cache
 from router.pipeline import answering
 from router.pipeline.context import Context
@@ -273,11 +274,30 @@ def test_prompts_in_parts_and_rows_that_leave_change_nothing(base, tmp_path, mon
     assert sizes[:3] == [2, 2, 2] and min(sizes[3:]) < max(sizes[3:])
 
 
+@pytest.mark.parametrize("kind", ["phi3", "llama"])
+def test_prompts_beyond_a_stretch_change_no_shorter_ones(base, kind):
+    """LongRoPE and dynamic NTK choose by the longest row of a batch."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    if kind == "phi3":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 16.0, 40.0]}
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": 32, **factors}
+    size = {"max_position_embeddings": 32} if kind == "llama" else {"original_max_position_embeddings": 32}
+    model = family(kind, base.model.config.vocab_size, rope_parameters=rope, **size)
+    prompts = [letters(base, text) for text in ("abc", "What is two?", LONG)]
+    for choices in ((), ("stone", "a")):
+        found = answers(model, base.tokenizer, prompts, [choices] * 3, max_new_tokens=8)
+        for ids, one in zip(prompts[:2], found, strict=False):
+            [alone] = answers(model, base.tokenizer, [ids], [choices], max_new_tokens=8)
+            assert alone.text == one.text and alone.scores == pytest.approx(one.scores, abs=1e-4)
+
+
 def test_a_model_whose_layers_keep_something_else_is_refused(base):
     """Of a recurrent state, rows could neither be joined nor leave."""
     config = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
     with pytest.raises(InputError, match="qwen3_next"):
         new_cache(SimpleNamespace(config=config))
+    with pytest.raises(InputError, match=r"--base_model here: .*Rwkv"):
+        check_sound(family("rwkv", 64, attention_hidden_size=32), "here")
     endless, tokenizer = family("llama", base.model.config.vocab_size), copy.deepcopy(base.tokenizer)
     endless.config.eos_token_id = endless.generation_config.eos_token_id = None
     tokenizer.eos_token = tokenizer.pad_token = None  # with no token that ends a text, all are written

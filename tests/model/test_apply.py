@@ -6,12 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from helpers import MIXED, active, logits, plain_model
+from helpers import MIXED, active, family, logits, plain_model, random_update
+from merge.factors import dense
+from merge.folders import write_adapter
 from router.model.apply import Beside, Merged, applied
 from router.model.base import linear_shapes, load_base
 from router.routing.variants import Variant, write_variant
 from router.system.errors import InputError
+
+EXPERTS = {
+    "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
 
 
 def lora_weights(model):
@@ -81,6 +89,27 @@ def test_merged_weights_are_the_exact_sum_and_come_back(tmp_path, tiny_base, ada
                 else:
                     assert torch.equal(value, weights[name])
     assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
+
+
+def test_what_peft_takes_for_fused_experts_is_added_by_hooks(tmp_path, tiny_base):
+    """PEFT finds `down_proj` of GLM 4 MoE in its experts alone, not in dense layers and shared experts."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.save_pretrained(tmp_path / "base")
+    family("glm4_moe", len(tokenizer), **EXPERTS).save_pretrained(tmp_path / "base")
+    base, expected = (load(str(tmp_path / "base")) for load in (load_base, plain_model))
+    updates = {}
+    for module, (d_out, d_in) in linear_shapes(base.model).items():
+        updates[module] = random_update(d_out, 2, d_in, len(updates))
+        expected.get_submodule(module).weight.data += dense(updates[module])
+    write_adapter(tmp_path / "all", updates, base.name)
+    attention = {module: update for module, update in updates.items() if "self_attn" in module}
+    write_adapter(tmp_path / "attention", attention, base.name)
+    before = logits(base.model)
+    with applied(base, "beside") as models:
+        for folder in ("all", "attention", "all"):
+            found = logits(models.activate(tmp_path / folder))
+        torch.testing.assert_close(found, logits(expected), atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits(base.model), before)
 
 
 def test_an_error_halfway_through_a_merge_leaves_no_trace(tmp_path, base, adapters, monkeypatch):
