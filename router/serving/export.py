@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 
 from merge.factors import Factors, inner
 from merge.folders import SERVED_RANKS, AdapterError, open_adapter, served_rank, write_adapter
+from router.model.base import EMBEDDED_ID, embedded_folder, embedded_gguf
 from router.routing.variants import limited
-from router.serving.gguf import base_gguf, converted
 from router.serving.names import Served, read_adapters, read_served
 from router.settings import Count, reader
 from router.system.errors import InputError, printable
 from router.system.files import SEAL, is_sealed, remaking, replacing, sealed
+from router.system.hub import fetch
 
 SCRIPT = "serve.sh"
 GGUF = "gguf"  # a folder beside it
+CONVERTER = (
+    "convert_lora_to_gguf.py"  # llama.cpp's own, which knows how each architecture's weights are laid out
+)
 HEAD = f"#!/bin/sh\n# Serves a router's adapters; flags are passed on; {SEAL}{'0' * 64}\n"
 
 
@@ -70,6 +77,55 @@ def recompressed(path: Path, out: Path, max_rank: int, base: str, dtype: torch.d
         whole, kept = (inner(one, one) for one in (update, updates[module]))
         total, lost = total + whole, lost + max(0.0, whole - kept)
     return write_adapter(out, updates, base, None, dtype, max_rank), lost / total if total else 0.0
+
+
+def base_gguf(served: Served, given: Path | None) -> Path:
+    """llama.cpp's file of the base model: the one that was given, or that of the embedded model.
+
+    Raises:
+        InputError: there is none.
+    """
+    if given is None and served.base == EMBEDDED_ID:
+        return embedded_gguf()
+    if given is None or not given.is_file():
+        raise InputError(f"--gguf: expected {served.base} as a GGUF file, got {given or 'none'}")
+    return given
+
+
+def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Path]:
+    """Converts adapters into a folder, which is replaced; the name of each file says which adapter it is.
+
+    Args:
+        llama_cpp: a checkout of llama.cpp.
+
+    Returns:
+        The files by the adapters' names, in the same order.
+
+    Raises:
+        InputError: the folder is somebody else's, there is no converter, or it fails.
+    """
+    script = (llama_cpp or Path()) / CONVERTER
+    if llama_cpp is None or not script.is_file():
+        got = f"no {CONVERTER} in {llama_cpp}" if llama_cpp else "none"
+        raise InputError(f"--llama_cpp: expected a checkout of llama.cpp, whose converter is run, got {got}")
+    if served.base == EMBEDDED_ID or Path(served.base).is_dir():
+        base = embedded_folder() if served.base == EMBEDDED_ID else Path(served.base)
+    else:
+        spec = f"{served.base}@{served.revision}" if served.revision else served.base
+        base, *_ = fetch(spec, ["*.json"], where=f"{spec}: no such folder with a configuration")
+    found = {name: out / f"{quote(name, safe='')}.gguf" for name in served.folders}
+    with remaking(out) as files:
+        plain = files.parent / "plain"
+        for name, path in served.folders.items():
+            # The converter leaves out the scales of rsLoRA and of single modules: they go into the factors.
+            write_adapter(plain, dict(open_adapter(path).read_all()), served.base, max_rank=served.rank)
+            file = files / found[name].name
+            command = [sys.executable, *map(str, (script, "--base", base, "--outfile", file, plain))]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode or not file.is_file():
+                reason = (done.stderr.strip() or "it wrote nothing").splitlines()[-1]
+                raise InputError(f"{script}: cannot convert {name} ({path}): {reason}")
+    return found
 
 
 def export(
