@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge.folders import CONFIG_FILE, AdapterError, AdapterFolder, open_adapter
+from merge.folders import CONFIG_FILE, AdapterError, open_adapter
 from router.constants import BASE_COLUMN, TEMPLATE
 from router.library.adapters import load_library
 from router.pipeline.record import RECORD, BaseRecord, Record, VariantRecord
-from router.pipeline.saved import ABOUT, Saved, changed
+from router.pipeline.saved import ABOUT, Saved
 from router.pipeline.served import content_of, served
 from router.routing.variants import VARIANTS, Variant
 from router.system.errors import InputError
-from router.system.files import is_folder
+from router.system.files import is_folder, is_still
 
 AUTO = "auto"  # the model that a client names to have its request routed
 # A run may come from a stranger, and its words go to a command line: none of them is a flag or a pattern.
@@ -55,6 +55,13 @@ def read_served(folder: Path) -> Served:
             plain.
     """
     record, base, variants, files = _made(folder)
+
+    def another(path: Path) -> InputError:
+        return InputError(
+            f"{path}: expected what {record.name} names, got another or none, or one of another version; put "
+            "it back, or make it again"
+        )
+
     folders, ranks, modules = {}, [1], set()
     for number, variant in enumerate(variants):
         path = folder / VARIANTS / str(number)
@@ -63,16 +70,13 @@ def read_served(folder: Path) -> Served:
         if isinstance(variant, VariantRecord) and not variant.folder:
             raise InputError(f"{folder}: its method weighs adapters for each token, which no server does")
         if not (path / CONFIG_FILE).exists():
-            raise InputError(
-                f"{path}: expected variant {number}, which {record.name} names, found none; put its folder "
-                "back, or make it again"
-            )
-        own = _opened(path).ranks
+            raise another(path)
+        try:
+            own = open_adapter(path).ranks
+        except AdapterError as error:
+            raise InputError(str(error)) from error
         if content_of(path) != variant.sha256:
-            raise InputError(
-                f"{path}: expected the variant that {record.name} names, got another one, or one of another "
-                "version; put it back, or make it again"
-            )
+            raise another(path)
         folders[served(number, variant.sha256)] = path
         ranks += own.values()
         modules |= {module.rpartition(".")[2] for module in own}
@@ -85,13 +89,9 @@ def read_served(folder: Path) -> Served:
             )
     name = str(Path(base.name).resolve()) if known else base.name
     templates = any((path / TEMPLATE).is_file() for path in folders.values())
-    of_chats = {name: files[name] for name in files if name == TEMPLATE}
-    if changed(folder, of_chats):
-        raise InputError(
-            f"{folder / TEMPLATE}: expected the template that {record.name} names, got another or none; put "
-            "it back, or make it again"
-        )
-    template = folder / TEMPLATE if of_chats else None
+    template = folder / TEMPLATE if TEMPLATE in files else None
+    if template and not is_still(template, files[TEMPLATE]):
+        raise another(template)
     return Served(name, revision, base.dtype, folders, max(ranks), sorted(modules), templates, template)
 
 
@@ -101,40 +101,26 @@ def _made(folder: Path) -> tuple[Path, BaseRecord, Sequence[Variant | VariantRec
         saved = Saved.read(folder)
         base = BaseRecord(saved.base_model, saved.base_sha256, saved.dtype, saved.revision)
         return folder / ABOUT, base, saved.variants, saved.files
-    record = _run(folder)
-    if record is None or record.base is None or not record.variants:
-        raise InputError(f"{folder}: expected a saved router or a finished run with variants, found neither")
-    return folder / RECORD, record.base, record.variants, record.files
-
-
-def _run(folder: Path) -> Record | None:
-    """The record of a finished run; None if there is none."""
     try:
-        return Record.read(folder / RECORD)
-    except FileNotFoundError:
-        return None
+        run = Record.read(folder / RECORD)
+        if run.base is None or not run.variants:
+            raise ValueError("it has no variants")
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{folder / RECORD}: expected the record of a run ({error}); run it again"
+            f"{folder / RECORD}: expected a saved router, or a run with variants ({error}); run it again"
         ) from error
-
-
-def _opened(path: Path) -> AdapterFolder:
-    try:
-        return open_adapter(path)
-    except AdapterError as error:
-        raise InputError(str(error)) from error
+    return folder / RECORD, run.base, run.variants, run.files
 
 
 def read_adapters(folder: Path) -> dict[str, Path]:
-    """The folders of the adapters that a finished run names, by their names; none of a saved router.
+    """The folders of the adapters of a run that `read_served` takes, by their names; none of a saved router.
 
     Raises:
         InputError: they are not what they were.
     """
-    run = _run(folder)
-    if (folder / ABOUT).exists() or run is None:
+    if (folder / ABOUT).exists():
         return {}
+    run = Record.read(folder / RECORD)
     specs = run.flags["adapters"]
     # Those that the run left out are no matter.
     found = {adapter.name: adapter for adapter in load_library(specs, bad=[])}
