@@ -65,8 +65,9 @@ class Saved:
 
     def __post_init__(self) -> None:
         wide = len(self.candidates)
-        if len(self.centres) != len(self.variants) or any(len(row) != wide for row in self.centres):
-            raise ValueError("expected a centre for each variant, with a weight for each candidate")
+        same = 0 < len(self.variants) == len(self.centres)
+        if not same or any(len(row) != wide for row in self.centres):
+            raise ValueError("expected variants, and a centre for each, with a weight for each candidate")
         numbers = [n for of in self.firsts for n in of]
         if len(self.firsts) != len(self.variants) or any(not 0 <= n < wide for n in numbers):
             raise ValueError("expected numbers of candidates for each variant")

@@ -10,6 +10,7 @@ import signal
 import socket
 from argparse import ArgumentParser, Namespace
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -121,12 +122,7 @@ def _proxy(args: Namespace) -> Proxy:
     from router.serving.proxy import Proxy
     from router.serving.tracing import tracer
 
-    def load() -> Router:
-        found = Router.load(args.router, args.base_model, args.device, args.dtype)
-        if not found.variants:
-            raise InputError(f"--router {args.router}: expected a router with variants, found none")
-        return found
-
+    load = partial(Router.load, args.router, args.base_model, args.device, args.dtype)
     api_key, here = key_of("PROTO_ROUTE_API_KEY"), args.host in LOOPBACK
     if api_key is None and not here:
         log.warning(
