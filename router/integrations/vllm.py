@@ -80,11 +80,6 @@ class Asked:
     anew: Any = None
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
-    @property
-    def with_lora(self) -> dict[str, Any]:
-        """The adapter, as the engine takes it."""
-        return {"lora_request": self.lora}
-
 
 ASKED: ContextVar[Asked | None] = ContextVar("proto_route_asked", default=None)
 
@@ -110,17 +105,6 @@ class Library:
         found = [self.read[fitted.framing.frame, tuple(row)] for row in rows]
         confidence = np.array([confidence for _, confidence in found], np.float32)
         return Probed(np.stack([responses for responses, _ in found]), confidence)
-
-    def keep(self, part: Part, raw: bytes) -> None:
-        """Keeps what a worker made of a prompt, see `vllm_worker.Prompt.responses`.
-
-        Raises:
-            ValueError: it is empty, since the prompt was not read whole.
-        """
-        if not raw:
-            raise ValueError("the engine did not read the prompt whole")
-        values = np.frombuffer(raw, np.float32)
-        self.read[part] = values[:-1].reshape(len(self.router.candidates) - 1, -1, 2), float(values[-1])
 
     def drop(self, parts: Sequence[Part]) -> None:
         """Forgets what a request no longer needs, unless another does."""
@@ -214,10 +198,7 @@ class Auto:
             log.warning("the base model is quantised (%s), which the router's was not", quantised)
         own = quantised or Path(args.model) == embedded_folder()
         model = f"{args.model}@{args.revision}" if args.revision else args.model
-        router = Router.load(self.folder, None if own else model, device="meta")
-        if not router.variants:
-            raise InputError(f"{self.folder}: expected a router with variants, found none; call Router.fit")
-        return router
+        return Router.load(self.folder, None if own else model, device="meta")
 
     async def _loras(self, router: Router) -> dict[int, Any]:
         """vLLM's adapters by the number of the variant; those that it was not started with are loaded."""
@@ -277,16 +258,15 @@ class Auto:
         """POST /v1/admin/reload: loads the router anew; requests that have begun end with the old one."""
         try:
             admit(request, None, None)
-        except HTTPException as error:
-            return as_error(request, error)
-        if self.renewing.locked():
-            return as_error(request, HTTPException(409, "not reloaded: it is being loaded already"))
-        async with self.renewing:
-            try:
+            if self.renewing.locked():
+                raise InputError("it is being loaded already")
+            async with self.renewing:
                 old, self.library = self.library, await self._loaded()
                 await self._unload(old)
-            except InputError as error:
-                return as_error(request, HTTPException(409, f"not reloaded: {error}"))
+        except HTTPException as error:
+            return as_error(request, error)
+        except InputError as error:
+            return as_error(request, HTTPException(409, f"not reloaded: {error}"))
         return as_json({"status": "reloaded", "variants": len(self.library.router.variants)})
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **how: Any) -> AsyncIterator[Any]:
@@ -307,7 +287,8 @@ class Auto:
         library = self.library
         if not (unread := await self._unread(asked, library)):  # it was read lately
             await self._decide(asked, library, [])
-            async for out in self.plain(asked.anew or prompt, params, request_id, **how | asked.with_lora):
+            how |= {"lora_request": asked.lora}
+            async for out in self.plain(asked.anew or prompt, params, request_id, **how):
                 yield out
             return
         begun, kinds = copy(params), type(params.output_kind)
@@ -338,9 +319,8 @@ class Auto:
                 first.cancel()
                 await asyncio.wait([first])
                 library.drop(unread)
-        async for out in self.plain(
-            asked.anew or prompt, params, f"{request_id}-variant", **how | asked.with_lora
-        ):
+        how |= {"lora_request": asked.lora}
+        async for out in self.plain(asked.anew or prompt, params, f"{request_id}-variant", **how):
             yield out
 
     async def _unread(self, asked: Asked, library: Library) -> list[Part]:
@@ -369,8 +349,12 @@ class Auto:
         return mark(library.version, library.frames[part[0]], uuid4().hex)
 
     async def _take(self, library: Library, part: Part, name: str) -> None:
+        """Keeps what a worker made of a prompt, see `vllm_worker.Prompt.responses`."""
         (raw,) = await self.engine.collective_rpc("proto_route_take", args=(name,))
-        library.keep(part, raw)
+        if not raw:
+            raise ValueError("the engine did not read the prompt whole")
+        values, n_adapters = np.frombuffer(raw, np.float32), len(library.router.candidates) - 1
+        library.read[part] = values[:-1].reshape(n_adapters, -1, 2), float(values[-1])
 
     async def _decide(
         self, asked: Asked, library: Library, reading: Sequence[Coroutine[Any, Any, None]]
@@ -441,18 +425,15 @@ class Door:
         if scope["type"] != "http" or scope["method"] != "POST" or b"json" not in kind:
             await self.app(scope, receive, send)
             return
-        request, given = Request(scope, receive), False
+        request = Request(scope, receive)
         try:
             raw = await request.body()
         except ClientDisconnect:
             return
+        read: list[Message] = [{"type": "http.request", "body": raw, "more_body": False}]
 
         async def again() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": raw, "more_body": False}
+            return read.pop() if read else await receive()
 
         try:
             asked = self._asked(request, raw) if AUTO.encode() in raw else None
