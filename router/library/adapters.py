@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from merge.factors import Factors, inner
 from merge.folders import WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
 from router.constants import BASE_COLUMN
-from router.library.sources import CARD_FILE, Source, expand, find
+from router.library.sources import CARD_FILE, expand, find
 from router.system.errors import InputError, out_of_memory
 from router.system.files import sha256_of
 
@@ -57,7 +57,13 @@ class Adapter:
         """
         with self.named():
             for module, update in self.folder.read_all(modules):
-                yield module, self._finite(module, update)
+                # So that products of its factors are finite, too.
+                if not torch.isfinite(update.a.norm() * update.b.norm()):
+                    raise InputError(
+                        f"{self.where}: {module} holds values that are not finite, or too large to multiply "
+                        "in float32; leave the adapter out of --adapters"
+                    )
+                yield module, update
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -80,23 +86,6 @@ class Adapter:
         if now != self.sha256:
             raise InputError(f"{self.where}: {WEIGHTS_FILE} was changed while it was read; run again")
 
-    def _finite(self, module: str, update: Factors) -> Factors:
-        if torch.isfinite(update.a.norm() * update.b.norm()):  # so that products of them are finite, too
-            return update
-        raise InputError(
-            f"{self.where}: {module} holds values that are not finite, or too large to multiply in float32; "
-            "leave the adapter out of --adapters"
-        )
-
-    def check_values(self) -> None:
-        """Reads every value.
-
-        Raises:
-            InputError: one is not finite, or all are zero.
-        """
-        if sum(inner(update, update) for _, update in self.read_all()) <= 0:
-            raise InputError(f"{self.folder.path}: expected an update, got zero at every module")
-
 
 class Examined(NamedTuple):
     """An adapter that was looked for: None if it cannot be opened, and why it cannot be used, if so."""
@@ -111,7 +100,8 @@ def examined(specs: Sequence[str], local_only: bool = False, values: bool = True
 
     Args:
         specs, local_only: as of `load_library`.
-        values: whether every value is read; else they are checked to be finite when they are read.
+        values: whether every value is read, since one may not be finite, or all may be zero; else they are
+            checked to be finite when they are read.
     """
     names = set[str]()
     for spec in expand(specs):
@@ -121,25 +111,25 @@ def examined(specs: Sequence[str], local_only: bool = False, values: bool = True
             yield Examined(Path(spec.partition("@")[0]).name, error=error)
             continue
         for source in sources:
+            name, path, revision = source
             adapter: Adapter | None = None
             unusable: InputError | None = None
             try:
-                _check_name(source, names)
-                adapter = _opened(source)
-                if values:
-                    adapter.check_values()
-                names.add(source.name)
+                if name in TAKEN or name in names or not name.isprintable():
+                    raise InputError(
+                        f"adapter {name!r} ({str(path)!r}): expected a name that can be printed and is no "
+                        f"other adapter's, and none of {', '.join(TAKEN)}, which are columns of the routing "
+                        "table; rename the folder"
+                    )
+                adapter = Adapter(name, open_adapter(path), sha256_of(path / WEIGHTS_FILE), revision)
+                if values and sum(inner(update, update) for _, update in adapter.read_all()) <= 0:
+                    raise InputError(f"{path}: expected an update, got zero at every module")
+                names.add(name)
             except InputError as error:
                 unusable = error
-            yield Examined(source.name, adapter, unusable)
-
-
-def _opened(source: Source) -> Adapter:
-    try:
-        folder = open_adapter(source.path)
-        return Adapter(source.name, folder, sha256_of(source.path / WEIGHTS_FILE), source.revision)
-    except (AdapterError, OSError) as error:
-        raise InputError(str(error)) from error
+            except (AdapterError, OSError) as error:
+                unusable = InputError(str(error))
+            yield Examined(name, adapter, unusable)
 
 
 def load_library(
@@ -187,16 +177,6 @@ def card(folder: Path) -> tuple[str, str]:
             text = card.read(LONGEST_CARD)
     found = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", text, re.DOTALL)
     return (found[1], text[found.end() :]) if found else ("", text)
-
-
-def _check_name(source: Source, others: Container[str]) -> None:
-    """Refuses an adapter whose name is no column, or another's, or cannot be printed."""
-    if source.name in TAKEN or source.name in others or not source.name.isprintable():
-        raise InputError(
-            f"adapter {source.name!r} ({str(source.path)!r}): expected a name that can be printed and is no "
-            f"other adapter's, and none of {', '.join(TAKEN)}, which are columns of the routing table; "
-            "rename the folder"
-        )
 
 
 def base_of(adapters: Iterable[Adapter]) -> str:

@@ -39,14 +39,16 @@ def find(spec: str, local_only: bool = False) -> list[Source]:
     Raises:
         InputError: there are none, the folder cannot be read, or the hub cannot provide it.
     """
-    path = _folder(spec)
-    if path is None:
-        if Path(spec) != LIBRARY:
-            return [_from_hub(spec, local_only)]
+    path = next((path for path in (Path(spec), LIBRARY / spec) if is_folder(path)), None)
+    if path is None and Path(spec) == LIBRARY:
         raise InputError(
             f"--adapters {spec}: expected the default library there, found none; run from a clone of the "
             "repository, or name your own adapters"
         )
+    if path is None:
+        where = f"--adapters {spec}: no such folder, no such name in {LIBRARY}"
+        path, repo, commit = fetch(spec, FILES, local_only, where=where)
+        return [Source(repo.rsplit("/", 1)[-1], path, commit)]
     try:
         if (path / CONFIG_FILE).exists():  # a link keeps its own name
             return [Source(Path(os.path.normpath(path.absolute())).name, path, None)]
@@ -65,10 +67,6 @@ def find(spec: str, local_only: bool = False) -> list[Source]:
     return [Source(child.name, child, None) for child in found]
 
 
-def _folder(spec: str) -> Path | None:
-    return next((path for path in (Path(spec), LIBRARY / spec) if is_folder(path)), None)
-
-
 def is_here(spec: str) -> bool:
     """Whether there is nothing to download: a spec is here, or names nothing that the hub could have."""
     from huggingface_hub.errors import HFValidationError
@@ -78,9 +76,3 @@ def is_here(spec: str) -> bool:
     except InputError as error:
         return not isinstance(error, HubError) or isinstance(error.__cause__, HFValidationError)
     return True
-
-
-def _from_hub(spec: str, local_only: bool) -> Source:
-    where = f"--adapters {spec}: no such folder, no such name in {LIBRARY}"
-    path, repo, commit = fetch(spec, FILES, local_only, where=where)
-    return Source(repo.rsplit("/", 1)[-1], path, commit)
