@@ -55,25 +55,18 @@ def trim(updates: Tensor, keep: float) -> Tensor:
     return torch.where(updates.abs() >= least[:, None, None], updates, 0.0)
 
 
-def elect(updates: Tensor) -> Tensor:
-    """The sign of each entry's sum over the updates: -1, 0 or 1, (d_out, d_in)."""
-    return updates.sum(0).sign()
-
-
-def disjoint_mean(updates: Tensor, signs: Tensor) -> Tensor:
-    """Each entry's mean over the updates that have the elected sign there; 0 where none has.
+def disjoint_mean(updates: Tensor) -> Tensor:
+    """Each entry's mean over the updates that have the sign of its sum, (d_out, d_in); 0 where none has.
 
     Example:
-        >>> updates = torch.tensor([[[2.0, 1.0]], [[4.0, -3.0]]])
-        >>> disjoint_mean(updates, elect(updates))
+        >>> disjoint_mean(torch.tensor([[[2.0, 1.0]], [[4.0, -3.0]]]))
         tensor([[ 3., -3.]])
     """
-    agree = updates.sign() == signs
+    agree = updates.sign() == updates.sum(0).sign()
     total = torch.where(agree, updates, 0.0).sum(0)
     return total / agree.sum(0).clamp(min=1)
 
 
 def ties(updates: Tensor) -> Tensor:
     """Trims, elects signs and averages what agrees: (n, d_out, d_in) to (d_out, d_in)."""
-    trimmed = trim(updates, KEEP)
-    return SCALE * disjoint_mean(trimmed, elect(trimmed))
+    return SCALE * disjoint_mean(trim(updates, KEEP))

@@ -59,23 +59,20 @@ class AdapterFolder:
         config: adapter_config.json as it is.
         ranks: rank of each module's update, by module name ("model.layers.0.self_attn.q_proj").
         shapes: (d_out, d_in) of each module.
+        scales: the factor s of each module's `s * B A`: alpha / r, or alpha / sqrt(r) for rsLoRA.
     """
 
     path: Path
     config: dict[str, Any]
     ranks: dict[str, int]
     shapes: dict[str, tuple[int, int]]
+    scales: dict[str, float]
     _keys: dict[str, tuple[str, str]] = field(repr=False)
-    _scales: dict[str, float] = field(repr=False)
 
     @property
     def base_model(self) -> str:
         """The base model that the adapter names, "" if it names none."""
         return str(self.config.get("base_model_name_or_path") or "")
-
-    def scale(self, module: str) -> float:
-        """The factor s of `s * B A`: alpha / r, or alpha / sqrt(r) for rsLoRA."""
-        return self._scales[module]
 
     def read(self, module: str) -> Factors:
         """One module's update in float32, its scale folded into `b`."""
@@ -86,11 +83,12 @@ class AdapterFolder:
         with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
             for module in sorted(self._keys) if modules is None else modules:
                 a, b = (file.get_tensor(key).float() for key in self._keys[module])
-                yield module, Factors(a, b * self.scale(module))
+                yield module, Factors(a, b * self.scales[module])
 
 
 _NAME = re.compile(r"[\w.]*")  # a module's name, as a regular expression
-_REPEATS = re.compile(r"#|\)\s*[+*{]|\{[^}]*\d{3}")  # of groups or large, or a comment that might hide one
+# Of groups or large, which multiply as regex writes them out, or a comment that might hide one.
+_REPEATS = re.compile(r"#|\)\s*[+*{]|\{[^}]*\d{3}")
 
 
 def _ends_with(module: str, name: str) -> bool:
@@ -197,7 +195,7 @@ def open_adapter(path: Path) -> AdapterFolder:
     ranks = {module: shapes[a][0] for module, (a, _) in keys.items()}
     scales = _scales(path, config, ranks)
     widths = {module: (shapes[b][0], shapes[a][1]) for module, (a, b) in keys.items()}
-    return AdapterFolder(path, config, ranks, widths, keys, scales)
+    return AdapterFolder(path, config, ranks, widths, scales, keys)
 
 
 def _scales(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
@@ -289,10 +287,7 @@ def _check_values(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_patterns(file: Path, patterns: Sequence[str]) -> None:
-    """Refuses a stranger's regular expressions that are none, or that could take long to compile.
-
-    regex writes out what is repeated, so nested repeats multiply.
-    """
+    """Refuses a stranger's regular expressions that are none, or that could take long to compile."""
     total = sum(map(len, patterns))
     for pattern in patterns:
         bare = re.sub(r"\\.|\[\^?\]?[^]]*\]", "a", pattern, flags=re.DOTALL)  # escapes and sets are letters
@@ -390,23 +385,12 @@ def write_adapter(
     rank = served_rank(max(update.rank for update in updates.values()))
     rank = rank if max_rank is None else min(rank, max_rank)
     config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "revision": revision,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "target_modules": _targets(updates),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "inference_mode": True,
-    }
+        "peft_type": "LORA", "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model, "revision": revision,
+        "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "target_modules": _targets(updates),
+        "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False, "bias": "none",
+        "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True,
+    }  # fmt: skip
     tensors = {}
     for module, update in updates.items():
         padded = pad(balanced(update) if dtype == torch.float16 else update, rank)

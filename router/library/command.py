@@ -58,7 +58,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "path": str(folder.path),
         "base_model": folder.base_model,
         "ranks": sorted(set(folder.ranks.values())),
-        "scales": sorted({folder.scale(module) for module in folder.shapes}),
+        "scales": sorted(set(folder.scales.values())),
         "modules": Counter(module.rpartition(".")[2] for module in sorted(folder.shapes)),
         "rslora": bool(folder.config.get("use_rslora")),
         "parameters": sum(rank * sum(folder.shapes[module]) for module, rank in folder.ranks.items()),
