@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -210,25 +210,20 @@ class Router:
         for row, numbers in zip(router._firsts, about.firsts, strict=True):
             row[numbers] = True
         router._folder, router._seen = folder, seen
-        router._read_fits(about.files)
-        router._read_templates(folder)
-        return router
-
-    def _read_fits(self, files: Mapping[str, str]) -> None:
-        """Reads the library of a saved router, whose files have these hashes."""
-        folder, method = cast(Path, self._folder), self._proto
-        if wrong := changed(folder, files):
+        if wrong := changed(folder, about.files):
             raise InputError(
                 f"{folder / wrong}: expected the file that was saved with this router, got another or none; "
                 "save the router again"
             )
         widths = {module: width for module, (_, width) in method.shapes.items()}
-        fits = state.load(folder, self._base.model.device, self._base.model.dtype, widths)
+        fits = state.load(folder, base.model.device, base.model.dtype, widths)
         _ = method.template  # read now, from the folder as it is
-        self._check_there()
-        if self.candidates != [*fits[0].names, BASE_COLUMN]:
+        router._check_there()
+        if about.candidates != [*fits[0].names, BASE_COLUMN]:
             raise InputError(f"{folder / ABOUT}: expected the adapters of {FILE}; save the router again")
         method.fits.update({fitted.framing.frame: fitted for fitted in fits})
+        router._read_templates(folder)
+        return router
 
     @classmethod
     def _of_run(cls, folder: Path, base_model: str | None, device: Device, dtype: Dtype | None) -> Router:
@@ -499,10 +494,8 @@ class Router:
                 answers = self._method.answer(queries, Path(work)).answers
         else:
             answers, _ = self.answered(queries)
-        if choices is None:
-            return [answer.text for answer in answers]
         return [
-            answer.text if answer.failed else query.choices[int(answer.text)]
+            answer.text if choices is None or answer.failed else query.choices[int(answer.text)]
             for query, answer in zip(queries, answers, strict=True)
         ]
 
