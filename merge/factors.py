@@ -43,23 +43,14 @@ def dense(update: Factors) -> Tensor:
     return update.b @ update.a
 
 
-def inner(one: Factors, other: Factors) -> float:
-    """The Frobenius inner product of two updates of one module, from `r x r'` matrices in float64.
-
-    Example:
-        >>> update = Factors(torch.ones(1, 3), torch.ones(2, 1))  # a 2 x 3 matrix of ones
-        >>> inner(update, update)
-        6.0
-    """
-    a = one.a.double() @ other.a.double().T  # (r, r')
-    b = one.b.double().T @ other.b.double()  # (r, r')
-    return float((a * b).sum())
-
-
 def gram(updates: Sequence[Factors]) -> Tensor:
     """The Frobenius inner products of all pairs of updates of one module, (n, n) float64.
 
     Each update is multiplied by the factors of all updates at once, side by side, K columns in all.
+
+    Example:
+        >>> float(gram([Factors(torch.ones(1, 3), torch.ones(2, 1))]))  # of a 2 x 3 matrix of ones
+        6.0
     """
     a = torch.cat([update.a for update in updates]).double()  # (K, d_in)
     b = torch.cat([update.b for update in updates], dim=1).double()  # (d_out, K)

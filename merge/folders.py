@@ -394,11 +394,11 @@ def write_adapter(
     tensors = {}
     for module, update in updates.items():
         padded = pad(balanced(update) if dtype == torch.float16 else update, rank)
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = padded.a.to(dtype).contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = padded.b.to(dtype).contiguous()
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise OverflowError(f"{name.removeprefix(PREFIX)} is too large for {dtype}")
+        for letter, factor in zip("AB", padded, strict=True):
+            name = f"{module}.lora_{letter}.weight"
+            tensors[PREFIX + name] = factor.to(dtype).contiguous()
+            if not tensors[PREFIX + name].isfinite().all():
+                raise OverflowError(f"{name} is too large for {dtype}")
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
     (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from merge.factors import Factors, inner
+from merge.factors import Factors, gram
 from merge.folders import WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
 from router.constants import BASE_COLUMN
 from router.library.sources import CARD_FILE, expand, find
@@ -122,7 +122,7 @@ def examined(specs: Sequence[str], local_only: bool = False, values: bool = True
                         "table; rename the folder"
                     )
                 adapter = Adapter(name, open_adapter(path), sha256_of(path / WEIGHTS_FILE), revision)
-                if values and sum(inner(update, update) for _, update in adapter.read_all()) <= 0:
+                if values and sum(float(gram([update])) for _, update in adapter.read_all()) <= 0:
                     raise InputError(f"{path}: expected an update, got zero at every module")
                 names.add(name)
             except InputError as error:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import torch
 
-from merge.factors import Factors, inner
+from merge.factors import Factors, gram
 from merge.folders import SERVED_RANKS, AdapterError, open_adapter, served_rank, write_adapter
 from router.model.base import EMBEDDED_ID, embedded_folder, embedded_gguf
 from router.routing.variants import limited
@@ -74,7 +74,7 @@ def recompressed(path: Path, out: Path, max_rank: int, base: str, dtype: torch.d
     lost = total = 0.0
     for module, update in open_adapter(path).read_all():
         updates[module] = limited(update, max_rank)
-        whole, kept = (inner(one, one) for one in (update, updates[module]))
+        whole, kept = (float(gram([one])) for one in (update, updates[module]))
         total, lost = total + whole, lost + max(0.0, whole - kept)
     return write_adapter(out, updates, base, None, dtype, max_rank), lost / total if total else 0.0
 
