@@ -66,12 +66,13 @@ def work(args: Namespace) -> int:
     try:
         with told_if_memory_runs_out(LESS), told_if_full(args.output), alone_in(args.output):
             check_outputs(Settings((), args.output))
-            every: dict[Path, list[Query]] = {}
+            every: dict[Path, list[Query]] = {}  # by the file for their answers
             for path in args.input:
                 queries, folder = read(path), args.output.absolute() / _name(path, args)
                 folder.mkdir(exist_ok=True)
                 print(f"{path}: {len(queries)} queries, answers in {folder}", file=sys.stderr)
-                every |= blocks(queries, args.block, folder)
+                for n, start in enumerate(range(0, len(queries), args.block)):
+                    every[folder / f"{n:06}.parquet"] = queries[start : start + args.block]
             if todo := {part: block for part, block in every.items() if not part.exists()}:
                 _answer(todo, args)
     except KeyboardInterrupt:
@@ -114,12 +115,6 @@ def _name(path: Path, args: Namespace) -> str:
     flags = [str(args.base_model), pick_device(args.device), str(args.dtype), str(args.block)]
     flags.append(json.dumps(versions()))
     return f"{path.stem}-{hashlib.sha256(' '.join(hashes + flags).encode()).hexdigest()[:12]}"
-
-
-def blocks(queries: list[Query], size: int, folder: Path) -> dict[Path, list[Query]]:
-    """The queries in order, so many at a time, by the file for their answers."""
-    starts = range(0, len(queries), size)
-    return {folder / f"{n:06}.parquet": queries[start : start + size] for n, start in enumerate(starts)}
 
 
 def packed(part: Path, queries: Sequence[Query]) -> dict[str, str]:
