@@ -220,10 +220,7 @@ def _no_answer(journal: Journal, deadline: Deadline | None) -> InputError:
 
 
 def _commit(files: Files, result: Result, found: Record, settings: Settings, work: Path) -> Record:
-    """Writes all results, then moves them to the output folder, the record last; returns it whole.
-
-    Variants and report of an earlier run go. Its answers to other query files stay, and later runs know them.
-    """
+    """Writes all results, then moves them to the output folder, the record last; returns it whole."""
     folder, start = settings.output_folder, 0
     for path, part in files.items():
         rows = slice(start, start + len(part))
@@ -234,17 +231,17 @@ def _commit(files: Files, result: Result, found: Record, settings: Settings, wor
             if why := result.decision.routing.evidence:
                 why.rows(rows).save(evidence)
         start = rows.stop
-    names = _results(settings)
+    names, left = _results(settings), _left(folder)
     written = sorted(name for name in names if (work / name).exists())
-    found = replace(
-        found, files={name: sha256_of(work / name) for name in written}, earlier=_earlier(settings)
-    )
+    earlier = {name: of for name, of in left.items() if name not in names and is_still(folder / name, of)}
+    found = replace(found, files={name: sha256_of(work / name) for name in written}, earlier=earlier)
     with replacing(work / RECORD) as file:
         file.write(found.text(indent=2) + "\n")
     known = check_outputs(settings)  # what was put there meanwhile stays, too
     with replacing(folder / COMMIT) as file:
         json.dump(sorted(known.union(found.files.values())), file)
-    # From here on the folder holds no finished run, until it holds this one.
+    # From here on the folder holds no finished run, until it holds this one. Variants and report of an
+    # earlier run go; its answers to other query files stay, and later runs know them.
     for name in (RECORD, REPORT):
         (folder / name).unlink(missing_ok=True)
     if result.decision:
@@ -262,10 +259,7 @@ def _commit(files: Files, result: Result, found: Record, settings: Settings, wor
 
 
 def _place_variants(work: Path, final: Path) -> None:
-    """Moves variants into the output folder, in place of those of an earlier run.
-
-    Answers are worth more than their variants, so where these cannot be moved is a warning.
-    """
+    """Moves variants into the output folder; where it cannot is a warning, since answers are worth more."""
     try:
         mark(work, finished=True)
         for_others(work)
@@ -309,7 +303,9 @@ def check_outputs(settings: Settings) -> set[str]:
     if (folder.is_symlink() and not folder.exists()) or not (place.is_dir() and os.access(place, os.W_OK)):
         raise InputError(f"--output_folder {folder}: expected a folder to write to, but {place} is none")
     try:
-        known = _hashes(folder)
+        known = set(_left(folder).values())
+        if (folder / COMMIT).exists():  # of one that was killed as it wrote
+            known.update(read_record(list[str], folder / COMMIT))
         foreign = list(_foreign(settings, known))
     except (OSError, ValueError) as error:
         known, foreign = set(), [f"a result, {RECORD} or {COMMIT} that cannot be read ({reason(error)})"]
@@ -321,28 +317,12 @@ def check_outputs(settings: Settings) -> set[str]:
     return known
 
 
-def _earlier(settings: Settings) -> dict[str, str]:
-    """The hashes of what runs on other query files left in the output folder, by name."""
-    folder, ours = settings.output_folder, _results(settings)
+def _left(folder: Path) -> dict[str, str]:
+    """The hashes of results that the last run and those before it left in a folder, by name."""
     if not (folder / RECORD).exists():
         return {}
-    known = Record.read(folder / RECORD)
-    return {
-        name: digest
-        for name, digest in (known.earlier | known.files).items()
-        if name not in ours and is_still(folder / name, digest)
-    }
-
-
-def _hashes(folder: Path) -> set[str]:
-    """Those of results that runs left in a folder: the last one, and one that was killed as it wrote."""
-    found: set[str] = set()
-    if (folder / COMMIT).exists():
-        found.update(read_record(list[str], folder / COMMIT))
-    if (folder / RECORD).exists():
-        record = Record.read(folder / RECORD)
-        found.update((record.files | record.earlier).values())
-    return found
+    record = Record.read(folder / RECORD)
+    return record.earlier | record.files
 
 
 def _foreign(settings: Settings, known: set[str]) -> Iterator[str]:
@@ -376,9 +356,7 @@ def _check_names(settings: Settings) -> None:
             taken.add(name)
 
 
-def check_flags(
-    name: str, settings: Settings, limited: bool, processes: Processes | None = None
-) -> None:  # fmt: skip
+def check_flags(name: str, settings: Settings, limited: bool, processes: Processes | None = None) -> None:
     """Refuses flags that do not go together, or not with the method or with several processes.
 
     Args:
