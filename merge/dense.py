@@ -12,8 +12,6 @@ Where the sum is exactly 0, no sign is elected and the entry becomes 0, as the f
 code falls back on the sign that most other entries have.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

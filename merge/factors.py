@@ -5,8 +5,6 @@ for the methods that need every entry. Notation: d_in and d_out are the module's
 All factors are float32 or wider, whatever the file held.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Only plain LoRA is accepted. What a merge would silently lose (DoRA magnitudes, 
 refused with a message that names it. Data never becomes code: only JSON and safetensors are read.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -4,8 +4,6 @@ A method written for the kit goes into router/methods/; only its import line cha
 `StarterKitMethod` has it answer a run, and `Handler` shows the kit a method of this package.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

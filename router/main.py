@@ -1,7 +1,5 @@
 """The command line: flags -> settings -> run, nothing else. `python -m router.main -m proto_route`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

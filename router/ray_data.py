@@ -4,8 +4,6 @@ Each actor of a pool loads a saved router, or a finished run, and leaves a Parqu
 name of the folder is made of what the answers depend on, so a block that has its file is not answered again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """One run: read -> route -> group -> write -> answer -> commit. Query files in, an output folder out."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import logging

@@ -4,8 +4,6 @@ It is sent token ids, and the ids that it returns are made text here, so that bo
 else. Choices are scored by the log-probabilities of prompts that end with them.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ under their own names (`variant-0`, ...) and the base model as `base`. The envir
 PROTO_ROUTE_ROUTER names the folder of a saved router or of a finished run.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 from typing import Any

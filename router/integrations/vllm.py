@@ -7,8 +7,6 @@ the request goes on, and nothing was lost. Else it is stopped, and asked again o
 fails, the base model answers.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

@@ -5,8 +5,6 @@ router/routing/probe.py does with a base model of our own. No activation leaves 
 bears no mark costs nothing.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """A library of adapters: opened, checked, and read module by module. Knows nothing of queries."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Checks a library of adapters: which are sound, and which are alike. `proto-route library check`."""
 
-from __future__ import annotations
-
 import json
 from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict

@@ -6,8 +6,6 @@ read the same inputs and write something else, as a copy does that was made to d
 is taken, since the order is all that a user has said of whom to trust. Knows no queries.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterator, Sequence
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Where adapters are: in a folder, in data/library, or on the hub. Opens none of them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

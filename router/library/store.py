@@ -4,8 +4,6 @@ They are safetensors files in the cache folder. A reader finds a whole file or n
 deleted; it is computed again when it is needed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`arrow`: every token goes to the adapters whose strongest input direction it follows most."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from router.pipeline.per_token import Experts, PerToken, arrow_scores, keep_top

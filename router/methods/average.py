@@ -1,7 +1,5 @@
 """`average`: one static merge, the exact mean of all adapters' updates."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from router.model.answer import Rows

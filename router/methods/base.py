@@ -1,7 +1,5 @@
 """`base`: the base model without any adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

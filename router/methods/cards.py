@@ -1,7 +1,5 @@
 """`cards`: a query goes to the adapters whose model cards are most similar to it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`dare_ties`: one static merge, TIES on updates that were thinned at random and rescaled."""
 
-from __future__ import annotations
-
 from hashlib import sha256
 
 import torch

@@ -1,7 +1,5 @@
 """`iso_c`: one static merge, the sum of all adapters' updates with a flat spectrum."""
 
-from __future__ import annotations
-
 from merge.factors import Factors, from_svd, support, weighted_sum
 from router.pipeline.steps import Static
 

@@ -1,7 +1,5 @@
 """`knots`: one static merge, TIES in a basis that all adapters share (KnOTS-TIES)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

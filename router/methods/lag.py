@@ -1,7 +1,5 @@
 """`lag`: Arrow finds a few adapters for every token, and SpectR picks one of them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

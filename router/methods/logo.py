@@ -1,7 +1,5 @@
 """`logo`: a query goes to the adapters whose updates respond most to its last token, at the last block."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """`oracle`: each query goes to its own task's adapter. Reads labels, so it is for tables only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

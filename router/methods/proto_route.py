@@ -1,7 +1,5 @@
 """`proto_route`: prototypes of the adapters' subspaces, gated softly by calibrated cosine."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`spectr`: every token goes to the adapters whose input subspace holds most of it."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from router.pipeline.per_token import Experts, PerToken, input_norms, keep_top

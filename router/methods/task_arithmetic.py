@@ -1,7 +1,5 @@
 """`task_arithmetic`: one static merge, the scaled sum of all adapters' updates."""
 
-from __future__ import annotations
-
 from merge.factors import Factors, weighted_sum
 from router.pipeline.steps import Static
 

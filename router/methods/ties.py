@@ -1,7 +1,5 @@
 """`ties`: one static merge that trims, elects a sign per entry and averages what agrees."""
 
-from __future__ import annotations
-
 import torch
 
 from merge.dense import ties, to_factors

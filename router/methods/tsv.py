@@ -1,7 +1,5 @@
 """`tsv`: one static merge that makes the adapters' singular vectors orthogonal to each other."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Labels are read only here, after the fact, to score what both runs wrote; no method imports this.
 """
 
-from __future__ import annotations
-
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Container, Mapping, Sequence

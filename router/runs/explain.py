@@ -4,8 +4,6 @@ Tells from the run's files how strongly each adapter responded, how that compare
 variant answered, and why. Loads no model.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from argparse import ArgumentParser, Namespace

@@ -4,8 +4,6 @@ A run can be replayed from its evidence with another temperature, top_k or numbe
 come after everything that needs the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import chdir
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`proto-route check`: opens a saved router or a finished run as a server would, and says what is wrong."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 

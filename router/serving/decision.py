@@ -1,7 +1,5 @@
 """A decision as clients see it: the doors that are routed, and the fields and headers that tell of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

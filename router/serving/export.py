@@ -4,8 +4,6 @@ Writes `serve.sh` beside the variants, which vLLM loads as they are. llama.cpp g
 adapters themselves where they are at hand, since it mixes them anew for each request. Loads no model.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

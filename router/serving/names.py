@@ -1,7 +1,5 @@
 """What a server calls variants and adapters, and which folders they are in. Knows no models."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Decides prompts that arrive one by one: those that wait together in one pass of the model."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -5,8 +5,6 @@ scales instead of a name, so it is sent each request's own mix of adapters. A co
 variant until a message clearly asks for another: the server's prefix cache depends on it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -1,7 +1,5 @@
 """What is read of a client's request, when it is refused, and how that is said. It knows no router."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import json

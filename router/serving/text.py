@@ -1,7 +1,5 @@
 """What a request is routed by: its prompt, or of its conversation what the system and the user say."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 There are none unless its packages are installed (extra `trace`) and an endpoint is set in the environment.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The server behind the proxy: what it serves, and how requests reach it. It decides nothing."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import Collection, Iterable, Mapping

@@ -1,7 +1,5 @@
 """What the report shows of a run, as numbers and short texts."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

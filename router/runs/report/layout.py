@@ -1,7 +1,5 @@
 """The map of a report: where queries and prototypes lie."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from router.routing.clusters import Array
