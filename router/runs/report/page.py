@@ -4,15 +4,16 @@ Loads no model and no adapter. Queries, answers and names may be hostile text. T
 them, and the page's script gets them as JSON that cannot end its block.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from argparse import ArgumentParser, Namespace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
 
 from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.record import REPORT
@@ -20,9 +21,6 @@ from router.runs.load import Run, load
 from router.runs.report.data import BEST, LONG, SHOWN_QUERIES, data, escaped, headline, layers, variants
 from router.system.errors import InputError
 from router.system.files import SEAL, is_sealed, replacing, sealed
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 
 def write_report(folder: Path) -> Path:
@@ -41,8 +39,6 @@ def write_report(folder: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page of a run."""
-    from markupsafe import Markup
-
     shown = run.sample(SHOWN_QUERIES)
     found, rows, layered = data(shown), variants(run, shown), layers(run)
     found["layers"] = layered["groups"] if layered else []
@@ -58,8 +54,6 @@ def render(run: Run) -> str:
 @cache
 def _template() -> Template:
     """The page's template; compiling it takes longer than rendering a small run."""
-    from jinja2 import Environment, StrictUndefined
-
     environment = Environment(autoescape=True, undefined=StrictUndefined, lstrip_blocks=True)
     environment.filters |= {"number": _number, "duration": _duration, "digest": _digest, "value": _value}
     source = resources.files("router.runs.report").joinpath("report.html.j2").read_text("utf-8")
