@@ -70,8 +70,10 @@ class Cards(Method):
             device = str(self.base.model.device)
             texts = [*map(card_of, self.adapters), *(query.input for query in queries)]
             vectors = embed(texts, encoder_folder(), device)
-            cosines = vectors[len(self.adapters) :] @ vectors[: len(self.adapters)].T
-        return without_base(softmax_of_nearest(cosines))
+            cosines = vectors[len(self.adapters) :] @ vectors[: len(self.adapters)].T  # (queries, adapters)
+        weights = np.exp((cosines - cosines.max(1, keepdims=True)) / TEMPERATURE)
+        weights[~largest(cosines, TOP_K)] = 0.0
+        return without_base(weights / weights.sum(1, keepdims=True))
 
 
 def embed(texts: Sequence[str], folder: Path, device: str = "cpu") -> Array:
@@ -92,10 +94,3 @@ def embed(texts: Sequence[str], folder: Path, device: str = "cpu") -> Array:
             mean = (hidden * mask).sum(1) / mask.sum(1)
             out[numbers] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
     return out
-
-
-def softmax_of_nearest(cosines: Array) -> Array:
-    """Softmax over each row's TOP_K largest cosines, (queries, adapters)."""
-    weights = np.exp((cosines - cosines.max(1, keepdims=True)) / TEMPERATURE)
-    weights[~largest(cosines, TOP_K)] = 0.0
-    return np.asarray(weights / weights.sum(1, keepdims=True))

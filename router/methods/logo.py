@@ -50,7 +50,9 @@ class LoGo(Method):
             experts = load_experts(self.adapters, str(model.device), model.dtype)
         with self.stages("probe"):
             signals = self._signals(rows, experts)
-        return without_base(proportional(signals, TOP_K))
+        kept = np.where(largest(signals, TOP_K), signals, 0.0)
+        kept[kept.sum(1) == 0] = 1.0  # equal weights where all are 0
+        return without_base(kept / kept.sum(1, keepdims=True))
 
     def _signals(self, rows: Rows, experts: dict[str, Experts]) -> Array:
         """The norm of each adapter's output for each prompt's last token, (prompts, adapters)."""
@@ -75,10 +77,3 @@ class LoGo(Method):
             for numbers, found in batches(model, rows, self.tokenizer.pad_token_id, "probe", read):
                 total[numbers] = found
         return np.asarray(total / count.clip(1))
-
-
-def proportional(signals: Array, k: int) -> Array:
-    """Each row's k largest signals divided by their sum; equal weights where all are 0."""
-    kept = np.where(largest(signals, k), signals, 0.0)
-    kept[kept.sum(1) == 0] = 1.0
-    return np.asarray(kept / kept.sum(1, keepdims=True))
