@@ -291,7 +291,8 @@ class Auto:
             return
         begun, kinds = copy(params), type(params.output_kind)
         whole = params.output_kind == kinds.FINAL_ONLY
-        if itself := len(unread) == 1 and params.n == 1 and unread[0][1] == _ids(prompt):
+        own = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+        if itself := len(unread) == 1 and params.n == 1 and unread[0][1] == tuple(own or ()):
             begun.skip_reading_prefix_cache = True  # what comes from there, no hook sees
             if whole:  # a first output says that the prompt was read
                 begun.output_kind = kinds.CUMULATIVE
@@ -376,11 +377,6 @@ class Auto:
             log.exception("the base model answers, since the gate has not decided")
         finally:
             asked.decided = True
-
-
-def _ids(prompt: Any) -> tuple[int, ...]:
-    """The tokens of a prompt as vLLM has it; none if it has something else."""
-    return tuple(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, Mapping) else ()
 
 
 def _tokens(ids: Sequence[int], prompt: Any) -> dict[str, Any]:

@@ -77,19 +77,6 @@ def recompressed(path: Path, out: Path, max_rank: int, base: str, dtype: torch.d
     return write_adapter(out, updates, base, None, dtype, max_rank), lost / total if total else 0.0
 
 
-def base_gguf(served: Served, given: Path | None) -> Path:
-    """llama.cpp's file of the base model: the one that was given, or that of the embedded model.
-
-    Raises:
-        InputError: there is none.
-    """
-    if given is None and served.base == EMBEDDED_ID:
-        return embedded_gguf()
-    if given is None or not given.is_file():
-        raise InputError(f"--gguf: expected {served.base} as a GGUF file, got {given or 'none'}")
-    return given
-
-
 def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Path]:
     """Converts adapters into a folder, which is replaced; the name of each file says which adapter it is.
 
@@ -171,7 +158,9 @@ def export(
             f"--max_rank {most}"
         )
     if engine == "llamacpp":
-        base = base_gguf(served, gguf)
+        base = embedded_gguf() if gguf is None and served.base == EMBEDDED_ID else gguf
+        if base is None or not base.is_file():
+            raise InputError(f"--gguf: expected {served.base} as a GGUF file, got {base or 'none'}")
         files = converted(served, folder / GGUF, llama_cpp)
         served = replace(served, base=str(base.resolve()), folders=files)
     with replacing(script) as file:

@@ -417,19 +417,15 @@ class Proxy:
         count = len(self.router.variants)
         return as_json({"status": "reloaded", "variants": count, "changed": changed})
 
-    def _renewed(self) -> Router:
-        """A newly loaded router, with the busy frames of the old one, whose decisions stay as they are."""
-        assert self.load is not None
-        new = self.load()
-        for frame in self.router.busy:
-            if frame not in new.frames:
-                new.calibrate(frame)
-        return new
-
     async def renew(self) -> None:
-        """Puts a newly loaded router in place of the old one."""
+        """Puts a newly loaded router, with the busy frames of the old one, in its place."""
+        assert self.load is not None
         async with self.renewing:  # one at a time, since each loads a model
-            self.router = await asyncio.to_thread(self._renewed)
+            new = await asyncio.to_thread(self.load)
+            for frame in self.router.busy:  # so that decisions in these stay as they are
+                if frame not in new.frames:
+                    await asyncio.to_thread(new.calibrate, frame)
+            self.router = new
             self.upstream.asked.clear()
             self.tried = None, 0.0, ""
 
