@@ -281,11 +281,7 @@ def _check_values(file: Path, config: Mapping[str, Any]) -> None:
     layers = config.get("layers_to_transform")
     if layers is not None and not all(type(layer) is int for layer in _listed(layers)):
         raise AdapterError(f"{file}: expected layers_to_transform to be numbers, got {layers!r:.80}")
-    _check_patterns(file, [pattern for pattern in patterns if not _NAME.fullmatch(pattern)])
-
-
-def _check_patterns(file: Path, patterns: Sequence[str]) -> None:
-    """Refuses a stranger's regular expressions that are none, or that could take long to compile."""
+    patterns = [pattern for pattern in patterns if not _NAME.fullmatch(pattern)]
     total = sum(map(len, patterns))
     for pattern in patterns:
         bare = re.sub(r"\\.|\[\^?\]?[^]]*\]", "a", pattern, flags=re.DOTALL)  # escapes and sets are letters

@@ -87,14 +87,11 @@ def joined(one: Run, two: Run) -> pd.DataFrame:
     both["file"] = [one.stems[number] for number in one.file]
     for side, run in (("A", one), ("B", two)):
         both[f"answer {side}"], both[f"variant {side}"] = run.predictions, run.labels
-        both[f"top {side}"] = pd.Series(_tops(run), keys, object)
+        level = [np.flatnonzero(row == row.max(initial=0)) for row in run.weights]
+        # None if several are level, as in a static merge, or there is none.
+        tops = [run.names[of[0]] if len(of) == 1 else None for of in level]
+        both[f"top {side}"] = pd.Series(tops, keys, object)
     return both
-
-
-def _tops(run: Run) -> list[str | None]:
-    """Each query's top candidate; None if several are level, as in a static merge, or there is none."""
-    tops = [np.flatnonzero(row == row.max(initial=0)) for row in run.weights]
-    return [run.names[top[0]] if len(top) == 1 else None for top in tops]
 
 
 def _settings(a: Record, b: Record) -> Rows:

@@ -176,7 +176,10 @@ def load(folder: Path) -> Run:
             tables.append(_routing(table, list(part), names, record))
         with _refused(folder / f"{path.stem}.evidence.safetensors") as kept:
             if names and kept.exists():
-                evidence.append(_evidence(kept, len(part), names))
+                why = Evidence.load(kept)
+                if why.adapters != names[:-1] or len(why.scores) != len(part):
+                    raise ValueError("its adapters or queries are not those of the routing table")
+                evidence.append(why)
         file += [number] * len(part)
         answers += part.items()
         queries += _asked(path, list(part), record)
@@ -241,10 +244,3 @@ def _routing(path: Path, ids: list[str], names: list[str], record: Record) -> tu
     if not ((weights >= 0) & (weights <= 1)).all():
         raise ValueError("a weight is not from 0 to 1")
     return labels, weights
-
-
-def _evidence(path: Path, queries: int, names: list[str]) -> Evidence:
-    evidence = Evidence.load(path)
-    if evidence.adapters != names[:-1] or len(evidence.scores) != queries:
-        raise ValueError("its adapters or queries are not those of the routing table")
-    return evidence
