@@ -195,13 +195,7 @@ class Router:
         )
         spread = None if device == "meta" else settings.device_map
         base = load_base(str(settings.base_model), device, settings.dtype, spread)
-        if base.sha256 != about.base_sha256:
-            raise InputError(
-                f"--base_model {base.name}: expected the weights that {folder} was made for "
-                f"(sha256 {about.base_sha256[:12]}), got others ({base.sha256[:12]}); pass the base model "
-                "of the router, or make the router anew from the adapters"
-            )
-        _check_configuration(folder, base, about.configuration)
+        _check_base(base, folder, about.base_sha256, about.configuration)
         method = ProtoRoute("proto_route", base, [], Context(settings))
         router = cls(method)
         router.candidates, router.variants = about.candidates, about.variants
@@ -239,9 +233,7 @@ class Router:
         for key in ("dataset_filepaths", "output_folder", "engine"):
             del flags[key]
         router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)
-        if router._base.sha256 != record.base.sha256:
-            raise InputError(f"{folder}: expected the base model of the run, got one with other weights")
-        _check_configuration(folder, router._base, record.base.configuration)
+        _check_base(router._base, folder, record.base.sha256, record.base.configuration)
         if router.candidates != run.names:
             raise InputError(
                 f"{folder}: expected the adapters of the run, got {', '.join(router.candidates)}"
@@ -536,9 +528,15 @@ class Router:
         return method.predict(queries, rows, decision, folder), clusters.labels.tolist()
 
 
-def _check_configuration(folder: Path, base: Base, known: str) -> None:
-    """Warns of a base model that is configured, or read, otherwise than a router's or a run's was."""
-    if known != base.configuration:
+def _check_base(base: Base, folder: Path, sha256: str, configuration: str) -> None:
+    """Refuses a base model of other weights than a router's or a run's, and warns of one read otherwise."""
+    if base.sha256 != sha256:
+        raise InputError(
+            f"--base_model {base.name}: expected the weights that {folder} was made for (sha256 "
+            f"{sha256[:12]}), got others ({base.sha256[:12]}); pass the base model that was used, or make "
+            f"{folder} anew from the adapters"
+        )
+    if base.configuration != configuration:
         log.warning(
             "%s: the base model's configuration or tokenizer is not the one that this was made with, so it "
             "may choose otherwise", printable(str(folder)),
