@@ -6,25 +6,6 @@ from pathlib import Path
 from router.serving.names import read_served
 
 
-def check(folder: Path, base_model: str | None = None) -> list[str]:
-    """What a server would have, in lines for a person.
-
-    Raises:
-        InputError: it could not serve the folder: something is missing, damaged, exchanged or of another base
-            model.
-    """
-    served = read_served(folder)
-    from router.api import Router  # imports torch
-
-    router = Router.load(folder, base_model)
-    router.choose(["1 + 1 ="])
-    names = ", ".join(served.folders) or "none, since the base model answers all"
-    return [
-        f"{folder}: {len(router.candidates) - 1} adapters of {served.base}, whose weights are as they were",
-        f"variants with weights: {names}; highest rank {served.rank}",
-    ]
-
-
 def flags(p: ArgumentParser) -> None:
     """Those of `proto-route check`."""
     p.add_argument(
@@ -34,5 +15,18 @@ def flags(p: ArgumentParser) -> None:
 
 
 def work(args: Namespace) -> None:
-    """Prints what a server would have."""
-    print("\n".join(check(args.folder, args.base_model)))
+    """Prints what a server would have.
+
+    Raises:
+        InputError: it could not serve the folder: something is missing, damaged, exchanged or of another base
+            model.
+    """
+    served = read_served(args.folder)
+    from router.api import Router  # imports torch
+
+    router = Router.load(args.folder, args.base_model)
+    router.choose(["1 + 1 ="])
+    count = len(router.candidates) - 1
+    names = ", ".join(served.folders) or "none, since the base model answers all"
+    print(f"{args.folder}: {count} adapters of {served.base}, whose weights are as they were")
+    print(f"variants with weights: {names}; highest rank {served.rank}")

@@ -113,25 +113,17 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
     return found
 
 
-def export(
-    folder: Path,
-    engine: str,
-    max_rank: int | None = None,
-    llama_cpp: Path | None = None,
-    gguf: Path | None = None,
-) -> list[str]:
+def export(args: Namespace) -> list[str]:
     """Writes `serve.sh`, and adapters as the engine needs them; returns what was done, in sentences.
 
     Args:
-        max_rank: recompresses what has a higher rank.
-        llama_cpp: a checkout of llama.cpp, whose converter writes its GGUF adapters.
-        gguf: the base model for llama.cpp; None takes the file of the embedded one.
+        args: as `flags` has them.
 
     Raises:
         InputError: there are no variants in the folder, or nothing that llama.cpp's files can be made with;
             the engine does not take its path or the rank; or what would be replaced is somebody else's.
     """
-    script = folder / SCRIPT
+    folder, engine, max_rank, script = args.folder, args.engine, args.max_rank, args.folder / SCRIPT
     if engine == "llamacpp" and {":", ","} & set(str(folder.resolve())):
         raise InputError(f"{folder.resolve()}: expected a path without : and , for llama.cpp; move it")
     if not is_sealed(script):
@@ -158,10 +150,10 @@ def export(
             f"--max_rank {most}"
         )
     if engine == "llamacpp":
-        base = embedded_gguf() if gguf is None and served.base == EMBEDDED_ID else gguf
+        base = embedded_gguf() if args.gguf is None and served.base == EMBEDDED_ID else args.gguf
         if base is None or not base.is_file():
             raise InputError(f"--gguf: expected {served.base} as a GGUF file, got {base or 'none'}")
-        files = converted(served, folder / GGUF, llama_cpp)
+        files = converted(served, folder / GGUF, args.llama_cpp)
         served = replace(served, base=str(base.resolve()), folders=files)
     with replacing(script) as file:
         file.write(sealed(f'{HEAD}exec {shlex.join(ENGINES[engine](served))} "$@"\n'))
@@ -184,7 +176,7 @@ def flags(p: ArgumentParser) -> None:
 def work(args: Namespace) -> None:
     """Exports, and prints what was done."""
     try:
-        lines = export(args.folder, args.engine, args.max_rank, args.llama_cpp, args.gguf)
+        lines = export(args)
     except (AdapterError, OverflowError, OSError) as error:
         raise InputError(str(error)) from error
     print(printable("\n".join(lines)))
