@@ -1,8 +1,4 @@
-"""Explains one query of a finished run: `proto-route explain output 7`.
-
-Tells from the run's files how strongly each adapter responded, how that compares with generic text, which
-variant answered, and why. Loads no model.
-"""
+"""Explains one query of a finished run from its files: `proto-route explain output 7`. Loads no model."""
 
 import json
 import sys
