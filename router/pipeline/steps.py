@@ -116,7 +116,6 @@ class Method(ABC):
         self.settings, self.stages = self.context.settings, self.context.stages
         self.tokenizer = base.tokenizer
         self.shapes = linear_shapes(base.model)
-        self._brought: dict[Path, Template | None] = {}
 
     @classmethod  # noqa: B027
     def check(cls) -> None:
@@ -187,45 +186,31 @@ class Method(ABC):
                     (path / TEMPLATE).write_text(own.source, "utf-8")
         return names
 
-    def asked(self, queries: Sequence[Query], rows: Rows, folders: Sequence[Path | None]) -> Rows:
-        """The token ids of each prompt, as the variant that answers it was trained to be asked.
-
-        A conversation is written in the template that a variant's folder brings, its first adapter's.
-        Many adapters answer in no other. One that refuses the conversation is not used.
-
-        Args:
-            rows: the prompts in the template that all share.
-            folders: of each query's variant; None is the base model.
-        """
-        found = list(rows)
-        for n, (query, folder) in enumerate(zip(queries, folders, strict=True)):
-            own = self.brought(folder) if query.messages and folder else None
-            if own and (ids := own.tried(query.conversation, query.id)):
-                found[n] = cut(ids, self.settings.max_seq_len, ends=True)
-        return found
-
-    def brought(self, folder: Path) -> Template | None:
-        """The template that a variant's folder brings, if it brings one; read once."""
-        if folder not in self._brought:
-            self._brought[folder] = brought(self.tokenizer, folder)
-        return self._brought[folder]
-
     def predict(self, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path) -> list[Answer]:
         """Answers each query with its variant, in order; what another process answers has failed.
 
+        A conversation is written in the template that its variant's folder brings, its first adapter's. Many
+        adapters answer in no other. One that refuses the conversation is not used.
+
         Args:
+            rows: the prompts in the template that all share.
             folder: holds the variants' folders.
         """
-        self._brought.clear()  # the folders may hold other variants by now
         labels, context = decision.clusters.labels, self.context
         paths = [folder / name if name else None for name in decision.folders]
         variants = [paths[n] for n in labels]
-        rows = self.asked(queries, rows, variants)
+        talks = {path for path, query in zip(variants, queries, strict=True) if path and query.messages}
+        templates = {path: brought(self.tokenizer, path) for path in talks}
+        own = [templates.get(path) if path else None for path in variants]
+        prompts = list(rows)
+        for n, (query, template) in enumerate(zip(queries, own, strict=True)):
+            if query.messages and template and (ids := template.tried(query.conversation, query.id)):
+                prompts[n] = cut(ids, self.settings.max_seq_len, ends=True)
         found, known = [FAILED] * len(queries), known_to(context)
-        with progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar:
+        with progress(total=sum(map(len, prompts)), desc="predict", unit="tok") as bar:
             if self.settings.engine == "vllm":
-                found = answered_by_vllm(self.base, queries, rows, variants, context, bar.update)
-                return self._ended(queries, found, variants)
+                found = answered_by_vllm(self.base, queries, prompts, variants, context, bar.update)
+                return self._ended(queries, found, own)
             with applied(self.base, self.settings.apply) as models:
                 kinds = MULTIPLE_CHOICE, GENERATION
                 turns = [{kind} for kind in kinds] if context.deadline else [set(kinds)]
@@ -235,22 +220,22 @@ class Method(ABC):
                     ]
                     if not members:  # a variant that was made for other queries
                         continue
-                    part, ids = [queries[m] for m in members], [rows[m] for m in members]
+                    part, asked = [queries[m] for m in members], [prompts[m] for m in members]
                     over = context.deadline and context.deadline.over()
                     idle = over or all(query in known for query in part)  # nothing is asked
                     model = self.base.model if idle else models.activate(paths[n])
-                    answers = answered(model, self.tokenizer, part, ids, context, bar.update)
+                    answers = answered(model, self.tokenizer, part, asked, context, bar.update)
                     for m, one in zip(members, answers, strict=True):
                         found[m] = one
-        return self._ended(queries, found, variants)
+        return self._ended(queries, found, own)
 
     def _ended(
-        self, queries: Sequence[Query], answers: Sequence[Answer], folders: Sequence[Path | None]
+        self, queries: Sequence[Query], answers: Sequence[Answer], templates: Sequence[Template | None]
     ) -> list[Answer]:
         """Answers to conversations up to a template's end of turn, where the model has another one."""
         found = list(answers)
-        for n, (query, folder) in enumerate(zip(queries, folders, strict=True)):
-            for template in (self.template, folder and self.brought(folder)) if query.messages else ():
+        for n, (query, own) in enumerate(zip(queries, templates, strict=True)):
+            for template in (self.template, own) if query.messages else ():
                 if template and template.end in found[n].ids:
                     found[n] = cut_at(self.tokenizer, found[n], template.end)
         return found

@@ -19,7 +19,7 @@ from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import ALPACA, BARE, Frame, bare
 from router.model.passes import MAX_TOKENS, truncated
-from router.model.template import Template
+from router.model.template import Template, brought
 from router.pipeline import calibration
 from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
@@ -534,7 +534,8 @@ def test_an_answer_ends_where_the_variants_own_template_ends_a_turn(method, base
     made.template, (query,) = Template(tokenizer, written["a"]), queries_of("x")
     answer = Answer("x\ny<b>z<a>", tuple(tokenizer("x\ny<b>z<a>")["input_ids"]))
     for name, ended in (("plain", "x\ny<b>z"), ("b", "x\ny")):
-        assert made._ended([query], [answer], [tmp_path / name])[0].text == ended
+        own = brought(tokenizer, tmp_path / name)
+        assert made._ended([query], [answer], [own])[0].text == ended
 
 
 def test_a_variant_keeps_no_template_of_the_one_before(method, tiny_library, tmp_path):
