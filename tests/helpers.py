@@ -140,8 +140,8 @@ class Killed(BaseException):
 
 def before_batches(patch, called):
     """Has `called(batch)` run before each batch is answered."""
-    plain = answer.if_it_fits
-    patch.setattr(answer, "if_it_fits", lambda way, batch: (called(batch), plain(way, batch))[1])
+    plain = answer.fitting
+    patch.setattr(answer, "fitting", lambda batches, way: plain(batches, lambda of: (called(of), way(of))[1]))
 
 
 # Base models of many families

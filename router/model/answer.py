@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -319,31 +319,19 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, size: int = sys.maxsize) -> int:
 
 
 class Batch(NamedTuple):
-    """Prompts that are read at once. All of them are written after, or all have as many choices.
+    """Prompts that are read at once. All of them are written after, or all have as many choices."""
 
-    Attributes:
-        numbers: of the prompts.
-        tokens: of them and their longest answers.
-        chooses: whether they have choices.
-    """
-
-    numbers: list[int]
-    tokens: int
-    chooses: bool
+    numbers: list[int]  # of the prompts
+    tokens: int  # of them and their longest answers
+    chooses: bool  # whether they have choices
 
 
 class Done(NamedTuple):
-    """A batch that is finished.
+    """A batch that is finished."""
 
-    Attributes:
-        numbers: of its prompts.
-        answers: to them, in order.
-        why: those that failed did.
-    """
-
-    numbers: list[int]
-    answers: list[Answer]
-    why: str
+    numbers: list[int]  # of its prompts
+    answers: list[Answer]  # to them, in order
+    why: str  # those that failed did
 
 
 def unanswerable(
@@ -396,10 +384,13 @@ def batched(
     for count, budget in kinds:
         part = [n for n in readable if len(choices[n]) == count]
         lengths = [reads[n] + (0 if count else max_new_tokens) for n in part]
-        grouped = by_length(lengths, math.inf if batch_size else budget, batch_size)
-        for places in _apart(grouped, [len(rows[n]) for n in part], lengths, min(most, alike_up_to(model))):
-            tokens = sum(lengths[k] for k in places)
-            found.append(Batch([part[k] for k in places], tokens, bool(count)))
+        prompts, limit = [len(rows[n]) for n in part], min(most, alike_up_to(model))
+        for places in by_length(lengths, math.inf if batch_size else budget, batch_size):
+            # Prompts are padded on the left, and what comes after them on the right.
+            width = max(prompts[k] for k in places) + max(lengths[k] - prompts[k] for k in places)
+            for fits in [places] if width <= limit else [[k] for k in places]:
+                tokens = sum(lengths[k] for k in fits)
+                found.append(Batch([part[k] for k in fits], tokens, bool(count)))
     return found, left_out
 
 
@@ -415,9 +406,8 @@ def answer(
 ) -> Iterator[Done]:
     """Yields batches as they are finished, in order. One begins when it is asked for.
 
-    If one does not fit into memory, it and all batches after it are split into halves. A prompt that does not
-    fit alone, or for which the model's output is not finite, has no answer (`Answer.failed`). One that leaves
-    few of the model's `positions` free gets fewer new tokens.
+    A prompt that does not fit into memory alone, or for which the model's output is not finite, has no answer
+    (`Answer.failed`). One that leaves few of the model's `positions` free gets fewer new tokens.
 
     Args:
         batches: as `batched` makes them.
@@ -425,24 +415,16 @@ def answer(
     """
     most = positions(model)
 
-    def written(part: list[int]) -> list[Answer]:
-        room = most + 1 - max(len(rows[n]) for n in part)
-        return generate(model, tokenizer, [rows[n] for n in part], min(max_new_tokens, room))
+    def answered(part: list[int]) -> list[Answer]:
+        prompts, options = [rows[n] for n in part], [choices[n] for n in part]
+        if options[0]:
+            scored = score_choices(model, tokenizer, prompts, options, scoring)
+            return [likeliest(scores) for scores in scored]
+        room = most + 1 - max(map(len, prompts))
+        return generate(model, tokenizer, prompts, min(max_new_tokens, room))
 
-    def chosen(part: list[int]) -> list[Answer]:
-        options = [choices[n] for n in part]
-        scored = score_choices(model, tokenizer, [rows[n] for n in part], options, scoring)
-        return [likeliest(scores) for scores in scored]
-
-    waiting = list(batches)
-    while waiting:
-        (numbers, _, chooses), *rest = waiting
-        found = if_it_fits(chosen if chooses else written, numbers)
-        if found is None and len(numbers) > 1:
-            waiting = [batch._replace(numbers=half) for batch in waiting for half in halves(batch.numbers)]
-            continue
+    for numbers, found in fitting((batch.numbers for batch in batches), answered):
         yield Done(numbers, found or [FAILED], NOT_FINITE if found else NO_ROOM)
-        waiting = rest
 
 
 def answers(
@@ -464,20 +446,6 @@ def answers(
     return [found.get(n, FAILED) for n in range(len(rows))]
 
 
-def _apart(
-    batches: Iterator[list[int]], prompts: Sequence[int], lengths: Sequence[int], most: int
-) -> Iterator[list[int]]:
-    """Yields batches; of one that is wider than `most` tokens, since it is padded, each row for itself.
-
-    Args:
-        prompts: tokens of each row's prompt, which is padded on the left.
-        lengths: these, and what comes after the prompt, which is padded on the right.
-    """
-    for batch in batches:
-        width = max(prompts[n] for n in batch) + max(lengths[n] - prompts[n] for n in batch)
-        yield from [batch] if width <= most else ([n] for n in batch)
-
-
 def if_it_fits(way: Callable[[list[int]], Found], batch: list[int]) -> Found | None:
     """What `way` finds for a batch; None if memory ran out."""
     import torch
@@ -490,6 +458,25 @@ def if_it_fits(way: Callable[[list[int]], Found], batch: list[int]) -> Found | N
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
+
+
+def fitting(
+    batches: Iterable[list[int]], way: Callable[[list[int]], Found]
+) -> Iterator[tuple[list[int], Found | None]]:
+    """Yields batches with what `way` finds for each; it is called when the batch is asked for.
+
+    If one does not fit into memory, it and all batches after it are split into halves. For a prompt that does
+    not fit alone, None is found.
+    """
+    waiting = list(batches)
+    while waiting:
+        batch, *rest = waiting
+        found = if_it_fits(way, batch)
+        if found is None and len(batch) > 1:
+            waiting = [half for whole in waiting for half in halves(whole)]
+        else:
+            yield batch, found
+            waiting = rest
 
 
 def halves(batch: list[int]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from router.model.answer import Rows, by_length, halves, if_it_fits, padded, positions, vocabulary
+from router.model.answer import Rows, by_length, fitting, padded, positions, vocabulary
 from router.model.device import tokens_at_once
 from router.system.progress import progress
 
@@ -95,19 +95,13 @@ def batches(
     lengths = [len(row) for row in rows]
 
     def read_rows(batch: list[int]) -> Found:
-        return read(*padded([rows[n] for n in batch], pad_id, model.device))
+        with lock_of(model):  # batch by batch, so that others get their turn
+            return read(*padded([rows[n] for n in batch], pad_id, model.device))
 
-    waiting = list(by_length(lengths, tokens_at_once(model.device, model.dtype)))
+    grouped = by_length(lengths, tokens_at_once(model.device, model.dtype))
     with progress(total=sum(lengths), desc=title, unit="tok") if title else nullcontext() as bar:
-        while waiting:
-            batch, *rest = waiting
-            with lock_of(model):  # batch by batch, so that others get their turn
-                found = read_rows(batch) if len(batch) == 1 else if_it_fits(read_rows, batch)
-            if found is None:
-                waiting = [half for whole in waiting for half in halves(whole)]
-                continue
-            yield batch, found
-            waiting = rest
+        for batch, found in fitting(grouped, read_rows):
+            yield batch, read_rows(batch) if found is None else found  # again, for its error
             if bar is not None:
                 bar.update(sum(lengths[n] for n in batch))
 
