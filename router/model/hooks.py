@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -24,15 +25,12 @@ def reading_inputs(model: PreTrainedModel, modules: Sequence[str], visit: Visit)
     """Calls `visit(module name, input)` whenever one of the named modules runs inside the block."""
     here = model.device
 
-    def hook(name: str) -> Callable[[Any, tuple[Tensor]], None]:
-        def read(_: Any, args: tuple[Tensor]) -> None:
-            visit(name, args[0].to(here))
-
-        return read
+    def read(name: str, _: Any, args: tuple[Tensor]) -> None:
+        visit(name, args[0].to(here))
 
     with ExitStack() as hooks:
         for name in modules:
-            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook(name)))
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(partial(read, name)))
         yield
 
 
@@ -40,12 +38,12 @@ def reading_inputs(model: PreTrainedModel, modules: Sequence[str], visit: Visit)
 def changing_outputs(model: PreTrainedModel, changes: Mapping[str, Change]) -> Iterator[None]:
     """Replaces the output of each named module by `change(input, output)` inside the block."""
 
-    def hook(change: Change) -> Callable[[Any, tuple[Tensor], Tensor], Tensor]:
-        return lambda _, args, out: change(args[0].to(out.device), out)
+    def changed(change: Change, _: Any, args: tuple[Tensor], out: Tensor) -> Tensor:
+        return change(args[0].to(out.device), out)
 
     with ExitStack() as hooks:
         for name, change in changes.items():
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook(change)))
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(changed, change)))
         yield
 
 
