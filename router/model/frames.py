@@ -45,17 +45,11 @@ BEGUN = 40  # characters of an answer that a text in a template may begin
 
 
 class Format(NamedTuple):
-    """How a family of models or data sets writes turns.
+    """How a family of models or data sets writes turns."""
 
-    Attributes:
-        user: before each message of the user; where it ends in no line end, with the blanks that follow.
-        after: after the last one: the end of the turn, and the start of the answer.
-        preambles: what may stand before all and says nothing.
-    """
-
-    user: str
-    after: str
-    preambles: tuple[str, ...] = ()
+    user: str  # before each message of the user; where it ends in no line end, with the blanks that follow
+    after: str  # after the last one: the end of the turn, and the start of the answer
+    preambles: tuple[str, ...] = ()  # what may stand before all and says nothing
 
 
 _ALPACA = (
@@ -89,21 +83,13 @@ FORMATS = (
 
 
 class Parts(NamedTuple):
-    """A query in its parts. What routing reads is `head + text + tail`.
+    """A query in its parts. What routing reads is `head + text + tail`."""
 
-    Attributes:
-        head: before a message of the user, without other turns; with the system message.
-        text: the message, or all of a plain text.
-        tail: after it.
-        common: its frame, if what is special of head and tail is part of the query.
-        later: how many messages of the user follow.
-    """
-
-    head: str
-    text: str
-    tail: str
-    common: Frame
-    later: int = 0
+    head: str  # before a message of the user, without other turns; with the system message
+    text: str  # the message, or all of a plain text
+    tail: str  # after it
+    common: Frame  # its frame, if what is special of head and tail is part of the query
+    later: int = 0  # how many messages of the user follow
 
     @property
     def read(self) -> str:
@@ -152,12 +138,8 @@ def usual(texts: Sequence[str], least: int) -> Frame:
         Frame(before='Question: ', after='\\nAnswer:')
     """
     lined = [text for text in texts if "\n" in text.strip()]
-    edges = [Counter(text.splitlines()[end] for text in lined).most_common(1) for end in (0, -1)]
-    line, count, end = max(
-        ((*edge[0], end) for edge, end in zip(edges, (0, -1), strict=True) if edge),
-        key=lambda of: of[1],
-        default=("", 0, 0),
-    )
+    counts = Counter((end, text.splitlines()[end]) for end in (0, -1) for text in lined)
+    [((end, line), count)] = counts.most_common(1) or [((0, ""), 0)]
     if count < max(least, len(texts) / 4):
         return BARE
     some = [text for text in lined if text.splitlines()[end] == line]
@@ -179,11 +161,12 @@ def turns_of_text(text: str, template: Frame | None = None, own: Format | None =
         own: how that template writes turns, for one that is none of FORMATS; else its text is one message.
     """
     for user, after, preambles in [*FORMATS, *filter(None, [own])]:
-        mark = after.rstrip()
+        mark = after.rstrip()  # the end of a message and, after a tag, the start of the answer
         tag = TAG.match(mark)
         end = tag[0] if tag else mark  # of a message
         head, turns = _turns(text, user, end)
         role = TAG.match(user)
+        # Whether the text begins as the format does, so that anything may follow.
         opened = bool(role and re.match(OPENING.format(re.escape(role[0])), text))
         if not turns or not (last := _last(turns[-1], mark, end, opened)):
             continue
@@ -204,11 +187,7 @@ def turns_of_text(text: str, template: Frame | None = None, own: Format | None =
 
 
 def _turns(text: str, user: str, end: str) -> tuple[str, list[str]]:
-    """What stands before the first message of the user, with its mark; and each with what follows.
-
-    Args:
-        user, end: what stands before a message, and after it. The former may be within a message, too.
-    """
+    """What stands before the first message of the user, with its mark; and each with what follows."""
     blanks = "" if user.endswith("\n") else r"\s*"
     before, *more = re.split(f"({re.escape(user)}{blanks})", text)
     turns, ended = list[list[str]](), True
@@ -228,14 +207,7 @@ def _message(text: str, end: str) -> str:
 
 
 def _last(turn: str, mark: str, end: str, opened: bool) -> tuple[str, str] | None:
-    """The last message of the user, and what follows it, "" for too much; None if it is not asked.
-
-    Args:
-        turn: with what follows.
-        mark: the end of the message and the start of the answer, which has begun only after a tag.
-        end: of the message.
-        opened: whether the text begins as the format does, so that anything may follow.
-    """
+    """The last message of the user, and what follows it, "" for too much; None if it is not asked."""
     tag = TAG.match(end)
     first, there, _ = turn.partition(mark)
     whole, _, rest = turn.rpartition(mark)
