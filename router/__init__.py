@@ -19,7 +19,10 @@ def __getattr__(name: str) -> Any:
 
         return Router
     if name == "__version__":
-        from router.system.version import own_version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return own_version()
+        try:
+            return version("proto-route")
+        except PackageNotFoundError:  # it runs from its folder without being installed
+            return "unknown"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
