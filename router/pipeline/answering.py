@@ -48,7 +48,7 @@ def answered(
         todo.sort(key=lambda batch: (not batch.chooses, batch.tokens / len(batch.numbers)))
     asked = {n for batch in todo for n in batch.numbers}
     done = answer(model, tokenizer, rows, options, todo, max_new_tokens=most, scoring=settings.scoring)
-    return _kept(done, queries, rows, asked, known, context, bar)
+    return _kept(done, queries, rows, asked, context, bar)
 
 
 def answered_by_vllm(
@@ -68,7 +68,7 @@ def answered_by_vllm(
         base, rows, _options(queries), variants, asked, scoring=settings.scoring,
         max_new_tokens=settings.max_gen_len,
     )  # fmt: skip
-    return _kept(done, queries, rows, set(asked), known, context, bar)
+    return _kept(done, queries, rows, set(asked), context, bar)
 
 
 def known_to(context: Context) -> MutableMapping[Query, Answer]:
@@ -82,13 +82,7 @@ def _options(queries: Sequence[Query]) -> list[tuple[str, ...]]:
 
 
 def _kept(
-    batches: Iterator[Done],
-    queries: Sequence[Query],
-    rows: Rows,
-    asked: set[int],
-    known: MutableMapping[Query, Answer],
-    context: Context,
-    bar: Bar,
+    batches: Iterator[Done], queries: Sequence[Query], rows: Rows, asked: set[int], context: Context, bar: Bar
 ) -> list[Answer]:
     """Keeps the answers of batches as they are finished, until the deadline; returns those to all queries.
 
@@ -98,7 +92,7 @@ def _kept(
         asked: the numbers of the queries in the batches.
     """
     bar(sum(len(row) for n, row in enumerate(rows) if n not in asked))
-    left = set(asked)
+    left, known = set(asked), known_to(context)
     while not (context.deadline and context.deadline.over()) and (done := next(batches, None)):
         for n, found in zip(done.numbers, done.answers, strict=True):
             if found.failed:

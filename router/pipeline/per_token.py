@@ -122,12 +122,7 @@ def keep_top(logits: Tensor, k: int) -> Tensor:
 def attached(model: PreTrainedModel, experts: Mapping[str, Experts], weigh: Rule) -> Iterator[None]:
     """Adds `sum_i w_i D_i x` to the output of each module while the block runs.
 
-    The model's weights are not touched; afterwards it is as it was.
-
-    Args:
-        model: the base model.
-        experts: by module name.
-        weigh: gives each token's weights; they need not sum to 1.
+    The model's weights are not touched; afterwards it is as it was. A token's weights need not sum to 1.
     """
 
     def add(expert: Experts) -> Change:
