@@ -38,12 +38,12 @@ from router.pipeline.steps import Method, Static, default_base, encoded
 from router.queries.submission import GENERATION, read_queries
 from router.routing.calibration import generic_prompts
 from router.settings import Settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from router.system.errors import InputError, reason
 from router.system.files import is_folder
 from router.system.hub import HubError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 START, DISK, SVD = 4.0, 5e8, 1e8  # seconds for imports; bytes a second that are read, or decomposed
 LAYERS, ROWS = 2, 4  # of the model that is measured, and prompts that it reads at once

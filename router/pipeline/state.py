@@ -9,20 +9,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from router.model.frames import Frame
 from router.pipeline.fitted import Fitted, kept
-from router.routing.gate import FACTORS
+from router.routing.gate import FACTORS, PrototypeGate
 from router.routing.large import gate_for
 from router.routing.probe import Framing
 from router.routing.prototypes import ModulePrototypes
+from router.settings import Count, Positive
 from router.system.errors import InputError
 from router.system.files import for_others, record_of
 
@@ -55,14 +57,9 @@ class _About:
     lookalikes: list[int]
     silent: list[int]
     frames: list[_Framed]
-    temperature: float
-    top_k: int | None
-    false_positive_rate: float
-
-    @property
-    def gate(self) -> dict[str, Any]:
-        """The gate's settings."""
-        return {key: getattr(self, key) for key in ("temperature", "top_k", "false_positive_rate")}
+    temperature: Positive
+    top_k: Count | None
+    false_positive_rate: Annotated[float, Field(gt=0, lt=1)]
 
 
 def save(fits: Sequence[Fitted], folder: Path) -> None:
@@ -126,7 +123,8 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
             start = f"{n} "
             own = {name.removeprefix(start): of for name, of in tensors.items() if name.startswith(start)}
             _check(about, tensors | own, widths)
-            gate = gate_for(len(own["gate mean_"]), **about.gate)
+            how = {key: getattr(about, key) for key in PrototypeGate().get_params()}
+            gate = gate_for(len(own["gate mean_"]), **how)
             for name in _LEARNED:
                 setattr(gate, name, own[f"gate {name}"].numpy())
             gate.threshold_ = float(own["gate threshold_"])
@@ -158,9 +156,6 @@ def _check(about: _About, tensors: Mapping[str, Tensor], widths: Mapping[str, in
     numbers = {*about.representative, *about.lookalikes, *about.silent}
     if len(about.representative) != n or not n or not numbers <= set(range(n)):
         raise ValueError(f"expected a representative for each of {n} adapters")
-    few = about.top_k is None or about.top_k >= 1
-    if not (about.temperature > 0 and 0 < about.false_positive_rate < 1 and few):
-        raise ValueError(f"expected settings of a gate in their ranges, got {about.gate!s:.80}")
     there = np.zeros((n, len(modules), 2), bool)  # which adapter has a prototype where
     shapes: dict[str, tuple[int, ...]] = {"reference": there.shape, "gate threshold_": (1,), "homes": (n,)}
     for m, module in enumerate(modules):
