@@ -13,18 +13,10 @@ from router.system.stages import Stages
 
 @dataclass(frozen=True)
 class Context:
-    """What a run has.
-
-    Attributes:
-        settings: its flags.
-        stages: what each of its stages costs.
-        processes: those of torchrun, or this one alone.
-        deadline: of a run that must end in time.
-        journal: of a run that may be killed and go on.
-    """
+    """What a run has."""
 
     settings: Settings = field(default_factory=Settings)
-    stages: Stages = field(default_factory=Stages)
-    processes: Processes = field(default_factory=Processes)
-    deadline: Deadline | None = None
-    journal: Journal | None = None
+    stages: Stages = field(default_factory=Stages)  # what each costs
+    processes: Processes = field(default_factory=Processes)  # those of torchrun, or this one alone
+    deadline: Deadline | None = None  # of a run that must end in time
+    journal: Journal | None = None  # of a run that may be killed and go on

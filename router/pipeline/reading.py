@@ -28,23 +28,14 @@ SHARED = 16  # queries under one system message, which is then a frame; it costs
 
 @dataclass(frozen=True)
 class Read:
-    """What is read of a query.
+    """What is read of a query; it is the same reading wherever it stands."""
 
-    Attributes:
-        ids: the tokens.
-        frame: in which it is compared with generic text.
-        shared: the frame with a system message that many queries have, if it has one.
-        words: of the message.
-        later: how many messages of the user follow; it is the same reading wherever it stands.
-        under: the tokens that are read in `shared`.
-    """
-
-    ids: tuple[int, ...]
-    frame: Frame
-    shared: Frame | None = None
-    words: int = 0
-    later: int = field(default=0, compare=False, repr=False)
-    under: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    ids: tuple[int, ...]  # the tokens
+    frame: Frame  # in which it is compared with generic text
+    shared: Frame | None = None  # the frame with a system message that many queries have, if it has one
+    words: int = 0  # of the message
+    later: int = field(default=0, compare=False, repr=False)  # how many messages of the user follow
+    under: tuple[int, ...] = field(default=(), compare=False, repr=False)  # the tokens read in `shared`
 
 
 def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts]:
@@ -126,14 +117,7 @@ def _count(asked: Counter[Frame], counts: Counter[Frame]) -> None:
 def _in_frames(
     parts: list[list[Parts]], talks: set[int], known: Collection[Frame], new: int, finds: bool, talk: Frame
 ) -> list[list[Parts]]:
-    """The parts of queries, of which few are in a frame that is not known yet.
-
-    Args:
-        talks: the numbers of conversations.
-        finds: whether what a good part of the bare prompts share is looked for.
-        talk: the frame of the template, which a conversation in no other takes: some templates write a system
-            message after the user's, so that each makes another frame. So does a prompt that ends like it.
-    """
+    """The parts of queries, of which few are in a frame that is not known yet."""
     plain = {n for n, turns in enumerate(parts) if turns[0].common == BARE} - talks
     edges = [frame for frame in known if frame != BARE] if finds else []
     if new and finds:
@@ -150,6 +134,8 @@ def _in_frames(
 
     allowed = {BARE, talk, *known, *[frame for frame, _ in counts.most_common() if not odd(frame)][:new]}
     framed = list(parts)
+    # A conversation in no other frame takes the template's: some templates write a system message after the
+    # user's, so that each makes another frame. So does a prompt that ends like it.
     for n, (one, *_) in enumerate(parts):
         if n in plain:
             tried = (bare(one.text, edge) for edge in edges)
