@@ -54,25 +54,18 @@ RESPONSES = 128 << 20  # bytes of what is measured of prompts that are read toge
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run with a method would take.
-
-    Attributes:
-        adapters: their names.
-        download: the adapters that are not here, which all figures leave out.
-        seconds: by stage, with nothing kept from an earlier run.
-        peak_mib: of resident memory, a GPU's counted as the machine's.
-    """
+    """What a run with a method would take."""
 
     method: str
     base: str
     device: str
     dtype: str
-    adapters: list[str]
-    download: list[str]
+    adapters: list[str]  # their names
+    download: list[str]  # the adapters that are not here, which all figures leave out
     queries: int
     prompt_tokens: int
-    seconds: dict[str, float]
-    peak_mib: float
+    seconds: dict[str, float]  # by stage, with nothing kept from an earlier run
+    peak_mib: float  # of resident memory, a GPU's counted as the machine's
 
     def text(self) -> str:
         """The plan for a person."""

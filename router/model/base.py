@@ -40,21 +40,13 @@ OTHERS = ("consolidated*.safetensors",)  # the same weights once more, for Mistr
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model.
+    """A loaded base model."""
 
-    Attributes:
-        model: in evaluation mode, on its device.
-        tokenizer: pads on the left; has a padding token.
-        name: hub id, or the whole path of a folder.
-        revision: commit on the hub, None elsewhere.
-        sha256: of the weight file(s); for the embedded model, of its GGUF file.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    revision: str | None
-    sha256: str
+    model: PreTrainedModel  # in evaluation mode, on its device
+    tokenizer: PreTrainedTokenizerBase  # pads on the left; has a padding token
+    name: str  # hub id, or the whole path of a folder
+    revision: str | None  # commit on the hub, None elsewhere
+    sha256: str  # of the weight file(s); for the embedded model, of its GGUF file
 
     @cached_property
     def configuration(self) -> str:

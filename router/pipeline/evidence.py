@@ -32,27 +32,22 @@ _ARRAYS = {
 
 @dataclass(frozen=True)
 class Names:
-    """What the columns of an evidence are.
+    """What the columns of an evidence are."""
 
-    Attributes:
-        adapters: names, in the order of the columns.
-        modules: names, in the order of the columns of `votes`.
-        duplicates: adapters that are another one in another size, with the representative of each.
-        lookalikes: adapters that read what another one reads and write something else, with that one.
-        silent: adapters that read directions which text hardly has, at most of their modules.
-        homes: adapters that were trained in a certain form, with its name; scores are less elsewhere.
-        frames: the texts before and after a query in each frame.
-        thresholds: by frame, what each of several false positive rates, written as a number, would add to the
-            base model's scores.
-    """
-
-    adapters: list[str]
-    modules: list[str]
+    adapters: list[str]  # names, in the order of the columns
+    modules: list[str]  # names, in the order of the columns of `votes`
+    # Adapters that are another one in another size, with the representative of each.
     duplicates: dict[str, str] = field(default_factory=dict)
+    # Adapters that read what another one reads and write something else, with that one.
     lookalikes: dict[str, str] = field(default_factory=dict)
+    # Adapters that read directions which text hardly has, at most of their modules.
     silent: list[str] = field(default_factory=list)
+    # Adapters that were trained in a certain form, with its name; scores are less elsewhere.
     homes: dict[str, str] = field(default_factory=dict)
+    # The texts before and after a query in each frame.
     frames: list[list[str]] = field(default_factory=lambda: [["", ""]])
+    # By frame, what each of several false positive rates, written as a number, would add to the base model's
+    # scores.
     thresholds: list[dict[str, float]] = field(default_factory=lambda: [{}])
 
 

@@ -83,45 +83,33 @@ class TimeLimit:
 class Record:
     """What run.json holds: all that is needed to repeat the run, and what it cost.
 
-    Attributes:
-        flags: as `Settings.plain` has them.
-        format: FORMAT of the version that wrote it.
-        seconds, peak_mib, peak_gpu_mib: as `Stages` has them.
-        base, adapters, variants: of a method that routes.
-        low_margin, lookalikes, silent, homes: of one that keeps evidence; the first counts queries.
-        queries: a sha256 of each query file's queries, by the file's name.
-        left_out: with --skip_bad, why an adapter is not in the library.
-        files: a sha256 of each result, by its name, among them the template of chats where it is not the base
-            model's own.
-        earlier: the same of results that earlier runs on other query files left in the output folder.
-        resumed: of a run that went on where it was stopped, True; its seconds are those of the last process.
-
     Raises:
         ValueError: something is missing.
     """
 
     method: str
     versions: dict[str, str]
-    flags: dict[str, Any]
-    seconds: dict[str, FiniteFloat] = field(default_factory=dict)
+    flags: dict[str, Any]  # as `Settings.plain` has them
+    seconds: dict[str, FiniteFloat] = field(default_factory=dict)  # this and the next two as in `Stages`
     peak_mib: dict[str, FiniteFloat] = field(default_factory=dict)
     peak_gpu_mib: dict[str, FiniteFloat] = field(default_factory=dict)
-    base: BaseRecord | None = None
+    base: BaseRecord | None = None  # as adapters and variants, of a method that routes
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
     n_variants: int | None = None
-    low_margin: int | None = None
+    low_margin: int | None = None  # counts queries; as the next three, of a method that keeps evidence
     lookalikes: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
     homes: dict[str, str] = field(default_factory=dict)
     variants: list[VariantRecord] = field(default_factory=list)
-    queries: dict[str, str] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    queries: dict[str, str] = field(default_factory=dict)  # a sha256 of each file's queries, by its name
+    left_out: list[str] = field(default_factory=list)  # with --skip_bad, why an adapter is not in the library
     processes: int | None = None
     time_limit: TimeLimit | None = None
+    # A sha256 of each result, by its name; of the template of chats where it is not the base model's own.
     files: dict[str, str] = field(default_factory=dict)
-    earlier: dict[str, str] = field(default_factory=dict)
-    resumed: bool | None = None
-    format: int = 0
+    earlier: dict[str, str] = field(default_factory=dict)  # the same of earlier runs' on other query files
+    resumed: bool | None = None  # True of a run that was stopped; its seconds are the last process's
+    format: int = 0  # FORMAT of the version that wrote it
 
     def __post_init__(self) -> None:
         names = self.flags.get("dataset_filepaths")
