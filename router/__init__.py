@@ -19,10 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return Router
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from router.system.version import own_version
 
-        try:
-            return version("proto-route")
-        except PackageNotFoundError:  # it runs from its folder without being installed
-            return "unknown"
+        return own_version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from router import __version__
 from router.constants import BASE_COLUMN, CANARY, FORMAT, TEMPLATE, Device, Dtype
 from router.methods import load_method
 from router.methods.proto_route import ProtoRoute, decided
@@ -48,6 +47,7 @@ from router.runs.load import load as load_run
 from router.settings import Settings
 from router.system.errors import InputError, printable
 from router.system.files import hashes, is_still, sha256_of
+from router.system.version import own_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -448,7 +448,7 @@ class Router:
             base, settings = self._base, {key: getattr(proto.settings, key) for key in SETTINGS}
             dtype: Any = str(base.model.dtype).removeprefix("torch.")
             Saved(
-                FORMAT, __version__, base.name, base.revision, base.sha256, base.configuration,
+                FORMAT, own_version(), base.name, base.revision, base.sha256, base.configuration,
                 base.name == EMBEDDED_ID and base.revision is None, dtype, self.candidates, settings,
                 self.variants, self._centres.tolist(), [np.flatnonzero(of).tolist() for of in self._firsts],
                 hashes(work),

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from pydantic import FiniteFloat
 
-from router import __version__
 from router.constants import BASE_COLUMN, FORMAT, Apply, Dtype, Engine
 from router.pipeline.evidence import LOW_MARGIN
 from router.queries.submission import submission_name
 from router.system.files import read_record, typed
+from router.system.version import own_version
 
 if TYPE_CHECKING:
     from router.library.adapters import Adapter
@@ -178,7 +178,7 @@ def record(
 
 def versions(engine: Engine = "transformers") -> dict[str, str]:
     """The versions of this package, of Python, and of the packages that compute."""
-    own = {"proto-route": __version__, "python": platform.python_version()}
+    own = {"proto-route": own_version(), "python": platform.python_version()}
     own |= {package: version(package) for package in PACKAGES}
     if engine == "vllm":  # its build for processors is distributed under another name
         own |= {name: version(name) for name in packages_distributions().get("vllm", ())}

@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from router import __version__
 from router.serving.names import AUTO
+from router.system.version import own_version
 
 log = logging.getLogger(__name__)
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -35,7 +35,7 @@ def tracer() -> Any:
     name = os.environ.get("OTEL_SERVICE_NAME", "proto-route")
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: name}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return provider.get_tracer("proto-route", __version__)
+    return provider.get_tracer("proto-route", own_version())
 
 
 def traced(

@@ -1,0 +1,13 @@
+"""The version of this package."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+
+def own_version() -> str:
+    """As it was installed; `unknown` where it runs from its folder without being installed."""
+    try:
+        return version("proto-route")
+    except PackageNotFoundError:
+        return "unknown"
