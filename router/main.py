@@ -1,4 +1,4 @@
-"""The command line: flags -> settings -> run, nothing else. `python -m router.main -m proto_route`."""
+"""The command line of a run: flags -> settings -> run. `python -m router.main -m proto_route`."""
 
 import argparse
 import json

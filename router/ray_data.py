@@ -37,7 +37,7 @@ TRIES = 3  # of a block whose actor dies; without a limit Ray would try for ever
 
 
 def flags(p: ArgumentParser) -> None:
-    """Those of `proto-route ray`."""
+    """The flags of `proto-route ray`."""
     add = p.add_argument
     add("--router", type=Path, required=True, metavar="DIR", help="a saved router, or a finished run")
     files, shared = "the query files to answer", "the folder for the answers, which all machines share"

@@ -204,7 +204,7 @@ def _each(files: Sequence[Path]) -> list[str | None]:
 
 
 def _no_answer(journal: Journal, deadline: Deadline | None) -> InputError:
-    """Why a run without a single answer is refused; what may help must not be kept from it by the journal."""
+    """Why a run without any answer is refused. Drops the journal if other flags may help: it fixes them."""
     if deadline and deadline.unanswered:
         return InputError(
             f"--time_limit {deadline.minutes:g}: expected time for an answer, but loading and routing took "

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field, FiniteFloat
 
 from router.constants import (
     FALSE_POSITIVE_RATE,
+    LIBRARY,
     TEMPERATURE,
     TOP_K,
     Apply,
@@ -80,7 +81,7 @@ class Settings:
     )
     output_folder: Path = setting(Path("output"), "the folder for the results", metavar="DIR")
     adapters: tuple[str, ...] = setting(
-        ("data/library",),
+        (LIBRARY.as_posix(),),
         "adapters, folders of adapter folders, or the word competition",
         metavar="NAME_OR_FOLDER_OR_HUB_ID",
     )

@@ -126,7 +126,7 @@ def _row(facts: Mapping[str, Any]) -> list[str]:
 
 
 def flags(p: ArgumentParser) -> None:
-    """Those of `proto-route library`."""
+    """The flags of `proto-route library`."""
     commands = p.add_subparsers(required=True, metavar="check")
     checking = commands.add_parser("check", help="check and compare adapters; exit code 2 if one is broken")
     checking.add_argument("--json", action="store_true", help="print JSON instead of text")

@@ -25,7 +25,7 @@ ALIKE = 0.06
 OVERLAP = 0.7
 SAME = 0.99
 SAMPLE = 8  # modules at which two adapters that may read alike are compared
-COLUMNS = 1024  # of the sketches in which those that may be alike are looked for, about
+COLUMNS = 1024  # numbers in a sketch, about; all pairs are compared by their sketches first
 BLOCK = 256  # adapters that are looked for at a time
 
 

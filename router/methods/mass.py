@@ -62,7 +62,7 @@ class Mass(Method):
         return without_base(select(left))
 
 
-def subspaces(adapters: Sequence[Adapter], device: str = "cpu") -> dict[str, dict[int, Tensor]]:
+def subspaces(adapters: Sequence[Adapter], device: str) -> dict[str, dict[int, Tensor]]:
     """The first right singular vectors of each adapter at the modules of the last block.
 
     Returns:

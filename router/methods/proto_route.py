@@ -103,7 +103,7 @@ class ProtoRoute(Method):
         return self.fits[frame]
 
     def learned(self, frame: Frame) -> Fitted:
-        """The same, made now."""
+        """Fits the library in a frame, whether or not `fits` holds it."""
         bare = None if frame == BARE else self.fitted()
         protos = bare.prototypes if bare else self.prototypes
         with self.stages("calibrate"):

@@ -1,1 +1,1 @@
-"""The base model: loaded, run over prompts, and asked for answers. Knows no adapters."""
+"""The base model: loaded, run over prompts, and asked for answers. Knows no library."""

@@ -50,7 +50,7 @@ def encode(
 
 
 def cut(row: list[int], most: int | None, ends: bool = False) -> list[int]:
-    """The first tokens of a prompt; or both its ends, as of a conversation the last ones ask."""
+    """The first tokens of a prompt; or the first and the last, since a conversation asks at its end."""
     if not most or len(row) <= most:
         return row
     return row[: most // 2] + row[most // 2 - most :] if ends else row[:most]
@@ -359,7 +359,7 @@ def batched(
     rows: Rows,
     choices: Choices,
     max_new_tokens: int,
-    batch_size: int | None = None,
+    batch_size: int | None,
 ) -> tuple[list[Batch], dict[int, str]]:
     """Batches of prompts of similar length, and why a prompt is in none: it has no answer.
 

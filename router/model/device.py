@@ -24,7 +24,7 @@ CHOICE_TOKENS = 2048  # in a batch of multiple choice; each choice counts with i
 ROOM = 0.7  # share of a device's memory that the base model, and a copy of its linear layers, may take
 # Where Linux has the memory limit of a container, in bytes: control groups of version 2 and of version 1.
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-MOST = 16  # times as many on a GPU, if its memory allows
+MOST = 16  # times as many tokens are in a batch on a GPU, if its memory allows
 
 
 def pick_device(name: str) -> str:

@@ -88,7 +88,7 @@ class Parts(NamedTuple):
     head: str  # before a message of the user, without other turns; with the system message
     text: str  # the message, or all of a plain text
     tail: str  # after it
-    common: Frame  # its frame, if what is special of head and tail is part of the query
+    common: Frame  # the frame to compare in, if the system message is part of the query
     later: int = 0  # how many messages of the user follow
 
     @property
@@ -103,12 +103,12 @@ class Parts(NamedTuple):
 
     @property
     def own(self) -> Frame:
-        """Its frame, if head and tail are part of the frame."""
+        """The frame to compare in, if the system message is part of it."""
         return Frame(self.head, self.tail)
 
 
 def bare(text: str, frame: Frame = BARE) -> Parts:
-    """A plain text in its parts: those of a frame that may be part of the query, if it stands in it."""
+    """Splits a plain text at the edges of a frame, if it has them; else all of it is the message."""
     before, after = frame
     if len(text) >= len(before) + len(after) and text.startswith(before) and text.endswith(after):
         return Parts(before, text[len(before) : len(text) - len(after)], after, BARE)

@@ -51,7 +51,7 @@ def truncated(rows: Rows) -> list[list[int]]:
 
 
 def headed(row: Sequence[int], head: int, frame: bool = False) -> list[int]:
-    """A prompt with both ends of a long head alone, which `truncated` would read in the message's place.
+    """Shortens a long head to its two ends, so that `truncated` keeps the message.
 
     Args:
         head: how many of the tokens come before the message.
@@ -66,8 +66,8 @@ def headed(row: Sequence[int], head: int, frame: bool = False) -> list[int]:
     return list(row) if head <= room else [*row[: room // 2], *row[head - (room - room // 2) :]]
 
 
-def ends_of(text: str, most: int = ENDS) -> str:
-    """A text, or so many characters at either of its ends."""
+def ends_of(text: str, most: int) -> str:
+    """A text, or its first and last `most` characters."""
     return text if len(text) <= 2 * most else text[:most] + text[-most:]
 
 
@@ -81,8 +81,8 @@ def batches(
     """Yields (row numbers, what was read) of left-padded batches; a title shows a bar.
 
     A batch that does not fit into memory is read in halves, and so are all batches after it. Of a prompt that
-    is longer than the model's `positions`, which has no answer, the start is read; of one with tokens that
-    the model does not know, the others.
+    is longer than the model's `positions`, which has no answer, the start is read. Tokens that the model does
+    not know are read as padding tokens.
 
     Args:
         read: called with ids and mask of a batch, both (B, T); what it returns is not None.

@@ -100,13 +100,13 @@ class Template:
             ) from error
 
     def ids(self, messages: Sequence[Message], query: str = "") -> list[int]:
-        """The tokens of the same, with no special ones but those that the template writes, as servers do."""
+        """A conversation's token ids. Only the template writes special ones, as on servers."""
         return encode(self.tokenizer, [self.text(messages, query)], special=False)[0]
 
     def tried(self, messages: Sequence[Message], query: str = "") -> list[int] | None:
-        """The same; None, and once a warning, where the template refuses the messages.
+        """A conversation's token ids; None, and once a warning, where the template refuses the messages.
 
-        So does one that knows no system message.
+        One that knows no system message refuses it.
         """
         try:
             return self.ids(messages, query)
@@ -137,7 +137,7 @@ class Template:
 
     @cached_property
     def usable(self) -> Frame | None:
-        """The same; None where there is none."""
+        """The frame; None where there is none."""
         try:
             return self.frame
         except InputError:

@@ -39,7 +39,7 @@ class Calibration:
         base: the base model.
         limit: most tokens of a prompt before it is truncated for routing; None sets no limit.
         frame: what the generic prompts stand in.
-        texts: in it, in place of the generic prompts.
+        texts: prompts that stand in the frame already; None takes the generic ones.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a run has: settings, stages, processes, deadline and journal. It is passed on, and never changed."""
+"""What a run has: settings, stages, processes, deadline and journal. It is passed on, never replaced."""
 
 from __future__ import annotations
 

@@ -63,10 +63,10 @@ class Evidence(Names):
             not on the query's shortlist; its response is NaN then, too.
         base_score: (queries,) score of the base model, which an adapter's has to exceed; see equation 6.
         residual: (queries,) what generic text does not explain of the highest score, in standard deviations.
-        votes: (queries, modules) what each module says for the adapter with the highest score, which is their
-            mean, less 5 for one that is not at home; NaN where it has no prototype.
-        frame: (queries,) the number of the frame that each query was compared in; under a shared system
-            message that one, whose lead counts half, while scores and votes are of the template's frame.
+        votes: (queries, modules) what each module says for the adapter with the highest score. Their mean is
+            the score before what it loses away from home. NaN where the adapter has no prototype.
+        frame: (queries,) the number of the frame that each query was compared in. Under a shared system
+            message it is the message's frame, whose lead counts half; scores and votes are of the template's.
         later: (queries,) how many of the user's messages follow the one that all this is of.
     """
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 AT_ONCE = 256  # prompts whose responses are in memory together, and that a killed run may have to probe again
-RESPONSES = 1 << 25  # of a large library fewer prompts, so that there are at most so many responses
+RESPONSES = 1 << 25  # at once: of a large library, fewer prompts are probed at once
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Fitted:
         """
         responses, confidence = probed
         unread = unreadable(probed, self.absent)
-        # One readable prompt tells whether adapters respond where they are silent.
+        # Silent modules are the same for all prompts, so the first tells whether there is anything to blank.
         if unread.any() or np.isfinite(responses[:1, self.absent]).any():
             responses, confidence = responses.copy(), confidence.copy()
             responses[:, self.absent] = np.nan

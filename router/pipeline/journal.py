@@ -152,7 +152,7 @@ class Journal(UserDict[Query, Answer]):
         self._file.flush()
 
     def kept(self, name: str, queries: int) -> Routing | None:
-        """The routing of so many queries, as `keep` was given it; None if there is none."""
+        """The routing of `queries` queries, as `keep` was given it; None if there is none."""
         evidence = self.folder / f"{name}.evidence.safetensors"
         try:
             weights = load_file(self.folder / f"{name}.safetensors")["weights"]

@@ -69,9 +69,7 @@ class Experts:
 Rule = Callable[[Experts, Tensor, Tensor], Tensor]
 
 
-def load_experts(
-    adapters: Sequence[Adapter], device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> dict[str, Experts]:
+def load_experts(adapters: Sequence[Adapter], device: str, dtype: torch.dtype) -> dict[str, Experts]:
     """The updates of a library by module; decomposed in float64, kept in `dtype`."""
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor, int]]] = {}
     for number, adapter in enumerate(adapters):

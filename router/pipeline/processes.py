@@ -45,7 +45,7 @@ class Processes:
         self._loads = [0] * count  # tokens that each process has taken
 
     def takes(self, tokens: int) -> bool:
-        """Whether the next batch, of so many tokens, is this process's: it goes to the one with the fewest.
+        """Whether the next batch is this process's: it goes to the one with the fewest tokens so far.
 
         Example:
             >>> second = Processes(1, 2)

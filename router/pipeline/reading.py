@@ -23,7 +23,7 @@ FRAMES = 8  # that one batch of queries may bring
 TURNS = 8  # of a conversation; each may be a pass of the base model
 BRIEF = 6  # words; the lead in a message with fewer counts less, since "shorter, please" says little
 COUNTED = 256  # frames whose requests are counted
-SHARED = 16  # queries under one system message, which is then a frame; it costs as much as 230
+SHARED = 16  # queries make their system message a frame; to calibrate one costs as much as 230 queries
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ def turns_of(
     template: Template,
     settings: Settings,
     known: Collection[Frame],
-    new: int = FRAMES,
-    asked: Counter[Frame] | None = None,
+    new: int,
+    asked: Counter[Frame] | None,
 ) -> list[list[Read]]:
     """What is read of each query: one text, or one for each of the user's messages in a conversation.
 
-    Of a very long one the middle is left out before it is tokenised, since its ends alone are read; but with
-    a limit, which may end it elsewhere.
+    The middle of a very long one is left out before it is tokenised, since its ends alone are read. With
+    --max_seq_len nothing is, since that limit cuts tokens.
 
     Args:
         known: the frames that came before.
-        new: at most so many others of each kind; a text in one more is taken as it is.
+        new: the most frames of each kind beside these; a text in one more is taken as it is.
         asked: counts the system messages and the like, each as a frame.
     """
     parts, limit = [parts_of(query, template, settings) for query in queries], settings.max_seq_len

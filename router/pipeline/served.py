@@ -50,8 +50,8 @@ def content_of(folder: Path) -> str:
 def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:
     """Which variants a server answers as the base model would, though they answer otherwise.
 
-    So does one that takes an adapter and finds none of its weights. Of a variant that says nearly the same as
-    the base model, nobody can tell.
+    A server that takes an adapter and finds none of its weights answers so, too. A variant that says nearly
+    the same as the base model is not counted.
 
     Args:
         variants: one of them the plain base model.

@@ -85,7 +85,7 @@ def load(context: Context) -> Loaded:
 
 
 def encoded(template: Template, queries: Sequence[Query], most: int | None) -> list[list[int]]:
-    """The token ids of each query's prompt, at most so many; a conversation's is in the template."""
+    """The token ids of each query's prompt, `most` of them at most; a conversation's is in the template."""
     prompts = iter(encode(template.tokenizer, [q.input for q in queries if not q.messages]))
     rows = [template.ids(q.conversation, q.id) if q.messages else next(prompts) for q in queries]
     return [cut(row, most, bool(q.messages)) for row, q in zip(rows, queries, strict=True)]
@@ -156,7 +156,7 @@ class Method(ABC):
         return encoded(self.template, queries, self.settings.max_seq_len)
 
     def kept(self, name: str, count: int) -> Routing | None:
-        """The routing of so many queries, if the journal kept one; the same in all processes."""
+        """The routing of `count` queries, if the journal kept one; the same in all processes."""
         journal = self.context.journal
         if journal is None:
             return None

@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 PURE = 0.5  # an adapter with more than this share of the adapters' weight answers alone; see docs/method.md
 NEGLIGIBLE = 0.01  # a share of a variant that is not worth its rank
-PER_BEST = 1.5  # at most so many variants for each candidate that is a query's best
+PER_BEST = 1.5  # times as many variants are made, at most, as candidates are some query's best
 # Limits of the total variation distance between a query's own mix and its variant's: on average, and at
 # worst. The second keeps the few queries of a rare task from drowning in a large group; two pure groups that
 # were one would lose 0.5.
@@ -64,7 +64,7 @@ def mixes(weights: Array, sharp: bool = True) -> Array:
 
 
 def most_variants(best: int) -> int:
-    """The most variants that are made, where so many candidates are a query's best."""
+    """The most variants that are made, where `best` candidates are some query's best."""
     return math.ceil(PER_BEST * best)
 
 
@@ -115,9 +115,9 @@ def _clustered(weights: Array, n_variants: int | None, seed: int, sharp: bool) -
 
 
 def _of_same_adapters(weights: Array, most: int) -> Clusters:
-    """Groups of the queries that one candidate answers alone, and of mixes of the same adapters.
+    """A group for each candidate that answers alone, and for each of the most frequent sets of adapters.
 
-    Of the latter there are at most so many, the most frequent; other mixes go to their first adapter.
+    There are at most `most` of these sets; a mix of any other joins its first adapter's group.
     """
     labels = weights.argmax(1)
     shared = np.flatnonzero(weights.max(1) < 1)
@@ -134,7 +134,7 @@ def _distinct(weights: Array) -> int:
 
 
 def _fewest(weights: Array, most: int, seed: int) -> Clusters:
-    """The fewest groups of mixes, at most so many, that lose little."""
+    """The fewest groups of mixes, at most `most`, that lose little."""
     # The loss falls almost monotonically with K, so bisection finds the smallest K.
     low, high = 1, min(most, _distinct(weights))
     found = _kmeans(weights, high, seed)

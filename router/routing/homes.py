@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from router.routing.gate import FLOOR, Array
 
 FORMS = ("bare prompts", "Alpaca's frame", "the chat template")
-EVERY = 8  # of the generic prompts one in so many tells
+EVERY = 8  # the step between generic prompts that tell
 LEAST = 2  # adapters in either of two groups
 GAP = 0.12  # least nats between the means of two groups of adapters
 CLEAR = 4.0  # least deviations within the groups between their means
@@ -54,7 +54,7 @@ def handicaps(homes: NDArray[np.int64], form: int) -> Array:
 
     Args:
         homes: (adapters,) the form that each was trained in; 0 is none that is known.
-        form: of the queries; one that no adapter was trained in leaves those alone whose form is not known.
+        form: of the queries. If no adapter was trained in it, those of no known form lose nothing.
     """
     away = (homes != form) & ((homes > 0) | (homes == form).any())
     return np.where(away, AWAY, 0.0)

@@ -31,7 +31,7 @@ class Rough(NamedTuple):
 
 
 def gate_for(n_adapters: int, **settings: Any) -> PrototypeGate:
-    """The gate for so many adapters, not fitted yet."""
+    """The gate for a library of this size, not fitted yet."""
     return (LargeGate if n_adapters > LARGE else PrototypeGate)(**settings)
 
 
@@ -44,12 +44,12 @@ class LargeGate(PrototypeGate):
     """
 
     def _landmarks(self, n_adapters: int) -> NDArray[np.int64]:
-        """Drawn at random, not every so many, since relatives may stand at equal distances."""
+        """Drawn at random, not in equal steps, since relatives may stand at equal distances."""
         few = min(LANDMARKS, n_adapters)
         return np.sort(np.random.default_rng(0).choice(n_adapters, few, replace=False))
 
     def _by_module(self, X: NDArray[Any]) -> Callable[[slice], Array]:
-        """As in `PrototypeGate`, made anew each time, since all would fill the memory."""
+        """Log responses as in `PrototypeGate`, made anew each time, since all would fill the memory."""
         return lambda part: columns_of(X[:, :, part])
 
     def _learn(self, *how: Any) -> Self:
@@ -89,7 +89,7 @@ class LargeGate(PrototypeGate):
         return np.argpartition(-guess, SHORT - 1, axis=1)[:, :SHORT]
 
     def judge(self, X: NDArray[Any]) -> Judged:
-        """As in `PrototypeGate`, of each query's shortlist alone."""
+        """Both scores as in `PrototypeGate`, of each query's shortlist alone."""
         theirs = self._standard(X, self.landmarks_)
         columns = np.ascontiguousarray(theirs.transpose(2, 3, 0, 1))  # as a product of matrices needs it
         factors = self._factors(columns).transpose(2, 0, 1, 3)  # (queries, modules, 2, FACTORS)

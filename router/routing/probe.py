@@ -43,7 +43,7 @@ class Framing(NamedTuple):
     end: int = END
 
 
-def counted_tokens(ids: Tensor, mask: Tensor, prefix: Sequence[int] = ()) -> Tensor:
+def counted_tokens(ids: Tensor, mask: Tensor, prefix: Sequence[int]) -> Tensor:
     """Which positions count, (B, T) bool: no padding, no first token, and none that all prompts begin with.
 
     Of each prompt the last token counts.

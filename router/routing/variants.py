@@ -69,7 +69,7 @@ def decide(weights: Array, names: Sequence[str]) -> list[Variant]:
     return variants
 
 
-def materialise(variant: Variant, adapters: Sequence[Adapter], rank: int | None = None) -> dict[str, Factors]:
+def materialise(variant: Variant, adapters: Sequence[Adapter], rank: int | None) -> dict[str, Factors]:
     """The variant's updates by module, in float32: exact, or the best of at most the given rank."""
     parts: dict[str, tuple[list[Factors], list[float]]] = {}
     by_name = {adapter.name: adapter for adapter in adapters}

@@ -195,7 +195,7 @@ def _apart(a: Any, b: Any) -> dict[str, str]:
 
 
 def flags(p: ArgumentParser) -> None:
-    """Those of `proto-route compare`."""
+    """The flags of `proto-route compare`."""
     p.add_argument("run_a", type=Path, metavar="RUN_A", help="the output folder of a finished run")
     p.add_argument("run_b", type=Path, metavar="RUN_B", help="another one, on the same query files")
     labels = "score both runs: files with id,target[,adapter], named like the query files, or their folders"

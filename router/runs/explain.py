@@ -202,7 +202,7 @@ def show(story: Mapping[str, Any], console: Console) -> None:
 
 
 def flags(p: ArgumentParser) -> None:
-    """Those of `proto-route explain`."""
+    """The flags of `proto-route explain`."""
     p.add_argument("output", type=Path, metavar="OUTPUT", help="the output folder of a finished run")
     p.add_argument("id", metavar="ID", help="a query's id; STEM:ID if several query files have it")
     p.add_argument("--json", action="store_true", help="print JSON, with all candidates that have a score")

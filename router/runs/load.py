@@ -117,7 +117,7 @@ class Run:
         )
 
     def sample(self, most: int) -> Run:
-        """The run of at most so many of its queries, in order, among them the first of each variant.
+        """The run of at most `most` of its queries, in order, among them the first of each variant.
 
         The same run gives the same sample.
         """

@@ -7,7 +7,7 @@ from router.serving.names import read_served
 
 
 def flags(p: ArgumentParser) -> None:
-    """Those of `proto-route check`."""
+    """The flags of `proto-route check`."""
     p.add_argument(
         "folder", type=Path, metavar="FOLDER", help="a saved router, or the output folder of a run"
     )

@@ -35,7 +35,7 @@ FILE_SIZE, FILES = 64 << 20, 9  # bytes of a file of decisions, and how many old
 
 
 def flags(p: ArgumentParser) -> None:
-    """Those of `proto-route serve`."""
+    """The flags of `proto-route serve`."""
     add, count = p.add_argument, reader(Count)
     add("--router", type=Path, required=True, metavar="DIR", help="a saved router, or a finished run")
     add("--upstream", required=True, metavar="URL", help="the server that serves the variants")

@@ -164,7 +164,7 @@ def export(args: Namespace) -> list[str]:
 
 
 def flags(p: ArgumentParser) -> None:
-    """Those of `proto-route export`."""
+    """The flags of `proto-route export`."""
     add = p.add_argument
     add("folder", type=Path, metavar="DIR", help="a saved router, or the output folder of a run")
     add("--engine", choices=ENGINES, default="vllm", help="the server (default: vllm)")

@@ -32,7 +32,7 @@ def as_error(_: Request, error: Exception) -> Response:
 
 
 def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    """The same of a status and why."""
+    """An error as OpenAI's servers write it, of a status and a message."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return as_json({"error": {"message": message, "type": kind, "code": status}}, status, headers)
 

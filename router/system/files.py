@@ -215,7 +215,7 @@ def mark(folder: Path, finished: bool = False) -> None:
 
 
 def work_folder(output: Path, prefix: str) -> Path:
-    """A new folder of ours in an output folder, which is made; those that killed runs left there go."""
+    """Makes a folder of ours in an output folder; removes those that killed runs left there."""
     output.mkdir(parents=True, exist_ok=True)
     for left in output.glob(f"{prefix}*"):
         remove_ours(left)

@@ -80,7 +80,7 @@ def _value(value: Any) -> str:
 
 
 def flags(p: ArgumentParser) -> None:
-    """Those of `proto-route report`."""
+    """The flags of `proto-route report`."""
     p.add_argument("folder", type=Path, metavar="DIR", help="the run's output folder")
 
 
