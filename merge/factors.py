@@ -88,8 +88,8 @@ def stacks(updates: Iterable[tuple[str, Factors]]) -> Iterator[tuple[list[str], 
     for name, update in updates:
         groups.setdefault((update.a.shape, update.b.shape), []).append((name, update))
     for group in groups.values():
-        names, found = zip(*group, strict=True)
-        yield list(names), Factors(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+        names, factors = zip(*group, strict=True)
+        yield list(names), Factors(*(torch.stack(parts) for parts in zip(*factors, strict=True)))
 
 
 def svd(update: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,6 +162,6 @@ def balanced(update: Factors) -> Factors:
         >>> a.tolist(), b.tolist()
         ([[0.0625, 0.125]], [[0.125]])
     """
-    a, b = (of.abs().amax(dim).log2() for of, dim in ((update.a, 1), (update.b, 0)))  # (r,)
+    a, b = (factor.abs().amax(dim).log2() for factor, dim in ((update.a, 1), (update.b, 0)))  # (r,)
     shift = ((b - a) / 2).round().nan_to_num(0, 0, 0)
     return Factors(torch.ldexp(update.a, shift[:, None]), torch.ldexp(update.b, -shift))

@@ -106,7 +106,8 @@ class _Matcher:
     """Matches a stranger's regular expressions against modules' names, for PATIENCE seconds in all."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.until = path, time.monotonic() + PATIENCE
+        self.path = path
+        self.until = time.monotonic() + PATIENCE
 
     def match(self, pattern: str, module: str) -> Any:
         """What a pattern matches at the start of a module's name, None if nothing.
@@ -143,7 +144,7 @@ class _Matcher:
         if isinstance(targets, str) or layers in (None, []):
             return self.named(targets, module)
         patterns = _listed(config.get("layers_pattern") or r"[^.]*\.[^.]*")
-        numbers = (self.match(rf"(?:^|.*?\.){of}\.(?P<idx>\d{{1,9}})\.", module) for of in patterns)
+        numbers = (self.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d{{1,9}})\.", module) for pattern in patterns)
         number = next((int(match["idx"]) for match in numbers if match), None)
         return self.named(targets, module) and number in _listed(layers)
 
@@ -298,7 +299,7 @@ def _check_values(file: Path, config: Mapping[str, Any]) -> None:
 
 def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
     """The keys of lora_A and lora_B by module name, in sorted order."""
-    found: dict[str, dict[str, str]] = {}
+    by_module: dict[str, dict[str, str]] = {}
     for key in sorted(shapes):
         match = re.fullmatch(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])\.(?:default\.)?weight", key)
         if match is None:
@@ -307,10 +308,10 @@ def _pairs(weights: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tu
                 "leave the adapter out of --adapters"
             )
         module, letter = match.groups()
-        if (other := found.setdefault(module, {}).setdefault(letter, key)) != key:
+        if (other := by_module.setdefault(module, {}).setdefault(letter, key)) != key:
             raise AdapterError(f"{weights}: expected one lora_{letter} of {module}, got {other} and {key}")
     pairs = {}
-    for module, keys in found.items():
+    for module, keys in by_module.items():
         if len(keys) != 2:
             raise AdapterError(f"{weights}: {module} has lora_{next(iter(keys))} without its counterpart")
         a, b = shapes[keys["A"]], shapes[keys["B"]]
@@ -349,7 +350,7 @@ def _targets(modules: Iterable[str]) -> list[str]:
         layer, _, kind = module.rpartition(".")
         layers.setdefault(re.sub(r"(\d+)\..*$", r"\1", layer), set()).add(kind)
     kinds = set.union(*layers.values())
-    alike = all(found == kinds for found in layers.values()) and not any(map(str.isdigit, kinds))
+    alike = all(layer_kinds == kinds for layer_kinds in layers.values()) and not any(map(str.isdigit, kinds))
     return sorted(kinds if alike else modules)
 
 
