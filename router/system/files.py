@@ -128,10 +128,10 @@ def record_of(kind: type[T], text: str | bytes) -> T:
         ValueError: a: it should be a valid integer, unable to parse string as an integer
     """
     try:
-        found = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole)
+        value = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    return typed(kind, found)
+    return typed(kind, value)
 
 
 def typed(kind: type[T], value: Any, strict: bool = False) -> T:

@@ -44,7 +44,7 @@ def fetch(
         HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError, *HfHubHTTPError.__bases__
     )  # fmt: skip
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             name,
             revision=revision or None,
             allow_patterns=list(patterns),
@@ -56,4 +56,4 @@ def fetch(
             f"{where}, and the hub could not give it ({reason(error)}). Where there is no network, download "
             "it elsewhere and pass its folder"
         ) from error
-    return Path(found), name, Path(found).name
+    return Path(folder), name, Path(folder).name
