@@ -154,27 +154,28 @@ def load_library(
 
 def _usable(every: Iterable[Examined], bad: list[str] | None) -> list[Adapter]:
     """The adapters that can be used; see `load_library`."""
-    found = []
+    usable = []
     for _, adapter, error in every:
         if error and (bad is None or out_of_memory(error)):
             raise error
         if error and bad is not None:
             bad.append(str(error))
         elif adapter:
-            found.append(adapter)
-    if bad and not found:
+            usable.append(adapter)
+    if bad and not usable:
         raise InputError(f"--skip_bad: expected an adapter that can be used, but: {'; '.join(bad)}")
-    return found
+    return usable
 
 
 def card(folder: Path) -> tuple[str, str]:
     """An adapter's model card, its YAML header and its text; "" where there is none."""
-    text, file = "", folder / CARD_FILE
+    text = ""
+    file = folder / CARD_FILE
     if file.is_file():
         with file.open(encoding="utf-8-sig", errors="replace") as card:
             text = card.read(LONGEST_CARD)
-    found = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", text, re.DOTALL)
-    return (found[1], text[found.end() :]) if found else ("", text)
+    match = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", text, re.DOTALL)
+    return (match[1], text[match.end() :]) if match else ("", text)
 
 
 def base_of(adapters: Iterable[Adapter]) -> str:
@@ -210,7 +211,9 @@ def check_against_base(
     Raises:
         InputError: another base model is named, or a module does not exist or fit.
     """
-    every = (Examined(of.name, of, misfit(of, base_name, is_folder, shapes)) for of in adapters)
+    every = (
+        Examined(adapter.name, adapter, misfit(adapter, base_name, is_folder, shapes)) for adapter in adapters
+    )
     return _usable(every, bad)
 
 
@@ -218,7 +221,8 @@ def misfit(
     adapter: Adapter, base_name: str, is_folder: bool, shapes: Mapping[str, tuple[int, int]]
 ) -> InputError | None:
     """Why an adapter does not belong to a base model, if so; see `check_against_base`."""
-    where, stated = adapter.where, adapter.folder.base_model
+    where = adapter.where
+    stated = adapter.folder.base_model
     if stated and not is_folder and _model(stated) != _model(base_name):
         return InputError(
             f"{where}: expected an adapter of {base_name}, got one of {stated}; "
@@ -254,8 +258,8 @@ def last_block(adapters: Sequence[Adapter]) -> list[str]:
     blocks: dict[tuple[str, int], dict[str, set[str]]] = {}  # by adapter
     for adapter in adapters:
         for module in adapter.folder.shapes:
-            found = re.match(r"(.*?)\.(\d{1,9})\.", module)
-            block = (found[1], int(found[2])) if found else (module, -1)
+            match = re.match(r"(.*?)\.(\d{1,9})\.", module)
+            block = (match[1], int(match[2])) if match else (module, -1)
             blocks.setdefault(block, {}).setdefault(adapter.name, set()).add(module)
     best = max(blocks, key=lambda block: (len(blocks[block]), block[1]))
     return sorted(set.union(*blocks[best].values()))

@@ -28,9 +28,11 @@ def check(specs: Sequence[str]) -> dict[str, Any]:
     """
     every = _misfits_refused(list(examined(specs)))
     sound = [one.adapter for one in every if one.adapter and not one.error]
-    names, (norms, cosines), shared = [a.name for a in sound], norms_and_cosines(sound), overlaps(sound)
+    names = [a.name for a in sound]
+    norms, cosines = norms_and_cosines(sound)
+    shared = overlaps(sound)
     same, alike = (
-        np.argwhere(np.triu(of, 1)) for of in (cosines > SAME, (shared > OVERLAP) & (cosines <= SAME))
+        np.argwhere(np.triu(pairs, 1)) for pairs in (cosines > SAME, (shared > OVERLAP) & (cosines <= SAME))
     )
     sizes = (norms / np.median(norms)).tolist() if sound else []
     return {

@@ -58,7 +58,8 @@ def representatives(
                     break
         else:
             groups[n] = [n]
-    out, lookalike = np.arange(len(adapters)), np.zeros(len(adapters), bool)
+    out = np.arange(len(adapters))
+    lookalike = np.zeros(len(adapters), bool)
     for group in groups.values():
         if len(group) > 1:
             pairs = [norms_and_cosines([adapters[group[0]], adapters[n]]) for n in group]
@@ -92,9 +93,10 @@ def nearby(flat: NDArray[np.float32], there: NDArray[np.bool_]) -> Iterator[list
     sizes = np.diff(np.append(starts, n_prompts))
     sums = np.add.reduceat(flat.reshape(n_adapters, n_prompts, n_modules), starts, axis=1, dtype=np.float64)
     means = sums.sum(0) / there.sum(0).clip(1)  # (groups, modules), taken away for small squares
-    found = np.where(there[:, None], sums - means, 0.0) / np.sqrt(sizes)[:, None]
-    sketches = found.reshape(n_adapters, -1).astype(np.float32)
-    squares, counts = np.square(found).sum(1).astype(np.float32), there.astype(np.float32)
+    centred = np.where(there[:, None], sums - means, 0.0) / np.sqrt(sizes)[:, None]
+    sketches = centred.reshape(n_adapters, -1).astype(np.float32)
+    squares = np.square(centred).sum(1).astype(np.float32)
+    counts = there.astype(np.float32)
     for start in range(0, n_adapters, BLOCK):
         block = slice(start, start + BLOCK)
         apart = squares[block] @ counts.T + counts[block] @ squares.T - 2 * sketches[block] @ sketches.T

@@ -52,17 +52,17 @@ def find(spec: str, local_only: bool = False) -> list[Source]:
             return [Source(Path(os.path.normpath(path.absolute())).name, path, None)]
         # With links to nowhere, of which none is to be left out without a word.
         there = (child for child in path.iterdir() if child.is_dir() or not child.exists())
-        found = sorted(child for child in there if not child.name.startswith("."))
+        folders = sorted(child for child in there if not child.name.startswith("."))
     except OSError as error:
         raise InputError(
             f"--adapters {spec}: expected a folder that can be read ({error}); change its permissions, or "
             "name another"
         ) from error
-    if not found:
+    if not folders:
         raise InputError(
             f"--adapters {spec}: expected a PEFT folder or a folder of such folders, found neither"
         )
-    return [Source(child.name, child, None) for child in found]
+    return [Source(child.name, child, None) for child in folders]
 
 
 def is_here(spec: str) -> bool:
