@@ -74,12 +74,14 @@ def shown(messages: Sequence[Message], later: int | None = None) -> str:
         later: notes which messages routing does not read, and, where the user has several, which one decided:
             the one that so many of the user's follow.
     """
-    asked = [n for n, of in enumerate(messages) if of["role"] == "user" and content(of).strip()]
+    asked = [n for n, turn in enumerate(messages) if turn["role"] == "user" and content(turn).strip()]
     notes = dict.fromkeys(range(len(messages)), "")
     if later is not None:
-        notes |= {n: " (not read)" for n, of in enumerate(messages) if of["role"] not in (*SYSTEM, "user")}
+        notes |= {
+            n: " (not read)" for n, turn in enumerate(messages) if turn["role"] not in (*SYSTEM, "user")
+        }
         notes |= {asked[-1 - later]: " (decided)"} if later < len(asked) > 1 else {}
-    return "\n".join(f"{of['role']}{notes[n]}: {content(of)}" for n, of in enumerate(messages))
+    return "\n".join(f"{turn['role']}{notes[n]}: {content(turn)}" for n, turn in enumerate(messages))
 
 
 def packed(messages: Sequence[Message]) -> str:

@@ -252,16 +252,16 @@ def _choices(given: Any, text: str, where: str, csv: bool) -> tuple[str, ...]:
     """
     if csv and given.strip() in ("", "None", "nan"):
         return (text,)
-    found, odd = (_literal(given.strip()), ()) if csv else (given, bool)
-    fits = isinstance(found, (list, tuple)) and all(
-        isinstance(one, (str, int, float)) and not isinstance(one, odd) for one in found
+    choices, odd = (_literal(given.strip()), ()) if csv else (given, bool)
+    fits = isinstance(choices, (list, tuple)) and all(
+        isinstance(one, (str, int, float)) and not isinstance(one, odd) for one in choices
     )
-    if not (fits and found):
+    if not (fits and choices):
         raise InputError(
             f"{where}, column answer_choices: expected a list of at least one text, such as "
             f"\"['yes', 'no']\", got {given!r:.60}"
         )
-    return tuple(map(str, found))
+    return tuple(map(str, choices))
 
 
 def _literal(text: str) -> Any:
