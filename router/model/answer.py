@@ -98,11 +98,11 @@ def positions(model: PreTrainedModel) -> int:
 
     words = model.get_input_embeddings()
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    tables = [of for of in model.modules() if isinstance(of, Embedding) and of is not words]
+    tables = [module for module in model.modules() if isinstance(module, Embedding) and module is not words]
     # OPT's first rows are no positions.
-    sizes = [of.num_embeddings - getattr(of, "offset", 0) for of in tables]
+    sizes = [table.num_embeddings - getattr(table, "offset", 0) for table in tables]
     # GPT-J has a table too, though of rotary positions.
-    sizes += [len(of) for name, of in model.named_buffers() if name.endswith("embed_positions")]
+    sizes += [len(buffer) for name, buffer in model.named_buffers() if name.endswith("embed_positions")]
     return context if context in sizes else sys.maxsize
 
 
@@ -113,7 +113,7 @@ def alike_up_to(model: PreTrainedModel) -> int:
     """
     text = model.config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or {}
-    for kind in (rope, *(of for of in rope.values() if isinstance(of, dict))):
+    for kind in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         if kind.get("rope_type") in ("longrope", "dynamic"):
             return int(kind.get("original_max_position_embeddings") or text.max_position_embeddings)
     return sys.maxsize
@@ -280,7 +280,7 @@ def score_choices(
 
     ids, mask = padded(rows, pad_id(tokenizer), model.device)
     # (N,) which prompt a choice belongs to
-    owner = torch.tensor([n for n, of in enumerate(choices) for _ in of], device=model.device)
+    owner = torch.tensor([n for n, options in enumerate(choices) for _ in options], device=model.device)
     tails = endings(tokenizer, [text for options in choices for text in options])
     tail, valid = padded(tails, pad_id(tokenizer), model.device, "right")  # (N, width)
     width = tail.shape[1]
@@ -302,7 +302,7 @@ def score_choices(
             ).logits  # (N, width - 1, V)
             # Row by row, since the float32 logits of all rows would be the largest thing in memory.
             pairs = zip(rest, tail[:, 1:, None], strict=True)
-            logp = torch.stack([row.float().log_softmax(-1).gather(1, of)[:, 0] for row, of in pairs])
+            logp = torch.stack([row.float().log_softmax(-1).gather(1, tokens)[:, 0] for row, tokens in pairs])
             scores = scores + (logp * valid[:, 1:]).sum(1)  # logp is (N, width - 1)
     flat = iter(scores.tolist())
     return [tuple(next(flat) for _ in options) for options in choices]
@@ -369,7 +369,8 @@ def batched(
     """
     most = positions(model)
     end = int(tokenizer.eos_token_id is not None)  # of a choice, which is not read
-    reads, left_out = [], {}
+    reads = []
+    left_out = {}
     for n, (row, options) in enumerate(zip(rows, choices, strict=True)):
         tails = endings(tokenizer, options) if options else []
         reads.append(len(row) + max((len(tail) - end for tail in tails), default=0))
@@ -379,19 +380,20 @@ def batched(
     write_tokens, choice_tokens = batch_tokens(model, model.device, model.dtype)
     kinds = [(0, write_tokens)]
     # Each choice needs a copy of its prompt's key-value cache and the logits of its own tokens.
-    kinds += [(count, choice_tokens // count) for count in sorted({len(of) for of in choices if of})]
-    found = []
+    kinds += [(count, choice_tokens // count) for count in sorted({len(texts) for texts in choices if texts})]
+    batches = []
     for count, budget in kinds:
         part = [n for n in readable if len(choices[n]) == count]
         lengths = [reads[n] + (0 if count else max_new_tokens) for n in part]
-        prompts, limit = [len(rows[n]) for n in part], min(most, alike_up_to(model))
+        prompts = [len(rows[n]) for n in part]
+        limit = min(most, alike_up_to(model))
         for places in by_length(lengths, math.inf if batch_size else budget, batch_size):
             # Prompts are padded on the left, and what comes after them on the right.
             width = max(prompts[k] for k in places) + max(lengths[k] - prompts[k] for k in places)
             for fits in [places] if width <= limit else [[k] for k in places]:
                 tokens = sum(lengths[k] for k in fits)
-                found.append(Batch([part[k] for k in fits], tokens, bool(count)))
-    return found, left_out
+                batches.append(Batch([part[k] for k in fits], tokens, bool(count)))
+    return batches, left_out
 
 
 def answer(
@@ -423,8 +425,8 @@ def answer(
         room = most + 1 - max(map(len, prompts))
         return generate(model, tokenizer, prompts, min(max_new_tokens, room))
 
-    for numbers, found in fitting((batch.numbers for batch in batches), answered):
-        yield Done(numbers, found or [FAILED], NOT_FINITE if found else NO_ROOM)
+    for numbers, batch_answers in fitting((batch.numbers for batch in batches), answered):
+        yield Done(numbers, batch_answers or [FAILED], NOT_FINITE if batch_answers else NO_ROOM)
 
 
 def answers(
@@ -440,10 +442,10 @@ def answers(
     """The answers to prompts, in order; see `batched` and `answer`."""
     batches, _ = batched(model, tokenizer, rows, choices, max_new_tokens, batch_size)
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "scoring": scoring}
-    found: dict[int, Answer] = {}
+    by_number: dict[int, Answer] = {}
     for done in answer(model, tokenizer, rows, choices, batches, **how):
-        found.update(zip(done.numbers, done.answers, strict=True))
-    return [found.get(n, FAILED) for n in range(len(rows))]
+        by_number.update(zip(done.numbers, done.answers, strict=True))
+    return [by_number.get(n, FAILED) for n in range(len(rows))]
 
 
 def if_it_fits(way: Callable[[list[int]], Found], batch: list[int]) -> Found | None:
@@ -471,11 +473,11 @@ def fitting(
     waiting = list(batches)
     while waiting:
         batch, *rest = waiting
-        found = if_it_fits(way, batch)
-        if found is None and len(batch) > 1:
+        result = if_it_fits(way, batch)
+        if result is None and len(batch) > 1:
             waiting = [half for whole in waiting for half in halves(whole)]
         else:
-            yield batch, found
+            yield batch, result
             waiting = rest
 
 

@@ -220,16 +220,16 @@ def _wrapped(model: PreTrainedModel, folder: Path) -> Any:
     }
     with warnings.catch_warnings():  # a user cannot act on them; what PEFT does not take shows below
         warnings.simplefilter("ignore")
-        found = PeftModelForCausalLM(model, PeftConfig.from_pretrained(str(folder)), **how)
+        wrapped = PeftModelForCausalLM(model, PeftConfig.from_pretrained(str(folder)), **how)
         try:
-            keys = found.load_adapter(str(folder), torch_device=str(model.device), **how)
+            keys = wrapped.load_adapter(str(folder), torch_device=str(model.device), **how)
         except BaseException:
-            found.unload()
+            wrapped.unload()
             raise
     if keys.missing_keys or keys.unexpected_keys:
-        found.unload()
+        wrapped.unload()
         return None
-    return found.eval()
+    return wrapped.eval()
 
 
 def swap_order(folders: Sequence[Path | None]) -> list[int]:

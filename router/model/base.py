@@ -117,8 +117,8 @@ def embedded_folder() -> Path:
 def _stamps(weights: Path) -> list[tuple[Any, ...]]:
     """What changes where a file, or one of a folder's that a model is read from, is replaced."""
     files = sorted({weights, *(file for kind in FILES for file in weights.glob(kind))})
-    found = ((str(file), file.stat()) for file in files if file.is_file())
-    return [(name, about.st_ino, about.st_size, about.st_mtime_ns) for name, about in found]
+    stats = ((str(file), file.stat()) for file in files if file.is_file())
+    return [(name, about.st_ino, about.st_size, about.st_mtime_ns) for name, about in stats]
 
 
 def _check_unchanged(weights: Path, before: list[tuple[Any, ...]]) -> None:
@@ -243,11 +243,11 @@ def read(
     room = {}
     if device_map and place == "cpu":  # without cards, what has no room goes to the disk
         room = {"max_memory": {"cpu": int(ROOM * memory_bytes(torch.device("cpu")))}}
-    found: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         device_map=device_map, **room,
     )  # fmt: skip
-    model, about = found
+    model, about = loaded
     if missing := sorted(about["missing_keys"]):
         raise ValueError(f"its weights lack {missing[0]}, and {len(missing) - 1} more")
     return tokenizer, model

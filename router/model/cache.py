@@ -101,7 +101,8 @@ def read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor, room: int) -
     rows = max(1, tokens_at_once(ids.device, model.dtype) // ids.shape[1])
     logits, caches = [], []
     for start in range(0, len(ids), rows):
-        part, cache = slice(start, start + rows), new_cache(model)
+        part = slice(start, start + rows)
+        cache = new_cache(model)
         out = model(
             input_ids=ids[part], attention_mask=mask[part], position_ids=positions[part], use_cache=True,
             logits_to_keep=1, **{cache_argument(model): cache},

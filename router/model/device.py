@@ -78,11 +78,11 @@ def memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
     import psutil
 
-    found = int(psutil.virtual_memory().total)
+    size = int(psutil.virtual_memory().total)
     for limit in LIMITS:
         with suppress(OSError, ValueError):  # there is none, or it says `max`
-            found = min(found, int(limit.read_text("utf-8")))
-    return found
+            size = min(size, int(limit.read_text("utf-8")))
+    return size
 
 
 def keep_freed_memory() -> None:

@@ -181,8 +181,8 @@ def turns_of_text(text: str, template: Frame | None = None, own: Format | None =
         asked = [_message(turn.partition(end)[0], end) for turn in turns[:-1]] + [message]
         told = [turn for turn in asked if turn.strip() and not turn.lstrip().startswith(RESULT)]
         return [Parts(head, turn, tail, Frame(plain, tail)) for turn in told] or [bare(text)]
-    if template and (found := bare(text, template)).own == template:
-        return [found._replace(common=template)]
+    if template and (parts := bare(text, template)).own == template:
+        return [parts._replace(common=template)]
     return [bare(text)]
 
 
@@ -190,7 +190,8 @@ def _turns(text: str, user: str, end: str) -> tuple[str, list[str]]:
     """What stands before the first message of the user, with its mark; and each with what follows."""
     blanks = "" if user.endswith("\n") else r"\s*"
     before, *more = re.split(f"({re.escape(user)}{blanks})", text)
-    turns, ended = list[list[str]](), True
+    turns = list[list[str]]()
+    ended = True
     for mark, part in zip(more[::2], more[1::2], strict=True):
         if ended:
             turns.append([])
@@ -213,7 +214,8 @@ def _last(turn: str, mark: str, end: str, opened: bool) -> tuple[str, str] | Non
     whole, _, rest = turn.rpartition(mark)
     if there and tag and opened and end in whole[len(first + mark) :]:  # more turns, of tools
         return _message(first, end), ""
-    message, begun = _message(whole, end), rest.strip()
+    message = _message(whole, end)
+    begun = rest.strip()
     started = tag and (opened or end.startswith("<")) and len(begun) <= BEGUN and end not in begun
     if there and (not begun or started):
         return message, turn[len(message) :]

@@ -100,8 +100,8 @@ def batches(
 
     grouped = by_length(lengths, tokens_at_once(model.device, model.dtype))
     with progress(total=sum(lengths), desc=title, unit="tok") if title else nullcontext() as bar:
-        for batch, found in fitting(grouped, read_rows):
-            yield batch, read_rows(batch) if found is None else found  # again, for its error
+        for batch, result in fitting(grouped, read_rows):
+            yield batch, read_rows(batch) if result is None else result  # again, for its error
             if bar is not None:
                 bar.update(sum(lengths[n] for n in batch))
 

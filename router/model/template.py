@@ -59,8 +59,8 @@ class Template:
     @property
     def jinja(self) -> Any:
         """The template; None if there is none, and a tokenizer may have several by name."""
-        found = self.source or getattr(self.tokenizer, "chat_template", None)
-        return found.get("default", found) if isinstance(found, dict) else found
+        template = self.source or getattr(self.tokenizer, "chat_template", None)
+        return template.get("default", template) if isinstance(template, dict) else template
 
     def text(
         self, messages: Sequence[Message], query: str = "", date: Mapping[str, str] | None = None
@@ -86,8 +86,11 @@ class Template:
             macro = f"{{% macro strftime_now(format) %}}{{{{ format {filters} }}}}{{% endmacro %}}\n"
             source = macro + self.jinja
         plain = [{**message, "content": content(message)} for message in messages]  # most know no parts
-        if any(of["role"] == "developer" for of in plain) and "developer" not in self.jinja:
-            plain = [of | {"role": "system"} if of["role"] == "developer" else of for of in plain]
+        if any(message["role"] == "developer" for message in plain) and "developer" not in self.jinja:
+            plain = [
+                message | {"role": "system"} if message["role"] == "developer" else message
+                for message in plain
+            ]
         how: dict[str, Any] = {"chat_template": source, "tokenize": False, "add_generation_prompt": True}
         try:
             if any(message.get("tool_calls") for message in plain):
@@ -205,8 +208,8 @@ class Template:
 
     def _around(self, system: Sequence[Message], query: str = "", date: Mapping[str, str] = DATE) -> Frame:
         text = self.text([*system, {"role": "user", "content": MARK}], query, date)
-        before, found, after = text.partition(MARK)
-        if not found or MARK in after:
+        before, mark, after = text.partition(MARK)
+        if not mark or MARK in after:
             raise InputError(f"{self.name}: expected a chat template that writes the user's message once")
         return Frame(before.removeprefix(self.first), after)
 
@@ -227,11 +230,11 @@ def template_of(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> Templa
     try:
         if file.stat().st_size > LARGEST:
             raise ValueError(f"more than {LARGEST} bytes")
-        found = Template(tokenizer, file.read_text("utf-8"), str(file))
+        template = Template(tokenizer, file.read_text("utf-8"), str(file))
     except (OSError, ValueError) as error:
         raise InputError(f"--chat_template {file}: expected a Jinja template ({error})") from error
-    _ = found.frame
-    return found
+    _ = template.frame
+    return template
 
 
 def template_for(tokenizer: PreTrainedTokenizerBase, file: Path | None, folders: Iterable[Path]) -> Template:
@@ -239,9 +242,10 @@ def template_for(tokenizer: PreTrainedTokenizerBase, file: Path | None, folders:
     own = template_of(tokenizer, file)
     if own.jinja:
         return own
-    found = [of for folder in folders if (of := brought(tokenizer, folder))]
-    counts = Counter(of.jinja for of in found)
-    return max(found, key=lambda of: counts[of.jinja], default=own)  # of equally many the first
+    templates = [template for folder in folders if (template := brought(tokenizer, folder))]
+    counts = Counter(template.jinja for template in templates)
+    # Of equally many the first.
+    return max(templates, key=lambda template: counts[template.jinja], default=own)
 
 
 def brought(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template | None:
@@ -257,14 +261,14 @@ def brought(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template | None
             return None
         source = json.loads(older.read_text("utf-8")).get("chat_template")
         if isinstance(source, list):  # several by name
-            source = {of["name"]: of["template"] for of in source}.get("default")
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
         if not source or not isinstance(source, str):
             return None
         if len(source.encode()) > LARGEST:  # refuses half a character, too
             raise ValueError(f"more than {LARGEST} bytes")
-        found = Template(tokenizer, source, str(older))
-        _ = found.frame
-        return found
+        template = Template(tokenizer, source, str(older))
+        _ = template.frame
+        return template
     except (InputError, OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         log.warning("%s: its chat template is not used (%s)", folder, reason(error))
         return None
@@ -272,9 +276,9 @@ def brought(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template | None
 
 def _with_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages with arguments of tools as most templates want them: objects, which OpenAI spells in JSON."""
-    found = deepcopy(list(messages))
-    for message in found:
+    copies = deepcopy(list(messages))
+    for message in copies:
         for call in message.get("tool_calls") or ():
             with suppress(LookupError, TypeError, ValueError):
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-    return found
+    return copies
