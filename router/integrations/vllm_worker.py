@@ -187,7 +187,7 @@ class Reader:
     def _visit(self, group: Group, names: set[str], x: Tensor) -> None:
         """Adds what the tokens of a module's input x, (tokens, d_in), tell to the prompts' responses."""
         fitted = group.prompts[0].fitted
-        x = x[: group.inputs.of]  # what fills up the batch comes last
+        x = x[: group.inputs.total]  # what fills up the batch comes last
         for name in names & group.places.keys():
             centred, size = group.inputs.centred(name, x, fitted.means[name])
             cosines = squared_cosines(fitted.prototypes[name], centred, size, len(fitted.names))

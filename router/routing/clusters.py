@@ -54,7 +54,8 @@ def mixes(weights: Array, sharp: bool = True) -> Array:
     """
     if not sharp:
         return weights
-    best, last = weights.argmax(1), weights.shape[1] - 1
+    best = weights.argmax(1)
+    last = weights.shape[1] - 1
     adapters = weights / np.where(best == last, 1.0, 1.0 - weights[:, -1])[:, None]
     adapters[:, -1] = 0.0
     alone = (best == last) | (adapters.max(1) > PURE + 1e-9)  # what rounding adds to a half
@@ -104,14 +105,14 @@ def _clustered(weights: Array, n_variants: int | None, seed: int, sharp: bool) -
     used = np.append(weights[:, :-1].any(0), True)  # in a large library most are in no query's mix
     points = mixes(weights[:, used], sharp)
     if n_variants is not None:
-        found = _kmeans(points, min(n_variants, _distinct(points)), seed)
+        clusters = _kmeans(points, min(n_variants, _distinct(points)), seed)
     elif best <= LARGE:
-        found = _fewest(points, most_variants(best), seed)
+        clusters = _fewest(points, most_variants(best), seed)
     else:  # k-means would take too long
-        found = _of_same_adapters(points, most_variants(best) - best)
-    wide = np.zeros((len(found.weights), weights.shape[1]))
-    wide[:, used] = found.weights
-    return Clusters(found.labels, wide)
+        clusters = _of_same_adapters(points, most_variants(best) - best)
+    wide = np.zeros((len(clusters.weights), weights.shape[1]))
+    wide[:, used] = clusters.weights
+    return Clusters(clusters.labels, wide)
 
 
 def _of_same_adapters(weights: Array, most: int) -> Clusters:
@@ -137,16 +138,16 @@ def _fewest(weights: Array, most: int, seed: int) -> Clusters:
     """The fewest groups of mixes, at most `most`, that lose little."""
     # The loss falls almost monotonically with K, so bisection finds the smallest K.
     low, high = 1, min(most, _distinct(weights))
-    found = _kmeans(weights, high, seed)
+    clusters = _kmeans(weights, high, seed)
     while low < high:
         middle = (low + high) // 2
         tried = _kmeans(weights, middle, seed)
         lost = losses(weights, tried)
         if lost.mean() <= MEAN_LOSS and lost.max() <= WORST_LOSS:
-            high, found = middle, tried
+            high, clusters = middle, tried
         else:
             low = middle + 1
-    return found
+    return clusters
 
 
 def _sample(weights: Array, seed: int, sharp: bool) -> NDArray[np.int64]:
@@ -167,7 +168,8 @@ def _blocks(count: int) -> list[slice]:
 
 def _joined(weights: Array, made: Clusters, sharp: bool) -> Clusters:
     """The groups of a sample with all queries in them, each in the nearest one."""
-    labels, sums = np.empty(len(weights), np.int64), np.zeros_like(made.weights)
+    labels = np.empty(len(weights), np.int64)
+    sums = np.zeros_like(made.weights)
     for part in _blocks(len(weights)):
         points = mixes(weights[part], sharp)
         labels[part] = _closest(points, made.weights)
@@ -195,13 +197,13 @@ def with_base(centres: Array) -> Array:
 
 def firsts(weights: Array, clusters: Clusters) -> NDArray[np.bool_]:
     """Which candidates are the first of a query in each group, (variants, candidates)."""
-    found = np.zeros(clusters.weights.shape, bool)
-    found[clusters.labels, weights.argmax(1)] = True
-    return found
+    first = np.zeros(clusters.weights.shape, bool)
+    first[clusters.labels, weights.argmax(1)] = True
+    return first
 
 
 def nearest(
-    weights: Array, centres: Array, of: NDArray[np.bool_], sharp: bool = True
+    weights: Array, centres: Array, leading: NDArray[np.bool_], sharp: bool = True
 ) -> NDArray[np.int64]:  # fmt: skip
     """The variant that answers each new query, (queries,): the nearest one made for its first candidate.
 
@@ -210,7 +212,7 @@ def nearest(
     Args:
         weights: (queries, candidates), rows sum to 1.
         centres: (variants, candidates), as `with_base` gives them.
-        of: (variants, candidates), as `firsts` gives them.
+        leading: (variants, candidates), as `firsts` gives them.
         sharp: as of `mixes`.
 
     Example:
@@ -220,7 +222,7 @@ def nearest(
         array([1, 0, 2])
     """
     points = mixes(weights, sharp)
-    there = of[:, weights.argmax(1)].T  # (queries, variants)
+    there = leading[:, weights.argmax(1)].T  # (queries, variants)
     there = np.where(there.any(1, keepdims=True), there, np.isclose(centres[:, -1], 1.0))
     return np.asarray(np.where(there, _apart(points, centres), np.inf).argmin(1), np.int64)
 

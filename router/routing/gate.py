@@ -183,7 +183,9 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         for part in blocks:
             z = logs(part)[:, :, some]  # (block, 2, queries, adapters)
             mean[part], std[part] = z.mean(2), z.std(2, ddof=1).clip(1e-3)
-        self.mean_, self.std_ = (np.where(absent, np.nan, of.transpose(2, 0, 1)) for of in (mean, std))
+        self.mean_, self.std_ = (
+            np.where(absent, np.nan, values.transpose(2, 0, 1)) for values in (mean, std)
+        )
         self.filter_ = _matched(self.mean_, self.std_)
         who = self.landmarks_ = self._landmarks(self.n_adapters_)
         axes, loadings = (np.zeros((self.n_modules_, 2, n, FACTORS)) for n in (len(who), self.n_adapters_))
@@ -196,8 +198,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
             z /= std[part, :, None]
             theirs = z if len(who) == self.n_adapters_ else z[..., who]
             self.reference_[:, :, part] = theirs.astype(np.float32).transpose(2, 3, 0, 1)
-            found, shares, factors, noise = _common(z, theirs)
-            axes[part, ..., : found.shape[3]], loadings[part, ..., : found.shape[3]] = found, shares
+            common, shares, factors, noise = _common(z, theirs)
+            axes[part, ..., : common.shape[3]], loadings[part, ..., : common.shape[3]] = common, shares
             self.filter_[:, part] /= noise
             z -= factors @ shares.swapaxes(2, 3)
             scores += np.einsum("mvqa,amv->qa", z, self.filter_[:, part])
@@ -252,7 +254,8 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         specific = np.array(z.transpose(2, 3, 0, 1), order="C")  # (modules, 2, queries, adapters), a copy
         specific -= self._factors(specific) @ self.loadings_.transpose(1, 2, 3, 0)
         scores = np.einsum("mvqa,amv->qa", specific, self.filter_)
-        rows, best = np.arange(len(X)), (scores - self.handicap_).argmax(1)
+        rows = np.arange(len(X))
+        best = (scores - self.handicap_).argmax(1)
         votes = self._votes(specific[:, :, rows, best].transpose(2, 0, 1), best)
         return Judged(scores - self.handicap_, self._residual(z, scores[rows, best], best), votes)
 
@@ -383,7 +386,7 @@ def _matched(means: Array, stds: Array) -> Array:
     deviation counts as less than a tenth of the adapter's median.
     """
     energy = np.exp(2 * means)
-    low = [np.nanmedian(of.reshape(len(of), -1), 1)[:, None, None] / 10 for of in (energy, stds)]
+    low = [np.nanmedian(values.reshape(len(values), -1), 1)[:, None, None] / 10 for values in (energy, stds)]
     weights = 1 / (np.maximum(energy, low[0]) * np.maximum(stds, low[1]))
     heard = means > np.log(10 * FLOOR)
     heard |= ~heard.any((1, 2), keepdims=True)  # an adapter that is silent everywhere
@@ -407,10 +410,11 @@ def _common(z: Array, theirs: Array) -> tuple[Array, Array, Array, Array]:
         (modules, 2, queries, r) how much of each the queries have, and the noise, (modules, 2); r is at most
         FACTORS.
     """
-    freedom, turned = z.shape[2] - 1, theirs.swapaxes(2, 3)
+    freedom = z.shape[2] - 1
+    turned = theirs.swapaxes(2, 3)
     wide = theirs.shape[3] > theirs.shape[2]
     square = (theirs @ turned if wide else turned @ theirs) / freedom
-    values, vectors = (of.numpy()[..., -FACTORS:] for of in torch.linalg.eigh(torch.from_numpy(square)))
+    values, vectors = (part.numpy()[..., -FACTORS:] for part in torch.linalg.eigh(torch.from_numpy(square)))
     values = values.clip(1e-12)[..., None, :]  # (modules, 2, 1, r)
     axes = turned @ vectors / np.sqrt(freedom * values) if wide else vectors
     rest = np.trace(square, axis1=2, axis2=3) - values.sum((2, 3))
@@ -424,9 +428,9 @@ def _common(z: Array, theirs: Array) -> tuple[Array, Array, Array, Array]:
 
 def _check(X: NDArray[Any], absent: NDArray[np.bool_]) -> None:
     """Refuses values that are not finite where an adapter has a prototype, and finite ones elsewhere."""
-    found = np.empty(absent.shape, bool)  # used again and again, since a large one takes time to get
+    buffer = np.empty(absent.shape, bool)  # used again and again, since a large one takes time to get
     for row in X:
-        if np.equal(np.isfinite(row, out=found), absent, out=found).any():
+        if np.equal(np.isfinite(row, out=buffer), absent, out=buffer).any():
             raise ValueError(
                 "expected finite responses, NaN at the same adapters and modules for all queries: "
                 "those without a prototype"
@@ -434,10 +438,10 @@ def _check(X: NDArray[Any], absent: NDArray[np.bool_]) -> None:
 
 
 def _confidences(values: ArrayLike, n_queries: int) -> Array:
-    found = np.asarray(values, dtype=np.float64)
-    if found.shape != (n_queries,) or not np.isfinite(found).all():
-        raise ValueError(f"expected {n_queries} finite confidences, got an array of shape {found.shape}")
-    return found
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape != (n_queries,) or not np.isfinite(array).all():
+        raise ValueError(f"expected {n_queries} finite confidences, got an array of shape {array.shape}")
+    return array
 
 
 def _four_dimensional(X: ArrayLike) -> NDArray[Any]:

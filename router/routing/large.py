@@ -67,12 +67,12 @@ class LargeGate(PrototypeGate):
         columns = rough_columns(parts, ROUGH)
         known = parts[:, columns].sum(1, keepdims=True).clip(1e-3)  # scaled as if these columns were all
         weights = weights[:, columns] / known
-        std, mean = (np.nan_to_num(of.reshape(wide, -1)[:, columns]) for of in (self.std_, self.mean_))
+        std, mean = (np.nan_to_num(part.reshape(wide, -1)[:, columns]) for part in (self.std_, self.mean_))
         slopes = weights / np.where(std == 0, 1, std)
         loadings = self.loadings_[:, columns // 2, columns % 2]  # (adapters, ROUGH, FACTORS)
         shares = weights[:, :, None] * loadings  # (adapters, ROUGH, FACTORS)
         offsets = (slopes * mean).sum(1) + self.handicap_
-        return Rough(columns, *(of.astype(np.float32) for of in (slopes, shares, offsets)))
+        return Rough(columns, *(array.astype(np.float32) for array in (slopes, shares, offsets)))
 
     def _shortlist(self, X: NDArray[Any], factors: Array) -> NDArray[np.int64]:
         """Who might have the highest score, (queries, SHORT).
@@ -114,7 +114,8 @@ def rough_columns(parts: Array, most: int) -> NDArray[np.int64]:
     Args:
         parts: (adapters, columns) of each score, not negative; sum to 1 over columns.
     """
-    known, chosen = np.zeros(len(parts)), list[int]()
+    known = np.zeros(len(parts))
+    chosen = list[int]()
     for _ in range(min(most, parts.shape[1])):
         gains = (1 / (known + 0.02)) @ parts
         gains[chosen] = -1

@@ -105,9 +105,11 @@ class Inputs:
     """
 
     def __init__(self, counted: Tensor) -> None:
-        self.of = counted.numel()
+        self.total = counted.numel()
         index = counted.flatten().nonzero()[:, 0]  # (T',)
-        start, end, self.count = int(index[0]), int(index[-1]) + 1, len(index)
+        start = int(index[0])
+        end = int(index[-1]) + 1
+        self.count = len(index)
         # A single prompt's are in a row, and need no copy.
         self.places = slice(start, end) if end - start == self.count else index
         self.seen: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
@@ -122,10 +124,10 @@ class Inputs:
             InputError: it has other rows, as an expert that gets some of the tokens.
         """
         flat = x.flatten(0, -2)  # (B * T, d_in)
-        if len(flat) != self.of:
+        if len(flat) != self.total:
             raise InputError(
                 f"--adapters: expected adapters of modules that get every token, but {name} gets {len(flat)} "
-                f"of {self.of}, as one of several experts"
+                f"of {self.total}, as one of several experts"
             )
         if isinstance(self.places, slice):
             return flat[self.places]
@@ -139,7 +141,7 @@ class Inputs:
             sizes = torch.empty(len(rows), device=x.device, dtype=torch.float32)
             block = BLOCK if x.device.type == "cpu" else len(rows)
             for some, out, size in zip(
-                *(torch.split(of, block) for of in (rows, centred, sizes)), strict=True
+                *(torch.split(tensor, block) for tensor in (rows, centred, sizes)), strict=True
             ):
                 less = some.float() - mean
                 out.copy_(less)
@@ -206,7 +208,8 @@ def probe(
 
     def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         counted = counted_tokens(ids, mask, framing.prefix)
-        inputs, views = Inputs(counted), averages(counted, framing.end)
+        inputs = Inputs(counted)
+        views = averages(counted, framing.end)
         # The dtype is named, since while transformers loads a model, another is torch's default.
         shape = len(prototypes), 2, len(ids), n_adapters
         squares = torch.zeros(shape, device=ids.device, dtype=torch.float32)

@@ -77,16 +77,16 @@ def prototypes(
         for module in {key.rpartition(".")[0] for key in known}:
             part = owner, known[f"{module}.directions"], known[f"{module}.weights"]
             parts.setdefault(module, []).append(part)
-    found = {}
+    by_module = {}
     for module in sorted(parts):
         owners, directions, weights = zip(*parts.pop(module), strict=True)  # at most one module twice
-        columns = torch.tensor([len(of) for of in weights])
-        found[module] = ModulePrototypes(
+        columns = torch.tensor([len(shares) for shares in weights])
+        by_module[module] = ModulePrototypes(
             torch.cat(directions, 1).to(device),
             torch.cat(weights).to(device),
             torch.tensor(owners).repeat_interleave(columns).to(device),
         )
-    return found
+    return by_module
 
 
 def of_some(
@@ -99,27 +99,27 @@ def of_some(
     """
     if list(owners) == list(range(n_adapters)):
         return protos
-    found = {}
+    by_module = {}
     for module, proto in protos.items():
         number = torch.full((n_adapters,), -1, device=proto.owners.device)
         number[list(owners)] = torch.arange(len(owners), device=number.device)
         mine = number[proto.owners] >= 0  # (K,)
         if mine.any():
             columns = proto.directions[:, mine], proto.weights[mine], number[proto.owners[mine]]
-            found[module] = ModulePrototypes(*columns)
-    return found
+            by_module[module] = ModulePrototypes(*columns)
+    return by_module
 
 
 def subspaces(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
     """An adapter's directions (d_in, k) in `dtype`, and weights (k,) float32: the SVD of its updates."""
-    found = {}
+    tensors = {}
     for modules, stack in stacks(adapter.read_all()):
         _, s, vh = svd(stack)  # (modules, k), (modules, k, d_in)
         shares = s / s.sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
         for module, share, v in zip(modules, shares, vh.mT, strict=True):
             keep = share > 1e-6  # below that it is rounding, not a direction
             if keep.any():
-                found[f"{module}.directions"] = v[:, keep].to(dtype)
-                found[f"{module}.weights"] = share[keep]
+                tensors[f"{module}.directions"] = v[:, keep].to(dtype)
+                tensors[f"{module}.weights"] = share[keep]
     adapter.check_unchanged()
-    return found
+    return tensors

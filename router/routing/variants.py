@@ -79,7 +79,7 @@ def materialise(variant: Variant, adapters: Sequence[Adapter], rank: int | None)
             updates.append(update)
             weights.append(weight)
         by_name[name].check_unchanged()  # or the variant is not what was routed by
-    sums = {module: weighted_sum(*found) for module, found in parts.items()}
+    sums = {module: weighted_sum(*part) for module, part in parts.items()}
     return {module: limited(update, rank) for module, update in sums.items()}
 
 
