@@ -36,7 +36,9 @@ def answered(
     A query that cannot be answered has failed, and a warning names it. So has one that another process
     answers, and one that is left out for want of time.
     """
-    processes, settings, known = context.processes, context.settings, known_to(context)
+    processes = context.processes
+    settings = context.settings
+    known = known_to(context)
     options, most = _options(queries), settings.max_gen_len
     batches, left_out = batched(model, tokenizer, rows, options, most, settings.batch_size)
     for n, why in left_out.items():
@@ -94,11 +96,11 @@ def _kept(
     bar(sum(len(row) for n, row in enumerate(rows) if n not in asked))
     left, known = set(asked), known_to(context)
     while not (context.deadline and context.deadline.over()) and (done := next(batches, None)):
-        for n, found in zip(done.numbers, done.answers, strict=True):
-            if found.failed:
+        for n, outcome in zip(done.numbers, done.answers, strict=True):
+            if outcome.failed:
                 warn(queries[n], done.why)
             else:
-                known.setdefault(queries[n], found)  # the same query has the same answer
+                known.setdefault(queries[n], outcome)  # the same query has the same answer
         left.difference_update(done.numbers)
         bar(sum(len(rows[n]) for n in done.numbers))
     if context.deadline:

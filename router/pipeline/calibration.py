@@ -49,9 +49,10 @@ class Calibration:
         short = frame if limit else frame._replace(before=ends_of(frame.before, ENDS // 4))
         head, *whole = encode(base.tokenizer, [short.before, *(texts or generic_prompts(short))])
         rows = (cut(row, limit, ends=frame != BARE) for row in whole)  # as queries are
-        self.rows = truncated([of if len(of) == limit else headed(of, len(head), True) for of in rows])
+        self.rows = truncated([row if len(row) == limit else headed(row, len(head), True) for row in rows])
         self.framing = framing_of(base.tokenizer, self.rows, frame)
-        self.pad, model = base.tokenizer.pad_token_id, base.model
+        self.pad = base.tokenizer.pad_token_id
+        model = base.model
         self.probe = partial(probe, model, self.rows, self.pad, title="calibrate", framing=self.framing)
         # Each number of threads cuts products otherwise, which in bfloat16 moves what is measured.
         threads = torch.get_num_threads() if model.device.type == "cpu" else None
@@ -76,7 +77,7 @@ class Calibration:
             known |= dict.fromkeys(missing, torch.empty(0))
             prefix = self.framing.prefix
             means, known[CONFIDENCE] = input_means(self.base.model, self.rows, self.pad, missing, prefix)
-            if not all(of.isfinite().all() for of in (known[CONFIDENCE], *means.values())):
+            if not all(tensor.isfinite().all() for tensor in (known[CONFIDENCE], *means.values())):
                 dtype = str(self.base.model.dtype).removeprefix("torch.")
                 raise InputError(
                     f"--dtype {dtype}: expected finite activations on generic text, got others; pass float32"
@@ -114,10 +115,10 @@ class Calibration:
 
         def measure(new: list[int]) -> Iterator[dict[str, Tensor]]:
             theirs = of_some(protos, new, len(adapters))
-            found = self.probe(theirs, means, len(new)).responses
+            responses = self.probe(theirs, means, len(new)).responses
             for k in range(len(new)):
-                there = {module: m for m, module in enumerate(theirs) if not np.isnan(found[0, k, m, 0])}
-                yield {module: torch.from_numpy(found[:, k, m].copy()) for module, m in there.items()}
+                there = {module: m for m, module in enumerate(theirs) if not np.isnan(responses[0, k, m, 0])}
+                yield {module: torch.from_numpy(responses[:, k, m].copy()) for module, m in there.items()}
 
         out = np.full((len(self.rows), len(adapters), len(protos), 2), np.nan, dtype=np.float32)
         place = {module: m for m, module in enumerate(protos)}

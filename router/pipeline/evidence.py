@@ -105,7 +105,7 @@ class Evidence(Names):
         shares = self.thresholds[0] if self.thresholds else {}
         return {
             share: int(
-                (self.lead > np.array([of[share] for of in self.thresholds])[self.frame.astype(int)]).sum()
+                (self.lead > np.array([row[share] for row in self.thresholds])[self.frame.astype(int)]).sum()
             )
             for share in shares
         }
@@ -138,24 +138,24 @@ class Evidence(Names):
         with safe_open(path, framework="numpy") as file:
             names = record_of(Names, (file.metadata() or {}).get("names", "null"))
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        found = Evidence(**vars(names), **arrays)
-        sizes = {"q": len(found.base_score), "a": len(found.adapters), "m": len(found.modules)}
+        evidence = Evidence(**vars(names), **arrays)
+        sizes = {"q": len(evidence.base_score), "a": len(evidence.adapters), "m": len(evidence.modules)}
         for name, axes in _ARRAYS.items():
             array, shape = arrays[name], tuple(sizes[axis] for axis in axes)
             if array.dtype != np.float32 or array.shape != shape:
                 raise ValueError(f"{name}: expected float32 of {shape}, got {array.dtype} of {array.shape}")
             if np.isinf(array).any():
                 raise ValueError(f"{name}: expected finite numbers, or none, got endless ones")
-        scored = np.isfinite(found.scores).any(1) & np.isfinite(found.base_score)
-        if not (found.later >= 0).all():
+        scored = np.isfinite(evidence.scores).any(1) & np.isfinite(evidence.base_score)
+        if not (evidence.later >= 0).all():
             raise ValueError("later: expected numbers from 0")
         if not scored.all():
             raise ValueError("expected an adapter's score for each query, got none")
-        if not np.isin(found.frame, range(len(found.frames))).all() or len(found.thresholds) != len(
-            found.frames
+        if not np.isin(evidence.frame, range(len(evidence.frames))).all() or len(evidence.thresholds) != len(
+            evidence.frames
         ):
             raise ValueError("expected a frame, and its thresholds, for each query")
-        return found
+        return evidence
 
 
 def joined(parts: Sequence[Evidence]) -> Evidence:

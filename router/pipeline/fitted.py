@@ -102,10 +102,11 @@ class Fitted:
                 "--adapters: expected adapters that read what text has, got none; were they trained for this "
                 "base model?"
             )
-        absent, stand = library.absent[..., 0], np.array(library.kept)
+        absent = library.absent[..., 0]
+        stand = np.array(library.kept)
         bare, *framed = (
-            np.where(absent, np.float32(np.nan), of[..., 0])[:, stand]  # (prompts, adapters, modules)
-            for of in (generic.responses[::EVERY], *forms)
+            np.where(absent, np.float32(np.nan), measured[..., 0])[:, stand]  # (prompts, adapters, modules)
+            for measured in (generic.responses[::EVERY], *forms)
         )
         for number, responses in enumerate(framed, 1):
             library.homes[stand[trained_in(responses, bare)]] = number
@@ -132,7 +133,8 @@ class Fitted:
 
     def probe(self, model: PreTrainedModel, rows: Rows, pad_id: int, title: str | None) -> Probed:
         """One pass of the base model over the prompts; a title shows a bar."""
-        rows, n_adapters = truncated(rows), len(self.names)
+        rows = truncated(rows)
+        n_adapters = len(self.names)
         return probe(model, rows, pad_id, self.prototypes, self.means, n_adapters, title, self.framing)
 
     @property

@@ -40,7 +40,8 @@ def alone_in(output: Path) -> Iterator[None]:
         InputError: it cannot be written, another run is writing there, or something that is no lock is
             called like it.
     """
-    where, file = f"--output_folder {output}", output / LOCK
+    where = f"--output_folder {output}"
+    file = output / LOCK
     lock = FileLock(file)
     try:
         ours = not file.exists() or (file.is_file() and not file.stat().st_size)
@@ -156,11 +157,11 @@ class Journal(UserDict[Query, Answer]):
         evidence = self.folder / f"{name}.evidence.safetensors"
         try:
             weights = load_file(self.folder / f"{name}.safetensors")["weights"]
-            found = Routing(weights, Evidence.load(evidence) if evidence.exists() else None)
+            routing = Routing(weights, Evidence.load(evidence) if evidence.exists() else None)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
         sound = weights.dtype == np.float64 and weights.ndim == 2 and np.isfinite(weights).all()
-        return found if sound and len(weights) == queries else None
+        return routing if sound and len(weights) == queries else None
 
     def keep(self, name: str, routing: Routing) -> None:
         """Keeps the routing of all queries or of some under a name."""

@@ -78,11 +78,11 @@ def load_experts(adapters: Sequence[Adapter], device: str, dtype: torch.dtype) -
             if len(s):
                 parts.setdefault(module, []).append((s[:, None] * vh, u, s, vh[:1], number))
         adapter.check_unchanged()
-    found = {}
+    by_module = {}
     for module, experts in parts.items():
         a, b, scales, arrows, members = zip(*experts, strict=True)
         ranks = torch.tensor([len(rows) for rows in a])
-        found[module] = Experts(
+        by_module[module] = Experts(
             module,
             torch.cat(a).to(device, dtype),
             torch.cat(b, dim=1).to(device, dtype),
@@ -91,7 +91,7 @@ def load_experts(adapters: Sequence[Adapter], device: str, dtype: torch.dtype) -
             torch.cat(arrows).to(device, dtype),
             torch.tensor(members, device=device),
         )
-    return found
+    return by_module
 
 
 def arrow_scores(experts: Experts, x: Tensor) -> Tensor:
@@ -168,8 +168,8 @@ def mean_weights(
         return (tally / max(1, len(reached))).cpu().numpy()
 
     with torch.inference_mode():
-        for numbers, found in batches(model, rows, pad_id, "weights", read):
-            out[numbers] = found
+        for numbers, means in batches(model, rows, pad_id, "weights", read):
+            out[numbers] = means
     return out
 
 
@@ -212,7 +212,8 @@ class PerToken(Method):
 
     def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """Loads the library and measures the prompts' mean weights, for the routing table."""
-        experts, pad = self.experts, self.tokenizer.pad_token_id
+        experts = self.experts
+        pad = self.tokenizer.pad_token_id
         with self.stages("weights"):
             means = mean_weights(self.base.model, rows, pad, experts, self.weigh, len(self.adapters))
         weights = np.column_stack([means, ~means.any(1)])  # the base model's where text reaches no expert
@@ -228,5 +229,5 @@ class PerToken(Method):
             attached(self.base.model, self.experts, self.weigh),
             progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar,
         ):
-            found = answered(self.base.model, self.tokenizer, queries, rows, self.context, bar.update)
-        return self._ended(queries, found, [None] * len(queries))
+            answers = answered(self.base.model, self.tokenizer, queries, rows, self.context, bar.update)
+        return self._ended(queries, answers, [None] * len(queries))

@@ -63,18 +63,18 @@ class Processes:
         from accelerate.utils import gather_object
 
         with _together():
-            found: list[T] = gather_object([value])
-        return found
+            values: list[T] = gather_object([value])
+        return values
 
     def decided(self, decide: Callable[[], T]) -> T:
         """What the first process decides; the others wait for it and do not call `decide`."""
-        found = [None if self.rank else decide()]
+        decision = [None if self.rank else decide()]
         if self.count > 1:
             from accelerate.utils import broadcast_object_list
 
             with _together():
-                broadcast_object_list(found)
-        return found[0]  # type: ignore[return-value]
+                broadcast_object_list(decision)
+        return decision[0]  # type: ignore[return-value]
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -111,13 +111,15 @@ def connected(device: str) -> Iterator[Processes]:
 
     from router.model.device import pick_device
 
-    size, needed = os.environ["WORLD_SIZE"], ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    size = os.environ["WORLD_SIZE"]
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if name not in os.environ]:
         raise InputError(
             f"WORLD_SIZE={size}: expected torchrun, which sets {', '.join(missing)} too; start the run with "
             "torchrun, or unset WORLD_SIZE"
         )
-    cpu, cards = pick_device(device) == "cpu", torch.cuda.device_count()
+    cpu = pick_device(device) == "cpu"
+    cards = torch.cuda.device_count()
     if not cpu and int(os.environ["LOCAL_RANK"]) >= cards:
         raise InputError(
             f"WORLD_SIZE={size}: expected at most one process for each card of a machine, but here are "

@@ -78,10 +78,12 @@ def turns_of(
         new: the most frames of each kind beside these; a text in one more is taken as it is.
         asked: counts the system messages and the like, each as a frame.
     """
-    parts, limit = [parts_of(query, template, settings) for query in queries], settings.max_seq_len
+    parts = [parts_of(query, template, settings) for query in queries]
+    limit = settings.max_seq_len
     talks = {n for n, query in enumerate(queries) if query.messages}
     parts = _in_frames(parts, talks, known, new, settings.frame is None, template.usable or BARE)
-    every, most = [one for turns in parts for one in turns], sys.maxsize if limit else ENDS
+    every = [one for turns in parts for one in turns]
+    most = sys.maxsize if limit else ENDS
     texts = [ends_of(ends_of(one.head, most // 4) + one.text + one.tail, most) for one in every]
     ids = iter(encode(template.tokenizer, texts))
     counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
@@ -121,9 +123,9 @@ def _in_frames(
     plain = {n for n, turns in enumerate(parts) if turns[0].common == BARE} - talks
     edges = [frame for frame in known if frame != BARE] if finds else []
     if new and finds:
-        found = usual([parts[n][0].text for n in plain], SHARED)
+        new_edge = usual([parts[n][0].text for n in plain], SHARED)
         # What generic text has as well, such as a last line `Answer:`, needs no frame.
-        edges += [found] if all(bare(text, found).own == BARE for text in generic_prompts()) else []
+        edges += [new_edge] if all(bare(text, new_edge).own == BARE for text in generic_prompts()) else []
     mark = talk.after.strip()
     counts = Counter(turns[0].common for turns in parts if turns[0].common not in (BARE, talk))
 

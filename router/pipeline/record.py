@@ -130,8 +130,8 @@ class Record:
             OSError: it cannot be read.
             ValueError: it is no record.
         """
-        found = read_record(dict[str, Any], path)
-        return typed(Record, {key: value for key, value in found.items() if value is not None})
+        values = read_record(dict[str, Any], path)
+        return typed(Record, {key: value for key, value in values.items() if value is not None})
 
     @property
     def paths(self) -> list[Path]:
@@ -195,7 +195,7 @@ def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
     device, dtype = base.model.device, base.model.dtype
     counts = np.bincount(decision.clusters.labels, minlength=len(decision.variants)).tolist()
     rows = zip(decision.variants, decision.folders, counts, strict=True)
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "base": BaseRecord(
             base.name,
             base.sha256,
@@ -206,19 +206,25 @@ def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
             picked(base.model, device, apply),
             base.configuration,
         ),
-        "adapters": {of.name: AdapterRecord(of.sha256, of.revision, content(of)) for of in decision.adapters},
+        "adapters": {
+            adapter.name: AdapterRecord(adapter.sha256, adapter.revision, content(adapter))
+            for adapter in decision.adapters
+        },
         "n_variants": len(decision.variants),
         "variants": [
             VariantRecord(
-                count, {**of.weights, BASE_COLUMN: of.base}, folder and f"variants/{folder}", of.sha256
+                count,
+                {**variant.weights, BASE_COLUMN: variant.base},
+                folder and f"variants/{folder}",
+                variant.sha256,
             )
-            for of, folder, count in rows
+            for variant, folder, count in rows
         ],
     }
     if evidence:
-        found["low_margin"] = int(evidence.low_margin.sum())
-        found |= {name: getattr(evidence, name) for name in ("lookalikes", "silent", "homes")}
-    return found
+        fields["low_margin"] = int(evidence.low_margin.sum())
+        fields |= {name: getattr(evidence, name) for name in ("lookalikes", "silent", "homes")}
+    return fields
 
 
 def summary(found: Record) -> str:

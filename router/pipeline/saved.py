@@ -68,7 +68,7 @@ class Saved:
         same = 0 < len(self.variants) == len(self.centres)
         if not same or any(len(row) != wide for row in self.centres):
             raise ValueError("expected variants, and a centre for each, with a weight for each candidate")
-        numbers = [n for of in self.firsts for n in of]
+        numbers = [n for row in self.firsts for n in row]
         if len(self.firsts) != len(self.variants) or any(not 0 <= n < wide for n in numbers):
             raise ValueError("expected numbers of candidates for each variant")
 
@@ -154,7 +154,7 @@ def check_replaceable(folder: Path) -> None:
             ) from error
     foreign = [VARIANTS] if not is_ours(folder / VARIANTS) else []
     for name in (FILE, TEMPLATE):
-        if (folder / name).exists() and all(changed(folder, {name: of.get(name, "")}) for of in known):
+        if (folder / name).exists() and all(changed(folder, {name: files.get(name, "")}) for files in known):
             foreign.append(name)
     if foreign:
         raise InputError(

@@ -38,7 +38,9 @@ def hashed(variants: Sequence[Variant], names: Sequence[str | None], folder: Pat
         names: of these in `folder`.
     """
     pairs = zip(variants, names, strict=True)
-    return [replace(of, sha256=content_of(folder / name)) if name else of for of, name in pairs]
+    return [
+        replace(variant, sha256=content_of(folder / name)) if name else variant for variant, name in pairs
+    ]
 
 
 def content_of(folder: Path) -> str:
@@ -62,7 +64,7 @@ def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:
         >>> stray(made, {0: -0.25}), stray(made, {0: -0.9})
         ([], [0])
     """
-    plain = next((of.canary for of in variants if not of.weights), None)
+    plain = next((variant.canary for variant in variants if not variant.weights), None)
     return [
         number
         for number, value in said.items()

@@ -68,7 +68,8 @@ def save(fits: Sequence[Fitted], folder: Path) -> None:
     Args:
         fits: the library in each of its frames.
     """
-    one, tensors = fits[0], dict[str, Tensor]()
+    one = fits[0]
+    tensors = dict[str, Tensor]()
     tensors["homes"] = torch.from_numpy(one.homes)
     for module, proto in one.prototypes.items():
         for part in ("directions", "weights", "owners"):
@@ -80,7 +81,7 @@ def save(fits: Sequence[Fitted], folder: Path) -> None:
         own |= {f"mean {module}": mean for module, mean in fitted.means.items()}
         tensors |= {f"{n} {name}": tensor for name, tensor in own.items()}
     framings = (fitted.framing for fitted in fits)
-    frames = [_Framed(*of.frame, list(of.prefix), of.end) for of in framings]
+    frames = [_Framed(*framing.frame, list(framing.prefix), framing.end) for framing in framings]
     about = _About(
         one.names, list(one.prototypes), one.representative, one.lookalikes, one.silent, frames,
         **one.gate.get_params(),
@@ -121,7 +122,9 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
         fits = []
         for n, framed in enumerate(about.frames):
             start = f"{n} "
-            own = {name.removeprefix(start): of for name, of in tensors.items() if name.startswith(start)}
+            own = {
+                name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)
+            }
             _check(about, tensors | own, widths)
             how = {key: getattr(about, key) for key in PrototypeGate().get_params()}
             gate = gate_for(len(own["gate mean_"]), **how)
@@ -159,7 +162,8 @@ def _check(about: _About, tensors: Mapping[str, Tensor], widths: Mapping[str, in
     there = np.zeros((n, len(modules), 2), bool)  # which adapter has a prototype where
     shapes: dict[str, tuple[int, ...]] = {"reference": there.shape, "gate threshold_": (1,), "homes": (n,)}
     for m, module in enumerate(modules):
-        owners, width = tensors[f"owners {module}"], widths.get(module, 0)
+        owners = tensors[f"owners {module}"]
+        width = widths.get(module, 0)
         shapes |= {f"directions {module}": (width, len(owners)), f"weights {module}": (len(owners),)}
         shapes |= {f"mean {module}": (width,)}
         if owners.dtype != torch.int64 or not torch.equal(owners, owners.sort()[0].clamp(0, n - 1)):

@@ -176,7 +176,8 @@ class Method(ABC):
         pairs = zip(names, progress(variants, desc="variants", unit="variant"), strict=True)
         for name, variant in pairs:
             if name:
-                path, rank = folder / name, self.settings.variant_rank
+                path = folder / name
+                rank = self.settings.variant_rank
                 write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
                 write_card(path, self.recipe, self.base, self.adapters, variant)
                 first = max(self.adapters, key=lambda adapter: variant.weights.get(adapter.name, 0))
@@ -196,7 +197,8 @@ class Method(ABC):
             rows: the prompts in the template that all share.
             folder: holds the variants' folders.
         """
-        labels, context = decision.clusters.labels, self.context
+        labels = decision.clusters.labels
+        context = self.context
         paths = [folder / name if name else None for name in decision.folders]
         variants = [paths[n] for n in labels]
         talks = {path for path, query in zip(variants, queries, strict=True) if path and query.messages}
@@ -206,11 +208,12 @@ class Method(ABC):
         for n, (query, template) in enumerate(zip(queries, own, strict=True)):
             if query.messages and template and (ids := template.tried(query.conversation, query.id)):
                 prompts[n] = cut(ids, self.settings.max_seq_len, ends=True)
-        found, known = [FAILED] * len(queries), known_to(context)
+        answers = [FAILED] * len(queries)
+        known = known_to(context)
         with progress(total=sum(map(len, prompts)), desc="predict", unit="tok") as bar:
             if self.settings.engine == "vllm":
-                found = answered_by_vllm(self.base, queries, prompts, variants, context, bar.update)
-                return self._ended(queries, found, own)
+                answers = answered_by_vllm(self.base, queries, prompts, variants, context, bar.update)
+                return self._ended(queries, answers, own)
             with applied(self.base, self.settings.apply) as models:
                 kinds = MULTIPLE_CHOICE, GENERATION
                 turns = [{kind} for kind in kinds] if context.deadline else [set(kinds)]
@@ -224,21 +227,21 @@ class Method(ABC):
                     over = context.deadline and context.deadline.over()
                     idle = over or all(query in known for query in part)  # nothing is asked
                     model = self.base.model if idle else models.activate(paths[n])
-                    answers = answered(model, self.tokenizer, part, asked, context, bar.update)
-                    for m, one in zip(members, answers, strict=True):
-                        found[m] = one
-        return self._ended(queries, found, own)
+                    part_answers = answered(model, self.tokenizer, part, asked, context, bar.update)
+                    for m, new in zip(members, part_answers, strict=True):
+                        answers[m] = new
+        return self._ended(queries, answers, own)
 
     def _ended(
         self, queries: Sequence[Query], answers: Sequence[Answer], templates: Sequence[Template | None]
     ) -> list[Answer]:
         """Answers to conversations up to a template's end of turn, where the model has another one."""
-        found = list(answers)
+        ended = list(answers)
         for n, (query, own) in enumerate(zip(queries, templates, strict=True)):
             for template in (self.template, own) if query.messages else ():
-                if template and template.end in found[n].ids:
-                    found[n] = cut_at(self.tokenizer, found[n], template.end)
-        return found
+                if template and template.end in ended[n].ids:
+                    ended[n] = cut_at(self.tokenizer, ended[n], template.end)
+        return ended
 
     def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
         """Takes all steps at once.
@@ -304,12 +307,12 @@ def answer(
 
 def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list[Answer]:
     """The answers of all processes; the same query has the same answer, whoever answered it first."""
-    found: dict[Query, Answer] = {}
+    known: dict[Query, Answer] = {}
     for query, *answers in zip(queries, *parts, strict=True):
         for answer in answers:
             if not answer.failed:
-                found.setdefault(query, answer)
-    return [found.get(query, FAILED) for query in queries]
+                known.setdefault(query, answer)
+    return [known.get(query, FAILED) for query in queries]
 
 
 def _cuts(rows: Rows, settings: Settings, model: PreTrainedModel) -> Iterator[str]:
@@ -374,7 +377,8 @@ class Static(Method):
 
         Besides what is merged already, one module of all adapters is in memory at a time.
         """
-        merged, rank = {}, self.settings.variant_rank
+        merged = {}
+        rank = self.settings.variant_rank
         for module in self.shapes:
             owners = [adapter for adapter in self.adapters if module in adapter.folder.shapes]
             if owners:
@@ -383,7 +387,8 @@ class Static(Method):
                 merged[module] = Factors(update.a.float(), update.b.float())
         for adapter in self.adapters:
             adapter.check_unchanged()
-        updates, base = complete(merged, self.shapes), self.base
+        updates = complete(merged, self.shapes)
+        base = self.base
         write_adapter(folder / "0", updates, base.name, base.revision, base.model.dtype, rank)
         write_card(folder / "0", self.recipe, base, self.adapters)
         return ["0"]
