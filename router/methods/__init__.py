@@ -36,24 +36,24 @@ def load_method(name: str) -> type[Merges] | type[Method]:
         raise InputError(f"method: expected one of {', '.join(method_names())}, got {name!r}")
 
     module = import_module(f"{__name__}.{name}")
-    found = [
+    kinds = [
         value
         for value in vars(module).values()
         if isinstance(value, type)
         and issubclass(value, (Merges, Method))
         and value.__module__ == module.__name__
     ]
-    if len(found) != 1:
-        raise ValueError(f"{module.__file__}: expected one subclass of Merges or Method, found {len(found)}")
-    return found[0]
+    if len(kinds) != 1:
+        raise ValueError(f"{module.__file__}: expected one subclass of Merges or Method, found {len(kinds)}")
+    return kinds[0]
 
 
 def all_merge_handlers() -> dict[str, type[Merges]]:
     """Every method by name, as a class with the starter kit's contract."""
     from router.kit import Handler, Merges
 
-    found: dict[str, type[Merges]] = {}
+    handlers: dict[str, type[Merges]] = {}
     for name in method_names():
         made = load_method(name)
-        found[name] = made if issubclass(made, Merges) else type(name, (Handler,), {"make": made})
-    return found
+        handlers[name] = made if issubclass(made, Merges) else type(name, (Handler,), {"make": made})
+    return handlers

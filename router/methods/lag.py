@@ -23,5 +23,5 @@ class Lag(PerToken):
 
     def logits(self, experts: Experts, x: Tensor, along: Tensor) -> Tensor:
         """The SpectR score of the best of Arrow's 20, minus infinity for all others."""
-        found = keep_top(arrow_scores(experts, x), CANDIDATES) > -torch.inf
-        return keep_top(input_norms(experts, along).masked_fill(~found, -torch.inf), TOP_K)
+        shortlist = keep_top(arrow_scores(experts, x), CANDIDATES) > -torch.inf
+        return keep_top(input_norms(experts, along).masked_fill(~shortlist, -torch.inf), TOP_K)

@@ -56,7 +56,9 @@ class LoGo(Method):
 
     def _signals(self, rows: Rows, experts: dict[str, Experts]) -> Array:
         """The norm of each adapter's output for each prompt's last token, (prompts, adapters)."""
-        model, n, modules = self.base.model, len(self.adapters), probed(self.adapters)
+        model = self.base.model
+        n = len(self.adapters)
+        modules = probed(self.adapters)
         count = np.array([len(modules & adapter.folder.shapes.keys()) for adapter in self.adapters])
         total = np.zeros((len(rows), n))
 
@@ -74,6 +76,6 @@ class LoGo(Method):
             return tally.cpu().numpy()
 
         with torch.inference_mode():
-            for numbers, found in batches(model, rows, self.tokenizer.pad_token_id, "probe", read):
-                total[numbers] = found
+            for numbers, tallies in batches(model, rows, self.tokenizer.pad_token_id, "probe", read):
+                total[numbers] = tallies
         return np.asarray(total / count.clip(1))

@@ -68,7 +68,7 @@ def subspaces(adapters: Sequence[Adapter], device: str) -> dict[str, dict[int, T
     Returns:
         By module, adapter number -> V^T, (k, d_in) float32; k is the same for all adapters at a module.
     """
-    found = {}
+    directions = {}
     for module in last_block(adapters):
         here = {n: adapter for n, adapter in enumerate(adapters) if module in adapter.folder.shapes}
         vhs = {n: support(adapter.read(module))[2] for n, adapter in here.items()}
@@ -76,8 +76,8 @@ def subspaces(adapters: Sequence[Adapter], device: str) -> dict[str, dict[int, T
         if vhs:
             share = max(1, next(iter(vhs.values())).shape[1] // len(vhs))
             k = min(share, *map(len, vhs.values()))
-            found[module] = {n: vh[:k].to(device, torch.float32) for n, vh in vhs.items()}
-    return found
+            directions[module] = {n: vh[:k].to(device, torch.float32) for n, vh in vhs.items()}
+    return directions
 
 
 def residuals(

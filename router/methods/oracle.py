@@ -33,7 +33,7 @@ class Oracle(Method):
             InputError: a query file has no labels, a label names no adapter of the library, a query has two
                 labels, or the queries are others than those of the query files.
         """
-        if list(queries) != [of for path in self.settings.dataset_filepaths for of in read_queries(path)]:
+        if list(queries) != [row for path in self.settings.dataset_filepaths for row in read_queries(path)]:
             raise InputError(
                 "-m oracle: expected the queries of --dataset_filepaths, whose labels it reads, got others"
             )

@@ -45,7 +45,9 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
         return routing
     reads_of = [read for reads in turns for read in reads]
     assert routing.evidence is not None  # the gate keeps it
-    scores, rows, start = routing.evidence.candidates, list[int](), 0
+    scores = routing.evidence.candidates
+    rows = list[int]()
+    start = 0
     low = np.fmin.reduce(scores[:, :-1], axis=1, keepdims=True)  # who is not on the shortlist has no more
     scores = np.nan_to_num(np.where(np.isnan(scores), low, scores), nan=-np.inf)
     for reads in turns:
@@ -59,9 +61,9 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
                 row = turn
         rows.append(row)
         start += len(reads)
-    found = routing.rows(np.array(rows))
+    deciding = routing.rows(np.array(rows))
     later = np.array([reads_of[row].later for row in rows], np.float32)
-    return Routing(found.weights, found.evidence and replace(found.evidence, later=later))
+    return Routing(deciding.weights, deciding.evidence and replace(deciding.evidence, later=later))
 
 
 class ProtoRoute(Method):
@@ -144,7 +146,7 @@ class ProtoRoute(Method):
     @property
     def full(self) -> bool:
         """Whether all frames together take FRAMES_BYTES."""
-        return sum(of.gate.reference_.nbytes for of in list(self.fits.values())) >= FRAMES_BYTES
+        return sum(fitted.gate.reference_.nbytes for fitted in list(self.fits.values())) >= FRAMES_BYTES
 
     def prepare(self) -> None:
         """Fits the frames that a request may come in at any time: none, the template's, and --frame."""
@@ -185,9 +187,9 @@ class ProtoRoute(Method):
         thresholds = [  # means, as the lead is
             {
                 rate: (value + evidence.thresholds[around[Frame(*frame)]][rate]) / 2
-                for rate, value in of.items()
+                for rate, value in by_rate.items()
             }
-            for frame, of in zip(framed.frames, framed.thresholds, strict=True)
+            for frame, by_rate in zip(framed.frames, framed.thresholds, strict=True)
         ]
         evidence = together([evidence, replace(framed.rows(slice(0)), thresholds=thresholds)])
         evidence.frame[under] = [evidence.frames.index(list(read.frame)) for read in again]
@@ -204,7 +206,7 @@ class ProtoRoute(Method):
         for read, adapter in zip(reads, best.tolist(), strict=True):
             if read.shared and read.frame == BARE and read.shared not in self.fits:
                 under.setdefault(read.shared, []).append(adapter)
-        return {of for of, adapters in under.items() if max(Counter(adapters).values()) > ONE * len(adapters)}
+        return {frame for frame, heard in under.items() if max(Counter(heard).values()) > ONE * len(heard)}
 
     def _judged(self, reads: Sequence[Read], name: str = "part") -> Routing:
         """The routing of what was read, by `frame` alone; the same text is probed once, kept as `name`."""
@@ -225,17 +227,17 @@ class ProtoRoute(Method):
         distinct = {read: n for n, read in enumerate(prompts)}
         return routing.rows(np.array([distinct[read] for read in reads]))
 
-    def _part(self, prompts: Sequence[Read], number: int, of: int, name: str) -> Routing:
+    def _part(self, prompts: Sequence[Read], number: int, count: int, name: str) -> Routing:
         """The routing of some prompts of one frame; their responses, which are large, go with it."""
         if kept := self.kept(f"{name}-{number}", len(prompts)):
             return kept
         fitted = self.fitted(prompts[0].frame)
-        title = f"probe {number + 1}/{of}" if of > 1 else "probe"
+        title = f"probe {number + 1}/{count}" if count > 1 else "probe"
         with self.stages("probe"):
             probed = self._probed(fitted, [read.ids for read in prompts], title)
         with self.stages("gate"):
             routing = Routing(*fitted.decide(probed))
-        if of > 1:
+        if count > 1:
             self.keep(f"{name}-{number}", routing)
         return routing
 
@@ -243,7 +245,8 @@ class ProtoRoute(Method):
         """Probes the prompts. Each process takes whole batches, which are the same as in one process."""
         if self.elsewhere is not None:
             return self.elsewhere(fitted, truncated(prompts))
-        model, pad = self.base.model, self.tokenizer.pad_token_id
+        model = self.base.model
+        pad = self.tokenizer.pad_token_id
         lengths = [len(row) for row in truncated(prompts)]
         mine = sorted(
             n
