@@ -89,7 +89,7 @@ def joined(one: Run, two: Run) -> pd.DataFrame:
         both[f"answer {side}"], both[f"variant {side}"] = run.predictions, run.labels
         level = [np.flatnonzero(row == row.max(initial=0)) for row in run.weights]
         # None if several are level, as in a static merge, or there is none.
-        tops = [run.names[of[0]] if len(of) == 1 else None for of in level]
+        tops = [run.names[best[0]] if len(best) == 1 else None for best in level]
         both[f"top {side}"] = pd.Series(tops, keys, object)
     return both
 
@@ -99,7 +99,12 @@ def _settings(a: Record, b: Record) -> Rows:
     one, two = (
         {"method": record.method}
         | {f"{part}.{name}": value for part in PARTS for name, value in plain.get(part, {}).items()}
-        | {"adapters": [f"{name} {(of.content or of.sha256)[:12]}" for name, of in record.adapters.items()]}
+        | {
+            "adapters": [
+                f"{name} {(adapter.content or adapter.sha256)[:12]}"
+                for name, adapter in record.adapters.items()
+            ]
+        }
         | {"chat template": record.files.get(TEMPLATE)}
         for record, plain in ((a, a.plain()), (b, b.plain()))
     )
@@ -122,7 +127,8 @@ def _labels(paths: Sequence[Path], stems: Sequence[str]) -> dict[str, dict[str, 
     for file in of_runs:
         for line, row in read_rows(file, ("id", "target")):
             where = f"--labels: {file}, line {line}"
-            given = {of: label_of(row, of, where) for of in ("target", "adapter") if row.get(of) is not None}
+            columns = [column for column in ("target", "adapter") if row.get(column) is not None]
+            given = {column: label_of(row, column, where) for column in columns}
             if rows.setdefault(f"{file.stem}:{row['id']}", given) is not given:
                 raise InputError(
                     f"{where}: expected one row for each query, got a second one for {row['id']:.60}"
@@ -142,7 +148,7 @@ def _score(both: pd.DataFrame, names: Container[str]) -> dict[str, Any]:
         )
     for side in "AB":  # how often the top candidate is a labelled adapter, unless there is none
         pairs = zip(known[f"top {side}"], known["adapter"], strict=True)
-        routed = [float(top in adapters_of(of, names)) if top and of else np.nan for top, of in pairs]
+        routed = [float(top in adapters_of(gold, names)) if top and gold else np.nan for top, gold in pairs]
         right[f"routed {side.lower()}"] = routed
     groups = right.groupby("file", sort=False)
     means = groups.mean()
@@ -153,7 +159,7 @@ def _score(both: pd.DataFrame, names: Container[str]) -> dict[str, Any]:
     means.insert(0, "queries", groups.size())
     means.loc["mean over files"] = means.mean()
     means.loc["mean over files", "queries"] = len(known)
-    files = means.astype({"queries": int}).reset_index().astype(object).where(lambda of: of.notna(), None)
+    files = means.astype({"queries": int}).reset_index().astype(object).where(lambda df: df.notna(), None)
     difference = float((means["b"] - means["a"]).iloc[-1])
     return {
         "files": files.to_dict("records"),
@@ -206,8 +212,8 @@ def flags(p: ArgumentParser) -> None:
 
 def work(args: Namespace) -> None:
     """Prints what `compare` finds."""
-    found = compare(args.run_a, args.run_b, args.labels)
+    comparison = compare(args.run_a, args.run_b, args.labels)
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(comparison, indent=2))
     else:
-        show(found, open_console(), max(0, args.show))
+        show(comparison, open_console(), max(0, args.show))

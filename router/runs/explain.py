@@ -105,7 +105,8 @@ def _summary(rows: Rows, variant: Mapping[str, Any] | None) -> Iterator[str]:
     if variant is None:
         yield "the method writes no routing table"
         return
-    top, mix = max(rows, key=lambda row: row["weight"]), variant["weights"]
+    top = max(rows, key=lambda row: row["weight"])
+    mix = variant["weights"]
     share = f"{top['weight']:.2f} of the weight"
     if (alike := sum(row["weight"] == top["weight"] for row in rows)) > 1:
         yield f"{alike} candidates have {share} each"
@@ -157,13 +158,13 @@ def section(console: Console, title: str, *parts: str | Rows) -> None:
 
 def _table(rows: Rows) -> Table:
     """A table of rows under the keys of the first row; numbers are right-aligned and never wrap."""
-    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for key in rows[0]:
         words = any(isinstance(row[key], str) for row in rows)
-        found.add_column(key, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+        table.add_column(key, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for row in rows:
-        found.add_row(*(Text(printable(_cell(row[key]))) for key in rows[0]))
-    return found
+        table.add_row(*(Text(printable(_cell(row[key]))) for key in rows[0]))
+    return table
 
 
 def _cell(value: Any) -> str:

@@ -214,20 +214,20 @@ def _answers(path: Path) -> dict[str, str]:
     """The answers by their queries' ids."""
     _check_file(path)
     rows = [(row["id"], row["prediction"]) for _, row in read_rows(path, ("id", "prediction"))]
-    if not rows or len(found := dict(rows)) < len(rows):
+    if not rows or len(answers := dict(rows)) < len(rows):
         raise ValueError("it has no answers, or two of one query")
-    return found
+    return answers
 
 
 def _asked(path: Path, ids: list[str], record: Record) -> list[Query | None]:
     """What was asked with each id, None where that is not at hand any more."""
     try:
-        found = read_queries(path) if path.is_file() else []  # a pipe or a device would give no end
+        asked = read_queries(path) if path.is_file() else []  # a pipe or a device would give no end
     except InputError:
-        found = []
+        asked = []
     digest = record.queries.get(path.name)
-    known = digest is None or digest == digest_of(found)
-    queries = {query.id: query for query in found} if known else {}
+    known = digest is None or digest == digest_of(asked)
+    queries = {query.id: query for query in asked} if known else {}
     return [queries.get(own) for own in ids]
 
 

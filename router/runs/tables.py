@@ -49,7 +49,8 @@ def open_run(folder: str | Path, evidence: bool = True) -> Run:
     except InputError as error:
         raise NotShown(f"{error}; set RUN") from None
     if not run.names or (evidence and run.evidence is None):
-        kind, method = "evidence" if run.names else "a routing table", run.record.method
+        kind = "evidence" if run.names else "a routing table"
+        method = run.record.method
         raise NotShown(f"{folder}: expected {kind}, but the method {method} keeps none; choose another run")
     return run
 
@@ -59,11 +60,11 @@ def open_run(folder: str | Path, evidence: bool = True) -> Run:
 
 def adapter_table(run: Run) -> pd.DataFrame:
     """For each candidate: queries where it is top, its share of all weight, and variants that it is in."""
-    found = pd.DataFrame(index=run.names)
-    found["top for"] = np.bincount(run.weights.argmax(1), minlength=len(run.names))
-    found["share of all weight"] = run.weights.mean(0)
-    found["in variants"] = (run.clusters.weights > 0).sum(0)
-    return found.sort_values("top for", ascending=False, kind="stable")
+    table = pd.DataFrame(index=run.names)
+    table["top for"] = np.bincount(run.weights.argmax(1), minlength=len(run.names))
+    table["share of all weight"] = run.weights.mean(0)
+    table["in variants"] = (run.clusters.weights > 0).sum(0)
+    return table.sort_values("top for", ascending=False, kind="stable")
 
 
 def variant_table(run: Run) -> pd.DataFrame:
@@ -71,7 +72,7 @@ def variant_table(run: Run) -> pd.DataFrame:
 
     The loss is that of the queries' mixes; how typical a query is, of its own weights.
     """
-    apart, lost = (losses(of, run.clusters) for of in (run.weights, run.mixes))
+    apart, lost = (losses(weights, run.clusters) for weights in (run.weights, run.mixes))
     rows = {}
     for n in largest_first(run):
         members = nearest_first(run.labels == n, apart)
@@ -98,12 +99,12 @@ def mix_table(run: Run) -> pd.DataFrame:
 
 def unsure_table(run: Run) -> pd.DataFrame:
     """All queries, lowest margin first."""
-    found = pd.DataFrame({"query": [run.line(n, SHORT) for n in range(len(run.ids))]}, run.keys)
+    table = pd.DataFrame({"query": [run.line(n, SHORT) for n in range(len(run.ids))]}, run.keys)
     assert run.evidence is not None
-    found["margin"] = run.evidence.margin
-    found["weights"] = [mix(run.names, row) for row in run.weights]
-    found["variant"] = run.labels
-    return found.sort_values("margin", kind="stable")
+    table["margin"] = run.evidence.margin
+    table["weights"] = [mix(run.names, row) for row in run.weights]
+    table["variant"] = run.labels
+    return table.sort_values("margin", kind="stable")
 
 
 def vote_table(run: Run, adapter: str | None = None) -> pd.DataFrame:
@@ -143,7 +144,8 @@ def figures_table(runs: Mapping[Any, Run]) -> pd.DataFrame:
     """What several runs decided in a few numbers, a row for each; a shared query is answered with a mix."""
     rows = {}
     for name, run in runs.items():
-        own, tops = run.mixes, run.weights.max(1)
+        own = run.mixes
+        tops = run.weights.max(1)
         lost = losses(own, run.clusters)
         rows[name] = {
             "variants": len(run.clusters.weights),
@@ -176,17 +178,17 @@ def compare(one: Run, two: Run) -> pd.DataFrame:
     Raises:
         InputError: the runs are not on the same queries.
     """
-    found = joined(one, two)
+    both = joined(one, two)
     names = list(dict.fromkeys([*one.names, *two.names]))
 
     def aligned(run: Run, rows: Array) -> pd.DataFrame:
-        return pd.DataFrame(rows, run.keys, run.names).reindex(found.index, columns=names, fill_value=0)
+        return pd.DataFrame(rows, run.keys, run.names).reindex(both.index, columns=names, fill_value=0)
 
     a, b = (aligned(run, run.weights) for run in (one, two))
     answered, other = (aligned(run, run.clusters.weights[run.labels]) for run in (one, two))
-    found["weights apart"] = (a - b).abs().sum(axis=1) / 2
-    found["variants apart"] = (answered - other).abs().sum(axis=1) / 2
-    found["A"], found["B"] = ([mix(names, row) for row in own.to_numpy()] for own in (a, b))
-    found["same top"] = a.idxmax(axis=1) == b.idxmax(axis=1)
+    both["weights apart"] = (a - b).abs().sum(axis=1) / 2
+    both["variants apart"] = (answered - other).abs().sum(axis=1) / 2
+    both["A"], both["B"] = ([mix(names, row) for row in own.to_numpy()] for own in (a, b))
+    both["same top"] = a.idxmax(axis=1) == b.idxmax(axis=1)
     shown = ["weights apart", "variants apart", "A", "B", "same top", "variant A", "variant B"]
-    return found[shown].sort_values("weights apart", ascending=False, kind="stable")
+    return both[shown].sort_values("weights apart", ascending=False, kind="stable")

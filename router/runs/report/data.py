@@ -33,16 +33,16 @@ def mix(names: Sequence[str], weights: Array, most: int = 3, least: float = 0.00
 def headline(run: Run) -> dict[str, Any]:
     """The numbers in the report's first sentences."""
     record = run.record
-    found = {
+    numbers = {
         "seconds": sum(record.seconds.values()),
         "peak_mib": max(record.peak_mib.values(), default=0),
         "low_margin": int(run.evidence.low_margin.sum()) if run.evidence else 0,
     }
     if not run.names:
-        return found
+        return numbers
     *counts, to_base = np.bincount(run.weights.argmax(1), minlength=len(run.names)).tolist()
     aside = {*record.lookalikes, *(run.evidence.duplicates if run.evidence else ())}
-    return found | {
+    return numbers | {
         "to_base": to_base,
         "median": float(np.median(run.weights.max(1))),
         "cohesion": 1 - float(losses(run.weights, run.clusters).mean()),
@@ -56,10 +56,11 @@ def variants(run: Run, shown: Run) -> list[dict[str, Any]]:
         return []
     mixed, apart = run.clusters.weights, losses(run.weights, run.clusters)
     of_shown = losses(shown.weights, shown.clusters)
-    found = []
+    rows = []
     for n in largest_first(run)[:SHOWN_VARIANTS]:
-        members, lines = apart[run.labels == n], nearest_first(shown.labels == n, of_shown)
-        found.append(
+        members = apart[run.labels == n]
+        lines = nearest_first(shown.labels == n, of_shown)
+        rows.append(
             {
                 "number": n,
                 "queries": len(members),
@@ -71,7 +72,7 @@ def variants(run: Run, shown: Run) -> list[dict[str, Any]]:
                 "edge": [(k, shown.line(k, SHORT)) for k in lines[3:][-3:][::-1]],
             }
         )
-    return found
+    return rows
 
 
 def largest_first(run: Run) -> list[int]:
@@ -97,11 +98,11 @@ def places_of(modules: Sequence[str]) -> tuple[list[str], list[int]]:
         (['self_attn.q_proj', 'mlp.up_proj'], [4, 5])
     """
     parts = [module.split(".") for module in modules]
-    numbers = [[int(part) for part in of if re.fullmatch("[0-9]{1,9}", part)] for of in parts]
-    kinds = [[part for part in of if not re.fullmatch("[0-9]+", part)] for of in parts]
+    numbers = [[int(part) for part in path if re.fullmatch("[0-9]{1,9}", part)] for path in parts]
+    kinds = [[part for part in path if not re.fullmatch("[0-9]+", part)] for path in parts]
     while len({tuple(kind[:1]) for kind in kinds}) == 1 and min(map(len, kinds)) > 1:
         kinds = [kind[1:] for kind in kinds]
-    return list(map(".".join, kinds)), [next(iter(of), -1) for of in numbers]
+    return list(map(".".join, kinds)), [next(iter(row), -1) for row in numbers]
 
 
 def vote_means(votes: NDArray[np.float32], modules: Sequence[str]) -> tuple[list[str], list[int], Array]:
@@ -118,8 +119,8 @@ def vote_means(votes: NDArray[np.float32], modules: Sequence[str]) -> tuple[list
     numbers, kinds = sorted(set(of_layer)), sorted(dict.fromkeys(of_kind), key=_order)
     # Which modules each row or column holds.
     rows, columns = (
-        np.vstack([np.array(keys)[:, None] == np.array(of), np.ones(len(of))])
-        for keys, of in ((kinds, of_kind), (numbers, of_layer))
+        np.vstack([np.array(keys)[:, None] == np.array(of_module), np.ones(len(of_module))])
+        for keys, of_module in ((kinds, of_kind), (numbers, of_layer))
     )
     sums = np.nansum(votes, 0, dtype=np.float64), (~np.isnan(votes)).sum(0)
     total, count = ((rows * each) @ columns.T for each in sums)
@@ -154,7 +155,7 @@ def data(run: Run) -> dict[str, Any]:
         (query.marked(int(e.later[n])) if e else query.input) if query else None
         for n, query in enumerate(run.queries)
     ]
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "names": run.shown,
         "files": list(map(str, run.record.paths)),
         "temperature": run.record.flags.get("temperature"),
@@ -168,19 +169,19 @@ def data(run: Run) -> dict[str, Any]:
     if run.routes:
         points, axes = gate_space(run)
         places, prototypes = layout(points)
-        found |= {
+        facts |= {
             "variants": run.labels.tolist(),
             "variantNames": [mix(run.shown, row, 2, 0.1) for row in run.clusters.weights],
-            "candidates": [[[round(x, 4) for x in row] for row in of] for of in candidates(run)],
+            "candidates": [[[round(x, 4) for x in row] for row in rows] for rows in candidates(run)],
             "places": places.round(4).tolist(),
             "prototypes": np.column_stack([axes, prototypes.round(4)]).tolist(),
         }
     if e:
-        found["lowMargin"] = np.flatnonzero(e.low_margin).tolist()
+        facts["lowMargin"] = np.flatnonzero(e.low_margin).tolist()
     if e and any(map(any, e.frames)):
-        found["frames"] = [f"{cut(before, LONG)}{{query}}{cut(after, LONG)}" for before, after in e.frames]
-        found["frame"] = e.frame.astype(int).tolist()
-    return found
+        facts["frames"] = [f"{cut(before, LONG)}{{query}}{cut(after, LONG)}" for before, after in e.frames]
+        facts["frame"] = e.frame.astype(int).tolist()
+    return facts
 
 
 def candidates(run: Run, most: int = BEST) -> list[list[list[float]]]:
@@ -189,7 +190,8 @@ def candidates(run: Run, most: int = BEST) -> list[list[list[float]]]:
     Each has its number, its weight and, with evidence, its score and its response, which is 0 for the base
     model. An adapter without a score, such as a duplicate, is left out.
     """
-    e, base = run.evidence, len(run.names) - 1
+    e = run.evidence
+    base = len(run.names) - 1
     columns: list[NDArray[Any]] = [run.weights]
     if e:
         columns += [e.candidates, np.column_stack([e.responses, np.zeros(len(e.responses))])]
@@ -198,11 +200,13 @@ def candidates(run: Run, most: int = BEST) -> list[list[list[float]]]:
     keys = -np.where(scored, level, -np.inf), -np.where(scored, run.weights.round(3), -1)
     order = np.asarray(np.lexsort(keys))[:, :most]
     order[~(order == base).any(1), -1] = base
-    kept = [np.nan_to_num(np.take_along_axis(of, order, 1).astype(np.float64), nan=0.0) for of in columns]
+    kept = [
+        np.nan_to_num(np.take_along_axis(column, order, 1).astype(np.float64), nan=0.0) for column in columns
+    ]
     numbers = np.stack([order, *kept], axis=-1)
     return [
-        [[int(row[0]), *row[1:]] for row in of.tolist() if scored[q, int(row[0])]]
-        for q, of in enumerate(numbers)
+        [[int(row[0]), *row[1:]] for row in rows.tolist() if scored[q, int(row[0])]]
+        for q, rows in enumerate(numbers)
     ]
 
 

@@ -56,7 +56,8 @@ def _apart(places: Array) -> Array:
     """Moves places as little as keeps most of them apart, so that marks do not hide each other."""
     from scipy.spatial import cKDTree
 
-    distance, k = min(0.016, 0.35 / len(places) ** 0.5), np.arange(len(places))
+    distance = min(0.016, 0.35 / len(places) ** 0.5)
+    k = np.arange(len(places))
     # Places that coincide first move apart in all directions.
     places = places + 0.002 * np.sqrt(k % 97 / 97)[:, None] * np.column_stack(
         [np.cos(2.4 * k), np.sin(2.4 * k)]

@@ -40,14 +40,16 @@ def write_report(folder: Path) -> Path:
 def render(run: Run) -> str:
     """The page of a run."""
     shown = run.sample(SHOWN_QUERIES)
-    found, rows, layered = data(shown), variants(run, shown), layers(run)
-    found["layers"] = layered["groups"] if layered else []
+    facts, rows, layered = data(shown), variants(run, shown), layers(run)
+    facts["layers"] = layered["groups"] if layered else []
     used = [k for k in range(len(run.names)) if any(row["weights"][k] >= 0.005 for row in rows)]
-    adapters = {name: [of.revision or "none", of.sha256] for name, of in run.record.adapters.items()}
+    adapters = {
+        name: [adapter.revision or "none", adapter.sha256] for name, adapter in run.record.adapters.items()
+    }
     return _template().render(
         run=run, shown=shown, record=run.record.plain(), headline=headline(run), variants=rows, used=used,
         adapters=adapters, layers=layered, best=BEST, low_margin=LOW_MARGIN, long=LONG,
-        data=found, json=Markup(escaped(found)), seal=SEAL + "0" * 64,
+        data=facts, json=Markup(escaped(facts)), seal=SEAL + "0" * 64,
     )  # fmt: skip
 
 
