@@ -36,7 +36,8 @@ FILE_SIZE, FILES = 64 << 20, 9  # bytes of a file of decisions, and how many old
 
 def flags(p: ArgumentParser) -> None:
     """The flags of `proto-route serve`."""
-    add, count = p.add_argument, reader(Count)
+    add = p.add_argument
+    count = reader(Count)
     add("--router", type=Path, required=True, metavar="DIR", help="a saved router, or a finished run")
     add("--upstream", required=True, metavar="URL", help="the server that serves the variants")
     add("--base_model", metavar="embedded|FOLDER|HUB_ID", help="in place of the router's own")
@@ -60,10 +61,10 @@ def key_of(name: str) -> str | None:
     Raises:
         InputError: a header cannot hold it.
     """
-    found = os.environ.get(name, "").strip()
-    if not (found.isascii() and found.isprintable()):
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and key.isprintable()):
         raise InputError(f"{name}: expected a key of printable ASCII characters, got others")
-    return found or None
+    return key or None
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -123,7 +124,8 @@ def _proxy(args: Namespace) -> Proxy:
     from router.serving.tracing import tracer
 
     load = partial(Router.load, args.router, args.base_model, args.device, args.dtype)
-    api_key, here = key_of("PROTO_ROUTE_API_KEY"), args.host in LOOPBACK
+    api_key = key_of("PROTO_ROUTE_API_KEY")
+    here = args.host in LOOPBACK
     if api_key is None and not here:
         log.warning(
             "--host %s: whoever reaches this machine can use the proxy; set PROTO_ROUTE_API_KEY", args.host
@@ -140,7 +142,8 @@ def _proxy(args: Namespace) -> Proxy:
 async def _served(proxy: Proxy, listener: socket.socket, timeout: float) -> None:
     import uvicorn
 
-    loop, renewals = asyncio.get_running_loop(), set()
+    loop = asyncio.get_running_loop()
+    renewals = set()
 
     async def renewed() -> None:
         try:

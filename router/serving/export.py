@@ -98,19 +98,19 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
     else:
         spec = f"{served.base}@{served.revision}" if served.revision else served.base
         base, *_ = fetch(spec, ["*.json"], where=f"{spec}: no such folder with a configuration")
-    found = {name: out / f"{quote(name, safe='')}.gguf" for name in served.folders}
+    outputs = {name: out / f"{quote(name, safe='')}.gguf" for name in served.folders}
     with remaking(out) as files:
         plain = files.parent / "plain"
         for name, path in served.folders.items():
             # The converter leaves out the scales of rsLoRA and of single modules: they go into the factors.
             write_adapter(plain, dict(open_adapter(path).read_all()), served.base, max_rank=served.rank)
-            file = files / found[name].name
+            file = files / outputs[name].name
             command = [sys.executable, *map(str, (script, "--base", base, "--outfile", file, plain))]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode or not file.is_file():
                 reason = (done.stderr.strip() or "it wrote nothing").splitlines()[-1]
                 raise InputError(f"{script}: cannot convert {name} ({path}): {reason}")
-    return found
+    return outputs
 
 
 def export(args: Namespace) -> list[str]:
@@ -128,7 +128,8 @@ def export(args: Namespace) -> list[str]:
         raise InputError(f"{folder.resolve()}: expected a path without : and , for llama.cpp; move it")
     if not is_sealed(script):
         raise InputError(f"{script}: expected none, or one of an earlier export as it was; move it away")
-    served, said = read_served(folder), []
+    served = read_served(folder)
+    said = []
     if not served.folders:
         raise InputError(f"{folder}: expected variants to serve, but the base model answers all by itself")
     name, what = served.base, "variants"
@@ -136,7 +137,9 @@ def export(args: Namespace) -> list[str]:
         rank = max(max(open_adapter(path).ranks.values()) for path in adapters.values())
         served, what = replace(served, folders=adapters, rank=rank), "adapters"
     if max_rank is not None and served.rank > max_rank:
-        ranks, dtype, final = [], getattr(torch, served.dtype), folder / f"{what}-rank-{max_rank}"
+        ranks = []
+        dtype = getattr(torch, served.dtype)
+        final = folder / f"{what}-rank-{max_rank}"
         with remaking(final) as out:
             for own, path in served.folders.items():
                 rank, lost = recompressed(path, out / path.name, max_rank, served.base, dtype)

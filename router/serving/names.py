@@ -60,7 +60,9 @@ def read_served(folder: Path) -> Served:
             "it back, or make it again"
         )
 
-    folders, ranks, modules = {}, [1], set()
+    folders = {}
+    ranks = [1]
+    modules = set()
     for number, variant in enumerate(variants):
         path = folder / VARIANTS / str(number)
         if not any(share for name, share in variant.weights.items() if name != BASE_COLUMN):
@@ -78,7 +80,8 @@ def read_served(folder: Path) -> Served:
         folders[served(number, variant.sha256)] = path
         ranks += own.values()
         modules |= {module.rpartition(".")[2] for module in own}
-    known, revision = is_folder(base.name), base.revision
+    known = is_folder(base.name)
+    revision = base.revision
     for word in (*modules, revision or "main", "folder" if known else base.name):
         if not PLAIN.fullmatch(word):
             raise InputError(
@@ -121,11 +124,11 @@ def read_adapters(folder: Path) -> dict[str, Path]:
     run = Record.read(folder / RECORD)
     specs = run.flags["adapters"]
     # Those that the run left out are no matter.
-    found = {adapter.name: adapter for adapter in load_library(specs, bad=[])}
+    library = {adapter.name: adapter for adapter in load_library(specs, bad=[])}
     for name, about in run.adapters.items():
-        if name not in found or not about.is_of(found[name]):
+        if name not in library or not about.is_of(library[name]):
             raise InputError(
                 f"{folder}: expected the adapters of the run in {', '.join(specs)}, but {name} is not there "
                 "as it was; put it back, or run again"
             )
-    return {name: found[name].folder.path for name in run.adapters}
+    return {name: library[name].folder.path for name in run.adapters}

@@ -38,9 +38,9 @@ class Prober:
         """
         if self._task is None:
             self._task = asyncio.create_task(self._work())
-        found = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait((text, found))
-        return await found
+        future = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((text, future))
+        return await future
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -51,18 +51,18 @@ class Prober:
                 await asyncio.sleep(WINDOW)
             while len(batch) < MOST and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            batch = [(text, found) for text, found in batch if not found.cancelled()]  # clients that left
+            batch = [(text, future) for text, future in batch if not future.cancelled()]  # clients that left
             if not batch:
                 continue
             texts = [text for text, _ in batch]
             decided = await loop.run_in_executor(self._thread, self._each, texts)
-            for (_, found), one in zip(batch, decided, strict=True):
-                if found.done():
+            for (_, future), one in zip(batch, decided, strict=True):
+                if future.done():
                     continue
                 if isinstance(one, Exception):
-                    found.set_exception(one)
+                    future.set_exception(one)
                 else:
-                    found.set_result(one)
+                    future.set_result(one)
 
     def _each(self, texts: list[Any]) -> list[Any]:
         """A decision per text, or its error; of a batch that fails, each half is tried."""

@@ -151,21 +151,22 @@ class Proxy:
         return request.headers.get("authorization", "") if self.api_key is None else ""
 
     def _choose(self, prompts: Sequence[Prompt]) -> list[Decided]:
-        router, found = self.router, []
+        router = self.router
+        decided = []
         names = served_names(router.variants)
         for choice in router.choose(prompts):
             assert choice.variant is not None  # a router without variants is refused at the start
-            found.append(Decided(choice, names[choice.variant], router.templates.get(choice.variant)))
-        return found
+            decided.append(Decided(choice, names[choice.variant], router.templates.get(choice.variant)))
+        return decided
 
     async def _decided(self, prompt: Prompt) -> Decided:
         start = time.perf_counter()
         try:
-            found: Decided = await self.prober(prompt)
+            decided: Decided = await self.prober(prompt)
         except asyncio.QueueFull as error:
             raise HTTPException(429, "too many requests wait; try again", {"retry-after": "1"}) from error
         self.seconds.labels("probe").observe(time.perf_counter() - start)
-        return found
+        return decided
 
     async def _name(self, decided: Decided, key: str) -> str:
         """What the upstream calls what answers."""
@@ -210,7 +211,8 @@ class Proxy:
                 task.cancel()  # the upstream hears of it
 
     async def _answered(self, request: Request, raw: bytes) -> Response:
-        path, body = request.scope["path"], {}
+        path = request.scope["path"]
+        body = {}
         routes = request.method == "POST" and path in ROUTED
         try:
             body = object_of(request, raw)
@@ -230,7 +232,9 @@ class Proxy:
         return await self._passed_on(request, raw, routed)
 
     async def _decision(self, request: Request, body: dict[str, Any]) -> Routed:
-        prompt, key, began = prompt_of(body), self._key(request), time.time_ns()
+        prompt = prompt_of(body)
+        key = self._key(request)
+        began = time.time_ns()
         decided = await self._decided(prompt)
         name = await self._name(decided, key)
         fields: dict[str, Any] = {"model": name}
@@ -343,9 +347,9 @@ class Proxy:
     async def models(self, request: Request) -> Response:
         """GET /v1/models: the upstream's, and `auto`."""
         admit(request, self.api_key, self.hosts)
-        found = await self.upstream.models(self._key(request))
+        listed = await self.upstream.models(self._key(request))
         try:
-            return as_json(found | {"data": [MODEL, *found["data"]]})
+            return as_json(listed | {"data": [MODEL, *listed["data"]]})
         except RecursionError as error:
             raise HTTPException(502, "expected the upstream's models as OpenAI lists them") from error
 
@@ -360,7 +364,8 @@ class Proxy:
 
     async def ready(self, request: Request) -> Response:
         """GET /ready: the router decides, the upstream is there, and every variant answers a canary there."""
-        key, router = self._key(request), self.router
+        key = self._key(request)
+        router = self.router
         self.upstream.asked.clear()
         serves = await self.upstream.known(key, router)
         asked, missing = serves.needed(router)

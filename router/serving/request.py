@@ -92,12 +92,12 @@ def object_of(request: Request, body: bytes) -> dict[str, Any]:
     if encoding != "identity":
         raise HTTPException(415, f"content-encoding: expected none, got {encoding}; send it as it is")
     try:
-        found = json.loads(body)
+        value = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"expected JSON, got something else ({error})") from error
-    if not isinstance(found, dict):
-        raise HTTPException(400, f"expected a JSON object, got a {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise HTTPException(400, f"expected a JSON object, got a {type(value).__name__}")
+    return value
 
 
 async def left(request: Request) -> None:

@@ -40,7 +40,7 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
             one for one in messages if not isinstance(one, Mapping) or "role" in one or "type" not in one
         ]
         messages = [{"role": "system", "content": above}, *messages] if above else messages
-    found = checked(messages, ends=False)
-    system = [one for one in found if one["role"] in SYSTEM]
-    asked = [one for one in found if one["role"] == "user" and content(one).strip()]
+    sound = checked(messages, ends=False)
+    system = [one for one in sound if one["role"] in SYSTEM]
+    asked = [one for one in sound if one["role"] == "user" and content(one).strip()]
     return [{"role": one["role"], "content": content(one)} for one in (*system, *asked)]

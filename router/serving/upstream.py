@@ -67,7 +67,7 @@ def variants_of(router: Router) -> set[str]:
 def end_to_end(headers: Iterable[tuple[bytes, bytes]], less: Collection[bytes]) -> Headers:
     """Headers that pass through a proxy, without `less`, their names in small letters."""
     pairs = [(key.lower(), value) for key, value in headers]
-    named = {one.strip() for key, of in pairs if key == b"connection" for one in of.lower().split(b",")}
+    named = {one.strip() for key, value in pairs if key == b"connection" for one in value.lower().split(b",")}
     return [(key, value) for key, value in pairs if key not in HOP | named and key not in less]
 
 
@@ -113,7 +113,8 @@ class Upstream:
 
     async def ask(self, key: str, router: Router) -> Serves:
         """What it serves now; a server of another base model on the hub than the router's is refused."""
-        base, ours = router.base_model, variants_of(router)
+        base = router.base_model
+        ours = variants_of(router)
         listed = (await self.models(key))["data"]
         # An adapter has a parent; the base model has none.
         bases = [one for one in listed if one["id"] not in ours and not one.get("parent")]
@@ -125,9 +126,9 @@ class Upstream:
             )
         loras = None
         if bases and bases[0].get("owned_by") == "llamacpp":
-            found = await self._fetched("/lora-adapters", key)
+            adapters = await self._fetched("/lora-adapters", key)
             try:
-                loras = {unquote(PurePath(one["path"]).stem): int(one["id"]) for one in found}
+                loras = {unquote(PurePath(one["path"]).stem): int(one["id"]) for one in adapters}
             except (KeyError, TypeError, ValueError) as error:
                 raise HTTPException(
                     502, "expected the upstream's adapters as llama.cpp lists them"
@@ -136,13 +137,13 @@ class Upstream:
 
     async def models(self, key: str) -> dict[str, Any]:
         """Its answer at /v1/models, in which each model has an `id`."""
-        found: dict[str, Any] = await self._fetched("/v1/models", key)
+        models: dict[str, Any] = await self._fetched("/v1/models", key)
         try:
-            if not all(isinstance(one["id"], str) for one in found["data"]):
+            if not all(isinstance(one["id"], str) for one in models["data"]):
                 raise ValueError("a model without a name")
         except (ValueError, KeyError, TypeError) as error:
             raise HTTPException(502, "expected the upstream's models as OpenAI lists them") from error
-        return found
+        return models
 
     async def _fetched(self, path: str, key: str) -> Any:
         """The JSON values that it answers to a GET."""
@@ -192,11 +193,12 @@ class Upstream:
             if serves.loras is not None:
                 body |= {"model": serves.base, "lora": serves.scales({name: 1.0})}
             try:
-                found = await self.client.post(
+                response = await self.client.post(
                     "/v1/completions", json=body, headers=_bearing(key), timeout=PATIENCE
                 )
-                (one, *_), number = found.json()["choices"], numbers.get(name)
-                well = found.is_success and isinstance(one["text"], str)
+                one, *_ = response.json()["choices"]
+                number = numbers.get(name)
+                well = response.is_success and isinstance(one["text"], str)
                 if number is not None and (said := (one.get("logprobs") or {}).get("token_logprobs")):
                     well = well and not stray(router.variants, {number: float(said[0])})
                 return well
