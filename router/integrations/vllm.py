@@ -100,9 +100,9 @@ class Library:
 
     def _probed(self, fitted: Fitted, rows: Rows) -> Probed:
         """What the engine read of prompts, as `Fitted.probe` has it."""
-        found = [self.read[fitted.framing.frame, tuple(row)] for row in rows]
-        confidence = np.array([confidence for _, confidence in found], np.float32)
-        return Probed(np.stack([responses for responses, _ in found]), confidence)
+        measured = [self.read[fitted.framing.frame, tuple(row)] for row in rows]
+        confidence = np.array([confidence for _, confidence in measured], np.float32)
+        return Probed(np.stack([responses for responses, _ in measured]), confidence)
 
     def drop(self, parts: Sequence[Part]) -> None:
         """Forgets what a request no longer needs, unless another does."""
@@ -148,7 +148,8 @@ class Auto:
         self.failed = Counter(
             "router_failed", "Requests of which the gate has not decided.", registry=registry
         )
-        self.renewing, self.seen = asyncio.Lock(), set[str]()
+        self.renewing = asyncio.Lock()
+        self.seen = set[str]()
 
     def attach_router(self, app: Any) -> None:
         """Adds the doors, behind vLLM's own check of keys."""
@@ -182,7 +183,8 @@ class Auto:
         if not (self.folder / ABOUT).is_file():
             raise InputError(f"{self.folder}: expected a saved router; a run makes one by Router.save")
         sha256 = Saved.read(self.folder).files[FILE]  # which `load` compares with the file, and so do workers
-        router, version = await asyncio.to_thread(self._router), uuid4().hex
+        router = await asyncio.to_thread(self._router)
+        version = uuid4().hex
         loras = await self._loras(router)
         file = str(self.folder.resolve()), sha256, version
         for wrong in filter(None, await self.engine.collective_rpc("proto_route_load", args=file)):
@@ -191,7 +193,8 @@ class Auto:
 
     def _router(self) -> Router:
         """The router without weights of the base model, which the engine has."""
-        args, quantised = self.args, self.engine.vllm_config.model_config.quantization
+        args = self.args
+        quantised = self.engine.vllm_config.model_config.quantization
         if quantised:
             log.warning("the base model is quantised (%s), which the router's was not", quantised)
         own = quantised or Path(args.model) == embedded_folder()
@@ -205,7 +208,8 @@ class Auto:
         known = self.models.lora_requests
         names = {n: name for n, name in enumerate(served_names(router.variants)) if name}
         self.seen |= {*known, *names.values()}
-        config, many = self.engine.vllm_config, len({*known, *names.values()})
+        config = self.engine.vllm_config
+        many = len({*known, *names.values()})
         if config.device_config.device_type == "cpu" and config.lora_config.max_loras <= len(self.seen):
             raise InputError(
                 f"--max-loras: expected more than {len(self.seen)}, one for each adapter that was loaded and "
@@ -275,8 +279,8 @@ class Auto:
         elif asked is not None:
             asked.given = prompt
             return self._routed(asked, prompt, sampling_params, request_id, how)
-        found: AsyncIterator[Any] = self.plain(prompt, sampling_params, request_id, **how)
-        return found
+        outputs: AsyncIterator[Any] = self.plain(prompt, sampling_params, request_id, **how)
+        return outputs
 
     async def _routed(
         self, asked: Asked, prompt: Any, params: Any, request_id: str, how: dict[str, Any]
@@ -289,7 +293,8 @@ class Auto:
             async for out in self.plain(asked.anew or prompt, params, request_id, **how):
                 yield out
             return
-        begun, kinds = copy(params), type(params.output_kind)
+        begun = copy(params)
+        kinds = type(params.output_kind)
         whole = params.output_kind == kinds.FINAL_ONLY
         own = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
         if itself := len(unread) == 1 and params.n == 1 and unread[0][1] == tuple(own or ()):
@@ -352,7 +357,8 @@ class Auto:
         (raw,) = await self.engine.collective_rpc("proto_route_take", args=(name,))
         if not raw:
             raise ValueError("the engine did not read the prompt whole")
-        values, n_adapters = np.frombuffer(raw, np.float32), len(library.router.candidates) - 1
+        values = np.frombuffer(raw, np.float32)
+        n_adapters = len(library.router.candidates) - 1
         library.read[part] = values[:-1].reshape(n_adapters, -1, 2), float(values[-1])
 
     async def _decide(
@@ -368,7 +374,8 @@ class Auto:
                 lora = library.loras.get(choice.variant or 0)
                 if lora and (template := library.router.templates.get(choice.variant or 0)):
                     asked.anew = await asyncio.to_thread(_written, asked, template)
-            asked.lora, name = lora, lora.lora_name if lora else self.base
+            asked.lora = lora
+            name = lora.lora_name if lora else self.base
             told = headers_of(described(choice, name))
             asked.headers = [(key.encode(), value.encode()) for key, value in told.items()]
             self.requests.labels(name).inc()

@@ -53,8 +53,8 @@ def _load(worker: Any, folder: str, sha256: str, version: str) -> str:
 
 def _take(worker: Any, name: str) -> bytes:
     """What was read of a marked request, see `Reader.take`."""
-    found: bytes = worker.proto_route.take(name)
-    return found
+    taken: bytes = worker.proto_route.take(name)
+    return taken
 
 
 class Prompt:
@@ -79,9 +79,9 @@ class Prompt:
     def responses(self) -> bytes:
         """(adapters, modules, 2) float32, NaN where none is heard; and, last, the base model's confidence."""
         assert self.confidence is not None
-        found = self.squares.sqrt().permute(2, 0, 1).cpu()  # (adapters, modules, 2)
-        found[torch.from_numpy(self.fitted.absent)] = torch.nan
-        return torch.cat([found.flatten(), self.confidence.cpu()[None]]).numpy().tobytes()
+        responses = self.squares.sqrt().permute(2, 0, 1).cpu()  # (adapters, modules, 2)
+        responses[torch.from_numpy(self.fitted.absent)] = torch.nan
+        return torch.cat([responses.flatten(), self.confidence.cpu()[None]]).numpy().tobytes()
 
 
 class Group(NamedTuple):
@@ -144,7 +144,9 @@ class Reader:
         if sha256_of(file) != sha256:
             raise InputError(f"{file}: expected the file of the router that was loaded, got another; reload")
         packed = getattr(self.model, "packed_modules_mapping", None) or {}
-        modules, places, widths = dict(self.model.named_modules()), {}, {}
+        modules = dict(self.model.named_modules())
+        places = {}
+        widths = {}
         for place, module in modules.items():
             parent, _, last = place.rpartition(".")
             for part in packed.get(last, [last]):  # the engine has fused layers that read the same input
@@ -203,7 +205,8 @@ class Reader:
         self.step, self.groups, self.last = context, [], []
         if context.attn_metadata is None:  # a rehearsal
             return
-        batch, bounds = self.runner.input_batch, self.runner.query_start_loc.np
+        batch = self.runner.input_batch
+        bounds = self.runner.query_start_loc.np
         ids = batch.req_ids
         parts: dict[int, list[tuple[Prompt, int, int]]] = {}  # by frame
         for n, name in enumerate(ids):
