@@ -112,8 +112,8 @@ def answer(
 
 def _score(output: Any, tail: Sequence[int], scoring: Scoring) -> float:
     """The log-probability of a choice's tokens at the end of a prompt, in nats."""
-    told = output.prompt_logprobs[-len(tail) :]  # what each token could have been
-    each = [float(found[token].logprob) for found, token in zip(told, tail, strict=True)]
+    logprobs = output.prompt_logprobs[-len(tail) :]  # what each token could have been
+    each = [float(likelihoods[token].logprob) for likelihoods, token in zip(logprobs, tail, strict=True)]
     return sum(each if scoring == "full" else each[1:])
 
 
@@ -126,7 +126,8 @@ def _loaded(base: Base, variants: Sequence[Path], longest: int) -> Iterator[Any]
     from vllm import LLM
 
     model: Any = base.model
-    device, how = model.device, {}
+    device = model.device
+    how = {}
     if variants:
         ranks = [rank for path in variants for rank in open_adapter(path).ranks.items()]
         how = {
