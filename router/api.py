@@ -260,8 +260,8 @@ class Router:
     def _read_templates(self, folder: Path) -> None:
         """Reads the templates that the variants in a router's or a run's folder bring."""
         for number in range(len(self.variants)):
-            if found := brought(self._base.tokenizer, folder / VARIANTS / str(number)):
-                self.templates[number] = found
+            if template := brought(self._base.tokenizer, folder / VARIANTS / str(number)):
+                self.templates[number] = template
 
     @property
     def _base(self) -> Base:
@@ -306,12 +306,13 @@ class Router:
         queries = _queries(texts, None)
         turns = self._proto.turns(queries, new=0, asked=self._asked)
         routing = decided(self._judged([read for reads in turns for read in reads]), turns)
-        evidence, names = routing.evidence, self.candidates
+        evidence = routing.evidence
+        names = self.candidates
         assert evidence is not None  # proto_route keeps it
         groups = [None] * len(queries)
         if self._centres is not None:
             groups = nearest(routing.weights, self._centres, self._firsts).tolist()
-        found = []
+        choices = []
         for row, own, margin, group, (*_, last) in zip(
             routing.weights, mixes(routing.weights), evidence.margin.tolist(), groups, turns, strict=True
         ):
@@ -319,8 +320,8 @@ class Router:
             mix = {names[n]: float(own[n]) for n in np.flatnonzero(own[:-1])}
             fits = bool(mix) and (group is None or bool(self.variants[group].weights))
             frame = (last.shared or last.frame).name
-            found.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix, frame))
-        return found
+            choices.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix, frame))
+        return choices
 
     @property
     def wanted(self) -> Frame | None:
@@ -375,8 +376,8 @@ class Router:
         keys = list(map(_key, reads))
         every = dict(zip(keys, reads, strict=True))
         if new := {key: read for key, read in every.items() if key not in self._known}:
-            found = self._proto.judged(list(new.values()))
-            self._known |= {key: found.rows(np.array([n])) for n, key in enumerate(new)}
+            routed = self._proto.judged(list(new.values()))
+            self._known |= {key: routed.rows(np.array([n])) for n, key in enumerate(new)}
         routing = joined([self._known[key] for key in keys])
         for key in keys:
             self._known.move_to_end(key)
@@ -412,10 +413,11 @@ class Router:
         """Keeps the groups of a sample and one for the base model, which has no folder and costs nothing."""
         self._forget()
         self._written, self.templates = None, {}
-        self._centres, found = with_base(clusters.weights), firsts(weights, clusters)
-        more = len(self._centres) - len(found)  # one that the base model answers, or none
-        self._firsts = np.pad(found, ((0, more), (0, 0)))
-        self._firsts[len(found) :, -1] = True
+        first = firsts(weights, clusters)
+        self._centres = with_base(clusters.weights)
+        more = len(self._centres) - len(first)  # one that the base model answers, or none
+        self._firsts = np.pad(first, ((0, more), (0, 0)))
+        self._firsts[len(first) :, -1] = True
         self.variants = decide(self._centres, self.candidates[:-1])
 
     @_one_at_a_time
@@ -430,7 +432,8 @@ class Router:
             InputError: the folder holds files of these names that no router left there, a variant is too
                 large for the base model's dtype, or an adapter has other weights now.
         """
-        folder, proto = Path(folder), self._proto
+        folder = Path(folder)
+        proto = self._proto
         self._check_adapters()
         if self._centres is None:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
@@ -445,25 +448,27 @@ class Router:
             state.save(list(proto.fits.values()), work)
             if proto.template.source:
                 (work / TEMPLATE).write_text(proto.template.source, "utf-8", newline="")
-            base, settings = self._base, {key: getattr(proto.settings, key) for key in SETTINGS}
+            base = self._base
+            settings = {key: getattr(proto.settings, key) for key in SETTINGS}
             dtype: Any = str(base.model.dtype).removeprefix("torch.")
             Saved(
                 FORMAT, own_version(), base.name, base.revision, base.sha256, base.configuration,
                 base.name == EMBEDDED_ID and base.revision is None, dtype, self.candidates, settings,
-                self.variants, self._centres.tolist(), [np.flatnonzero(of).tolist() for of in self._firsts],
+                self.variants, self._centres.tolist(), [np.flatnonzero(row).tolist() for row in self._firsts],
                 hashes(work),
             ).write(work)  # fmt: skip
         return folder
 
     def _measure(self, folder: Path) -> None:
         """Keeps what each of the variants in a folder says to the canary."""
-        base, found = self._base, list[Variant]()
+        base = self._base
+        measured = list[Variant]()
         rows = padded(encode(base.tokenizer, [CANARY]), base.tokenizer.pad_token_id, base.model.device)
         with applied(base, self._method.settings.apply) as models, torch.inference_mode():
             for variant, name in zip(self.variants, folder_names(self.variants), strict=True):
                 model = models.activate(folder / name if name else None)
-                found.append(replace(variant, canary=float(confidence_of(forward(model, *rows))[0])))
-        self.variants = found
+                measured.append(replace(variant, canary=float(confidence_of(forward(model, *rows))[0])))
+        self.variants = measured
 
     @_one_at_a_time
     def answer(self, texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None = None) -> list[str]:
@@ -519,7 +524,9 @@ class Router:
         """
         if self._centres is None:
             raise ValueError("expected variants; call fit with a sample of the queries to come")
-        method, rows, folder = self._method, self._method.encoded(queries), self._variants()
+        method = self._method
+        rows = self._method.encoded(queries)
+        folder = self._variants()
         routing = method.route(queries, rows)
         labels = nearest(routing.weights, self._centres, self._firsts, method.sharp)
         clusters = Clusters(labels, self._centres)
@@ -550,16 +557,17 @@ def _key(read: Read) -> bytes:
 
 def _queries(texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None) -> list[Query]:
     """Queries, numbered from 0."""
-    texts, kind = _listed(texts, "a list of texts"), GENERATION if choices is None else MULTIPLE_CHOICE
+    texts = _listed(texts, "a list of texts")
+    kind = GENERATION if choices is None else MULTIPLE_CHOICE
     given = [()] * len(texts) if choices is None else choices
-    options = [_listed(of, "for each text a list of choices") for of in given]
+    options = [_listed(text_choices, "for each text a list of choices") for text_choices in given]
     if not texts or len(options) != len(texts):
         raise ValueError("expected at least one text, and a list of choices for each or for none")
     queries = []
-    for n, (text, of) in enumerate(zip(texts, options, strict=True)):
+    for n, (text, text_choices) in enumerate(zip(texts, options, strict=True)):
         text = text.tolist() if isinstance(text, np.ndarray) else text  # as pandas reads a list
         asked = {"messages": text} if isinstance(text, (list, tuple)) else {"input": text}
-        row = {"id": str(n), "eval_type": kind, "answer_choices": of}
+        row = {"id": str(n), "eval_type": kind, "answer_choices": text_choices}
         queries.append(query_of(row | asked, f"text {n + 1}"))
     return queries
 

@@ -66,14 +66,14 @@ class Merges:
 
     def predict_multiple_choice(self, batch: Mapping[str, Sequence[Any]]) -> tuple[list[int], list[Any]]:
         """The 0-based index of the likeliest choice, -1 for none, and the choices' scores, for each input."""
-        found = self._answer(batch["input"], batch["answer_choices"])
-        indices = [-1 if answer.failed else int(answer.text) for answer in found]
-        return indices, [answer.scores for answer in found]
+        results = self._answer(batch["input"], batch["answer_choices"])
+        indices = [-1 if answer.failed else int(answer.text) for answer in results]
+        return indices, [answer.scores for answer in results]
 
     def generate(self, batch: Mapping[str, Sequence[Any]]) -> tuple[list[Sequence[int]], list[str]]:
         """The generated token ids and text for each input; no ids and `unknown` where there is no answer."""
-        found = self._answer(batch["input"], [()] * len(batch["input"]))
-        return [answer.ids for answer in found], [answer.text for answer in found]
+        results = self._answer(batch["input"], [()] * len(batch["input"]))
+        return [answer.ids for answer in results], [answer.text for answer in results]
 
     def _answer(self, texts: Sequence[str], choices: Choices) -> list[Answer]:
         settings = self.settings
@@ -133,17 +133,18 @@ class StarterKitMethod:
 
     def answer(self, queries: Sequence[Query], context: Context) -> list[Answer]:
         """Answers queries in order, batch by batch, through the kit's two calls."""
-        known, deadline = known_to(context), context.deadline
+        known = known_to(context)
+        deadline = context.deadline
         for part in self._batches(queries):
             missing = sum(query not in known for query in part)
             if missing and deadline and deadline.over():
                 deadline.unanswered += missing
             elif missing:
-                for query, found in zip(part, self._ask(part), strict=True):
-                    if found.failed:
+                for query, answer in zip(part, self._ask(part), strict=True):
+                    if answer.failed:
                         warn(query, "the method has none, perhaps for want of room or of finite numbers")
                     else:
-                        known.setdefault(query, found)
+                        known.setdefault(query, answer)
         return [known.get(query, FAILED) for query in queries]
 
     def _batches(self, queries: Sequence[Query]) -> Iterator[list[Query]]:

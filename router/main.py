@@ -24,9 +24,11 @@ ALIASES = {"false_positive_rate": ("--false_alarm",)}  # the name in 0.1, when i
 
 def _add_setting(p: argparse.ArgumentParser, setting: Field[Any]) -> None:
     """Adds the flag of a setting."""
-    kind, about = kinds()[setting.name], setting.metadata
+    kind = kinds()[setting.name]
+    about = setting.metadata
     default: Any = setting.default
-    many, none = get_origin(kind) is tuple, about["none"]
+    many = get_origin(kind) is tuple
+    none = about["none"]
     words = [word for part in (kind, *get_args(kind)) for word in get_args(part) if isinstance(word, str)]
     how: dict[str, Any] = {
         "default": default,
@@ -164,7 +166,8 @@ def stop(*_: object) -> None:
 @contextmanager
 def _logging(level: str) -> Iterator[None]:
     """Sends the package's own log messages to standard error, unadorned, while the block runs."""
-    log, handler = logging.getLogger("router"), logging.StreamHandler()
+    log = logging.getLogger("router")
+    handler = logging.StreamHandler()
     before = log.level
     log.addHandler(handler)
     log.setLevel(level)
@@ -182,12 +185,12 @@ def _plan(args: argparse.Namespace, settings: Settings) -> int:
 
     check_outputs(settings)
     check_flags(args.merging_method, settings, args.time_limit is not None)
-    found = plan(args.merging_method, settings)
-    over = found.over(args.time_limit, args.memory_limit)
+    planned = plan(args.merging_method, settings)
+    over = planned.over(args.time_limit, args.memory_limit)
     if args.json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(planned)))
     elif not args.quiet:
-        print("\n".join([found.text(), *over]))
+        print("\n".join([planned.text(), *over]))
     return 1 if over else 0
 
 

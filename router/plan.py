@@ -107,7 +107,11 @@ class _Run(NamedTuple):
     @property
     def factors(self) -> int:
         """How many numbers the adapters' factors have."""
-        return sum(rank * sum(of.shapes[module]) for of in self.folders for module, rank in of.ranks.items())
+        return sum(
+            rank * sum(folder.shapes[module])
+            for folder in self.folders
+            for module, rank in folder.ranks.items()
+        )
 
 
 def plan(name: str, settings: Settings) -> Plan:
@@ -124,7 +128,8 @@ def plan(name: str, settings: Settings) -> Plan:
     if settings.device_map:
         raise InputError("--plan: expected no --device_map, since the cost of moving weights is not known")
     queries = [query for path in settings.dataset_filepaths for query in read_queries(path)]
-    specs, bad = expand(settings.adapters), list[str]() if settings.skip_bad else None
+    specs = expand(settings.adapters)
+    bad = list[str]() if settings.skip_bad else None
     here = [spec for spec in specs if is_here(spec)]
     library = load_library(here, local_only=True, bad=bad)
     if not (library or settings.base_model or settings.adapters == (COMPETITION,)):
@@ -138,7 +143,7 @@ def plan(name: str, settings: Settings) -> Plan:
     base = models.EMBEDDED_ID if spec == models.EMBEDDED else spec
     local = spec != models.EMBEDDED and is_folder(spec)
     library = check_against_base(library, base, local, models.linear_shapes(model), bad)
-    template = template_for(tokenizer, settings.chat_template, (of.folder.path for of in library))
+    template = template_for(tokenizer, settings.chat_template, (adapter.folder.path for adapter in library))
     rows = encoded(template, queries, settings.max_seq_len)
     run = _Run(
         method, settings, model, file_bytes, device,
@@ -176,13 +181,14 @@ def _seconds(run: _Run, generic: int) -> dict[str, float]:
     read, step = _pace(run)
     weights = sum(d_out * d_in for d_out, d_in in models.linear_shapes(run.model).values())
     beside = read * (1 + run.factors / weights)  # a token, with all adapters
-    new, per_token = run.settings.max_gen_len, issubclass(run.method, PerToken)
+    new = run.settings.max_gen_len
+    per_token = issubclass(run.method, PerToken)
     single = per_token or issubclass(run.method, Static)
     variants = 1 if single else run.settings.n_variants or len(run.folders) + 2
     room = batch_tokens(run.model, run.device, run.model.dtype)[0]
     size = run.settings.batch_size or max(1.0, room / (run.tokens / run.prompts + new))
     batches = max(min(run.texts, variants), run.texts / size)
-    written = sum((of.path / WEIGHTS_FILE).stat().st_size for of in run.folders)
+    written = sum((folder.path / WEIGHTS_FILE).stat().st_size for folder in run.folders)
     stages = {
         "load": START + run.file_bytes / DISK,
         "route": 2 * written / SVD + beside * (run.tokens + generic) if run.folders else 0.0,
@@ -224,7 +230,7 @@ def _memory(run: _Run) -> int:
     config, dtype = run.model.config, run.model.dtype
     size = dtype.itemsize
     weights = run.model.num_parameters() * size
-    shapes = {module: shape for of in run.folders for module, shape in of.shapes.items()}
+    shapes = {module: shape for folder in run.folders for module, shape in folder.shapes.items()}
     copied = 0
     if run.settings.engine == "vllm":
         copied = weights  # it loads them once more

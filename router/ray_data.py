@@ -66,7 +66,8 @@ def work(args: Namespace) -> int:
             check_outputs(Settings((), args.output))
             every: dict[Path, list[Query]] = {}  # by the file for their answers
             for path in args.input:
-                queries, folder = read(path), args.output.absolute() / _name(path, args)
+                queries = read(path)
+                folder = args.output.absolute() / _name(path, args)
                 folder.mkdir(exist_ok=True)
                 print(f"{path}: {len(queries)} queries, answers in {folder}", file=sys.stderr)
                 for n, start in enumerate(range(0, len(queries), args.block)):
@@ -96,12 +97,13 @@ def read(path: Path) -> list[Query]:
         raise InputError(f"--input {path}: expected a Parquet file ({reason(error)})") from error
     if not rows:
         raise InputError(f"--input {path}: expected at least one query, found none")
-    found, numbers = [], dict[str, int]()
+    queries = []
+    numbers = dict[str, int]()
     for n, row in enumerate(rows, 1):
         own = str(n if row.get("id") is None else row["id"])
         check_id(own, n, numbers, path, "row")
-        found.append(query_of(row | {"id": own}, f"{path}, row {n}"))
-    return found
+        queries.append(query_of(row | {"id": own}, f"{path}, row {n}"))
+    return queries
 
 
 def _name(path: Path, args: Namespace) -> str:
@@ -201,10 +203,10 @@ def _answer(todo: Mapping[Path, Sequence[Query]], args: Namespace) -> None:
             compute=ray.data.ActorPoolStrategy(size=actors),
         )  # fmt: skip
         failed = 0
-        for found in progress(answered.iter_rows(), total=len(todo), desc="answer", unit="block"):
-            if found["error"]:
-                raise InputError(found["error"])
-            failed += found["failed"]
+        for done in progress(answered.iter_rows(), total=len(todo), desc="answer", unit="block"):
+            if done["error"]:
+                raise InputError(done["error"])
+            failed += done["failed"]
     except ConnectionError as error:
         raise InputError(f"--address {args.address}: expected a Ray cluster ({reason(error)})") from error
     except ray.exceptions.RayActorError as error:

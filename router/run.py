@@ -94,7 +94,9 @@ def run(
 def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Record | None:
     import torch
 
-    settings, processes, made = context.settings, context.processes, load_method(name)
+    settings = context.settings
+    processes = context.processes
+    made = load_method(name)
     torch.manual_seed(settings.seed)
     queries = [query for part in files.values() for query in part]
     if not issubclass(made, Method) and any(query.messages for query in queries):
@@ -126,8 +128,8 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
                 raise _no_answer(journal, context.deadline)
             digests = {path.name: digest_of(part) for path, part in files.items()}
             left_out = source.left_out if isinstance(source, Loaded) else []
-            found = record(name, context, result.decision, queries=digests, left_out=left_out)
-            found = _commit(files, result, found, settings, work)
+            final = record(name, context, result.decision, queries=digests, left_out=left_out)
+            final = _commit(files, result, final, settings, work)
     finally:
         journal.close()
     write_report(settings.output_folder)
@@ -135,22 +137,22 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
         journal.finish()
     else:
         journal.discard()
-    return found
+    return final
 
 
 def _loaded(made: type[Method], context: Context) -> Loaded:
     """Loads what a method needs; refuses adapters and base models that are variants the run would replace."""
     made.check()
-    found = load(context)
+    loaded = load(context)
     own = (context.settings.output_folder / VARIANTS).resolve()
-    inputs = [("--adapters", adapter.folder.path) for adapter in found.adapters]
-    for flag, path in (*inputs, ("--base_model", Path(found.base.name))):
+    inputs = [("--adapters", adapter.folder.path) for adapter in loaded.adapters]
+    for flag, path in (*inputs, ("--base_model", Path(loaded.base.name))):
         if path.resolve().is_relative_to(own):
             raise InputError(
                 f"{flag} {path}: expected a folder that the run does not replace, got one in {own}; choose "
                 "another --output_folder"
             )
-    return found
+    return loaded
 
 
 @contextmanager
@@ -172,20 +174,20 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
     import torch
 
     paths = ("dataset_filepaths", "output_folder", "adapters", "base_model")  # what they stand for counts
-    found = {flag: value for flag, value in settings.plain().items() if flag not in paths}
-    found |= {"versions": versions(settings.engine), "format": FORMAT}
+    identity = {flag: value for flag, value in settings.plain().items() if flag not in paths}
+    identity |= {"versions": versions(settings.engine), "format": FORMAT}
     if isinstance(source, StarterKitMethod):
         kit = source.kit
         models = [settings.base_model, kit.base_model_name, kit.base_model_revision_id]
         code = sha256_of(Path(inspect.getfile(type(kit))))
-        return found | {"base model": models, "models": kit.list_models, "code": code}
+        return identity | {"base model": models, "models": kit.list_models, "code": code}
     model = source.base.model
     device, dtype = model.device, model.dtype
     if device.type == "cpu" and dtype.itemsize < 4:  # each number of threads rounds otherwise
-        found["threads"] = torch.get_num_threads()
-    templates = [of.folder.path / name for of in source.adapters for name in (TEMPLATE, TOKENIZER)]
+        identity["threads"] = torch.get_num_threads()
+    templates = [adapter.folder.path / name for adapter in source.adapters for name in (TEMPLATE, TOKENIZER)]
     templates += [settings.chat_template] if settings.chat_template else []
-    return found | {
+    return identity | {
         "templates": _each(templates),
         "what the method reads": _each(made.reads(source.adapters, settings)),
         "dtype": str(dtype), "device": device.type, "base model": source.base.sha256,
@@ -217,9 +219,10 @@ def _no_answer(journal: Journal, deadline: Deadline | None) -> InputError:
     )
 
 
-def _commit(files: Files, result: Result, found: Record, settings: Settings, work: Path) -> Record:
+def _commit(files: Files, result: Result, final: Record, settings: Settings, work: Path) -> Record:
     """Writes all results, then moves them to the output folder, the record last; returns it whole."""
-    folder, start = settings.output_folder, 0
+    folder = settings.output_folder
+    start = 0
     for path, part in files.items():
         rows = slice(start, start + len(part))
         submission, routing, evidence = (work / name for name in _outputs(path))
@@ -229,15 +232,18 @@ def _commit(files: Files, result: Result, found: Record, settings: Settings, wor
             if why := result.decision.routing.evidence:
                 why.rows(rows).save(evidence)
         start = rows.stop
-    names, left = _results(settings), _left(folder)
+    names = _results(settings)
+    left = _left(folder)
     written = sorted(name for name in names if (work / name).exists())
-    earlier = {name: of for name, of in left.items() if name not in names and is_still(folder / name, of)}
-    found = replace(found, files={name: sha256_of(work / name) for name in written}, earlier=earlier)
+    earlier = {
+        name: sha256 for name, sha256 in left.items() if name not in names and is_still(folder / name, sha256)
+    }
+    final = replace(final, files={name: sha256_of(work / name) for name in written}, earlier=earlier)
     with replacing(work / RECORD) as file:
-        file.write(found.text(indent=2) + "\n")
+        file.write(final.text(indent=2) + "\n")
     known = check_outputs(settings)  # what was put there meanwhile stays, too
     with replacing(folder / COMMIT) as file:
-        json.dump(sorted(known.union(found.files.values())), file)
+        json.dump(sorted(known.union(final.files.values())), file)
     # From here on the folder holds no finished run, until it holds this one. Variants and report of an
     # earlier run go; its answers to other query files stay, and later runs know them.
     for name in (RECORD, REPORT):
@@ -247,13 +253,13 @@ def _commit(files: Files, result: Result, found: Record, settings: Settings, wor
     else:  # a starter-kit method makes none, and those of an earlier run are not its
         remove_ours(folder / VARIANTS)
     for name in names:
-        if name in found.files:
+        if name in final.files:
             (work / name).replace(folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
     (work / RECORD).replace(folder / RECORD)
     (folder / COMMIT).unlink()
-    return found
+    return final
 
 
 def _place_variants(work: Path, final: Path) -> None:
@@ -363,8 +369,10 @@ def check_flags(name: str, settings: Settings, limited: bool, processes: Process
     Raises:
         InputError: they do not.
     """
-    method, several = load_method(name), processes is not None and processes.count > 1
-    kit, vllm = not issubclass(method, Method), settings.engine == "vllm"
+    method = load_method(name)
+    several = processes is not None and processes.count > 1
+    kit = not issubclass(method, Method)
+    vllm = settings.engine == "vllm"
     refused: dict[str, object] = {
         "--engine vllm: expected the package vllm, found none; pip install 'proto-route[vllm]'": (
             vllm and find_spec("vllm") is None

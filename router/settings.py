@@ -182,8 +182,8 @@ class Settings:
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON values: paths become texts, tuples become lists."""
-        found: dict[str, Any] = json.loads(json.dumps(vars(self), default=str))
-        return found
+        values: dict[str, Any] = json.loads(json.dumps(vars(self), default=str))
+        return values
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Settings:
@@ -192,7 +192,7 @@ class Settings:
         Raises:
             ValueError: one is missing, or has a value that it does not take; the message names it.
         """
-        return typed(cls, {of.name: values.get(of.name) for of in fields(cls)})
+        return typed(cls, {item.name: values.get(item.name) for item in fields(cls)})
 
 
 @cache
