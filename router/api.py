@@ -8,11 +8,11 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ from router.pipeline.context import Context
 from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.fitted import Fitted
 from router.pipeline.reading import FRAMES, SHARED, Read
+from router.pipeline.record import RECORD
 from router.pipeline.result import Decision, Routing, joined
 from router.pipeline.saved import ABOUT, Saved, changed, replacing_router
 from router.pipeline.served import content_of, hashed
@@ -44,9 +45,9 @@ from router.routing.clusters import Array, Clusters, cluster, firsts, mixes, nea
 from router.routing.probe import Probed, confidence_of
 from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
-from router.settings import Settings
+from router.settings import Settings, kinds
 from router.system.errors import InputError, printable
-from router.system.files import hashes, is_still, sha256_of
+from router.system.files import hashes, is_still, sha256_of, typed
 from router.system.version import own_version
 
 if TYPE_CHECKING:
@@ -122,11 +123,14 @@ class Router:
         self._written: Path | None = None  # a temporary folder of the variants, once they have answered
         self._forget: Callable[[], object] = lambda: None  # removes it
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a router is neither copied nor pickled; save it, and Router.load the folder")
+
     @classmethod
     def from_library(
         cls,
         *adapters: str | Path,
-        base_model: str | None = None,
+        base_model: str | Path | None = None,
         method: str = "proto_route",
         **settings: Any,
     ) -> Router:
@@ -147,8 +151,12 @@ class Router:
         made = load_method(method)
         if not issubclass(made, Method):
             raise ValueError(f"method {method}: expected one that routes, this one is of the starter kit")
+        if len(adapters) == 1 and isinstance(adapters[0], (list, tuple)):
+            (adapters,) = adapters
         if adapters:
             settings["adapters"] = tuple(map(str, adapters))
+        settings |= {key: value.item() for key, value in settings.items() if isinstance(value, np.generic)}
+        base_model = str(base_model) if isinstance(base_model, Path) else base_model
         if isinstance(template := settings.get("chat_template"), str):
             settings["chat_template"] = Path(template)
         context = Context(Settings(base_model=base_model, **settings))
@@ -184,6 +192,8 @@ class Router:
         if not (folder / ABOUT).is_file():
             if device == "meta":
                 raise InputError(f"{folder}: expected a saved router, of which others have the base model")
+            if not (folder / RECORD).is_file():
+                raise InputError(f"{folder}: expected a saved router or a finished run, found neither")
             return cls._of_run(folder, base_model, device, dtype)
         seen, about = sha256_of(folder / ABOUT), Saved.read(folder)
         settings = Settings(
@@ -226,18 +236,17 @@ class Router:
         if record.method != "proto_route":
             raise InputError(f"{folder}: expected a run of proto_route, got one of {record.method}")
         if record.base is None:
-            raise InputError(f"{folder / 'run.json'}: expected the run's variants, found none; run it again")
+            raise InputError(f"{folder / RECORD}: expected the run's variants, found none; run it again")
         flags = dict(vars(run.settings)) | {"device": device, "dtype": dtype or record.base.dtype}
-        flags["base_model"] = base_model or flags["base_model"]
+        flags["base_model"] = base_model or (flags["base_model"] and record.found(flags["base_model"]))
         flags["chat_template"] = folder / TEMPLATE if TEMPLATE in record.files else None
         for key in ("dataset_filepaths", "output_folder", "engine"):
             del flags[key]
-        router = cls.from_library(*flags.pop("adapters"), method="proto_route", **flags)
+        router = cls.from_library(*map(record.found, flags.pop("adapters")), method="proto_route", **flags)
         _check_base(router._base, folder, record.base.sha256, record.base.configuration)
         if router.candidates != run.names:
-            raise InputError(
-                f"{folder}: expected the adapters of the run, got {', '.join(router.candidates)}"
-            )
+            other = sorted(set(router.candidates) ^ set(run.names)) or router.candidates
+            raise InputError(f"{folder}: expected the adapters of the run, got others: {', '.join(other)}")
         for adapter in router._method.adapters:
             if not record.adapters[adapter.name].is_of(adapter):
                 raise InputError(f"{folder}: {adapter.where} is another one now; run again")
@@ -288,14 +297,16 @@ class Router:
         """The weights of each text or conversation, which sum to 1: a row for each, a column per candidate.
 
         Args:
-            texts: prompts, or lists of messages, `{"role": ..., "content": ...}`.
+            texts: prompts, or lists of messages, `{"role": ..., "content": ...}`. Weights have the index of a
+                Series.
 
         Raises:
             ValueError: one of them is neither.
         """
         queries = _queries(texts, None)
         routing = self._method.route(queries, self._method.encoded(queries))
-        return pd.DataFrame(routing.weights, columns=self.candidates)
+        index = texts.index if isinstance(texts, pd.Series) else None
+        return pd.DataFrame(routing.weights, index, self.candidates)
 
     @_one_at_a_time
     def choose(self, texts: Sequence[Prompt]) -> list[Choice]:
@@ -398,6 +409,10 @@ class Router:
             ValueError: the router was loaded from a saved one, which has no adapters to make variants of.
         """
         self._check_adapters()
+        try:
+            typed(kinds()["n_variants"], n_variants, strict=True)
+        except ValueError as error:
+            raise ValueError(f"n_variants: {error}, got {n_variants!r:.40}") from error
         weights = self.route(texts).to_numpy()
         many = self._method.n_variants if n_variants is None else n_variants
         self._decide(weights, cluster(weights, many, self._method.settings.seed, self._method.sharp))
@@ -566,6 +581,9 @@ def _queries(texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None) -
     queries = []
     for n, (text, text_choices) in enumerate(zip(texts, options, strict=True)):
         text = text.tolist() if isinstance(text, np.ndarray) else text  # as pandas reads a list
+        if not isinstance(text, (str, list, tuple)):
+            hint = "; put a chat into a list: [messages]" if isinstance(text, Mapping) else ""
+            raise InputError(f"text {n + 1}: expected a text or a list of messages, got {text!r:.40}{hint}")
         asked = {"messages": text} if isinstance(text, (list, tuple)) else {"input": text}
         row = {"id": str(n), "eval_type": kind, "answer_choices": text_choices}
         queries.append(query_of(row | asked, f"text {n + 1}"))

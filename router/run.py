@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from router.constants import BASE_COLUMN, FORMAT, TEMPLATE, TOKENIZER
+from router.constants import BASE_COLUMN, FORMAT, SCRIPT, TEMPLATE, TOKENIZER
 from router.kit import StarterKitMethod
 from router.library.store import content
 from router.methods import load_method
@@ -246,7 +246,7 @@ def _commit(files: Files, result: Result, final: Record, settings: Settings, wor
         json.dump(sorted(known.union(final.files.values())), file)
     # From here on the folder holds no finished run, until it holds this one. Variants and report of an
     # earlier run go; its answers to other query files stay, and later runs know them.
-    for name in (RECORD, REPORT):
+    for name in (RECORD, REPORT, *([SCRIPT] if is_sealed(folder / SCRIPT) else [])):
         (folder / name).unlink(missing_ok=True)
     if result.decision:
         _place_variants(work / VARIANTS, folder / VARIANTS)

@@ -1,12 +1,15 @@
 """The Python interface: it does what the command does, and refuses questions that are none."""
 
+import copy
 import gc
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -17,14 +20,27 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from helpers import NAMES, edit_json, edit_weights, files_of, plain_model, read_table, weights_in
+from helpers import (
+    NAMES,
+    arguments,
+    edit_json,
+    edit_weights,
+    files_of,
+    plain_model,
+    read_table,
+    weights_in,
+    write_queries,
+)  # fmt: skip
 from router import Router
 from router.constants import CANARY
 from router.kit import Merges
+from router.main import main
 from router.model.answer import encode
 from router.model.passes import truncated
 from router.pipeline import state
 from router.routing.clusters import cluster
+from router.runs.load import load as load_run
+from router.serving.names import read_adapters
 from router.system.errors import InputError
 from router.system.files import sha256_of
 
@@ -244,7 +260,7 @@ def grow(file):
         (lambda saved: (saved / "router.safetensors").unlink(), "router.safetensors: "),
         (lambda saved: shutil.rmtree(saved / "variants"), "variants/"),
         (lambda saved: grow(next(saved.glob("variants/*/*.safetensors"))), "variants/"),
-        (lambda saved: (saved / "router.json").unlink(), "run.json: "),
+        (lambda saved: (saved / "router.json").unlink(), "found neither"),
     ],
 )
 def test_what_is_no_router_is_refused_with_what_to_do(saved, spoil, cause):
@@ -385,9 +401,40 @@ def test_a_column_of_a_table_is_a_list_of_texts(router):
     choices, routed = [["four", "five"]] * 3, router.route(TEXTS)
     expected = router.answer(TEXTS, choices)
     assert set(expected) <= {"four", "five"} and router.answer(TEXTS, np.array(choices)) == expected
-    for kind in (tuple, np.array, pd.Series, lambda texts: pd.Series(texts, [7, 7, 7])):
-        assert router.route(kind(TEXTS)).equals(routed)
+    for kind in (tuple, np.array, pd.Series, lambda texts: pd.Series(texts, [7, 7, 9])):
+        weights = router.route(texts := kind(TEXTS))
+        index = texts.index if isinstance(texts, pd.Series) else routed.index
+        assert weights.index.equals(index)  # by which tables are joined
+        assert weights.reset_index(drop=True).equals(routed)
         assert router.answer(kind(TEXTS), pd.Series(choices)) == expected
+
+
+def test_a_run_is_loaded_and_read_from_any_directory(tiny_base, tiny_library, tmp_path, monkeypatch):
+    write_queries(tmp_path / "queries.csv", [(str(n), text, "generation", "") for n, text in enumerate(MORE)])
+    monkeypatch.chdir(tmp_path)
+    paths = [os.path.relpath(path) for path in ("queries.csv", tiny_library, tiny_base, "out")]
+    assert main(arguments("proto_route", paths[:1], *paths[1:])) == 0
+    monkeypatch.chdir(tmp_path.parent)
+    assert [query.input for query in load_run(tmp_path / "out").queries] == MORE
+    assert len(Router.load(tmp_path / "out", device="cpu").variants) > 1
+    assert read_adapters(tmp_path / "out").keys() == set(NAMES)
+
+
+def test_what_python_people_pass_is_taken_or_refused_in_a_sentence(router, tiny_base, tiny_library):
+    again = Router.from_library([tiny_library], base_model=tiny_base, top_k=np.int64(3), device="cpu")
+    assert again.candidates == router.candidates
+    said = SimpleNamespace(model_dump=lambda exclude_none: {"role": "assistant", "content": "Hello"})
+    asked = [{"role": "user", "content": text} for text in ("Hi", "Say x")]
+    with pytest.raises(InputError, match="chat template"):  # which this base model lacks
+        router.route([[asked[0], said, asked[1]]])
+    with pytest.raises(InputError, match="put a chat into a list"):
+        router.route(asked)
+    for many in ("2", "auto", 1.5, True):
+        with pytest.raises(ValueError, match="n_variants"):
+            router.fit(TEXTS, many)
+    for way in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="save it"):
+            way(router)
 
 
 def test_a_setting_out_of_its_range_is_refused(tiny_library, saved, monkeypatch):

@@ -121,6 +121,28 @@ def test_oracle_answers_with_each_querys_own_adapter(command, tiny_base, tiny_li
         assert weights_in(row) == pytest.approx(expected, abs=1e-6)
 
 
+WRONG = """
+import numpy as np
+from router.pipeline.result import Routing
+from router.pipeline.steps import Method
+
+class Wrong(Method):
+    def route(self, queries, rows):
+        return Routing({})
+"""
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["np.ones((len(queries), 3))", "np.full((len(queries), 4), np.nan)", "np.eye(7)[:6, :4]", "None"],
+)
+def test_weights_that_are_none_are_refused_before_an_answer(command, own_method, capsys, weights):
+    own_method("wrong", WRONG.format(weights))
+    code, out = command("wrong")
+    assert code == 2 and "-m wrong: expected" in capsys.readouterr().err
+    assert not (out / "queries.csv").exists()
+
+
 @pytest.mark.parametrize("method", ["proto_route", "average"])
 def test_the_same_command_gives_the_same_bytes(command, method):
     first, second = (command(method, out=name)[1] for name in ("one", "two"))

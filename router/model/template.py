@@ -77,8 +77,8 @@ class Template:
         which = f"query {query}: " if query else ""
         if not self.jinja:
             raise InputError(
-                f"{which}expected a base model with a chat template, since this is a conversation; pass "
-                "--chat_template FILE"
+                f"{which}expected a chat template, since this is a conversation, but the base model has "
+                "none; make the run or the router with --chat_template FILE"
             )
         source = self.source
         if date and isinstance(self.jinja, str) and "strftime_now" in self.jinja:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from pydantic import FiniteFloat
 
-from router.constants import BASE_COLUMN, FORMAT, Apply, Dtype, Engine
+from router.constants import BASE_COLUMN, FORMAT, LIBRARY, Apply, Dtype, Engine
 from router.pipeline.evidence import LOW_MARGIN
 from router.queries.submission import submission_name
 from router.system.files import read_record, typed
@@ -90,6 +90,7 @@ class Record:
     method: str
     versions: dict[str, str]
     flags: dict[str, Any]  # as `Settings.plain` has them
+    directory: str = ""  # in which the run was started, so of which its relative paths are
     seconds: dict[str, FiniteFloat] = field(default_factory=dict)  # this and the next two as in `Stages`
     peak_mib: dict[str, FiniteFloat] = field(default_factory=dict)
     peak_gpu_mib: dict[str, FiniteFloat] = field(default_factory=dict)
@@ -138,6 +139,11 @@ class Record:
         """The query files, as the run was given them."""
         return list(map(Path, self.flags["dataset_filepaths"]))
 
+    def found(self, path: str) -> str:
+        """A path of the flags as it is found from any directory, or the word or hub id that it is."""
+        there = (Path(self.directory, root, path) for root in ("", LIBRARY))
+        return next((str(place) for place in there if self.directory and place.exists()), path)
+
     def plain(self) -> dict[str, Any]:
         """The record as JSON values; what such a run does not have is left out."""
         always = ("seconds", "peak_mib")
@@ -163,6 +169,7 @@ def record(
         method=name,
         versions=versions(settings.engine),
         flags=settings.plain(),
+        directory=str(Path.cwd()),
         seconds={stage: round(value, 3) for stage, value in stages.seconds.items()},
         peak_mib=dict(stages.peak_mib),
         peak_gpu_mib=dict(stages.peak_gpu_mib),

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from router.constants import FORMAT, TEMPLATE
+from router.constants import FORMAT, SCRIPT, TEMPLATE
 from router.model.base import EMBEDDED
 from router.pipeline.state import FILE
 from router.routing.variants import VARIANTS, Variant
 from router.system.errors import InputError
 from router.system.files import (
     is_ours,
+    is_sealed,
     is_still,
     mark,
     read_record,
@@ -117,6 +118,8 @@ def replacing_router(folder: Path) -> Iterator[Path]:
     Raises:
         InputError: there are files of these names that no router left there.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder, or nothing, to save a router in, got a file")
     check_replaceable(folder)
     work = work_folder(folder, WORK)
     try:
@@ -126,7 +129,8 @@ def replacing_router(folder: Path) -> Iterator[Path]:
         if (folder / ABOUT).exists():  # from here on it is no router, until it is the new one
             (folder / ABOUT).replace(folder / BEFORE)
         remove_ours(folder / VARIANTS)
-        (folder / TEMPLATE).unlink(missing_ok=True)
+        for name in (TEMPLATE, *([SCRIPT] if is_sealed(folder / SCRIPT) else [])):
+            (folder / name).unlink(missing_ok=True)
         for name in (VARIANTS, TEMPLATE, ABOUT, FILE):  # the last one has the hash that the record says
             if (work / name).exists():
                 (work / name).replace(folder / name)

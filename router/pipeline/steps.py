@@ -263,6 +263,14 @@ def route(method: Method, queries: Sequence[Query]) -> tuple[list[list[int]], Ro
         log.warning("%s", shorter)
     if (routing := method.kept("routing", len(queries))) is None:
         routing = method.route(queries, rows)
+        shape = len(queries), len(method.adapters) + 1
+        weights = np.asarray(getattr(routing, "weights", None))
+        sound = weights.shape == shape and bool((weights >= 0).all())
+        if not sound or not np.allclose(weights.sum(1), 1, atol=1e-3):
+            raise InputError(
+                f"-m {method.name}: expected a Routing with weights of shape {shape}, none below 0, which "
+                f"sum to 1 in each row; got shape {weights.shape}, or other values"
+            )
         method.keep("routing", routing)
     return rows, routing
 

@@ -40,11 +40,17 @@ def checked(messages: Any, where: str = "messages", ends: bool = True) -> list[M
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError(f"{where}: expected a list of messages, got {messages!r:.40}")
+    # OpenAI's client gives objects, which the next turn has among its messages.
+    messages = [
+        message.model_dump(exclude_none=True) if hasattr(message, "model_dump") else message
+        for message in messages
+    ]
     for number, message in enumerate(messages, 1):
         role = message.get("role") if isinstance(message, Mapping) else None
         if role not in ROLES:
+            got = message if role is None else role
             raise InputError(
-                f"{where}, message {number}: expected a role of {', '.join(ROLES)}, got {role!r:.40}"
+                f"{where}, message {number}: expected a role of {', '.join(ROLES)}, got {got!r:.40}"
             )
         given = message.get("content")
         if not isinstance(given, (str, list, type(None))):

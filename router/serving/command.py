@@ -10,7 +10,6 @@ import signal
 import socket
 from argparse import ArgumentParser, Namespace
 from contextlib import suppress
-from functools import partial
 from importlib.util import find_spec
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -120,10 +119,14 @@ def work(args: Namespace) -> None:
 
 def _proxy(args: Namespace) -> Proxy:
     from router.api import Router
+    from router.serving.names import read_served
     from router.serving.proxy import Proxy
     from router.serving.tracing import tracer
 
-    load = partial(Router.load, args.router, args.base_model, args.device, args.dtype)
+    def load() -> Router:
+        read_served(args.router)  # refuses one whose variants are gone
+        return Router.load(args.router, args.base_model, args.device, args.dtype)
+
     api_key = key_of("PROTO_ROUTE_API_KEY")
     here = args.host in LOOPBACK
     if api_key is None and not here:

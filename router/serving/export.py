@@ -18,6 +18,7 @@ import torch
 
 from merge.factors import Factors, gram
 from merge.folders import SERVED_RANKS, AdapterError, open_adapter, served_rank, write_adapter
+from router.constants import SCRIPT
 from router.model.base import EMBEDDED_ID, embedded_folder, embedded_gguf
 from router.routing.variants import limited
 from router.serving.names import Served, read_adapters, read_served
@@ -26,8 +27,7 @@ from router.system.errors import InputError, printable
 from router.system.files import SEAL, is_sealed, remaking, replacing, sealed
 from router.system.hub import fetch
 
-SCRIPT = "serve.sh"
-GGUF = "gguf"  # a folder beside it
+GGUF = "gguf"  # a folder beside SCRIPT
 CONVERTER = (
     "convert_lora_to_gguf.py"  # llama.cpp's own, which knows how each architecture's weights are laid out
 )

@@ -413,26 +413,31 @@ class Proxy:
             raise HTTPException(409, "this server was started without a folder to reload")
         if self.renewing.locked():
             raise HTTPException(409, "not reloaded: it is being loaded already")
-        old = variants_of(self.router)
         try:
-            await self.renew()
+            changed = await self.renew()
         except InputError as error:
             raise HTTPException(409, f"not reloaded: {error}") from error
-        changed = sorted(variants_of(self.router) - old)
         count = len(self.router.variants)
         return as_json({"status": "reloaded", "variants": count, "changed": changed})
 
-    async def renew(self) -> None:
-        """Puts a newly loaded router, with the busy frames of the old one, in its place."""
+    async def renew(self) -> list[str]:
+        """Puts a newly loaded router, with the busy frames of the old one, in its place.
+
+        Returns:
+            The names of variants that the old one lacked; if there are any, restart the server.
+        """
         assert self.load is not None
         async with self.renewing:  # one at a time, since each loads a model
             new = await asyncio.to_thread(self.load)
             for frame in self.router.busy:  # so that decisions in these stay as they are
                 if frame not in new.frames:
                     await asyncio.to_thread(new.calibrate, frame)
+            changed = sorted(variants_of(new) - variants_of(self.router))
+            log.info("the router was loaded anew; new variants: %s", ", ".join(changed) or "none")
             self.router = new
             self.upstream.asked.clear()
             self.tried = None, 0.0, ""
+            return changed
 
 
 def _takes(template: Template, body: Mapping[str, Any]) -> bool:

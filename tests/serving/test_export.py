@@ -306,6 +306,24 @@ def test_what_has_no_variants_is_refused(out, capsys, harm, named):
             Router.load(out, device="cpu")
 
 
+def test_names_of_an_earlier_run_do_not_stay(command, router_of, tmp_path):
+    """A server that is started again would give them to other weights."""
+    flags = "proto_route", "--false_positive_rate"
+    _, out = command(*flags, 0.9)
+    saved = router_of().fit(["a", "b"]).save(tmp_path / "saved")
+    for folder, again in (
+        (out, lambda: command(*flags, 0.5)),
+        (saved, lambda: router_of().fit(["a"]).save(saved)),
+    ):
+        assert main([str(folder)]) == 0 and (folder / "serve.sh").exists()
+        again()
+        assert not (folder / "serve.sh").exists()
+    assert main([str(out)]) == 0
+    (out / "serve.sh").write_text("mine")
+    command(*flags, 0.9)
+    assert (out / "serve.sh").read_text() == "mine"
+
+
 def test_variants_of_an_earlier_run_are_not_served(command, monkeypatch, capsys):
     """They are still there if a run cannot replace them, which costs it no answer."""
     warm = ("proto_route", "--false_positive_rate", 0.9)

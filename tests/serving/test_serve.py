@@ -120,6 +120,7 @@ def test_it_serves_reloads_drains_and_tells_who_left(router, tmp_path):
             assert process.wait(20) in (0, -signal.SIGTERM)  # an open stream does not hold it up
         _until(lambda: upstream.left == ["Endless", "stream"])
     assert not any("Traceback" in line or "What is number" in line for line in log)
+    assert any("loaded anew; new variants: " in line for line in log)
 
 
 def _names(router, texts):
