@@ -138,7 +138,7 @@ class Router:
 
         Args:
             adapters: folders, folders of folders, names in data/library or hub ids (`ID[@REVISION]`);
-                without any, data/library is loaded.
+                without any, data/library is loaded. One list of them is taken, too.
             base_model: `embedded`, a folder or a hub id; None takes the one that the adapters name.
             method: a routed method, by name.
             settings: any other field of `router.settings.Settings`, with the command line's defaults.
@@ -238,11 +238,11 @@ class Router:
         if record.base is None:
             raise InputError(f"{folder / RECORD}: expected the run's variants, found none; run it again")
         flags = dict(vars(run.settings)) | {"device": device, "dtype": dtype or record.base.dtype}
-        flags["base_model"] = base_model or (flags["base_model"] and record.found(flags["base_model"]))
+        flags["base_model"] = base_model or (flags["base_model"] and record.located(flags["base_model"]))
         flags["chat_template"] = folder / TEMPLATE if TEMPLATE in record.files else None
         for key in ("dataset_filepaths", "output_folder", "engine"):
             del flags[key]
-        router = cls.from_library(*map(record.found, flags.pop("adapters")), method="proto_route", **flags)
+        router = cls.from_library(*map(record.located, flags.pop("adapters")), method="proto_route", **flags)
         _check_base(router._base, folder, record.base.sha256, record.base.configuration)
         if router.candidates != run.names:
             other = sorted(set(router.candidates) ^ set(run.names)) or router.candidates

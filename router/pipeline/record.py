@@ -139,8 +139,8 @@ class Record:
         """The query files, as the run was given them."""
         return list(map(Path, self.flags["dataset_filepaths"]))
 
-    def found(self, path: str) -> str:
-        """A path of the flags as it is found from any directory, or the word or hub id that it is."""
+    def located(self, path: str) -> str:
+        """A path of the flags as any directory finds it; a word or a hub id as it is."""
         there = (Path(self.directory, root, path) for root in ("", LIBRARY))
         return next((str(place) for place in there if self.directory and place.exists()), path)
 

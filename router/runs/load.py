@@ -135,8 +135,8 @@ class Run:
             notes.append(f"{RESUMED.capitalize()}.")
         gone = self.file[[query is None for query in self.queries]]
         return notes + [
-            f"The texts of {missing} queries of {self.record.found(str(path))} are not at hand: the file is "
-            "gone or has changed. These queries are shown by their ids alone."
+            f"The texts of {missing} queries of {self.record.located(str(path))} are not at hand: the file "
+            "is gone or has changed. These queries are shown by their ids alone."
             for number, path in enumerate(self.record.paths)
             if (missing := int((gone == number).sum()))
         ]
@@ -182,7 +182,7 @@ def load(folder: Path) -> Run:
                 evidence.append(why)
         file += [number] * len(part)
         answers += part.items()
-        queries += _asked(Path(record.found(str(path))), list(part), record)
+        queries += _asked(Path(record.located(str(path))), list(part), record)
     ids, predictions = ([pair[n] for pair in answers] for n in (0, 1))
     labels, weights = (np.concatenate([table[n] for table in tables]) for n in (0, 1))
     made = [[variant.weights.get(name, 0) for name in names] for variant in record.variants]

@@ -122,7 +122,7 @@ def read_adapters(folder: Path) -> dict[str, Path]:
     if (folder / ABOUT).exists():
         return {}
     run = Record.read(folder / RECORD)
-    specs = [run.found(spec) for spec in run.flags["adapters"]]
+    specs = [run.located(spec) for spec in run.flags["adapters"]]
     # Those that the run left out are no matter.
     library = {adapter.name: adapter for adapter in load_library(specs, bad=[])}
     for name, about in run.adapters.items():
