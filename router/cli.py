@@ -1,7 +1,5 @@
 """The console command `proto-route`, also `python -m router`, with one subcommand per task."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Names and presets that several parts of the router share."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -127,6 +127,7 @@ def examined(specs: Sequence[str], local_only: bool = False, values: bool = True
                 unusable = error
             except (AdapterError, OSError) as error:
                 unusable = InputError(str(error))
+                unusable.__cause__ = error  # which may be for want of memory
             yield Examined(name, adapter, unusable)
 
 

@@ -4,8 +4,6 @@ A text in a frame is unlike every text without one, so the generic prompts that 
 in its frame, too. Texts only: knows no model and no adapter.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter

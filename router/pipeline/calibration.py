@@ -4,8 +4,6 @@ It depends on the base model and on the adapter alone, so it is kept adapter by 
 from their contents: a library that was seen before costs nothing, and one new adapter costs one adapter.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a run has: settings, stages, processes, deadline and journal. It is passed on, never replaced."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from router.pipeline.deadline import Deadline

@@ -3,8 +3,6 @@
 So a full submission is always written, in which what was left out says `unknown`.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

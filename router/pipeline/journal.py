@@ -5,8 +5,6 @@ when the run is finished. Only one run at a time may write to an output folder. 
 each writes a file of answers and reads all; the first one does the rest.
 """
 
-from __future__ import annotations
-
 import json
 from collections import UserDict
 from collections.abc import Iterator, Mapping

@@ -3,8 +3,6 @@
 The same run writes the same card. The sources' own cards are read as data.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import re

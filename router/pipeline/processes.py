@@ -4,8 +4,6 @@ accelerate's state connects them. A run without torchrun is the case of one proc
 imported. Knows no models and no queries.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 A prompt is read as it is, a conversation by each message of the user under its system message.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence

@@ -1,7 +1,5 @@
 """Variants on a server: names that bear hashes, and whether it answers with their weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 No adapter and no generic text is in it. Safetensors and JSON only.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

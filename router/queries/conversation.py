@@ -3,8 +3,6 @@
 Knows no models; router/model/template.py writes a conversation as a model reads it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Every file is written under a temporary name and then renamed, so a file under its final name is whole.
 """
 
-from __future__ import annotations
-
 import ast
 import csv
 import hashlib

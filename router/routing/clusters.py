@@ -1,7 +1,5 @@
 """From weights per query to a few variants: groups of like mixes, by faiss k-means. Knows no models."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

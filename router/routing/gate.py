@@ -6,8 +6,6 @@ Notation: R[q, i, m, v] is the response of query q, adapter i, module m in view 
 are those of docs/method.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 

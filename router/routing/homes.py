@@ -3,8 +3,6 @@
 Few adapters answer in another form, so they are chosen less readily there. Knows no files and no models.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -4,8 +4,6 @@ Scores are linear in log responses, so they are products of arrays that are made
 module and a view. Knows no files and no models.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple, Self

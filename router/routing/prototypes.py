@@ -8,8 +8,6 @@ the first direction alone. With equal weights it would drown in the directions t
 they were initialised. Knows nothing of queries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

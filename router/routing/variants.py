@@ -4,8 +4,6 @@ A variant is an exact weighted sum of the library's updates, written as a PEFT f
 answers with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The one error that is meant for the person at the keyboard, and what to say when memory runs out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -5,8 +5,6 @@ finished folder holds the hashes of its files, and a script or page one of its t
 somebody else's, too.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Downloads from the Hugging Face hub, into its own cache. Knows neither models nor adapters."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Progress bars, shown only on a terminal and never if TQDM_DISABLE is set, which --quiet does."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

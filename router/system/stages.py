@@ -1,7 +1,5 @@
 """Seconds and peak memory of each stage of a run."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time
