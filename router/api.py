@@ -409,6 +409,7 @@ class Router:
             ValueError: the router was loaded from a saved one, which has no adapters to make variants of.
         """
         self._check_adapters()
+        n_variants = n_variants.item() if isinstance(n_variants, np.generic) else n_variants
         try:
             typed(kinds()["n_variants"], n_variants, strict=True)
         except ValueError as error:

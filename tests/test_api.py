@@ -418,6 +418,8 @@ def test_a_run_is_loaded_and_read_from_any_directory(tiny_base, tiny_library, tm
     assert [query.input for query in load_run(tmp_path / "out").queries] == MORE
     assert len(Router.load(tmp_path / "out", device="cpu").variants) > 1
     assert read_adapters(tmp_path / "out").keys() == set(NAMES)
+    edit_json(tmp_path / "out" / "run.json", directory="x" * 5000)  # of a stranger
+    assert set(load_run(tmp_path / "out").queries) == {None}
 
 
 def test_what_python_people_pass_is_taken_or_refused_in_a_sentence(router, tiny_base, tiny_library):
@@ -432,6 +434,7 @@ def test_what_python_people_pass_is_taken_or_refused_in_a_sentence(router, tiny_
     for many in ("2", "auto", 1.5, True):
         with pytest.raises(ValueError, match="n_variants"):
             router.fit(TEXTS, many)
+    assert router.fit(TEXTS, np.int64(1)).variants
     for way in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="save it"):
             way(router)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -141,8 +142,11 @@ class Record:
 
     def located(self, path: str) -> str:
         """A path of the flags as any directory finds it; a word or a hub id as it is."""
-        there = (Path(self.directory, root, path) for root in ("", LIBRARY))
-        return next((str(place) for place in there if self.directory and place.exists()), path)
+        for place in (Path(self.directory, path), Path(self.directory, LIBRARY, path)):
+            with suppress(OSError):  # a directory that others may not read, or a name that is too long
+                if self.directory and place.exists():
+                    return str(place)
+        return path
 
     def plain(self) -> dict[str, Any]:
         """The record as JSON values; what such a run does not have is left out."""
