@@ -192,8 +192,9 @@ class Reader:
         x = x[: group.inputs.total]  # what fills up the batch comes last
         for name in names & group.places.keys():
             centred, size = group.inputs.centred(name, x, fitted.means[name])
-            cosines = squared_cosines(fitted.prototypes[name], centred, size, len(fitted.names))
-            for prompt, part in zip(group.prompts, group.views.transpose(0, 1) @ cosines.T, strict=True):
+            proto, count = fitted.prototypes[name], len(fitted.names)
+            cosines = squared_cosines(proto, centred, size, group.views, count)  # (2, prompts, adapters)
+            for prompt, part in zip(group.prompts, cosines.transpose(0, 1), strict=True):
                 prompt.squares[group.places[name]] += part  # (2, adapters)
 
     def _enter(self) -> None:

@@ -216,7 +216,7 @@ def probe(
 
         def visit(name: str, x: Tensor) -> None:
             centred, size = inputs.centred(name, x, means[name])
-            squares[place[name]] = views @ squared_cosines(prototypes[name], centred, size, n_adapters).T
+            squares[place[name]] = squared_cosines(prototypes[name], centred, size, views, n_adapters)
 
         with reading_inputs(model, list(prototypes), visit):
             sure = confidence_of(forward(model, ids, mask))
@@ -232,16 +232,21 @@ def probe(
     return Probed(out, confidence)
 
 
-def squared_cosines(proto: ModulePrototypes, centred: Tensor, size: Tensor, n_adapters: int) -> Tensor:
-    """The weighted squared cosines of a module's inputs to the adapters' prototypes, (adapters, T) float32.
+def squared_cosines(
+    proto: ModulePrototypes, centred: Tensor, size: Tensor, views: Tensor, n_adapters: int
+) -> Tensor:
+    """The mean weighted squared cosines of inputs to the prototypes, (2, B, adapters) float32.
+
+    Means are taken direction by direction, then summed by adapter: there are fewer of them than tokens.
 
     Args:
-        centred: (T, d_in) inputs less their mean.
+        centred: (T, d_in) inputs of a module less their mean.
         size: (T,) their squared norms.
+        views: (2, B, T) weights of the tokens, see `averages`.
     """
-    along = centred.to(proto.directions.dtype) @ proto.directions  # (T, K)
-    rows = along.T.to(torch.float32, memory_format=torch.contiguous_format)  # (K, T), in one copy
-    return proto.sums(rows.square_(), n_adapters) / size
+    along = (centred.to(proto.directions.dtype) @ proto.directions).float().square_()  # (T, K)
+    means = along.T @ (views / size).flatten(0, 1).T  # (K, 2 B)
+    return proto.sums(means, n_adapters).T.reshape(*views.shape[:2], n_adapters)
 
 
 def averages(counted: Tensor, end: int) -> Tensor:

@@ -39,10 +39,10 @@ class ModulePrototypes:
     owners: Tensor
 
     def sums(self, columns: Tensor, n_adapters: int) -> Tensor:
-        """Each adapter's weighted sum over its own columns, (adapters, T); 0 where it has none.
+        """Each adapter's weighted sum over its own columns, (adapters, n); 0 where it has none.
 
         Args:
-            columns: (K, T), a row for each column of `directions`.
+            columns: (K, n), a row for each column of `directions`.
         """
         if (known := self._bags.get(n_adapters)) is None:
             rows, numbers = (torch.arange(n, device=columns.device) for n in (len(self.owners), n_adapters))
