@@ -153,6 +153,8 @@ class Router:
             raise ValueError(f"method {method}: expected one that routes, this one is of the starter kit")
         if len(adapters) == 1 and isinstance(adapters[0], (list, tuple)):
             (adapters,) = adapters
+            if not adapters:
+                raise InputError("adapters: expected at least one, got an empty list")
         if adapters:
             settings["adapters"] = tuple(map(str, adapters))
         settings |= {key: value.item() for key, value in settings.items() if isinstance(value, np.generic)}
@@ -168,7 +170,7 @@ class Router:
     def load(
         cls,
         folder: str | Path,
-        base_model: str | None = None,
+        base_model: str | Path | None = None,
         device: Device | Literal["meta"] = "auto",
         dtype: Dtype | None = None,
     ) -> Router:
@@ -188,7 +190,7 @@ class Router:
                 weights, or the device or the dtype is another word. Another configuration or tokenizer is
                 a warning.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # the working directory may change
         if not (folder / ABOUT).is_file():
             if device == "meta":
                 raise InputError(f"{folder}: expected a saved router, of which others have the base model")
@@ -197,7 +199,7 @@ class Router:
             return cls._of_run(folder, base_model, device, dtype)
         seen, about = sha256_of(folder / ABOUT), Saved.read(folder)
         settings = Settings(
-            base_model=base_model or about.base,
+            base_model=str(base_model or about.base),
             dtype=dtype or about.dtype,
             device="auto" if device == "meta" else device,
             chat_template=folder / TEMPLATE if TEMPLATE in about.files else None,
@@ -226,11 +228,14 @@ class Router:
         if about.candidates != [*fits[0].names, BASE_COLUMN]:
             raise InputError(f"{folder / ABOUT}: expected the adapters of {FILE}; save the router again")
         method.fits.update({fitted.framing.frame: fitted for fitted in fits})
+        method.known = list(method.fits)
         router._read_templates(folder)
         return router
 
     @classmethod
-    def _of_run(cls, folder: Path, base_model: str | None, device: Device, dtype: Dtype | None) -> Router:
+    def _of_run(
+        cls, folder: Path, base_model: str | Path | None, device: Device, dtype: Dtype | None
+    ) -> Router:  # fmt: skip
         run = load_run(folder)
         record = run.record
         if record.method != "proto_route":
@@ -260,9 +265,8 @@ class Router:
             router.variants[n] = replace(router.variants[n], sha256=made.sha256)
         if all(path.exists() for path in paths if path):  # else nobody can serve them
             router._measure(folder / VARIANTS)
+        router._proto.known = [Frame(*frame) for frame in run.evidence.frames] if run.evidence else ()
         router._proto.prepare()  # now, not with the first request
-        for frame in run.evidence.frames if run.evidence else ():
-            router._proto.fitted(Frame(*frame))
         router._read_templates(folder)
         return router
 
@@ -340,7 +344,7 @@ class Router:
 
         None, too, once all frames together fill their memory.
         """
-        new = next((frame for frame in self._often if frame not in self._proto.fits), None)
+        new = next((frame for frame in self._often if frame not in self._proto.known), None)
         return None if self._proto.elsewhere or self._proto.full else new
 
     @property
@@ -350,7 +354,7 @@ class Router:
     @property
     def busy(self) -> list[Frame]:
         """The frames that were calibrated here and that most requests came in, at most FRAMES."""
-        return [frame for frame in self._often if frame in self._proto.fits][:FRAMES]
+        return [frame for frame in self._often if frame in self._proto.known][:FRAMES]
 
     def calibrate(self, frame: Frame) -> None:
         """Makes a frame of a system message; texts that other threads ask about wait for a batch at most."""
@@ -358,12 +362,13 @@ class Router:
         fitted = self._proto.learned(frame)
         with self._lock:
             self._proto.fits[frame] = fitted
+            self._proto.known = [*self._proto.known, frame]
         self._asked[frame] = SHARED
 
     @property
     def frames(self) -> list[Frame]:
         """The frames that texts are compared in, in the order in which a saved router has them."""
-        return list(self._proto.fits)
+        return list(self._proto.known)
 
     def read_by(self, read: Callable[[Fitted, Rows], Probed]) -> None:
         """Has another program's copy of the base model read what `unread` tells, such as an engine's.
@@ -409,14 +414,21 @@ class Router:
             ValueError: the router was loaded from a saved one, which has no adapters to make variants of.
         """
         self._check_adapters()
+        queries = _queries(texts, None)
         n_variants = n_variants.item() if isinstance(n_variants, np.generic) else n_variants
         try:
             typed(kinds()["n_variants"], n_variants, strict=True)
         except ValueError as error:
             raise ValueError(f"n_variants: {error}, got {n_variants!r:.40}") from error
-        weights = self.route(texts).to_numpy()
-        many = self._method.n_variants if n_variants is None else n_variants
-        self._decide(weights, cluster(weights, many, self._method.settings.seed, self._method.sharp))
+        method = self._method
+        if isinstance(method, ProtoRoute):
+            method.known = ()  # of an earlier sample
+        routing = method.route(queries, method.encoded(queries))
+        if isinstance(method, ProtoRoute) and routing.evidence:
+            method.known = [Frame(*frame) for frame in routing.evidence.frames]
+        many = method.n_variants if n_variants is None else n_variants
+        groups = cluster(routing.weights, many, method.settings.seed, method.sharp)
+        self._decide(routing.weights, groups)
         return self
 
     def _check_adapters(self) -> None:
@@ -461,7 +473,7 @@ class Router:
             self.variants = hashed(self.variants, names, work / VARIANTS)
             self._measure(work / VARIANTS)
             proto.prepare()
-            state.save(list(proto.fits.values()), work)
+            state.save([proto.fits[frame] for frame in proto.known], work)
             if proto.template.source:
                 (work / TEMPLATE).write_text(proto.template.source, "utf-8", newline="")
             base = self._base
@@ -517,7 +529,7 @@ class Router:
         if self._folder is not None:
             self._check_there()
             return self._folder / VARIANTS
-        if self._written is None:
+        if self._written is None or not self._written.is_dir():  # a cleaner of old files may have come
             folder = Path(tempfile.mkdtemp())
             self._forget = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             self._method.write_variants(self.variants, folder)
@@ -525,10 +537,10 @@ class Router:
         return self._written
 
     def _check_there(self) -> None:
-        """Refuses a loaded router in whose place another one was saved since."""
+        """Refuses a loaded router that is gone, or in whose place another one was saved since."""
         folder = cast(Path, self._folder)
         if not is_still(folder / ABOUT, self._seen):
-            raise InputError(f"{folder}: another router was saved there while this was in use; load it again")
+            raise InputError(f"{folder}: this router is gone, or another was saved there; load it again")
 
     @_one_at_a_time
     def answered(self, queries: Sequence[Query]) -> tuple[list[Answer], list[int]]:

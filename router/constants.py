@@ -16,7 +16,7 @@ TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 ADDRESS = r"https?://([^\s/:]+|\[[\da-fA-F:.]+\])(:\d+)?(/\S*)?"  # of a server
 CANARY = "The capital of France is"  # what every variant is asked for one token of, to see that it is served
 SCRIPT = "serve.sh"  # what export writes beside variants, so for these alone
-FORMAT = 13  # of runs and saved routers; raise it when a reader of the old one could not use the new one
+FORMAT = 14  # of runs and saved routers; raise it when a reader of the old one could not use the new one
 TEMPERATURE, TOP_K, FALSE_POSITIVE_RATE = 0.7, 3, 0.05  # of the gate, unless they are set
 BASE_COLUMN = "base"  # the null candidate in routing tables: the base model without any adapter
 

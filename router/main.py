@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         "--memory_limit", type=reader(Positive), metavar="GIB", help="checked by --plan (default: none)"
     )
     output = p.add_mutually_exclusive_group()
-    output.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    output.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
     output.add_argument("--json", action="store_true", help="print the record of the run, as in run.json")
     return p
 

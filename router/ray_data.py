@@ -24,7 +24,7 @@ from router.main import stop
 from router.model.device import pick_device
 from router.pipeline.journal import alone_in
 from router.pipeline.record import versions
-from router.queries.submission import Query, check_id, query_of, read_queries, submitted
+from router.queries.submission import Query, check_id, id_of, query_of, read_queries, submitted
 from router.settings import Count, Settings, reader
 from router.system.errors import InputError, reason, told_if_memory_runs_out
 from router.system.files import is_folder, sha256_of, told_if_full
@@ -100,7 +100,10 @@ def read(path: Path) -> list[Query]:
     queries = []
     numbers = dict[str, int]()
     for n, row in enumerate(rows, 1):
-        own = str(n if row.get("id") is None else row["id"])
+        try:
+            own = id_of(row, n)
+        except ValueError as error:
+            raise InputError(f"--input {path}, row {n}: {error}") from error
         check_id(own, n, numbers, path, "row")
         queries.append(query_of(row | {"id": own}, f"{path}, row {n}"))
     return queries

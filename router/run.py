@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from router.constants import BASE_COLUMN, FORMAT, SCRIPT, TEMPLATE, TOKENIZER
+from router.constants import BASE_COLUMN, FORMAT, SCRIPT, TEMPLATE
 from router.kit import StarterKitMethod
 from router.library.store import content
 from router.methods import load_method
@@ -24,6 +24,7 @@ from router.pipeline.per_token import PerToken
 from router.pipeline.processes import Processes, connected
 from router.pipeline.record import RECORD, REPORT, Record, record, versions
 from router.pipeline.result import Decision, Result
+from router.pipeline.saved import ABOUT
 from router.pipeline.steps import Loaded, Method, answer, group, load, route, write
 from router.queries.submission import (
     Query,
@@ -185,10 +186,8 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
     device, dtype = model.device, model.dtype
     if device.type == "cpu" and dtype.itemsize < 4:  # each number of threads rounds otherwise
         identity["threads"] = torch.get_num_threads()
-    templates = [adapter.folder.path / name for adapter in source.adapters for name in (TEMPLATE, TOKENIZER)]
-    templates += [settings.chat_template] if settings.chat_template else []
     return identity | {
-        "templates": _each(templates),
+        "template": _each([settings.chat_template] if settings.chat_template else []),
         "what the method reads": _each(made.reads(source.adapters, settings)),
         "dtype": str(dtype), "device": device.type, "base model": source.base.sha256,
         "configuration": source.base.configuration,
@@ -333,6 +332,8 @@ def _foreign(settings: Settings, known: set[str]) -> Iterator[str]:
     """The names of what a run would replace though no run wrote it."""
     folder = settings.output_folder
     yield from (name for name in (VARIANTS, FOLDER) if not is_ours(folder / name))
+    if (folder / ABOUT).exists():  # a saved router's, which variants in its folder are
+        yield ABOUT
     if not is_sealed(folder / REPORT):
         yield REPORT
     for output in (folder / name for name in _results(settings)):

@@ -99,9 +99,10 @@ def test_a_saved_router_needs_the_base_model_alone(made, tiny_base, tiny_library
     choices = [["a", "b"]] * 3
     chosen = router.answer(TEXTS, choices)
     shutil.move(tiny_library, tmp_path / "gone")
-    moved = shutil.move(saved, tmp_path / "moved")
+    shutil.move(saved, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)  # from which the base model has another relative path
-    loaded = Router.load(moved, device="cpu")
+    loaded = Router.load("moved", device="cpu")
+    monkeypatch.chdir(tmp_path.parent)
     assert loaded.candidates == router.candidates and loaded.variants == router.variants
     assert loaded.choose(MORE) == expected and loaded.choose(MORE[::-1]) == expected[::-1]
     assert loaded.answer(MORE) == answers
@@ -145,6 +146,9 @@ def test_variants_go_with_the_router(made, tmp_path, monkeypatch):
     (folder,) = temporary.iterdir()
     names = {str(n) for n, variant in enumerate(router.variants) if variant.weights}
     assert {path.name for path in folder.iterdir()} == names
+    expected = router.answer(TEXTS)
+    shutil.rmtree(folder)  # as a cleaner of old files does
+    assert router.answer(TEXTS) == expected
     del router
     gc.collect()
     assert not list(temporary.iterdir())
@@ -221,12 +225,18 @@ def test_a_router_does_what_the_command_did(router, finished, tiny_library):
         assert [answer.strip() or "unknown" for answer in own.answer(MORE)] == answers
     assert loaded.frames  # a request waits for no calibration
     assert [choice.variant for choice in loaded.choose(MORE)] == [int(row["variant"]) for row in routing]
-    for change in (
+    mine = next((finished / "variants").glob("*/")) / "chat_template.jinja"
+    mine.write_text("{{ messages }}")
+    refused("variant", finished)
+    mine.unlink()
+    changes = (
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
         lambda folder: edit_json(folder / "adapter_config.json", lora_alpha=99),
         lambda folder: grow(folder / "adapter_model.safetensors"),  # it was trained again since
-    ):
-        change(tiny_library / NAMES[0])
-        refused(NAMES[0], finished)
+    )
+    for name, change in zip(NAMES[::-1], changes, strict=True):
+        change(tiny_library / name)  # each is listed before those that were changed
+        refused(name, finished)
 
 
 def test_a_run_of_a_method_that_does_not_route_is_no_router(finished, tiny_base):
@@ -340,6 +350,20 @@ def test_a_strangers_file_is_not_replaced_by_a_router(router, saved, tmp_path, n
     assert (saved / "router.safetensors").read_bytes() == b"changed"
 
 
+def test_a_run_and_a_router_do_not_share_a_folder(command, router, saved, finished):
+    """The variants of one would be the other's."""
+    for folder, record, write in (
+        (saved, "router.json", lambda: command("proto_route", out="saved")[0]),
+        (finished, "run.json", lambda: router.fit(MORE).save(finished)),
+    ):
+        before = files_of(folder)
+        try:
+            assert write() == 2
+        except InputError as error:
+            assert record in str(error)
+        assert files_of(folder) == before
+
+
 @pytest.mark.parametrize("moved", range(4))
 def test_a_save_that_is_killed_leaves_the_old_router_or_none(router, saved, monkeypatch, moved):
     plain, done = Path.replace, []
@@ -435,6 +459,8 @@ def test_what_python_people_pass_is_taken_or_refused_in_a_sentence(router, tiny_
         with pytest.raises(ValueError, match="n_variants"):
             router.fit(TEXTS, many)
     assert router.fit(TEXTS, np.int64(1)).variants
+    with pytest.raises(InputError, match="empty list"):  # of a pattern that met nothing
+        Router.from_library([], base_model=tiny_base)
     for way in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="save it"):
             way(router)

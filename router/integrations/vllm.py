@@ -173,7 +173,7 @@ class Auto:
         self.folder, self.engine, self.args = Path(folder), engine, args
         self.models, self.plain = state.openai_serving_models, engine.generate
         self.base: str = self.models.base_model_paths[0].name
-        self.last: set[str] = set()  # names of the variants of the library before
+        self.made: set[str] = set()  # names of the variants of all libraries that were loaded
         self.library = await self._loaded()
         self.models.base_model_paths.append(BaseModelPath(name=AUTO, model_path=args.model))
         engine.generate = self.generate
@@ -207,12 +207,12 @@ class Auto:
 
         known = self.models.lora_requests
         names = {n: name for n, name in enumerate(served_names(router.variants)) if name}
-        self.seen |= {*known, *names.values()}
         config = self.engine.vllm_config
         many = len({*known, *names.values()})
-        if config.device_config.device_type == "cpu" and config.lora_config.max_loras <= len(self.seen):
+        seen = self.seen | {*known, *names.values()}
+        if config.device_config.device_type == "cpu" and config.lora_config.max_loras <= len(seen):
             raise InputError(
-                f"--max-loras: expected more than {len(self.seen)}, one for each adapter that was loaded and "
+                f"--max-loras: expected more than {len(seen)}, one for each adapter that was loaded and "
                 f"one to spare, since vLLM on a CPU mixes them up else; got {config.lora_config.max_loras}; "
                 "restart"
             )
@@ -221,6 +221,8 @@ class Auto:
                 f"--max-cpu-loras: expected at least {many}, since vLLM reads an adapter that it has put "
                 f"away from a folder that may have changed; got {room}"
             )
+        self.seen = seen
+        self.made |= {*names.values()}
         for number, name in names.items():
             if name not in known:
                 path = str((self.folder / VARIANTS / str(number)).resolve())
@@ -237,13 +239,12 @@ class Auto:
             )
         return loras
 
-    async def _unload(self, old: Library) -> None:
-        """Drops the names of adapters that neither this library nor the one before answers with."""
+    async def _unload(self) -> None:
+        """Drops the names of variants that this library does not answer with, to make room for the next."""
         from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 
-        last, self.last = self.last, {lora.lora_name for lora in old.loras.values()}
         now = {lora.lora_name for lora in self.library.loras.values()}
-        for name in last - self.last - now:
+        for name in self.made & self.models.lora_requests.keys() - now:
             await self.models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
 
     async def _said(self, router: Router, lora: Any) -> float:
@@ -263,8 +264,8 @@ class Auto:
             if self.renewing.locked():
                 raise InputError("it is being loaded already")
             async with self.renewing:
-                old, self.library = self.library, await self._loaded()
-                await self._unload(old)
+                await self._unload()
+                self.library = await self._loaded()
         except HTTPException as error:
             return as_error(request, error)
         except InputError as error:
@@ -423,7 +424,7 @@ class Door:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """One request."""
         kind = dict(scope.get("headers", ())).get(b"content-type", b"")
-        if scope["type"] != "http" or scope["method"] != "POST" or b"json" not in kind:
+        if scope["type"] != "http" or scope["method"] != "POST" or b"json" not in kind.lower():
             await self.app(scope, receive, send)
             return
         request = Request(scope, receive)

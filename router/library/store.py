@@ -15,15 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge.folders import CONFIG_FILE
+from router.constants import TEMPLATE, TOKENIZER
 from router.library.adapters import Adapter
-from router.system.files import cache_folder
+from router.system.files import cache_folder, sha256_of
 
 
 def content(adapter: Adapter) -> str:
-    """A name made from an adapter's weights and its configuration, which holds its scale."""
+    """A name made from an adapter's weights, its configuration (with its scale), and its chat template."""
+    files = [adapter.folder.path / name for name in (CONFIG_FILE, TEMPLATE, TOKENIZER)]
     with adapter.named():
-        config = (adapter.folder.path / CONFIG_FILE).read_bytes()
-    return hashlib.sha256(adapter.sha256.encode() + config).hexdigest()[:32]
+        digests = [sha256_of(file) if file.is_file() else "" for file in files]
+    return hashlib.sha256(" ".join([adapter.sha256, *digests]).encode()).hexdigest()[:32]
 
 
 def each_kept(

@@ -73,16 +73,19 @@ class ProtoRoute(Method):
     has the equations.
 
     Attributes:
+        known: the frames in which a query is compared, whichever others come with it; beside bare prompts and
+            the template's.
         elsewhere: reads prompts in place of the base model here, whose copy is another program's; gives what
             `Fitted.probe` does.
     """
 
     sharp = True
+    known: Sequence[Frame] = ()
     elsewhere: Callable[[Fitted, Rows], Probed] | None = None
 
     @cached_property
     def fits(self) -> dict[Frame, Fitted]:
-        """The library in each frame that came so far."""
+        """The library in each frame that came so far, also in those that are not known."""
         return {}
 
     @property
@@ -141,7 +144,7 @@ class ProtoRoute(Method):
     ) -> list[list[Read]]:
         """What is read of each query, see `turns_of`; in no new frame once they fill their memory."""
         new = 0 if self.full else new
-        return turns_of(queries, self.template, self.settings, self.fits.keys(), new, asked)
+        return turns_of(queries, self.template, self.settings, self.known, new, asked)
 
     @property
     def full(self) -> bool:
@@ -149,13 +152,12 @@ class ProtoRoute(Method):
         return sum(fitted.gate.reference_.nbytes for fitted in list(self.fits.values())) >= FRAMES_BYTES
 
     def prepare(self) -> None:
-        """Fits the frames that a request may come in at any time: none, the template's, and --frame."""
-        self.fitted()
-        if frame := self.template.usable:
+        """Fits the frames that are known, and those of any request: none, the template's, and --frame."""
+        told, _, after = (self.settings.frame or "").partition("{input}")
+        own = [Frame(told, after)] if self.settings.frame not in (None, "none") else []
+        self.known = list(dict.fromkeys([BARE, *filter(None, [self.template.usable]), *own, *self.known]))
+        for frame in self.known:
             self.fitted(frame)
-        if (told := self.settings.frame) and told != "none":
-            before, _, after = told.partition("{input}")
-            self.fitted(Frame(before, after))
 
     def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """Prototypes, probe and gate; no labels, no training, no pass with an adapter."""
@@ -204,7 +206,7 @@ class ProtoRoute(Method):
         """New frames of bare prompts that are an adapter's instruction: it hears most queries best."""
         under: dict[Frame, list[int]] = {}
         for read, adapter in zip(reads, best.tolist(), strict=True):
-            if read.shared and read.frame == BARE and read.shared not in self.fits:
+            if read.shared and read.frame == BARE and read.shared not in self.known:
                 under.setdefault(read.shared, []).append(adapter)
         return {frame for frame, heard in under.items() if max(Counter(heard).values()) > ONE * len(heard)}
 

@@ -67,6 +67,8 @@ class Template:
     ) -> str:  # fmt: skip
         """A conversation up to where the answer begins.
 
+        Where the template takes no other, its system messages are one, at the start.
+
         Args:
             query: its id, for the error.
             date: how a template that writes the date spells each part of it; None is today's.
@@ -98,6 +100,11 @@ class Template:
                     return str(self.tokenizer.apply_chat_template(_with_objects(plain), **how))
             return str(self.tokenizer.apply_chat_template(plain, **how))
         except Exception as error:  # whatever a template leads to
+            above = [message for message in plain if message["role"] in SYSTEM]
+            if above and above != plain[:1]:  # many take one system message alone, at the start
+                joined = {"role": "system", "content": "\n\n".join(one["content"] for one in above)}
+                others = [message for message in messages if message["role"] not in SYSTEM]
+                return self.text([joined, *others], query, date)
             raise InputError(
                 f"{which}the chat template of {self.name} does not take its messages ({reason(error)})"
             ) from error

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from router.constants import FORMAT, SCRIPT, TEMPLATE
 from router.model.base import EMBEDDED
+from router.pipeline.record import RECORD
 from router.pipeline.state import FILE
 from router.routing.variants import VARIANTS, Variant
 from router.system.errors import InputError
@@ -131,7 +132,7 @@ def replacing_router(folder: Path) -> Iterator[Path]:
         remove_ours(folder / VARIANTS)
         for name in (TEMPLATE, *([SCRIPT] if is_sealed(folder / SCRIPT) else [])):
             (folder / name).unlink(missing_ok=True)
-        for name in (VARIANTS, TEMPLATE, ABOUT, FILE):  # the last one has the hash that the record says
+        for name in (VARIANTS, ABOUT, TEMPLATE, FILE):  # the last two have hashes that the record says
             if (work / name).exists():
                 (work / name).replace(folder / name)
         (folder / BEFORE).unlink(missing_ok=True)
@@ -156,7 +157,8 @@ def check_replaceable(folder: Path) -> None:
             raise InputError(
                 f"{about}: expected none, or that of a router ({error}); move it away"
             ) from error
-    foreign = [VARIANTS] if not is_ours(folder / VARIANTS) else []
+    foreign = [RECORD] if (folder / RECORD).exists() else []  # a run's, which variants beside it are
+    foreign += [VARIANTS] if not is_ours(folder / VARIANTS) else []
     for name in (FILE, TEMPLATE):
         if (folder / name).exists() and all(changed(folder, {name: files.get(name, "")}) for files in known):
             foreign.append(name)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
+from router.constants import TEMPLATE
 from router.routing.variants import Variant
 from router.system.files import sha256_of
 
@@ -42,9 +43,12 @@ def hashed(variants: Sequence[Variant], names: Sequence[str | None], folder: Pat
 
 
 def content_of(folder: Path) -> str:
-    """The hash of a variant's configuration, which scales its weights, and of these; "" if one is gone."""
-    files = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    return sha256_of(*files) if all(file.is_file() for file in files) else ""
+    """The hash of a variant's configuration, which scales its weights, of these, and of its chat template if
+    it brings one; "" if one of the first two is gone.
+    """
+    files = [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
+    own = [file for file in (folder / TEMPLATE,) if file.is_file()]
+    return sha256_of(*files, *own) if all(file.is_file() for file in files) else ""
 
 
 def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:

@@ -128,10 +128,7 @@ def _json_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if text.strip():
             try:
                 row = record_of(dict[str, Any], text)
-                own = line if row.get("id") is None else row["id"]
-                if not isinstance(own, (str, int)):
-                    raise ValueError(f"expected a text or a whole number as id, got {own!r:.40}")
-                yield line, row | {"id": str(own)}
+                yield line, row | {"id": id_of(row, line)}
             except ValueError as error:
                 yield line, f"expected a JSON object ({error})"
 
@@ -200,6 +197,18 @@ def read_queries(path: Path) -> list[Query]:
     if not queries:
         raise InputError(f"{path}: expected at least one query, found none")
     return queries
+
+
+def id_of(row: Mapping[str, Any], number: int) -> str:
+    """The id of a row that is no CSV, or its number where it has none.
+
+    Raises:
+        ValueError: it is neither text nor a whole number.
+    """
+    own = number if row.get("id") is None else row["id"]
+    if not isinstance(own, (str, int)):
+        raise ValueError(f"expected a text or a whole number as id, got {own!r:.40}")
+    return str(own)
 
 
 def check_id(name: str, line: int, lines: dict[str, int], path: Path, what: str = "line") -> None:

@@ -364,6 +364,7 @@ class Proxy:
 
     async def ready(self, request: Request) -> Response:
         """GET /ready: the router decides, the upstream is there, and every variant answers a canary there."""
+        self._admit_if_open(request)
         key = self._key(request)
         router = self.router
         self.upstream.asked.clear()
@@ -392,8 +393,14 @@ class Proxy:
         what = f"the upstream does not answer for {', '.join(silent)}, or as the base model does"
         return what if silent else ""
 
-    async def metrics(self, _: Request) -> Response:
+    def _admit_if_open(self, request: Request) -> None:
+        """Lets in who needs no key; where there is none at all, no page of another site."""
+        if self.api_key is None:
+            admit(request, None, self.hosts)
+
+    async def metrics(self, request: Request) -> Response:
         """GET /metrics, for Prometheus."""
+        self._admit_if_open(request)
         return Response(generate_latest(self.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def last_decisions(self, request: Request) -> Response:

@@ -22,9 +22,9 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
         >>> prompt_of({"input": "Hello", "instructions": "Be brief."})
         [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hello'}]
     """
-    messages = body.get("messages")
+    messages, where = body.get("messages"), "messages"
     if messages is None:
-        messages = body.get("input")
+        messages, where = body.get("input"), "input"
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     if messages is None:
         given = body.get("prompt")
@@ -39,8 +39,8 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
         messages = [
             one for one in messages if not isinstance(one, Mapping) or "role" in one or "type" not in one
         ]
-        messages = [{"role": "system", "content": above}, *messages] if above else messages
-    sound = checked(messages, ends=False)
+    sound = checked(messages, where, ends=False)
+    sound = [{"role": "system", "content": above}, *sound] if above else sound
     system = [one for one in sound if one["role"] in SYSTEM]
     asked = [one for one in sound if one["role"] == "user" and content(one).strip()]
     return [{"role": one["role"], "content": content(one)} for one in (*system, *asked)]

@@ -86,7 +86,8 @@ class Upstream:
         asked: what it serves, by key; to be cleared when that may have changed.
 
     Raises:
-        HTTPException: 502 or 504, by every method, where it is away, too slow or not as expected.
+        HTTPException: 502 or 504, by every method, where it is away, too slow or not as expected; 401 or 403
+            where it refuses the key.
     """
 
     def __init__(self, address: str, timeout: float, transport: httpx.AsyncBaseTransport | None) -> None:
@@ -155,7 +156,8 @@ class Upstream:
             raise self.away(error) from error
         except httpx.HTTPStatusError as error:  # its text has the upstream's address
             status = error.response.status_code
-            raise HTTPException(502, f"the upstream answered {status} at {path}") from error
+            told = status if status in (401, 403) else 502  # it is the key's fault, not to be tried again
+            raise HTTPException(told, f"the upstream answered {status} at {path}") from error
         except (httpx.HTTPError, ValueError, RecursionError) as error:
             raise HTTPException(502, f"the upstream does not answer as expected at {path}") from error
 

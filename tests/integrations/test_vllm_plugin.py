@@ -276,6 +276,23 @@ async def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, s
             assert (await client.post("/v1/admin/reload")).status_code == 409
 
 
+async def test_any_number_of_routers_come_one_after_the_other(started, saved, monkeypatch):
+    """With the room that `export` asks for, also after one that failed."""
+    async with started() as (client, engine, plugin):
+        count = len(plugin.library.loras)
+        room = SimpleNamespace(max_loras=count + 1, max_cpu_loras=2 * (count + 1))
+        monkeypatch.setattr(engine.vllm_config, "lora_config", room)
+        monkeypatch.setattr(engine.vllm_config.device_config, "device_type", "cuda")
+        for generation, broken in enumerate(["", "", "out of memory", "", ""]):
+            names = [f"variant-{n}-{generation}" if v.weights else None for n, v in enumerate(saved.variants)]
+            monkeypatch.setattr("router.integrations.vllm.served_names", lambda _, names=names: names)
+            engine.broken = broken
+            told = await client.post("/v1/admin/reload")
+            assert told.status_code == (409 if broken else 200), told.text
+            before = set() if broken else {lora.lora_name for lora in plugin.library.loras.values()}
+            assert before <= plugin.models.lora_requests.keys()
+
+
 @pytest.mark.parametrize(
     ("part", "field", "value", "flag"),
     [

@@ -92,6 +92,19 @@ def test_a_developer_and_calls_of_tools_are_written_as_servers_write_them(base):
         assert Template(base.tokenizer, PLAIN).text([talk[1] | {"tool_calls": odd}]) == "user: x\nassistant: "
 
 
+def test_system_messages_are_one_where_the_template_takes_no_other(base):
+    only_first = TURN % (
+        "{% if m.role == 'system' and not loop.first %}{{ raise_exception('first') }}{% endif %}"
+        "{{ m.role }} {{ m.content }} ", "A:"
+    )  # fmt: skip
+    user = {"role": "user", "content": "x"}
+    kind, brief = {"role": "system", "content": "Be kind."}, {"role": "developer", "content": "Be brief."}
+    for talk in ([kind, brief, user], [kind, user, brief]):
+        assert Template(base.tokenizer, only_first).text(talk) == "system Be kind.\n\nBe brief. user x A:"
+    with pytest.raises(InputError, match="query 7"):
+        Template(base.tokenizer, "{{ raise_exception('none') }}").text([kind, brief, user], "7")
+
+
 def test_most_adapters_decide_which_template_a_library_has(base, tmp_path):
     others = [PLAIN.replace("user", "User"), PLAIN, PLAIN]
     for name, source in zip("abc", others, strict=True):

@@ -233,7 +233,7 @@ ROPE = {"rope_type": "default", "rope_theta": 500.0}
         (with_other("tokenizer_config.json", chat_template="{{ messages }}"), (), (), "configuration"),
         (with_other("tokenizer.json", normalizer={"type": "Lowercase"}), (), (), "configuration"),
         (with_other("generation_config.json", eos_token_id=7), (), (), "configuration"),
-        (move_template, (), (), "templates"),
+        (move_template, (), (), "adapters"),
         (None, ("--dtype", "bfloat16"), (), "threads"),
         (None, (), ("--seed", "3"), "seed"),
         (None, (), ("--adapters", "mlp", "everything", "attention"), "adapters"),  # another order

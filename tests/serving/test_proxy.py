@@ -401,10 +401,13 @@ async def test_a_clients_cookies_are_its_own_and_arrive():
 )
 async def test_a_page_of_another_site_reaches_nothing_without_a_key(headers, status):
     async with proxied(hosts=("proxy",)) as (client, upstream, _):
-        for method, path in (("POST", "/v1/completions"), ("GET", "/recent"), ("POST", "/v1/route")):
+        for method, path in (
+            ("POST", "/v1/completions"), ("GET", "/recent"), ("POST", "/v1/route"), ("GET", "/metrics"),
+            ("GET", "/ready"),
+        ):  # fmt: skip
             answer = await client.request(method, path, json=completion("x"), headers=headers)
             assert answer.status_code == status
-        assert len(upstream.seen) == (status == 200)
+        assert bool(upstream.seen) == (status == 200)
     with_key = headers | {"authorization": "Bearer k"}  # which no page of another site can guess
 
     async with proxied(api_key="k", hosts=("proxy",)) as (client, *_):
@@ -421,8 +424,9 @@ async def test_the_clients_key_goes_to_the_upstreams_lists_too():
     async with proxied(upstream=Asking()) as (client, *_):
         known = {"headers": {"authorization": "Bearer theirs"}}
         for path in ("/v1/models", "/ready"):
-            assert (await client.get(path)).status_code == 502
+            assert (await client.get(path)).status_code == 401
             assert (await client.get(path, **known)).status_code == 200
+        assert (await client.post("/v1/completions", json=completion("x"))).status_code == 401
         assert (await client.post("/v1/completions", json=completion("y"), **known)).status_code == 200
 
 
