@@ -55,7 +55,8 @@ from router.system.files import (
 log = logging.getLogger(__name__)
 
 WORK = ".results."  # how the name of the folder begins in which a run writes
-COMMIT = ".commit.json"  # the hashes of results, while they are replaced: a run may be killed between two
+# While results are replaced, their hashes, and the names of those that stay: a run may be killed meanwhile.
+COMMIT = ".commit.json"
 Files = dict[Path, list[Query]]  # the queries of each query file
 
 
@@ -241,8 +242,9 @@ def _commit(files: Files, result: Result, final: Record, settings: Settings, wor
     with replacing(work / RECORD) as file:
         file.write(final.text(indent=2) + "\n")
     known = check_outputs(settings)  # what was put there meanwhile stays, too
+    hashes = dict.fromkeys(sorted(known.union(final.files.values())), "")
     with replacing(folder / COMMIT) as file:
-        json.dump(sorted(known.union(final.files.values())), file)
+        json.dump(hashes | {sha256: name for name, sha256 in earlier.items()}, file)
     # From here on the folder holds no finished run, until it holds this one. Variants and report of an
     # earlier run go; its answers to other query files stay, and later runs know them.
     for name in (RECORD, REPORT, *([SCRIPT] if is_sealed(folder / SCRIPT) else [])):
@@ -308,7 +310,7 @@ def check_outputs(settings: Settings) -> set[str]:
     try:
         known = set(_left(folder).values())
         if (folder / COMMIT).exists():  # of one that was killed as it wrote
-            known.update(read_record(list[str], folder / COMMIT))
+            known.update(read_record(dict[str, str], folder / COMMIT))
         foreign = list(_foreign(settings, known))
     except (OSError, ValueError) as error:
         known, foreign = set(), [f"a result, {RECORD} or {COMMIT} that cannot be read ({reason(error)})"]
@@ -322,10 +324,11 @@ def check_outputs(settings: Settings) -> set[str]:
 
 def _left(folder: Path) -> dict[str, str]:
     """The hashes of results that the last run and those before it left in a folder, by name."""
-    if not (folder / RECORD).exists():
-        return {}
-    record = Record.read(folder / RECORD)
-    return record.earlier | record.files
+    if (folder / RECORD).exists():
+        record = Record.read(folder / RECORD)
+        return record.earlier | record.files
+    hashes = read_record(dict[str, str], folder / COMMIT) if (folder / COMMIT).exists() else {}
+    return {name: sha256 for sha256, name in hashes.items() if name}
 
 
 def _foreign(settings: Settings, known: set[str]) -> Iterator[str]:

@@ -404,10 +404,14 @@ def test_files_of_two_runs_do_not_pass_for_one(command):
         (out / name).write_bytes(before)
 
 
-def test_answers_to_another_query_file_stay_and_are_known(command, tmp_path):
+def test_answers_to_another_query_file_stay_and_are_known(command, tmp_path, monkeypatch):
     _, out = command("base")
     first = (out / "queries.csv").read_bytes()
     other = ("--dataset_filepaths", write_queries(tmp_path / "other.csv", ROWS[:2]))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("router.run._place_variants", lambda *_: sys.exit("killed"))
+        command("base", *other)
+    assert not (out / "run.json").exists()
     assert command("base", *other)[0] == 0
     assert (out / "queries.csv").read_bytes() == first and set(load(out).stems) == {"other"}
     assert command("base")[0] == 0 and set(load(out).stems) == {"queries"}
