@@ -168,12 +168,16 @@ class Proxy:
         self.seconds.labels("probe").observe(time.perf_counter() - start)
         return decided
 
-    async def _name(self, decided: Decided, key: str) -> str:
-        """What the upstream calls what answers."""
-        name = decided.variant or (await self.upstream.known(key, self.router)).base
-        if name is None:
+    async def _shown(self, decided: Decided, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A decision as clients see it, and the fields of a request that have the upstream follow it."""
+        serves = await self.upstream.known(key, self.router)
+        if (name := decided.variant or serves.base) is None:
             raise HTTPException(502, "the upstream lists no base model at /v1/models")
-        return name
+        shown, fields = described(decided.choice, name), dict[str, Any](model=name)
+        if serves.loras is not None:
+            fields["lora"] = self._scales(decided, serves)
+            shown["fits"] = any(one["scale"] for one in fields["lora"])  # each adapter, whatever is a variant
+        return shown, fields
 
     @staticmethod
     def _scales(decided: Decided, serves: Serves) -> list[dict[str, Any]]:
@@ -190,8 +194,8 @@ class Proxy:
         """POST /v1/route: the decision alone."""
         admit(request, self.api_key, self.hosts)
         body = object_of(request, await body_of(request, self.max_body, self.timeout))
-        decided = await self._decided(prompt_of(body))
-        return as_json(described(decided.choice, await self._name(decided, self._key(request))))
+        shown, _ = await self._shown(await self._decided(prompt_of(body)), self._key(request))
+        return as_json(shown)
 
     async def forward(self, request: Request) -> Response:
         """All else under /v1: passed on; with the model `auto` under a variant's name, or refused."""
@@ -233,25 +237,20 @@ class Proxy:
 
     async def _decision(self, request: Request, body: dict[str, Any]) -> Routed:
         prompt = prompt_of(body)
-        key = self._key(request)
         began = time.time_ns()
         decided = await self._decided(prompt)
-        name = await self._name(decided, key)
-        fields: dict[str, Any] = {"model": name}
-        if (serves := await self.upstream.known(key, self.router)).loras is not None:
-            fields["lora"] = self._scales(decided, serves)
-        elif (own := decided.template) and request.scope["path"] == CHATS and _takes(own, body):
+        shown, fields = await self._shown(decided, self._key(request))
+        mixes, own = "lora" in fields, decided.template
+        if own and not mixes and request.scope["path"] == CHATS and _takes(own, body):
             with suppress(InputError):  # what is no chat, the server refuses
                 if await asyncio.to_thread(own.tried, checked(body["messages"], ends=False)) is not None:
                     fields["chat_template"] = own.source  # vLLM's word; serve.sh has it trust this one
-        self.requests.labels(name).inc()
+        self.requests.labels(shown["model"]).inc()
         self.frames.labels(decided.choice.frame).inc()
         self._calibrate()
         number = request.headers.get("x-request-id", "")[:128] or uuid4().hex
-        shown = described(decided.choice, name) | {"request_id": number}
-        if "lora" in fields:  # it has each adapter, whatever the variants have
-            shown["fits"] = any(one["scale"] for one in fields["lora"])
-        elif decided.choice.mix and not decided.choice.fits:
+        shown["request_id"] = number
+        if decided.choice.mix and not (mixes or decided.choice.fits):
             self.unserved.labels(next(iter(decided.choice.weights))).inc()
         self._write_down(shown, prompt)
         headers = traced(self.tracer, request.headers, shown, began) if self.tracer else {}

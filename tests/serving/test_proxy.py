@@ -345,7 +345,8 @@ async def test_an_adapter_that_no_variant_has_is_counted_or_mixed_by_the_server(
 
     async with proxied(router, Upstream(**served)) as (client, *_):
         answer = await client.post("/v1/completions", json=completion("x"))
-        assert answer.json()["router"]["fits"] == fits
+        alone = await client.post("/v1/route", json={"prompt": "x"})
+        assert alone.json()["fits"] == answer.json()["router"]["fits"] == fits
         assert ('router_unserved_total{adapter="two"} 1.0' in (await client.get("/metrics")).text) != fits
 
 
