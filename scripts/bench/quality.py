@@ -314,15 +314,19 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="all settings and METHODS; hours on two cores")
     here = {library.name: library for library in libraries()}
     settings = (QUERIES, *DECOYS, *READINGS)
-    parser.add_argument("--libraries", nargs="+", choices=here, default=list(here), help="only these")
-    parser.add_argument("--settings", nargs="+", choices=settings, default=[], help="only these")
+    parser.add_argument("--libraries", nargs="+", choices=here, help="only these")
+    parser.add_argument(
+        "--settings", nargs="+", choices=settings, help="only these; of named libraries no decoys"
+    )
     parser.add_argument("--methods", nargs="+", choices=method_names(), default=METHODS, help="only these")
     args = parser.parse_args()
+    named = (QUERIES, *READINGS) if args.libraries else ()
+    chosen = args.libraries or list(here)
     wanted = [
         ((library, setting, method), partial(answer, library, setting, method))
-        for setting in (settings if args.all else args.settings)
+        for setting in (settings if args.all else args.settings or named)
         for method in (args.methods if setting == QUERIES else (OURS,))
-        for library in (args.libraries[:1] if setting in DECOYS else args.libraries)
+        for library in (chosen[:1] if setting in DECOYS else chosen)
         if method != "oracle" or brought(here[library], method) is None
         if setting not in READINGS or library in CHATS
     ]
