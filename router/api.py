@@ -367,7 +367,7 @@ class Router:
 
     @property
     def frames(self) -> list[Frame]:
-        """The frames that texts are compared in, in the order in which a saved router has them."""
+        """The frames that texts are compared in, of a loaded router in its order."""
         return list(self._proto.known)
 
     def read_by(self, read: Callable[[Fitted, Rows], Probed]) -> None:
@@ -421,11 +421,13 @@ class Router:
         except ValueError as error:
             raise ValueError(f"n_variants: {error}, got {n_variants!r:.40}") from error
         method = self._method
-        if isinstance(method, ProtoRoute):
-            method.known = ()  # of an earlier sample
-        routing = method.route(queries, method.encoded(queries))
-        if isinstance(method, ProtoRoute) and routing.evidence:
-            method.known = [Frame(*frame) for frame in routing.evidence.frames]
+        before, method.known = method.known, ()  # no frames of an earlier sample
+        try:
+            routing = method.route(queries, method.encoded(queries))
+        except BaseException:
+            method.known = before
+            raise
+        method.known = [Frame(*frame) for frame in routing.evidence.frames] if routing.evidence else ()
         many = method.n_variants if n_variants is None else n_variants
         groups = cluster(routing.weights, many, method.settings.seed, method.sharp)
         self._decide(routing.weights, groups)

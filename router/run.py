@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,7 +56,7 @@ from router.system.files import (
 log = logging.getLogger(__name__)
 
 WORK = ".results."  # how the name of the folder begins in which a run writes
-# While results are replaced, their hashes, and the names of those that stay: a run may be killed meanwhile.
+# While results are replaced, the hashes that each may have, by name: a run may be killed meanwhile.
 COMMIT = ".commit.json"
 Files = dict[Path, list[Query]]  # the queries of each query file
 
@@ -241,10 +242,11 @@ def _commit(files: Files, result: Result, final: Record, settings: Settings, wor
     final = replace(final, files={name: sha256_of(work / name) for name in written}, earlier=earlier)
     with replacing(work / RECORD) as file:
         file.write(final.text(indent=2) + "\n")
-    known = check_outputs(settings)  # what was put there meanwhile stays, too
-    hashes = dict.fromkeys(sorted(known.union(final.files.values())), "")
+    check_outputs(settings)  # what was put there meanwhile stays, too
+    names_left = sorted({*left, *final.files})
+    hashes = {name: [of[name] for of in (left, final.files) if name in of] for name in names_left}
     with replacing(folder / COMMIT) as file:
-        json.dump(hashes | {sha256: name for name, sha256 in earlier.items()}, file)
+        json.dump(hashes, file)
     # From here on the folder holds no finished run, until it holds this one. Variants and report of an
     # earlier run go; its answers to other query files stay, and later runs know them.
     for name in (RECORD, REPORT, *([SCRIPT] if is_sealed(folder / SCRIPT) else [])):
@@ -308,9 +310,7 @@ def check_outputs(settings: Settings) -> set[str]:
     if (folder.is_symlink() and not folder.exists()) or not (place.is_dir() and os.access(place, os.W_OK)):
         raise InputError(f"--output_folder {folder}: expected a folder to write to, but {place} is none")
     try:
-        known = set(_left(folder).values())
-        if (folder / COMMIT).exists():  # of one that was killed as it wrote
-            known.update(read_record(dict[str, str], folder / COMMIT))
+        known = {*_left(folder).values(), *chain.from_iterable(_committed(folder).values())}
         foreign = list(_foreign(settings, known))
     except (OSError, ValueError) as error:
         known, foreign = set(), [f"a result, {RECORD} or {COMMIT} that cannot be read ({reason(error)})"]
@@ -327,15 +327,20 @@ def _left(folder: Path) -> dict[str, str]:
     if (folder / RECORD).exists():
         record = Record.read(folder / RECORD)
         return record.earlier | record.files
-    hashes = read_record(dict[str, str], folder / COMMIT) if (folder / COMMIT).exists() else {}
-    return {name: sha256 for sha256, name in hashes.items() if name}
+    hashes = _committed(folder)
+    return {name: one for name in hashes for one in hashes[name] if is_still(folder / name, one)}
+
+
+def _committed(folder: Path) -> dict[str, list[str]]:
+    """The hashes that results may have, by name, where a run was killed as it replaced them."""
+    return read_record(dict[str, list[str]], folder / COMMIT) if (folder / COMMIT).exists() else {}
 
 
 def _foreign(settings: Settings, known: set[str]) -> Iterator[str]:
     """The names of what a run would replace though no run wrote it."""
     folder = settings.output_folder
     yield from (name for name in (VARIANTS, FOLDER) if not is_ours(folder / name))
-    if (folder / ABOUT).exists():  # a saved router's, which variants in its folder are
+    if settings.dataset_filepaths and (folder / ABOUT).exists():  # its variants would be replaced
         yield ABOUT
     if not is_sealed(folder / REPORT):
         yield REPORT

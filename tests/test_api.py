@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from helpers import (
     NAMES,
+    PLAIN,
     arguments,
     edit_json,
     edit_weights,
@@ -350,18 +351,38 @@ def test_a_strangers_file_is_not_replaced_by_a_router(router, saved, tmp_path, n
     assert (saved / "router.safetensors").read_bytes() == b"changed"
 
 
-def test_a_run_and_a_router_do_not_share_a_folder(command, router, saved, finished):
+def test_a_run_and_a_router_do_not_share_a_folder(command, router, saved, finished, capsys):
     """The variants of one would be the other's."""
-    for folder, record, write in (
-        (saved, "router.json", lambda: command("proto_route", out="saved")[0]),
-        (finished, "run.json", lambda: router.fit(MORE).save(finished)),
-    ):
-        before = files_of(folder)
-        try:
-            assert write() == 2
-        except InputError as error:
-            assert record in str(error)
-        assert files_of(folder) == before
+    before = files_of(saved), files_of(finished)
+    assert command("proto_route", out="saved")[0] == 2 and "router.json" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"run\.json"):
+        router.fit(MORE).save(finished)
+    assert (files_of(saved), files_of(finished)) == before
+
+
+def test_a_sample_that_is_refused_changes_nothing(chat_router):
+    chats = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": t}] for t in MORE * 3]
+    strict = "{% if messages | length == 3 %}{{ raise_exception('three') }}{% endif %}" + PLAIN
+    router = chat_router(strict).fit(chats)
+    expected, frames = router.choose(chats), router.frames
+    with pytest.raises(InputError, match="three"):
+        router.fit([[*chats[0], {"role": "user", "content": "x"}]])
+    assert router.frames == frames and router.choose(chats) == expected
+
+
+@pytest.mark.parametrize("moved", range(1, 5))
+def test_a_first_save_that_is_killed_is_saved_again(chat_router, tmp_path, monkeypatch, moved):
+    router, plain, done = chat_router().fit(MORE), Path.replace, []
+
+    def killed(path, to):
+        if Path(to).parent == tmp_path / "new" and (done.append(path) or len(done) == moved):
+            raise KeyboardInterrupt
+        return plain(path, to)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        router.save(tmp_path / "new")
+    assert Router.load(router.save(tmp_path / "new"), device="cpu").choose(MORE) == router.choose(MORE)
 
 
 @pytest.mark.parametrize("moved", range(4))

@@ -408,11 +408,14 @@ def test_answers_to_another_query_file_stay_and_are_known(command, tmp_path, mon
     _, out = command("base")
     first = (out / "queries.csv").read_bytes()
     other = ("--dataset_filepaths", write_queries(tmp_path / "other.csv", ROWS[:2]))
+    shutil.copy(tmp_path / "queries.csv", tmp_path / "same.csv")
+    assert command("base", "--dataset_filepaths", tmp_path / "same.csv")[0] == 0
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr("router.run._place_variants", lambda *_: sys.exit("killed"))
         command("base", *other)
     assert not (out / "run.json").exists()
     assert command("base", *other)[0] == 0
+    assert {"queries.csv", "same.csv"} <= load(out).record.earlier.keys()
     assert (out / "queries.csv").read_bytes() == first and set(load(out).stems) == {"other"}
     assert command("base")[0] == 0 and set(load(out).stems) == {"queries"}
     (out / "other.csv").write_text("mine")

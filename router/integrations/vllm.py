@@ -149,7 +149,6 @@ class Auto:
             "router_failed", "Requests of which the gate has not decided.", registry=registry
         )
         self.renewing = asyncio.Lock()
-        self.seen = set[str]()
 
     def attach_router(self, app: Any) -> None:
         """Adds the doors, behind vLLM's own check of keys."""
@@ -173,7 +172,8 @@ class Auto:
         self.folder, self.engine, self.args = Path(folder), engine, args
         self.models, self.plain = state.openai_serving_models, engine.generate
         self.base: str = self.models.base_model_paths[0].name
-        self.made: set[str] = set()  # names of the variants of all libraries that were loaded
+        self.made = set[str]()  # names of the variants of all libraries that were loaded
+        self.loads = len(self.models.lora_requests)  # how many adapters vLLM has read so far
         self.library = await self._loaded()
         self.models.base_model_paths.append(BaseModelPath(name=AUTO, model_path=args.model))
         engine.generate = self.generate
@@ -207,12 +207,12 @@ class Auto:
 
         known = self.models.lora_requests
         names = {n: name for n, name in enumerate(served_names(router.variants)) if name}
-        config = self.engine.vllm_config
-        many = len({*known, *names.values()})
-        seen = self.seen | {*known, *names.values()}
-        if config.device_config.device_type == "cpu" and config.lora_config.max_loras <= len(seen):
+        await self._unload({*names.values()})
+        new = len(names.values() - known.keys())
+        config, loads, many = self.engine.vllm_config, self.loads + new, len(known) + new
+        if config.device_config.device_type == "cpu" and config.lora_config.max_loras <= loads:
             raise InputError(
-                f"--max-loras: expected more than {len(seen)}, one for each adapter that was loaded and "
+                f"--max-loras: expected more than {loads}, one for each adapter that was loaded and "
                 f"one to spare, since vLLM on a CPU mixes them up else; got {config.lora_config.max_loras}; "
                 "restart"
             )
@@ -221,7 +221,7 @@ class Auto:
                 f"--max-cpu-loras: expected at least {many}, since vLLM reads an adapter that it has put "
                 f"away from a folder that may have changed; got {room}"
             )
-        self.seen = seen
+        self.loads = loads
         self.made |= {*names.values()}
         for number, name in names.items():
             if name not in known:
@@ -239,13 +239,15 @@ class Auto:
             )
         return loras
 
-    async def _unload(self) -> None:
-        """Drops the names of variants that this library does not answer with, to make room for the next."""
+    async def _unload(self, wanted: set[str]) -> None:
+        """Drops variants that were loaded here and that neither this library has nor the next one."""
         from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 
-        now = {lora.lora_name for lora in self.library.loras.values()}
-        for name in self.made & self.models.lora_requests.keys() - now:
-            await self.models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+        now = {lora.lora_name for lora in self.library.loras.values()} if self.made else wanted
+        for name in self.made & self.models.lora_requests.keys() - now - wanted:
+            said = await self.models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+            if not isinstance(said, str):
+                log.warning("%s: vLLM does not unload it: %s", name, said.error.message)
 
     async def _said(self, router: Router, lora: Any) -> float:
         """The log-probability of the likeliest token after CANARY, by a variant."""
@@ -264,7 +266,6 @@ class Auto:
             if self.renewing.locked():
                 raise InputError("it is being loaded already")
             async with self.renewing:
-                await self._unload()
                 self.library = await self._loaded()
         except HTTPException as error:
             return as_error(request, error)

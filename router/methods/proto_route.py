@@ -73,14 +73,11 @@ class ProtoRoute(Method):
     has the equations.
 
     Attributes:
-        known: the frames in which a query is compared, whichever others come with it; beside bare prompts and
-            the template's.
         elsewhere: reads prompts in place of the base model here, whose copy is another program's; gives what
             `Fitted.probe` does.
     """
 
     sharp = True
-    known: Sequence[Frame] = ()
     elsewhere: Callable[[Fitted, Rows], Probed] | None = None
 
     @cached_property
@@ -143,8 +140,17 @@ class ProtoRoute(Method):
         self, queries: Sequence[Query], new: int = FRAMES, asked: Counter[Frame] | None = None
     ) -> list[list[Read]]:
         """What is read of each query, see `turns_of`; in no new frame once they fill their memory."""
-        new = 0 if self.full else new
-        return turns_of(queries, self.template, self.settings, self.known, new, asked)
+        known = list(dict.fromkeys([*self.known, *self._told]))
+        if self.full:
+            for frame in self.fits.keys() - {BARE, *known}:  # of other queries
+                del self.fits[frame]
+        return turns_of(queries, self.template, self.settings, known, 0 if self.full else new, asked)
+
+    @property
+    def _told(self) -> list[Frame]:
+        """The frame that --frame names, if it names one."""
+        before, _, after = (self.settings.frame or "").partition("{input}")
+        return [Frame(before, after)] if self.settings.frame not in (None, "none") else []
 
     @property
     def full(self) -> bool:
@@ -153,9 +159,8 @@ class ProtoRoute(Method):
 
     def prepare(self) -> None:
         """Fits the frames that are known, and those of any request: none, the template's, and --frame."""
-        told, _, after = (self.settings.frame or "").partition("{input}")
-        own = [Frame(told, after)] if self.settings.frame not in (None, "none") else []
-        self.known = list(dict.fromkeys([BARE, *filter(None, [self.template.usable]), *own, *self.known]))
+        own = filter(None, [self.template.usable])
+        self.known = list(dict.fromkeys([BARE, *own, *self._told, *self.known]))
         for frame in self.known:
             self.fitted(frame)
 

@@ -67,8 +67,6 @@ class Template:
     ) -> str:  # fmt: skip
         """A conversation up to where the answer begins.
 
-        Where the template takes no other, its system messages are one, at the start.
-
         Args:
             query: its id, for the error.
             date: how a template that writes the date spells each part of it; None is today's.
@@ -100,11 +98,6 @@ class Template:
                     return str(self.tokenizer.apply_chat_template(_with_objects(plain), **how))
             return str(self.tokenizer.apply_chat_template(plain, **how))
         except Exception as error:  # whatever a template leads to
-            above = [message for message in plain if message["role"] in SYSTEM]
-            if above and above != plain[:1]:  # many take one system message alone, at the start
-                joined = {"role": "system", "content": "\n\n".join(one["content"] for one in above)}
-                others = [message for message in messages if message["role"] not in SYSTEM]
-                return self.text([joined, *others], query, date)
             raise InputError(
                 f"{which}the chat template of {self.name} does not take its messages ({reason(error)})"
             ) from error
@@ -204,10 +197,17 @@ class Template:
     def turns(self, messages: Sequence[Message], query: str = "") -> list[Parts]:
         """Each message of the user that has text, with the system message alone, in the template.
 
+        Several system messages are one where the template takes no more.
+
         Raises:
             InputError: there is no template, or it refuses the messages.
         """
-        frame = self._around([message for message in messages if message["role"] in SYSTEM], query)
+        system = [message for message in messages if message["role"] in SYSTEM]
+        try:
+            frame = self._around(system, query)
+        except InputError:  # many take one alone
+            whole = {"role": "system", "content": "\n\n".join(map(content, system))}
+            frame = self._around([whole] if system else [], query)
         asked = (content(message) for message in messages if message["role"] == "user")
         common = Frame(self.frame.before, frame.after)
         read = (text.strip() if self.trims else text for text in asked if text.strip())

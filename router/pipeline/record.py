@@ -46,7 +46,7 @@ class BaseRecord:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """An adapter of the library: the hash of its weights, and one of these and its configuration."""
+    """An adapter of the library: the hash of its weights, and one of all that it brings."""
 
     sha256: str
     revision: str | None = None

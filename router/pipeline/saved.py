@@ -157,8 +157,9 @@ def check_replaceable(folder: Path) -> None:
             raise InputError(
                 f"{about}: expected none, or that of a router ({error}); move it away"
             ) from error
-    foreign = [RECORD] if (folder / RECORD).exists() else []  # a run's, which variants beside it are
-    foreign += [VARIANTS] if not is_ours(folder / VARIANTS) else []
+    if (folder / RECORD).exists():
+        raise InputError(f"{folder}: expected no run in it ({RECORD}), whose variants would be replaced")
+    foreign = [VARIANTS] if not is_ours(folder / VARIANTS) else []
     for name in (FILE, TEMPLATE):
         if (folder / name).exists() and all(changed(folder, {name: files.get(name, "")}) for files in known):
             foreign.append(name)

@@ -25,6 +25,7 @@ from router.library.adapters import Adapter, base_of, check_against_base, load_l
 from router.model.answer import FAILED, Answer, Rows, cut, cut_at, encode, positions
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
+from router.model.frames import Frame
 from router.model.template import Template, brought, template_for
 from router.pipeline.answering import answered, answered_by_vllm, known_to
 from router.pipeline.context import Context
@@ -102,10 +103,13 @@ class Method(ABC):
 
     Attributes:
         shapes: (d_out, d_in) of the base model's linear layers.
+        known: the frames in which a query is compared, whichever others come with it; beside bare prompts,
+            the template's and that of --frame.
         sharp: whether weights tell how likely each candidate is right, so that one may answer alone; else a
             query is answered with the mix that they are.
     """
 
+    known: Sequence[Frame] = ()
     sharp = False
 
     def __init__(

@@ -104,7 +104,8 @@ class Proxy:
         self.max_body, self.timeout, self.hosts = max_body, timeout, hosts
         self.log_prompts, self.decisions, self.tracer = log_prompts, decisions, tracer
         self.renewing, self.trying = asyncio.Lock(), asyncio.Lock()
-        self.upstream = Upstream(upstream, timeout, transport)
+        theirs = api_key is None and upstream_key is None
+        self.upstream = Upstream(upstream, timeout, transport, theirs)
         self.prober = Prober(self._choose, queue)
         self.tried: tuple[Any, float, str] = None, 0.0, ""  # what canaries were sent to, when, what was wrong
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
@@ -194,7 +195,13 @@ class Proxy:
         """POST /v1/route: the decision alone."""
         admit(request, self.api_key, self.hosts)
         body = object_of(request, await body_of(request, self.max_body, self.timeout))
-        shown, _ = await self._shown(await self._decided(prompt_of(body)), self._key(request))
+        decided = await self._decided(prompt_of(body))
+        try:
+            shown, _ = await self._shown(decided, self._key(request))
+        except HTTPException:
+            if decided.variant is None:
+                raise
+            shown = described(decided.choice, decided.variant)  # which needs no server
         return as_json(shown)
 
     async def forward(self, request: Request) -> Response:

@@ -39,6 +39,8 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
         messages = [
             one for one in messages if not isinstance(one, Mapping) or "role" in one or "type" not in one
         ]
+    if messages == []:
+        raise InputError(f"{where}: expected a message of the user with text, since it is routed by it")
     sound = checked(messages, where, ends=False)
     sound = [{"role": "system", "content": above}, *sound] if above else sound
     system = [one for one in sound if one["role"] in SYSTEM]

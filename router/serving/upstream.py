@@ -81,16 +81,20 @@ class Upstream:
     Args:
         timeout: seconds without a byte.
         transport: in place of the network, for tests.
+        theirs: whether keys are the clients', who hear then that one is refused.
 
     Attributes:
         asked: what it serves, by key; to be cleared when that may have changed.
 
     Raises:
         HTTPException: 502 or 504, by every method, where it is away, too slow or not as expected; 401 or 403
-            where it refuses the key.
+            where it refuses a client's key.
     """
 
-    def __init__(self, address: str, timeout: float, transport: httpx.AsyncBaseTransport | None) -> None:
+    def __init__(
+        self, address: str, timeout: float, transport: httpx.AsyncBaseTransport | None, theirs: bool
+    ) -> None:  # fmt: skip
+        self.theirs = theirs
         nobody = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # no client gets another one's cookies
         self.client = httpx.AsyncClient(
             base_url=address.rstrip("/").removesuffix("/v1"), cookies=nobody, transport=transport,
@@ -156,8 +160,10 @@ class Upstream:
             raise self.away(error) from error
         except httpx.HTTPStatusError as error:  # its text has the upstream's address
             status = error.response.status_code
-            told = status if status in (401, 403) else 502  # it is the key's fault, not to be tried again
-            raise HTTPException(told, f"the upstream answered {status} at {path}") from error
+            raise HTTPException(
+                status if self.theirs and status in (401, 403) else 502,
+                f"the upstream answered {status} at {path}",
+            ) from error
         except (httpx.HTTPError, ValueError, RecursionError) as error:
             raise HTTPException(502, f"the upstream does not answer as expected at {path}") from error
 

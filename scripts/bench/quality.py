@@ -316,7 +316,7 @@ def main() -> None:
     settings = (QUERIES, *DECOYS, *READINGS)
     parser.add_argument("--libraries", nargs="+", choices=here, help="only these")
     parser.add_argument(
-        "--settings", nargs="+", choices=settings, help="only these; of named libraries no decoys"
+        "--settings", nargs="+", choices=settings, help="only these (with --libraries: all but decoys)"
     )
     parser.add_argument("--methods", nargs="+", choices=method_names(), default=METHODS, help="only these")
     args = parser.parse_args()

@@ -94,6 +94,7 @@ class Models:
 
     async def unload_lora_adapter(self, asked):
         del self.lora_requests[asked.lora_name]
+        return "unloaded"
 
 
 @pytest.fixture()
@@ -277,20 +278,22 @@ async def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, s
 
 
 async def test_any_number_of_routers_come_one_after_the_other(started, saved, monkeypatch):
-    """With the room that `export` asks for, also after one that failed."""
+    """With the room that `export` asks for, also after one that failed, and one that was there before."""
     async with started() as (client, engine, plugin):
-        count = len(plugin.library.loras)
+        count, loaded = len(plugin.library.loras), plugin.loads
         room = SimpleNamespace(max_loras=count + 1, max_cpu_loras=2 * (count + 1))
         monkeypatch.setattr(engine.vllm_config, "lora_config", room)
         monkeypatch.setattr(engine.vllm_config.device_config, "device_type", "cuda")
-        for generation, broken in enumerate(["", "", "out of memory", "", ""]):
+        for generation, broken in (("a", ""), ("b", ""), ("a", ""), ("c", "full"), ("d", ""), ("e", "")):
             names = [f"variant-{n}-{generation}" if v.weights else None for n, v in enumerate(saved.variants)]
             monkeypatch.setattr("router.integrations.vllm.served_names", lambda _, names=names: names)
             engine.broken = broken
             told = await client.post("/v1/admin/reload")
             assert told.status_code == (409 if broken else 200), told.text
-            before = set() if broken else {lora.lora_name for lora in plugin.library.loras.values()}
-            assert before <= plugin.models.lora_requests.keys()
+            if not broken:
+                assert {lora.lora_name for lora in plugin.library.loras.values()} == {*names} - {None}
+                assert {*names} - {None} <= plugin.models.lora_requests.keys()
+        assert plugin.loads == loaded + 5 * count  # of a, b, c, d and e
 
 
 @pytest.mark.parametrize(

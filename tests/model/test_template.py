@@ -100,9 +100,10 @@ def test_system_messages_are_one_where_the_template_takes_no_other(base):
     user = {"role": "user", "content": "x"}
     kind, brief = {"role": "system", "content": "Be kind."}, {"role": "developer", "content": "Be brief."}
     for talk in ([kind, brief, user], [kind, user, brief]):
-        assert Template(base.tokenizer, only_first).text(talk) == "system Be kind.\n\nBe brief. user x A:"
+        (read,) = Template(base.tokenizer, only_first).turns(talk)
+        assert read.read == "system Be kind.\n\nBe brief. user x A:"
     with pytest.raises(InputError, match="query 7"):
-        Template(base.tokenizer, "{{ raise_exception('none') }}").text([kind, brief, user], "7")
+        Template(base.tokenizer, "{{ raise_exception('none') }}").turns([kind, brief, user], "7")
 
 
 def test_most_adapters_decide_which_template_a_library_has(base, tmp_path):
