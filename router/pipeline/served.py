@@ -46,9 +46,9 @@ def content_of(folder: Path) -> str:
     """The hash of a variant's configuration, which scales its weights, of these, and of its chat template if
     it brings one; "" if one of the first two is gone.
     """
-    files = [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
-    own = [file for file in (folder / TEMPLATE,) if file.is_file()]
-    return sha256_of(*files, *own) if all(file.is_file() for file in files) else ""
+    paths = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, TEMPLATE)]
+    files = [path for path in paths if path.is_file()]
+    return sha256_of(*files) if files[:2] == paths[:2] else ""
 
 
 def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:

@@ -429,6 +429,8 @@ async def test_the_clients_key_goes_to_the_upstreams_lists_too():
             assert (await client.get(path, **known)).status_code == 200
         assert (await client.post("/v1/completions", json=completion("x"))).status_code == 401
         assert (await client.post("/v1/completions", json=completion("y"), **known)).status_code == 200
+    async with proxied(upstream=Asking(), upstream_key="wrong") as (client, *_):  # no fault of the client's
+        assert (await client.post("/v1/completions", json=completion("x"))).status_code == 502
 
 
 @pytest.mark.parametrize("value", ["schl\u00fcssel", "a\nb", "\x00"])
