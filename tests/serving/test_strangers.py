@@ -42,7 +42,7 @@ async def test_broken_addresses_in_headers(hosts):
             assert (await client.get("/recent", headers={"host": host})).status_code == 200
 
 
-DEEP = b'{"a":' * 990 + b"1" + b"}" * 990
+DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000  # Pythons from 3.12 on read a thousand
 
 
 def answering(path, *content):
