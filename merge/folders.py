@@ -7,6 +7,7 @@ refused with a message that names it. Data never becomes code: only JSON and saf
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -397,4 +398,5 @@ def write_adapter(
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
     (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    shutil.copymode(path / CONFIG_FILE, path / WEIGHTS_FILE)  # safetensors writes for its owner alone
     return rank

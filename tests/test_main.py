@@ -599,10 +599,12 @@ def test_variants_that_are_the_own_adapters_are_not_replaced(command, tmp_path, 
     assert command("average", "--adapters", out / "variants", out="other")[0] == 0
 
 
-def test_results_have_the_rights_that_the_umask_leaves(command):
-    old = os.umask(0o077)
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_results_have_the_rights_that_the_umask_leaves(command, mask):
+    old = os.umask(mask)
     try:
         _, out = command("proto_route")
     finally:
         os.umask(old)
-    assert {path.stat().st_mode & 0o077 for path in out.rglob("*")} == {0}
+    for path in out.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
