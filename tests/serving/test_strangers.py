@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from serving_stubs import Two, Upstream, chat, completion, proxied, serving
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from router.cli import main as cli
@@ -105,6 +105,18 @@ async def test_odd_methods_and_paths_get_an_error_object(method, path, status):
         auto = (await client.get("/v1/models/auto")).json()  # a model like others
         listed = (await client.get("/v1/models")).json()["data"]
         assert listed[0] == auto and [one["id"] for one in listed] == ["auto", "the-base", "variant-0"]
+
+
+async def test_a_redirect_leads_to_the_proxy():
+    upstream = Upstream()
+
+    async def moved(request):  # as vLLM does for a slash at the end
+        return RedirectResponse(request.url.replace(path=request.url.path.rstrip("/")))
+
+    upstream.app.routes.insert(0, Route("/v1/completions/", moved, methods=["POST"]))
+    async with proxied(upstream=upstream) as (client, *_):
+        found = await client.post("/v1/completions/", json={"model": "theirs", "prompt": "x"})
+        assert found.status_code == 307 and found.headers["location"] == "/v1/completions"
 
 
 async def test_headers_of_one_connection_are_not_forwarded():
