@@ -53,6 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = p.parse_args(argv[1:])
     try:
         return module.work(given) or 0
-    except InputError as error:
+    except (InputError, OSError) as error:  # the latter names the file
         print(f"error: {error}", file=sys.stderr)
         return 2

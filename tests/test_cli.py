@@ -29,6 +29,11 @@ def test_what_is_no_command_is_refused(capsys, words):
     assert caught.value.code == 2 and out == "" and "proto-route: error: " in error
 
 
+def test_a_file_that_cannot_be_read_is_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("router.serving.names._made", Mock(side_effect=PermissionError(13, "no", "a/file")))
+    assert main(["check", str(tmp_path)]) == 2 and "a/file" in capsys.readouterr().err
+
+
 def test_the_version_is_that_of_the_installed_package(capsys, monkeypatch):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"proto-route {version('proto-route')}\n"

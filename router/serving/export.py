@@ -180,6 +180,6 @@ def work(args: Namespace) -> None:
     """Exports, and prints what was done."""
     try:
         lines = export(args)
-    except (AdapterError, OverflowError, OSError) as error:
+    except (AdapterError, OverflowError) as error:
         raise InputError(str(error)) from error
     print(printable("\n".join(lines)))
