@@ -24,7 +24,16 @@ from unittest.mock import patch
 from router.model.answer import end_tokens, pad_id, vocabulary
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
 from router.system.errors import InputError, out_of_memory, reason
-from router.system.files import FULL, cache_folder, is_folder, read_record, sha256_of, told_if_full, typed
+from router.system.files import (
+    FULL,
+    cache_folder,
+    for_others,
+    is_folder,
+    read_record,
+    sha256_of,
+    told_if_full,
+    typed,
+)  # fmt: skip
 from router.system.hub import fetch
 
 if TYPE_CHECKING:
@@ -105,6 +114,8 @@ def embedded_folder() -> Path:
             with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
                 convert(gguf, work)
             _check_unchanged(gguf, before)
+            for path in (*work.iterdir(), work):
+                for_others(path)
             work.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster and made the same bytes
