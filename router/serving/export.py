@@ -128,7 +128,7 @@ def export(args: Namespace) -> list[str]:
         raise InputError(f"{folder.resolve()}: expected a path without : and , for llama.cpp; move it")
     if not is_sealed(script):
         raise InputError(f"{script}: expected none, or one of an earlier export as it was; move it away")
-    served = read_served(folder)
+    served = read_served(folder, args.base_model)
     said = []
     if not served.folders:
         raise InputError(f"{folder}: expected variants to serve, but the base model answers all by itself")
@@ -171,6 +171,7 @@ def flags(p: ArgumentParser) -> None:
     add = p.add_argument
     add("folder", type=Path, metavar="DIR", help="a saved router, or the output folder of a run")
     add("--engine", choices=ENGINES, default="vllm", help="the server (default: vllm)")
+    add("--base_model", metavar="FOLDER|HUB_ID", help="the base model, if it is elsewhere now")
     add("--max_rank", type=reader(Count), metavar="INT", help="recompress adapters of a higher rank, from 1")
     add("--llama_cpp", type=Path, metavar="DIR", help="a checkout of llama.cpp, for its converter")
     add("--gguf", type=Path, metavar="FILE", help="llama.cpp's base model (default: the embedded one's)")

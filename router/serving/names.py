@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge.folders import CONFIG_FILE, AdapterError, open_adapter
@@ -45,14 +45,18 @@ class Served:
     template: Path | None = None
 
 
-def read_served(folder: Path) -> Served:
+def read_served(folder: Path, base_model: str | None = None) -> Served:
     """Reads the variants in the folder of a saved router, or in the output folder of a run.
+
+    Args:
+        base_model: where the base model is now, a folder or a hub id; None is where it was.
 
     Raises:
         InputError: there are none, one is gone or damaged, the run's method makes none, or a name is not
             plain.
     """
     record, base, variants, files = _made(folder)
+    base = replace(base, name=base_model, revision=None) if base_model else base
 
     def another(path: Path) -> InputError:
         return InputError(

@@ -107,6 +107,11 @@ def test_vllm_gets_every_variant_by_name_and_a_slot_more(out, capsys, tiny_base,
     assert ran[0] == "serve" and ran[-2:] == ["--port", "9 9"]
 
 
+def test_a_base_model_that_is_elsewhere_now_is_served_from_there(out, tiny_base, tmp_path):
+    moved = shutil.copytree(tiny_base, tmp_path / "a base")
+    assert main([str(out), "--base_model", str(moved)]) == 0 and words_of(out)[3] == str(moved)
+
+
 def modules_named(words):
     start = words.index("--lora-target-modules") + 1
     return list(takewhile(lambda word: not word.startswith("--"), words[start:]))
