@@ -35,9 +35,11 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
             raise InputError(f"model {AUTO}: expected {what}, since it is routed by what it says")
         return given
     above = content({"content": body.get("system") or body.get("instructions")})
-    if isinstance(messages, list):  # a response's input has calls of tools and their results, without a role
+    if isinstance(messages, list):  # a response's input has tools, their calls and results, too
         messages = [
-            one for one in messages if not isinstance(one, Mapping) or "role" in one or "type" not in one
+            one
+            for one in messages
+            if not isinstance(one, Mapping) or "type" not in one or {"role", "content"} <= one.keys()
         ]
     if messages == []:
         raise InputError(f"{where}: expected a message of the user with text, since it is routed by it")

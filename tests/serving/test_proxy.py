@@ -88,6 +88,8 @@ CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "
         ({"input": "hello", "instructions": "S"}, ["S", "hello"]),
         ({"messages": [{"role": "system", "content": ""}, *chat("hello")["messages"]]}, ["", "hello"]),
         ({"input": [*chat("hello")["messages"], {"type": "function_call_output", "output": "7"}]}, ["hello"]),
+        ({"input": [{"type": "additional_tools", "role": "developer", "tools": CALL},
+          {"type": "message", "role": "user", "content": "hello"}]}, ["hello"]),
     ],
 )  # fmt: skip
 def test_what_is_read_of_a_request(body, read):
