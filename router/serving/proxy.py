@@ -304,8 +304,9 @@ class Proxy:
         response.headers.update(told)
         less = {b"content-encoding", b"date", b"server", *map(str.encode, told)}  # uvicorn writes its own
         own = str(self.upstream.client.base_url).rstrip("/")  # where a redirect would lead past the proxy
+        past = f"^{re.escape(own)}(?=/)"
         for key, value in end_to_end(answer.headers.raw, less):
-            response.headers.append(key.decode("latin-1"), value.decode("latin-1").removeprefix(own))
+            response.headers.append(key.decode("latin-1"), re.sub(past, "", value.decode("latin-1")))
         return response
 
     async def _sent(self, request: Request, raw: bytes, ours: Mapping[str, str]) -> httpx.Response:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from router.constants import BASE_COLUMN, Dtype
+from router.constants import BASE_COLUMN
 from router.library.adapters import load_library
 from router.model.answer import encode
 from router.model.base import load_base
@@ -20,7 +20,6 @@ from scripts.bench.development import Labelled
 from scripts.bench.score import routed
 
 KEPT = Path("output/benchmark/responses")
-DTYPES: dict[str, Dtype] = {"devset_c": "bfloat16"}  # the larger model
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +55,7 @@ def measured(of: Labelled) -> Measured:
     labels, splits = (of.rows[name].to_numpy(str) for name in ("adapter", "split"))
     file = KEPT / f"{of.name}.npz"
     if not file.exists():
-        base = load_base(of.base, "cpu", DTYPES.get(of.name, "float32"))
+        base = load_base(of.base, "cpu", "float32")
         adapters = load_library(list(map(str, of.adapters)))
         protos, calibration = prototypes(adapters, dtype=base.model.dtype), Calibration(base)
         means, pad = calibration.means(list(protos)), base.tokenizer.pad_token_id
