@@ -1,5 +1,6 @@
 """Query files and submissions: text stays text, errors say where, files are whole or absent."""
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -75,6 +76,7 @@ def test_any_text_is_an_input_and_comes_back(text):
         ("('a', 'b')", ("a", "b")), ("[1, 2.5]", ("1", "2.5")),
         ("""["he said 'a' 'b'", 'c']""", ("he said 'a' 'b'", "c")), ("['a' , 'b',]", ("a", "b")),
         ("['a',  # b\n'c']", ("a", "c")),
+        (json.dumps(["😀 ü", "\ud83d"]), ("😀 ü", "\ud83d")),
         ("None", ("Which?",)), ("", ("Which?",)),  # no choices: as in the kit, the input is the only one
     ],
 )  # fmt: skip
