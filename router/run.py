@@ -203,7 +203,10 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
 
 def _each(files: Sequence[Path]) -> list[str | None]:
     """The hash of each file, None where there is none: which adapter has one counts, too."""
-    return [sha256_of(file) if file.is_file() else None for file in files]
+    try:
+        return [sha256_of(file) if file.is_file() else None for file in files]
+    except OSError as error:
+        raise InputError(f"{error.filename}: expected a file that can be read ({error.strerror})") from error
 
 
 def _no_answer(journal: Journal, deadline: Deadline | None) -> InputError:
@@ -306,8 +309,8 @@ def check_outputs(settings: Settings) -> set[str]:
     """
     _check_names(settings)
     folder = settings.output_folder
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if (folder.is_symlink() and not folder.exists()) or not (place.is_dir() and os.access(place, os.W_OK)):
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not (place.is_dir() and os.access(place, os.W_OK)):
         raise InputError(f"--output_folder {folder}: expected a folder to write to, but {place} is none")
     try:
         known = {*_left(folder).values(), *chain.from_iterable(_committed(folder).values())}
@@ -356,12 +359,12 @@ def _check_names(settings: Settings) -> None:
         for text in value if isinstance(value, list) else [value]:
             if not whole(str(text)):  # bytes that were no UTF-8
                 raise InputError(f"--{flag} {text}: expected a name in UTF-8, got another; rename it")
-    queries = {path.resolve() for path in settings.dataset_filepaths}
+    queries = {os.path.realpath(path) for path in settings.dataset_filepaths}  # takes links in a circle, too
     taken = {RECORD, REPORT, VARIANTS, TEMPLATE, FOLDER, LOCK, COMMIT}
     for path in settings.dataset_filepaths:
         for name in _outputs(path):
             output = settings.output_folder / name
-            if name in taken or output.resolve() in queries:
+            if name in taken or os.path.realpath(output) in queries:
                 raise InputError(
                     f"--dataset_filepaths: {path} would be answered in {output}, which is a query file, or "
                     "which a run or another file needs; rename it or choose another --output_folder"

@@ -433,6 +433,25 @@ def test_a_file_system_that_cannot_be_written_is_refused(command, capsys, unload
     assert "--output_folder" in capsys.readouterr().err
 
 
+LOOP, LONG = "loop", "x" * 300  # a link in a circle, and a name that no file can have
+
+
+@pytest.mark.parametrize("more", [[], ["--plan"]])
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--dataset_filepaths", LOOP),
+        ("--output_folder", LOOP),
+        ("--output_folder", LONG),
+        ("--chat_template", LONG),
+    ],
+)
+def test_a_path_that_cannot_be_looked_up_is_refused(command, tmp_path, capsys, flag, name, more):
+    (tmp_path / LOOP).symlink_to(tmp_path / LOOP)
+    assert command("base", flag, tmp_path / name, *more)[0] == 2
+    assert str(tmp_path / name) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_no_temporary_folders(command, capsys, monkeypatch, sent):
     from router.pipeline.steps import Method

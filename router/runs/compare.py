@@ -4,6 +4,7 @@ Labels are read only here, after the fact, to score what both runs wrote; no met
 """
 
 import json
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def _settings(a: Record, b: Record) -> Rows:
 def _labels(paths: Sequence[Path], stems: Sequence[str]) -> dict[str, dict[str, str]]:
     """Rows of labels by `STEM:ID`."""
     files = [file for path in paths for file in (sorted(path.glob("*.csv")) if is_folder(path) else [path])]
-    if not (of_runs := [file for file in files if file.stem in stems and file.exists()]):
+    if not (of_runs := [file for file in files if file.stem in stems and os.access(file, os.F_OK)]):
         raise InputError(
             f"--labels {' '.join(map(str, paths))}: expected CSV files named as the query files "
             f"({', '.join(stems)}), or a folder of them; found none"

@@ -223,7 +223,7 @@ def _asked(path: Path, ids: list[str], record: Record) -> list[Query | None]:
     """What was asked with each id, None where that is not at hand any more."""
     try:
         asked = read_queries(path) if path.is_file() else []  # a pipe or a device would give no end
-    except InputError:
+    except (InputError, OSError):  # the latter of a folder that others may not read
         asked = []
     digest = record.queries.get(path.name)
     known = digest is None or digest == digest_of(asked)

@@ -130,6 +130,13 @@ def test_what_does_not_belong_together_is_refused(tmp_path, kind):
     assert BROKEN[kind][1] in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_queries_that_cannot_be_looked_up_are_not_shown(tmp_path):
+    out = write_run(tmp_path / "run", [[1, 0, 0, 0]])
+    flags = json.loads((out / "run.json").read_text())["flags"]
+    edit_json(out / "run.json", flags=flags | {"dataset_filepaths": [f"{'x' * 300}/run.csv"]})
+    assert load(out).queries == [None]
+
+
 def test_queries_that_changed_since_are_not_shown(command, tmp_path):
     queries = tmp_path / "queries.csv"
     _, out = command("proto_route")
