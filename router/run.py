@@ -41,6 +41,8 @@ from router.settings import Settings
 from router.system.errors import InputError, reason, whole
 from router.system.files import (
     for_others,
+    hashes,
+    is_folder,
     is_ours,
     is_sealed,
     is_still,
@@ -183,7 +185,11 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
         kit = source.kit
         models = [settings.base_model, kit.base_model_name, kit.base_model_revision_id]
         code = sha256_of(Path(inspect.getfile(type(kit))))
-        return identity | {"base model": models, "models": kit.list_models, "code": code}
+        names = (settings.base_model, kit.base_model_name, *(name for name, *_ in kit.list_models))
+        folders = [hashes(Path(name)) for name in names if name and is_folder(name)]
+        return identity | {
+            "base model": models, "models": kit.list_models, "code": code, "folders": folders
+        }  # fmt: skip
     model = source.base.model
     device, dtype = model.device, model.dtype
     if device.type == "cpu" and dtype.itemsize < 4:  # each number of threads rounds otherwise
@@ -247,9 +253,9 @@ def _commit(files: Files, result: Result, final: Record, settings: Settings, wor
         file.write(final.text(indent=2) + "\n")
     check_outputs(settings)  # what was put there meanwhile stays, too
     names_left = sorted({*left, *final.files})
-    hashes = {name: [of[name] for of in (left, final.files) if name in of] for name in names_left}
+    either = {name: [of[name] for of in (left, final.files) if name in of] for name in names_left}
     with replacing(folder / COMMIT) as file:
-        json.dump(hashes, file)
+        json.dump(either, file)
     # From here on the folder holds no finished run, until it holds this one. Variants and report of an
     # earlier run go; its answers to other query files stay, and later runs know them.
     for name in (RECORD, REPORT, *([SCRIPT] if is_sealed(folder / SCRIPT) else [])):

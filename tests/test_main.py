@@ -23,6 +23,8 @@ from helpers import (
     METHODS,
     NAMES,
     ROWS,
+    Killed,
+    before_batches,
     choice_scores,
     edit_weights,
     files_of,
@@ -431,6 +433,24 @@ def unloaded(monkeypatch):
 def test_a_file_system_that_cannot_be_written_is_refused(command, capsys, unloaded):
     assert command("proto_route", out="/proc/nothing/here")[0] == 2
     assert "--output_folder" in capsys.readouterr().err
+
+
+def test_a_killed_run_of_a_kits_method_does_not_go_on_with_another_adapter(
+    command, kit_method, monkeypatch, capsys
+):
+    batches = []
+
+    def killed(batch):
+        batches.append(batch)
+        if len(batches) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_batches(patch, killed)
+        command("kit_avg", "--batch_size", 1)
+    edit_weights(kit_method[0] / "adapter_model.safetensors", lambda key, of: 2 * of)
+    assert command("kit_avg", "--batch_size", 1)[0] == 2 and "differs in folders" in capsys.readouterr().err
+    assert command("kit_avg", "--batch_size", 1, "--fresh")[0] == 0
 
 
 LOOP, LONG = "loop", "x" * 300  # a link in a circle, and a name that no file can have
