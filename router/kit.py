@@ -126,10 +126,11 @@ class StarterKitMethod:
         name: as `-m` takes it.
     """
 
-    def __init__(self, make: type[Merges], name: str, settings: Settings) -> None:
-        self.settings, self.kit = settings, make(name)
-        self.kit.settings = settings
-        self.kit.merge()
+    def __init__(self, make: type[Merges], name: str, context: Context) -> None:
+        self.settings, self.kit = context.settings, make(name)
+        self.kit.settings = context.settings
+        with context.stages("merge"):
+            self.kit.merge()
 
     def answer(self, queries: Sequence[Query], context: Context) -> list[Answer]:
         """Answers queries in order, batch by batch, through the kit's two calls."""

@@ -108,9 +108,7 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
         raise InputError(f"-m {name}: expected prompts, since a starter-kit method takes no conversations")
     with processes.first():
         check_flags(name, settings, context.deadline is not None, processes)
-        source = (
-            _loaded(made, context) if issubclass(made, Method) else StarterKitMethod(made, name, settings)
-        )
+        source = _loaded(made, context) if issubclass(made, Method) else StarterKitMethod(made, name, context)
     identity = {"method": name, "queries": digest_of(queries)} | _identity(made, source, settings)
     with processes.first():
         journal = Journal(settings.output_folder, identity, fresh, processes.rank)
@@ -118,7 +116,8 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
         context = replace(context, journal=journal)
         with _work(context) as work:
             if isinstance(source, StarterKitMethod):
-                result = Result(source.answer(queries, context))
+                with context.stages("predict"):
+                    result = Result(source.answer(queries, context))
             else:
                 method = cast(type[Method], made)(name, source.base, source.adapters, context)
                 rows, routing = route(method, queries)
