@@ -8,6 +8,8 @@ import pickle
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -370,42 +372,28 @@ def test_a_sample_that_is_refused_changes_nothing(chat_router):
     assert router.frames == frames and router.choose(chats) == expected
 
 
-@pytest.mark.parametrize("moved", range(1, 5))
-def test_a_first_save_that_is_killed_is_saved_again(chat_router, tmp_path, monkeypatch, moved):
-    router, plain, done = chat_router().fit(MORE), Path.replace, []
+def test_a_save_that_is_killed_leaves_the_old_router_or_none(chat_router, tmp_path, monkeypatch):
+    """It moves four things, the last of which is router.json; the next save goes through."""
+    old, new, plain = chat_router().fit(MORE), chat_router().fit(MORE[:2]), Path.replace
+    for there, moved in product((False, True), range(4)):
+        folder, done = tmp_path / f"{there} {moved}", []
+        if there:
+            old.save(folder)
 
-    def killed(path, to):
-        if Path(to).parent == tmp_path / "new" and (done.append(path) or len(done) == moved):
-            raise KeyboardInterrupt
-        return plain(path, to)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "replace", killed)
-        router.save(tmp_path / "new")
-    assert Router.load(router.save(tmp_path / "new"), device="cpu").choose(MORE) == router.choose(MORE)
-
-
-@pytest.mark.parametrize("moved", range(4))
-def test_a_save_that_is_killed_leaves_the_old_router_or_none(router, saved, monkeypatch, moved):
-    plain, done = Path.replace, []
-
-    def killed(path, to):
-        if Path(to).parent == saved:
-            if len(done) == moved:
+        def killed(path, to, folder=folder, done=done, moved=moved):
+            if Path(to).parent == folder and (done.append(to) or len(done) > moved):
                 raise KeyboardInterrupt
-            done.append(path)
-        return plain(path, to)
+            return plain(path, to)
 
-    router.fit(MORE[:2])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "replace", killed)
-        router.save(saved)
-    if moved in (1, 2):  # then the library's file is all that is left to do, and it is the old one's
-        with pytest.raises(InputError):
-            Router.load(saved, device="cpu")
-    router.save(saved)
-    assert Router.load(saved, device="cpu").choose(MORE) == router.choose(MORE)
-    assert sorted(path.name for path in saved.iterdir()) == ["router.json", "router.safetensors", "variants"]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "replace", killed)
+            new.save(folder)
+        with suppress(InputError):
+            assert Router.load(folder, device="cpu").choose(MORE) == old.choose(MORE) and there
+        assert Router.load(new.save(folder), device="cpu").choose(MORE) == new.choose(MORE)
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "chat_template.jinja", "router.json", "router.safetensors", "variants",
+        ]  # fmt: skip
 
 
 def test_what_is_put_there_while_a_router_is_saved_stays(router, saved, monkeypatch):
