@@ -72,14 +72,15 @@ class Prompt:
         self.views = torch.zeros(2, len(ids))  # weight of each token in the two responses
         self.views[:, counted[0]] = averages(counted, fitted.framing.end)[:, 0]
         self.views = self.views.to(device)
-        shape = len(fitted.prototypes), 2, len(fitted.names)
-        self.squares = torch.zeros(shape, device=device, dtype=torch.float32)
+        zeros = torch.zeros(len(fitted.prototypes), 2, len(fitted.names), device=device, dtype=torch.float32)
+        self.squares = dict(zip(fitted.prototypes, zeros, strict=True))  # by module, each (2, adapters)
         self.confidence: Tensor | None = None
 
     def responses(self) -> bytes:
         """(adapters, modules, 2) float32, NaN where none is heard; and, last, the base model's confidence."""
         assert self.confidence is not None
-        responses = self.squares.sqrt().permute(2, 0, 1).cpu()  # (adapters, modules, 2)
+        squares = torch.stack([*self.squares.values()])  # (modules, 2, adapters)
+        responses = squares.sqrt().permute(2, 0, 1).cpu()
         responses[torch.from_numpy(self.fitted.absent)] = torch.nan
         return torch.cat([responses.flatten(), self.confidence.cpu()[None]]).numpy().tobytes()
 
@@ -90,13 +91,11 @@ class Group(NamedTuple):
     Attributes:
         inputs: picks the tokens that count.
         views: (2, prompts, T') their weights.
-        places: the numbers of the prototypes' modules.
     """
 
     prompts: list[Prompt]
     inputs: Inputs
     views: Tensor
-    places: dict[str, int]
 
 
 class Reader:
@@ -190,12 +189,12 @@ class Reader:
         """Adds what the tokens of a module's input x, (tokens, d_in), tell to the prompts' responses."""
         fitted = group.prompts[0].fitted
         x = x[: group.inputs.total]  # what fills up the batch comes last
-        for name in names & group.places.keys():
+        for name in names & fitted.prototypes.keys():
             centred, size = group.inputs.centred(name, x, fitted.means[name])
             proto, count = fitted.prototypes[name], len(fitted.names)
             cosines = squared_cosines(proto, centred, size, group.views, count)  # (2, prompts, adapters)
             for prompt, part in zip(group.prompts, cosines.transpose(0, 1), strict=True):
-                prompt.squares[group.places[name]] += part  # (2, adapters)
+                prompt.squares[name] += part  # (2, adapters)
 
     def _enter(self) -> None:
         """Looks, once a step, which of its tokens belong to marked prompts."""
@@ -247,9 +246,7 @@ class Reader:
         counted = views[0].any(0)  # (total,)
         if not counted.any():
             return None
-        prompts = [prompt for prompt, _, _ in parts]
-        places = {name: m for m, name in enumerate(prompts[0].fitted.prototypes)}
-        return Group(prompts, Inputs(counted[None]), views[..., counted], places)
+        return Group([prompt for prompt, _, _ in parts], Inputs(counted[None]), views[..., counted])
 
     def _finish(self, logits: Tensor | None) -> None:
         """Keeps the responses of the prompts that end in this step; logits are (requests, V)."""
