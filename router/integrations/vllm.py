@@ -413,11 +413,7 @@ def _written(asked: Asked, template: Template) -> dict[str, Any] | None:
 
 
 class Door:
-    """Middleware: a request for the model `auto` is kept where `generate` finds it, and its answer tells.
-
-    Args:
-        app: what comes behind.
-    """
+    """Middleware: a request for the model `auto` is kept where `generate` finds it, and its answer tells."""
 
     def __init__(self, app: Callable[[Any, Receive, Send], Awaitable[None]]) -> None:
         self.app = app

@@ -31,9 +31,6 @@ def expand(specs: Sequence[str]) -> list[str]:
 def find(spec: str, local_only: bool = False) -> list[Source]:
     """The adapters that a spec stands for: a folder, a folder of folders, a name in data/library, a hub id.
 
-    Args:
-        local_only: nothing is fetched from the hub.
-
     Raises:
         InputError: there are none, the folder cannot be read, or the hub cannot provide it.
     """

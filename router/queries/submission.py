@@ -52,11 +52,7 @@ class Query:
         return json.loads(self.messages) if self.messages else []
 
     def marked(self, later: int) -> str:
-        """The text, for a reader who asks what of a conversation routing has read, and what decided.
-
-        Args:
-            later: how many messages of the user follow the one that decided.
-        """
+        """The text as `shown` has it, for a reader who asks what of a conversation decided."""
         return shown(self.conversation, later) if self.messages else self.input
 
 
@@ -228,11 +224,8 @@ def check_id(name: str, line: int, lines: dict[str, int], path: Path, what: str 
 def query_of(row: Mapping[str, Any], where: str, csv: bool = False) -> Query:
     """The query of a row: its `messages` or its `input`, and for multiple choice `answer_choices`.
 
-    Args:
-        where: begins the sentence about what is wrong.
-
     Raises:
-        InputError: the row is none.
+        InputError: the row is none; `where` begins the sentence.
     """
     row = {key: value for key, value in row.items() if value is not None}  # as pandas writes what is missing
     if ("messages" in row) == ("input" in row):

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from router.constants import BASE_COLUMN
 from router.pipeline.evidence import LOW_MARGIN, Evidence
-from router.runs.load import Run, cut, load
+from router.runs.load import Run, cut, load, spelt
 from router.runs.report.data import candidates, vote_means
 from router.system.errors import InputError, printable
 
@@ -180,7 +180,7 @@ def show(story: Mapping[str, Any], console: Console) -> None:
     section(console, where, f"{story['summary']}.")
     query, variant, votes = story["query"], story["variant"], story["votes"]
     text = query["input"] if query else "not at hand: the query file is gone or has changed"
-    choices = {str(n): f"{n}: {choice}" for n, choice in enumerate(query["choices"] if query else ())}
+    choices = spelt(query["choices"] if query else ())
     section(console, "Query", cut(text, LONG), *(cut(choice, LONG) for choice in choices.values()))
     if any(story["frame"] or ()):
         before, after = story["frame"]

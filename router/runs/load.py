@@ -69,7 +69,8 @@ class Run:
     @property
     def answers(self) -> list[str]:
         """The predictions; for multiple choice with the text of the choice."""
-        return [_spelt(*pair) for pair in zip(self.queries, self.predictions, strict=True)]
+        pairs = zip(self.queries, self.predictions, strict=True)
+        return [spelt(query.choices if query else ()).get(said, said) for query, said in pairs]
 
     def line(self, n: int, most: int) -> str:
         """The start of a query's text, or of its id if there is none, in at most `most` characters."""
@@ -147,9 +148,9 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def _spelt(query: Query | None, prediction: str) -> str:
-    choices = query.choices if query else ()
-    return {str(n): f"{n}: {choice}" for n, choice in enumerate(choices)}.get(prediction, prediction)
+def spelt(choices: Sequence[str]) -> dict[str, str]:
+    """For a reader: each choice behind its number, by that number, which a prediction is."""
+    return {str(n): f"{n}: {choice}" for n, choice in enumerate(choices)}
 
 
 def load(folder: Path) -> Run:

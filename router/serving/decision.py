@@ -20,11 +20,7 @@ def not_routed(path: str) -> HTTPException:
 
 
 def described(choice: Choice, name: str) -> dict[str, Any]:
-    """A decision for a person or a program.
-
-    Args:
-        name: of the model that answers.
-    """
+    """A decision for a person or a program, with the name of the model that answers."""
     return {
         "model": name, "weights": {key: round(w, 4) for key, w in choice.weights.items()},
         "margin": round(choice.margin, 3), "low_margin": choice.low_margin, "fits": choice.fits,

@@ -80,9 +80,6 @@ def recompressed(path: Path, out: Path, max_rank: int, base: str, dtype: torch.d
 def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Path]:
     """Converts adapters into a folder, which is replaced; the name of each file says which adapter it is.
 
-    Args:
-        llama_cpp: a checkout of llama.cpp.
-
     Returns:
         The files by the adapters' names, in the same order.
 
@@ -115,9 +112,6 @@ def converted(served: Served, out: Path, llama_cpp: Path | None) -> dict[str, Pa
 
 def export(args: Namespace) -> list[str]:
     """Writes `serve.sh`, and adapters as the engine needs them; returns what was done, in sentences.
-
-    Args:
-        args: as `flags` has them.
 
     Raises:
         InputError: there are no variants in the folder, or nothing that llama.cpp's files can be made with;

@@ -56,9 +56,6 @@ def told_if_memory_runs_out(
 ) -> Iterator[None]:
     """Says which flags need less where the block fails for want of memory.
 
-    Args:
-        less: the flags.
-
     Raises:
         InputError: it does.
     """
