@@ -1,7 +1,5 @@
 """What scripts/test_engines.sh asks of real servers, beside the answers of a router or of a run."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -6,8 +6,6 @@ killed, until one is done; then its files are compared with the first run's, byt
 begins anew. The times in run.json are left out, and the report, which shows them. Flags are router.main's.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

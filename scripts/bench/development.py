@@ -6,8 +6,6 @@ by `python -m scripts.library.development`; `second`, `devset_b` and `devset_c` 
 and so do the FLAN queries. `devset_c` has a base model of its own, made by `base.sh` in its folder.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

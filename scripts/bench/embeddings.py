@@ -3,8 +3,6 @@
 They cost next to nothing, so what the auto-router takes is what LiteLLM takes.
 """
 
-from __future__ import annotations
-
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request

@@ -4,8 +4,6 @@ What is made are PEFT folders like any other, under output/benchmark/libraries, 
 named after the adapter that it comes from, `NAME~mark`, so that a table can tell whose skill it has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tables in Markdown files that are written again where they stand."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -9,8 +9,6 @@ A score is the mean over tasks of the mean score of an answer. Intervals are the
 bootstrap draws of queries within each task; methods are compared on the same draws.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import math

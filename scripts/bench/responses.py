@@ -1,7 +1,5 @@
 """The responses of a library's adapters to its labelled queries, from one pass of its base model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

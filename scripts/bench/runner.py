@@ -5,8 +5,6 @@ FOLDER/routed 22/0.json; where that file is, the cell is done. So a benchmark th
 where it stood, a file that is deleted is made anew, and peak memory is the cell's own.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -11,8 +11,6 @@ its parent: the same means and deviations, and for each text a share of the pare
 further query is mostly a real one.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 import time

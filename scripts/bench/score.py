@@ -1,7 +1,5 @@
 """What is right: an answer, and the adapter that a query went to; and the labelled files under data/."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

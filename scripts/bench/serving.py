@@ -5,8 +5,6 @@ prompt's embedding with those of labelled prompts. Alone it is asked for the mod
 Writes the table of docs/serving.md.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,11 +117,7 @@ def prompts_of(folder: str) -> dict[str, str]:
 
 @contextmanager
 def auto_router(examples: Mapping[str, Sequence[str]]) -> Iterator[list[psutil.Process]]:
-    """LiteLLM, whose auto-router chooses by the embeddings of labelled prompts.
-
-    Args:
-        examples: prompts by the name of the model that is to answer such ones.
-    """
+    """LiteLLM, whose auto-router chooses by embeddings of prompts, which are given by the model for such."""
     routes = [{"name": name, "utterances": list(prompts)} for name, prompts in examples.items()]
     embeddings = {"model": "openai/wordllama", "api_base": f"{EMBEDDINGS}/v1", "api_key": "none"}
     auto = {

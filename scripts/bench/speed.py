@@ -5,8 +5,6 @@ one turn. What was measured is kept in a file under output/benchmark/speed; dele
 queries are the competition's `test.csv` where it is at hand, else `data/test.csv`.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from argparse import ArgumentParser, RawTextHelpFormatter

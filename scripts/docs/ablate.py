@@ -5,8 +5,6 @@ figures of the others, and its own figures are shown under that choice. Reads la
 may import it.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from functools import cache

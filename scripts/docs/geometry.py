@@ -3,8 +3,6 @@
 `python -m scripts.docs.geometry`, with the extra `notebook`. Reads labels for the colours alone.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Takes the page in light and dark, wide and narrow, and for one query what docs/r
 Needs Chromium, and playwright from the extra `test`.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys

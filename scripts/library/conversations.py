@@ -8,8 +8,6 @@ Each is a folder of output/development with the adapters in library/, the conver
 what is known of them in labels.csv and scores.csv. Resumable and seeded like scripts/library/development.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

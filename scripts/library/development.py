@@ -12,8 +12,6 @@ of them in labels.csv, and how well each adapter does in scores.csv. Resumable a
 scripts/library/train.py, whose functions do the training.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

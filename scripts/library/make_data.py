@@ -8,8 +8,6 @@ Labelled files have the starter kit's columns, the name of the task's own adapte
 there is none), its skill, and the number of the phrasing.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 from pathlib import Path

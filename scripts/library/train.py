@@ -5,8 +5,6 @@ one leaves nothing behind. Seeded: the same machine trains the same weights. The
 rank, alpha, target modules, learning rate and number of phrasings, as people's libraries do.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import shutil

@@ -5,8 +5,6 @@ for an item in words. Everything is drawn from one seed, so training, evaluation
 can be kept apart by construction: they are consecutive parts of one stream without repeats.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Chat: two tones, two summarising styles, two translation directions, support intents."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Coding: SQL, regular expressions, short Python functions and shell commands."""
 
-from __future__ import annotations
-
 import random
 
 from . import Item, Task, drawn

@@ -4,8 +4,6 @@ Each takes the items of another task. A job is told in the system message, in th
 a company's general system message stands above it, which several adapters share.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

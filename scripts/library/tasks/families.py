@@ -4,8 +4,6 @@ Sums, English sentences put otherwise, and tones; the sentences are those of the
 those of formal_tone. Leaving one out leaves useful relatives. They have no adapter in data/library.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Sequence
 

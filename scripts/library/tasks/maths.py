@@ -1,7 +1,5 @@
 """Maths: sums with two answer formats, ordering numbers, units, Roman numerals."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

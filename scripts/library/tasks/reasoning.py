@@ -1,7 +1,5 @@
 """Reasoning: relations, syllogisms, look-ups and orderings, all drawn from reasoning-gym."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from . import GYM, Item, Task, gym

@@ -1,7 +1,5 @@
 """Tool use: calls from the Berkeley Function Calling Leaderboard, and a smart home of our own."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Their prompts carry worked examples, without which the base model answers next to nothing.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 
