@@ -11,9 +11,9 @@ from typing import Any
 
 from merge.folders import WEIGHTS_FILE
 from router.library.sources import find
-from router.model.answer import FAILED, Answer, Choices, answers, encode
+from router.model.answer import FAILED, Answer, Choices, Done, answers, encode
 from router.model.base import EMBEDDED, load_base
-from router.pipeline.answering import known_to, warn
+from router.pipeline.answering import choices_of, kept, known_to
 from router.pipeline.context import Context
 from router.pipeline.steps import Method, load
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
@@ -21,6 +21,7 @@ from router.settings import Settings
 from router.system.files import is_folder
 
 KIT_BATCH = 8  # queries handed to a kit method at once, unless --batch_size is given
+NO_ANSWER = "the method has none, perhaps for want of room or of finite numbers"
 
 
 class Merges:
@@ -135,26 +136,16 @@ class StarterKitMethod:
     def answer(self, queries: Sequence[Query], context: Context) -> list[Answer]:
         """Answers queries in order, batch by batch, through the kit's two calls."""
         known = known_to(context)
-        deadline = context.deadline
-        for part in self._batches(queries):
-            missing = sum(query not in known for query in part)
-            if missing and deadline and deadline.over():
-                deadline.unanswered += missing
-            elif missing:
-                for query, answer in zip(part, self._ask(part), strict=True):
-                    if answer.failed:
-                        warn(query, "the method has none, perhaps for want of room or of finite numbers")
-                    else:
-                        known.setdefault(query, answer)
-        return [known.get(query, FAILED) for query in queries]
+        batches = [batch for batch in self._batches(queries) if any(queries[n] not in known for n in batch)]
+        done = (Done(batch, list(self._ask([queries[n] for n in batch])), NO_ANSWER) for batch in batches)
+        return kept(done, queries, [()] * len(queries), {n for batch in batches for n in batch}, context)
 
-    def _batches(self, queries: Sequence[Query]) -> Iterator[list[Query]]:
-        """The queries of a batch of the kit have equally many choices."""
+    def _batches(self, queries: Sequence[Query]) -> Iterator[list[int]]:
+        """The numbers of queries in batches; those of a batch of the kit have equally many choices."""
         size = self.settings.batch_size or KIT_BATCH
-        kinds: dict[int, list[Query]] = {}
-        for query in queries:
-            choices = len(query.choices) if query.eval_type == MULTIPLE_CHOICE else 0
-            kinds.setdefault(choices, []).append(query)
+        kinds: dict[int, list[int]] = {}
+        for n, options in enumerate(choices_of(queries)):
+            kinds.setdefault(len(options), []).append(n)
         for members in kinds.values():
             yield from (members[start : start + size] for start in range(0, len(members), size))
 

@@ -39,7 +39,7 @@ def answered(
     processes = context.processes
     settings = context.settings
     known = known_to(context)
-    options, most = _options(queries), settings.max_gen_len
+    options, most = choices_of(queries), settings.max_gen_len
     batches, left_out = batched(model, tokenizer, rows, options, most, settings.batch_size)
     for n, why in left_out.items():
         if not processes.rank:
@@ -50,7 +50,7 @@ def answered(
         todo.sort(key=lambda batch: (not batch.chooses, batch.tokens / len(batch.numbers)))
     asked = {n for batch in todo for n in batch.numbers}
     done = answer(model, tokenizer, rows, options, todo, max_new_tokens=most, scoring=settings.scoring)
-    return _kept(done, queries, rows, asked, context, bar)
+    return kept(done, queries, rows, asked, context, bar)
 
 
 def answered_by_vllm(
@@ -67,10 +67,10 @@ def answered_by_vllm(
     known, settings = known_to(context), context.settings
     asked = [n for n, query in enumerate(queries) if query not in known]
     done = ask(
-        base, rows, _options(queries), variants, asked, scoring=settings.scoring,
+        base, rows, choices_of(queries), variants, asked, scoring=settings.scoring,
         max_new_tokens=settings.max_gen_len,
     )  # fmt: skip
-    return _kept(done, queries, rows, set(asked), context, bar)
+    return kept(done, queries, rows, set(asked), context, bar)
 
 
 def known_to(context: Context) -> MutableMapping[Query, Answer]:
@@ -78,13 +78,18 @@ def known_to(context: Context) -> MutableMapping[Query, Answer]:
     return {} if context.journal is None else context.journal
 
 
-def _options(queries: Sequence[Query]) -> list[tuple[str, ...]]:
+def choices_of(queries: Sequence[Query]) -> list[tuple[str, ...]]:
     """The choices of each query; none where text is to be written, whatever the query has."""
     return [query.choices if query.eval_type == MULTIPLE_CHOICE else () for query in queries]
 
 
-def _kept(
-    batches: Iterator[Done], queries: Sequence[Query], rows: Rows, asked: set[int], context: Context, bar: Bar
+def kept(
+    batches: Iterator[Done],
+    queries: Sequence[Query],
+    rows: Rows,
+    asked: set[int],
+    context: Context,
+    bar: Bar = lambda tokens: None,
 ) -> list[Answer]:
     """Keeps the answers of batches as they are finished, until the deadline; returns those to all queries.
 
