@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -120,11 +120,8 @@ def select(left: Array) -> Array:
 
     Where no adapter has a residual, since none changes the last block, all have the same weight.
     """
-    scores = _standard(-left)
-    present = ~np.isnan(scores)
-    totals = np.where(present, scores, 0.0).sum(2) / present.sum(2).clip(1)  # (prompts, adapters)
-    logits = _standard(np.where(present.any(2), totals, np.nan)) / TEMPERATURE
-    logits = np.where(np.isnan(logits), -np.inf, logits)
+    scores = _standard(np.ma.masked_invalid(-left)).mean(2)  # (prompts, adapters)
+    logits = (_standard(scores) / TEMPERATURE).filled(-np.inf)
     logits[np.isinf(logits).all(1)] = 0.0
     weights = np.exp(logits - logits.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)
@@ -133,11 +130,7 @@ def select(left: Array) -> Array:
     return np.asarray(chosen / chosen.sum(1, keepdims=True))
 
 
-def _standard(values: Array) -> Array:
-    """z-scores across the adapters (axis 1) that are present, not NaN; 0 if there is only one."""
-    there = ~np.isnan(values)
-    count = there.sum(1, keepdims=True)
-    mean = np.where(there, values, 0.0).sum(1, keepdims=True) / count.clip(1)
-    squares = np.where(there, values - mean, 0.0) ** 2
-    deviation = np.sqrt(squares.sum(1, keepdims=True) / (count - 1).clip(1))
-    return np.asarray((values - mean) / (deviation + _EPSILON))
+def _standard(values: Any) -> Any:
+    """z-scores of a masked array across the adapters (axis 1) that are there; 0 if there is only one."""
+    deviation = values.std(1, ddof=1, keepdims=True).filled(0.0)
+    return (values - values.mean(1, keepdims=True)) / (deviation + _EPSILON)

@@ -29,8 +29,9 @@ def routed(base, library):
     return method.route(QUERIES, method.encoded(QUERIES))
 
 
-def least(base, rank=4):
-    """The directions that the modules' inputs have least of, (rank, d_in) by module."""
+@pytest.fixture(scope="module")
+def least(base):
+    """The four directions that the modules' inputs have least of, (4, d_in) by module."""
     sums = {}
     names = [n for n, m in base.model.named_modules() if n.endswith("_proj")]
 
@@ -42,19 +43,18 @@ def least(base, rank=4):
         for row in encode(base.tokenizer, calibration.generic_prompts()):
             base.model(torch.tensor([row[1:]]))
     return {
-        name: torch.linalg.svd(torch.cat(x) - torch.cat(x).mean(0), full_matrices=False)[2][-rank:].float()
+        name: torch.linalg.svd(torch.cat(x) - torch.cat(x).mean(0), full_matrices=False)[2][-4:].float()
         for name, x in sums.items()
     }
 
 
 @pytest.mark.parametrize("mostly", [False, True])  # silent at all of its modules, or at all but one
-def test_one_that_reads_what_text_hardly_has_gets_no_query(base, library, mostly):
-    directions = least(base)
-    heard = min(directions) if mostly else None
+def test_one_that_reads_what_text_hardly_has_gets_no_query(base, library, least, mostly):
+    heard = min(least) if mostly else None
 
     def quiet(key, value):
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        return directions[module] if "lora_A" in key and module != heard else value
+        return least[module] if "lora_A" in key and module != heard else value
 
     without = routed(base, library)
     edit_weights(write_tiny_adapter(library / "quiet", 9) / WEIGHTS_FILE, quiet)
