@@ -75,7 +75,6 @@ class LoGo(Method):
                 forward(model, ids, mask)
             return tally.cpu().numpy()
 
-        with torch.inference_mode():
-            for numbers, tallies in batches(model, rows, self.tokenizer.pad_token_id, "probe", read):
-                total[numbers] = tallies
+        for numbers, tallies in batches(model, rows, self.tokenizer.pad_token_id, "probe", read):
+            total[numbers] = tallies
         return np.asarray(total / count.clip(1))

@@ -106,12 +106,11 @@ def residuals(
             forward(model, ids, mask)
         return means
 
-    with torch.inference_mode():
-        for numbers, means in batches(model, rows, pad_id, "probe", read):
-            for m, (module, vhs) in enumerate(spaces.items()):
-                x = means[module]  # (B, d_in)
-                for n, vh in vhs.items():
-                    out[numbers, n, m] = (x - (x @ vh.T) @ vh).norm(dim=1).cpu().numpy()
+    for numbers, means in batches(model, rows, pad_id, "probe", read):
+        for m, (module, vhs) in enumerate(spaces.items()):
+            x = means[module]  # (B, d_in)
+            for n, vh in vhs.items():
+                out[numbers, n, m] = (x - (x @ vh.T) @ vh).norm(dim=1).cpu().numpy()
     return out
 
 

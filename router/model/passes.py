@@ -11,6 +11,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from router.model.answer import Rows, by_length, fitting, padded, positions, vocabulary
@@ -71,6 +72,7 @@ def ends_of(text: str, most: int) -> str:
     return text if len(text) <= 2 * most else text[:most] + text[-most:]
 
 
+@torch.inference_mode()
 def batches(
     model: PreTrainedModel,
     rows: Rows,

@@ -167,9 +167,8 @@ def mean_weights(
             forward(model, ids, mask)
         return (tally / max(1, len(reached))).cpu().numpy()
 
-    with torch.inference_mode():
-        for numbers, means in batches(model, rows, pad_id, "weights", read):
-            out[numbers] = means
+    for numbers, means in batches(model, rows, pad_id, "weights", read):
+        out[numbers] = means
     return out
 
 

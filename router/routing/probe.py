@@ -88,11 +88,10 @@ def input_means(
             sure = confidence_of(forward(model, ids, mask))
         return sums, len(inputs.places), sure
 
-    with torch.inference_mode():
-        for batch, (sums, some, sure) in batches(model, rows, pad_id, "centre", read):
-            totals = {name: totals[name] + part if totals else part for name, part in sums.items()}
-            confidence[batch] = sure.cpu()
-            count += some
+    for batch, (sums, some, sure) in batches(model, rows, pad_id, "centre", read):
+        totals = {name: totals[name] + part if totals else part for name, part in sums.items()}
+        confidence[batch] = sure.cpu()
+        count += some
     return {name: (total / count).float() for name, total in totals.items()}, confidence
 
 
@@ -205,10 +204,9 @@ def probe(
             sure = confidence_of(forward(model, ids, mask))
         return squares, sure
 
-    with torch.inference_mode():
-        for batch, (squares, sure) in batches(model, rows, pad_id, title, read):
-            out[batch] = squares.sqrt().permute(2, 3, 0, 1).cpu().numpy()
-            confidence[batch] = sure.cpu().numpy()
+    for batch, (squares, sure) in batches(model, rows, pad_id, title, read):
+        out[batch] = squares.sqrt().permute(2, 3, 0, 1).cpu().numpy()
+        confidence[batch] = sure.cpu().numpy()
     for m, proto in enumerate(prototypes.values()):
         columns = np.bincount(proto.owners.cpu().numpy(), minlength=n_adapters)
         out[:, columns == 0, m] = np.nan
