@@ -50,23 +50,11 @@ class Judged(NamedTuple):
 class PrototypeGate(BaseEstimator):  # type: ignore[misc]
     """Soft weights over the adapters and the base model.
 
-    `fit` learns how adapters respond to generic text. A query's log responses are standardised against it
-    (equation 2). At each module and view, what the adapters respond to alike is taken out: the first
-    principal components of generic text (equation 3). The rest is summed over an adapter's modules and views
-    with the weights of a matched filter, and standardised again: the score (equation 4), by which one adapter
-    is chosen among all.
-
-    Whether it fits is asked with a second score as well (equation 5): what generic text does not explain of
-    the first. All standardised responses of a query are one point. Kernel ridge regression predicts its score
-    from the point's inner products with those of generic text; what is left is standardised by its
-    leave-one-out deviation. So what texts have in common across modules, views and adapters does not count.
-
-    An adapter may have a handicap: its score loses so much, but not what is read of its residual.
-
-    The base model is a candidate too. An adapter leads it by the mean of its two scores, less a share of the
-    base model's confidence in the next token, less a threshold (equation 6). It follows from
-    `false_positive_rate` and the leads on generic text, where each text is judged by a gate that was fitted
-    without it. Generic text is nearer to adapters than other queries that none fits, by the odds NEARER.
+    `fit` learns how adapters respond to generic text. An adapter's score (equations 2 to 4) says how far a
+    query stands out from that, and chooses one adapter among all. The residual (equation 5) is what generic
+    text does not explain of the score. The base model is a candidate, too: the adapter leads it by the mean
+    of both, less a share of the base model's confidence, less a threshold that follows from
+    `false_positive_rate` (equations 6 and 7). A handicap is taken from an adapter's score, not its residual.
 
     Args:
         temperature: of the softmax over scores, in standard deviations of generic text, above 0.

@@ -173,16 +173,11 @@ def probe(
     these: over all of its counted tokens, and over its end, the last few of them.
 
     Args:
-        model: the base model.
-        rows: token ids of each prompt.
         prototypes: by module; the order of modules is that of the mapping.
         means: what to centre with, by module, (d_in,).
-        n_adapters: the number of adapters in the library.
+        n_adapters: in the library.
         title: of the bar; None shows none.
         framing: what of the prompts counts.
-
-    Returns:
-        The responses, and what the same pass tells of the base model.
     """
     out = np.empty((len(rows), n_adapters, len(prototypes), 2), dtype=np.float32)
     confidence = np.empty(len(rows), dtype=np.float32)
