@@ -18,8 +18,7 @@ from router.library.store import content
 from router.methods import load_method
 from router.model.apply import picked
 from router.model.device import batch_tokens, tokens_at_once
-from router.pipeline.context import Context
-from router.pipeline.deadline import Deadline
+from router.pipeline.context import Context, Deadline
 from router.pipeline.journal import FOLDER, LOCK, Journal, alone_in
 from router.pipeline.per_token import PerToken
 from router.pipeline.processes import Processes, connected

@@ -1,12 +1,38 @@
 """What a run has: settings, stages, processes, deadline and journal. It is passed on, never replaced."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from router.pipeline.deadline import Deadline
 from router.pipeline.journal import Journal
 from router.pipeline.processes import Processes
 from router.settings import Settings
 from router.system.stages import Stages
+
+RESERVE = 0.05  # share of a time limit that is kept for writing the results
+
+
+class Deadline:
+    """When answering ends: past it no further query is answered, so a full submission is written in time.
+
+    Args:
+        minutes: from `began` on, the time to write the results included.
+        clock: seconds.
+        began: by the clock; None is now.
+
+    Attributes:
+        unanswered: queries that were left out.
+    """
+
+    def __init__(
+        self, minutes: float, clock: Callable[[], float] = time.monotonic, began: float | None = None
+    ) -> None:
+        self._clock, self.minutes, self.unanswered = clock, minutes, 0
+        self._end = (clock() if began is None else began) + 60 * minutes * (1 - RESERVE)
+
+    def over(self) -> bool:
+        """Whether no further batch may begin."""
+        return self._clock() >= self._end
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 
 from helpers import ROWS, before_batches, read_table
 from router.model.apply import Merged
-from router.pipeline.deadline import RESERVE, Deadline
+from router.pipeline.context import RESERVE, Deadline
 from router.pipeline.steps import route
 
 

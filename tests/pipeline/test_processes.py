@@ -14,8 +14,7 @@ import pytest
 from helpers import ROOT, Killed, arguments, before_batches, files_of, many_rows, read_table, write_queries
 from router.kit import Merges
 from router.model.base import load_base
-from router.pipeline.context import Context
-from router.pipeline.deadline import Deadline
+from router.pipeline.context import Context, Deadline
 from router.pipeline.journal import Journal
 from router.pipeline.processes import Processes
 from router.queries.submission import read_queries

@@ -355,11 +355,8 @@ def test_of_a_long_message_under_a_long_system_message_both_are_read(method):
         assert len(ids) == MAX_TOKENS
         ((read,),) = method(max_seq_len=160).turns([query])  # which reads both ends
         assert text[-6:] in made.tokenizer.decode(truncated([read.ids])[0])
-
-
-def test_of_a_very_long_system_message_the_message_is_read_too(method):
     (query,) = queries_of(f"Translate {'y' * 300} now.", system="Rule. " * 4000)
-    ((read,),) = (made := method()).turns([query])
+    ((read,),) = made.turns([query])
     assert "Translate" in made.tokenizer.decode(truncated([read.ids])[0])
 
 
