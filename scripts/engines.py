@@ -90,13 +90,8 @@ def write_queries(work: Path) -> None:
         write_prompts(work / f"{name}.csv", part)
 
 
-def write_litellm(work: Path, *more: dict[str, Any], hook: bool = True) -> None:
-    """Writes the configuration of the LiteLLM proxy, as docs/serving.md has it.
-
-    Args:
-        more: models beside those of the server.
-        hook: whether ours decides for the model `auto`.
-    """
+def write_litellm(work: Path) -> None:
+    """Writes the configuration of the LiteLLM proxy, as docs/serving.md has it."""
     listed = httpx.get(f"{SERVER}/v1/models").json()["data"]
     served = {"auto": listed[0]["id"], "base": listed[0]["id"]} | {one["id"]: one["id"] for one in listed[1:]}
     models = [
@@ -108,8 +103,8 @@ def write_litellm(work: Path, *more: dict[str, Any], hook: bool = True) -> None:
         }
         for name, model in served.items()
     ]  # fmt: skip
-    callbacks = ["router.integrations.litellm.hook"] if hook else []
-    found = {"model_list": [*models[not hook :], *more], "litellm_settings": {"callbacks": callbacks}}
+    settings = {"callbacks": ["router.integrations.litellm.hook"]}
+    found = {"model_list": models, "litellm_settings": settings}
     (work / "litellm.yaml").write_text(json.dumps(found), "utf-8")  # JSON is YAML
 
 

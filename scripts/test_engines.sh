@@ -16,11 +16,9 @@ if [ ! -x "$work/vllm/bin/python" ]; then
   # CUDA builds, which break imports where there is no CUDA.
   "$work/vllm/bin/pip" uninstall --quiet --yes torchaudio torchcodec
 fi
-if [ ! -d "$(echo "$work"/litellm/lib/python3.*/site-packages/wordllama)" ]; then
+if [ ! -x "$work/litellm/bin/litellm" ]; then
   "$python" -m venv "$work/litellm"
-  # The embeddings of WordLlama are for scripts/bench/serving.py; its package has their tokenizer elsewhere than it looks.
-  "$work/litellm/bin/pip" install --quiet 'litellm[proxy,semantic-router]>=1.80' wordllama==0.4.0.post1
-  for at in "$work"/litellm/lib/python3.*/site-packages/wordllama; do ln -sfn tokenizers "$at/tokenizer"; done
+  "$work/litellm/bin/pip" install --quiet 'litellm[proxy]>=1.80'
 fi
 # The hook, and a run that vLLM answers, need this package and what it needs; the environments' own packages come first.
 for one in vllm litellm; do

@@ -1,15 +1,14 @@
 """What routing costs a service: `python -m scripts.bench.serving`, once scripts/test_engines.sh has run.
 
-Asks its vLLM with the plugin, alone, behind the proxy, and behind LiteLLM, whose auto-router compares a
-prompt's embedding with those of labelled prompts. Alone it is asked for the models that the plugin chose.
-Writes the table of docs/serving.md.
+Asks its vLLM with the plugin, alone, and behind the proxy. Alone it is asked for the models that the plugin
+chose. Writes the table of docs/serving.md.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
@@ -27,9 +26,6 @@ from scripts.bench.score import read_texts
 WORK, PAGE = Path("build/engines").resolve(), Path("docs/serving.md")
 AT_ONCE = {1: 24, 8: 48, 32: 96}  # requests at once -> in all
 SERVED, FITS, WRITTEN, TOGETHER = 100, 2, 32, 16  # requests, those for adapters, tokens of each, at once
-EXAMPLES = 5  # labelled prompts of each adapter for the auto-router, which gets no other
-AUTO = "LiteLLM's auto-router"
-EMBEDDINGS = "http://127.0.0.1:8092"  # of scripts/bench/embeddings.py
 
 
 class Answered(NamedTuple):
@@ -51,21 +47,15 @@ def memory(processes: Sequence[psutil.Process]) -> float:
 
 
 def ask(client: httpx.Client, prompt: str, model: str, tokens: int) -> Answered:
-    """One request for a completion of so many tokens, as a stream.
-
-    LiteLLM's auto-router knows chats alone; it asks vLLM for the same completion.
-    """
-    talks = client.base_url == engines.LITELLM
-    path = "/v1/chat/completions" if talks else "/v1/completions"
+    """One request for a completion of so many tokens, as a stream."""
     body = {"model": model, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
-    body |= {"messages": [{"role": "user", "content": prompt}]} if talks else {"prompt": prompt}
+    body["prompt"], key = prompt, {"authorization": f"Bearer {engines.KEY}"}
     start, seconds = time.perf_counter(), 0.0
-    with client.stream("POST", path, json=body, headers={"authorization": f"Bearer {engines.KEY}"}) as answer:
+    with client.stream("POST", "/v1/completions", json=body, headers=key) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 seconds = seconds or time.perf_counter() - start
-        told = answer.headers.get("x-litellm-model-name") or answer.headers.get("x-router-model")
-    name = (told or model).rpartition("/")[2]
+        name = answer.headers.get("x-router-model", model)
     return Answered(seconds, name if name.startswith("variant-") else None)
 
 
@@ -115,23 +105,6 @@ def prompts_of(folder: str) -> dict[str, str]:
     return dict(pair for turn in zip(*files, strict=False) for pair in turn)
 
 
-@contextmanager
-def auto_router(examples: Mapping[str, Sequence[str]]) -> Iterator[list[psutil.Process]]:
-    """LiteLLM, whose auto-router chooses by embeddings of prompts, which are given by the model for such."""
-    routes = [{"name": name, "utterances": list(prompts)} for name, prompts in examples.items()]
-    embeddings = {"model": "openai/wordllama", "api_base": f"{EMBEDDINGS}/v1", "api_key": "none"}
-    auto = {
-        "model": "auto_router/auto", "auto_router_config": json.dumps({"routes": routes}),
-        "auto_router_default_model": "base", "auto_router_embedding_model": "embeddings",
-    }  # fmt: skip
-    models = {"embeddings": embeddings, "auto": auto}
-    listed = ({"model_name": name, "litellm_params": of} for name, of in models.items())
-    engines.write_litellm(WORK, *listed, hook=False)
-    words, ready = ["litellm/bin/python", "-m", "scripts.bench.embeddings"], f"{EMBEDDINGS}/v1/embeddings"
-    with engines.started(WORK, "embeddings", words, ready) as first, engines.litellm(WORK) as second:
-        yield [first, second]
-
-
 def main() -> None:
     """Measures, and writes the table."""
     variants = json.loads((WORK / "router" / "router.json").read_text("utf-8"))["variants"]
@@ -143,9 +116,6 @@ def main() -> None:
     }
     fits = {prompt: adapter for prompt, adapter in prompts_of("data/eval").items() if adapter in serves}
     foreign = prompts_of("data/eval_foreign")
-    examples: dict[str, list[str]] = {}
-    for prompt in list(fits)[-EXAMPLES * len(set(fits.values())) :]:  # which come in turn
-        examples.setdefault(serves[fits.pop(prompt)], []).append(prompt)
     labels, ours, theirs = foreign | fits, iter(fits), iter(foreign)
     some = {count: [*islice(ours, many // 2), *islice(theirs, many // 2)] for count, many in AT_ONCE.items()}
     mixed = [*islice(ours, FITS), *islice(theirs, SERVED - FITS)]
@@ -162,9 +132,7 @@ def main() -> None:
     # Each on a server of its own, since one keeps what it read.
     with started("behind") as server, engines.proxy(WORK, OMP_NUM_THREADS="2") as second:
         behind = measured(engines.PROXY, [server, second], some, mixed)
-    with started("auto") as server, auto_router(examples) as others:
-        auto = measured(engines.LITELLM, [server, *others], some, mixed)
-    ways = {"vLLM alone": alone, "with the plugin": plugin, "behind the proxy": behind, AUTO: auto}
+    ways = {"vLLM alone": alone, "with the plugin": plugin, "behind the proxy": behind}
     lines = header(["", *ways])
     for count, prompts in some.items():
         for kind, sent in (("base model", False), ("variant", True)):
@@ -172,15 +140,14 @@ def main() -> None:
             times = [median(one.seconds for one in way if bool(one.variant) == sent) for way in found]
             cells = [f"{1e3 * time:.0f} ms ({time / times[0]:.2f}x)" for time in times]
             lines.append(row(f"first token of the {kind}, {count} at once", *cells))
-    routed = [sum(bool(answer.variant) for answer in way.mixed.values()) for way in (plugin, auto)]
+    routed = sum(bool(answer.variant) for answer in plugin.mixed.values())
     rates = [f"{way.rate:.1f} ({way.rate / alone.rate:.2f}x)" for way in ways.values()]
-    title = f"tokens a second, {routed[0]} of {SERVED} requests to variants (LiteLLM: {routed[1]})"
-    lines.append(row(title, *rates))
+    lines.append(row(f"tokens a second, {routed} of {SERVED} requests to variants", *rates))
     lines.append(row("memory", *(f"{way.mib:.0f} MiB ({way.mib - alone.mib:+.0f})" for way in ways.values())))
-    routers = plugin, behind, auto
     for what, of in (("right variant", fits), ("foreign requests left to the base model", foreign)):
         asked = [
-            {prompt: way.answers[prompt].variant for prompt in way.answers.keys() & of} for way in routers
+            {prompt: way.answers[prompt].variant for prompt in way.answers.keys() & of}
+            for way in (plugin, behind)
         ]
         shares = [fmean(serves.get(labels[prompt]) == found[prompt] for prompt in found) for found in asked]
         lines.append(row(what, "", *(f"{share:.2f}" for share in shares)))
