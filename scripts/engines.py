@@ -90,8 +90,8 @@ def write_queries(work: Path) -> None:
         write_prompts(work / f"{name}.csv", part)
 
 
-def write_litellm(work: Path) -> None:
-    """Writes the configuration of the LiteLLM proxy, as docs/serving.md has it."""
+def litellm(work: Path) -> AbstractContextManager[psutil.Process]:
+    """The LiteLLM proxy in front of vLLM, configured as docs/serving.md has it."""
     listed = httpx.get(f"{SERVER}/v1/models").json()["data"]
     served = {"auto": listed[0]["id"], "base": listed[0]["id"]} | {one["id"]: one["id"] for one in listed[1:]}
     models = [
@@ -103,9 +103,12 @@ def write_litellm(work: Path) -> None:
         }
         for name, model in served.items()
     ]  # fmt: skip
-    settings = {"callbacks": ["router.integrations.litellm.hook"]}
-    found = {"model_list": models, "litellm_settings": settings}
+    found = {"model_list": models, "litellm_settings": {"callbacks": ["router.integrations.litellm.hook"]}}
     (work / "litellm.yaml").write_text(json.dumps(found), "utf-8")  # JSON is YAML
+    words = ["litellm/bin/litellm", "--config", str(work / "litellm.yaml")]
+    words += ["--host", "127.0.0.1", "--port", "8091"]
+    ready, router = f"{LITELLM}/health/liveliness", str(work / "router")
+    return started(work, "litellm", words, ready, PROTO_ROUTE_ROUTER=router)
 
 
 def _queries(work: Path) -> list[Query]:
@@ -168,14 +171,6 @@ def check(work: Path, server: str) -> int:
     return wrong
 
 
-def litellm(work: Path) -> AbstractContextManager[psutil.Process]:
-    """The LiteLLM proxy in front of vLLM, as it was configured."""
-    words = ["litellm/bin/litellm", "--config", str(work / "litellm.yaml")]
-    words += ["--host", "127.0.0.1", "--port", "8091"]
-    ready, router = f"{LITELLM}/health/liveliness", str(work / "router")
-    return started(work, "litellm", words, ready, PROTO_ROUTE_ROUTER=router)
-
-
 def check_within(work: Path) -> int:
     """Compares a run with one that vLLM has answered; returns how many answers differ."""
     here, there = (read_texts(work / one / "mixed.csv") for one in ("here", "within"))
@@ -190,7 +185,6 @@ def check_servers(work: Path) -> int:
         wrong = check(work, SERVER)
         with proxy(work):
             wrong += check(work, PROXY)
-        write_litellm(work)
         with litellm(work):
             wrong += check(work, LITELLM)
     return wrong

@@ -83,9 +83,7 @@ def _with(
     return [*adapters, *load_library([str(FOLDER / kind)])]
 
 
-def uniform(
-    model: Any, base_model: str, rank: int, count: int, folder: Path, within: str = ""
-) -> None:  # fmt: skip
+def uniform(model: Any, base_model: str, rank: int, count: int, folder: Path, within: str = "") -> None:
     """Writes seeded random adapters of one rank on all linear layers, as small as trained ones.
 
     Args:

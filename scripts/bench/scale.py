@@ -1,8 +1,8 @@
 """What large libraries cost, and how fast that grows: `python -m scripts.bench.scale`.
 
-Writes three tables of docs/scale.md: the gate with up to 10,000 adapters, whole runs with libraries that
-change one layer, and the grouping of many queries. What was measured is kept in a file under
-output/benchmark/scale; delete it to measure it anew.
+Writes two tables of docs/scale.md: the gate with up to 10,000 adapters, and whole runs with libraries that
+change one layer. What was measured is kept in a file under output/benchmark/scale; delete it to measure it
+anew.
 
 Passes with 10,000 adapters take seconds a query, so the gate's responses are resampled. Those of the
 committed library to generic text and to its labelled queries are real. A further adapter has a real one as
@@ -17,9 +17,7 @@ import time
 from argparse import ArgumentParser, RawTextHelpFormatter
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -27,7 +25,6 @@ from numpy.typing import NDArray
 
 from router.model.base import EMBEDDED, load_base
 from router.queries.submission import read_queries
-from router.routing.clusters import cluster
 from router.routing.large import gate_for
 from router.system.stages import peak_mib
 from scripts.bench import development, libraries, runner
@@ -38,8 +35,6 @@ from scripts.bench.runner import Cell, Found, timed
 PAGE = Path("docs/scale.md")
 QUERIES = Path("data/test.csv")
 SIZES = (16, 64, 256, 1_000, 10_000)  # adapters
-COUNTS = (1_000, 10_000, 100_000)  # queries that are grouped
-GROUPED = (256, 1_000)  # adapters, of those
 SEED = 6
 TEXTS = 300  # real queries
 BLOCK = 256  # adapters that are resampled at a time
@@ -133,27 +128,7 @@ def library(size: int) -> Found:
     return {**found["stages"], "peak_mib": found["peak_mib"]}
 
 
-def clusters(size: int, count: int) -> Found:
-    """Groups of queries: a third are the base model's, a tenth share two adapters, few are popular."""
-    rng = np.random.default_rng(SEED)
-    popular = 1 / np.arange(1, size + 1)
-    best = rng.choice(size, count, p=popular / popular.sum())
-    best[rng.random(count) < 1 / 3] = size
-    weights, rows = np.zeros((count, size + 1)), np.arange(count)
-    weights[rows, best] = rng.uniform(0.5, 1, count)
-    shared = rng.random(count) < 0.1
-    weights[rows[shared], best[shared]] = 0.45
-    weights[rows, (best + 1) % size] += np.where(shared, 0.45, 0.3 * (1 - weights[rows, best]))
-    weights[:, -1] += 1 - weights.sum(1)
-    seconds, found = timed(lambda: cluster(weights, None, 0), time.process_time)
-    return {"seconds": seconds, "peak_mib": peak_mib(), "variants": len(found.weights)}
-
-
-MEASURES: dict[str, Callable[..., Found]] = {"gate": gate, "library": library, "clusters": clusters}
-CELLS: list[Any] = [
-    *((what, size) for size in SIZES for what in ("gate", "library")),
-    *product(["clusters"], GROUPED, COUNTS),
-]
+MEASURES: dict[str, Callable[[int], Found]] = {"gate": gate, "library": library}
 
 
 def growth(sizes: list[float], values: list[float]) -> float:
@@ -176,30 +151,17 @@ def by_size(known: Known, what: str) -> list[str]:
     return lines
 
 
-def groups(known: Known) -> list[str]:
-    """A row for each number of adapters, a column for each number of queries."""
-    lines = header(["adapters", *(f"{count:,} queries" for count in COUNTS)])
-    for size in GROUPED:
-        found = [known["clusters", str(size), str(count)] for count in COUNTS]
-        cells = [
-            f"{one['seconds']:.1f} s, {one['peak_mib']:,} MiB, {one['variants']} groups" for one in found
-        ]
-        lines.append(row(f"{size:,}", *cells))
-    return lines
-
-
 def main() -> None:
     """Command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="these measurements")
     args = parser.parse_args()
-    wanted = (cell for cell in CELLS if cell[0] in args.only)
-    cells = [((what, *map(str, n)), partial(MEASURES[what], *n)) for what, *n in wanted]
+    cells = [((what, str(size)), partial(MEASURES[what], size)) for size in SIZES for what in args.only]
     failed = runner.fill("scale", cells)
     known: Known = dict(runner.kept("scale"))
-    for name in (*ROWS, "queries"):
+    for name in ROWS:
         try:
-            lines = by_size(known, name) if name in ROWS else groups(known)
+            lines = by_size(known, name)
         except KeyError as error:
             print(f"no table {name} yet: {error} is not measured")
             continue

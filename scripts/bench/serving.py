@@ -29,15 +29,10 @@ SERVED, FITS, WRITTEN, TOGETHER = 100, 2, 32, 16  # requests, those for adapters
 
 
 class Answered(NamedTuple):
-    """What came of a request.
+    """What came of a request."""
 
-    Attributes:
-        seconds: until the first token.
-        variant: that answered, as its server says, or that was asked for; None is the base model.
-    """
-
-    seconds: float
-    variant: str | None
+    seconds: float  # until the first token
+    variant: str | None  # that answered, as its server says, or that was asked for; None is the base model
 
 
 def memory(processes: Sequence[psutil.Process]) -> float:
@@ -49,9 +44,8 @@ def memory(processes: Sequence[psutil.Process]) -> float:
 def ask(client: httpx.Client, prompt: str, model: str, tokens: int) -> Answered:
     """One request for a completion of so many tokens, as a stream."""
     body = {"model": model, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
-    body["prompt"], key = prompt, {"authorization": f"Bearer {engines.KEY}"}
     start, seconds = time.perf_counter(), 0.0
-    with client.stream("POST", "/v1/completions", json=body, headers=key) as answer:
+    with client.stream("POST", "/v1/completions", json=body | {"prompt": prompt}) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 seconds = seconds or time.perf_counter() - start
@@ -60,19 +54,12 @@ def ask(client: httpx.Client, prompt: str, model: str, tokens: int) -> Answered:
 
 
 class Way(NamedTuple):
-    """What was measured of one way to serve.
+    """What was measured of one way to serve."""
 
-    Attributes:
-        answers: to prompts that were asked for a token each.
-        mixed: answers to the mixed prompts.
-        rate: tokens a second of those.
-        mib: memory of its servers.
-    """
-
-    answers: dict[str, Answered]
-    mixed: dict[str, Answered]
-    rate: float
-    mib: float
+    answers: dict[str, Answered]  # to prompts that were asked for a token each
+    mixed: dict[str, Answered]  # to the mixed prompts
+    rate: float  # tokens a second of those
+    mib: float  # memory of its servers
 
 
 def measured(
