@@ -17,7 +17,7 @@ FILES = [*(ROOT / "router").rglob("*.py"), *(ROOT / "merge").rglob("*.py")]
 # Which extra a module, or all of a folder, may need.
 EXTRAS = {
     "serving": "serve", "tracing": "trace", "vllm": "vllm", "vllm_worker": "vllm", "integrations": "litellm",
-    "ray_data": "ray",
+    "ray": "ray",
 }  # fmt: skip
 
 

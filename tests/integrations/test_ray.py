@@ -9,8 +9,8 @@ from contextlib import nullcontext
 import pytest
 
 from helpers import ROOT, many_rows, read_by_id, write_queries
-from router import ray_data
 from router.cli import main as cli
+from router.integrations import ray as module
 from router.queries.submission import COLUMNS, read_queries
 from router.system.errors import InputError
 
@@ -69,12 +69,12 @@ def answering(monkeypatch):
     done = []
 
     def here(todo, args):
-        actor = ray_data.Answering(args.router, args.base_model, args.device, args.dtype)
+        actor = module.Answering(args.router, args.base_model, args.device, args.dtype)
         for part, block in todo.items():
             done.append(part.name)
             actor.answer(part, block)
 
-    monkeypatch.setattr(ray_data, "_answer", here)
+    monkeypatch.setattr(module, "_answer", here)
     return done
 
 
@@ -99,18 +99,18 @@ def check_rows(tmp_path):
 
 def test_parquet_and_csv_hold_the_same_queries(tmp_path, queries):
     expected = read_queries(queries)
-    assert ray_data.read(queries) == expected
-    assert ray_data.read(write_parquet(tmp_path / "queries.parquet")) == expected
+    assert module.read(queries) == expected
+    assert module.read(write_parquet(tmp_path / "queries.parquet")) == expected
     numbers = write_parquet(tmp_path / "numbers.parquet", id=list(range(23)))
-    assert [query.id for query in ray_data.read(numbers)][3] == "3"
+    assert [query.id for query in module.read(numbers)][3] == "3"
     talk = [{"role": "user", "content": "Bonjour"}]
     pq.write_table(pa.table({"messages": [talk, talk]}), tmp_path / "chat.parquet")
-    first, second = ray_data.read(tmp_path / "chat.parquet")
+    first, second = module.read(tmp_path / "chat.parquet")
     assert first.conversation == talk and (first.id, second.id) == ("1", "2")
     for ids, found in ((["a", None], ["a", "2"]), (["a", "a"], None), (["a", " "], None)):
         pq.write_table(pa.table({"id": ids, "messages": [talk, talk]}), tmp_path / "chat.parquet")
         with nullcontext() if found else pytest.raises(InputError, match="row 2, column id"):
-            assert [query.id for query in ray_data.read(tmp_path / "chat.parquet")] == found
+            assert [query.id for query in module.read(tmp_path / "chat.parquet")] == found
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_what_cannot_be_answered_is_refused(ray, answering, queries, tmp_path, m
     with pytest.raises(SystemExit) as caught:
         ray(queries, "--actors", 0)
     assert caught.value.code == 2
-    monkeypatch.setattr(ray_data, "find_spec", lambda name: None if name == "ray" else name)
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "ray" else name)
     code, said = ray(queries)
     assert code == 2 and "proto-route[ray]" in said
 
@@ -189,7 +189,7 @@ def test_other_answers_have_another_folder(ray, answering, queries, tmp_path):
 
 
 def test_a_run_that_is_stopped_says_how_it_goes_on(ray, queries, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_data, "_answer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(module, "_answer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # else a test that fails would end all
     try:
         code, said = ray(queries)
@@ -222,15 +222,16 @@ def test_two_actors_give_the_rows_of_a_run(words, saved, command, tmp_path):
 
 DYING = """
 import os, sys
-from router import cli, ray_data
+from router import cli
+from router.integrations import ray as module
 
-class Dying(ray_data.Answering):
+class Dying(module.Answering):
     def answer(self, part, queries):
         with open(f"{part}.tries", "a") as file:
             file.write(".")
         os._exit(1)
 
-ray_data.Answering = Dying
+module.Answering = Dying
 sys.exit(cli.main(sys.argv[1:]))
 """
 
