@@ -41,7 +41,7 @@ def started(
     here = os.environ | {
         "PATH": f"{work / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(Path.cwd()),
         "LITELLM_MASTER_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_USE_V2_MODEL_RUNNER": "0", "TORCHDYNAMO_DISABLE": "1",
     }  # fmt: skip
     program, *words = command
     with (work / f"{name}.log").open("w") as log:

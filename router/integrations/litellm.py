@@ -1,7 +1,7 @@
 """A pre-call hook for the LiteLLM proxy: requests for the model `auto` go on under a variant's name.
 
 The proxy's configuration names it as a callback, `router.integrations.litellm.hook`, and lists the variants
-under their own names (`variant-0`, ...) and the base model as `base`. The environment variable
+under the names that `export` gives them, and the base model as `base`. The environment variable
 PROTO_ROUTE_ROUTER names the folder of a saved router or of a finished run.
 """
 
