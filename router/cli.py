@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from router import __version__
-from router.system.errors import InputError
+from router.system.errors import InputError, escape_letters
 
 # Each module adds its `flags` to a parser and does the `work`; it is imported only when it is called.
 COMMANDS = {
@@ -27,6 +27,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code; 2 for what a person can fix, once that is printed."""
+    escape_letters()
     argv = list(sys.argv[1:] if argv is None else argv)
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())

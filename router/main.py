@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 from router.methods import method_names
 from router.pipeline.processes import leads, several
 from router.settings import Positive, Settings, kinds, reader
-from router.system.errors import InputError, told_if_memory_runs_out
+from router.system.errors import InputError, escape_letters, told_if_memory_runs_out
 
 LEAST = 3 << 29  # bytes of address space
 ALIASES = {"false_positive_rate": ("--false_alarm",)}  # the name in 0.1, when it meant something else
@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     began = time.monotonic()  # imports take seconds
     args = argparse.Namespace(fresh=False)
+    escape_letters()
     signal.signal(signal.SIGTERM, stop)
     try:
         with told_if_memory_runs_out():

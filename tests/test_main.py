@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from importlib.metadata import version
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from unittest.mock import ANY, Mock
 
@@ -637,6 +638,14 @@ def test_variants_that_are_the_own_adapters_are_not_replaced(command, tmp_path, 
         assert command("average", "--adapters", adapters)[0] == 2
         assert f"--adapters {adapters}" in capsys.readouterr().err and files_of(out) == before
     assert command("average", "--adapters", out / "variants", out="other")[0] == 0
+
+
+def test_a_summary_escapes_letters_that_the_output_cannot_spell(command, tmp_path, monkeypatch):
+    write_tiny_adapter(tmp_path / "accents/où", 0)
+    monkeypatch.setattr("sys.stdout", TextIOWrapper(BytesIO(), "ascii"))
+    assert command("average", library=tmp_path / "accents")[0] == 0
+    sys.stdout.flush()
+    assert b"o\\xf9" in sys.stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

@@ -6,7 +6,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +144,6 @@ def _strongest(rows: Rows) -> dict[str, Any]:
 
 def open_console() -> Console:
     """The console for results: as wide as the terminal, or 100 characters if there is none."""
-    if isinstance(sys.stdout, TextIOWrapper):  # letters that its encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
     return Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False, highlight=False)
 
 

@@ -1,7 +1,9 @@
 """The one error that is meant for the person at the keyboard, and what to say when memory runs out."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 
 # As torch, the operating system, the loader of shared libraries, Python and C++ say it.
 NO_MEMORY = (
@@ -23,6 +25,12 @@ class InputError(ValueError):
 def printable(text: str) -> str:
     """The text with control characters escaped, but for line ends and tabs: a terminal would obey them."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def escape_letters() -> None:
+    """Has standard output escape letters that its encoding lacks, as standard error does."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def whole(text: str) -> bool:
