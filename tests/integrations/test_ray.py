@@ -72,7 +72,8 @@ def answering(monkeypatch):
         actor = module.Answering(args.router, args.base_model, args.device, args.dtype)
         for part, block in todo.items():
             done.append(part.name)
-            actor.answer(part, block)
+            if error := actor(module.packed(part, block))["error"]:
+                raise InputError(error)
 
     monkeypatch.setattr(module, "_answer", here)
     return done
@@ -220,25 +221,9 @@ def test_two_actors_give_the_rows_of_a_run(words, saved, command, tmp_path):
     assert code == 2 and "error: " in said and str(weights) in said and "Traceback" not in said
 
 
-DYING = """
-import os, sys
-from router import cli
-from router.integrations import ray as module
-
-class Dying(module.Answering):
-    def answer(self, part, queries):
-        with open(f"{part}.tries", "a") as file:
-            file.write(".")
-        os._exit(1)
-
-module.Answering = Dying
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-def test_a_block_at_which_actors_die_again_and_again_is_refused(words, queries, tmp_path):
-    started = [sys.executable, "-c", DYING, "ray", *words(queries, "--actors", 1)]
-    done = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "error: an actor died 3 times" in done.stderr, done.stderr
-    assert (folder_of(tmp_path) / "000000.parquet.tries").read_text() == "..."
+def test_a_block_at_which_actors_died_again_and_again_is_refused(tmp_path):
+    part = tmp_path / "0.parquet"
+    (tmp_path / ".0.parquet.tries").write_text("...")
+    found = module.Answering(tmp_path / "no router")({"part": str(part), "queries": "[]"})
+    assert "an actor died 3 times" in found["error"] and "--actors" in found["error"]
+    assert not any(tmp_path.iterdir())
