@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from router import __version__
-from router.system.errors import InputError, escape_letters
+from router.system.errors import InputError, escape_letters, printable
 
 # Each module adds its `flags` to a parser and does the `work`; it is imported only when it is called.
 COMMANDS = {
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = p.parse_args(argv[1:])
     try:
         return module.work(given) or 0
-    except (InputError, OSError) as error:  # the latter names the file
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and not error.filename:
+            raise
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

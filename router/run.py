@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from router.constants import BASE_COLUMN, FORMAT, SCRIPT, TEMPLATE
+from router.constants import BASE_COLUMN, FORMAT, LIBRARY, SCRIPT, TEMPLATE
 from router.kit import StarterKitMethod
 from router.library.store import content
 from router.methods import load_method
@@ -40,7 +40,6 @@ from router.settings import Settings
 from router.system.errors import InputError, reason, whole
 from router.system.files import (
     for_others,
-    hashes,
     is_folder,
     is_ours,
     is_sealed,
@@ -184,9 +183,10 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
         models = [settings.base_model, kit.base_model_name, kit.base_model_revision_id]
         code = sha256_of(Path(inspect.getfile(type(kit))))
         names = (settings.base_model, kit.base_model_name, *(name for name, *_ in kit.list_models))
-        folders = [hashes(Path(name)) for name in names if name and is_folder(name)]
+        places = (place for name in names if name for place in (Path(name), LIBRARY / name))
+        files = sorted(file for place in places if is_folder(place) for file in place.iterdir())
         return identity | {
-            "base model": models, "models": kit.list_models, "code": code, "folders": folders
+            "base model": models, "models": kit.list_models, "code": code, "files": _each(files)
         }  # fmt: skip
     model = source.base.model
     device, dtype = model.device, model.dtype

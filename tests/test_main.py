@@ -438,9 +438,11 @@ def test_a_file_system_that_cannot_be_written_is_refused(command, capsys, unload
 
 
 def test_a_killed_run_of_a_kits_method_does_not_go_on_with_another_adapter(
-    command, kit_method, monkeypatch, capsys
+    command, kit_method, monkeypatch, capsys, tmp_path
 ):
-    batches = []
+    batches, weights = [], kit_method[0] / "adapter_model.safetensors"
+    weights.rename(tmp_path / "theirs.safetensors")
+    weights.symlink_to(tmp_path / "theirs.safetensors")  # as in the hub's cache
 
     def killed(batch):
         batches.append(batch)
@@ -450,8 +452,8 @@ def test_a_killed_run_of_a_kits_method_does_not_go_on_with_another_adapter(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         before_batches(patch, killed)
         command("kit_avg", "--batch_size", 1)
-    edit_weights(kit_method[0] / "adapter_model.safetensors", lambda key, of: 2 * of)
-    assert command("kit_avg", "--batch_size", 1)[0] == 2 and "differs in folders" in capsys.readouterr().err
+    edit_weights(tmp_path / "theirs.safetensors", lambda key, of: 2 * of)
+    assert command("kit_avg", "--batch_size", 1)[0] == 2 and "differs in files" in capsys.readouterr().err
     assert command("kit_avg", "--batch_size", 1, "--fresh")[0] == 0
 
 

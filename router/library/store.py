@@ -17,7 +17,7 @@ from torch import Tensor
 from merge.folders import CONFIG_FILE
 from router.constants import TEMPLATE, TOKENIZER
 from router.library.adapters import Adapter
-from router.system.files import cache_folder, sha256_of
+from router.system.files import cache_folder, for_others, sha256_of
 
 
 def content(adapter: Adapter) -> str:
@@ -63,6 +63,7 @@ def save(name: str, tensors: Mapping[str, Tensor]) -> None:
         with tempfile.TemporaryDirectory(dir=file.parent) as work:
             part = Path(work) / "part"
             save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part)
+            for_others(part)
             part.replace(file)
 
 

@@ -21,7 +21,7 @@ def work(args: Namespace) -> None:
         InputError: it could not serve the folder: something is missing, damaged, exchanged or of another base
             model.
     """
-    served = read_served(args.folder)
+    served = read_served(args.folder, args.base_model)
     from router.api import Router  # imports torch
 
     router = Router.load(args.folder, args.base_model)

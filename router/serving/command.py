@@ -124,7 +124,7 @@ def _proxy(args: Namespace) -> Proxy:
     from router.serving.tracing import tracer
 
     def load() -> Router:
-        read_served(args.router)  # refuses one whose variants are gone
+        read_served(args.router, args.base_model)  # refuses one whose variants are gone
         return Router.load(args.router, args.base_model, args.device, args.dtype)
 
     api_key = key_of("PROTO_ROUTE_API_KEY")

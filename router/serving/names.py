@@ -8,6 +8,7 @@ from pathlib import Path
 from merge.folders import CONFIG_FILE, AdapterError, open_adapter
 from router.constants import BASE_COLUMN, TEMPLATE
 from router.library.adapters import load_library
+from router.model.base import EMBEDDED, EMBEDDED_ID
 from router.pipeline.record import RECORD, BaseRecord, Record, VariantRecord
 from router.pipeline.saved import ABOUT, Saved
 from router.pipeline.served import content_of, served
@@ -49,14 +50,18 @@ def read_served(folder: Path, base_model: str | None = None) -> Served:
     """Reads the variants in the folder of a saved router, or in the output folder of a run.
 
     Args:
-        base_model: where the base model is now, a folder or a hub id; None is where it was.
+        base_model: where the base model is now, as flags name it; None is where it was.
 
     Raises:
         InputError: there are none, one is gone or damaged, the run's method makes none, or a name is not
-            plain.
+            plain, or `base_model` is none.
     """
     record, base, variants, files = _made(folder)
-    base = replace(base, name=base_model, revision=None) if base_model else base
+    if base_model:
+        place, _, commit = (base_model, "", "") if is_folder(base_model) else base_model.partition("@")
+        if not is_folder(place) and not PLAIN.fullmatch(place):
+            raise InputError(f"--base_model {base_model}: expected a folder, or a name as the hub has it")
+        base = replace(base, name=EMBEDDED_ID if place == EMBEDDED else place, revision=commit or None)
 
     def another(path: Path) -> InputError:
         return InputError(

@@ -303,10 +303,11 @@ class Proxy:
         told = headers_of(routed.shown) if routed else {}
         response.headers.update(told)
         less = {b"content-encoding", b"date", b"server", *map(str.encode, told)}  # uvicorn writes its own
-        own = str(self.upstream.client.base_url).rstrip("/")  # where a redirect would lead past the proxy
-        past = f"^{re.escape(own)}(?=/)"
         for key, value in end_to_end(answer.headers.raw, less):
-            response.headers.append(key.decode("latin-1"), re.sub(past, "", value.decode("latin-1")))
+            response.headers.append(key.decode("latin-1"), value.decode("latin-1"))
+        if "location" in answer.headers:  # a redirect of the upstream's own does not lead past the proxy
+            own = rf"^https?://{re.escape(self.upstream.client.base_url.netloc.decode())}/+"
+            response.headers["location"] = re.sub(own, "/", answer.headers["location"])
         return response
 
     async def _sent(self, request: Request, raw: bytes, ours: Mapping[str, str]) -> httpx.Response:

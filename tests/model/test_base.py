@@ -162,6 +162,10 @@ def test_the_converted_model_has_the_rights_that_the_umask_leaves(tiny_base, tmp
     monkeypatch.setenv("PROTO_ROUTE_CACHE", str(tmp_path / "cache"))  # which users may share
     monkeypatch.setattr(module, "embedded_gguf", lambda: tiny_base / "config.json")
     monkeypatch.setattr(module, "convert", lambda _, to: shutil.copytree(tiny_base, to, dirs_exist_ok=True))
-    folder = embedded_folder()
+    old = os.umask(0o022)
+    try:
+        folder = embedded_folder()
+    finally:
+        os.umask(old)
     assert folder.stat().st_mode & 0o777 == 0o755
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}

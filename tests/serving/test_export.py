@@ -24,6 +24,7 @@ from merge.folders import open_adapter
 from router.api import Router
 from router.cli import main as cli
 from router.main import main as run
+from router.model.base import EMBEDDED_ID
 from router.serving.names import read_served
 from router.system.errors import InputError
 from router.system.files import sha256_of
@@ -107,9 +108,13 @@ def test_vllm_gets_every_variant_by_name_and_a_slot_more(out, capsys, tiny_base,
     assert ran[0] == "serve" and ran[-2:] == ["--port", "9 9"]
 
 
-def test_a_base_model_that_is_elsewhere_now_is_served_from_there(out, tiny_base, tmp_path):
+def test_a_base_model_that_is_elsewhere_now_is_served_from_there(out, tiny_base, tmp_path, capsys):
     moved = shutil.copytree(tiny_base, tmp_path / "a base")
     assert main([str(out), "--base_model", str(moved)]) == 0 and words_of(out)[3] == str(moved)
+    assert main([str(out), "--base_model", "a/base@v1"]) == 0 and {"a/base", "v1"} <= set(words_of(out))
+    assert main([str(out), "--base_model", "embedded"]) == 0 and EMBEDDED_ID in words_of(out)
+    assert main([str(out), "--base_model", "./nowhere"]) == 2
+    assert "--base_model ./nowhere" in capsys.readouterr().err
 
 
 def modules_named(words):

@@ -111,12 +111,15 @@ async def test_a_redirect_leads_to_the_proxy():
     upstream = Upstream()
 
     async def moved(request):  # as vLLM does for a slash at the end
-        return RedirectResponse(request.url.replace(path=request.url.path.rstrip("/")))
+        there = request.url.replace(path=request.url.path.rstrip("/"), scheme=request.query_params["scheme"])
+        return RedirectResponse(there.replace(query=""))
 
     upstream.app.routes.insert(0, Route("/v1/completions/", moved, methods=["POST"]))
     async with proxied(upstream=upstream) as (client, *_):
-        found = await client.post("/v1/completions/", json={"model": "theirs", "prompt": "x"})
-        assert found.status_code == 307 and found.headers["location"] == "/v1/completions"
+        for scheme in ("http", "https"):
+            where = f"/v1/completions/?scheme={scheme}"
+            found = await client.post(where, json={"model": "theirs", "prompt": "x"})
+            assert found.status_code == 307 and found.headers["location"] == "/v1/completions"
 
 
 async def test_headers_of_one_connection_are_not_forwarded():
