@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 END = 2  # counted tokens that are the end of a prompt, just before the answer
+BLOCK = 256  # tokens that a processor centres at once in float32, so that they stay in its caches
 
 
 class Framing(NamedTuple):
@@ -86,7 +87,7 @@ def input_means(
 
         with reading_inputs(model, modules, visit):
             sure = confidence_of(forward(model, ids, mask))
-        return sums, len(inputs.places), sure
+        return sums, inputs.count, sure
 
     for batch, (sums, some, sure) in batches(model, rows, pad_id, "centre", read):
         totals = {name: totals[name] + part if totals else part for name, part in sums.items()}
@@ -99,12 +100,17 @@ class Inputs:
     """The inputs of a batch's counted tokens; one that several modules share is centred only once.
 
     Args:
-        counted: which tokens they are, (B, T) bool.
+        counted: which tokens they are, (B, T) bool; at least one.
     """
 
     def __init__(self, counted: Tensor) -> None:
         self.total = counted.numel()
-        self.places = counted.flatten().nonzero()[:, 0]  # (T',)
+        index = counted.flatten().nonzero()[:, 0]  # (T',)
+        start = int(index[0])
+        end = int(index[-1]) + 1
+        self.count = len(index)
+        # A single prompt's are in a row, and need no copy.
+        self.places = slice(start, end) if end - start == self.count else index
         self.seen: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
 
     def tokens(self, name: str, x: Tensor) -> Tensor:
@@ -122,13 +128,24 @@ class Inputs:
                 f"--adapters: expected adapters of modules that get every token, but {name} gets {len(flat)} "
                 f"of {self.total}, as one of several experts"
             )
+        if isinstance(self.places, slice):
+            return flat[self.places]
         return flat.index_select(0, self.places)  # quicker than flat[self.places]
 
     def centred(self, name: str, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """The counted tokens less the mean, (T', d_in) in x's dtype; their squared norms, (T',) float32."""
         if self.seen is None or self.seen[0] is not x or not torch.equal(self.seen[1], mean):
-            centred = self.tokens(name, x).float() - mean  # (T', d_in)
-            self.seen = x, mean, (centred.to(x.dtype), centred.norm(dim=1).clamp_min(1e-6).square())
+            rows = self.tokens(name, x)  # (T', d_in)
+            centred = torch.empty_like(rows)
+            sizes = torch.empty(len(rows), device=x.device, dtype=torch.float32)
+            block = BLOCK if x.device.type == "cpu" else len(rows)
+            for some, out, size in zip(
+                *(torch.split(tensor, block) for tensor in (rows, centred, sizes)), strict=True
+            ):
+                less = some.float() - mean
+                out.copy_(less)
+                size.copy_(less.norm(dim=1))
+            self.seen = x, mean, (centred, sizes.clamp_min(1e-6).square())
         return self.seen[2]
 
 

@@ -10,6 +10,7 @@ they were initialised. Knows nothing of queries.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,11 +44,18 @@ class ModulePrototypes:
         Args:
             columns: (K, n), a row for each column of `directions`.
         """
-        rows, numbers = (torch.arange(n, device=columns.device) for n in (len(self.owners), n_adapters))
-        starts = torch.searchsorted(self.owners, numbers)
+        if (known := self._bags.get(n_adapters)) is None:
+            rows, numbers = (torch.arange(n, device=columns.device) for n in (len(self.owners), n_adapters))
+            known = self._bags[n_adapters] = rows, torch.searchsorted(self.owners, numbers)
+        rows, starts = known
         # A bag of rows for each adapter: linear in K.
         total: Tensor = embedding_bag(rows, columns, starts, mode="sum", per_sample_weights=self.weights)
         return total
+
+    @cached_property
+    def _bags(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """The rows, and the first of each adapter's, by how many adapters there are: made once."""
+        return {}
 
 
 def prototypes(
