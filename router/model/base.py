@@ -33,7 +33,7 @@ from router.system.files import (
     sha256_of,
     told_if_full,
     typed,
-)  # fmt: skip
+)
 from router.system.hub import fetch
 
 if TYPE_CHECKING:
