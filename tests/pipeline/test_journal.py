@@ -121,8 +121,8 @@ def test_one_run_at_a_time(tmp_path):
 @pytest.mark.parametrize("method", ["proto_route", "average", "arrow"])
 def test_a_run_killed_after_any_batch_ends_with_the_same_bytes(command, monkeypatch, method):
     _, whole = command(method, "--batch_size", 1, out="whole")
-    for more in (1, 1, 3):  # of six batches
-        with pytest.raises(Killed), killed_after(more, monkeypatch):
+    for _ in ROWS[1:]:  # each time one batch more
+        with pytest.raises(Killed), killed_after(1, monkeypatch):
             command(method, "--batch_size", 1, out="killed")
     code, out = command(method, "--batch_size", 1, out="killed")
     assert code == 0 and files_of(out) == files_of(whole)

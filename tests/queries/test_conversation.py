@@ -221,7 +221,7 @@ def test_the_report_counts_whom_other_rates_would_send(method):
     talks = [*queries_of(*(f"{n} and {n * 7}" for n in range(40)), system="Be kind."), *PROMPTS]
     found = method()
     said = found.route(talks, found.encoded(talks)).evidence.sent
-    for rate in (0.1, 0.5):
+    for rate in (0.1, 0.3, 0.5):
         other = method(false_positive_rate=rate)
         weights = other.route(talks, other.encoded(talks)).weights
         assert (weights.argmax(1) < len(NAMES)).sum() == said[f"{rate:g}"]
