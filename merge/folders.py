@@ -111,7 +111,7 @@ class _Matcher:
         self.until = time.monotonic() + PATIENCE
 
     def match(self, pattern: str, module: str) -> Any:
-        """What a pattern matches at the start of a module's name, None if nothing.
+        """The match of a pattern at the start of a module's name, None if there is none.
 
         Raises:
             AdapterError: it takes too long, as one does that was made to hang its reader; or within the
@@ -173,10 +173,10 @@ def open_adapter(path: Path) -> AdapterFolder:
     weights = path / WEIGHTS_FILE
     if not weights.is_file():
         pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
-        found = f"only the pickle {pickles[0]}, which could run code" if pickles else "no weights"
+        state = f"only the pickle {pickles[0]}, which could run code" if pickles else "no weights"
         whole = "is the folder complete? No pickles are fetched from the hub"
         advice = "convert it to safetensors where you trust it" if pickles else whole
-        raise AdapterError(f"{path}: expected {WEIGHTS_FILE}, found {found}; {advice}")
+        raise AdapterError(f"{path}: expected {WEIGHTS_FILE}, found {state}; {advice}")
     try:
         with safe_open(weights, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118

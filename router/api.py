@@ -328,11 +328,11 @@ class Router:
         if self._centres is not None:
             groups = nearest(routing.weights, self._centres, self._firsts).tolist()
         choices = []
-        for row, own, margin, group, (*_, last) in zip(
+        for row, mix_row, margin, group, (*_, last) in zip(
             routing.weights, mixes(routing.weights), evidence.margin.tolist(), groups, turns, strict=True
         ):
             shares = {names[n]: float(row[n]) for n in np.argsort(-row, kind="stable") if row[n] > 0.005}
-            mix = {names[n]: float(own[n]) for n in np.flatnonzero(own[:-1])}
+            mix = {names[n]: float(mix_row[n]) for n in np.flatnonzero(mix_row[:-1])}
             fits = bool(mix) and (group is None or bool(self.variants[group].weights))
             frame = (last.shared or last.frame).name
             choices.append(Choice(group, shares, margin, margin < LOW_MARGIN, fits, mix, frame))
@@ -380,7 +380,7 @@ class Router:
 
     @_one_at_a_time
     def unread(self, text: Prompt) -> list[tuple[Frame, tuple[int, ...]]]:
-        """What `choose` will have the base model read of a text, unless it did so lately: tokens by frame."""
+        """The tokens, by frame, that the base model will read of a text for `choose`, unless lately."""
         (turns,) = self._proto.turns(_queries([text], None), new=0)
         new = [read for read in turns if _key(read) not in self._known]
         parts = [(read.frame, read.ids) for read in new]

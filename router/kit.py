@@ -86,8 +86,8 @@ class Merges:
 
     def _load_base_model(self) -> None:
         """For kit methods: loads `base_model_name` into `base_model`, and its tokenizer."""
-        own = _spec(self.base_model_name or EMBEDDED, self.base_model_revision_id)
-        base = load_base(self.settings.base_model or own, self.settings.device, self.settings.dtype)
+        default = _spec(self.base_model_name or EMBEDDED, self.base_model_revision_id)
+        base = load_base(self.settings.base_model or default, self.settings.device, self.settings.dtype)
         self.base_model, self.tokenizer = base.model, base.tokenizer
 
     def _load_tokenizer(self) -> None:

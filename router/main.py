@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 from router.methods import method_names
 from router.pipeline.processes import leads, several
 from router.settings import Positive, Settings, kinds, reader
-from router.system.errors import InputError, escape_letters, told_if_memory_runs_out
+from router.system.errors import InputError, escape_letters, explain_out_of_memory
 
 LEAST = 3 << 29  # bytes of address space
 ALIASES = {"false_positive_rate": ("--false_alarm",)}  # the name in 0.1, when it meant something else
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     escape_letters()
     signal.signal(signal.SIGTERM, stop)
     try:
-        with told_if_memory_runs_out():
+        with explain_out_of_memory():
             (p := parser()).parse_args(argv, args)
             _check_together(p, args)
             if args.quiet or not leads():

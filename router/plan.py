@@ -1,4 +1,4 @@
-"""What a run would take, before anything is loaded or downloaded: `router.main --plan`.
+"""The time and memory of a run, before anything is loaded or downloaded: `router.main --plan`.
 
 It reads queries, adapters' headers and the base model's configuration, and measures the pace of two random
 layers like the base model's. The rest is one coarse model of all methods, which rather says too much:
@@ -54,7 +54,7 @@ RESPONSES = 128 << 20  # bytes of what is measured of prompts that are read toge
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run with a method would take."""
+    """The time and memory that a run with a method would take."""
 
     method: str
     base: str
@@ -92,7 +92,7 @@ class Plan:
 
 
 class _Run(NamedTuple):
-    """What decides the cost of a run."""
+    """All that decides the cost of a run."""
 
     method: type[Method]
     settings: Settings
@@ -115,7 +115,7 @@ class _Run(NamedTuple):
 
 
 def plan(name: str, settings: Settings) -> Plan:
-    """What a run with a method would take.
+    """Estimates a run with a method.
 
     Raises:
         InputError: the run itself would refuse its input, the base model is not here, or the cost is not

@@ -39,6 +39,7 @@ from router.runs.report.page import write_report
 from router.settings import Settings
 from router.system.errors import InputError, reason, whole
 from router.system.files import (
+    explain_full_disk,
     for_others,
     is_folder,
     is_ours,
@@ -49,7 +50,6 @@ from router.system.files import (
     remove_ours,
     replacing,
     sha256_of,
-    told_if_full,
     work_folder,
 )
 
@@ -87,7 +87,7 @@ def run(
     with connected(settings.device) as processes:
         context = Context(settings, processes=processes, deadline=deadline)
         alone = nullcontext() if processes.rank else alone_in(settings.output_folder)
-        with told_if_full(settings.output_folder), alone:
+        with explain_full_disk(settings.output_folder), alone:
             with processes.first():
                 check_outputs(settings)
                 files = {path: read_queries(path) for path in settings.dataset_filepaths}
@@ -146,13 +146,13 @@ def _loaded(made: type[Method], context: Context) -> Loaded:
     """Loads what a method needs; refuses adapters and base models that are variants the run would replace."""
     made.check()
     loaded = load(context)
-    own = (context.settings.output_folder / VARIANTS).resolve()
+    replaced = (context.settings.output_folder / VARIANTS).resolve()
     inputs = [("--adapters", adapter.folder.path) for adapter in loaded.adapters]
     for flag, path in (*inputs, ("--base_model", Path(loaded.base.name))):
-        if path.resolve().is_relative_to(own):
+        if path.resolve().is_relative_to(replaced):
             raise InputError(
-                f"{flag} {path}: expected a folder that the run does not replace, got one in {own}; choose "
-                "another --output_folder"
+                f"{flag} {path}: expected a folder that the run does not replace, got one in {replaced}; "
+                "choose another --output_folder"
             )
     return loaded
 
@@ -172,7 +172,7 @@ def _work(context: Context) -> Iterator[Path]:
 
 
 def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Settings) -> dict[str, Any]:
-    """What the answers depend on beside the method and the queries, as JSON values."""
+    """All that the answers depend on beside the method and the queries, as JSON values."""
     import torch
 
     paths = ("dataset_filepaths", "output_folder", "adapters", "base_model")  # what they stand for counts

@@ -54,7 +54,7 @@ def setting(default: Any, help: str, metavar: str = "", none: str = "") -> Any:
 
 
 def reader(kind: Any, none: str = "") -> Callable[[str], Any]:
-    """What makes a value of a type of a word of the command line; argparse tells what it raises."""
+    """Makes values of a type of words of the command line; argparse prints the errors that it raises."""
 
     def read(word: str) -> Any:
         if none and word == none:

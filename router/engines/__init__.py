@@ -1,1 +1,1 @@
-"""What answers queries in place of the model in this process."""
+"""Engines that answer queries in place of the model in this process."""

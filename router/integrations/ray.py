@@ -26,8 +26,8 @@ from router.pipeline.journal import alone_in
 from router.pipeline.record import versions
 from router.queries.submission import Query, check_id, id_of, query_of, read_queries, submitted
 from router.settings import Count, Settings, reader
-from router.system.errors import InputError, reason, told_if_memory_runs_out
-from router.system.files import is_folder, sha256_of, told_if_full
+from router.system.errors import InputError, explain_out_of_memory, reason
+from router.system.files import explain_full_disk, is_folder, sha256_of
 from router.system.progress import progress
 
 # Of Parquet, as the keys of JSON lines.
@@ -62,7 +62,7 @@ def work(args: Namespace) -> int:
         if find_spec(package) is None:
             raise InputError(f"expected the package {package}; pip install 'proto-route[ray]'")
     try:
-        with told_if_memory_runs_out(LESS), told_if_full(args.output), alone_in(args.output):
+        with explain_out_of_memory(LESS), explain_full_disk(args.output), alone_in(args.output):
             check_outputs(Settings((), args.output))
             every: dict[Path, list[Query]] = {}  # by the file for their answers
             for path in args.input:
@@ -101,11 +101,11 @@ def read(path: Path) -> list[Query]:
     numbers = dict[str, int]()
     for n, row in enumerate(rows, 1):
         try:
-            own = id_of(row, n)
+            name = id_of(row, n)
         except ValueError as error:
             raise InputError(f"--input {path}, row {n}: {error}") from error
-        check_id(own, n, numbers, path, "row")
-        queries.append(query_of(row | {"id": own}, f"{path}, row {n}"))
+        check_id(name, n, numbers, path, "row")
+        queries.append(query_of(row | {"id": name}, f"{path}, row {n}"))
     return queries
 
 
@@ -143,7 +143,7 @@ class Answering:
         queries = [Query(**row | {"choices": tuple(row["choices"])}) for row in rows]
         tries = _tries(part)
         try:
-            with told_if_memory_runs_out(LESS), told_if_full(part):
+            with explain_out_of_memory(LESS), explain_full_disk(part):
                 with tries.open("a") as file:
                     file.write(".")
                 if tries.stat().st_size > TRIES:

@@ -99,7 +99,7 @@ class Library:
         router.read_by(self._probed)
 
     def _probed(self, fitted: Fitted, rows: Rows) -> Probed:
-        """What the engine read of prompts, as `Fitted.probe` has it."""
+        """The engine's measurements of prompts, as `Fitted.probe` has them."""
         measured = [self.read[fitted.framing.frame, tuple(row)] for row in rows]
         confidence = np.array([confidence for _, confidence in measured], np.float32)
         return Probed(np.stack([responses for responses, _ in measured]), confidence)
@@ -136,7 +136,7 @@ def check(config: Any) -> None:
 
 
 class Auto:
-    """What vLLM loads: the doors, and the engine's method `generate` behind them."""
+    """The plugin that vLLM loads: the doors, and the engine's method `generate` behind them."""
 
     name = "proto_route"
     required_tasks = ("generate",)
@@ -197,9 +197,9 @@ class Auto:
         quantised = self.engine.vllm_config.model_config.quantization
         if quantised:
             log.warning("the base model is quantised (%s), which the router's was not", quantised)
-        own = quantised or Path(args.model) == embedded_folder()
+        embedded = quantised or Path(args.model) == embedded_folder()
         model = f"{args.model}@{args.revision}" if args.revision else args.model
-        return Router.load(self.folder, None if own else model, device="meta")
+        return Router.load(self.folder, None if embedded else model, device="meta")
 
     async def _loras(self, router: Router) -> dict[int, Any]:
         """vLLM's adapters by the number of the variant; those that it was not started with are loaded."""
@@ -256,8 +256,8 @@ class Auto:
         how = SamplingParams(temperature=0, max_tokens=1, logprobs=1, detokenize=False)
         prompt = {"prompt_token_ids": encode(router.tokenizer, [CANARY])[0]}
         async for out in self.plain(prompt, how, uuid4().hex, lora_request=lora):
-            (told,) = out.outputs[0].logprobs
-        return max(float(one.logprob) for one in told.values())
+            (logprobs,) = out.outputs[0].logprobs
+        return max(float(one.logprob) for one in logprobs.values())
 
     async def reload(self, request: Request) -> Response:
         """POST /v1/admin/reload: loads the router anew; requests that have begun end with the old one."""
@@ -298,8 +298,8 @@ class Auto:
         begun = copy(params)
         kinds = type(params.output_kind)
         whole = params.output_kind == kinds.FINAL_ONLY
-        own = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
-        if itself := len(unread) == 1 and params.n == 1 and unread[0][1] == tuple(own or ()):
+        given = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+        if itself := len(unread) == 1 and params.n == 1 and unread[0][1] == tuple(given or ()):
             begun.skip_reading_prefix_cache = True  # what comes from there, no hook sees
             if whole:  # a first output says that the prompt was read
                 begun.output_kind = kinds.CUMULATIVE
@@ -330,7 +330,7 @@ class Auto:
             yield out
 
     async def _unread(self, asked: Asked, library: Library) -> list[Part]:
-        """What the engine has to read of a request; nothing where that cannot be told."""
+        """The texts that the engine has to read of a request; none where that is unknown."""
         try:
             parts = await asyncio.to_thread(library.router.unread, asked.prompt)
             if strange := {frame for frame, _ in parts} - library.frames.keys():
@@ -378,8 +378,8 @@ class Auto:
                     asked.anew = await asyncio.to_thread(_written, asked, template)
             asked.lora = lora
             name = lora.lora_name if lora else self.base
-            told = headers_of(described(choice, name))
-            asked.headers = [(key.encode(), value.encode()) for key, value in told.items()]
+            headers = headers_of(described(choice, name))
+            asked.headers = [(key.encode(), value.encode()) for key, value in headers.items()]
             self.requests.labels(name).inc()
         except Exception:
             self.failed.inc()

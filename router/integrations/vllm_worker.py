@@ -52,7 +52,7 @@ def _load(worker: Any, folder: str, sha256: str, version: str) -> str:
 
 
 def _take(worker: Any, name: str) -> bytes:
-    """What was read of a marked request, see `Reader.take`."""
+    """The measurements of a marked request, see `Reader.take`."""
     taken: bytes = worker.proto_route.take(name)
     return taken
 
@@ -163,7 +163,7 @@ class Reader:
             self.names[place].add(name)
 
     def take(self, name: str) -> bytes:
-        """What was read of a marked prompt, once; empty if it was not read whole."""
+        """The measurements of a marked prompt, once; empty if it was not read whole."""
         return self.done.pop(name, b"")
 
     def _hook(self, names: set[str]) -> Callable[[Any, tuple[Tensor, ...]], None]:

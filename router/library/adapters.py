@@ -241,7 +241,7 @@ def misfit(
 
 
 def _model(name: str) -> str:
-    """What a base model is called, whoever uploaded it, quantised or not: adapters are trained on either.
+    """A base model's name, whoever uploaded it, quantised or not: adapters are trained on either.
 
     Example:
         >>> _model("unsloth/mistral-7b-v0.1-bnb-4bit") == _model("mistralai/Mistral-7B-v0.1")

@@ -88,9 +88,9 @@ class ProtoRoute(Method):
     @property
     def forms(self) -> list[Frame]:
         """In which adapters are usually trained, beside bare prompts; form n is the n-th, from 1 on."""
-        own = self.template.usable
-        alike = own is not None and own.after.strip() == ALPACA.after.strip()
-        return [*([] if alike else [ALPACA]), *filter(None, [own])]
+        template = self.template.usable
+        alike = template is not None and template.after.strip() == ALPACA.after.strip()
+        return [*([] if alike else [ALPACA]), *filter(None, [template])]
 
     @cached_property
     def prototypes(self) -> dict[str, ModulePrototypes]:
@@ -114,8 +114,8 @@ class ProtoRoute(Method):
             if bare:
                 generic = calibration.measured(self.adapters, protos, means, len(bare.names))
                 ends = [form.after.strip() for form in self.forms]
-                own = frame.after.strip()
-                return bare.in_frame(generic, 1 + ends.index(own) if own in ends else 0)
+                end = frame.after.strip()
+                return bare.in_frame(generic, 1 + ends.index(end) if end in ends else 0)
             protos = {module: protos[module] for module in means}
             present = {owner for proto in protos.values() for owner in proto.owners.tolist()}
             for number, adapter in enumerate(self.adapters):
@@ -131,7 +131,7 @@ class ProtoRoute(Method):
             return Fitted.learn(self.adapters, protos, generic, forms, **how)
 
     def _in_form(self, form: Frame, protos: Mapping[str, ModulePrototypes]) -> NDArray[np.float32]:
-        """What some generic text in a form does to the adapters, (prompts, adapters, modules, 2)."""
+        """The adapters' responses to some generic text in a form, (prompts, adapters, modules, 2)."""
         texts = [form.around(text) for text in generic_prompts()[::EVERY]]
         calibration = Calibration(self.base, self.settings.max_seq_len, form, texts)
         return calibration.responses(self.adapters, protos, calibration.means(list(protos)))
@@ -139,15 +139,15 @@ class ProtoRoute(Method):
     def turns(
         self, queries: Sequence[Query], new: int = FRAMES, asked: Counter[Frame] | None = None
     ) -> list[list[Read]]:
-        """What is read of each query, see `turns_of`; in no new frame once they fill their memory."""
-        known = list(dict.fromkeys([*self.known, *self._told]))
+        """The reads of each query, see `turns_of`; in no new frame once they fill their memory."""
+        known = list(dict.fromkeys([*self.known, *self._named]))
         if self.full:
             for frame in self.fits.keys() - {BARE, *known}:  # of other queries
                 del self.fits[frame]
         return turns_of(queries, self.template, self.settings, known, 0 if self.full else new, asked)
 
     @property
-    def _told(self) -> list[Frame]:
+    def _named(self) -> list[Frame]:
         """The frame that --frame names, if it names one."""
         before, _, after = (self.settings.frame or "").partition("{input}")
         return [Frame(before, after)] if self.settings.frame not in (None, "none") else []
@@ -159,8 +159,8 @@ class ProtoRoute(Method):
 
     def prepare(self) -> None:
         """Fits the frames that are known, and those of any request: none, the template's, and --frame."""
-        own = filter(None, [self.template.usable])
-        self.known = list(dict.fromkeys([BARE, *own, *self._told, *self.known]))
+        usable = filter(None, [self.template.usable])
+        self.known = list(dict.fromkeys([BARE, *usable, *self._named, *self.known]))
         for frame in self.known:
             self.fitted(frame)
 
@@ -261,7 +261,7 @@ class ProtoRoute(Method):
             if self.context.processes.takes(sum(lengths[n] for n in batch))
             for n in batch
         )
-        own = fitted.probe(model, [prompts[n] for n in mine], pad, title)
-        numbers, parts = zip(*self.context.processes.gathered((mine, own)), strict=True)
+        probed = fitted.probe(model, [prompts[n] for n in mine], pad, title)
+        numbers, parts = zip(*self.context.processes.gathered((mine, probed)), strict=True)
         place = np.argsort(np.concatenate(numbers))
         return Probed(*(np.concatenate(arrays)[place] for arrays in zip(*parts, strict=True)))

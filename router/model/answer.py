@@ -134,7 +134,7 @@ def padded(
 
 @dataclass(frozen=True)
 class Answer:
-    """What a query was answered with.
+    """The answer to a query.
 
     Attributes:
         text: the generated text, special tokens removed; for multiple choice the 0-based index.
@@ -449,7 +449,7 @@ def answers(
 
 
 def if_it_fits(way: Callable[[list[int]], Found], batch: list[int]) -> Found | None:
-    """What `way` finds for a batch; None if memory ran out."""
+    """The result of `way` for a batch; None if memory ran out."""
     import torch
 
     try:

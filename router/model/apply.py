@@ -60,7 +60,7 @@ def applied(base: Base, how: Apply = "auto") -> Applied:
 
 
 def picked(model: PreTrainedModel, device: torch.device, how: Apply) -> Way:
-    """What `auto` is for a model: `merged` in float32 where a copy of its linear layers fits, else `beside`.
+    """The way that `auto` takes: `merged` in float32 where a copy of the linear layers fits, else `beside`.
 
     The model and the copy may take ROOM of the device's memory. What else is in memory does not count, so the
     same machine always takes the same way. A model that is spread over several devices is never copied.
@@ -79,9 +79,9 @@ def picked(model: PreTrainedModel, device: torch.device, how: Apply) -> Way:
         return how
     if spread(model):
         return "beside"
-    own = sum(weight.numel() for weight in model.parameters())
+    held = sum(weight.numel() for weight in model.parameters())
     copied = sum(d_out * d_in for d_out, d_in in linear_shapes(model).values())
-    fits = (own + copied) * model.dtype.itemsize <= ROOM * memory_bytes(device)
+    fits = (held + copied) * model.dtype.itemsize <= ROOM * memory_bytes(device)
     return "merged" if fits and model.dtype == torch.float32 else "beside"
 
 

@@ -27,11 +27,11 @@ from router.system.errors import InputError, out_of_memory, reason
 from router.system.files import (
     FULL,
     cache_folder,
+    explain_full_disk,
     for_others,
     is_folder,
     read_record,
     sha256_of,
-    told_if_full,
     typed,
 )
 from router.system.hub import fetch
@@ -66,8 +66,8 @@ class Base:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items())
         template = getattr(self.tokenizer, "chat_template", None)
-        told = json.dumps([config, end_tokens(self.model, self.tokenizer), words, template], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()
+        text = json.dumps([config, end_tokens(self.model, self.tokenizer), words, template], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def embedded_gguf() -> Path:
@@ -98,7 +98,7 @@ def embedded_folder() -> Path:
     folder = cache / f"smollm2-135m-instruct-{sha256_of(gguf)[:16]}"
     if folder.is_dir():
         return folder
-    with told_if_full(cache, "the converted base model", "set PROTO_ROUTE_CACHE to another folder"):
+    with explain_full_disk(cache, "the converted base model", "set PROTO_ROUTE_CACHE to another folder"):
         try:
             cache.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
@@ -126,7 +126,7 @@ def embedded_folder() -> Path:
 
 
 def _stamps(weights: Path) -> list[tuple[Any, ...]]:
-    """What changes where a file, or one of a folder's that a model is read from, is replaced."""
+    """Changes where a file, or one of a folder's that a model is read from, is replaced."""
     files = sorted({weights, *(file for kind in FILES for file in weights.glob(kind))})
     stats = ((str(file), file.stat()) for file in files if file.is_file())
     return [(name, about.st_ino, about.st_size, about.st_mtime_ns) for name, about in stats]

@@ -1,4 +1,4 @@
-"""What a device can do: its dtype, its memory, and how many tokens it gets at once.
+"""A device's dtype, its memory, and how many tokens it gets at once.
 
 All of it is asked of the device, and nothing is timed. So the same machine always makes the same batches,
 whose rounding decides between answers that are nearly as likely.
@@ -111,7 +111,7 @@ def tokens_at_once(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def cache_bytes(config: Any, dtype: torch.dtype) -> int:
-    """What the keys and values of one token take in a model of this configuration."""
+    """The bytes of the keys and values of one token in a model of this configuration."""
     config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

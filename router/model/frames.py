@@ -1,4 +1,4 @@
-"""What stands around a query: a chat template, an instruction's frame. It says nothing of the query.
+"""Frames: the text around a query, as of a chat template or an instruction, which says nothing of it.
 
 A text in a frame is unlike every text without one, so the generic prompts that a query is compared with stand
 in its frame, too. Texts only: knows no model and no adapter.
@@ -91,7 +91,7 @@ class Parts(NamedTuple):
 
     @property
     def read(self) -> str:
-        """What routing reads."""
+        """The text that routing reads."""
         return f"{self.head}{self.text}{self.tail}"
 
     @property
@@ -126,7 +126,7 @@ def alike(rows: Sequence[Sequence[Any]]) -> int:
 
 
 def usual(texts: Sequence[str], least: int) -> Frame:
-    """What stands around a good part of plain texts: those that begin, or end, with the most usual line.
+    """The frame of a good part of plain texts: those that begin, or end, with the most usual line.
 
     Args:
         least: how many have to share it; and they have to be a quarter of all.
@@ -149,16 +149,16 @@ def usual(texts: Sequence[str], least: int) -> Frame:
     return Frame(before, after) if len(before) + len(after) < min(map(len, some)) else BARE
 
 
-def turns_of_text(text: str, template: Frame | None = None, own: Format | None = None) -> list[Parts]:
+def turns_of_text(text: str, template: Frame | None = None, form: Format | None = None) -> list[Parts]:
     """A plain text in the first of FORMATS that it is written in: each message of the user, in its parts.
 
     Answers and results of tools after the last message are left out, but for the start of an answer.
 
     Args:
         template: the frame of the base model's template, for its default system message.
-        own: how that template writes turns, for one that is none of FORMATS; else its text is one message.
+        form: how that template writes turns, for one that is none of FORMATS; else its text is one message.
     """
-    for user, after, preambles in [*FORMATS, *filter(None, [own])]:
+    for user, after, preambles in [*FORMATS, *filter(None, [form])]:
         mark = after.rstrip()  # the end of a message and, after a tag, the start of the answer
         tag = TAG.match(mark)
         end = tag[0] if tag else mark  # of a message
@@ -177,15 +177,15 @@ def turns_of_text(text: str, template: Frame | None = None, own: Format | None =
         if head in (written, template and template.before, *(before + written for before in preambles)):
             plain = head
         asked = [_message(turn.partition(end)[0], end) for turn in turns[:-1]] + [message]
-        told = [turn for turn in asked if turn.strip() and not turn.lstrip().startswith(RESULT)]
-        return [Parts(head, turn, tail, Frame(plain, tail)) for turn in told] or [bare(text)]
+        readable = [turn for turn in asked if turn.strip() and not turn.lstrip().startswith(RESULT)]
+        return [Parts(head, turn, tail, Frame(plain, tail)) for turn in readable] or [bare(text)]
     if template and (parts := bare(text, template)).own == template:
         return [parts._replace(common=template)]
     return [bare(text)]
 
 
 def _turns(text: str, user: str, end: str) -> tuple[str, list[str]]:
-    """What stands before the first message of the user, with its mark; and each with what follows."""
+    """The text up to the first message of the user, with its mark; and each message with its end."""
     blanks = "" if user.endswith("\n") else r"\s*"
     before, *more = re.split(f"({re.escape(user)}{blanks})", text)
     turns = list[list[str]]()

@@ -31,7 +31,7 @@ _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 
 
 def lock_of(model: PreTrainedModel) -> RLock:
-    """What a thread holds while hooks on a model are its own."""
+    """The lock that a thread holds while it has hooks on a model."""
     return _LOCKS.setdefault(model, RLock())
 
 

@@ -121,7 +121,7 @@ class Template:
 
     @cached_property
     def frame(self) -> Frame:
-        """What stands around a user's message without any system message but the template's own.
+        """The text around a user's message without any system message but the template's own.
 
         A template that takes no user alone gets a NEUTRAL one.
 
@@ -164,7 +164,7 @@ class Template:
 
     @cached_property
     def _date(self) -> tuple[str, str]:
-        """What stands before the date that the template writes, and the line with it as routing writes it."""
+        """The text before the date that the template writes, and the line with it as routing writes it."""
         before = self.frame.before
         start = before[: alike([before, self._bare(OTHER).before])]
         return start, before[len(start) :].partition("\n")[0]
@@ -246,13 +246,13 @@ def template_of(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> Templa
 
 def template_for(tokenizer: PreTrainedTokenizerBase, file: Path | None, folders: Iterable[Path]) -> Template:
     """The template in a file, or the tokenizer's own, or the one that most of the adapters' folders bring."""
-    own = template_of(tokenizer, file)
-    if own.jinja:
-        return own
+    default = template_of(tokenizer, file)
+    if default.jinja:
+        return default
     templates = [template for folder in folders if (template := brought(tokenizer, folder))]
     counts = Counter(template.jinja for template in templates)
     # Of equally many the first.
-    return max(templates, key=lambda template: counts[template.jinja], default=own)
+    return max(templates, key=lambda template: counts[template.jinja], default=default)
 
 
 def brought(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template | None:

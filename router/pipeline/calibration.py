@@ -1,4 +1,4 @@
-"""What generic text does to a base model and its adapters: measured, or found on disk.
+"""Measures the effect of generic text on a base model and its adapters, or reads it from disk.
 
 It depends on the base model and on the adapter alone, so it is kept adapter by adapter, under a name made
 from their contents: a library that was seen before costs nothing, and one new adapter costs one adapter.

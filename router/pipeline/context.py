@@ -1,4 +1,4 @@
-"""What a run has: settings, stages, processes, deadline and journal. It is passed on, never replaced."""
+"""The context of a run: settings, stages, processes, deadline, journal. It is passed on, never replaced."""
 
 import time
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Context:
-    """What a run has."""
+    """The context of a run."""
 
     settings: Settings = field(default_factory=Settings)
     stages: Stages = field(default_factory=Stages)  # what each costs

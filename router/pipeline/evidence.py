@@ -32,7 +32,7 @@ _ARRAYS = {
 
 @dataclass(frozen=True)
 class Names:
-    """What the columns of an evidence are."""
+    """The names of an evidence's columns, and what is known of these adapters and frames."""
 
     adapters: list[str]  # names, in the order of the columns
     modules: list[str]  # names, in the order of the columns of `votes`
@@ -53,7 +53,7 @@ class Names:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence(Names):
-    """What was measured of each query, and what the gate made of it; NaN where nothing was.
+    """The measurements of each query, and the gate's judgement; NaN where there is none.
 
     Attributes:
         responses: (queries, adapters) mean response of the whole prompt, over the modules that count; a
@@ -167,9 +167,9 @@ def joined(parts: Sequence[Evidence]) -> Evidence:
     }
     number = {frame: n for n, frame in enumerate(frames)}
     places = [np.array([number[tuple(frame)] for frame in part.frames], np.float32) for part in parts]
-    own = [place[part.frame.astype(int)] for place, part in zip(places, parts, strict=True)]
+    numbers = [place[part.frame.astype(int)] for place, part in zip(places, parts, strict=True)]
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS
     }
-    arrays |= {"frame": np.concatenate(own), "frames": [list(frame) for frame in frames]}
+    arrays |= {"frame": np.concatenate(numbers), "frames": [list(frame) for frame in frames]}
     return replace(parts[0], **arrays, thresholds=list(frames.values()))

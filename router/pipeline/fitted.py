@@ -34,7 +34,7 @@ RESPONSES = 1 << 25  # at once: of a large library, fewer prompts are probed at 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What routing needs of a library.
+    """A library as routing needs it: prototypes, and a gate that is calibrated in one frame.
 
     Attributes:
         names: of the adapters.

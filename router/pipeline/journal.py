@@ -1,4 +1,4 @@
-"""What an unfinished run has already answered, so that the same command goes on where it stood.
+"""The routing and answers of an unfinished run, so that the same command goes on where it stood.
 
 A folder `.journal` in the output folder holds the routing, part by part, and the answers, one a line. It goes
 when the run is finished. Only one run at a time may write to an output folder. Of a run in several processes
@@ -91,13 +91,13 @@ class Journal(UserDict[Query, Answer]):
         self._begin(json.loads(json.dumps(identity)))
         if not rank:
             (self.folder / DONE).unlink(missing_ok=True)
-        own = self.folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
-        own.touch()
+        file = self.folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
+        file.touch()
         ends = {path: self._read(path) for path in self.folder.glob("answers*.jsonl")}
         self.resumed = bool(self.data) or self._routed
-        self._file: IO[bytes] = own.open("r+b")
-        self._file.truncate(ends[own])
-        self._file.seek(ends[own])
+        self._file: IO[bytes] = file.open("r+b")
+        self._file.truncate(ends[file])
+        self._file.seek(ends[file])
 
     @property
     def _routed(self) -> bool:

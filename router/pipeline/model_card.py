@@ -32,7 +32,7 @@ EMBEDDED_NOTE = (
 
 
 class Recipe(NamedTuple):
-    """What made a variant."""
+    """The method that made a variant."""
 
     method: str  # as `-m` takes it
     about: str  # the method in a sentence

@@ -101,8 +101,8 @@ def arrow_scores(experts: Experts, x: Tensor) -> Tensor:
 
 def norms(experts: Experts, along: Tensor) -> Tensor:
     """`norm(S V^T x)`, which is `norm(D x)`, of each adapter, (T, n) float32."""
-    own = torch.nn.functional.one_hot(experts.owners, len(experts.members)).float()  # (K, n)
-    return (along.float().square() @ own).sqrt()  # many times faster than index_add_
+    membership = torch.nn.functional.one_hot(experts.owners, len(experts.members)).float()  # (K, n)
+    return (along.float().square() @ membership).sqrt()  # many times faster than index_add_
 
 
 def input_norms(experts: Experts, along: Tensor) -> Tensor:

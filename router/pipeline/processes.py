@@ -65,7 +65,7 @@ class Processes:
         return values
 
     def decided(self, decide: Callable[[], T]) -> T:
-        """What the first process decides; the others wait for it and do not call `decide`."""
+        """The first process's decision; the others wait for it and do not call `decide`."""
         decision = [None if self.rank else decide()]
         if self.count > 1:
             from accelerate.utils import broadcast_object_list

@@ -1,4 +1,4 @@
-"""What is read of a query, and in which frame it is compared with generic text.
+"""Reads of a query: the tokens, and the frame in which they are compared with generic text.
 
 A prompt is read as it is, a conversation by each message of the user under its system message.
 """
@@ -26,7 +26,7 @@ SHARED = 16  # queries make their system message a frame; to calibrate one costs
 
 @dataclass(frozen=True)
 class Read:
-    """What is read of a query; it is the same reading wherever it stands."""
+    """A read of a query; it is the same wherever it stands."""
 
     ids: tuple[int, ...]  # the tokens
     frame: Frame  # in which it is compared with generic text
@@ -66,7 +66,7 @@ def turns_of(
     new: int,
     asked: Counter[Frame] | None,
 ) -> list[list[Read]]:
-    """What is read of each query: one text, or one for each of the user's messages in a conversation.
+    """The reads of each query: one text, or one for each of the user's messages in a conversation.
 
     The middle of a very long one is left out before it is tokenised, since its ends alone are read. With
     --max_seq_len nothing is, since that limit cuts tokens.
@@ -98,8 +98,9 @@ def turns_of(
             tokens = list(under)
         elif len(tokens) > MAX_TOKENS:
             tokens = headed(tokens, head)
-        own = one.own if one.own in shared and one.own != one.common else None
-        return Read(tuple(tokens), one.common, own, one.words, one.later, under if own else ())
+        under_message = one.own in shared and one.own != one.common
+        frame, read_in_it = (one.own, under) if under_message else (None, ())
+        return Read(tuple(tokens), one.common, frame, one.words, one.later, read_in_it)
 
     heads = cache(lambda head: len(encode(template.tokenizer, [ends_of(head, most // 4)])[0]))
     return [[read(n, one) for one in turns] for n, turns in enumerate(parts)]

@@ -1,4 +1,4 @@
-"""The record of a run: what run.json holds, and the summary that is printed of it."""
+"""The record of a run, which run.json holds, and the summary that is printed of it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class VariantRecord:
 
 @dataclass(frozen=True)
 class TimeLimit:
-    """What --time_limit cut: how many queries have no answer."""
+    """The effect of --time_limit: how many queries have no answer."""
 
     minutes: FiniteFloat
     unanswered: int
@@ -82,7 +82,7 @@ class TimeLimit:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What run.json holds: all that is needed to repeat the run, and what it cost.
+    """The contents of run.json: all that is needed to repeat the run, and its cost.
 
     Raises:
         ValueError: something is missing.
@@ -189,11 +189,11 @@ def record(
 
 def versions(engine: Engine = "transformers") -> dict[str, str]:
     """The versions of this package, of Python, and of the packages that compute."""
-    own = {"proto-route": own_version(), "python": platform.python_version()}
-    own |= {package: version(package) for package in PACKAGES}
+    packages = {"proto-route": own_version(), "python": platform.python_version()}
+    packages |= {package: version(package) for package in PACKAGES}
     if engine == "vllm":  # its build for processors is distributed under another name
-        own |= {name: version(name) for name in packages_distributions().get("vllm", ())}
-    return own
+        packages |= {name: version(name) for name in packages_distributions().get("vllm", ())}
+    return packages
 
 
 def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
@@ -238,15 +238,15 @@ def _decided(decision: Decision, apply: Apply) -> dict[str, Any]:
     return fields
 
 
-def summary(found: Record) -> str:
+def summary(run: Record) -> str:
     """A record as text for a person: what was decided, how clearly, what it cost, and where to look."""
     lines = []
-    if found.base:
-        queries = sum(variant.queries for variant in found.variants)
-        counts = _count(len(found.adapters), "adapter"), _count(queries, "query")
-        made = _count(len(found.variants), "variant")
-        lines.append(f"{found.method}: {counts[0]} of {found.base.name}, {counts[1]}, {made}")
-        order = sorted(enumerate(found.variants), key=lambda one: -one[1].queries)
+    if run.base:
+        queries = sum(variant.queries for variant in run.variants)
+        counts = _count(len(run.adapters), "adapter"), _count(queries, "query")
+        made = _count(len(run.variants), "variant")
+        lines.append(f"{run.method}: {counts[0]} of {run.base.name}, {counts[1]}, {made}")
+        order = sorted(enumerate(run.variants), key=lambda one: -one[1].queries)
         lines.append("variant  queries  top candidates")
         for n, variant in order[:SHOWN]:
             shares = sorted(variant.weights.items(), key=lambda share: -share[1])
@@ -255,37 +255,37 @@ def summary(found: Record) -> str:
         if rest := order[SHOWN:]:
             left = _count(sum(variant.queries for _, variant in rest), "query")
             lines.append(f"and {_count(len(rest), 'variant')} with {left}")
-    if found.low_margin is not None:
+    if run.low_margin is not None:
         lines.append(
-            f"{_count(found.low_margin, 'query')} with a low margin: the two best candidates are "
+            f"{_count(run.low_margin, 'query')} with a low margin: the two best candidates are "
             f"less than {LOW_MARGIN} apart"
         )
     lines += [
         f"warning: {name} reads what {other} reads and writes something else; {other}, listed first or a "
         "duplicate of the first, answers for both. One may be a copy that was made to do harm"
-        for name, other in found.lookalikes.items()
+        for name, other in run.lookalikes.items()
     ]
     lines += [
         f"warning: {name} reads directions that text hardly has, as an adapter does that is made to "
         "attract all queries; it gets no weight"
-        for name in found.silent
+        for name in run.silent
     ]
     lines += [
         f"trained in {form}, and less likely to be chosen elsewhere: "
-        + ", ".join(name for name, home in found.homes.items() if home == form)
-        for form in dict.fromkeys(found.homes.values())
+        + ", ".join(name for name, home in run.homes.items() if home == form)
+        for form in dict.fromkeys(run.homes.values())
     ]
-    if found.left_out:
-        lines.append(f"{_count(len(found.left_out), 'adapter')} left out:")
-        lines += [f"  {reason}" for reason in found.left_out]
-    if found.time_limit:
-        lines.append(str(found.time_limit))
-    if found.resumed:
+    if run.left_out:
+        lines.append(f"{_count(len(run.left_out), 'adapter')} left out:")
+        lines += [f"  {reason}" for reason in run.left_out]
+    if run.time_limit:
+        lines.append(str(run.time_limit))
+    if run.resumed:
         lines.append(RESUMED)
-    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in found.seconds.items())
-    lines.append(f"{sum(found.seconds.values()):.0f} seconds: {stages}")
-    folder = found.flags["output_folder"]
-    files = ", ".join(map(submission_name, found.paths))
+    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in run.seconds.items())
+    lines.append(f"{sum(run.seconds.values()):.0f} seconds: {stages}")
+    folder = run.flags["output_folder"]
+    files = ", ".join(map(submission_name, run.paths))
     lines.append(f"answers in {folder}: {files}; report: {folder}/{REPORT}")
     return "\n".join(lines)
 

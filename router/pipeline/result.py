@@ -1,4 +1,4 @@
-"""What a method returns: the answers and, if it routes, how every query was decided."""
+"""The result of a method: the answers and, if it routes, how every query was decided."""
 
 from __future__ import annotations
 

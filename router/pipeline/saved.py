@@ -1,4 +1,4 @@
-"""What a saved router's `router.json` holds, read and written here alone, and the files beside it."""
+"""The record of a saved router, `router.json`, read and written here alone, and the files beside it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Saved:
 
     @property
     def base(self) -> str:
-        """What loads the base model."""
+        """The base model as `load_base` takes it."""
         return EMBEDDED if self.embedded else self.base_model + (f"@{self.revision}" if self.revision else "")
 
     def write(self, folder: Path) -> None:

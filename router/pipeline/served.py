@@ -71,7 +71,7 @@ def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:
         number
         for number, value in said.items()
         if plain is not None
-        and (own := variants[number].canary) is not None
-        and abs(own - plain) > ALIKE
-        and abs(value - plain) < abs(value - own)
+        and (canary := variants[number].canary) is not None
+        and abs(canary - plain) > ALIKE
+        and abs(value - plain) < abs(value - canary)
     ]

@@ -37,7 +37,7 @@ _LEARNED = {
 
 @dataclass(frozen=True)
 class _Framed:
-    """What a file says of a frame, see `Fitted`."""
+    """A frame as the file has it, see `Fitted`."""
 
     before: str
     after: str
@@ -47,7 +47,7 @@ class _Framed:
 
 @dataclass(frozen=True)
 class _About:
-    """What a file says of a library, see `Fitted`; its gate has these settings in each frame."""
+    """A library as the file has it, see `Fitted`; its gate has these settings in each frame."""
 
     names: list[str]
     modules: list[str]
@@ -75,9 +75,9 @@ def save(fits: Sequence[Fitted], folder: Path) -> None:
     for n, fitted in enumerate(fits):
         arrays = {f"gate {name}": getattr(fitted.gate, name) for name in _LEARNED}
         arrays |= {"gate threshold_": np.array([fitted.gate.threshold_]), "reference": fitted.reference}
-        own = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        own |= {f"mean {module}": mean for module, mean in fitted.means.items()}
-        tensors |= {f"{n} {name}": tensor for name, tensor in own.items()}
+        named = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        named |= {f"mean {module}": mean for module, mean in fitted.means.items()}
+        tensors |= {f"{n} {name}": tensor for name, tensor in named.items()}
     framings = (fitted.framing for fitted in fits)
     frames = [_Framed(*framing.frame, list(framing.prefix), framing.end) for framing in framings]
     about = _About(
@@ -120,27 +120,27 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, widths: Mapping
         fits = []
         for n, framed in enumerate(about.frames):
             start = f"{n} "
-            own = {
+            arrays = {
                 name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)
             }
-            _check(about, tensors | own, widths)
+            _check(about, tensors | arrays, widths)
             how = {key: getattr(about, key) for key in PrototypeGate().get_params()}
-            gate = gate_for(len(own["gate mean_"]), **how)
+            gate = gate_for(len(arrays["gate mean_"]), **how)
             for name in _LEARNED:
-                setattr(gate, name, own[f"gate {name}"].numpy())
-            gate.threshold_ = float(own["gate threshold_"])
+                setattr(gate, name, arrays[f"gate {name}"].numpy())
+            gate.threshold_ = float(arrays["gate threshold_"])
             gate.n_adapters_, gate.n_modules_ = gate.mean_.shape[:2]
             fits.append(
                 Fitted(
                     about.names,
                     protos,
-                    {m: own[f"mean {m}"].to(device) for m in modules},
+                    {m: arrays[f"mean {m}"].to(device) for m in modules},
                     gate,
                     about.representative,
                     about.lookalikes,
                     about.silent,
                     Framing(Frame(framed.before, framed.after), framed.prefix, framed.end),
-                    own["reference"].numpy(),
+                    arrays["reference"].numpy(),
                     tensors["homes"].numpy(),
                 )
             )

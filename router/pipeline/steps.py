@@ -141,13 +141,13 @@ class Method(ABC):
 
     @property
     def recipe(self) -> Recipe:
-        """What a model card says about the method."""
+        """The method as a model card describes it."""
         about = " ".join((type(self).__doc__ or "").partition("\n\n")[0].split())
         return Recipe(self.name, about, self.settings)
 
     @cached_property
     def template(self) -> Template:
-        """What conversations are written in: --chat_template, the base model's own, or an adapter's."""
+        """The template of conversations: --chat_template, the base model's own, or an adapter's."""
         folders = (adapter.folder.path for adapter in self.adapters)
         return template_for(self.tokenizer, self.settings.chat_template, folders)
 
@@ -185,10 +185,10 @@ class Method(ABC):
                 write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
                 write_card(path, self.recipe, self.base, self.adapters, variant)
                 first = max(self.adapters, key=lambda adapter: variant.weights.get(adapter.name, 0))
-                own = brought(self.tokenizer, first.folder.path)
+                template = brought(self.tokenizer, first.folder.path)
                 (path / TEMPLATE).unlink(missing_ok=True)  # of a variant that was here before
-                if own and own.source and own.jinja != self.template.jinja:
-                    (path / TEMPLATE).write_text(own.source, "utf-8")
+                if template and template.source and template.jinja != self.template.jinja:
+                    (path / TEMPLATE).write_text(template.source, "utf-8")
         return names
 
     def predict(self, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path) -> list[Answer]:
@@ -207,9 +207,9 @@ class Method(ABC):
         variants = [paths[n] for n in labels]
         talks = {path for path, query in zip(variants, queries, strict=True) if path and query.messages}
         templates = {path: brought(self.tokenizer, path) for path in talks}
-        own = [templates.get(path) if path else None for path in variants]
+        brought_by = [templates.get(path) if path else None for path in variants]
         prompts = list(rows)
-        for n, (query, template) in enumerate(zip(queries, own, strict=True)):
+        for n, (query, template) in enumerate(zip(queries, brought_by, strict=True)):
             if query.messages and template and (ids := template.tried(query.conversation, query.id)):
                 prompts[n] = cut(ids, self.settings.max_seq_len, ends=True)
         answers = [FAILED] * len(queries)
@@ -217,7 +217,7 @@ class Method(ABC):
         with progress(total=sum(map(len, prompts)), desc="predict", unit="tok") as bar:
             if self.settings.engine == "vllm":
                 answers = answered_by_vllm(self.base, queries, prompts, variants, context, bar.update)
-                return self._ended(queries, answers, own)
+                return self._ended(queries, answers, brought_by)
             with applied(self.base, self.settings.apply) as models:
                 kinds = MULTIPLE_CHOICE, GENERATION
                 turns = [{kind} for kind in kinds] if context.deadline else [set(kinds)]
@@ -234,15 +234,15 @@ class Method(ABC):
                     part_answers = answered(model, self.tokenizer, part, asked, context, bar.update)
                     for m, new in zip(members, part_answers, strict=True):
                         answers[m] = new
-        return self._ended(queries, answers, own)
+        return self._ended(queries, answers, brought_by)
 
     def _ended(
         self, queries: Sequence[Query], answers: Sequence[Answer], templates: Sequence[Template | None]
     ) -> list[Answer]:
         """Answers to conversations up to a template's end of turn, where the model has another one."""
         ended = list(answers)
-        for n, (query, own) in enumerate(zip(queries, templates, strict=True)):
-            for template in (self.template, own) if query.messages else ():
+        for n, (query, second) in enumerate(zip(queries, templates, strict=True)):
+            for template in (self.template, second) if query.messages else ():
                 if template and template.end in ended[n].ids:
                     ended[n] = cut_at(self.tokenizer, ended[n], template.end)
         return ended
@@ -328,7 +328,7 @@ def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list
 
 
 def _cuts(rows: Rows, settings: Settings, model: PreTrainedModel) -> Iterator[str]:
-    """What is not read of long prompts, and which are longer than the base model's context."""
+    """Warnings: how many prompts are cut, and how many are longer than the base model's context."""
     limit = settings.max_seq_len
     if limit and (long := sum(len(row) >= limit for row in rows)):
         yield (

@@ -103,10 +103,10 @@ def _csv_rows(
     reader = csv.DictReader(file, strict=True)
     header = list(reader.fieldnames or ())
     if missing := [name for name in needed if name not in header]:
-        found = ", ".join(header)[:300].replace("\0", "") or "nothing"
+        names = ", ".join(header)[:300].replace("\0", "") or "nothing"
         raise InputError(
             f"{path}: expected the columns {', '.join(needed)}; {', '.join(missing)} is missing "
-            f"(found: {found}); is it CSV in UTF-8?"
+            f"(found: {names}); is it CSV in UTF-8?"
         )
     if twice := [name for name in header if header.count(name) > 1]:
         raise InputError(f"{path}: the column {twice[0]!r} stands twice in the header; rename one")
@@ -130,7 +130,7 @@ def _json_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def read_labels(path: Path, column: str) -> Iterator[tuple[int, str]]:
-    """What stands in a column of a query file, row by row, each with its line.
+    """The texts in a column of a query file, row by row, each with its line.
 
     Raises:
         InputError: there is no such column, or no text in it.
@@ -201,10 +201,10 @@ def id_of(row: Mapping[str, Any], number: int) -> str:
     Raises:
         ValueError: it is neither text nor a whole number.
     """
-    own = number if row.get("id") is None else row["id"]
-    if not isinstance(own, (str, int)):
-        raise ValueError(f"expected a text or a whole number as id, got {own!r:.40}")
-    return str(own)
+    value = number if row.get("id") is None else row["id"]
+    if not isinstance(value, (str, int)):
+        raise ValueError(f"expected a text or a whole number as id, got {value!r:.40}")
+    return str(value)
 
 
 def check_id(name: str, line: int, lines: dict[str, int], path: Path, what: str = "line") -> None:
@@ -293,7 +293,7 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def submission_name(path: Path) -> str:
-    """What the answers to a query file are called: as the file, and in CSV."""
+    """The name of the answers to a query file: as the file, and in CSV."""
     return f"{path.stem}.csv" if path.suffix.casefold() == JSON_LINES else path.name
 
 

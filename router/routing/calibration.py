@@ -54,7 +54,7 @@ def silent(responses: NDArray[np.float32], widths: Sequence[int]) -> NDArray[np.
 
 
 class Measured(NamedTuple):
-    """What generic text in a frame does to a base model and its adapters.
+    """The measured effect of generic text in a frame on a base model and its adapters.
 
     Attributes:
         framing: what the text stood in, and what of it counted.
@@ -70,7 +70,7 @@ class Measured(NamedTuple):
 
 
 def framing_of(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], frame: Frame) -> Framing:
-    """What the tokens of generic prompts have in common in a frame.
+    """The tokens that generic prompts have in common in a frame.
 
     Marks of a chat template follow the message. The end of a prompt is these marks and the END tokens before.
     """

@@ -34,7 +34,7 @@ class Clusters:
 
 
 def mixes(weights: Array, sharp: bool = True) -> Array:
-    """What each query is to be answered with, (queries, candidates); rows sum to 1.
+    """The mix that answers each query best, (queries, candidates); rows sum to 1.
 
     The base model, the last candidate, answers alone or not at all: it answers where it has the largest
     weight, and has no share elsewhere, since a share of an adapter does less well than all of it or none. Of
@@ -123,8 +123,8 @@ def _of_same_adapters(weights: Array, most: int) -> Clusters:
     sets = np.packbits(weights[shared] >= NEGLIGIBLE, axis=1)
     _, kind, counts = np.unique(sets, axis=0, return_inverse=True, return_counts=True)
     frequent = np.argsort(-counts, kind="stable")[:most]
-    own = np.isin(kind.ravel(), frequent)
-    labels[shared[own]] = weights.shape[1] + kind.ravel()[own]
+    kept = np.isin(kind.ravel(), frequent)
+    labels[shared[kept]] = weights.shape[1] + kind.ravel()[kept]
     return _numbered(weights, labels)
 
 

@@ -32,7 +32,7 @@ FLOOR = 1e-6  # responses are cosines; below this they are noise
 
 
 class Judged(NamedTuple):
-    """What a fitted gate makes of queries.
+    """The judgement of a fitted gate on queries.
 
     Attributes:
         scores: (queries, adapters) in standard deviations of generic text; minus infinity for one that is not
@@ -145,7 +145,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return self
 
     def _by_module(self, X: NDArray[Any]) -> Callable[[slice], Array]:
-        """What gives the log responses at some modules, as `columns_of` does: here, all are in memory."""
+        """Gives the log responses at some modules, as `columns_of` does: here, all are in memory."""
         return columns_of(X).__getitem__
 
     def _landmarks(self, n_adapters: int) -> NDArray[np.int64]:
@@ -211,7 +211,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return np.nan_to_num(z, copy=False)
 
     def _factors(self, columns: Array) -> Array:
-        """What the landmarks' responses have of each factor, (modules, 2, queries, FACTORS).
+        """The size of each factor in the landmarks' responses, (modules, 2, queries, FACTORS).
 
         Args:
             columns: (modules, 2, queries, landmarks) standardised.
@@ -219,7 +219,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return np.asarray(columns @ self.axes_.transpose(1, 2, 0, 3))
 
     def _residual(self, z: Array, scores: Array, best: NDArray[np.int64]) -> Array:
-        """What generic text does not explain of the best scores (equation 5), (queries,).
+        """The part of the best scores that generic text does not explain (equation 5), (queries,).
 
         Args:
             z: (queries, landmarks, modules, 2) standardised.
@@ -246,7 +246,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return Judged(scores - self.handicap_, self._residual(z, scores[rows, best], best), votes)
 
     def _votes(self, specific: Array, best: NDArray[np.int64]) -> Array:
-        """What each module says for the best adapters, (queries, modules); NaN without a prototype.
+        """The vote of each module for the best adapters, (queries, modules); NaN without a prototype.
 
         Args:
             specific: (queries, modules, 2) of these adapters, from equation 3.
@@ -272,7 +272,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         return X
 
     def _doubt(self, confidence: ArrayLike | None, n_queries: int) -> Array:
-        """What the base model's confidence counts against an adapter, (queries,)."""
+        """The base model's confidence as it counts against an adapter, (queries,)."""
         if confidence is None:
             return np.zeros(n_queries)
         usual, spread = self.confidence_
@@ -380,7 +380,7 @@ def _matched(means: Array, stds: Array) -> Array:
 
 
 def _common(z: Array, theirs: Array) -> tuple[Array, Array, Array, Array]:
-    """What adapters respond to alike, by module and view (equation 3).
+    """The factors to which adapters respond alike, by module and view (equation 3).
 
     Their correlations are taken as a few principal components and noise, which is the same for all
     (probabilistic PCA, Tipping and Bishop 1999), and moved towards independence by SHRINK. With n the noise

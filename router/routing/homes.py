@@ -48,7 +48,7 @@ def trained_in(framed: NDArray[np.float32], bare: NDArray[np.float32]) -> NDArra
 
 
 def handicaps(homes: NDArray[np.int64], form: int) -> Array:
-    """What the adapters' scores lose in a form, (adapters,), in standard deviations of generic text.
+    """The loss of the adapters' scores in a form, (adapters,), in standard deviations of generic text.
 
     Args:
         homes: (adapters,) the form that each was trained in; 0 is none that is known.

@@ -30,7 +30,7 @@ BLOCK = 256  # tokens that a processor centres at once in float32, so that they 
 
 
 class Framing(NamedTuple):
-    """What prompts stand in, and what of them counts.
+    """The frame of prompts, and which of their tokens count.
 
     Attributes:
         frame: the texts around each.
@@ -150,7 +150,7 @@ class Inputs:
 
 
 class Probed(NamedTuple):
-    """What the base model tells of prompts."""
+    """The base model's measurements of prompts."""
 
     # (prompts, adapters, modules, 2) root mean square cosines of the prompt and of its end; NaN without a
     # prototype

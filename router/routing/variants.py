@@ -22,7 +22,7 @@ VARIANTS = "variants"  # the folder of variants in an output folder
 
 @dataclass(frozen=True)
 class Variant:
-    """What one group of queries is answered with.
+    """The merged adapter, or base model, that answers one group of queries.
 
     Attributes:
         weights: adapter name -> weight, largest first; empty for the plain base model.

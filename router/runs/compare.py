@@ -1,4 +1,4 @@
-"""What changed between two finished runs on the same queries: `proto-route compare before after`.
+"""Compares two finished runs on the same queries: `proto-route compare before after`.
 
 Labels are read only here, after the fact, to score what both runs wrote; no method imports this.
 """
@@ -96,7 +96,7 @@ def joined(one: Run, two: Run) -> pd.DataFrame:
 
 
 def _settings(a: Record, b: Record) -> Rows:
-    """What decides a run, as far as the two records differ."""
+    """The settings and versions in which two records differ."""
     one, two = (
         {"method": record.method}
         | {f"{part}.{name}": value for part in PARTS for name, value in plain.get(part, {}).items()}
@@ -170,17 +170,19 @@ def _score(both: pd.DataFrame, names: Container[str]) -> dict[str, Any]:
     }
 
 
-def show(found: Mapping[str, Any], console: Console, most: int) -> None:
+def show(changed: Mapping[str, Any], console: Console, most: int) -> None:
     """Prints a comparison, with at most `most` of the predictions that differ."""
-    section(console, f"A: {found['a']}\nB: {found['b']}")
-    settings = [{"setting": row["setting"], **_apart(row["a"], row["b"])} for row in found["settings"]]
+    section(console, f"A: {changed['a']}\nB: {changed['b']}")
+    settings = [{"setting": row["setting"], **_apart(row["a"], row["b"])} for row in changed["settings"]]
     section(console, f"Settings that differ: {len(settings)}", settings)
-    total = found["queries"]
-    moves = [row | {"ids": cut(", ".join(row["ids"]), WIDTH)} for row in found["moves"]]
-    section(console, f"Top candidate: changed for {found['moved']} of {total} queries", moves)
-    changes = [row | _apart(row["a"], row["b"]) for row in found["changes"][:most]]
-    section(console, f"Predictions: {len(found['changes'])} of {total} differ, {len(changes)} shown", changes)
-    if score := found["score"]:
+    total = changed["queries"]
+    moves = [row | {"ids": cut(", ".join(row["ids"]), WIDTH)} for row in changed["moves"]]
+    section(console, f"Top candidate: changed for {changed['moved']} of {total} queries", moves)
+    changes = [row | _apart(row["a"], row["b"]) for row in changed["changes"][:most]]
+    section(
+        console, f"Predictions: {len(changed['changes'])} of {total} differ, {len(changes)} shown", changes
+    )
+    if score := changed["score"]:
         text = f"B - A: {100 * score['difference']:+.1f} points, "
         if score["low"] is None:
             text += f"without an interval: each file needs {LABELS} labels, and differences have to vary"
@@ -192,7 +194,7 @@ def show(found: Mapping[str, Any], console: Console, most: int) -> None:
 def _apart(a: Any, b: Any) -> dict[str, str]:
     """Two values, each on one line from shortly before they differ; of two lists, what only one has."""
     if isinstance(a, list) and isinstance(b, list):
-        only = [[item for item in own if item not in other] for own, other in ((a, b), (b, a))]
+        only = [[item for item in mine if item not in other] for mine, other in ((a, b), (b, a))]
         a, b = only if any(only) else (a, b)
     a, b = (", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in (a, b))
     same = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

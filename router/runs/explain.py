@@ -36,7 +36,7 @@ LEGEND = (
 
 
 def explain(folder: Path, name: str) -> dict[str, Any]:
-    """What `--json` prints about the query `ID` or `STEM:ID`; None marks what was not kept or measured.
+    """The facts that `--json` prints about the query `ID` or `STEM:ID`; None where nothing was kept.
 
     Raises:
         InputError: the folder holds no finished run, or it has no such id, or several.
@@ -67,7 +67,7 @@ def _find(run: Run, name: str) -> int:
     """The row of the query that `ID` or `STEM:ID` stands for."""
     keys = run.keys
     rows = [n for n, key in enumerate(keys) if key == name] or [
-        n for n, own in enumerate(run.ids) if own == name
+        n for n, id_ in enumerate(run.ids) if id_ == name
     ]
     if len(rows) > 1:
         which = " or ".join(keys[n] for n in rows)
@@ -96,7 +96,7 @@ def _votes(e: Evidence, n: int) -> dict[str, Any]:
 
 
 def called(name: str | None) -> str:
-    """What a candidate is called in a sentence."""
+    """The name of a candidate in a sentence."""
     return {BASE_COLUMN: "the base model", None: "no single one"}.get(name, str(name))
 
 

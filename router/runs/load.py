@@ -64,7 +64,7 @@ class Run:
     def keys(self) -> list[str]:
         """`STEM:ID` of each query, as `proto-route explain` takes it."""
         stems = self.stems
-        return [f"{stems[number]}:{own}" for number, own in zip(self.file, self.ids, strict=True)]
+        return [f"{stems[number]}:{id_}" for number, id_ in zip(self.file, self.ids, strict=True)]
 
     @property
     def answers(self) -> list[str]:
@@ -128,7 +128,7 @@ class Run:
 
     @property
     def notes(self) -> list[str]:
-        """What is missing, in sentences for the reader."""
+        """The parts that are missing, in sentences for the reader."""
         notes = [f"An adapter was left out: {reason}." for reason in self.record.left_out]
         if limit := self.record.time_limit:
             notes.append(f"{str(limit).capitalize()}.")
@@ -221,7 +221,7 @@ def _answers(path: Path) -> dict[str, str]:
 
 
 def _asked(path: Path, ids: list[str], record: Record) -> list[Query | None]:
-    """What was asked with each id, None where that is not at hand any more."""
+    """The query of each id, None where it is not at hand any more."""
     try:
         asked = read_queries(path) if path.is_file() else []  # a pipe or a device would give no end
     except (InputError, OSError):  # the latter of a folder that others may not read
@@ -229,7 +229,7 @@ def _asked(path: Path, ids: list[str], record: Record) -> list[Query | None]:
     digest = record.queries.get(path.name)
     known = digest is None or digest == digest_of(asked)
     queries = {query.id: query for query in asked} if known else {}
-    return [queries.get(own) for own in ids]
+    return [queries.get(id_) for id_ in ids]
 
 
 def _routing(path: Path, ids: list[str], names: list[str], record: Record) -> tuple[Labels, Array]:

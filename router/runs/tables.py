@@ -91,10 +91,10 @@ def variant_table(run: Run) -> pd.DataFrame:
 
 def mix_table(run: Run) -> pd.DataFrame:
     """Variants by candidates, sorted so that the top weights run down the diagonal."""
-    own = run.clusters.weights
-    order = np.lexsort((-own.max(1), own.argmax(1)))
-    used = [name for name, column in zip(run.names, own.T, strict=True) if (column >= 0.005).any()]
-    return pd.DataFrame(own, columns=run.names)[used].iloc[order]
+    mixes = run.clusters.weights
+    order = np.lexsort((-mixes.max(1), mixes.argmax(1)))
+    used = [name for name, column in zip(run.names, mixes.T, strict=True) if (column >= 0.005).any()]
+    return pd.DataFrame(mixes, columns=run.names)[used].iloc[order]
 
 
 def unsure_table(run: Run) -> pd.DataFrame:
@@ -141,15 +141,15 @@ def replay(run: Run, temperature: float, top_k: int | None, n_variants: int | No
 
 
 def figures_table(runs: Mapping[Any, Run]) -> pd.DataFrame:
-    """What several runs decided in a few numbers, a row for each; a shared query is answered with a mix."""
+    """The decisions of several runs in a few numbers, a row for each; a mix answers a shared query."""
     rows = {}
     for name, run in runs.items():
-        own = run.mixes
+        mixes = run.mixes
         tops = run.weights.max(1)
-        lost = losses(own, run.clusters)
+        lost = losses(mixes, run.clusters)
         rows[name] = {
             "variants": len(run.clusters.weights),
-            "shared queries": (own.max(1) < 1).sum(),
+            "shared queries": (mixes.max(1) < 1).sum(),
             "top weight, mean": tops.mean(),
             "left to the base model": (run.weights.argmax(1) == len(run.names) - 1).sum(),
             "mean loss": lost.mean(),
@@ -160,9 +160,9 @@ def figures_table(runs: Mapping[Any, Run]) -> pd.DataFrame:
 
 def loss_curve(run: Run) -> pd.DataFrame:
     """Mean and worst loss of the run's mixes by number of variants."""
-    own = run.mixes
-    distinct = len(np.unique(own.round(6), axis=0))
-    lost = {k: losses(own, cluster(own, k, seed=0, sharp=False)) for k in KS if k <= distinct}
+    mixes = run.mixes
+    distinct = len(np.unique(mixes.round(6), axis=0))
+    lost = {k: losses(mixes, cluster(mixes, k, seed=0, sharp=False)) for k in KS if k <= distinct}
     rows = {k: {"mean": each.mean(), "worst": each.max()} for k, each in lost.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variants")
 
@@ -188,7 +188,7 @@ def compare(one: Run, two: Run) -> pd.DataFrame:
     answered, other = (aligned(run, run.clusters.weights[run.labels]) for run in (one, two))
     both["weights apart"] = (a - b).abs().sum(axis=1) / 2
     both["variants apart"] = (answered - other).abs().sum(axis=1) / 2
-    both["A"], both["B"] = ([mix(names, row) for row in own.to_numpy()] for own in (a, b))
+    both["A"], both["B"] = ([mix(names, row) for row in weights.to_numpy()] for weights in (a, b))
     both["same top"] = a.idxmax(axis=1) == b.idxmax(axis=1)
     shown = ["weights apart", "variants apart", "A", "B", "same top", "variant A", "variant B"]
     return both[shown].sort_values("weights apart", ascending=False, kind="stable")

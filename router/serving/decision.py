@@ -27,10 +27,12 @@ def described(choice: Choice, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def headers_of(told: Mapping[str, Any]) -> dict[str, str]:
-    """What `described` tells as headers, and the number of the request if that is known."""
-    number = {"x-request-id": told["request_id"]} if "request_id" in told else {}
+def headers_of(decision: Mapping[str, Any]) -> dict[str, str]:
+    """A decision, as `described` has it, as headers, and the number of the request if that is known."""
+    number = {"x-request-id": decision["request_id"]} if "request_id" in decision else {}
     return number | {
-        "x-router-model": quote(told["model"], safe="/:@ "), "x-router-weights": json.dumps(told["weights"]),
-        "x-router-margin": str(told["margin"]), "x-router-fits": str(told["fits"]).lower(),
-    }  # fmt: skip
+        "x-router-model": quote(decision["model"], safe="/:@ "),
+        "x-router-weights": json.dumps(decision["weights"]),
+        "x-router-margin": str(decision["margin"]),
+        "x-router-fits": str(decision["fits"]).lower(),
+    }

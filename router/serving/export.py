@@ -135,11 +135,11 @@ def export(args: Namespace) -> list[str]:
         dtype = getattr(torch, served.dtype)
         final = folder / f"{what}-rank-{max_rank}"
         with remaking(final) as out:
-            for own, path in served.folders.items():
+            for variant, path in served.folders.items():
                 rank, lost = recompressed(path, out / path.name, max_rank, served.base, dtype)
-                said.append(f"{own}: rank {rank}, {100 * lost:.2f} % of its squared norm lost")
+                said.append(f"{variant}: rank {rank}, {100 * lost:.2f} % of its squared norm lost")
                 ranks.append(rank)
-        folders = {own: final / path.name for own, path in served.folders.items()}
+        folders = {variant: final / path.name for variant, path in served.folders.items()}
         served = replace(served, folders=folders, rank=max(ranks))
     if engine == "vllm" and served.rank > (most := SERVED_RANKS[-1]):
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a server calls variants and adapters, and which folders they are in. Knows no models."""
+"""The names of variants and adapters on a server, and their folders. Knows no models."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -81,14 +81,14 @@ def read_served(folder: Path, base_model: str | None = None) -> Served:
         if not (path / CONFIG_FILE).exists():
             raise another(path)
         try:
-            own = open_adapter(path).ranks
+            by_module = open_adapter(path).ranks
         except AdapterError as error:
             raise InputError(str(error)) from error
         if content_of(path) != variant.sha256:
             raise another(path)
         folders[served(number, variant.sha256)] = path
-        ranks += own.values()
-        modules |= {module.rpartition(".")[2] for module in own}
+        ranks += by_module.values()
+        modules |= {module.rpartition(".")[2] for module in by_module}
     known = is_folder(base.name)
     revision = base.revision
     for word in (*modules, revision or "main", "folder" if known else base.name):

@@ -109,18 +109,20 @@ class Proxy:
         self.prober = Prober(self._choose, queue)
         self.tried: tuple[Any, float, str] = None, 0.0, ""  # what canaries were sent to, when, what was wrong
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
-        self.registry = own = CollectorRegistry()
-        self.requests = Counter("router_requests", "Routed requests by variant.", ["variant"], registry=own)
-        self.frames = Counter("router_frames", "Routed requests by frame.", ["frame"], registry=own)
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "router_requests", "Routed requests by variant.", ["variant"], registry=registry
+        )
+        self.frames = Counter("router_frames", "Routed requests by frame.", ["frame"], registry=registry)
         self.unserved = Counter(
-            "router_unserved", "Requests by the adapter that no variant has.", ["adapter"], registry=own
+            "router_unserved", "Requests by the adapter that no variant has.", ["adapter"], registry=registry
         )
         self.calibrating = threading.Thread()  # of the last frame
         self.seconds = Histogram(
-            "router_seconds", "Seconds by stage.", ["stage"], registry=own,
+            "router_seconds", "Seconds by stage.", ["stage"], registry=registry,
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
         )  # fmt: skip
-        waiting = Gauge("router_queue", "Requests that wait for their decision.", registry=own)
+        waiting = Gauge("router_queue", "Requests that wait for their decision.", registry=registry)
         waiting.set_function(lambda: self.prober.waiting)
         self.app = Starlette(
             routes=[
@@ -247,11 +249,11 @@ class Proxy:
         began = time.time_ns()
         decided = await self._decided(prompt)
         shown, fields = await self._shown(decided, self._key(request))
-        mixes, own = "lora" in fields, decided.template
-        if own and not mixes and request.scope["path"] == CHATS and _takes(own, body):
+        mixes, template = "lora" in fields, decided.template
+        if template and not mixes and request.scope["path"] == CHATS and _takes(template, body):
             with suppress(InputError):  # what is no chat, the server refuses
-                if await asyncio.to_thread(own.tried, checked(body["messages"], ends=False)) is not None:
-                    fields["chat_template"] = own.source  # vLLM's word; serve.sh has it trust this one
+                if await asyncio.to_thread(template.tried, checked(body["messages"], ends=False)) is not None:
+                    fields["chat_template"] = template.source  # vLLM's word; serve.sh has it trust this one
         self.requests.labels(shown["model"]).inc()
         self.frames.labels(decided.choice.frame).inc()
         self._calibrate()
@@ -292,7 +294,7 @@ class Proxy:
             self.decisions.handle(logging.makeLogRecord({"msg": json.dumps(line)}))
 
     async def _passed_on(self, request: Request, raw: bytes, routed: Routed | None = None) -> Response:
-        """What the upstream answers to a request, with the decision on it."""
+        """The upstream's answer to a request, with the decision on it."""
         start = time.perf_counter()
         answer = await self._sent(request, raw, routed.headers if routed else {})
         streams = "event-stream" in answer.headers.get("content-type", "") or answer.status_code >= 400
@@ -300,14 +302,14 @@ class Proxy:
             response = self._streamed(answer, start)
         else:
             response = await self._whole(answer, routed.shown, start)
-        told = headers_of(routed.shown) if routed else {}
-        response.headers.update(told)
-        less = {b"content-encoding", b"date", b"server", *map(str.encode, told)}  # uvicorn writes its own
+        headers = headers_of(routed.shown) if routed else {}
+        response.headers.update(headers)
+        less = {b"content-encoding", b"date", b"server", *map(str.encode, headers)}  # uvicorn writes its own
         for key, value in end_to_end(answer.headers.raw, less):
             response.headers.append(key.decode("latin-1"), value.decode("latin-1"))
         if "location" in answer.headers:  # a redirect of the upstream's own does not lead past the proxy
-            own = rf"^https?://{re.escape(self.upstream.client.base_url.netloc.decode())}/+"
-            response.headers["location"] = re.sub(own, "/", answer.headers["location"])
+            theirs = rf"^https?://{re.escape(self.upstream.client.base_url.netloc.decode())}/+"
+            response.headers["location"] = re.sub(theirs, "/", answer.headers["location"])
         return response
 
     async def _sent(self, request: Request, raw: bytes, ours: Mapping[str, str]) -> httpx.Response:

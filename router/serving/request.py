@@ -1,4 +1,4 @@
-"""What is read of a client's request, when it is refused, and how that is said. It knows no router."""
+"""A client's request: how it is read, when it is refused, and in which words. Knows no router."""
 
 import asyncio
 import hmac

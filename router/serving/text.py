@@ -1,4 +1,4 @@
-"""What a request is routed by: its prompt, or of its conversation what the system and the user say."""
+"""The text that a request is routed by: its prompt, or its system's and user's messages."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from router.system.errors import InputError
 
 
 def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
-    """What a request of the model `auto` is routed by.
+    """The prompt or conversation that a request of the model `auto` is routed by.
 
     Args:
         body: of a request: `prompt`, as OpenAI's completions have it; `messages`, as OpenAI's chats and

@@ -21,7 +21,7 @@ ATTRIBUTES = {
 
 
 def tracer() -> Any:
-    """What sends spans to the endpoint in the environment; None if there is none, or no OpenTelemetry."""
+    """Sends spans to the endpoint in the environment; None if there is none, or no OpenTelemetry."""
     if not (given := next(filter(os.environ.get, ENDPOINTS), None)):
         return None
     try:
@@ -53,9 +53,9 @@ def traced(
     """
     from opentelemetry import propagate, trace
 
-    told = {name: decision[key] for key, name in ATTRIBUTES.items()} | {"gen_ai.request.model": AUTO}
+    attributes = {name: decision[key] for key, name in ATTRIBUTES.items()} | {"gen_ai.request.model": AUTO}
     above = propagate.extract(headers)
-    span = tracer.start_span("route", above, trace.SpanKind.SERVER, told, start_time=began)
+    span = tracer.start_span("route", above, trace.SpanKind.SERVER, attributes, start_time=began)
     span.end()
     below: dict[str, str] = {}
     propagate.inject(below, trace.set_span_in_context(span, above))

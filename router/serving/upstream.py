@@ -30,7 +30,7 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Serves(NamedTuple):
-    """What the server serves.
+    """The models that the server serves.
 
     Attributes:
         names: of its models, as it lists them at /v1/models.
@@ -104,7 +104,7 @@ class Upstream:
         self.asked: dict[str, asyncio.Future[Serves]] = {}
 
     async def known(self, key: str, router: Router) -> Serves:
-        """What it served when it was first asked with a key."""
+        """The models that it served when it was first asked with a key."""
         if key not in self.asked:
             if len(self.asked) >= KEYS:
                 self.asked.clear()
@@ -117,7 +117,7 @@ class Upstream:
             self.asked.pop(key, None)
 
     async def ask(self, key: str, router: Router) -> Serves:
-        """What it serves now; a server of another base model on the hub than the router's is refused."""
+        """The models that it serves now; refuses a server of a hub's base model that is not the router's."""
         base = router.base_model
         ours = variants_of(router)
         listed = (await self.models(key))["data"]

@@ -1,1 +1,1 @@
-"""What any program needs: errors for people, files, downloads, seconds. Knows no models."""
+"""Parts that any program needs: errors for people, files, downloads, seconds. Knows no models."""

@@ -58,7 +58,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def told_if_memory_runs_out(
+def explain_out_of_memory(
     less: str = "--dtype bfloat16 (half as much for weights), --apply beside (no copy of them), "
     "--batch_size 1, a smaller --max_seq_len",
 ) -> Iterator[None]:

@@ -256,7 +256,7 @@ def remove_ours(folder: Path) -> None:
 
 
 @contextmanager
-def told_if_full(
+def explain_full_disk(
     folder: Path,
     what: str = "the results",
     then: str = "choose another --output_folder. What was answered is kept: the same command goes on there",

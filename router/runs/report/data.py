@@ -1,4 +1,4 @@
-"""What the report shows of a run, as numbers and short texts."""
+"""The numbers and short texts of a run's report."""
 
 import json
 import re
@@ -149,7 +149,7 @@ def layers(run: Run) -> dict[str, Any] | None:
 
 
 def data(run: Run) -> dict[str, Any]:
-    """What the page's script needs to know of the queries."""
+    """The facts about queries that the page's script needs."""
     e = run.evidence
     texts = [
         (query.marked(int(e.later[n])) if e else query.input) if query else None
@@ -161,7 +161,7 @@ def data(run: Run) -> dict[str, Any]:
         "temperature": run.record.flags.get("temperature"),
         "falsePositiveRate": run.record.flags.get("false_positive_rate"),
         "cut": any(len(text or "") > LONG for text in (*run.ids, *run.answers, *texts)),
-        "ids": [cut(own, LONG) for own in run.ids],
+        "ids": [cut(id_, LONG) for id_ in run.ids],
         "file": run.file.tolist(),
         "texts": [None if text is None else cut(text, LONG) for text in texts],
         "predictions": [cut(answer, LONG) for answer in run.answers],
