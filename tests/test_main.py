@@ -39,6 +39,7 @@ from helpers import (
 )
 from merge.folders import WEIGHTS_FILE
 from router.cli import main as cli
+from router.kit import Merges
 from router.main import main
 from router.model.answer import FAILED
 from router.runs.load import load
@@ -372,6 +373,15 @@ def test_a_starter_kits_method_of_whole_models_answers(command, tmp_path, tiny_b
     found = [row["prediction"] for row in read_table(out / "queries.csv")]
     assert code == 0 and found == answers_of(plain_model(mean), tiny_base, ROWS)
     assert found != answers_of(plain_model(tiny_base), tiny_base, ROWS)
+
+
+@pytest.mark.parametrize("call", ["generate", "predict_multiple_choice"])
+def test_a_starter_kits_method_that_leaves_queries_out(command, kit_method, monkeypatch, capsys, call):
+    plain = getattr(Merges, call)
+    monkeypatch.setattr(Merges, call, lambda self, batch: [part[1:] for part in plain(self, batch)])
+    code, out = command("kit_avg")
+    assert code == 2 and "-m kit_avg: expected" in capsys.readouterr().err
+    assert not (out / "queries.csv").exists()
 
 
 def test_a_run_killed_between_its_files_is_no_finished_run(command, monkeypatch):
