@@ -368,12 +368,12 @@ def _check_names(settings: Settings) -> None:
     for path in settings.dataset_filepaths:
         for name in _outputs(path):
             output = settings.output_folder / name
-            if name in taken or os.path.realpath(output) in queries:
+            if name.casefold() in taken or os.path.realpath(output) in queries:
                 raise InputError(
                     f"--dataset_filepaths: {path} would be answered in {output}, which is a query file, or "
                     "which a run or another file needs; rename it or choose another --output_folder"
                 )
-            taken.add(name)
+            taken.add(name.casefold())  # which macOS and Windows take for the same
 
 
 def check_flags(name: str, settings: Settings, limited: bool, processes: Processes | None = None) -> None:

@@ -179,10 +179,10 @@ def test_every_query_file_gets_its_own_answers(command, tmp_path):
     assert all(float(row[own[4]]) == 1 for row, own in zip(rows, [*ROWS[3:5], *ROWS], strict=True))
 
 
-def other_file(tmp_path, **spec):
+def other_file(tmp_path, name="queries.csv", **spec):
     """Another queries.csv."""
     (tmp_path / "other").mkdir()
-    return write_queries(tmp_path / "other" / "queries.csv", **spec)
+    return write_queries(tmp_path / "other" / name, **spec)
 
 
 # What makes the flags from a folder with queries.csv, and what the error names.
@@ -193,6 +193,11 @@ REFUSED = {
     ),
     "files of one name": (
         "base", lambda t: ["--dataset_filepaths", t / "queries.csv", other_file(t)], "--dataset_filepaths",
+    ),
+    "files of one name on a Mac": (
+        "base",
+        lambda t: ["--dataset_filepaths", t / "queries.csv", other_file(t, "Queries.csv")],
+        "--dataset_filepaths",
     ),
     "results over queries": ("base", lambda t: ["--output_folder", t], "--output_folder"),
     "output is a dead link": ("base", lambda t: ["--output_folder", t / "link"], "--output_folder"),
