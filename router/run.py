@@ -143,18 +143,23 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
 
 
 def _loaded(made: type[Method], context: Context) -> Loaded:
-    """Loads what a method needs; refuses adapters and base models that are variants the run would replace."""
+    """Loads what a method needs."""
     made.check()
     loaded = load(context)
-    own = (context.settings.output_folder / VARIANTS).resolve()
     inputs = [("--adapters", adapter.folder.path) for adapter in loaded.adapters]
-    for flag, path in (*inputs, ("--base_model", Path(loaded.base.name))):
+    _check_inputs([*inputs, ("--base_model", Path(loaded.base.name))], context.settings)
+    return loaded
+
+
+def _check_inputs(inputs: Sequence[tuple[str, Path]], settings: Settings) -> None:
+    """Refuses adapters and base models that are variants the run would replace."""
+    own = (settings.output_folder / VARIANTS).resolve()
+    for flag, path in inputs:
         if path.resolve().is_relative_to(own):
             raise InputError(
                 f"{flag} {path}: expected a folder that the run does not replace, got one in {own}; choose "
                 "another --output_folder"
             )
-    return loaded
 
 
 @contextmanager
@@ -183,8 +188,9 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
         models = [settings.base_model, kit.base_model_name, kit.base_model_revision_id]
         code = sha256_of(Path(inspect.getfile(type(kit))))
         names = (settings.base_model, kit.base_model_name, *(name for name, *_ in kit.list_models))
-        places = (place for name in names if name for place in (Path(name), LIBRARY / name))
-        files = sorted(file for place in places if is_folder(place) for file in place.iterdir())
+        places = [path for name in names if name for path in (Path(name), LIBRARY / name) if is_folder(path)]
+        _check_inputs([(f"-m {kit.name}:", place) for place in places], settings)
+        files = sorted(file for place in places for file in place.iterdir())
         return identity | {
             "base model": models, "models": kit.list_models, "code": code, "files": _each(files)
         }  # fmt: skip

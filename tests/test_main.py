@@ -647,7 +647,9 @@ def test_a_token_beyond_the_embeddings_costs_its_prompts_alone(command, tmp_path
     assert code == 0 and second == ["unknown", "unknown", *first]
 
 
-def test_variants_that_are_the_own_adapters_are_not_replaced(command, tmp_path, capsys):
+def test_variants_that_are_the_own_adapters_are_not_replaced(
+    command, tmp_path, capsys, tiny_base, own_method
+):
     _, out = command("oracle")
     (tmp_path / "linked").symlink_to(next(path for path in (out / "variants").iterdir() if path.is_dir()))
     before = files_of(out)
@@ -655,6 +657,10 @@ def test_variants_that_are_the_own_adapters_are_not_replaced(command, tmp_path, 
         assert command("average", "--adapters", adapters)[0] == 2
         assert f"--adapters {adapters}" in capsys.readouterr().err and files_of(out) == before
     assert command("average", "--adapters", out / "variants", out="other")[0] == 0
+    one, base = str((tmp_path / "linked").resolve()), str(tiny_base)
+    own_method("kit_avg", f"FIRST, SECOND, BASE = {one!r}, {one!r}, {base!r}\n{KIT_METHOD}")
+    assert command("kit_avg")[0] == 2 and f"-m kit_avg: {one}" in capsys.readouterr().err
+    assert files_of(out) == before and command("kit_avg", out="other")[0] == 0
 
 
 def test_a_summary_escapes_letters_that_the_output_cannot_spell(command, tmp_path, monkeypatch):
