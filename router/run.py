@@ -226,6 +226,7 @@ def _no_answer(journal: Journal, deadline: Deadline | None) -> InputError:
             f"--time_limit {deadline.minutes:g}: expected time for an answer, but loading and routing took "
             "it all; the routing is kept: the same command goes on there, also with a longer limit"
         )
+    journal.close()  # Windows removes no open file
     journal.discard()
     return InputError(
         "no query could be answered: the model's output is not finite, or memory ran out (see the warnings "
