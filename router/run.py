@@ -255,7 +255,7 @@ def _commit(files: Files, result: Result, final: Record, settings: Settings, wor
     }
     final = replace(final, files={name: sha256_of(work / name) for name in written}, earlier=earlier)
     with replacing(work / RECORD) as file:
-        file.write(final.text(indent=2) + "\n")
+        file.write(final.text())
     check_outputs(settings)  # what was put there meanwhile stays, too
     names_left = sorted({*left, *final.files})
     either = {name: [of[name] for of in (left, final.files) if name in of] for name in names_left}

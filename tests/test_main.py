@@ -668,12 +668,14 @@ def test_variants_that_are_the_own_adapters_are_not_replaced(
     assert files_of(out) == before and command("kit_avg", out="other")[0] == 0
 
 
-def test_a_summary_escapes_letters_that_the_output_cannot_spell(command, tmp_path, monkeypatch):
+def test_letters_that_the_output_cannot_spell_are_escaped(command, tmp_path, monkeypatch):
     write_tiny_adapter(tmp_path / "accents/où", 0)
     monkeypatch.setattr("sys.stdout", TextIOWrapper(BytesIO(), "ascii"))
     assert command("average", library=tmp_path / "accents")[0] == 0
+    assert command("average", "--json", library=tmp_path / "accents")[0] == 0
     sys.stdout.flush()
-    assert b"o\\xf9" in sys.stdout.buffer.getvalue()
+    text, record = sys.stdout.buffer.getvalue().decode("ascii").rsplit("\n", 2)[:2]
+    assert "o\\xf9" in text and list(json.loads(record)["adapters"]) == ["où"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
