@@ -198,6 +198,7 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
     device, dtype = model.device, model.dtype
     if device.type == "cpu" and dtype.itemsize < 4:  # each number of threads rounds otherwise
         identity["threads"] = torch.get_num_threads()
+    room = () if settings.batch_size else batch_tokens(model, device, dtype)
     return identity | {
         "template": _each([settings.chat_template] if settings.chat_template else []),
         "what the method reads": _each(made.reads(source.adapters, settings)),
@@ -205,7 +206,7 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
         "configuration": source.base.configuration,
         # Other batches round otherwise, which decides between answers that are nearly as likely.
         "apply": picked(model, device, settings.apply),
-        "tokens at once": [tokens_at_once(device, dtype), *batch_tokens(model, device, dtype)],
+        "tokens at once": [tokens_at_once(device, dtype), *room],
         # In order, as the columns of the routing are.
         "adapters": [[adapter.name, content(adapter)] for adapter in source.adapters],
     }  # fmt: skip
