@@ -139,9 +139,12 @@ class Wrong(Method):
 
 @pytest.mark.parametrize(
     "weights",
-    ["np.ones((len(queries), 3))", "np.full((len(queries), 4), np.nan)", "np.eye(7)[:6, :4]", "None"],
-)
-def test_weights_that_are_none_are_refused_before_an_answer(command, own_method, capsys, weights):
+    [
+        "np.ones((len(queries), 3))", "np.full((len(queries), 4), np.nan)", "np.eye(7)[:6, :4]", "None",
+        "None)\n\nclass Another(Wrong):\n    other = (1",
+    ],
+)  # fmt: skip
+def test_a_method_that_is_none_is_refused_before_an_answer(command, own_method, capsys, weights):
     own_method("wrong", WRONG.format(weights))
     code, out = command("wrong")
     assert code == 2 and "-m wrong: expected" in capsys.readouterr().err
