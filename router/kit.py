@@ -108,6 +108,9 @@ class Merges:
             spec = _spec(name, revision)
             if self.is_peft:
                 folder = find(spec)[0].path
+                if not (folder / WEIGHTS_FILE).is_file():
+                    what = f"expected {WEIGHTS_FILE} in {folder}; pickles, which could run code, are not read"
+                    raise InputError(f"-m {self.name}: {what}")
                 weights, config = load_file(folder / WEIGHTS_FILE), PeftConfig.from_pretrained(str(folder))
             else:
                 model = load_base(spec, "cpu", "float32").model

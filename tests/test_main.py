@@ -536,6 +536,8 @@ def test_where_nothing_finite_comes_out_the_run_ends(command, capsys, monkeypatc
     code, out = command("kit_avg", out="kit")
     assert code == 2 and "--max_seq_len" in capsys.readouterr().err
     assert not (out / "queries.csv").exists()
+    (kit_method[1] / "adapter_model.safetensors").rename(kit_method[1] / "adapter_model.bin")
+    assert command("kit_avg", out="kit")[0] == 2 and "pickles" in capsys.readouterr().err
 
 
 FULL = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
