@@ -18,6 +18,7 @@ from router.pipeline.context import Context
 from router.pipeline.steps import Method, load
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
 from router.settings import Settings
+from router.system.errors import InputError
 from router.system.files import is_folder
 
 KIT_BATCH = 8  # queries handed to a kit method at once, unless --batch_size is given
@@ -107,6 +108,9 @@ class Merges:
             spec = _spec(name, revision)
             if self.is_peft:
                 folder = find(spec)[0].path
+                if not (folder / WEIGHTS_FILE).is_file():
+                    what = f"expected {WEIGHTS_FILE} in {folder}; pickles, which could run code, are not read"
+                    raise InputError(f"-m {self.name}: {what}")
                 weights, config = load_file(folder / WEIGHTS_FILE), PeftConfig.from_pretrained(str(folder))
             else:
                 model = load_base(spec, "cpu", "float32").model
@@ -150,17 +154,25 @@ class StarterKitMethod:
             yield from (members[start : start + size] for start in range(0, len(members), size))
 
     def _ask(self, part: Sequence[Query]) -> Iterator[Answer]:
-        """Puts a batch to the kit's two calls."""
+        """Puts a batch to the kit's two calls; each gives two lists, of one item a query."""
         batch: dict[str, list[Any]] = {"input": [query.input for query in part]}
-        if part[0].eval_type == GENERATION:
-            for ids, text in zip(*self.kit.generate(batch), strict=True):
+        writes = part[0].eval_type == GENERATION
+        if not writes:
+            batch["answer_choices"] = [list(query.choices) for query in part]
+        found: Any = self.kit.generate(batch) if writes else self.kit.predict_multiple_choice(batch)
+        if (counts := [len(items) for items in found]) != [len(part)] * 2:
+            raise InputError(
+                f"-m {self.kit.name}: expected two lists with an item for each of {len(part)} queries, got "
+                f"{' and '.join(map(str, counts))} items"
+            )
+        for first, second in zip(*found, strict=True):
+            if writes:
                 # No ids and `unknown` is all that the kit's call can say of one that failed.
-                yield FAILED if (text, len(ids)) == (FAILED.text, 0) else Answer(text, tuple(map(int, ids)))
-            return
-        batch["answer_choices"] = [list(query.choices) for query in part]
-        for index, scores in zip(*self.kit.predict_multiple_choice(batch), strict=True):
-            known = tuple(map(float, scores)) if all(map(math.isfinite, scores)) else ()  # no JSON else
-            yield Answer(str(int(index)), scores=known) if index >= 0 else FAILED
+                failed = (second, len(first)) == (FAILED.text, 0)
+                yield FAILED if failed else Answer(second, tuple(map(int, first)))
+            else:
+                known = tuple(map(float, second)) if all(map(math.isfinite, second)) else ()  # no JSON else
+                yield Answer(str(int(first)), scores=known) if first >= 0 else FAILED
 
 
 class Handler(Merges):

@@ -141,7 +141,7 @@ def _run(args: argparse.Namespace, settings: Settings, began: float) -> int:
     with _logging("WARNING" if quiet else "INFO"):
         record = run(args.merging_method, settings, args.fresh, args.time_limit, began)
     if record and (args.json or not quiet):
-        print(record.text() if args.json else summary(record), flush=True)
+        print(json.dumps(record.plain()) if args.json else summary(record), flush=True)
     return 0
 
 

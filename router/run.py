@@ -143,18 +143,23 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
 
 
 def _loaded(made: type[Method], context: Context) -> Loaded:
-    """Loads what a method needs; refuses adapters and base models that are variants the run would replace."""
+    """Loads what a method needs."""
     made.check()
     loaded = load(context)
-    replaced = (context.settings.output_folder / VARIANTS).resolve()
     inputs = [("--adapters", adapter.folder.path) for adapter in loaded.adapters]
-    for flag, path in (*inputs, ("--base_model", Path(loaded.base.name))):
+    _check_inputs([*inputs, ("--base_model", Path(loaded.base.name))], context.settings)
+    return loaded
+
+
+def _check_inputs(inputs: Sequence[tuple[str, Path]], settings: Settings) -> None:
+    """Refuses adapters and base models that are variants the run would replace."""
+    replaced = (settings.output_folder / VARIANTS).resolve()
+    for flag, path in inputs:
         if path.resolve().is_relative_to(replaced):
             raise InputError(
                 f"{flag} {path}: expected a folder that the run does not replace, got one in {replaced}; "
                 "choose another --output_folder"
             )
-    return loaded
 
 
 @contextmanager
@@ -183,8 +188,9 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
         models = [settings.base_model, kit.base_model_name, kit.base_model_revision_id]
         code = sha256_of(Path(inspect.getfile(type(kit))))
         names = (settings.base_model, kit.base_model_name, *(name for name, *_ in kit.list_models))
-        places = (place for name in names if name for place in (Path(name), LIBRARY / name))
-        files = sorted(file for place in places if is_folder(place) for file in place.iterdir())
+        places = [path for name in names if name for path in (Path(name), LIBRARY / name) if is_folder(path)]
+        _check_inputs([(f"-m {kit.name}:", place) for place in places], settings)
+        files = sorted(file for place in places for file in place.iterdir())
         return identity | {
             "base model": models, "models": kit.list_models, "code": code, "files": _each(files)
         }  # fmt: skip
@@ -192,6 +198,7 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
     device, dtype = model.device, model.dtype
     if device.type == "cpu" and dtype.itemsize < 4:  # each number of threads rounds otherwise
         identity["threads"] = torch.get_num_threads()
+    room = () if settings.batch_size else batch_tokens(model, device, dtype)
     return identity | {
         "template": _each([settings.chat_template] if settings.chat_template else []),
         "what the method reads": _each(made.reads(source.adapters, settings)),
@@ -199,7 +206,7 @@ def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Sett
         "configuration": source.base.configuration,
         # Other batches round otherwise, which decides between answers that are nearly as likely.
         "apply": picked(model, device, settings.apply),
-        "tokens at once": [tokens_at_once(device, dtype), *batch_tokens(model, device, dtype)],
+        "tokens at once": [tokens_at_once(device, dtype), *room],
         # In order, as the columns of the routing are.
         "adapters": [[adapter.name, content(adapter)] for adapter in source.adapters],
     }  # fmt: skip
@@ -220,6 +227,7 @@ def _no_answer(journal: Journal, deadline: Deadline | None) -> InputError:
             f"--time_limit {deadline.minutes:g}: expected time for an answer, but loading and routing took "
             "it all; the routing is kept: the same command goes on there, also with a longer limit"
         )
+    journal.close()  # Windows removes no open file
     journal.discard()
     return InputError(
         "no query could be answered: the model's output is not finite, or memory ran out (see the warnings "
@@ -248,7 +256,7 @@ def _commit(files: Files, result: Result, final: Record, settings: Settings, wor
     }
     final = replace(final, files={name: sha256_of(work / name) for name in written}, earlier=earlier)
     with replacing(work / RECORD) as file:
-        file.write(final.text(indent=2) + "\n")
+        file.write(final.text())
     check_outputs(settings)  # what was put there meanwhile stays, too
     names_left = sorted({*left, *final.files})
     either = {name: [of[name] for of in (left, final.files) if name in of] for name in names_left}
@@ -368,12 +376,12 @@ def _check_names(settings: Settings) -> None:
     for path in settings.dataset_filepaths:
         for name in _outputs(path):
             output = settings.output_folder / name
-            if name in taken or os.path.realpath(output) in queries:
+            if name.casefold() in taken or os.path.realpath(output) in queries:
                 raise InputError(
                     f"--dataset_filepaths: {path} would be answered in {output}, which is a query file, or "
                     "which a run or another file needs; rename it or choose another --output_folder"
                 )
-            taken.add(name)
+            taken.add(name.casefold())  # which macOS and Windows take for the same
 
 
 def check_flags(name: str, settings: Settings, limited: bool, processes: Processes | None = None) -> None:

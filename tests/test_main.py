@@ -39,8 +39,10 @@ from helpers import (
 )
 from merge.folders import WEIGHTS_FILE
 from router.cli import main as cli
+from router.kit import Merges
 from router.main import main
 from router.model.answer import FAILED
+from router.pipeline.journal import Journal
 from router.runs.load import load
 from router.system.errors import InputError
 from router.system.files import sha256_of
@@ -137,9 +139,12 @@ class Wrong(Method):
 
 @pytest.mark.parametrize(
     "weights",
-    ["np.ones((len(queries), 3))", "np.full((len(queries), 4), np.nan)", "np.eye(7)[:6, :4]", "None"],
-)
-def test_weights_that_are_none_are_refused_before_an_answer(command, own_method, capsys, weights):
+    [
+        "np.ones((len(queries), 3))", "np.full((len(queries), 4), np.nan)", "np.eye(7)[:6, :4]", "None",
+        "None)\n\nclass Another(Wrong):\n    other = (1",
+    ],
+)  # fmt: skip
+def test_a_method_that_is_none_is_refused_before_an_answer(command, own_method, capsys, weights):
     own_method("wrong", WRONG.format(weights))
     code, out = command("wrong")
     assert code == 2 and "-m wrong: expected" in capsys.readouterr().err
@@ -178,10 +183,10 @@ def test_every_query_file_gets_its_own_answers(command, tmp_path):
     assert all(float(row[own[4]]) == 1 for row, own in zip(rows, [*ROWS[3:5], *ROWS], strict=True))
 
 
-def other_file(tmp_path, **spec):
+def other_file(tmp_path, name="queries.csv", **spec):
     """Another queries.csv."""
     (tmp_path / "other").mkdir()
-    return write_queries(tmp_path / "other" / "queries.csv", **spec)
+    return write_queries(tmp_path / "other" / name, **spec)
 
 
 # What makes the flags from a folder with queries.csv, and what the error names.
@@ -192,6 +197,11 @@ REFUSED = {
     ),
     "files of one name": (
         "base", lambda t: ["--dataset_filepaths", t / "queries.csv", other_file(t)], "--dataset_filepaths",
+    ),
+    "files of one name on a Mac": (
+        "base",
+        lambda t: ["--dataset_filepaths", t / "queries.csv", other_file(t, "Queries.csv")],
+        "--dataset_filepaths",
     ),
     "results over queries": ("base", lambda t: ["--output_folder", t], "--output_folder"),
     "output is a dead link": ("base", lambda t: ["--output_folder", t / "link"], "--output_folder"),
@@ -374,6 +384,15 @@ def test_a_starter_kits_method_of_whole_models_answers(command, tmp_path, tiny_b
     assert found != answers_of(plain_model(tiny_base), tiny_base, ROWS)
 
 
+@pytest.mark.parametrize("call", ["generate", "predict_multiple_choice"])
+def test_a_starter_kits_method_that_leaves_queries_out(command, kit_method, monkeypatch, capsys, call):
+    plain = getattr(Merges, call)
+    monkeypatch.setattr(Merges, call, lambda self, batch: [part[1:] for part in plain(self, batch)])
+    code, out = command("kit_avg")
+    assert code == 2 and "-m kit_avg: expected" in capsys.readouterr().err
+    assert not (out / "queries.csv").exists()
+
+
 def test_a_run_killed_between_its_files_is_no_finished_run(command, monkeypatch):
     _, out = command("proto_route")
     earlier, replace = (out / "report.html").read_bytes(), Path.replace
@@ -501,7 +520,11 @@ def test_a_run_that_is_stopped_leaves_no_temporary_folders(command, capsys, monk
 
 def test_where_nothing_finite_comes_out_the_run_ends(command, capsys, monkeypatch, kit_method):
     """As activations that overflow with a variant, when the base model's alone do not."""
+    discard = Journal.discard
     with monkeypatch.context() as patch:
+        # As on Windows, where nothing is removed that is open.
+        still = lambda journal: "_file" in vars(journal) and not journal._file.closed  # noqa: E731
+        patch.setattr(Journal, "discard", lambda journal: still(journal) or discard(journal))
         patch.setattr("router.model.answer.generate", lambda _, __, rows, ___: [FAILED] * len(rows))
         patch.setattr("router.model.answer.score_choices", lambda *a: [(math.nan,)] * len(a[2]))
         code, out = command("average")
@@ -513,6 +536,8 @@ def test_where_nothing_finite_comes_out_the_run_ends(command, capsys, monkeypatc
     code, out = command("kit_avg", out="kit")
     assert code == 2 and "--max_seq_len" in capsys.readouterr().err
     assert not (out / "queries.csv").exists()
+    (kit_method[1] / "adapter_model.safetensors").rename(kit_method[1] / "adapter_model.bin")
+    assert command("kit_avg", out="kit")[0] == 2 and "pickles" in capsys.readouterr().err
 
 
 FULL = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
@@ -632,7 +657,9 @@ def test_a_token_beyond_the_embeddings_costs_its_prompts_alone(command, tmp_path
     assert code == 0 and second == ["unknown", "unknown", *first]
 
 
-def test_variants_that_are_the_own_adapters_are_not_replaced(command, tmp_path, capsys):
+def test_variants_that_are_the_own_adapters_are_not_replaced(
+    command, tmp_path, capsys, tiny_base, own_method
+):
     _, out = command("oracle")
     (tmp_path / "linked").symlink_to(next(path for path in (out / "variants").iterdir() if path.is_dir()))
     before = files_of(out)
@@ -640,14 +667,20 @@ def test_variants_that_are_the_own_adapters_are_not_replaced(command, tmp_path, 
         assert command("average", "--adapters", adapters)[0] == 2
         assert f"--adapters {adapters}" in capsys.readouterr().err and files_of(out) == before
     assert command("average", "--adapters", out / "variants", out="other")[0] == 0
+    one, base = str((tmp_path / "linked").resolve()), str(tiny_base)
+    own_method("kit_avg", f"FIRST, SECOND, BASE = {one!r}, {one!r}, {base!r}\n{KIT_METHOD}")
+    assert command("kit_avg")[0] == 2 and f"-m kit_avg: {one}" in capsys.readouterr().err
+    assert files_of(out) == before and command("kit_avg", out="other")[0] == 0
 
 
-def test_a_summary_escapes_letters_that_the_output_cannot_spell(command, tmp_path, monkeypatch):
+def test_letters_that_the_output_cannot_spell_are_escaped(command, tmp_path, monkeypatch):
     write_tiny_adapter(tmp_path / "accents/où", 0)
     monkeypatch.setattr("sys.stdout", TextIOWrapper(BytesIO(), "ascii"))
     assert command("average", library=tmp_path / "accents")[0] == 0
+    assert command("average", "--json", library=tmp_path / "accents")[0] == 0
     sys.stdout.flush()
-    assert b"o\\xf9" in sys.stdout.buffer.getvalue()
+    text, record = sys.stdout.buffer.getvalue().decode("ascii").rsplit("\n", 2)[:2]
+    assert "o\\xf9" in text and list(json.loads(record)["adapters"]) == ["où"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

@@ -26,8 +26,7 @@ def load_method(name: str) -> type[Merges] | type[Method]:
     """The class of one method: the one that its file defines itself.
 
     Raises:
-        InputError: there is no such method.
-        ValueError: the file defines no method, or several.
+        InputError: there is no such method, or its file defines none, or several.
     """
     from router.kit import Merges
     from router.pipeline.steps import Method
@@ -44,7 +43,9 @@ def load_method(name: str) -> type[Merges] | type[Method]:
         and value.__module__ == module.__name__
     ]
     if len(kinds) != 1:
-        raise ValueError(f"{module.__file__}: expected one subclass of Merges or Method, found {len(kinds)}")
+        raise InputError(
+            f"-m {name}: expected one subclass of Merges or Method in {module.__file__}, found {len(kinds)}"
+        )
     return kinds[0]
 
 

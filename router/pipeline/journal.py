@@ -78,7 +78,7 @@ class Journal(UserDict[Query, Answer]):
 
     Raises:
         InputError: what is there is no journal, or of a run with another identity that has answers or a
-            routing, or cannot be read, or the first process's journal is not there.
+            routing, or cannot be read, or the first process's journal is not there or has another identity.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any], fresh: bool = False, rank: int = 0) -> None:
@@ -119,6 +119,11 @@ class Journal(UserDict[Query, Answer]):
         other = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
         if not other:
             return
+        if self.rank:  # other batches, of which some would be no process's
+            raise InputError(
+                f"expected a process like the first, but this one differs in {', '.join(other)}; take cards "
+                "of one kind and the same OMP_NUM_THREADS, or pass --dtype, --apply and --batch_size"
+            )
         begun = self._routed or any(file.stat().st_size for file in self.folder.glob("answers*.jsonl"))
         if known and begun and not (self.folder / DONE).exists():
             raise InputError(

@@ -153,9 +153,9 @@ class Record:
         always = ("seconds", "peak_mib")
         return {key: value for key, value in asdict(self).items() if value or value == 0 or key in always}
 
-    def text(self, indent: int | None = None) -> str:
-        """The record in JSON."""
-        return json.dumps(self.plain(), indent=indent, ensure_ascii=False)
+    def text(self) -> str:
+        """The record in JSON, as the file has it."""
+        return json.dumps(self.plain(), indent=2, ensure_ascii=False) + "\n"
 
 
 def record(

@@ -224,6 +224,8 @@ def check_id(name: str, line: int, lines: dict[str, int], path: Path, what: str 
 def query_of(row: Mapping[str, Any], where: str, csv: bool = False) -> Query:
     """The query of a row: its `messages` or its `input`, and for multiple choice `answer_choices`.
 
+    Without `eval_type` it is multiple choice where it has choices.
+
     Raises:
         InputError: the row is none; `where` begins the sentence.
     """
@@ -231,7 +233,7 @@ def query_of(row: Mapping[str, Any], where: str, csv: bool = False) -> Query:
     if ("messages" in row) == ("input" in row):
         both = "both" if "input" in row else "neither"
         raise InputError(f"{where}: expected `messages` or `input`, got {both}")
-    kind = row.get("eval_type", GENERATION)
+    kind = row.get("eval_type", MULTIPLE_CHOICE if row.get("answer_choices") else GENERATION)
     if kind not in EVAL_TYPES:
         raise InputError(f"{where}, column eval_type: expected {' or '.join(EVAL_TYPES)}, got {kind!r:.40}")
     if row.get("tools"):

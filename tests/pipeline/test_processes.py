@@ -130,6 +130,20 @@ def test_what_was_answered_before_a_death_stays_answered(started, tmp_path, monk
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("size", [None, 5])
+def test_processes_that_would_make_other_batches_are_refused(started, tmp_path, monkeypatch, size):
+    """As on two cards of unlike memory; some queries would be in no process's batch."""
+    unlike = lambda *_: (99, 50) if threading.current_thread().name == "1" else (400, 200)  # noqa: E731
+    monkeypatch.setattr("router.model.answer.batch_tokens", unlike)
+    monkeypatch.setattr("router.run.batch_tokens", unlike)
+    _, second = started("base", 2, "out", batch_size=size)
+    if size:
+        table = read_table(tmp_path / "out" / "queries.csv")
+        assert second is None and "unknown" not in {row["prediction"] for row in table}
+    else:
+        assert isinstance(second, InputError) and "--batch_size" in str(second)
+
+
 def test_what_all_processes_left_out_for_want_of_time_is_counted(started, tmp_path):
     class Looks(Deadline):
         """Time is over at the fourth look of a process."""

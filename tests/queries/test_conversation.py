@@ -52,7 +52,7 @@ def file_of(tmp_path, *lines):
 def test_lines_are_conversations_and_prompts(tmp_path):
     lines = (
         {"id": "a", "messages": talk("hi", "S")}, "",
-        {"id": None, "input": "1 + 1 =", "eval_type": "multiple_choice", "answer_choices": [2, "3", -0.5]},
+        {"id": None, "input": "1 + 1 =", "eval_type": None, "answer_choices": [2, "3", -0.5]},
         {"id": 7, "input": "x", "more": None},
     )  # fmt: skip
     first, second, third = read_queries(file_of(tmp_path, *lines))
