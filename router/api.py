@@ -44,6 +44,7 @@ from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query, query_
 from router.routing.clusters import Array, Clusters, cluster, firsts, mixes, nearest, with_base
 from router.routing.probe import Probed, confidence_of
 from router.routing.variants import VARIANTS, Variant, decide, folder_names
+from router.run import check_flags
 from router.runs.load import load as load_run
 from router.settings import Settings, kinds
 from router.system.errors import InputError, printable
@@ -145,7 +146,7 @@ class Router:
 
         Raises:
             InputError: an adapter or the base model is missing, broken or does not fit, there is no such
-                method, or a setting is another word or seed than it may be.
+                method, a setting is another word or seed than it may be, or settings do not go together.
             ValueError: the method is one of the starter kit's, which give no weights.
         """
         made = load_method(method)
@@ -162,6 +163,7 @@ class Router:
         if isinstance(template := settings.get("chat_template"), str):
             settings["chat_template"] = Path(template)
         context = Context(Settings(base_model=base_model, **settings))
+        check_flags(method, context.settings, limited=False)
         made.check()
         loaded = load_library_and_base(context)
         return cls(made(method, loaded.base, loaded.adapters, context))
