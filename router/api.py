@@ -31,6 +31,7 @@ from router.pipeline import state
 from router.pipeline.context import Context
 from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.fitted import Fitted
+from router.pipeline.journal import alone_in
 from router.pipeline.reading import FRAMES, SHARED, Read
 from router.pipeline.record import RECORD
 from router.pipeline.result import Decision, Routing, joined
@@ -461,15 +462,16 @@ class Router:
         Raises:
             ValueError: `fit` was not called, the method is not proto_route, or the router was loaded from a
                 saved one, whose folder can be copied.
-            InputError: the folder holds files of these names that no router left there, a variant is too
-                large for the base model's dtype, or an adapter has other weights now.
+            InputError: the folder holds files of these names that no router left there, another process
+                writes there, a variant is too large for the base model's dtype, or an adapter has other
+                weights now.
         """
         folder = Path(folder)
         proto = self._proto
         self._check_adapters()
         if self._centres is None:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
-        with replacing_router(folder) as work:
+        with alone_in(folder), replacing_router(folder) as work:
             try:
                 names = self._method.write_variants(self.variants, work / VARIANTS)
             except OverflowError as error:
