@@ -614,4 +614,4 @@ def _listed(values: Any, what: str) -> list[Any]:
     if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray, pd.Series)):
         hint = "; put it into a list" if isinstance(values, str) else ""
         raise ValueError(f"expected {what}, got a {type(values).__name__}{hint}")
-    return [str(one) if isinstance(one, str) else one for one in values]  # NumPy's texts, too
+    return [one.item() if isinstance(one, np.generic) else one for one in values]
