@@ -31,6 +31,7 @@ from router.pipeline import state
 from router.pipeline.context import Context
 from router.pipeline.evidence import LOW_MARGIN
 from router.pipeline.fitted import Fitted
+from router.pipeline.journal import alone_in
 from router.pipeline.reading import FRAMES, SHARED, Read
 from router.pipeline.record import RECORD
 from router.pipeline.result import Decision, Routing, joined
@@ -44,6 +45,7 @@ from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query, query_
 from router.routing.clusters import Array, Clusters, cluster, firsts, mixes, nearest, with_base
 from router.routing.probe import Probed, confidence_of
 from router.routing.variants import VARIANTS, Variant, decide, folder_names
+from router.run import check_flags
 from router.runs.load import load as load_run
 from router.settings import Settings, kinds
 from router.system.errors import InputError, printable
@@ -145,7 +147,7 @@ class Router:
 
         Raises:
             InputError: an adapter or the base model is missing, broken or does not fit, there is no such
-                method, or a setting is another word or seed than it may be.
+                method, a setting is another word or seed than it may be, or settings do not go together.
             ValueError: the method is one of the starter kit's, which give no weights.
         """
         made = load_method(method)
@@ -162,6 +164,7 @@ class Router:
         if isinstance(template := settings.get("chat_template"), str):
             settings["chat_template"] = Path(template)
         context = Context(Settings(base_model=base_model, **settings))
+        check_flags(method, context.settings, limited=False)
         made.check()
         loaded = load_library_and_base(context)
         return cls(made(method, loaded.base, loaded.adapters, context))
@@ -459,15 +462,16 @@ class Router:
         Raises:
             ValueError: `fit` was not called, the method is not proto_route, or the router was loaded from a
                 saved one, whose folder can be copied.
-            InputError: the folder holds files of these names that no router left there, a variant is too
-                large for the base model's dtype, or an adapter has other weights now.
+            InputError: the folder holds files of these names that no router left there, another process
+                writes there, a variant is too large for the base model's dtype, or an adapter has other
+                weights now.
         """
         folder = Path(folder)
         proto = self._proto
         self._check_adapters()
         if self._centres is None:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
-        with replacing_router(folder) as work:
+        with alone_in(folder), replacing_router(folder) as work:
             try:
                 names = self._method.write_variants(self.variants, work / VARIANTS)
             except OverflowError as error:
@@ -610,4 +614,4 @@ def _listed(values: Any, what: str) -> list[Any]:
     if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray, pd.Series)):
         hint = "; put it into a list" if isinstance(values, str) else ""
         raise ValueError(f"expected {what}, got a {type(values).__name__}{hint}")
-    return [str(one) if isinstance(one, str) else one for one in values]  # NumPy's texts, too
+    return [one.item() if isinstance(one, np.generic) else one for one in values]

@@ -400,6 +400,8 @@ def test_what_is_put_there_while_a_router_is_saved_stays(router, saved, monkeypa
     plain = state.save
 
     def slow(*how):
+        with pytest.raises(InputError, match="another run or save"):  # it would remove what this one wrote
+            router.save(saved)
         (saved / "variants" / "mine").write_text("mine")
         return plain(*how)
 
@@ -434,6 +436,7 @@ def test_a_column_of_a_table_is_a_list_of_texts(router):
     choices, routed = [["four", "five"]] * 3, router.route(TEXTS)
     expected = router.answer(TEXTS, choices)
     assert set(expected) <= {"four", "five"} and router.answer(TEXTS, np.array(choices)) == expected
+    assert router.answer(TEXTS, [np.arange(4, 6)] * 3) == router.answer(TEXTS, [["4", "5"]] * 3)
     for kind in (tuple, np.array, pd.Series, lambda texts: pd.Series(texts, [7, 7, 9])):
         weights = router.route(texts := kind(TEXTS))
         index = texts.index if isinstance(texts, pd.Series) else routed.index
@@ -480,6 +483,9 @@ def test_a_setting_out_of_its_range_is_refused(tiny_library, saved, monkeypatch)
         Router.from_library(tiny_library, batch_size=2.5)
     with pytest.raises(InputError, match="proto_route"):
         Router.from_library(tiny_library, method="proto")
+    monkeypatch.setattr("router.run.find_spec", lambda package: None)
+    with pytest.raises(InputError, match="expected the package vllm"):
+        Router.from_library(tiny_library, engine="vllm")
     for how in ({"dtype": "bf16"}, {"device": "gpu"}):
         with pytest.raises(InputError, match="auto"):
             Router.load(saved, **how)

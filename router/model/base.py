@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from merge.folders import CONFIG_FILE
 from router.model.answer import end_tokens, pad_id, vocabulary
 from router.model.device import ROOM, keep_freed_memory, memory_bytes, pick_device, pick_dtype, spread
 from router.system.errors import InputError, out_of_memory, reason
@@ -245,6 +246,8 @@ def read(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if (folder / CONFIG_FILE).exists():  # transformers would add it, and the weights' hash would stay
+        raise ValueError(f"expected a base model alone, but {CONFIG_FILE} is beside it; copy it without that")
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     if place == "meta":
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -119,8 +119,6 @@ def replacing_router(folder: Path) -> Iterator[Path]:
     Raises:
         InputError: there are files of these names that no router left there.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder, or nothing, to save a router in, got a file")
     check_replaceable(folder)
     work = work_folder(folder, WORK)
     try:

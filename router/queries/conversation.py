@@ -19,7 +19,7 @@ def content(message: Message) -> str:
     """The text of a message, or the texts of its parts; pictures and the like are not read."""
     given = message.get("content")
     if isinstance(given, list):
-        texts = (part.get("text") for part in given if isinstance(part, Mapping))
+        texts = (part.get("text") if isinstance(part, Mapping) else part for part in given)
         return "\n".join(text for text in texts if isinstance(text, str))
     return given if isinstance(given, str) else ""
 

@@ -129,9 +129,9 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         _check(X, absent := np.isnan(X[0]))
         if (empty := absent.all((1, 2))).any():
             raise ValueError(f"adapters {np.flatnonzero(empty).tolist()} have no prototype at any module")
-        sure = np.zeros(len(X)) if confidence is None else _confidences(confidence, len(X))
-        handicap = 0.0 if handicap is None else np.asarray(handicap, np.float64)
-        self.handicap_ = np.broadcast_to(handicap, X.shape[1]).copy()
+        sure = np.zeros(len(X)) if confidence is None else _finite(confidence, len(X), "confidences")
+        lost = np.zeros(X.shape[1]) if handicap is None else handicap
+        self.handicap_ = _finite(lost, X.shape[1], "handicaps")
         logs = self._by_module(X)
         leads = np.empty(len(X))
         folds = min(FOLDS, len(X) // 2)
@@ -276,7 +276,7 @@ class PrototypeGate(BaseEstimator):  # type: ignore[misc]
         if confidence is None:
             return np.zeros(n_queries)
         usual, spread = self.confidence_
-        return np.asarray(DOUBT * (_confidences(confidence, n_queries) - usual) / spread)
+        return np.asarray(DOUBT * (_finite(confidence, n_queries, "confidences") - usual) / spread)
 
     def candidate_scores(self, judged: Judged, confidence: ArrayLike | None = None) -> Array:
         """Scores that compare, (queries, adapters + 1), the base model last (equation 6).
@@ -423,10 +423,10 @@ def _check(X: NDArray[Any], absent: NDArray[np.bool_]) -> None:
             )
 
 
-def _confidences(values: ArrayLike, n_queries: int) -> Array:
-    array = np.asarray(values, dtype=np.float64)
-    if array.shape != (n_queries,) or not np.isfinite(array).all():
-        raise ValueError(f"expected {n_queries} finite confidences, got an array of shape {array.shape}")
+def _finite(values: ArrayLike, count: int, what: str) -> Array:
+    array = np.array(values, dtype=np.float64)
+    if array.shape != (count,) or not np.isfinite(array).all():
+        raise ValueError(f"expected {count} finite {what}, got an array of shape {array.shape}")
     return array
 
 

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 from argparse import ArgumentParser, Namespace
-from contextlib import suppress
 from importlib.util import find_spec
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -113,8 +112,9 @@ def work(args: Namespace) -> None:
         port = listener.getsockname()[1]  # --port 0 is any
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{port}: {count} variant{'s' * (count != 1)}", flush=True)
-        with suppress(KeyboardInterrupt):  # uvicorn has drained, and raises it once more
-            asyncio.run(_served(proxy, listener, args.timeout))
+        # uvicorn drains and raises the signal once more; Python's own end aborts while a frame is calibrated.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        asyncio.run(_served(proxy, listener, args.timeout))
 
 
 def _proxy(args: Namespace) -> Proxy:

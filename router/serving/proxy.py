@@ -146,6 +146,8 @@ class Proxy:
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         async with self.upstream.client:
             yield
+        if sending := getattr(self.tracer, "span_processor", None):  # none where OTEL_SDK_DISABLED is set
+            sending.force_flush()  # now, since a signal ends the process
 
     def _key(self, request: Request) -> str:
         """The header for the upstream: with its own key, or the client's where that is not for this proxy."""

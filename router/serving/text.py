@@ -37,7 +37,7 @@ def prompt_of(body: Mapping[str, Any]) -> str | list[Message]:
     above = content({"content": body.get("system") or body.get("instructions")})
     if isinstance(messages, list):  # a response's input has tools, their calls and results, too
         messages = [
-            one for one in messages if not isinstance(one, Mapping) or one.get("type", "message") == "message"
+            one for one in messages if not isinstance(one, Mapping) or one.get("type") in (None, "message")
         ]
     if messages == []:
         raise InputError(f"{where}: expected a message of the user with text, since it is routed by it")

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM
 
-from helpers import edit_json, edit_weights
+from helpers import edit_json, edit_weights, write_tiny_adapter
 from router.model import base as module
 from router.model.base import embedded_folder, load_base
 from router.system.errors import InputError
@@ -35,6 +35,7 @@ DAMAGED = {
     "not finite": (with_weights(UP, lambda of: of.index_fill(0, torch.tensor(0), torch.nan)), UP),
     "missing": (with_weights(UP, lambda of: None), UP),
     "missing head": (with_weights(HEAD, lambda of: None), HEAD),
+    "beside an adapter": (lambda folder: write_tiny_adapter(folder, 5), "adapter_config.json"),
     "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 1000), ""),
     **{
         f"{part}": (lambda folder, part=part: edit_json(folder / "config.json", **part), "")

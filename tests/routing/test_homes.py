@@ -61,8 +61,9 @@ def test_a_score_loses_its_handicap_and_the_residual_does_not(kind):
     np.testing.assert_allclose(plain.residual, other.residual)
     handicap[5] = 1e3
     assert (kind().fit(generic, handicap=handicap).judge(X).scores.argmax(1) == 7).all()
-    with pytest.raises(ValueError):
-        kind().fit(generic, handicap=np.zeros(3))
+    for wrong in (np.zeros(3), np.full(80, np.nan)):
+        with pytest.raises(ValueError, match="80 finite handicaps"):
+            kind().fit(generic, handicap=wrong)
 
 
 @pytest.mark.slow

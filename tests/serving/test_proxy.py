@@ -77,7 +77,7 @@ CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "
     [
         (chat("first", "answer", "last", "prefix"), ["first", "last"]),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "look"}, {"type": "image_url"},
-          {"type": "text", "text": "x"}]}]}, ["look\nx"]),
+          "x"], "type": None}]}, ["look\nx"]),
         ({"messages": [*chat("go")["messages"], {"role": "assistant", "content": None, "tool_calls": CALL},
           {"role": "tool", "content": "7", "tool_call_id": "c"}]}, ["go"]),
         ({"messages": [*chat("go")["messages"], {"role": "function", "name": "f", "content": "7"}]}, ["go"]),

@@ -123,6 +123,13 @@ def test_it_serves_reloads_drains_and_tells_who_left(router, tmp_path):
     assert any("loaded anew; new variants: " in line for line in log)
 
 
+@posix
+def test_ctrl_c_ends_it_as_a_signal_does(router, tmp_path):
+    with started(router.save(tmp_path / "saved"), "http://127.0.0.1:1") as (process, *_):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == -signal.SIGINT  # Python's end aborts where a thread is in torch
+
+
 def _names(router, texts):
     made = [(choice.variant, router.variants[choice.variant]) for choice in router.choose(texts)]
     return [served(number, one.sha256) if one.weights else "tiny" for number, one in made]
