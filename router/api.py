@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from router.constants import BASE_COLUMN, CANARY, FORMAT, TEMPLATE, Device, Dtype
-from router.methods import load_method
+from router.methods import check_flags, load_method
 from router.methods.proto_route import ProtoRoute, decided
 from router.model.answer import Answer, Rows, encode, padded
 from router.model.apply import applied
@@ -45,7 +45,6 @@ from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query, query_
 from router.routing.clusters import Array, Clusters, cluster, firsts, mixes, nearest, with_base
 from router.routing.probe import Probed, confidence_of
 from router.routing.variants import VARIANTS, Variant, decide, folder_names
-from router.run import check_flags
 from router.runs.load import load as load_run
 from router.settings import Settings, kinds
 from router.system.errors import InputError, printable

@@ -159,13 +159,13 @@ class StarterKitMethod:
         writes = part[0].eval_type == GENERATION
         if not writes:
             batch["answer_choices"] = [list(query.choices) for query in part]
-        found: Any = self.kit.generate(batch) if writes else self.kit.predict_multiple_choice(batch)
-        if (counts := [len(items) for items in found]) != [len(part)] * 2:
+        lists: Any = self.kit.generate(batch) if writes else self.kit.predict_multiple_choice(batch)
+        if (counts := [len(items) for items in lists]) != [len(part)] * 2:
             raise InputError(
                 f"-m {self.kit.name}: expected two lists with an item for each of {len(part)} queries, got "
                 f"{' and '.join(map(str, counts))} items"
             )
-        for first, second in zip(*found, strict=True):
+        for first, second in zip(*lists, strict=True):
             if writes:
                 # No ids and `unknown` is all that the kit's call can say of one that failed.
                 failed = (second, len(first)) == (FAILED.text, 0)

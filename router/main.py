@@ -181,8 +181,9 @@ def _logging(level: str) -> Iterator[None]:
 
 def _plan(args: argparse.Namespace, settings: Settings) -> int:
     """Prints what the run would take; returns 1 if that exceeds a limit, else 0."""
+    from router.methods import check_flags
     from router.plan import plan
-    from router.run import check_flags, check_outputs
+    from router.run import check_outputs
 
     check_outputs(settings)
     check_flags(args.merging_method, settings, args.time_limit is not None)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +14,12 @@ from typing import Any, cast
 from router.constants import BASE_COLUMN, FORMAT, LIBRARY, SCRIPT, TEMPLATE
 from router.kit import StarterKitMethod
 from router.library.store import content
-from router.methods import load_method
+from router.methods import check_flags, load_method
 from router.model.apply import picked
 from router.model.device import batch_tokens, tokens_at_once
 from router.pipeline.context import Context, Deadline
 from router.pipeline.journal import FOLDER, LOCK, Journal, alone_in
-from router.pipeline.per_token import PerToken
-from router.pipeline.processes import Processes, connected
+from router.pipeline.processes import connected
 from router.pipeline.record import RECORD, REPORT, Record, record, versions
 from router.pipeline.result import Decision, Result
 from router.pipeline.saved import ABOUT
@@ -382,41 +380,3 @@ def _check_names(settings: Settings) -> None:
                     "which a run or another file needs; rename it or choose another --output_folder"
                 )
             taken.add(name.casefold())  # which macOS and Windows take for the same
-
-
-def check_flags(name: str, settings: Settings, limited: bool, processes: Processes | None = None) -> None:
-    """Refuses flags that do not go together, or not with the method or with several processes.
-
-    Args:
-        limited: whether there is a --time_limit.
-
-    Raises:
-        InputError: they do not.
-    """
-    method = load_method(name)
-    several = processes is not None and processes.count > 1
-    kit = not issubclass(method, Method)
-    vllm = settings.engine == "vllm"
-    refused: dict[str, object] = {
-        "--engine vllm: expected the package vllm, found none; pip install 'proto-route[vllm]'": (
-            vllm and find_spec("vllm") is None
-        ),
-        f"--engine vllm: expected a method that makes variants, got {name}": (
-            vllm and (kit or issubclass(method, PerToken))
-        ),
-        "--engine vllm: expected one process; leave torchrun out": vllm and several,
-        "--time_limit: expected --engine transformers, since vLLM answers many queries at once": (
-            vllm and limited
-        ),
-        "--device_map: expected --engine transformers, since vLLM places the model itself": (
-            vllm and settings.device_map
-        ),
-        "--device_map: expected one process, which takes all devices; leave torchrun out": (
-            settings.device_map and several
-        ),
-        f"-m {name}: expected no --device_map; a starter-kit method takes none": kit and settings.device_map,
-        f"-m {name}: expected one process; a starter-kit method runs in one": kit and several,
-    }
-    for why, wrong in refused.items():
-        if wrong:
-            raise InputError(why)

@@ -483,7 +483,7 @@ def test_a_setting_out_of_its_range_is_refused(tiny_library, saved, monkeypatch)
         Router.from_library(tiny_library, batch_size=2.5)
     with pytest.raises(InputError, match="proto_route"):
         Router.from_library(tiny_library, method="proto")
-    monkeypatch.setattr("router.run.find_spec", lambda package: None)
+    monkeypatch.setattr("router.methods.find_spec", lambda package: None)
     with pytest.raises(InputError, match="expected the package vllm"):
         Router.from_library(tiny_library, engine="vllm")
     for how in ({"dtype": "bf16"}, {"device": "gpu"}):

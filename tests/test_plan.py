@@ -83,7 +83,7 @@ def test_what_the_run_needs_is_looked_for(planned, monkeypatch):
 
 
 def test_copies_of_the_weights_count(planned, monkeypatch):
-    monkeypatch.setattr("router.run.find_spec", lambda name: name)  # as if vLLM were here
+    monkeypatch.setattr("router.methods.find_spec", lambda name: name)  # as if vLLM were here
     peak = {
         name: json.loads(planned("--json", flag, name)[2].out)["peak_mib"]
         for name, flag in (("merged", "--apply"), ("beside", "--apply"), ("vllm", "--engine"))

@@ -7,6 +7,7 @@ To add one, put a file here that defines a subclass of `router.pipeline.steps.Me
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,9 @@ from router.system.errors import InputError
 
 if TYPE_CHECKING:
     from router.kit import Merges
+    from router.pipeline.processes import Processes
     from router.pipeline.steps import Method
+    from router.settings import Settings
 
 
 def method_names() -> list[str]:
@@ -47,6 +50,47 @@ def load_method(name: str) -> type[Merges] | type[Method]:
             f"-m {name}: expected one subclass of Merges or Method in {module.__file__}, found {len(kinds)}"
         )
     return kinds[0]
+
+
+def check_flags(name: str, settings: Settings, limited: bool, processes: Processes | None = None) -> None:
+    """Refuses flags that do not go together, or not with the method or with several processes.
+
+    Args:
+        limited: whether there is a --time_limit.
+
+    Raises:
+        InputError: they do not.
+    """
+    from router.pipeline.per_token import PerToken
+    from router.pipeline.steps import Method
+
+    method = load_method(name)
+    several = processes is not None and processes.count > 1
+    kit = not issubclass(method, Method)
+    vllm = settings.engine == "vllm"
+    refused: dict[str, object] = {
+        "--engine vllm: expected the package vllm, found none; pip install 'proto-route[vllm]'": (
+            vllm and find_spec("vllm") is None
+        ),
+        f"--engine vllm: expected a method that makes variants, got {name}": (
+            vllm and (kit or issubclass(method, PerToken))
+        ),
+        "--engine vllm: expected one process; leave torchrun out": vllm and several,
+        "--time_limit: expected --engine transformers, since vLLM answers many queries at once": (
+            vllm and limited
+        ),
+        "--device_map: expected --engine transformers, since vLLM places the model itself": (
+            vllm and settings.device_map
+        ),
+        "--device_map: expected one process, which takes all devices; leave torchrun out": (
+            settings.device_map and several
+        ),
+        f"-m {name}: expected no --device_map; a starter-kit method takes none": kit and settings.device_map,
+        f"-m {name}: expected one process; a starter-kit method runs in one": kit and several,
+    }
+    for why, wrong in refused.items():
+        if wrong:
+            raise InputError(why)
 
 
 def all_merge_handlers() -> dict[str, type[Merges]]:

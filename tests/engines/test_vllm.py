@@ -143,5 +143,5 @@ def test_what_does_not_go_together_is_refused(command, monkeypatch, capsys):
     for method, flags in (("proto_route", ("--device_map", "auto")), ("arrow", ())):
         assert command(method, *flags, "--engine", "vllm")[0] == 2
         assert (flags or ["--engine"])[0] in capsys.readouterr().err
-    monkeypatch.setattr("router.run.find_spec", lambda name: None)  # nor is there vLLM
+    monkeypatch.setattr("router.methods.find_spec", lambda name: None)  # nor is there vLLM
     assert command("proto_route", "--engine", "vllm")[0] == 2 and "pip install" in capsys.readouterr().err
