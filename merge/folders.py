@@ -73,12 +73,8 @@ class AdapterFolder:
         """The base model that the adapter names, "" if it names none."""
         return str(self.config.get("base_model_name_or_path") or "")
 
-    def read(self, module: str) -> Factors:
-        """One module's update in float32, its scale folded into `b`."""
-        return next(self.read_all([module]))[1]
-
     def read_all(self, modules: Sequence[str] | None = None) -> Iterator[tuple[str, Factors]]:
-        """Each of these modules' updates, as `read` gives it; None takes all, in order of name."""
+        """Each of these modules' updates in float32, its scale folded into `b`; None takes all, by name."""
         with safe_open(self.path / WEIGHTS_FILE, framework="pt") as file:
             for module in sorted(self._keys) if modules is None else modules:
                 a, b = (file.get_tensor(key).float() for key in self._keys[module])
