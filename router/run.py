@@ -84,7 +84,7 @@ def run(
     deadline = None if time_limit is None else Deadline(time_limit, began=began)
     with connected(settings.device) as processes:
         context = Context(settings, processes=processes, deadline=deadline)
-        alone = nullcontext() if processes.rank else alone_in(settings.output_folder)
+        alone = nullcontext() if processes.rank else alone_in(settings.output_folder, "--output_folder")
         with explain_full_disk(settings.output_folder), alone:
             with processes.first():
                 check_outputs(settings)

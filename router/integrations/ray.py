@@ -62,7 +62,7 @@ def work(args: Namespace) -> int:
         if find_spec(package) is None:
             raise InputError(f"expected the package {package}; pip install 'proto-route[ray]'")
     try:
-        with explain_out_of_memory(LESS), explain_full_disk(args.output), alone_in(args.output):
+        with explain_out_of_memory(LESS), explain_full_disk(args.output), alone_in(args.output, "--output"):
             check_outputs(Settings((), args.output))
             every: dict[Path, list[Query]] = {}  # by the file for their answers
             for path in args.input:

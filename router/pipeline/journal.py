@@ -29,28 +29,32 @@ FOLDER, LOCK, DONE = ".journal", ".lock", "done"
 
 
 @contextmanager
-def alone_in(output: Path) -> Iterator[None]:
+def alone_in(output: Path, flag: str = "") -> Iterator[None]:
     """Makes a folder and keeps other runs and saves out of it while the block runs.
 
     The operating system releases the lock of a process that was killed.
+
+    Args:
+        flag: that names the folder, if one does.
 
     Raises:
         InputError: it cannot be written, another one is writing there, or something that is no lock is
             called like it.
     """
+    where = f"{flag} {output}".strip()
     file = output / LOCK
     lock = FileLock(file)
     try:
         ours = not file.exists() or (file.is_file() and not file.stat().st_size)
         if file.is_symlink() or not ours:
-            raise InputError(f"{output}: expected no {LOCK} in it but a run's, which is empty; move it away")
+            raise InputError(f"{where}: expected no {LOCK} in it but a run's, which is empty; move it away")
         new = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(f"{output}: another run or save is writing there; wait or choose another") from error
+        raise InputError(f"{where}: another run or save is writing there; wait or choose another") from error
     except OSError as error:
-        raise InputError(f"{output}: expected a folder to write to ({reason(error)})") from error
+        raise InputError(f"{where}: expected a folder to write to ({reason(error)})") from error
     try:
         yield
     finally:
