@@ -344,12 +344,3 @@ def test_variants_of_an_earlier_run_are_not_served(command, monkeypatch, capsys)
             code, out = command(*words)
             assert code == 0 and folders_in(out)
             assert main([str(out)]) == 2 and str(out) in capsys.readouterr().err
-
-
-def test_a_strangers_words_do_not_control_the_terminal(out, capsys):
-    """A tensor's name says what it likes."""
-    file = folders_in(out)[0] / "adapter_model.safetensors"
-    save_file(load_file(file) | {"\x1b[2Jx": torch.ones(1)}, file)
-    assert main([str(out), "--max_rank", "1"]) == 2
-    error = capsys.readouterr().err
-    assert r"got \x1b[2Jx;" in error and "\x1b" not in error
