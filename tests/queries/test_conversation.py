@@ -360,13 +360,13 @@ def test_of_a_long_message_under_a_long_system_message_both_are_read(method):
     assert "Translate" in made.tokenizer.decode(truncated([read.ids])[0])
 
 
-@pytest.mark.parametrize("length", [9, 90, 40_000])
-def test_generic_text_is_read_as_queries_under_a_shared_system_message_are(method, length):
-    made, texts = method(), calibration.generic_prompts(Frame("\0"))
+@pytest.mark.parametrize(("length", "limit"), [(9, None), (90, None), (40_000, None), (180, 40)])
+def test_generic_text_is_read_as_queries_under_a_shared_system_message_are(method, length, limit):
+    made, texts = method(max_seq_len=limit), calibration.generic_prompts(Frame("\0"))
     talks = queries_of(*(text[1:] for text in texts), system="Be kind. " * (length // 9))
     reads = [read for turns in made.turns(talks) for read in turns]
     (shared,) = {read.shared for read in reads}
-    assert calibration.Calibration(made.base, None, shared).rows == truncated([read.under for read in reads])
+    assert calibration.Calibration(made.base, limit, shared).rows == truncated([read.under for read in reads])
 
 
 def test_an_engine_is_told_what_it_has_to_read(chat_router):
@@ -381,13 +381,6 @@ def test_an_engine_is_told_what_it_has_to_read(chat_router):
     router.read_by(probe)
     router.choose([talk("7, 8", system)])
     assert read == set(told) and len(read) == 2
-
-
-def test_a_long_shared_system_message_is_cut_as_generic_text_in_it_is(method):
-    talks = queries_of(*(f"{n} and {n}" for n in range(SHARED)), system="Be kind. " * 20)
-    made = method(max_seq_len=40)  # in which only part of what stands around a message has room
-    assert np.isfinite(made.route(talks, made.encoded(talks)).weights).all()
-    assert all(fitted.framing.end < 20 for fitted in made.fits.values())
 
 
 def test_how_few_answers_begin_makes_no_frame(method, tmp_path):
