@@ -25,10 +25,10 @@ from helpers import (
     NAMES,
     ROWS,
     Killed,
-    before_batches,
     choice_scores,
     edit_weights,
     files_of,
+    killed_after,
     plain_model,
     read_table,
     variants_in,
@@ -439,17 +439,10 @@ def test_a_file_system_that_cannot_be_written_is_refused(command, capsys, unload
 def test_a_killed_run_of_a_kits_method_does_not_go_on_with_another_adapter(
     command, kit_method, monkeypatch, capsys, tmp_path
 ):
-    batches, weights = [], kit_method[0] / "adapter_model.safetensors"
+    weights = kit_method[0] / "adapter_model.safetensors"
     weights.rename(tmp_path / "theirs.safetensors")
     weights.symlink_to(tmp_path / "theirs.safetensors")  # as in the hub's cache
-
-    def killed(batch):
-        batches.append(batch)
-        if len(batches) == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        before_batches(patch, killed)
+    with pytest.raises(Killed), killed_after(1, monkeypatch):
         command("kit_avg", "--batch_size", 1)
     edit_weights(tmp_path / "theirs.safetensors", lambda key, of: 2 * of)
     assert command("kit_avg", "--batch_size", 1)[0] == 2 and "differs in files" in capsys.readouterr().err
