@@ -144,6 +144,21 @@ def before_batches(patch, called):
     patch.setattr(answer, "fitting", lambda batches, way: plain(batches, lambda of: (called(of), way(of))[1]))
 
 
+@contextmanager
+def killed_after(batches, monkeypatch):
+    """A run in the block is killed after so many batches; yields those that it answered."""
+    done = []
+
+    def limited(batch):
+        if len(done) == batches:
+            raise Killed
+        done.append(batch)
+
+    with monkeypatch.context() as patch:
+        before_batches(patch, limited)
+        yield done
+
+
 # Base models of many families
 
 

@@ -171,17 +171,10 @@ def test_one_adapter_alone_is_that_adapter(name, adapter, base, tiny_base, tiny_
     result = router.answer(queries)
     found = result.answers
     np.testing.assert_allclose(result.decision.routing.weights, [[1, 0]] * 6, atol=1e-6)
-    rows = encode(router.tokenizer, TEXTS)
-    with attached(router.base.model, router.experts, router.weigh):
-        logits = logits_of(router.base.model, router.base, rows)
-
     model = plain_model(tiny_base, tiny_library / adapter)
     expected = answered(model, router.tokenizer, queries, router.encoded(queries), router.context)
     assert [answer.ids for answer in found] == [answer.ids for answer in expected]  # cached steps too
     np.testing.assert_allclose(found[-1].scores, expected[-1].scores, atol=1e-3)
-    mask = padded(rows, 0, "cpu")[1].bool()
-    theirs = logits_of(model, router.base, rows)
-    torch.testing.assert_close(logits[mask], theirs[mask], atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -306,12 +299,11 @@ def test_a_run_answers_with_the_weights_that_it_routes_by(name, command, request
         assert files_of(out) == files_of(second)
 
 
-@pytest.mark.parametrize("name", PER_TOKEN)
-def test_weights_over_thousands_of_tokens_sum_to_one(name, command, monkeypatch):
+def test_weights_over_thousands_of_tokens_sum_to_one(command, monkeypatch):
     monkeypatch.setattr(
         "router.pipeline.per_token.mean_weights", lambda *of: np.full((len(of[1]), 3), 0.33334)
     )
-    assert command(name)[0] == 0  # the run is read back
+    assert command("arrow")[0] == 0  # the run is read back
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)

@@ -12,14 +12,10 @@ from router.pipeline.steps import route
 
 
 class Clock:
-    def __init__(self):
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self):
         return self.now
-
-    def tick(self, seconds):
-        self.now += seconds
 
 
 @pytest.fixture()
@@ -42,7 +38,12 @@ def paced(monkeypatch, clock):
 
     def pace(seconds):
         batches = []
-        before_batches(monkeypatch, lambda batch: (batches.append(batch), clock.tick(seconds)))
+
+        def answered(batch):
+            batches.append(batch)
+            clock.now += seconds
+
+        before_batches(monkeypatch, answered)
         return batches
 
     return pace

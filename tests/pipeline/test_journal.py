@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from unittest.mock import Mock, patch
@@ -10,7 +9,7 @@ from unittest.mock import Mock, patch
 import numpy as np
 import pytest
 
-from helpers import ROWS, Killed, arguments, before_batches, edit_json, files_of, write_queries
+from helpers import ROWS, Killed, arguments, edit_json, files_of, killed_after, write_queries
 from router.constants import TEMPLATE
 from router.main import main
 from router.model.answer import Answer
@@ -25,21 +24,6 @@ from router.system.errors import InputError
 
 ONE, TWO = Query("1", "a", "generation"), Query("2", "b\u2028\n", "multiple_choice", ("x", "y"))
 FOUND = {ONE: Answer("text", (3, 1)), TWO: Answer("1", scores=(-0.1, -1 / 3))}
-
-
-@contextmanager
-def killed_after(batches, monkeypatch):
-    """A run in the block is killed after so many batches; yields those that it answered."""
-    done = []
-
-    def limited(batch):
-        if len(done) == batches:
-            raise Killed
-        done.append(batch)
-
-    with monkeypatch.context() as patch:
-        before_batches(patch, limited)
-        yield done
 
 
 @pytest.fixture()

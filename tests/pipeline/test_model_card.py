@@ -115,17 +115,14 @@ LICENCES = {
     "one of its own": ((OTHER,) * 3, "other", ["other, my \\| own, https://some.org/terms"] * 3),
     "endless": ((MIT, f"license: mit\nx: [{'a, ' * 20000}]", MIT), "other", ["MIT", "not declared", "MIT"]),
     "odd": (
-        ("license: MIT\nmodel-index:\n- name: x\n  results:\n  - task: {type: y}",) * 3,
-        "mit",
-        ["MIT"] * 3,
+        ("license: MIT\nmodel-index:\n- name: x\n  results:\n  - task: {type: y}",) * 3, "mit", ["MIT"] * 3,
     ),
     "as editors leave it": (
         ("---\nlicense: mit\n---", "\ufeff---\nlicense: mit\n---\nText", "\n--- \nlicense: mit\n--- \nText"),
-        "mit",
-        ["mit"] * 3,
+        "mit", ["mit"] * 3,
     ),
     "a choice": (("license: [mit, apache-2.0]",) * 3, "other", ["mit, apache-2.0"] * 3),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", LICENCES)

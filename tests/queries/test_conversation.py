@@ -260,19 +260,18 @@ def test_a_conversation_stays_until_another_clearly_leads(turns, row):
     np.testing.assert_array_equal(found.weights[1], routing.weights[-1])
 
 
-@pytest.mark.parametrize(("lead", "enough"), [(0.9, 99), (1.1, 6), (1.5, 5), (2.5, 3), (5.9, 2), (6.1, 1)])
-def test_a_brief_message_has_to_say_more(lead, enough):
-    routing, first = routing_of((9, 0, 1), (0, 0, lead)), Read((), BARE, words=9)
+LEADS = {0.9: 99, 1.1: 6, 1.5: 5, 2.5: 3, 5.9: 2, 6.1: 1}
+
+
+@pytest.mark.parametrize(
+    ("turn", "enough"), [*(((0, 0, lead), words) for lead, words in LEADS.items()), ((2, 1, 0), 6)]
+)  # the last agrees with the first message
+def test_a_brief_message_has_to_say_more(turn, enough):
+    routing, first = routing_of((9, 0, 1), turn), Read((), BARE, words=9)
     for words in range(10):
         found = decided(routing, [[first, Read((), BARE, words=words)]])
-        assert found.weights.argmax() == (2 if words >= enough else 0)
-
-
-def test_a_brief_message_that_agrees_leaves_all_as_it_was():
-    routing, first = routing_of((9, 0, 1), (2, 1, 0)), Read((), BARE, words=9)
-    for words, row in ((1, 0), (5, 0), (6, 1)):
-        found = decided(routing, [[first, Read((), BARE, words=words)]])
-        np.testing.assert_array_equal(found.weights[0], routing.weights[row])
+        row = int(words >= enough)
+        np.testing.assert_array_equal(found.evidence.scores[0], routing.evidence.scores[row])
 
 
 @pytest.mark.parametrize(
@@ -360,13 +359,13 @@ def test_of_a_long_message_under_a_long_system_message_both_are_read(method):
     assert "Translate" in made.tokenizer.decode(truncated([read.ids])[0])
 
 
-@pytest.mark.parametrize("length", [9, 90, 40_000])
-def test_generic_text_is_read_as_queries_under_a_shared_system_message_are(method, length):
-    made, texts = method(), calibration.generic_prompts(Frame("\0"))
+@pytest.mark.parametrize(("length", "limit"), [(9, None), (90, None), (40_000, None), (180, 40)])
+def test_generic_text_is_read_as_queries_under_a_shared_system_message_are(method, length, limit):
+    made, texts = method(max_seq_len=limit), calibration.generic_prompts(Frame("\0"))
     talks = queries_of(*(text[1:] for text in texts), system="Be kind. " * (length // 9))
     reads = [read for turns in made.turns(talks) for read in turns]
     (shared,) = {read.shared for read in reads}
-    assert calibration.Calibration(made.base, None, shared).rows == truncated([read.under for read in reads])
+    assert calibration.Calibration(made.base, limit, shared).rows == truncated([read.under for read in reads])
 
 
 def test_an_engine_is_told_what_it_has_to_read(chat_router):
@@ -381,13 +380,6 @@ def test_an_engine_is_told_what_it_has_to_read(chat_router):
     router.read_by(probe)
     router.choose([talk("7, 8", system)])
     assert read == set(told) and len(read) == 2
-
-
-def test_a_long_shared_system_message_is_cut_as_generic_text_in_it_is(method):
-    talks = queries_of(*(f"{n} and {n}" for n in range(SHARED)), system="Be kind. " * 20)
-    made = method(max_seq_len=40)  # in which only part of what stands around a message has room
-    assert np.isfinite(made.route(talks, made.encoded(talks)).weights).all()
-    assert all(fitted.framing.end < 20 for fitted in made.fits.values())
 
 
 def test_how_few_answers_begin_makes_no_frame(method, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from helpers import shared, write_csv
+from helpers import write_csv
 from router.queries.submission import Query, read_queries, read_rows, write_submission, write_table
 from router.system.errors import InputError
 
@@ -132,18 +132,6 @@ def test_errors_name_file_line_and_column(tmp_path, kind):
     where, _, what = str(caught.value).partition(": ")
     assert where.split(", ") == [str(path), *places]
     assert all(cause in what for cause in causes) and len(str(caught.value)) < 1000
-
-
-def test_the_competitions_queries_are_read_whole():
-    competition = shared("competition", "the competition's CSV files")
-    queries = read_queries(competition / "test.csv")
-    assert len(queries) == 807
-    choices = [len(query.choices) for query in queries if query.eval_type == "multiple_choice"]
-    assert {n: choices.count(n) for n in (2, 4, 8)} == {2: 100, 4: 307, 8: 50}
-    assert sum(query.eval_type == "generation" for query in queries) == 350
-    assert next(query for query in queries if query.id == "672").input.count("\r") == 3
-    assert len(read_queries(competition / "cosmos_qa.csv")) == 500
-    assert max(len(query.input) for query in read_queries(competition / "xsum.csv")) == 9513
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from io import BytesIO, TextIOWrapper
 
 import numpy as np
 import pytest
@@ -35,14 +34,6 @@ def error(capsys, *argv):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
     return captured.err
-
-
-def test_letters_that_the_output_cannot_spell_are_escaped(tmp_path, monkeypatch):
-    out = write_run(tmp_path / "run", [[1, 0, 0, 0]], inputs=["Où ?"])
-    monkeypatch.setattr("sys.stdout", TextIOWrapper(BytesIO(), "ascii"))
-    assert main([str(out), "q0"]) == 0
-    sys.stdout.flush()
-    assert b"O\\xf9 ?" in sys.stdout.buffer.getvalue()
 
 
 def test_every_number_is_that_of_the_files(capsys, tmp_path):

@@ -21,12 +21,10 @@ from helpers import (
     write_tiny_library,
 )
 from merge.folders import open_adapter
-from router.api import Router
 from router.cli import main as cli
 from router.main import main as run
 from router.model.base import EMBEDDED_ID
 from router.serving.names import read_served
-from router.system.errors import InputError
 from router.system.files import sha256_of
 
 
@@ -311,9 +309,6 @@ def test_what_has_no_variants_is_refused(out, capsys, harm, named):
     harm(out)
     assert cli(["check", str(out)]) == main([str(out)]) == 2
     assert capsys.readouterr().err.count(str(out / named)) >= 2 and not (out / "serve.sh").exists()
-    if harm in (exchanged, rescaled):
-        with pytest.raises(InputError, match="variants"):
-            Router.load(out, device="cpu")
 
 
 def test_names_of_an_earlier_run_do_not_stay(command, router_of, tmp_path):
@@ -344,12 +339,3 @@ def test_variants_of_an_earlier_run_are_not_served(command, monkeypatch, capsys)
             code, out = command(*words)
             assert code == 0 and folders_in(out)
             assert main([str(out)]) == 2 and str(out) in capsys.readouterr().err
-
-
-def test_a_strangers_words_do_not_control_the_terminal(out, capsys):
-    """A tensor's name says what it likes."""
-    file = folders_in(out)[0] / "adapter_model.safetensors"
-    save_file(load_file(file) | {"\x1b[2Jx": torch.ones(1)}, file)
-    assert main([str(out), "--max_rank", "1"]) == 2
-    error = capsys.readouterr().err
-    assert r"got \x1b[2Jx;" in error and "\x1b" not in error

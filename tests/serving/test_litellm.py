@@ -23,13 +23,9 @@ def plug(monkeypatch):
             super().__init__(detail)
             self.status_code = status_code
 
-    stand_in(
-        monkeypatch,
-        litellm={},
-        litellm__integrations={},
-        litellm__integrations__custom_logger={"CustomLogger": CustomLogger},
-        fastapi={"HTTPException": HTTPException},
-    )
+    logger = {"CustomLogger": CustomLogger}
+    stand_in(monkeypatch, litellm={}, litellm__integrations={}, fastapi={"HTTPException": HTTPException})
+    stand_in(monkeypatch, litellm__integrations__custom_logger=logger)
     monkeypatch.delitem(sys.modules, "router.integrations.litellm", raising=False)
     yield importlib.import_module("router.integrations.litellm")
     sys.modules.pop("router.integrations.litellm", None)

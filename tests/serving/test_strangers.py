@@ -7,7 +7,6 @@ import time
 
 import httpx
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from serving_stubs import Two, Upstream, chat, completion, proxied, serving
@@ -283,22 +282,33 @@ async def test_decisions_are_written_a_line_each(prompts, tmp_path, monkeypatch,
 async def test_a_decision_is_a_span_between_client_and_server(monkeypatch):
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     assert tracing.tracer() is None
-    provider, spans = TracerProvider(), InMemorySpanExporter()
-    provider.add_span_processor(SimpleSpanProcessor(spans))
-    trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    async with proxied(tracer=provider.get_tracer("test")) as (client, upstream, _):
-        headers = {"traceparent": f"00-{trace_id}-{parent}-01", "x-request-id": "mine"}
-        for body in (completion("x"), {"model": "theirs", "prompt": "x"}):
-            await client.post("/v1/completions", json=body, headers=headers)
-        (span,) = spans.get_finished_spans()
-        _, number, own, _ = upstream.seen[0][2]["traceparent"].split("-")
-        assert (number, int(own, 16)) == (trace_id, span.context.span_id)
-        assert span.parent.span_id == int(parent, 16) and 0 < span.end_time - span.start_time < 60e9
-        assert upstream.seen[1][2]["traceparent"] == headers["traceparent"]  # what passes is left alone
-        assert dict(span.attributes) == {
-            "gen_ai.request.model": "auto", "gen_ai.response.model": "variant-0", "router.margin": 2.0,
-            "router.fits": True, "router.low_margin": False, "router.request_id": "mine",
-        }  # fmt: skip
+    posted, spans = [], InMemorySpanExporter()
+
+    async def take(request):
+        posted.append((request.url.path, await request.body()))
+        return Response(b"", media_type="application/x-protobuf")
+
+    with serving(Starlette(routes=[Route("/{path:path}", take, methods=["POST"])])) as address:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        tracer = tracing.tracer()
+        tracer.span_processor.add_span_processor(SimpleSpanProcessor(spans))
+        trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+        async with proxied(tracer=tracer) as (client, upstream, _):
+            headers = {"traceparent": f"00-{trace_id}-{parent}-01", "x-request-id": "mine"}
+            for body in (completion("x"), {"model": "theirs", "prompt": "x"}):
+                await client.post("/v1/completions", json=body, headers=headers)
+        tracer.span_processor.force_flush()
+    ((path, sent),) = posted
+    assert path == "/v1/traces" and b"router.margin" in sent and b"proto-route" in sent
+    (span,) = spans.get_finished_spans()
+    _, number, own, _ = upstream.seen[0][2]["traceparent"].split("-")
+    assert (number, int(own, 16)) == (trace_id, span.context.span_id)
+    assert span.parent.span_id == int(parent, 16) and 0 < span.end_time - span.start_time < 60e9
+    assert upstream.seen[1][2]["traceparent"] == headers["traceparent"]  # what passes is left alone
+    assert dict(span.attributes) == {
+        "gen_ai.request.model": "auto", "gen_ai.response.model": "variant-0", "router.margin": 2.0,
+        "router.fits": True, "router.low_margin": False, "router.request_id": "mine",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("host", "key", "warns"), [
@@ -313,6 +323,7 @@ def test_a_front_for_all_without_a_key_warns(host, key, warns, monkeypatch, capl
     assert ("PROTO_ROUTE_API_KEY" in caplog.text) == warns
 
 
+<<<<<<< HEAD
 async def test_spans_reach_the_endpoint_in_the_environment(monkeypatch):
     posted = []
 
@@ -329,6 +340,8 @@ async def test_spans_reach_the_endpoint_in_the_environment(monkeypatch):
     assert path == "/v1/traces" and b"router.margin" in body and b"proto-route" in body
 
 
+=======
+>>>>>>> 0ec50fc70ce183414b8a988137e265d32f6c5f0d
 @pytest.mark.parametrize(
     "flag", ["--port=-1", "--queue=0", "--max_body=x", "--timeout=nan", "--decisions=/proc/none/file"]
 )

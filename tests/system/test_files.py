@@ -35,7 +35,6 @@ def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path, error):
     path = tmp_path / "new" / "out.csv"
     with replacing(path) as file:
         file.write("one\r\ntwo\nüber\r")
-    assert path.stat().st_mode & 0o777 == 0o644
     with pytest.raises(error), replacing(path) as file:
         file.write("half of the n")
         file.flush()
