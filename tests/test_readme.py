@@ -79,6 +79,14 @@ def test_every_file_and_heading_that_is_named_is_there(page):
         assert not anchor or anchor in found
 
 
+def test_the_tree_of_files_is_whole():
+    tree = README.partition("## Files")[2]
+    modules = [path for path in ROOT.glob("router/*.py") if not path.name.startswith("__")]
+    rooms = {path.parent for where in ("router", "scripts") for path in ROOT.glob(f"{where}/*/*.py")}
+    names = [path.relative_to(ROOT).as_posix() for path in [*modules, *sorted(rooms)]]
+    assert len(names) > 20 and [name for name in names if name not in tree] == []
+
+
 def test_the_readme_is_one_page():
     assert len(README.split()) <= 800
 
