@@ -18,7 +18,8 @@ from router.system.errors import InputError, out_of_memory
 from router.system.files import sha256_of
 
 LONGEST_CARD = 1 << 20  # characters
-QUANTISED = r"(-unsloth)?-(bnb-4bit|gptq|awq)$"  # how names of such copies of a base model end
+# How names of quantised copies of a base model end.
+QUANTISED = r"(-unsloth)?-(bnb-4bit|awq|gptq(-int[48])?|fp8(-dynamic)?|quantized\.w\d+a\d+)$"
 TAKEN = (BASE_COLUMN, "id", "variant")  # columns of the routing table that are no adapter's
 
 
@@ -187,7 +188,7 @@ def base_of(adapters: Iterable[Adapter]) -> str:
     """
     named = {adapter.folder.base_model: adapter.name for adapter in adapters if adapter.folder.base_model}
     # Folders of one name may be two models.
-    models = {_model(base) if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else base for base in named}
+    models = {model_of(base) if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else base for base in named}
     if len(models) != 1:
         what = "; ".join(f"{adapter} names {base}" for base, adapter in named.items()) or "none named"
         raise InputError(f"--adapters: expected one base model for all: {what}; pass --base_model")
@@ -224,7 +225,7 @@ def misfit(
     """Why an adapter does not belong to a base model, if so; see `check_against_base`."""
     where = adapter.where
     stated = adapter.folder.base_model
-    if stated and not is_folder and _model(stated) != _model(base_name):
+    if stated and not is_folder and model_of(stated) != model_of(base_name):
         return InputError(
             f"{where}: expected an adapter of {base_name}, got one of {stated}; "
             "leave it out of --adapters or pass its --base_model"
@@ -240,11 +241,11 @@ def misfit(
     return None
 
 
-def _model(name: str) -> str:
+def model_of(name: str) -> str:
     """A base model's name, whoever uploaded it, quantised or not: adapters are trained on either.
 
     Example:
-        >>> _model("unsloth/mistral-7b-v0.1-bnb-4bit") == _model("mistralai/Mistral-7B-v0.1")
+        >>> model_of("unsloth/mistral-7b-v0.1-bnb-4bit") == model_of("mistralai/Mistral-7B-v0.1")
         True
     """
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]  # of a folder, also one of Windows

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from router.api import Router
 from router.constants import CANARY
+from router.library.adapters import model_of
 from router.pipeline.served import served_names, stray
 from router.system.files import is_folder
 
@@ -125,7 +126,7 @@ class Upstream:
         bases = [one for one in listed if one["id"] not in ours and not one.get("parent")]
         theirs = str(bases[0].get("root") or bases[0]["id"]) if bases else ""
         on_hub = all(re.fullmatch(HUB_ID, one) for one in (theirs, base)) and not is_folder(base)
-        if on_hub and theirs.casefold() != base.casefold():
+        if on_hub and model_of(theirs) != model_of(base):
             raise HTTPException(
                 502, f"the upstream serves {theirs}, the router is of {base}; see --base_model"
             )

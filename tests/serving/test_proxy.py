@@ -222,8 +222,9 @@ async def test_an_upstream_that_dies_comes_back_with_other_names():
     ("listed", "fine"),
     [
         ({"id": "Owner/Base"}, True),
-        ({"id": "another/base"}, False),
-        ({"id": "mine", "root": "another/base"}, False),
+        ({"id": "another/base-AWQ"}, True),  # the same model, quantised by somebody
+        ({"id": "another/model"}, False),
+        ({"id": "mine", "root": "owner/model"}, False),
         ({"id": "another/base", "root": "/models/base"}, True),  # a folder says nothing
     ],
 )
