@@ -163,7 +163,7 @@ class Router:
         if isinstance(template := settings.get("chat_template"), str):
             settings["chat_template"] = Path(template)
         context = Context(Settings(base_model=base_model, **settings))
-        check_flags(method, context.settings, limited=False)
+        check_flags(method, made, context.settings)
         made.check()
         loaded = load_library_and_base(context)
         return cls(made(method, loaded.base, loaded.adapters, context))

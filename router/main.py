@@ -181,13 +181,14 @@ def _logging(level: str) -> Iterator[None]:
 
 def _plan(args: argparse.Namespace, settings: Settings) -> int:
     """Prints what the run would take; returns 1 if that exceeds a limit, else 0."""
-    from router.methods import check_flags
+    from router.methods import check_flags, load_method
     from router.plan import plan
     from router.run import check_outputs
 
     check_outputs(settings)
-    check_flags(args.merging_method, settings, args.time_limit is not None)
-    planned = plan(args.merging_method, settings)
+    name = args.merging_method
+    check_flags(name, load_method(name), settings, args.time_limit is not None)
+    planned = plan(name, settings)
     over = planned.over(args.time_limit, args.memory_limit)
     if args.json:
         print(json.dumps(asdict(planned)))

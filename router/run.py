@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -103,12 +103,13 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
     if not issubclass(made, Method) and any(query.messages for query in queries):
         raise InputError(f"-m {name}: expected prompts, since a starter-kit method takes no conversations")
     with processes.first():
-        check_flags(name, settings, context.deadline is not None, processes)
+        check_flags(name, made, settings, context.deadline is not None, processes)
         source = _loaded(made, context) if issubclass(made, Method) else StarterKitMethod(made, name, context)
     identity = {"method": name, "queries": digest_of(queries)} | _identity(made, source, settings)
-    with processes.first():
-        journal = Journal(settings.output_folder, identity, fresh, processes.rank)
-    try:
+    with ExitStack() as ending:
+        with processes.first():
+            journal = Journal(settings.output_folder, identity, fresh, processes.rank)
+            ending.callback(journal.close)  # also where another process is refused
         context = replace(context, journal=journal)
         with _work(context) as work:
             if isinstance(source, StarterKitMethod):
@@ -130,8 +131,6 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
             left_out = source.left_out if isinstance(source, Loaded) else []
             final = record(name, context, result.decision, queries=digests, left_out=left_out)
             final = _commit(files, result, final, settings, work)
-    finally:
-        journal.close()
     write_report(settings.output_folder)
     if context.deadline and context.deadline.unanswered:
         journal.finish()

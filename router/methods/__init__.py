@@ -52,10 +52,13 @@ def load_method(name: str) -> type[Merges] | type[Method]:
     return kinds[0]
 
 
-def check_flags(name: str, settings: Settings, limited: bool, processes: Processes | None = None) -> None:
+def check_flags(
+    name: str, method: type, settings: Settings, limited: bool = False, processes: Processes | None = None
+) -> None:  # fmt: skip
     """Refuses flags that do not go together, or not with the method or with several processes.
 
     Args:
+        method: the class of this name.
         limited: whether there is a --time_limit.
 
     Raises:
@@ -64,7 +67,6 @@ def check_flags(name: str, settings: Settings, limited: bool, processes: Process
     from router.pipeline.per_token import PerToken
     from router.pipeline.steps import Method
 
-    method = load_method(name)
     several = processes is not None and processes.count > 1
     kit = not issubclass(method, Method)
     vllm = settings.engine == "vllm"
