@@ -382,7 +382,7 @@ class Router:
 
     @_one_at_a_time
     def unread(self, text: Prompt) -> list[tuple[Frame, tuple[int, ...]]]:
-        """The tokens, by frame, that the base model will read of a text for `choose`, unless lately."""
+        """The tokens of a text that `choose` needs the base model to read, by frame; none that it knows."""
         (turns,) = self._proto.turns(_queries([text], None), new=0)
         new = [read for read in turns if _key(read) not in self._known]
         parts = [(read.frame, read.ids) for read in new]

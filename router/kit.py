@@ -154,25 +154,26 @@ class StarterKitMethod:
             yield from (members[start : start + size] for start in range(0, len(members), size))
 
     def _ask(self, part: Sequence[Query]) -> Iterator[Answer]:
-        """Puts a batch to the kit's two calls; each gives two lists, of one item a query."""
+        """Puts a batch to the kit's two calls."""
         batch: dict[str, list[Any]] = {"input": [query.input for query in part]}
-        writes = part[0].eval_type == GENERATION
-        if not writes:
-            batch["answer_choices"] = [list(query.choices) for query in part]
-        lists: Any = self.kit.generate(batch) if writes else self.kit.predict_multiple_choice(batch)
+        if part[0].eval_type == GENERATION:
+            for ids, text in self._of_each(part, self.kit.generate(batch)):
+                # No ids and `unknown` is all that the kit's call can say of one that failed.
+                yield FAILED if (text, len(ids)) == (FAILED.text, 0) else Answer(text, tuple(map(int, ids)))
+            return
+        batch["answer_choices"] = [list(query.choices) for query in part]
+        for index, scores in self._of_each(part, self.kit.predict_multiple_choice(batch)):
+            known = tuple(map(float, scores)) if all(map(math.isfinite, scores)) else ()  # no JSON else
+            yield Answer(str(int(index)), scores=known) if index >= 0 else FAILED
+
+    def _of_each(self, part: Sequence[Query], lists: Any) -> Iterator[tuple[Any, Any]]:
+        """The items of the two lists that a call of the kit's gives, query by query."""
         if (counts := [len(items) for items in lists]) != [len(part)] * 2:
             raise InputError(
                 f"-m {self.kit.name}: expected two lists with an item for each of {len(part)} queries, got "
                 f"{' and '.join(map(str, counts))} items"
             )
-        for first, second in zip(*lists, strict=True):
-            if writes:
-                # No ids and `unknown` is all that the kit's call can say of one that failed.
-                failed = (second, len(first)) == (FAILED.text, 0)
-                yield FAILED if failed else Answer(second, tuple(map(int, first)))
-            else:
-                known = tuple(map(float, second)) if all(map(math.isfinite, second)) else ()  # no JSON else
-                yield Answer(str(int(first)), scores=known) if first >= 0 else FAILED
+        return zip(*lists, strict=True)
 
 
 class Handler(Merges):

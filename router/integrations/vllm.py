@@ -197,9 +197,9 @@ class Auto:
         quantised = self.engine.vllm_config.model_config.quantization
         if quantised:
             log.warning("the base model is quantised (%s), which the router's was not", quantised)
-        embedded = quantised or Path(args.model) == embedded_folder()
+        as_saved = quantised or Path(args.model) == embedded_folder()
         model = f"{args.model}@{args.revision}" if args.revision else args.model
-        return Router.load(self.folder, None if embedded else model, device="meta")
+        return Router.load(self.folder, None if as_saved else model, device="meta")
 
     async def _loras(self, router: Router) -> dict[int, Any]:
         """vLLM's adapters by the number of the variant; those that it was not started with are loaded."""
