@@ -1,7 +1,7 @@
 """The settings of a run. Each stands here once, with its default, its range and its help.
 
 The type of a setting is its range; pydantic checks it. The command line's flags, run.json and the model cards
-derive from the fields of `Settings`.
+derive from the fields of `Settings`. The gate has three of the defaults, too: router/constants.py names them.
 """
 # ruff: noqa: RUF009
 
