@@ -19,12 +19,11 @@ from router.model.answer import (
     FAILED,
     NOT_FINITE,
     Answer,
-    Choices,
     Done,
     Rows,
+    Tails,
     continuation,
     end_tokens,
-    endings,
     likeliest,
     unanswerable,
 )
@@ -42,7 +41,7 @@ ENVIRONMENT = {  # where it does not say otherwise
 def answer(
     base: Base,
     rows: Rows,
-    choices: Choices,
+    tails: Tails,
     variants: Sequence[Path | None],
     asked: Sequence[int],
     *,
@@ -64,10 +63,7 @@ def answer(
     model = base.model
     text = model.config.get_text_config(decoder=True)
     context: int | None = getattr(text, "max_position_embeddings", None)
-    tails: dict[int, list[list[int]]] = {
-        n: endings(base.tokenizer, choices[n]) if choices[n] else [[]] for n in asked
-    }
-    reads = {n: len(rows[n]) + max(map(len, tails[n])) for n in asked}
+    reads = {n: len(rows[n]) + max(map(len, tails[n]), default=0) for n in asked}
     # With a token of the answer; vLLM would end at what it cannot read.
     left_out = {n: unanswerable(model, rows[n], tails[n], reads[n] + 1, context or math.inf) for n in asked}
     for why in dict.fromkeys(filter(None, left_out.values())):
@@ -75,7 +71,7 @@ def answer(
         yield Done(part, [FAILED] * len(part), why)
     if not (asked := [n for n in asked if not left_out[n]]):
         return
-    longest = max(reads[n] + (1 if choices[n] else max_new_tokens) for n in asked)
+    longest = max(reads[n] + (1 if tails[n] else max_new_tokens) for n in asked)
     paths = [path for path in dict.fromkeys(variants[n] for n in asked) if path]
     with _loaded(base, paths, min(longest, context or longest)) as llm:
         from vllm import SamplingParams
@@ -91,23 +87,23 @@ def answer(
         score = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
 
         def read(n: int, outputs: list[Any]) -> Answer:
-            if choices[n]:
+            if tails[n]:
                 return likeliest(tuple(map(partial(_score, scoring=scoring), outputs, tails[n])))
             ids = tuple(outputs[0].outputs[0].token_ids)
             return Answer(continuation(base.tokenizer, ids), ids)
 
         for start in range(0, len(asked), AT_ONCE):
             part = list(asked[start : start + AT_ONCE])
-            pairs = [(n, tail) for n in part for tail in tails[n]]
+            pairs = [(n, tail) for n in part for tail in tails[n] or [[]]]
             outputs = iter(
                 llm.generate(
                     [{"prompt_token_ids": [*rows[n], *tail]} for n, tail in pairs],
-                    [score if choices[n] else write for n, _ in pairs],
+                    [score if tails[n] else write for n, _ in pairs],
                     lora_request=[loras.get(variants[n]) for n, _ in pairs],
                     use_tqdm=False,
                 )
             )
-            yield Done(part, [read(n, list(islice(outputs, len(tails[n])))) for n in part], NOT_FINITE)
+            yield Done(part, [read(n, list(islice(outputs, len(tails[n]) or 1))) for n in part], NOT_FINITE)
 
 
 def _score(output: Any, tail: Sequence[int], scoring: Scoring) -> float:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Found = TypeVar("Found")
 Rows = Sequence[Sequence[int]]  # token ids of each prompt
 Choices = Sequence[Sequence[str]]  # of each prompt; none where text is to be written
+Tails = Sequence[Sequence[Sequence[int]]]  # the same as token ids, see `endings`
 NO_ROOM = "does not fit into memory"
 NOT_FINITE = "the model's output is not finite"
 
@@ -178,11 +179,21 @@ def likeliest(scores: tuple[float, ...]) -> Answer:
     return Answer(str(scores.index(max(scores))), scores=scores)
 
 
-def endings(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> list[list[int]]:
-    """The tokens of each choice, at least one, with the end-of-sequence token, if there is one."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def endings(
+    tokenizer: PreTrainedTokenizerBase, choices: Sequence[str], end: int | None = None
+) -> list[list[int]]:
+    """The tokens of each choice, at least one, with the one that ends an answer, if there is one.
+
+    Args:
+        end: that token; None takes the tokenizer's end-of-sequence token.
+    """
+    if not choices:
+        return []
+    ends = [tokenizer.eos_token_id if end is None else end]
     ids = tokenizer([_whole(text) for text in choices], add_special_tokens=False)["input_ids"]
-    return [[*tokens, *end] or [pad_id(tokenizer)] for tokens in ids]
+    return [
+        [*tokens, *(token for token in ends if token is not None)] or [pad_id(tokenizer)] for tokens in ids
+    ]
 
 
 def generate(
@@ -259,7 +270,7 @@ def score_choices(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
-    choices: Choices,
+    tails: Tails,
     scoring: Scoring = "full",
 ) -> list[tuple[float, ...]]:
     """Log-probability of every choice after its prompt, in nats.
@@ -267,9 +278,9 @@ def score_choices(
     Each prompt is read once, and its choices share its key-value cache.
 
     Args:
-        choices: the choices of each prompt, at least one each.
-        scoring: `full` sums over all of the choice's tokens and the end-of-sequence token, if there is one;
-            `kit` leaves the first token out, as the competition's starter kit does.
+        tails: the choices of each prompt, at least one each.
+        scoring: `full` sums over all of the choice's tokens and the one that ends it, if there is one; `kit`
+            leaves the first token out, as the competition's starter kit does.
 
     Returns:
         One score per prompt and choice.
@@ -280,9 +291,8 @@ def score_choices(
 
     ids, mask = padded(rows, pad_id(tokenizer), model.device)
     # (N,) which prompt a choice belongs to
-    owner = torch.tensor([n for n, options in enumerate(choices) for _ in options], device=model.device)
-    tails = endings(tokenizer, [text for options in choices for text in options])
-    tail, valid = padded(tails, pad_id(tokenizer), model.device, "right")  # (N, width)
+    owner = torch.tensor([n for n, options in enumerate(tails) for _ in options], device=model.device)
+    tail, valid = padded(list(chain(*tails)), pad_id(tokenizer), model.device, "right")  # (N, width)
     width = tail.shape[1]
     with torch.inference_mode():
         logits, cache = read_prompts(model, ids, mask, width - 1)
@@ -305,7 +315,7 @@ def score_choices(
             logp = torch.stack([row.float().log_softmax(-1).gather(1, tokens)[:, 0] for row, tokens in pairs])
             scores = scores + (logp * valid[:, 1:]).sum(1)  # logp is (N, width - 1)
     flat = iter(scores.tolist())
-    return [tuple(next(flat) for _ in options) for options in choices]
+    return [tuple(next(flat) for _ in options) for options in tails]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, size: int = sys.maxsize) -> int:
@@ -354,12 +364,7 @@ def unanswerable(
 
 
 def batched(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    choices: Choices,
-    max_new_tokens: int,
-    batch_size: int | None,
+    model: PreTrainedModel, rows: Rows, tails: Tails, max_new_tokens: int, batch_size: int | None
 ) -> tuple[list[Batch], dict[int, str]]:
     """Batches of prompts of similar length, and why a prompt is in none: it has no answer.
 
@@ -368,22 +373,20 @@ def batched(
         batch_size: prompts per batch, however long; None fills batches by tokens.
     """
     most = positions(model)
-    end = int(tokenizer.eos_token_id is not None)  # of a choice, which is not read
     reads = []
     left_out = {}
-    for n, (row, options) in enumerate(zip(rows, choices, strict=True)):
-        tails = endings(tokenizer, options) if options else []
-        reads.append(len(row) + max((len(tail) - end for tail in tails), default=0))
-        if why := unanswerable(model, row, tails, reads[n], most):
+    for n, (row, options) in enumerate(zip(rows, tails, strict=True)):
+        reads.append(len(row) + max((len(tail) - 1 for tail in options), default=0))  # the last is not read
+        if why := unanswerable(model, row, options, reads[n], most):
             left_out[n] = why
     readable = [n for n in range(len(rows)) if n not in left_out]
     write_tokens, choice_tokens = batch_tokens(model, model.device, model.dtype)
     kinds = [(0, write_tokens)]
     # Each choice needs a copy of its prompt's key-value cache and the logits of its own tokens.
-    kinds += [(count, choice_tokens // count) for count in sorted({len(texts) for texts in choices if texts})]
+    kinds += [(count, choice_tokens // count) for count in sorted({len(some) for some in tails if some})]
     batches = []
     for count, budget in kinds:
-        part = [n for n in readable if len(choices[n]) == count]
+        part = [n for n in readable if len(tails[n]) == count]
         lengths = [reads[n] + (0 if count else max_new_tokens) for n in part]
         prompts = [len(rows[n]) for n in part]
         limit = min(most, alike_up_to(model))
@@ -400,7 +403,7 @@ def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
-    choices: Choices,
+    tails: Tails,
     batches: Sequence[Batch],
     *,
     max_new_tokens: int,
@@ -418,7 +421,7 @@ def answer(
     most = positions(model)
 
     def answered(part: list[int]) -> list[Answer]:
-        prompts, options = [rows[n] for n in part], [choices[n] for n in part]
+        prompts, options = [rows[n] for n in part], [tails[n] for n in part]
         if options[0]:
             scored = score_choices(model, tokenizer, prompts, options, scoring)
             return [likeliest(scores) for scores in scored]
@@ -440,10 +443,11 @@ def answers(
     batch_size: int | None = None,
 ) -> list[Answer]:
     """The answers to prompts, in order; see `batched` and `answer`."""
-    batches, _ = batched(model, tokenizer, rows, choices, max_new_tokens, batch_size)
+    tails = [endings(tokenizer, options) for options in choices]
+    batches, _ = batched(model, rows, tails, max_new_tokens, batch_size)
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "scoring": scoring}
     by_number: dict[int, Answer] = {}
-    for done in answer(model, tokenizer, rows, choices, batches, **how):
+    for done in answer(model, tokenizer, rows, tails, batches, **how):
         by_number.update(zip(done.numbers, done.answers, strict=True))
     return [by_number.get(n, FAILED) for n in range(len(rows))]
 

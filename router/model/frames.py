@@ -137,7 +137,8 @@ def usual(texts: Sequence[str], least: int) -> Frame:
     """
     lined = [text for text in texts if "\n" in text.strip()]
     counts = Counter((end, text.splitlines()[end]) for end in (0, -1) for text in lined)
-    [((end, line), count)] = counts.most_common(1) or [((0, ""), 0)]
+    # Of equally many one by its text, whatever the order of the queries.
+    (end, line), count = max(counts.items(), key=lambda one: (one[1], one[0]), default=((0, ""), 0))
     if count < max(least, len(texts) / 4):
         return BARE
     some = [text for text in lined if text.splitlines()[end] == line]

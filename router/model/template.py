@@ -149,18 +149,26 @@ class Template:
     @cached_property
     def format(self) -> Format | None:
         """How it writes turns; None where that cannot be told from a conversation of three messages."""
-        asked, said = {"role": "user", "content": MARK}, {"role": "assistant", "content": "said"}
-        try:
-            _, between, after = self.text([asked, said, asked], date=DATE).split(MARK)
-            before = self.frame.before
-        except (InputError, ValueError):
+        if not self._three:
             return None
-        answer, _, between = between.rpartition("said")
+        before = self.frame.before
+        answer, between, after = self._three
         # Without what begins the answer, such as `<think>`, nor a half tag.
         after = re.sub(r"[<\[][^>\]]*\Z", "", after[: alike([after, answer])]) or after
         user = between[len(between) - alike([before[::-1], between[::-1]]) :]  # with which both end
         user = re.sub(r"\A[^<]*>", "", user.removeprefix(after[: after.find(">") + 1])).lstrip()  # of others
         return Format(user, after) if user.strip() and after.strip() else None
+
+    @cached_property
+    def _three(self) -> tuple[str, str, str] | None:
+        """The text before an answer between two messages of the user, after it, and after both."""
+        asked, said = {"role": "user", "content": MARK}, {"role": "assistant", "content": "said"}
+        try:
+            _, between, after = self.text([asked, said, asked], date=DATE).split(MARK)
+        except (InputError, ValueError):
+            return None
+        before, _, between = between.rpartition("said")
+        return before, between, after
 
     @cached_property
     def _date(self) -> tuple[str, str]:
@@ -186,13 +194,11 @@ class Template:
         return False
 
     @cached_property
-    def end(self) -> int:
-        """The token that ends a turn, if the template writes one after the user's message; else -1."""
-        after = self.usable.after if self.usable else ""
+    def end(self) -> int | None:
+        """The token that ends an answer, if the template writes one after an earlier answer; else None."""
+        after = self._three[1].lstrip() if self._three else ""
         ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
-        # Gemma has line ends among its marks, which end no turn.
-        ends = is_mark(self.tokenizer, ids) and str(self.tokenizer.added_tokens_decoder[ids[0]]).strip()
-        return int(ids[0]) if ends else -1
+        return int(ids[0]) if is_mark(self.tokenizer, ids) else None
 
     def turns(self, messages: Sequence[Message], query: str = "") -> list[Parts]:
         """Each message of the user that has text, with the system message alone, in the template.
@@ -237,7 +243,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> Templa
     try:
         if file.stat().st_size > LARGEST:
             raise ValueError(f"more than {LARGEST} bytes")
-        template = Template(tokenizer, file.read_text("utf-8"), str(file))
+        template = Template(tokenizer, file.read_text("utf-8-sig"), str(file))
     except (OSError, ValueError) as error:
         raise InputError(f"--chat_template {file}: expected a Jinja template ({error})") from error
     _ = template.frame

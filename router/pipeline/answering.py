@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from router.model.answer import FAILED, Answer, Done, Rows, answer, batched
+from router.model.answer import FAILED, Answer, Done, Rows, Tails, answer, batched, endings
 from router.model.base import Base
 from router.pipeline.context import Context
 from router.queries.submission import MULTIPLE_CHOICE, Query
@@ -30,17 +30,21 @@ def answered(
     rows: Rows,
     context: Context,
     bar: Bar = lambda tokens: None,
+    ends: Sequence[int | None] | None = None,
 ) -> list[Answer]:
     """Answers queries in order, with whichever adapter is active.
 
     A query that cannot be answered has failed, and a warning names it. So has one that another process
     answers, and one that is left out for want of time.
+
+    Args:
+        ends: the token that ends a choice of each query; None is the tokenizer's end-of-sequence token.
     """
     processes = context.processes
     settings = context.settings
     known = known_to(context)
-    options, most = choices_of(queries), settings.max_gen_len
-    batches, left_out = batched(model, tokenizer, rows, options, most, settings.batch_size)
+    tails, most = _tails(tokenizer, queries, ends), settings.max_gen_len
+    batches, left_out = batched(model, rows, tails, most, settings.batch_size)
     for n, why in left_out.items():
         if not processes.rank:
             warn(queries[n], why)
@@ -49,7 +53,7 @@ def answered(
     if context.deadline:  # what costs least first, so that most are answered in time
         todo.sort(key=lambda batch: (not batch.chooses, batch.tokens / len(batch.numbers)))
     asked = {n for batch in todo for n in batch.numbers}
-    done = answer(model, tokenizer, rows, options, todo, max_new_tokens=most, scoring=settings.scoring)
+    done = answer(model, tokenizer, rows, tails, todo, max_new_tokens=most, scoring=settings.scoring)
     return kept(done, queries, rows, asked, context, bar)
 
 
@@ -60,6 +64,7 @@ def answered_by_vllm(
     variants: Sequence[Path | None],
     context: Context,
     bar: Bar = lambda tokens: None,
+    ends: Sequence[int | None] | None = None,
 ) -> list[Answer]:
     """As `answered`, by vLLM, each query with the adapter in a folder; None is the base model."""
     from router.engines.vllm import answer as ask
@@ -67,7 +72,7 @@ def answered_by_vllm(
     known, settings = known_to(context), context.settings
     asked = [n for n, query in enumerate(queries) if query not in known]
     done = ask(
-        base, rows, choices_of(queries), variants, asked, scoring=settings.scoring,
+        base, rows, _tails(base.tokenizer, queries, ends), variants, asked, scoring=settings.scoring,
         max_new_tokens=settings.max_gen_len,
     )  # fmt: skip
     return kept(done, queries, rows, set(asked), context, bar)
@@ -81,6 +86,14 @@ def known_to(context: Context) -> MutableMapping[Query, Answer]:
 def choices_of(queries: Sequence[Query]) -> list[tuple[str, ...]]:
     """The choices of each query; none where text is to be written, whatever the query has."""
     return [query.choices if query.eval_type == MULTIPLE_CHOICE else () for query in queries]
+
+
+def _tails(
+    tokenizer: PreTrainedTokenizerBase, queries: Sequence[Query], ends: Sequence[int | None] | None
+) -> Tails:
+    """The choices of each query as token ids."""
+    pairs = zip(choices_of(queries), ends or [None] * len(queries), strict=True)
+    return [endings(tokenizer, options, end) for options, end in pairs]
 
 
 def kept(

@@ -228,5 +228,6 @@ class PerToken(Method):
             attached(self.base.model, self.experts, self.weigh),
             progress(total=sum(map(len, rows)), desc="predict", unit="tok") as bar,
         ):
-            answers = answered(self.base.model, self.tokenizer, queries, rows, self.context, bar.update)
+            ends = self._ends(queries)
+            answers = answered(self.base.model, self.tokenizer, queries, rows, self.context, bar.update, ends)
         return self._ended(queries, answers, [None] * len(queries))

@@ -87,13 +87,13 @@ def turns_of(
     counts = Counter(turns[-1].own for turns in parts if turns[-1].own != turns[-1].common)
     if asked is not None:
         _count(asked, counts)
-    shared = {*known, *(frame for frame, count in counts.most_common(new) if count >= SHARED)}
+    shared = {*known, *(frame for frame in _ranked(counts)[:new] if counts[frame] >= SHARED)}
 
     def read(n: int, one: Parts) -> Read:
         whole = next(ids)
-        tokens = cut(whole, limit, n in talks or one.common != BARE)
+        tokens = cut(whole, limit, n in talks)  # as it is asked
         head = heads(one.head) if one.head and (not limit or len(whole) < limit) else 0
-        under = tuple(headed(cut(whole, limit, ends=True), head, frame=True))
+        under = tuple(headed(tokens, head, frame=True))
         if one.head == one.common.before:
             tokens = list(under)
         elif len(tokens) > MAX_TOKENS:
@@ -104,6 +104,11 @@ def turns_of(
 
     heads = cache(lambda head: len(encode(template.tokenizer, [ends_of(head, most // 4)])[0]))
     return [[read(n, one) for one in turns] for n, turns in enumerate(parts)]
+
+
+def _ranked(counts: Counter[Frame]) -> list[Frame]:
+    """The most frequent first; of equally many in the order of their texts, whatever that of the queries."""
+    return sorted(counts, key=lambda frame: (-counts[frame], frame))
 
 
 def _count(asked: Counter[Frame], counts: Counter[Frame]) -> None:
@@ -133,7 +138,7 @@ def _in_frames(
         after = frame.after.strip()
         return bool(mark) and after.startswith(mark) and after != mark and counts[frame] < SHARED
 
-    allowed = {BARE, talk, *known, *[frame for frame, _ in counts.most_common() if not odd(frame)][:new]}
+    allowed = {BARE, talk, *known, *[frame for frame in _ranked(counts) if not odd(frame)][:new]}
     framed = list(parts)
     # A conversation in no other frame takes the template's: some templates write a system message after the
     # user's, so that each makes another frame. So does a prompt that ends like it.

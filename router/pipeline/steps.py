@@ -32,7 +32,7 @@ from router.pipeline.context import Context
 from router.pipeline.model_card import Recipe, write_card
 from router.pipeline.result import Decision, Result, Routing
 from router.pipeline.served import hashed
-from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query
+from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query, refuse
 from router.routing.clusters import Array, Clusters, cluster
 from router.routing.variants import VARIANTS, Variant, complete, decide, folder_names, limited, write_variant
 from router.settings import Settings
@@ -86,9 +86,21 @@ def load(context: Context) -> Loaded:
 
 
 def encoded(template: Template, queries: Sequence[Query], most: int | None) -> list[list[int]]:
-    """The token ids of each query's prompt, `most` of them at most; a conversation's is in the template."""
+    """The token ids of each query's prompt, `most` of them at most; a conversation's is in the template.
+
+    Raises:
+        InputError: the template does not take conversations, each of which is named, or what a user says.
+    """
     prompts = iter(encode(template.tokenizer, [q.input for q in queries if not q.messages]))
-    rows = [template.ids(q.conversation, q.id) if q.messages else next(prompts) for q in queries]
+    rows, problems = [], []
+    for query in queries:
+        try:
+            rows.append(template.ids(query.conversation, query.id) if query.messages else next(prompts))
+        except InputError as error:
+            problems.append(str(error))
+    refuse(problems)
+    if any(query.messages for query in queries):
+        _ = template.frame
     return [cut(row, most, bool(q.messages)) for row, q in zip(rows, queries, strict=True)]
 
 
@@ -208,15 +220,15 @@ class Method(ABC):
         talks = {path for path, query in zip(variants, queries, strict=True) if path and query.messages}
         templates = {path: brought(self.tokenizer, path) for path in talks}
         brought_by = [templates.get(path) if path else None for path in variants]
-        prompts = list(rows)
+        prompts, ends = list(rows), self._ends(queries)
         for n, (query, template) in enumerate(zip(queries, brought_by, strict=True)):
             if query.messages and template and (ids := template.tried(query.conversation, query.id)):
-                prompts[n] = cut(ids, self.settings.max_seq_len, ends=True)
+                prompts[n], ends[n] = cut(ids, self.settings.max_seq_len, ends=True), template.end
         answers = [FAILED] * len(queries)
         known = known_to(context)
         with progress(total=sum(map(len, prompts)), desc="predict", unit="tok") as bar:
             if self.settings.engine == "vllm":
-                answers = answered_by_vllm(self.base, queries, prompts, variants, context, bar.update)
+                answers = answered_by_vllm(self.base, queries, prompts, variants, context, bar.update, ends)
                 return self._ended(queries, answers, brought_by)
             with applied(self.base, self.settings.apply) as models:
                 kinds = MULTIPLE_CHOICE, GENERATION
@@ -231,16 +243,29 @@ class Method(ABC):
                     over = context.deadline and context.deadline.over()
                     idle = over or all(query in known for query in part)  # nothing is asked
                     model = self.base.model if idle else models.activate(paths[n])
-                    part_answers = answered(model, self.tokenizer, part, asked, context, bar.update)
+                    part_answers = answered(
+                        model, self.tokenizer, part, asked, context, bar.update, [ends[m] for m in members]
+                    )
                     for m, new in zip(members, part_answers, strict=True):
                         answers[m] = new
         return self._ended(queries, answers, brought_by)
 
+    def _ends(self, queries: Sequence[Query]) -> list[int | None]:
+        """The token that ends an answer to each query in the template that all share; None for a prompt."""
+        return [self.template.end if query.messages else None for query in queries]
+
     def _ended(
         self, queries: Sequence[Query], answers: Sequence[Answer], templates: Sequence[Template | None]
     ) -> list[Answer]:
-        """Answers to conversations up to a template's end of turn, where the model has another one."""
+        """Answers to conversations up to a template's end of turn, where the model has another one.
+
+        One that states several knows its own: of gpt-oss each part of an answer ends as a message of the user
+        does.
+        """
         ended = list(answers)
+        stated = getattr(self.base.model.generation_config, "eos_token_id", None)
+        if isinstance(stated, (list, tuple)) and len(stated) > 1:
+            return ended
         for n, (query, second) in enumerate(zip(queries, templates, strict=True)):
             for template in (self.template, second) if query.messages else ():
                 if template and template.end in ended[n].ids:

@@ -187,12 +187,17 @@ def read_queries(path: Path) -> list[Query]:
                 problems.append(str(error))
     except InputError as error:  # where the file breaks off
         problems.append(str(error))
-    if problems:
-        more = len(problems) - SHOWN
-        raise InputError("\n".join(problems[:SHOWN]) + (f"\nand {more} more like these" if more > 0 else ""))
+    refuse(problems)
     if not queries:
         raise InputError(f"{path}: expected at least one query, found none")
     return queries
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raises an InputError of up to SHOWN problems, if there are any."""
+    if problems:
+        more = len(problems) - SHOWN
+        raise InputError("\n".join(problems[:SHOWN]) + (f"\nand {more} more like these" if more > 0 else ""))
 
 
 def id_of(row: Mapping[str, Any], number: int) -> str:

@@ -11,7 +11,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig
 
 from helpers import FAMILIES, family
-from router.model.answer import answers, continuation, encode, generate, score_choices
+from router.model.answer import answers, continuation, encode, endings, generate, score_choices
 from router.model.base import check_sound
 from router.model.cache import new_cache
 from router.pipeline import answering
@@ -80,7 +80,8 @@ def test_generated_text_loses_a_blank_and_special_tokens(base, told, kept):
 
 
 def test_the_kits_scores_leave_out_the_first_token(base):
-    found = score_choices(base.model, base.tokenizer, rows(base), CHOICES, "kit")
+    tails = [endings(base.tokenizer, choices) for choices in CHOICES]
+    found = score_choices(base.model, base.tokenizer, rows(base), tails, "kit")
     for prompt, choices, scores in zip(rows(base), CHOICES, found, strict=True):
         expected = [log_probability(base, prompt, choice, skip=1) for choice in choices]
         assert scores == pytest.approx(expected, rel=0, abs=1e-3)
@@ -281,7 +282,11 @@ def test_a_model_whose_layers_keep_something_else_is_refused(base):
     endless.config.eos_token_id = endless.generation_config.eos_token_id = None
     tokenizer.eos_token = tokenizer.pad_token = None  # with no token that ends a text, all are written
     assert {len(answer.ids) for answer in generate(endless, tokenizer, rows(base), 5)} == {5}
-    assert all(np.isfinite(score_choices(endless, tokenizer, rows(base)[:1], [("a", "bc", "")])[0]))
+    assert all(
+        np.isfinite(
+            score_choices(endless, tokenizer, rows(base)[:1], [endings(tokenizer, ("a", "bc", ""))])[0]
+        )
+    )
     endless.generation_config.eos_token_id = "x"
     with pytest.raises(InputError, match="eos_token_id"):
         generate(endless, tokenizer, rows(base), 5)

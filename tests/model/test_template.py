@@ -128,6 +128,8 @@ def test_a_template_that_fails_is_a_sentence(base, tmp_path, source):
     for path in (file, tmp_path / "gone", tmp_path):
         with pytest.raises(InputError, match=str(path)):
             template_of(base.tokenizer, path)
+    file.write_text(PLAIN, "utf-8-sig")
+    assert template_of(base.tokenizer, file).source == PLAIN
 
 
 @pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", "strftime_now(format='%d %b %Y')"])

@@ -5,11 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from helpers import NAMES, PLAIN, method_of, read_table
+from helpers import NAMES, PLAIN, choice_scores, method_of, read_table
 from helpers import QUERIES as ROWS
 from router.api import Router
 from router.cli import main as cli
@@ -17,7 +18,7 @@ from router.constants import TEMPLATE
 from router.kit import Merges
 from router.methods.proto_route import decided
 from router.model.answer import Answer, cut_at
-from router.model.frames import ALPACA, BARE, Frame, bare
+from router.model.frames import ALPACA, BARE, Frame, bare, usual
 from router.model.passes import MAX_TOKENS, truncated
 from router.model.template import Template, brought
 from router.pipeline import calibration
@@ -530,6 +531,49 @@ def test_an_answer_ends_where_the_variants_own_template_ends_a_turn(method, base
     for name, ended in (("plain", "x\ny<b>z"), ("b", "x\ny")):
         own = brought(tokenizer, tmp_path / name)
         assert made._ended([query], [answer], [own])[0].text == ended
+    config = SimpleNamespace(eos_token_id=[7, 8])  # a model that knows, as gpt-oss, whose every part ends so
+    made.base = SimpleNamespace(model=SimpleNamespace(generation_config=config))
+    assert made._ended([query], [answer], [own]) == [answer]
+
+
+def test_choices_of_a_chat_end_as_answers_do(base, tiny_library, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text(PLAIN.replace("\n", "<pad>"))
+    made = method_of("base", base, tiny_library, chat_template=file, output_folder=tmp_path / "out")
+    options, tokenizer = ("yes", "yes, it is"), deepcopy(base.tokenizer)
+    chat, prompt = (
+        Query("0", "", "multiple_choice", options, json.dumps(HI)),
+        Query("1", "hi", "multiple_choice", options),
+    )
+    found = made.answer([chat, prompt]).answers
+    expected = choice_scores(base.model, tokenizer, "hi", options)
+    assert found[1].scores == pytest.approx(expected, abs=1e-4)
+    tokenizer.eos_token = "<pad>"
+    expected = choice_scores(base.model, tokenizer, "user: hi<pad>assistant: ", options)
+    assert found[0].scores == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_order_of_queries_changes_no_frame(method):
+    texts = [f"{line}\n{n} of them" for line in ("Add:", "Sort:") for n in range(2 * SHARED)]
+    assert usual(texts, SHARED) == usual(texts[::-1], SHARED) != BARE
+    jobs = [f"Be number {n}." for n in range(FRAMES + 1)]
+    asked = [query for job in jobs for query in queries_of(*"abcdefghijklmnop", system=job)]
+    shared = [
+        {read.shared for turns in method().turns(some) for read in turns} for some in (asked, asked[::-1])
+    ]
+    assert shared[0] == shared[1] and len(shared[0]) == FRAMES + 1  # and None
+
+
+def test_chats_that_a_template_does_not_take_are_named_before_anything_is_answered(method):
+    made = method()
+    picky = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('no job') }}{% endif %}"
+    made.template = Template(made.tokenizer, picky + PLAIN)
+    with pytest.raises(InputError, match=r"query 0: .*no job.*\nquery 2: "):
+        made.encoded(queries_of("no", "yes", "no"))
+    parts = "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] %}{{ p['text'] }}{% endif %}"
+    made.template = Template(made.tokenizer, parts + "{% endfor %}{% endfor %}answer: ")
+    with pytest.raises(InputError, match="writes the user's message"):
+        made.encoded(queries_of("yes"))
 
 
 def test_a_variant_keeps_no_template_of_the_one_before(method, tiny_library, tmp_path):
@@ -558,6 +602,11 @@ def test_a_long_chat_keeps_both_its_ends(method):
     assert len(ids) == 40 and text.startswith("system: rules") and text.endswith("user: hi\nassistant: ")
     ((read,),) = made.turns(asked)
     assert list(read.ids) == ids
+    prompts = [
+        Query("0", "long " * 40, "generation"),
+        Query("1", "user: " * 40 + "\nassistant: ", "generation"),
+    ]
+    assert [[list(read.ids)] for (read,) in made.turns(prompts)] == [[ids] for ids in made.encoded(prompts)]
 
 
 def test_of_a_long_conversation_the_last_messages_are_read_and_the_job(method):
