@@ -1,6 +1,6 @@
 """The time and memory of a run, before anything is loaded or downloaded: `router.main --plan`.
 
-It reads queries, adapters' headers and the base model's configuration, and measures the pace of two random
+It reads queries, adapters' headers and the base model's configuration, and measures the pace of a few random
 layers like the base model's. The rest is one coarse model of all methods, which rather says too much:
 
 - The base model reads each prompt once beside all adapters before it answers, generic text twice a frame.
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 START, DISK, SVD = 4.0, 5e8, 1e8  # seconds for imports; bytes a second that are read, or decomposed
-LAYERS, ROWS = 2, 4  # of the model that is measured, and prompts that it reads at once
+LAYERS, ROWS = 2, 4  # of the model that is measured, at least, and prompts that it reads at once
 LIBRARIES = 530 << 20  # bytes of torch, transformers, peft, faiss and the others, once in use
 KERNELS = 200 << 20  # bytes of what torch compiles and keeps, and of activations, as seen on two cores
 RESPONSES = 128 << 20  # bytes of what is measured of prompts that are read together, at most
@@ -203,7 +203,9 @@ def _pace(run: _Run) -> tuple[float, float]:
 
     config, dtype = copy.deepcopy(run.model.config), run.model.dtype
     text = config.get_text_config(decoder=True)
-    layers, text.num_hidden_layers = text.num_hidden_layers, min(LAYERS, text.num_hidden_layers)
+    kinds = getattr(text, "layer_types", None) or []
+    least = max([LAYERS, *(kinds.index(kind) + 1 for kind in kinds)])  # one of each kind
+    layers, text.num_hidden_layers = text.num_hidden_layers, min(least, text.num_hidden_layers)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     models.ready(model, run.device.type)
     head: Any = model.get_output_embeddings()

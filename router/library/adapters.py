@@ -252,14 +252,18 @@ def model_of(name: str) -> str:
     return re.sub(QUANTISED, "", last.casefold())
 
 
-def last_block(adapters: Sequence[Adapter]) -> list[str]:
+def last_block(adapters: Sequence[Adapter], within: str = "") -> list[str]:
     """The modules that adapters change in one block: the last of the blocks that most adapters change.
 
     `model.layers.3.self_attn.q_proj` is in `model.layers.3`; a module outside of blocks is its own block.
+
+    Args:
+        within: how the names of the modules that count begin, for an adapter that changes any of them.
     """
     blocks: dict[tuple[str, int], dict[str, set[str]]] = {}  # by adapter
     for adapter in adapters:
-        for module in adapter.folder.shapes:
+        inside = [module for module in adapter.folder.shapes if module.startswith(within)]
+        for module in inside or adapter.folder.shapes:
             match = re.match(r"(.*?)\.(\d{1,9})\.", module)
             block = (match[1], int(match[2])) if match else (module, -1)
             blocks.setdefault(block, {}).setdefault(adapter.name, set()).add(module)

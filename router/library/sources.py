@@ -1,16 +1,19 @@
 """Where adapters are: in a folder, in data/library, or on the hub. Opens none of them."""
 
+import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from merge.folders import CONFIG_FILE, WEIGHTS_FILE
 from router.constants import COMPETITION, COMPETITION_ADAPTERS, LIBRARY, TEMPLATE, TOKENIZER
-from router.system.errors import InputError
+from router.system.errors import InputError, printable
 from router.system.files import is_folder
 from router.system.hub import HubError, fetch
 
+log = logging.getLogger(__name__)
 CARD_FILE = "README.md"  # an adapter's model card, as on the hub
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, TEMPLATE, TOKENIZER)
 
@@ -46,6 +49,12 @@ def find(spec: str, local_only: bool = False) -> list[Source]:
         return [Source(repo.rsplit("/", 1)[-1], path, commit)]
     try:
         if (path / CONFIG_FILE).exists():  # a link keeps its own name
+            # As PEFT saves a model with several adapters; the Trainer saves steps of the same one.
+            more = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
+            if more := [name for name in more if not re.fullmatch(r"checkpoint-\d+", name)]:
+                log.warning(
+                    "%s", printable(f"{path}: an adapter, so those in it are left out: {', '.join(more)}")
+                )
             return [Source(Path(os.path.normpath(path.absolute())).name, path, None)]
         # With links to nowhere, of which none is to be left out without a word.
         there = (child for child in path.iterdir() if child.is_dir() or not child.exists())

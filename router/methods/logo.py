@@ -8,6 +8,7 @@ from torch import Tensor
 
 from router.library.adapters import Adapter, last_block
 from router.model.answer import Rows
+from router.model.base import decoder_prefix
 from router.model.passes import batches, forward
 from router.pipeline.per_token import Experts, attached, load_experts, norms
 from router.pipeline.result import Routing
@@ -19,9 +20,9 @@ TOP_K = 20  # the authors' default (archon159/LoGo), for 260 adapters
 PROJECTION = "q_proj"  # the authors', in the last block
 
 
-def probed(adapters: Sequence[Adapter]) -> set[str]:
+def probed(adapters: Sequence[Adapter], within: str = "") -> set[str]:
     """The modules that give the signal: the last block's q_proj if all adapters change it, else all there."""
-    block = last_block(adapters)
+    block = last_block(adapters, within)
     shared = [
         module
         for module in block
@@ -58,7 +59,7 @@ class LoGo(Method):
         """The norm of each adapter's output for each prompt's last token, (prompts, adapters)."""
         model = self.base.model
         n = len(self.adapters)
-        modules = probed(self.adapters)
+        modules = probed(self.adapters, decoder_prefix(model))
         count = np.array([len(modules & adapter.folder.shapes.keys()) for adapter in self.adapters])
         total = np.zeros((len(rows), n))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from merge.factors import support
 from router.library.adapters import Adapter, last_block
 from router.model.answer import Rows
+from router.model.base import decoder_prefix
 from router.model.hooks import reading_inputs
 from router.model.passes import batches, forward
 from router.pipeline.result import Routing
@@ -55,21 +56,21 @@ class Mass(Method):
     def route(self, queries: Sequence[Query], rows: Rows) -> Routing:
         """Weighs at most three adapters; the base model has no weight."""
         with self.stages("subspaces"):
-            spaces = subspaces(self.adapters, str(self.base.model.device))
+            spaces = subspaces(self.adapters, str(self.base.model.device), decoder_prefix(self.base.model))
         with self.stages("probe"):
             pad = self.tokenizer.pad_token_id
             left = residuals(self.base.model, rows, pad, spaces, len(self.adapters))
         return without_base(select(left))
 
 
-def subspaces(adapters: Sequence[Adapter], device: str) -> dict[str, dict[int, Tensor]]:
+def subspaces(adapters: Sequence[Adapter], device: str, within: str = "") -> dict[str, dict[int, Tensor]]:
     """The first right singular vectors of each adapter at the modules of the last block.
 
     Returns:
         By module, adapter number -> V^T, (k, d_in) float32; k is the same for all adapters at a module.
     """
     directions = {}
-    for module in last_block(adapters):
+    for module in last_block(adapters, within):
         here = {n: adapter for n, adapter in enumerate(adapters) if module in adapter.folder.shapes}
         vhs = {n: support(adapter.read(module))[2] for n, adapter in here.items()}
         vhs = {n: vh for n, vh in vhs.items() if len(vh)}

@@ -325,5 +325,14 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
-        if isinstance(module, Linear) and module is not head
+        if isinstance(module, Linear)
+        and module is not head
+        # Llama 4's and Phi-MoE's choose experts, and give more than their output.
+        and not type(module).__name__.endswith("Router")
     }
+
+
+def decoder_prefix(model: PreTrainedModel) -> str:
+    """How the names of the modules that read text begin; those of others see pictures alone."""
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")

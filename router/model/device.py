@@ -112,10 +112,14 @@ def tokens_at_once(device: torch.device, dtype: torch.dtype) -> int:
 
 def cache_bytes(config: Any, dtype: torch.dtype) -> int:
     """The bytes of the keys and values of one token in a model of this configuration."""
-    config = config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
+    text = config.get_text_config(decoder=True)
+    layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
+    widths = [
+        (getattr(one, "num_key_value_heads", None) or one.num_attention_heads)
+        * (getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads)
+        for one in layers
+    ]
+    return int(2 * sum(widths) * dtype.itemsize)
 
 
 def batch_tokens(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:

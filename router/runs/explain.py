@@ -135,7 +135,8 @@ def _reasons(rows: Rows) -> Iterator[str]:
     low = ", a low margin" if margin < LOW_MARGIN else ""
     yield f"the next candidate, {called(second['name'])}, is {margin:.2f} behind{low}"
     read = _strongest(rows)
-    yield f"{'it' if read is first else read['name']} had the strongest response before calibration"
+    who = "it" if read is first else read["name"]
+    yield f"of those with a score {who} had the strongest response before calibration"
 
 
 def _strongest(rows: Rows) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import errno
 import os
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers import WIDTHS, write_tiny_adapter
-from router.library.adapters import base_of, check_against_base, load_library
+from router.library.adapters import base_of, check_against_base, last_block, load_library
 from router.library.sources import is_here
 from router.routing.prototypes import prototypes
 from router.system.errors import InputError
@@ -168,3 +169,21 @@ def test_base_of(tiny_library, tmp_path):
     ):
         with pytest.raises(InputError, match=cause):
             check_against_base(of, "tiny", False, shapes)
+
+
+def test_adapters_inside_an_adapter_are_named(tmp_path, caplog):
+    """As PEFT saves a model with several adapters, and the Trainer one after some steps."""
+    for name in (".", "french", "checkpoint-10"):
+        write_tiny_adapter(tmp_path / "all" / name, seed=1)
+    assert [adapter.name for adapter in load_library([str(tmp_path / "all")])] == ["all"]
+    assert "left out: french" in caplog.text and "checkpoint" not in caplog.text
+
+
+def test_the_last_block_is_one_that_reads_text():
+    """Of a model that sees pictures, too, with more blocks for them."""
+    text, eyes = "model.language_model.layers.1.self_attn.q_proj", "model.vision_tower.layers.7.q_proj"
+    both, seeing = (
+        SimpleNamespace(name=str(len(m)), folder=SimpleNamespace(shapes=m)) for m in ((text, eyes), (eyes,))
+    )
+    assert last_block([both]) == [eyes] and last_block([both], "model.language_model.") == [text]
+    assert last_block([seeing], "model.language_model.") == [eyes]

@@ -10,9 +10,9 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM
 
-from helpers import edit_json, edit_weights, write_tiny_adapter
+from helpers import edit_json, edit_weights, family, write_tiny_adapter
 from router.model import base as module
-from router.model.base import embedded_folder, load_base
+from router.model.base import decoder_prefix, embedded_folder, linear_shapes, load_base
 from router.system.errors import InputError
 from router.system.files import sha256_of
 
@@ -170,3 +170,14 @@ def test_the_converted_model_has_the_rights_that_the_umask_leaves(tiny_base, tmp
         os.umask(old)
     assert folder.stat().st_mode & 0o777 == 0o755
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("llama", "model."), ("gemma3", "model.language_model.")])
+def test_what_reads_text_is_known_and_what_chooses_experts_takes_no_adapter(kind, prefix):
+    model = family(kind, 64)
+    assert decoder_prefix(model) == prefix
+    name = f"{prefix}layers.1.self_attn.q_proj"
+    assert name in linear_shapes(model)
+    chooses = type("TopRouter", (torch.nn.Linear,), {})(32, 4)
+    model.set_submodule(name, chooses)
+    assert name not in linear_shapes(model) and prefix + "layers.0.self_attn.q_proj" in linear_shapes(model)

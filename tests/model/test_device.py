@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import MistralConfig
+from transformers import CONFIG_MAPPING, MistralConfig
 
+from helpers import family
 from router.model import device
-from router.model.device import batch_tokens, pick_dtype
+from router.model.device import batch_tokens, cache_bytes, pick_dtype
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -30,6 +31,17 @@ def test_batches_grow_with_the_memory_of_a_gpu_alone(monkeypatch):
         found.append(batch_tokens(mistral, torch.device("cuda"), torch.bfloat16))
         cpu.add(batch_tokens(mistral, CPU, torch.bfloat16))
     assert cpu == {found[0]} and found == sorted(found) and len(set(found)) > 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gemma4_text"])
+def test_the_cache_of_a_token_is_counted_layer_by_layer(kind):
+    """Gemma 4's layers have heads of different width."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {kind} yet")
+    model = family(kind, 64)
+    cache = model(torch.ones(1, 4, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert 4 * cache_bytes(model.config, torch.float32) == held
 
 
 @pytest.mark.parametrize("version", [0, 1])
