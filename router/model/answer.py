@@ -189,11 +189,10 @@ def endings(
     """
     if not choices:
         return []
-    ends = [tokenizer.eos_token_id if end is None else end]
+    last = tokenizer.eos_token_id if end is None else end
+    after = [] if last is None else [last]
     ids = tokenizer([_whole(text) for text in choices], add_special_tokens=False)["input_ids"]
-    return [
-        [*tokens, *(token for token in ends if token is not None)] or [pad_id(tokenizer)] for tokens in ids
-    ]
+    return [[*tokens, *after] or [pad_id(tokenizer)] for tokens in ids]
 
 
 def generate(

@@ -67,7 +67,7 @@ def answered_by_vllm(
     ends: Sequence[int | None] | None = None,
 ) -> list[Answer]:
     """As `answered`, by vLLM, each query with the adapter in a folder; None is the base model."""
-    from router.engines.vllm import answer as ask
+    from router.model.vllm import answer as ask
 
     known, settings = known_to(context), context.settings
     asked = [n for n, query in enumerate(queries) if query not in known]

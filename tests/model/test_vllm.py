@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from helpers import ROWS, WIDTHS, active, read_by_id, stand_in, write_tiny_library
-from router.engines import vllm
+from router.model import vllm
 from router.model.answer import answers, encode
 from router.model.base import load_base
 from router.pipeline.answering import answered_by_vllm

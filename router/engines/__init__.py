@@ -1,1 +1,0 @@
-"""Engines that answer queries in place of the model in this process."""
