@@ -1,6 +1,7 @@
 """The console command `proto-route`, also `python -m router`, with one subcommand per task."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -53,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.flags(p)
     given = p.parse_args(argv[1:])
     try:
-        return module.work(given) or 0
+        code = module.work(given) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (InputError, OSError) as error:
         if isinstance(error, OSError) and not error.filename:
             raise

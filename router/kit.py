@@ -7,6 +7,7 @@ A method written for the kit goes into router/methods/; only its import line cha
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge.folders import WEIGHTS_FILE
@@ -194,4 +195,5 @@ class Handler(Merges):
         kinds = [MULTIPLE_CHOICE if options else GENERATION for options in choices]
         asked = zip(texts, kinds, choices, strict=True)
         queries = [Query(str(n), text, kind, tuple(options)) for n, (text, kind, options) in enumerate(asked)]
-        return self.method.answer(queries).answers
+        with TemporaryDirectory() as work:  # those in the output folder may be a run's
+            return self.method.answer(queries, Path(work)).answers

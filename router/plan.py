@@ -7,7 +7,8 @@ layers like the base model's. The rest is one coarse model of all methods, which
 - As many variants as adapters are written, and each answers a batch of its own.
 - An answer has half the tokens that are allowed, the longest of a batch all of them.
 
-`base` has no adapters, static merges make one variant, and routers per token answer beside all adapters.
+`base` has no adapters, `average` and other static merges make one variant, routers per token answer beside
+all adapters.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from router.constants import COMPETITION
 from router.library.adapters import check_against_base, load_library
 from router.library.sources import expand, is_here
 from router.methods import load_method
+from router.methods.average import Average
 from router.model import base as models
 from router.model.answer import encode, positions
 from router.model.apply import picked
@@ -183,7 +185,7 @@ def _seconds(run: _Run, generic: int) -> dict[str, float]:
     beside = read * (1 + run.factors / weights)  # a token, with all adapters
     new = run.settings.max_gen_len
     per_token = issubclass(run.method, PerToken)
-    single = per_token or issubclass(run.method, Static)
+    single = per_token or issubclass(run.method, (Average, Static))
     variants = 1 if single else run.settings.n_variants or len(run.folders) + 2
     room = batch_tokens(run.model, run.device, run.model.dtype)[0]
     size = run.settings.batch_size or max(1.0, room / (run.tokens / run.prompts + new))

@@ -1,5 +1,6 @@
 """The console command: every subcommand reaches its own parser, and `--help` loads nothing heavy."""
 
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,14 @@ def test_what_is_no_command_is_refused(capsys, words):
 def test_a_file_that_cannot_be_read_is_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("router.serving.names._made", Mock(side_effect=PermissionError(13, "no", "a/file")))
     assert main(["check", str(tmp_path)]) == 2 and "a/file" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_ends_the_command(tiny_library, monkeypatch):
+    read, written = os.pipe()
+    os.close(read)
+    with os.fdopen(written, "w") as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+        assert main(["library", "check", str(tiny_library)]) == 1
 
 
 def test_the_version_is_that_of_the_installed_package(capsys, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 
 from merge.folders import WEIGHTS_FILE
 from router.constants import LIBRARY
-from router.library.adapters import Adapter, Examined, examined, misfit
+from router.library.adapters import Adapter, Examined, examined, misfit, model_of
 from router.library.duplicates import OVERLAP, SAME, norms_and_cosines, overlaps
 
 OUTLIER = 10.0  # a norm may be this many times larger or smaller than the median
@@ -73,13 +73,14 @@ def _misfits_refused(every: Sequence[Examined]) -> list[Examined]:
 
     Of two values that are equally frequent the first counts.
     """
-    bases, shapes = Counter[str](), defaultdict[str, Counter[tuple[int, int]]](Counter)
+    bases, shapes = list[str](), defaultdict[str, Counter[tuple[int, int]]](Counter)
     for _, adapter, error in every:
         if adapter and not error:
-            bases.update([adapter.folder.base_model.casefold()] if adapter.folder.base_model else [])
+            bases += filter(None, [adapter.folder.base_model])
             for module, shape in adapter.folder.shapes.items():
                 shapes[module][shape] += 1
-    base = next((name for name, _ in bases.most_common(1)), "the others' base model")
+    most = dict(Counter(map(model_of, bases)).most_common(1))
+    base = next((name for name in bases if model_of(name) in most), "the others' base model")
     usual = {module: votes.most_common(1)[0][0] for module, votes in shapes.items()}
     return [
         one._replace(error=misfit(one.adapter, base, False, usual)) if one.adapter and not one.error else one

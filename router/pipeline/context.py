@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from router.pipeline.journal import Journal
 from router.pipeline.processes import Processes
+from router.queries.submission import Query
 from router.settings import Settings
 from router.system.stages import Stages
 
@@ -21,13 +22,13 @@ class Deadline:
         began: by the clock; None is now.
 
     Attributes:
-        unanswered: queries that were left out.
+        unanswered: queries that were left out, each as often as it was asked.
     """
 
     def __init__(
         self, minutes: float, clock: Callable[[], float] = time.monotonic, began: float | None = None
     ) -> None:
-        self._clock, self.minutes, self.unanswered = clock, minutes, 0
+        self._clock, self.minutes, self.unanswered = clock, minutes, list[Query]()
         self._end = (clock() if began is None else began) + 60 * minutes * (1 - RESERVE)
 
     def over(self) -> bool:

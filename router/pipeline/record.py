@@ -182,7 +182,7 @@ def record(
         left_out=left_out,
         processes=count if count > 1 else None,
         resumed=(context.journal is not None and context.journal.resumed) or None,
-        time_limit=TimeLimit(deadline.minutes, deadline.unanswered) if deadline else None,
+        time_limit=TimeLimit(deadline.minutes, len(deadline.unanswered)) if deadline else None,
         **(_decided(decision, settings.apply) if decision else {}),
     )
 

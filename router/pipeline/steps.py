@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +34,7 @@ from router.pipeline.result import Decision, Result, Routing
 from router.pipeline.served import hashed
 from router.queries.submission import GENERATION, MULTIPLE_CHOICE, Query, refuse
 from router.routing.clusters import Array, Clusters, cluster
-from router.routing.variants import VARIANTS, Variant, complete, decide, folder_names, limited, write_variant
+from router.routing.variants import Variant, complete, decide, folder_names, limited, write_variant
 from router.settings import Settings
 from router.system.errors import InputError
 from router.system.files import is_folder
@@ -272,15 +272,10 @@ class Method(ABC):
                     ended[n] = cut_at(self.tokenizer, ended[n], template.end)
         return ended
 
-    def answer(self, queries: Sequence[Query], folder: Path | None = None) -> Result:
-        """Takes all steps at once.
-
-        Args:
-            folder: for the variants; None takes the one in the output folder.
-        """
+    def answer(self, queries: Sequence[Query], folder: Path) -> Result:
+        """Takes all steps at once; writes the variants into a folder."""
         rows, routing = route(self, queries)
         clusters, variants = group(self, routing)
-        folder = folder or self.settings.output_folder / VARIANTS
         decision = write(self, routing, clusters, variants, folder)
         return answer(self, queries, rows, decision, folder)
 
@@ -337,9 +332,12 @@ def answer(
     deadline, processes = method.context.deadline, method.context.processes
     with method.stages("predict"):
         parts = processes.gathered(method.predict(queries, rows, decision, folder))
-    if deadline:
-        deadline.unanswered = sum(processes.gathered(deadline.unanswered))
-    return Result(_joined(queries, parts), decision)
+    answers = _joined(queries, parts)
+    if deadline:  # another process may have answered the same query
+        left = set(chain.from_iterable(processes.gathered(deadline.unanswered)))
+        pairs = zip(queries, answers, strict=True)
+        deadline.unanswered = [query for query, answer in pairs if answer.failed and query in left]
+    return Result(answers, decision)
 
 
 def _joined(queries: Sequence[Query], parts: Sequence[Sequence[Answer]]) -> list[Answer]:

@@ -11,6 +11,7 @@ import json
 import tokenize
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,13 +254,13 @@ def query_of(row: Mapping[str, Any], where: str, csv: bool = False) -> Query:
 
 
 def _choices(given: Any, text: str, where: str, csv: bool) -> tuple[str, ...]:
-    """The choices in a list of texts or numbers, or in CSV in a text that spells it in Python.
+    """The choices in a list of texts or numbers, or in a text that spells it, as a cell of CSV does.
 
-    Where the cell of CSV is blank, the input is the only choice, answered with 0, as the starter kit does.
+    Where a cell of CSV is blank, the input is the only choice, answered with 0, as the starter kit does.
     """
     if csv and given.strip() in ("", "None", "nan"):
         return (text,)
-    choices, odd = (_literal(given.strip()), ()) if csv else (given, bool)
+    choices, odd = (_literal(given.strip()), ()) if isinstance(given, str) else (given, bool)
     fits = isinstance(choices, (list, tuple)) and all(
         isinstance(one, (str, int, float)) and not isinstance(one, odd) for one in choices
     )
@@ -275,7 +276,11 @@ def _choices(given: Any, text: str, where: str, csv: bool) -> tuple[str, ...]:
 
 
 def _literal(text: str) -> Any:
-    """The list that a text spells; None if it spells none, or one in which a comma is missing."""
+    """The list that a text spells, in JSON or in Python; None if it spells none, or lacks a comma."""
+    with suppress(ValueError, TypeError, RecursionError):
+        value = json.loads(text)
+        if all(isinstance(choice, str) for choice in value):  # of other values Python's spelling counts
+            return value
     try:
         with warnings.catch_warnings():  # a stray backslash in a choice is the author's business
             warnings.simplefilter("ignore", SyntaxWarning)

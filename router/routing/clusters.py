@@ -116,7 +116,7 @@ def _clustered(weights: Array, n_variants: int | None, seed: int, sharp: bool) -
 def _of_same_adapters(weights: Array, most: int) -> Clusters:
     """A group for each candidate that answers alone, and for each of the most frequent sets of adapters.
 
-    There are at most `most` of these sets; a mix of any other joins its first adapter's group.
+    There are at most `most` of these sets; a mix of any other is answered by its first adapter.
     """
     labels = weights.argmax(1)
     shared = np.flatnonzero(weights.max(1) < 1)
@@ -125,6 +125,9 @@ def _of_same_adapters(weights: Array, most: int) -> Clusters:
     frequent = np.argsort(-counts, kind="stable")[:most]
     kept = np.isin(kind.ravel(), frequent)
     labels[shared[kept]] = weights.shape[1] + kind.ravel()[kept]
+    rare = shared[~kept]
+    weights = weights.copy()
+    weights[rare] = np.eye(weights.shape[1])[labels[rare]]
     return _numbered(weights, labels)
 
 

@@ -149,6 +149,15 @@ def test_a_broken_adapter_is_named_and_the_others_are_checked(capsys, tiny_libra
     assert found["compared"] == ["attention", "everything", "mlp"]
 
 
+def test_the_most_usual_base_model_has_any_of_its_names(capsys, tmp_path):
+    names = "org/Model-A", "unsloth/model-a-bnb-4bit", "me/Model-A", "x/other", "x/other"
+    for n, name in enumerate(names):
+        write_tiny_adapter(tmp_path / f"adapter{n}", n, base_model_name_or_path=name)
+    code, found = checked(capsys, tmp_path)
+    assert code == 2 and [facts["sound"] for facts in found["adapters"]] == [True] * 3 + [False] * 2
+    assert "org/Model-A" in found["adapters"][3]["reason"]
+
+
 def test_names_that_a_run_refuses(capsys, tiny_library, tmp_path, monkeypatch):
     odd = [write_tiny_adapter(tmp_path / name, 4) for name in ("base", "id", "variant", "a\x1b[2Jb")]
     odd.append(shutil.copytree(tiny_library / "mlp", tmp_path / "other" / "mlp"))

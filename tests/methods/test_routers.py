@@ -168,7 +168,7 @@ def test_one_adapter_alone_is_that_adapter(name, adapter, base, tiny_base, tiny_
     router = method_of(name, base, tiny_library / adapter, output_folder=tmp_path / "out", max_gen_len=8)
     queries = [Query(str(n), text, "generation") for n, text in enumerate(TEXTS)]
     queries.append(Query("m", "Stone or pear? ", "multiple_choice", ("stone", "pear", "plum")))
-    result = router.answer(queries)
+    result = router.answer(queries, tmp_path)
     found = result.answers
     np.testing.assert_allclose(result.decision.routing.weights, [[1, 0]] * 6, atol=1e-6)
     model = plain_model(tiny_base, tiny_library / adapter)
@@ -306,7 +306,7 @@ def test_weights_over_thousands_of_tokens_sum_to_one(command, monkeypatch):
     assert command("arrow")[0] == 0  # the run is read back
 
 
-@pytest.mark.parametrize("name", PER_TOKEN)
+@pytest.mark.parametrize("name", [*PER_TOKEN, "mass"])
 def test_the_kits_two_calls_work(name, tiny_base, tiny_library, tmp_path):
     router = all_merge_handlers()[name](name)
     how = {"output_folder": tmp_path / "out", "base_model": str(tiny_base), "max_gen_len": 3}
@@ -316,3 +316,4 @@ def test_the_kits_two_calls_work(name, tiny_base, tiny_library, tmp_path):
     assert len(ids) == len(texts) == 2
     indices, scores = router.predict_multiple_choice({"input": ["a"], "answer_choices": [["x", "y"]]})
     assert indices[0] in (0, 1) and len(scores[0]) == 2
+    assert not (tmp_path / "out").exists()  # where a finished run may be

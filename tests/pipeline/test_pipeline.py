@@ -22,26 +22,26 @@ def method(base, tiny_library, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["proto_route", "base", "average", "ties", "arrow", "logo", "mass"])
-def test_a_method_keeps_nothing_of_what_it_answered(method, name):
+def test_a_method_keeps_nothing_of_what_it_answered(method, name, tmp_path):
     found = method(name)
-    first = found.answer(QUERIES)
-    found.answer(QUERIES[:1])
-    again = found.answer(QUERIES)
+    first = found.answer(QUERIES, tmp_path)
+    found.answer(QUERIES[:1], tmp_path)
+    again = found.answer(QUERIES, tmp_path)
     assert again.answers == first.answers
     np.testing.assert_array_equal(again.decision.routing.weights, first.decision.routing.weights)
 
 
-def test_what_is_cut_of_long_prompts_is_told(method, caplog, monkeypatch):
+def test_what_is_cut_of_long_prompts_is_told(method, caplog, monkeypatch, tmp_path):
     found = method("average")
     whole = found.encoded(QUERIES)
     assert method("average", max_seq_len=7).encoded(QUERIES) == [row[:7] for row in whole]
     lengths = sorted(map(len, whole))
     caplog.clear()
-    found.answer(QUERIES)
+    found.answer(QUERIES, tmp_path)
     assert caplog.messages == []
-    method("average", max_seq_len=lengths[-2]).answer(QUERIES)
+    method("average", max_seq_len=lengths[-2]).answer(QUERIES, tmp_path)
     monkeypatch.setattr(found.base.model.config, "max_position_embeddings", lengths[-1] - 1)
-    found.answer(QUERIES)
+    found.answer(QUERIES, tmp_path)
     for told, count in zip(caplog.messages, (2, 1), strict=True):
         assert f"{count} of {len(QUERIES)} prompts" in told and "--max_seq_len" in told
 

@@ -7,17 +7,20 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from helpers import ROOT, Killed, arguments, before_batches, files_of, many_rows, read_table, write_queries
 from router.kit import Merges
+from router.model.answer import FAILED, Answer
 from router.model.base import load_base
+from router.pipeline import steps
 from router.pipeline.context import Context, Deadline
 from router.pipeline.journal import Journal
 from router.pipeline.processes import Processes
-from router.queries.submission import read_queries
+from router.queries.submission import Query, read_queries
 from router.run import _run
 from router.settings import Settings
 from router.system.errors import InputError
@@ -157,6 +160,20 @@ def test_what_all_processes_left_out_for_want_of_time_is_counted(started, tmp_pa
     record = started("base", 2, "out", lambda: Looks(1))[0]
     unknown = [row for row in read_table(tmp_path / "out" / "queries.csv") if row["prediction"] == "unknown"]
     assert 0 < record.time_limit.unanswered == len(unknown) < len(MANY)
+
+
+def test_a_query_that_another_process_answered_is_not_missing():
+    query, other = Query("1", "x", "generation"), Query("2", "y", "generation")
+
+    def task(processes):
+        context = Context(processes=processes, deadline=Deadline(1))
+        context.deadline.unanswered = [[other], [query, query]][processes.rank]
+        answers = [[Answer("a"), FAILED, FAILED], [FAILED] * 3][processes.rank]
+        method = SimpleNamespace(context=context, stages=nullcontext, predict=lambda *_: answers)
+        made = steps.answer(method, [query, other, query], [], None, None).answers
+        return [answer.text for answer in made], context.deadline.unanswered
+
+    assert in_threads(2, task) == [(["a", "unknown", "a"], [other])] * 2
 
 
 def test_the_others_stop_in_a_line_once_a_process_has_ended(command, capsys, monkeypatch):

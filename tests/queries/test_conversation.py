@@ -54,12 +54,12 @@ def test_lines_are_conversations_and_prompts(tmp_path):
     lines = (
         {"id": "a", "messages": talk("hi", "S")}, "",
         {"id": None, "input": "1 + 1 =", "eval_type": None, "answer_choices": [2, "3", -0.5]},
-        {"id": 7, "input": "x", "more": None},
+        {"id": 7, "input": "x", "more": None}, CHOICE | {"answer_choices": "['a', 'b']"},
     )  # fmt: skip
-    first, second, third = read_queries(file_of(tmp_path, *lines))
+    first, second, third, spelt = read_queries(file_of(tmp_path, *lines))
     assert (first.id, first.input, first.conversation[1:]) == ("a", "system: S\nuser: hi", HI)
     assert second == Query("3", "1 + 1 =", "multiple_choice", ("2", "3", "-0.5")) and not second.conversation
-    assert third == Query("7", "x", "generation")
+    assert third == Query("7", "x", "generation") and spelt.choices == ("a", "b")
     assert read_queries(file_of(tmp_path, {"input": "x"}))[0].id == "1"
 
 
@@ -545,7 +545,7 @@ def test_choices_of_a_chat_end_as_answers_do(base, tiny_library, tmp_path):
         Query("0", "", "multiple_choice", options, json.dumps(HI)),
         Query("1", "hi", "multiple_choice", options),
     )
-    found = made.answer([chat, prompt]).answers
+    found = made.answer([chat, prompt], tmp_path).answers
     expected = choice_scores(base.model, tokenizer, "hi", options)
     assert found[1].scores == pytest.approx(expected, abs=1e-4)
     tokenizer.eos_token = "<pad>"

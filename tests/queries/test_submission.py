@@ -77,6 +77,7 @@ def test_any_text_is_an_input_and_comes_back(text):
         ("""["he said 'a' 'b'", 'c']""", ("he said 'a' 'b'", "c")), ("['a' , 'b',]", ("a", "b")),
         ("['a',  # b\n'c']", ("a", "c")),
         (json.dumps(["😀 ü", "\ud83d"]), ("😀 ü", "\ud83d")),
+        (pd.Series(["km/h", "a"]).to_json(orient="values"), ("km/h", "a")),  # spelt km\/h
         ("None", ("Which?",)), ("", ("Which?",)),  # no choices: as in the kit, the input is the only one
     ],
 )  # fmt: skip

@@ -141,3 +141,6 @@ def test_of_many_candidates_each_that_answers_alone_is_a_group(monkeypatch):
     np.testing.assert_allclose(found.weights[found.labels], weights)
     assert found.labels[0] == 0 and (np.diff(np.unique(found.labels, return_index=True)[1]) > 0).all()
     assert len(cluster(weights, 3, seed=0).weights) == 3
+    rare = mixes(random_rows(20, 41))  # more mixes than groups: what answers alone still does
+    found = cluster(np.concatenate([alone, rare]), None, seed=0)
+    np.testing.assert_array_equal(found.weights[found.labels[: len(alone)]], alone)

@@ -175,7 +175,7 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
     assert page.data["falsePositiveRate"] == 0.1
     record = json.loads((out / "run.json").read_text())
     own = np.array([list(variant["weights"].values()) for variant in record["variants"]])
-    cohesion = 1 - np.abs(run.weights - own[run.labels]).sum(1).mean() / 2
+    cohesion = 1 - np.abs(run.mixes - own[run.labels]).sum(1).mean() / 2
     assert f"cohesion {cohesion:.2f}" in page.words
     before = page.html
     assert write_report(out).read_text("utf-8") == before

@@ -45,7 +45,7 @@ def headline(run: Run) -> dict[str, Any]:
     return numbers | {
         "to_base": to_base,
         "median": float(np.median(run.weights.max(1))),
-        "cohesion": 1 - float(losses(run.weights, run.clusters).mean()),
+        "cohesion": 1 - float(losses(run.mixes, run.clusters).mean()),
         "unused": [name for name, n in zip(run.names, counts, strict=False) if not n and name not in aside],
     }
 
@@ -54,7 +54,7 @@ def variants(run: Run, shown: Run) -> list[dict[str, Any]]:
     """The variants that answered the most queries, largest first, with examples of those that are shown."""
     if not run.names:
         return []
-    mixed, apart = run.clusters.weights, losses(run.weights, run.clusters)
+    mixed, apart = run.clusters.weights, losses(run.mixes, run.clusters)
     of_shown = losses(shown.weights, shown.clusters)
     rows = []
     for n in largest_first(run)[:SHOWN_VARIANTS]:
