@@ -610,7 +610,8 @@ def _queries(texts: Sequence[Prompt], choices: Sequence[Sequence[str]] | None) -
 
 def _listed(values: Any, what: str) -> list[Any]:
     """The elements of a list, a tuple, an array or a Series."""
-    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray, pd.Series)):
+    arrays = np.ndarray, pd.Series, pd.Index, pd.api.extensions.ExtensionArray
+    if isinstance(values, str) or not isinstance(values, (Sequence, *arrays)):
         hint = "; put it into a list" if isinstance(values, str) else ""
         raise ValueError(f"expected {what}, got a {type(values).__name__}{hint}")
     return [one.item() if isinstance(one, np.generic) else one for one in values]

@@ -76,7 +76,7 @@ class Upstream:
 
     def __init__(self, models=MODELS, loras=()):
         self.seen, self.closed, self.broken = [], 0, False
-        self.listed, self.loras, self.unloaded, self.says = models, loras, set(), -0.4
+        self.listed, self.loras, self.unloaded, self.says = models, loras, set(), (-0.4, -2.0)
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self.models),
@@ -104,7 +104,8 @@ class Upstream:
             return self.chat(body)
         if body.get("stream"):
             return StreamingResponse(self.chunks(), media_type="text/event-stream")
-        said = {"token_logprobs": [self.says]} if body.get("logprobs") else None
+        said = self.says[body.get("model") == "the-base"]  # the log-probability of a token
+        said = {"token_logprobs": [said]} if body.get("logprobs") else None
         choice = {"text": body.get("prompt"), "logprobs": said}
         found = {"model": body.get("model"), "choices": [choice]}
         return Response(json.dumps(found), media_type="application/json")

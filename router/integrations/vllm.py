@@ -197,9 +197,14 @@ class Auto:
         quantised = self.engine.vllm_config.model_config.quantization
         if quantised:
             log.warning("the base model is quantised (%s), which the router's was not", quantised)
-        as_saved = quantised or Path(args.model) == embedded_folder()
         model = f"{args.model}@{args.revision}" if args.revision else args.model
-        return Router.load(self.folder, None if as_saved else model, device="meta")
+        model = None if Path(args.model) == embedded_folder() else model
+        try:
+            return Router.load(self.folder, model, device="meta")
+        except InputError:
+            if not quantised:  # else it may have been saved so, with other weights
+                raise
+            return Router.load(self.folder, device="meta")
 
     async def _loras(self, router: Router) -> dict[int, Any]:
         """vLLM's adapters by the number of the variant; those that it was not started with are loaded."""
@@ -232,8 +237,8 @@ class Auto:
                 if not isinstance(said, str):
                     raise InputError(f"{path}: vLLM does not load it: {said.error.message}")
         loras = {number: known[name] for number, name in names.items()}
-        said = await asyncio.gather(*(self._said(router, lora) for lora in loras.values()))
-        if wrong := stray(router.variants, dict(zip(loras, said, strict=True))):
+        base, *said = await asyncio.gather(*(self._said(router, lora) for lora in (None, *loras.values())))
+        if wrong := stray(router.variants, dict(zip(loras, said, strict=True)), base):
             raise InputError(
                 f"{names[wrong[0]]}: expected vLLM to answer with it, but it answers as the base model does"
             )
@@ -250,7 +255,7 @@ class Auto:
                 log.warning("%s: vLLM does not unload it: %s", name, said.error.message)
 
     async def _said(self, router: Router, lora: Any) -> float:
-        """The log-probability of the likeliest token after CANARY, by a variant."""
+        """The log-probability of the likeliest token after CANARY, by a variant or the base model."""
         from vllm import SamplingParams
 
         how = SamplingParams(temperature=0, max_tokens=1, logprobs=1, detokenize=False)

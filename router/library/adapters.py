@@ -1,5 +1,6 @@
 """A library of adapters: opened, checked, and read module by module. Knows nothing of queries."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ from merge.factors import Factors, gram
 from merge.folders import WEIGHTS_FILE, AdapterError, AdapterFolder, open_adapter
 from router.constants import BASE_COLUMN
 from router.library.sources import CARD_FILE, expand, find
-from router.system.errors import InputError, out_of_memory
+from router.system.errors import InputError, out_of_memory, printable
 from router.system.files import sha256_of
 
+log = logging.getLogger(__name__)
 LONGEST_CARD = 1 << 20  # characters
 # How names of quantised copies of a base model end.
-QUANTISED = r"(-unsloth)?-(bnb-4bit|awq|gptq(-int[48])?|fp8(-dynamic)?|quantized\.w\d+a\d+)$"
+BITS = r"bnb-(4bit|8bit|nf4)|(awq|gptq)(-int[48]|-[48]bit)?|fp8(-dynamic)?|nvfp4|quantized\.w\d+a\d+"
+QUANTISED = rf"(-unsloth)?-({BITS})$"
 TAKEN = (BASE_COLUMN, "id", "variant")  # columns of the routing table that are no adapter's
 
 
@@ -213,6 +216,10 @@ def check_against_base(
     Raises:
         InputError: another base model is named, or a module does not exist or fit.
     """
+    adapters = list(adapters)
+    named = sorted({model_of(adapter.folder.base_model) for adapter in adapters if adapter.folder.base_model})
+    if is_folder and len(named) > 1:
+        log.warning("%s", printable(f"adapters of {', '.join(named)} are all taken for those of {base_name}"))
     every = (
         Examined(adapter.name, adapter, misfit(adapter, base_name, is_folder, shapes)) for adapter in adapters
     )
@@ -245,11 +252,11 @@ def model_of(name: str) -> str:
     """A base model's name, whoever uploaded it, quantised or not: adapters are trained on either.
 
     Example:
-        >>> model_of("unsloth/mistral-7b-v0.1-bnb-4bit") == model_of("mistralai/Mistral-7B-v0.1")
+        >>> model_of("unsloth/llama-3-8b-bnb-4bit") == model_of("meta-llama/Meta-Llama-3-8B")
         True
     """
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]  # of a folder, also one of Windows
-    return re.sub(QUANTISED, "", last.casefold())
+    return re.sub(f"^meta-|{QUANTISED}", "", last.casefold())  # Llama's is on the hub with and without
 
 
 def last_block(adapters: Sequence[Adapter], within: str = "") -> list[str]:

@@ -32,6 +32,7 @@ DATE, OTHER = (
     dict(zip(("%d", "%m", "%b", "%B", "%Y", "%y", "%A"), spelt.split(), strict=True))
     for spelt in ("01 01 Jan January 2025 25 Wednesday", "22 12 Oct October 3034 34 Friday")
 )
+CURE = "make the run or the router with --chat_template FILE"
 NEUTRAL: Message = {"role": "system", "content": "You are a helpful assistant."}
 
 
@@ -78,7 +79,7 @@ class Template:
         if not self.jinja:
             raise InputError(
                 f"{which}expected a chat template, since this is a conversation, but the base model has "
-                "none; make the run or the router with --chat_template FILE"
+                f"none; {CURE}"
             )
         source = self.source
         if date and isinstance(self.jinja, str) and "strftime_now" in self.jinja:
@@ -100,6 +101,7 @@ class Template:
         except Exception as error:  # whatever a template leads to
             raise InputError(
                 f"{which}the chat template of {self.name} does not take its messages ({reason(error)})"
+                + ("" if self.source else f"; {CURE}")
             ) from error
 
     def ids(self, messages: Sequence[Message], query: str = "") -> list[int]:

@@ -51,15 +51,17 @@ def content_of(folder: Path) -> str:
     return sha256_of(*files) if files[:2] == paths[:2] else ""
 
 
-def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:
+def stray(variants: Sequence[Variant], said: Mapping[int, float], base: float | None = None) -> list[int]:
     """Which variants a server answers as the base model would, though they answer otherwise.
 
     A server that takes an adapter and finds none of its weights answers so, too. A variant that says nearly
-    the same as the base model is not counted.
+    the same as the base model is not counted; none is where the server's base model says something else than
+    here, as a quantised one may.
 
     Args:
         variants: one of them the plain base model.
         said: log-probability of the likeliest token after CANARY, by the number of the variant.
+        base: that of the server's base model; None where it is not known.
 
     Example:
         >>> made = [Variant({"one": 1.0}, 0.0, canary=-0.2), Variant({}, 1.0, canary=-0.9)]
@@ -67,11 +69,13 @@ def stray(variants: Sequence[Variant], said: Mapping[int, float]) -> list[int]:
         ([], [0])
     """
     plain = next((variant.canary for variant in variants if not variant.weights), None)
+    base = plain if base is None else base
+    if plain is None or base is None or abs(base - plain) > ALIKE:
+        return []
     return [
         number
         for number, value in said.items()
-        if plain is not None
-        and (canary := variants[number].canary) is not None
+        if (canary := variants[number].canary) is not None
         and abs(canary - plain) > ALIKE
-        and abs(value - plain) < abs(value - canary)
+        and abs(value - base) < abs(value - base - (canary - plain))
     ]

@@ -153,7 +153,9 @@ def export(args: Namespace) -> list[str]:
         files = converted(served, folder / GGUF, args.llama_cpp)
         served = replace(served, base=str(base.resolve()), folders=files)
     with replacing(script) as file:
-        file.write(sealed(f'{HEAD}exec {shlex.join(ENGINES[engine](served))} "$@"\n'))
+        place = shlex.quote(str(script.resolve()))  # a copy would serve the variants there
+        check = f'[ "$0" -ef {place} ] || {{ echo "$0: moved or copied; export again" >&2; exit 2; }}'
+        file.write(sealed(f'{HEAD}{check}\nexec {shlex.join(ENGINES[engine](served))} "$@"\n'))
     script.chmod(0o755)
     count = len(served.folders)
     many = f"{count} {what if count != 1 else what.removesuffix('s')}"

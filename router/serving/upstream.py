@@ -1,6 +1,7 @@
 """The server behind the proxy: what it serves, and how requests reach it. It decides nothing."""
 
 import asyncio
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
@@ -197,7 +198,8 @@ class Upstream:
         """
         numbers = {name: n for n, name in enumerate(served_names(router.variants)) if name}
 
-        async def answers(name: str) -> bool:
+        async def says(name: str) -> float | None:
+            """The log-probability of its token, NaN if it tells none; None if it does not answer."""
             body = {"model": name, "prompt": CANARY, "max_tokens": 1, "temperature": 0, "logprobs": 1}
             if serves.loras is not None:
                 body |= {"model": serves.base, "lora": serves.scales({name: 1.0})}
@@ -206,14 +208,14 @@ class Upstream:
                     "/v1/completions", json=body, headers=_bearing(key), timeout=PATIENCE
                 )
                 one, *_ = response.json()["choices"]
-                number = numbers.get(name)
-                well = response.is_success and isinstance(one["text"], str)
-                if number is not None and (said := (one.get("logprobs") or {}).get("token_logprobs")):
-                    well = well and not stray(router.variants, {number: float(said[0])})
-                return well
+                if not (response.is_success and isinstance(one["text"], str)):
+                    return None
+                return float(((one.get("logprobs") or {}).get("token_logprobs") or [math.nan])[0])
             except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                return False
+                return None
 
-        asked = sorted(names)
-        fine = await asyncio.gather(*map(answers, asked))
-        return [name for name, well in zip(asked, fine, strict=True) if not well]
+        asked = sorted({*names, *filter(None, [serves.base])})
+        said = dict(zip(asked, await asyncio.gather(*map(says, asked)), strict=True))
+        told = {numbers[name]: value for name, value in said.items() if name in numbers and value is not None}
+        wrong = stray(router.variants, told, said.get(serves.base or ""))
+        return [name for name in asked if said[name] is None or numbers.get(name) in wrong]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from contextlib import asynccontextmanager
 from enum import Enum
 from types import SimpleNamespace
@@ -14,9 +15,10 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from helpers import CHAT, PLAIN, PROMPTS, stand_in
+from helpers import CHAT, PLAIN, PROMPTS, edit_json, stand_in
 from router.integrations.vllm import FOLDER, ROUTED, Auto, _is_plain, check
 from router.integrations.vllm_worker import MARKED
+from router.pipeline.saved import ABOUT
 from router.pipeline.served import served
 from router.system.errors import InputError
 
@@ -54,9 +56,9 @@ class Engine:
         self.asked.append((request_id, lora_request and lora_request.lora_name, sampling_params))
         self.prompt = ids = prompt["prompt_token_ids"]
         if getattr(sampling_params, "logprobs", None):
-            variant = self.router.variants[int(lora_request.lora_name.split("-")[1])]
-            said = variant.canary if not self.forgets else self.router.variants[-1].canary
-            told = {1: SimpleNamespace(logprob=said), 2: SimpleNamespace(logprob=-99)}
+            asked = lora_request and not self.forgets  # else the last, which is the base model
+            variant = self.router.variants[int(lora_request.lora_name.split("-")[1]) if asked else -1]
+            told = {1: SimpleNamespace(logprob=variant.canary), 2: SimpleNamespace(logprob=-99)}
             yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=[told])])
             return
         try:
@@ -275,6 +277,16 @@ async def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, s
         assert (await client.post("/v1/admin/reload")).status_code == 409
         async with plugin.renewing:
             assert (await client.post("/v1/admin/reload")).status_code == 409
+
+
+def test_a_base_model_that_vllm_quantises_is_where_vllm_has_it(saved, tiny_base, tmp_path):
+    plugin, elsewhere = Auto(CollectorRegistry()), shutil.copytree(saved._folder, tmp_path / "copied")
+    edit_json(elsewhere / ABOUT, base=str(tmp_path / "gone"))
+    plugin.engine = Engine(saved)
+    plugin.engine.vllm_config.model_config.quantization = "fp8"
+    for plugin.folder, path in ((elsewhere, tiny_base), (saved._folder, tmp_path / "saved so, as AWQ")):
+        plugin.args = SimpleNamespace(model=str(path), revision=None)
+        assert plugin._router().candidates == saved.candidates
 
 
 async def test_any_number_of_routers_come_one_after_the_other(started, saved, monkeypatch):

@@ -143,7 +143,7 @@ def test_a_hub_adapter_has_its_name_and_commit(monkeypatch, tmp_path):
     assert not any(fnmatch(name, of) for name in ("theirs.py", "adapter_model.bin") for of in asked[0][3])
 
 
-def test_base_of(tiny_library, tmp_path):
+def test_base_of(tiny_library, tmp_path, caplog):
     adapters = load_library([str(tiny_library)])
     assert base_of(adapters) == "tiny"
     mute, foreign = (
@@ -161,7 +161,10 @@ def test_base_of(tiny_library, tmp_path):
         with pytest.raises(InputError, match="--base_model"):
             base_of(unclear)
     check_against_base(adapters, "Tiny", False, SHAPES)  # the hub's names are the same in any case
-    check_against_base(adapters, "/models/anything", True, SHAPES)
+    check_against_base([*adapters, *mute], "/models/anything", True, SHAPES)
+    assert not caplog.text
+    check_against_base([*adapters, *foreign], "/models/anything", True, SHAPES)
+    assert "huge, tiny" in caplog.text
     module = "model.layers.1.mlp.down_proj"
     for of, shapes, cause in (
         (foreign, SHAPES, "adapter huge .*tiny"),

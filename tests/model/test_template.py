@@ -102,8 +102,10 @@ def test_system_messages_are_one_where_the_template_takes_no_other(base):
     for talk in ([kind, brief, user], [kind, user, brief]):
         (read,) = Template(base.tokenizer, only_first).turns(talk)
         assert read.read == "system Be kind.\n\nBe brief. user x A:"
-    with pytest.raises(InputError, match="query 7"):
-        Template(base.tokenizer, "{{ raise_exception('none') }}").turns([kind, brief, user], "7")
+    tokenizer = deepcopy(base.tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('none') }}"
+    with pytest.raises(InputError, match=r"query 7.*--chat_template"):
+        Template(tokenizer).turns([kind, brief, user], "7")
 
 
 def test_most_adapters_decide_which_template_a_library_has(base, tmp_path):

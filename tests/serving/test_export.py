@@ -104,6 +104,9 @@ def test_vllm_gets_every_variant_by_name_and_a_slot_more(out, capsys, tiny_base,
     how = {"capture_output": True, "text": True, "check": True}
     ran = subprocess.run([out / "serve.sh", "--port", "9 9"], **how).stdout.splitlines()
     assert ran[0] == "serve" and ran[-2:] == ["--port", "9 9"]
+    copied = shutil.copytree(out, tmp_path / "copied") / "serve.sh"  # its variants stay where they were
+    ran = subprocess.run(["sh", copied], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and not ran.stdout and "export again" in ran.stderr
 
 
 def test_a_base_model_that_is_elsewhere_now_is_served_from_there(out, tiny_base, tmp_path, capsys):
