@@ -36,11 +36,13 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
     """The routing of conversations, from that of their turns.
 
     A conversation stays with its candidate until another one leads it by SWITCH, or TO_BASE; in a message of
-    n words, fewer than BRIEF, by BRIEF / n times as much.
+    n words, fewer than BRIEF, by BRIEF / n times as much. One whose first message is so brief begins with the
+    base model.
 
     Args:
         turns: what is read of each conversation.
     """
+    routing = _begun(routing, turns)
     if len(routing.weights) == len(turns):
         return routing
     reads_of = [read for reads in turns for read in reads]
@@ -64,6 +66,22 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
     deciding = routing.rows(np.array(rows))
     later = np.array([reads_of[row].later for row in rows], np.float32)
     return Routing(deciding.weights, deciding.evidence and replace(deciding.evidence, later=later))
+
+
+def _begun(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
+    """The routing of turns in which a brief first message, such as "hi", is left to the base model."""
+    starts = np.cumsum([0, *map(len, turns)])[:-1]
+    brief = np.array([reads[0].words for reads in turns]) / BRIEF
+    starts, brief = starts[brief < 1], brief[brief < 1]
+    if routing.evidence is None or not len(starts):
+        return routing
+    lead = routing.evidence.lead[starts]
+    short = (lead > 0) & (lead * brief <= TO_BASE)
+    rows = starts[short]
+    weights, base_score = routing.weights.copy(), routing.evidence.base_score.copy()
+    weights[rows] = np.eye(weights.shape[1])[-1]
+    base_score[rows] += (lead - lead * brief + TO_BASE)[short]  # by what the lead lacks
+    return Routing(weights, replace(routing.evidence, base_score=base_score))
 
 
 class ProtoRoute(Method):

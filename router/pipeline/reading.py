@@ -31,7 +31,7 @@ class Read:
     ids: tuple[int, ...]  # the tokens
     frame: Frame  # in which it is compared with generic text
     shared: Frame | None = None  # the frame with a system message that many queries have, if it has one
-    words: int = 0  # of the message
+    words: int = BRIEF  # of the message; a first one with more around it than the template counts as long
     later: int = field(default=0, compare=False, repr=False)  # how many messages of the user follow
     under: tuple[int, ...] = field(default=(), compare=False, repr=False)  # the tokens read in `shared`
 
@@ -100,7 +100,9 @@ def turns_of(
             tokens = headed(tokens, head)
         under_message = one.own in shared and one.own != one.common
         frame, read_in_it = (one.own, under) if under_message else (None, ())
-        return Read(tuple(tokens), one.common, frame, one.words, one.later, read_in_it)
+        told = one is parts[n][0] and not one.own == one.common == template.usable
+        words = max(BRIEF, one.words) if told else one.words
+        return Read(tuple(tokens), one.common, frame, words, one.later, read_in_it)
 
     heads = cache(lambda head: len(encode(template.tokenizer, [ends_of(head, most // 4)])[0]))
     return [[read(n, one) for one in turns] for n, turns in enumerate(parts)]

@@ -24,7 +24,7 @@ from router.model.template import Template, brought
 from router.pipeline import calibration
 from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
-from router.pipeline.reading import FRAMES, SHARED, TURNS, Read
+from router.pipeline.reading import BRIEF, FRAMES, SHARED, TURNS, Read
 from router.pipeline.result import Routing
 from router.queries.submission import Query, read_queries
 from router.routing.variants import Variant
@@ -275,6 +275,27 @@ def test_a_brief_message_has_to_say_more(turn, enough):
         np.testing.assert_array_equal(found.evidence.scores[0], routing.evidence.scores[row])
 
 
+@pytest.mark.parametrize(("words", "enough"), [(1, 6), (2, 3), (5, 1.2), (BRIEF, 0)])
+def test_a_brief_first_message_has_to_lead_the_base_model_clearly(words, enough):
+    for lead, sent in ((enough + 0.1, True), (enough - 0.1, False), (-1, False)):
+        routing = routing_of((lead, -9, 0), (0, 0, 9))
+        found = decided(routing, [[Read((), BARE, words=words)], [Read((), BARE)]])
+        assert found.weights.tolist() == [[1, 0, 0] if sent else [0, 0, 1], [0, 0, 1]]
+        assert (found.evidence.lead[0] > 0) == sent and found.evidence.lead[0] <= routing.evidence.lead[0]
+
+
+def test_a_first_message_with_more_around_it_than_the_template_is_not_brief(method):
+    several = [*talk("hi"), {"role": "assistant", "content": "x"}, *talk("yes")]
+    queries = [
+        *queries_of("hi"), *queries_of("hi", system="Be kind."), Query("plain", "hi", "generation"),
+        Query("in the template", "user: hi\nassistant: ", "generation"),
+        Query("several", "", "generation", (), json.dumps(several)),
+    ]  # fmt: skip
+    assert [[read.words for read in turns] for turns in method().turns(queries)] == [
+        [1], [BRIEF], [BRIEF], [1], [1, 1]
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("Shorter, please.", 2), ("¿De qué color es?", 4), ("再短一点", 2), ("", 0), ("今天 OK?", 2)],
@@ -492,7 +513,7 @@ def test_parts_under_a_shared_system_message_are_kept_apart(method, monkeypatch,
 
 
 def test_what_many_prompts_share_is_a_frame(method):
-    texts = [f"{n} {'ab'[n % 2]}" for n in range(SHARED)]
+    texts = [f"{n} {'ab'[n % 2]} is no brief text {n}" for n in range(SHARED)]
     for form, found in (("Dear clerk,\n{}\nYours, Zed", True), ("{}\nAnswer:", False)):
         queries = [Query(text, form.format(text), "generation") for text in texts]
         shared = {read.shared for turns in method().turns(queries) for read in turns}
