@@ -35,7 +35,6 @@ from router.pipeline.context import Context
 from router.pipeline.reading import parts_of
 from router.queries.submission import MULTIPLE_CHOICE, Query, read_queries
 from router.routing.gate import PrototypeGate
-from router.routing.variants import VARIANTS
 from router.settings import Settings
 from scripts.bench import development, runner
 from scripts.bench import libraries as made
@@ -127,7 +126,7 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
         )
         queries, method = read_queries(file), made(name, base, adapters, Context(settings))
         if setting == QUERIES:
-            result = method.answer(queries, Path(folder) / VARIANTS)
+            result = method.answer(queries, Path(folder))
             weights = result.decision.routing.weights
             scores: Any = _scores(rows.assign(prediction=[one.text for one in result.answers]))
         else:
