@@ -31,20 +31,22 @@ def _add_setting(p: argparse.ArgumentParser, setting: Field[Any]) -> None:
     none = about["none"]
     words = [word for part in (kind, *get_args(kind)) for word in get_args(part) if isinstance(word, str)]
     how: dict[str, Any] = {
-        "default": default,
+        "default": None if many else default,
         "type": reader(get_args(kind)[0] if many else kind, none),
         "metavar": about["metavar"] or "|".join([none, *words] if none else words),
         "nargs": "+" if many else None,
     }
     if kind is bool:
         how = {"action": "store_true"}
+    if many:
+        how["action"] = "extend"  # given twice, both count
     shown = none if default is None else " ".join(map(str, default)) if many else default
     names = (f"--{setting.name}", *ALIASES.get(setting.name, ()))
     p.add_argument(*names, help=f"{about['help']} (default: {shown})", **how)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    given: dict[str, Any] = {name: getattr(args, name) for name in kinds()}
+    given: dict[str, Any] = {name: value for name in kinds() if (value := getattr(args, name)) is not None}
     for name, value in given.items():
         given[name] = tuple(value) if isinstance(value, list) else value
     return Settings(**given)

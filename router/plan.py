@@ -64,6 +64,7 @@ class Plan:
     dtype: str
     adapters: list[str]  # their names
     download: list[str]  # the adapters that are not here, which all figures leave out
+    left_out: list[str]  # why adapters are, with --skip_bad
     queries: int
     prompt_tokens: int
     seconds: dict[str, float]  # by stage, with nothing kept from an earlier run
@@ -75,6 +76,7 @@ class Plan:
             f"{self.method}: {len(self.adapters)} adapters of {self.base}, {self.queries} queries, "
             f"{self.prompt_tokens} prompt tokens, on {self.device} in {self.dtype}",
             *(f"to download: {spec}" for spec in self.download),
+            *(f"left out: {why}" for why in self.left_out),
             *(f"{stage:>8} {seconds:8.1f} s" for stage, seconds in self.seconds.items()),
             f"about {sum(self.seconds.values()):.0f} seconds, and {self.peak_mib:.0f} MiB at the peak",
         ])  # fmt: skip
@@ -159,7 +161,7 @@ def plan(name: str, settings: Settings) -> Plan:
     return Plan(
         name, base, device.type, str(model.dtype).removeprefix("torch."),
         adapters=[adapter.name for adapter in library],
-        download=[spec for spec in specs if spec not in here],
+        download=[spec for spec in specs if spec not in here], left_out=bad or [],
         queries=len(queries), prompt_tokens=run.tokens,
         seconds=_seconds(run, generic), peak_mib=round(_memory(run) / 2**20, 2),
     )  # fmt: skip

@@ -260,9 +260,11 @@ def read_by_id(path):
 
 def arguments(method, queries, library, base, out, *flags):
     """The command line of a run on the CPU in float32, with short answers."""
+    paths = {"--dataset_filepaths": queries, "--adapters": [library]}  # of which several add up
     words = [
-        "-m", method, "--dataset_filepaths", *queries, "--adapters", library, "--base_model", base,
-        "--output_folder", out, "--dtype", "float32", "--device", "cpu", "--max_gen_len", 6, *flags,
+        "-m", method, *(word for flag, of in paths.items() if flag not in flags for word in (flag, *of)),
+        "--base_model", base, "--output_folder", out, "--dtype", "float32", "--device", "cpu",
+        "--max_gen_len", 6, *flags,
     ]  # fmt: skip
     return [str(word) for word in words]
 

@@ -44,6 +44,12 @@ def test_every_method_can_be_planned(planned, method, tiny_library):
     assert code == 2 and "mlp" in said.err
 
 
+def test_what_would_be_left_out_is_named(planned, tiny_library):
+    (tiny_library / "mlp" / "adapter_model.safetensors").write_bytes(b"broken")
+    code, _, said = planned("--skip_bad")
+    assert code == 0 and "left out: " in said.out and str(tiny_library / "mlp") in said.out
+
+
 @pytest.mark.parametrize(
     ("flags", "code"),
     [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from router.main import parser
+from router.main import _settings, parser
 from router.settings import Settings, kinds
 from router.system.errors import InputError
 
@@ -46,6 +46,12 @@ ENDS = [
 def test_a_value_that_a_setting_refuses_is_named_by_its_flag(name, value):
     with pytest.raises(InputError, match=f"--{name}: "):
         Settings(**{name: value})
+
+
+def test_a_list_that_is_given_twice_adds_up():
+    words = ["-m", "base", "--adapters", "a", "b", "--seed", "1", "--adapters", "c"]
+    assert _settings(parser().parse_args(words)) == Settings(adapters=("a", "b", "c"), seed=1)
+    assert _settings(parser().parse_args(["-m", "base"])) == Settings()
 
 
 def test_the_name_of_a_flag_in_0_1_is_understood():
