@@ -48,13 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(f"expected a command, one of {', '.join(COMMANDS)}")
     name, about = COMMANDS[args.command]
     module = import_module(name)
-    if args.command == "run":  # also called as `python -m router.main`
-        return int(module.main(argv[1:]))
-    p = argparse.ArgumentParser(prog=f"proto-route {args.command}", description=about)
-    module.flags(p)
-    given = p.parse_args(argv[1:])
     try:
-        code = module.work(given) or 0
+        if args.command == "run":  # also called as `python -m router.main`
+            return int(module.main(argv[1:]))
+        p = argparse.ArgumentParser(prog=f"proto-route {args.command}", description=about)
+        module.flags(p)
+        code = module.work(p.parse_args(argv[1:])) or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

@@ -35,11 +35,10 @@ def _add_setting(p: argparse.ArgumentParser, setting: Field[Any]) -> None:
         "type": reader(get_args(kind)[0] if many else kind, none),
         "metavar": about["metavar"] or "|".join([none, *words] if none else words),
         "nargs": "+" if many else None,
+        "action": "extend" if many else "store",  # given twice, both count
     }
     if kind is bool:
         how = {"action": "store_true"}
-    if many:
-        how["action"] = "extend"  # given twice, both count
     shown = none if default is None else " ".join(map(str, default)) if many else default
     names = (f"--{setting.name}", *ALIASES.get(setting.name, ()))
     p.add_argument(*names, help=f"{about['help']} (default: {shown})", **how)

@@ -437,7 +437,7 @@ def test_a_column_of_a_table_is_a_list_of_texts(router):
     expected = router.answer(TEXTS, choices)
     assert set(expected) <= {"four", "five"} and router.answer(TEXTS, np.array(choices)) == expected
     assert router.answer(TEXTS, [np.arange(4, 6)] * 3) == router.answer(TEXTS, [["4", "5"]] * 3)
-    for kind in (tuple, np.array, pd.array, pd.Series, lambda texts: pd.Series(texts, [7, 7, 9])):
+    for kind in (tuple, np.array, pd.array, pd.Index, pd.Series, lambda texts: pd.Series(texts, [7, 7, 9])):
         weights = router.route(texts := kind(TEXTS))
         index = texts.index if isinstance(texts, pd.Series) else routed.index
         assert weights.index.equals(index)  # by which tables are joined

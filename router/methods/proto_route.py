@@ -77,10 +77,10 @@ def _begun(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
         return routing
     lead = routing.evidence.lead[starts]
     short = (lead > 0) & (lead * brief <= TO_BASE)
-    rows = starts[short]
+    rows, lead, brief = starts[short], lead[short], brief[short]
     weights, base_score = routing.weights.copy(), routing.evidence.base_score.copy()
     weights[rows] = np.eye(weights.shape[1])[-1]
-    base_score[rows] += (lead - lead * brief + TO_BASE)[short]  # by what the lead lacks
+    base_score[rows] += lead - lead * brief + TO_BASE  # by what the lead lacks
     return Routing(weights, replace(routing.evidence, base_score=base_score))
 
 

@@ -122,7 +122,7 @@ def kept(
         left.difference_update(done.numbers)
         bar(sum(len(rows[n]) for n in done.numbers))
     if context.deadline:
-        context.deadline.unanswered += [queries[n] for n in sorted(left) if queries[n] not in known]
+        context.deadline.unanswered += [queries[n] for n in left if queries[n] not in known]
     return [known.get(query, FAILED) for query in queries]
 
 

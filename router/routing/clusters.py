@@ -175,6 +175,8 @@ def _joined(weights: Array, made: Clusters, sharp: bool) -> Clusters:
         points = mixes(weights[part], sharp)
         labels[part] = _closest(points, made.weights)
         np.add.at(sums, labels[part], points)
+    alone = made.weights.max(1) == 1
+    sums[alone] = made.weights[alone]  # as it was made, whatever mixes came to it
     groups, labels = _by_first(labels)
     return Clusters(labels, sums[groups] / sums[groups].sum(1, keepdims=True))
 

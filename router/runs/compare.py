@@ -208,7 +208,7 @@ def flags(p: ArgumentParser) -> None:
     p.add_argument("run_a", type=Path, metavar="RUN_A", help="the output folder of a finished run")
     p.add_argument("run_b", type=Path, metavar="RUN_B", help="another one, on the same query files")
     labels = "score both runs: files with id,target[,adapter], named like the query files, or their folders"
-    p.add_argument("--labels", nargs="+", type=Path, default=(), metavar="CSV", help=labels)
+    p.add_argument("--labels", nargs="+", action="extend", type=Path, default=[], metavar="CSV", help=labels)
     p.add_argument("--show", type=int, default=5, metavar="N", help="predictions to show (default: 5)")
     p.add_argument("--json", action="store_true", help="print JSON, with every prediction that differs")
 

@@ -44,6 +44,7 @@ class Engine:
     def __init__(self, router):
         self.router, self.asked, self.read, self.left, self.broken = router, [], {}, 0, ""
         self.written, self.forgets = 0, False  # answers as the base model, whatever adapter is asked for
+        self.quantised = 0.0  # nats that all answers lose
         parallel = {f"{kind}_parallel_size": 1 for kind in ("tensor", "pipeline", "data")}
         self.vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(**parallel),
@@ -58,7 +59,10 @@ class Engine:
         if getattr(sampling_params, "logprobs", None):
             asked = lora_request and not self.forgets  # else the last, which is the base model
             variant = self.router.variants[int(lora_request.lora_name.split("-")[1]) if asked else -1]
-            told = {1: SimpleNamespace(logprob=variant.canary), 2: SimpleNamespace(logprob=-99)}
+            told = {
+                1: SimpleNamespace(logprob=variant.canary - self.quantised),
+                2: SimpleNamespace(logprob=-99),
+            }
             yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=[told])])
             return
         try:
@@ -275,6 +279,8 @@ async def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, s
         assert refused.status_code == 409 and "it does not fit" in refused.text
         engine.broken, engine.forgets = "", True
         assert (await client.post("/v1/admin/reload")).status_code == 409
+        engine.quantised = 1.0  # so that nothing can be told
+        assert (await client.post("/v1/admin/reload")).status_code == 200
         async with plugin.renewing:
             assert (await client.post("/v1/admin/reload")).status_code == 409
 

@@ -150,12 +150,12 @@ def test_a_broken_adapter_is_named_and_the_others_are_checked(capsys, tiny_libra
 
 
 def test_the_most_usual_base_model_has_any_of_its_names(capsys, tmp_path):
-    names = "org/Model-A", "unsloth/model-a-bnb-4bit", "me/Model-A", "x/other", "x/other"
+    names = "x/other", "x/other", "org/Model-A", "unsloth/model-a-bnb-4bit", "me/Model-A"
     for n, name in enumerate(names):
         write_tiny_adapter(tmp_path / f"adapter{n}", n, base_model_name_or_path=name)
     code, found = checked(capsys, tmp_path)
-    assert code == 2 and [facts["sound"] for facts in found["adapters"]] == [True] * 3 + [False] * 2
-    assert "org/Model-A" in found["adapters"][3]["reason"]
+    assert code == 2 and [facts["sound"] for facts in found["adapters"]] == [False] * 2 + [True] * 3
+    assert "org/Model-A" in found["adapters"][0]["reason"]
 
 
 def test_names_that_a_run_refuses(capsys, tiny_library, tmp_path, monkeypatch):

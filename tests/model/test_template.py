@@ -106,6 +106,8 @@ def test_system_messages_are_one_where_the_template_takes_no_other(base):
     tokenizer.chat_template = "{{ raise_exception('none') }}"
     with pytest.raises(InputError, match=r"query 7.*--chat_template"):
         Template(tokenizer).turns([kind, brief, user], "7")
+    with pytest.raises(InputError, match=r"^(?!.*--chat_template)"):  # it is in use
+        Template(tokenizer, tokenizer.chat_template).turns([kind, brief, user], "7")
 
 
 def test_most_adapters_decide_which_template_a_library_has(base, tmp_path):

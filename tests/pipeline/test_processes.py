@@ -168,12 +168,13 @@ def test_a_query_that_another_process_answered_is_not_missing():
     def task(processes):
         context = Context(processes=processes, deadline=Deadline(1))
         context.deadline.unanswered = [[other], [query, query]][processes.rank]
-        answers = [[Answer("a"), FAILED, FAILED], [FAILED] * 3][processes.rank]
+        answers = [[Answer("a"), *[FAILED] * 3], [FAILED] * 4][processes.rank]
         method = SimpleNamespace(context=context, stages=nullcontext, predict=lambda *_: answers)
-        made = steps.answer(method, [query, other, query], [], None, None).answers
+        too_long = Query("3", "z", "generation")  # which no time helps
+        made = steps.answer(method, [query, other, query, too_long], [], None, None).answers
         return [answer.text for answer in made], context.deadline.unanswered
 
-    assert in_threads(2, task) == [(["a", "unknown", "a"], [other])] * 2
+    assert in_threads(2, task) == [(["a", "unknown", "a", "unknown"], [other])] * 2
 
 
 def test_the_others_stop_in_a_line_once_a_process_has_ended(command, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from router.api import Router
 from router.cli import main as cli
 from router.constants import TEMPLATE
 from router.kit import Merges
-from router.methods.proto_route import decided
+from router.methods.proto_route import TO_BASE, decided
 from router.model.answer import Answer, cut_at
 from router.model.frames import ALPACA, BARE, Frame, bare, usual
 from router.model.passes import MAX_TOKENS, truncated
@@ -281,7 +281,8 @@ def test_a_brief_first_message_has_to_lead_the_base_model_clearly(words, enough)
         routing = routing_of((lead, -9, 0), (0, 0, 9))
         found = decided(routing, [[Read((), BARE, words=words)], [Read((), BARE)]])
         assert found.weights.tolist() == [[1, 0, 0] if sent else [0, 0, 1], [0, 0, 1]]
-        assert (found.evidence.lead[0] > 0) == sent and found.evidence.lead[0] <= routing.evidence.lead[0]
+        expected = lead if sent or lead < 0 else lead * words / BRIEF - TO_BASE
+        assert found.evidence.lead[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_first_message_with_more_around_it_than_the_template_is_not_brief(method):

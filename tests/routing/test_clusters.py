@@ -144,3 +144,6 @@ def test_of_many_candidates_each_that_answers_alone_is_a_group(monkeypatch):
     rare = mixes(random_rows(20, 41))  # more mixes than groups: what answers alone still does
     found = cluster(np.concatenate([alone, rare]), None, seed=0)
     np.testing.assert_array_equal(found.weights[found.labels[: len(alone)]], alone)
+    monkeypatch.setattr("router.routing.clusters.SAMPLE", 80)  # of 100
+    found = cluster(np.concatenate([alone, rare]), None, seed=0)
+    np.testing.assert_array_equal(found.weights[found.labels[: len(alone)]], alone)
