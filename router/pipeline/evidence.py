@@ -61,8 +61,8 @@ class Evidence(Names):
         scores: (queries, adapters) calibrated, in standard deviations of generic text; NaN for one that
             another adapter represents, or that is in `silent`, and in a large library for one that is
             not on the query's shortlist; its response is NaN then, too.
-        base_score: (queries,) score of the base model, which an adapter's has to exceed; see equation 6. It is
-            higher for a brief first message.
+        base_score: (queries,) score of the base model, which an adapter's has to exceed; see equation 6.
+            A chat with a brief first message raises it.
         residual: (queries,) what generic text does not explain of the highest score, in standard deviations.
         votes: (queries, modules) what each module says for the adapter with the highest score. Their mean is
             the score before what it loses away from home. NaN where the adapter has no prototype.
