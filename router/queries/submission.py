@@ -269,7 +269,10 @@ def _choices(given: Any, text: str, where: str, csv: bool) -> tuple[str, ...]:
             f"{where}, column answer_choices: expected a list of at least one text, such as "
             f"\"['yes', 'no']\", got {given!r:.60}"
         )
-    return tuple(map(str, choices))
+    # JSON spells what is beyond U+FFFF in two halves, which Python leaves apart.
+    return tuple(
+        str(one).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass") for one in choices
+    )
 
 
 def _literal(text: str) -> Any:

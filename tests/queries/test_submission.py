@@ -76,7 +76,7 @@ def test_any_text_is_an_input_and_comes_back(text):
         ("('a', 'b')", ("a", "b")), ("[1, 2.5]", ("1", "2.5")),
         ("""["he said 'a' 'b'", 'c']""", ("he said 'a' 'b'", "c")), ("['a' , 'b',]", ("a", "b")),
         ("['a',  # b\n'c']", ("a", "c")),
-        (json.dumps(["😀 ü", "\ud83d"]), ("😀 ü", "\ud83d")),
+        (json.dumps(["😀 ü", "\ud83d"]), ("😀 ü", "\ud83d")), (json.dumps(["😀", 3]), ("😀", "3")),
         (pd.Series(["km/h", "a"]).to_json(orient="values"), ("km/h", "a")),  # spelt km\/h
         ("None", ("Which?",)), ("", ("Which?",)),  # no choices: as in the kit, the input is the only one
     ],
