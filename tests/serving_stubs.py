@@ -104,7 +104,8 @@ class Upstream:
             return self.chat(body)
         if body.get("stream"):
             return StreamingResponse(self.chunks(), media_type="text/event-stream")
-        said = self.says[body.get("model") == "the-base"]  # the log-probability of a token
+        adapted = body.get("model") == "variant-0" or any(one["scale"] for one in body.get("lora", ()))
+        said = self.says[not adapted]  # the log-probability of a token
         said = {"token_logprobs": [said]} if body.get("logprobs") else None
         choice = {"text": body.get("prompt"), "logprobs": said}
         found = {"model": body.get("model"), "choices": [choice]}

@@ -9,6 +9,7 @@ from router.constants import TEMPLATE
 from router.routing.variants import Variant
 from router.system.files import sha256_of
 
+EQUAL = 1e-3  # nats between two answers of one server that are the same but for rounding
 ALIKE = 0.05  # nats between what a variant and the base model say, which another dtype may turn around
 
 
@@ -55,8 +56,8 @@ def stray(variants: Sequence[Variant], said: Mapping[int, float], base: float | 
     """Which variants a server answers as the base model would, though they answer otherwise.
 
     A server that takes an adapter and finds none of its weights answers so, too. A variant that says nearly
-    the same as the base model is not counted; none is where the server's base model says something else than
-    here, as a quantised one may.
+    the same as the base model is not counted. Where the server's base model says something else than here, as
+    a quantised one may, a variant has to say just that to be one.
 
     Args:
         variants: one of them the plain base model.
@@ -70,12 +71,13 @@ def stray(variants: Sequence[Variant], said: Mapping[int, float], base: float | 
     """
     plain = next((variant.canary for variant in variants if not variant.weights), None)
     base = plain if base is None else base
-    if plain is None or base is None or abs(base - plain) > ALIKE:
+    if plain is None or base is None:
         return []
+    other = abs(base - plain) > ALIKE
     return [
         number
         for number, value in said.items()
         if (canary := variants[number].canary) is not None
         and abs(canary - plain) > ALIKE
-        and abs(value - base) < abs(value - base - (canary - plain))
+        and abs(value - base) < (EQUAL if other else abs(value - base - (canary - plain)))
     ]

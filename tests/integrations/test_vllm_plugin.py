@@ -279,7 +279,9 @@ async def test_a_reload_takes_what_lies_there_or_leaves_all_as_it_was(started, s
         assert refused.status_code == 409 and "it does not fit" in refused.text
         engine.broken, engine.forgets = "", True
         assert (await client.post("/v1/admin/reload")).status_code == 409
-        engine.quantised = 1.0  # so that nothing can be told
+        engine.quantised = 1.0
+        assert (await client.post("/v1/admin/reload")).status_code == 409
+        engine.forgets = False
         assert (await client.post("/v1/admin/reload")).status_code == 200
         async with plugin.renewing:
             assert (await client.post("/v1/admin/reload")).status_code == 409

@@ -169,8 +169,15 @@ async def test_the_upstreams_errors_come_back_with_their_status():
 
 
 @pytest.mark.parametrize(
-    ("says", "status"), [((-0.4, -2.0), 200), ((-1.9, -2.0), 503), ((-1.9, -1.0), 200), ((-1.28, -2.04), 200)]
-)  # a variant and the base model; that of the third is quantised, that of the last in another dtype
+    ("says", "status"),
+    [
+        ((-0.4, -2.0), 200),
+        ((-1.9, -2.0), 503),
+        ((-1.9, -1.0), 200),
+        ((-1.0, -1.0), 503),
+        ((-1.28, -2.04), 200),
+    ],
+)  # a variant and the base model; that of two is quantised, that of the last in another dtype
 async def test_a_variant_that_is_served_as_the_base_model_is_not_ready(says, status):
     upstream = Upstream()
     upstream.says = says
