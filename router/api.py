@@ -23,7 +23,7 @@ from router.methods import check_flags, load_method
 from router.methods.proto_route import ProtoRoute, decided
 from router.model.answer import Answer, Rows, encode, padded
 from router.model.apply import applied
-from router.model.base import EMBEDDED_ID, Base, load_base
+from router.model.base import EMBEDDED, EMBEDDED_ID, Base, load_base
 from router.model.frames import BARE, Frame
 from router.model.passes import forward, lock_of, truncated
 from router.model.template import Template, brought
@@ -48,7 +48,7 @@ from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
 from router.settings import Settings, kinds
 from router.system.errors import InputError, printable
-from router.system.files import hashes, is_still, sha256_of, typed
+from router.system.files import check_apart, hashes, is_folder, is_still, sha256_of, typed
 from router.system.version import own_version
 
 if TYPE_CHECKING:
@@ -245,7 +245,8 @@ class Router:
         if record.base is None:
             raise InputError(f"{folder / RECORD}: expected the run's variants, found none; run it again")
         flags = dict(vars(run.settings)) | {"device": device, "dtype": dtype or record.base.dtype}
-        flags["base_model"] = base_model or (flags["base_model"] and record.located(flags["base_model"]))
+        named = flags["base_model"] or (record.base.name if is_folder(record.base.name) else None)
+        flags["base_model"] = base_model or (record.located(named) if named and named != EMBEDDED else named)
         flags["chat_template"] = folder / TEMPLATE if TEMPLATE in record.files else None
         for key in ("dataset_filepaths", "output_folder", "engine"):
             del flags[key]
@@ -318,7 +319,7 @@ class Router:
     def choose(self, texts: Sequence[Prompt]) -> list[Choice]:
         """How each text or conversation is decided, and which of the variants answers it.
 
-        Calibrates nothing: a text in a frame that is not known yet is taken as it is.
+        Calibrates nothing: a text in a frame that is not known yet counts as bare, a chat as in the template.
         """
         queries = _queries(texts, None)
         turns = self._proto.turns(queries, new=0, asked=self._asked)
@@ -461,15 +462,18 @@ class Router:
         Raises:
             ValueError: `fit` was not called, the method is not proto_route, or the router was loaded from a
                 saved one, whose folder can be copied.
-            InputError: the folder holds files of these names that no router left there, another process
-                writes there, a variant is too large for the base model's dtype, or an adapter has other
-                weights now.
+            InputError: the folder holds files of these names that no router left there, or the router's
+                adapters, another process writes there, a variant is too large for the base model's dtype, or
+                an adapter has other weights now.
         """
         folder = Path(folder)
         proto = self._proto
         self._check_adapters()
         if self._centres is None:
             raise ValueError("expected variants to save; call fit with a sample of the queries to come")
+        check_apart(
+            [("adapter", adapter.folder.path) for adapter in self._method.adapters], folder / VARIANTS
+        )
         with alone_in(folder), replacing_router(folder) as work:
             try:
                 names = self._method.write_variants(self.variants, work / VARIANTS)

@@ -37,6 +37,7 @@ from router.runs.report.page import write_report
 from router.settings import Settings
 from router.system.errors import InputError, reason, whole
 from router.system.files import (
+    check_apart,
     explain_full_disk,
     for_others,
     is_folder,
@@ -144,19 +145,10 @@ def _loaded(made: type[Method], context: Context) -> Loaded:
     made.check()
     loaded = load(context)
     inputs = [("--adapters", adapter.folder.path) for adapter in loaded.adapters]
-    _check_inputs([*inputs, ("--base_model", Path(loaded.base.name))], context.settings)
+    check_apart(
+        [*inputs, ("--base_model", Path(loaded.base.name))], context.settings.output_folder / VARIANTS
+    )
     return loaded
-
-
-def _check_inputs(inputs: Sequence[tuple[str, Path]], settings: Settings) -> None:
-    """Refuses adapters and base models that are variants the run would replace."""
-    replaced = (settings.output_folder / VARIANTS).resolve()
-    for flag, path in inputs:
-        if path.resolve().is_relative_to(replaced):
-            raise InputError(
-                f"{flag} {path}: expected a folder that the run does not replace, got one in {replaced}; "
-                "choose another --output_folder"
-            )
 
 
 @contextmanager
@@ -174,23 +166,24 @@ def _work(context: Context) -> Iterator[Path]:
 
 
 def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Settings) -> dict[str, Any]:
-    """All that the answers depend on beside the method and the queries, as JSON values."""
+    """All that the answers depend on beside the queries, as JSON values; with the code of all methods."""
     import torch
 
     paths = ("dataset_filepaths", "output_folder", "adapters", "base_model")  # what they stand for counts
     identity = {flag: value for flag, value in settings.plain().items() if flag not in paths}
-    identity |= {"versions": versions(settings.engine), "format": FORMAT}
+    top = Path(__file__).parent
+    code = sha256_of(
+        Path(inspect.getfile(made)), *sorted([*top.rglob("*.py"), *(top.parent / "merge").rglob("*.py")])
+    )
+    identity |= {"versions": versions(settings.engine), "format": FORMAT, "code": code}
     if isinstance(source, StarterKitMethod):
         kit = source.kit
         models = [settings.base_model, kit.base_model_name, kit.base_model_revision_id]
-        code = sha256_of(Path(inspect.getfile(type(kit))))
         names = (settings.base_model, kit.base_model_name, *(name for name, *_ in kit.list_models))
         places = [path for name in names if name for path in (Path(name), LIBRARY / name) if is_folder(path)]
-        _check_inputs([(f"-m {kit.name}:", place) for place in places], settings)
+        check_apart([(f"-m {kit.name}:", place) for place in places], settings.output_folder / VARIANTS)
         files = sorted(file for place in places for file in place.iterdir())
-        return identity | {
-            "base model": models, "models": kit.list_models, "code": code, "files": _each(files)
-        }  # fmt: skip
+        return identity | {"base model": models, "models": kit.list_models, "files": _each(files)}
     model = source.base.model
     device, dtype = model.device, model.dtype
     if device.type == "cpu" and dtype.itemsize < 4:  # each number of threads rounds otherwise

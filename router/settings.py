@@ -38,8 +38,8 @@ Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 
 def _framing(text: str) -> str:
-    if text != "none" and text.count("{input}") != 1:
-        raise ValueError("expected none or a text with {input} in it once")
+    if text != "none" and (text.count("{input}") != 1 or text == "{input}"):
+        raise ValueError("expected none or a text with {input} in it once, and more")
     return text
 
 
@@ -93,7 +93,7 @@ class Settings:
     )
     chat_template: Path | None = setting(
         None,
-        "a Jinja template for conversations; auto is the base model's own",
+        "a Jinja template for conversations; auto is the base model's, or else the adapters'",
         metavar="auto|FILE",
         none="auto",
     )

@@ -205,6 +205,15 @@ def test_a_save_that_fails_leaves_the_router_that_was_there(saved, made, tiny_li
     assert files_of(saved) == before
 
 
+def test_a_save_does_not_replace_the_adapters_that_it_reads(saved, tiny_library, tiny_base):
+    own = sorted(path for path in (saved / "variants").iterdir())[-1]
+    router = Router.from_library(own, tiny_library / "mlp", base_model=tiny_base, device="cpu").fit(MORE)
+    before = files_of(saved)
+    with pytest.raises(InputError, match=f"{own.name}: .*another folder"):
+        router.save(saved)
+    assert files_of(saved) == before
+
+
 def test_a_choice_says_how_it_was_decided(saved):
     loaded = Router.load(saved, device="cpu")
     routed = loaded.route(MORE)
@@ -449,8 +458,14 @@ def test_a_run_is_loaded_and_read_from_any_directory(tiny_base, tiny_library, tm
     write_queries(tmp_path / "queries.csv", [(str(n), text, "generation", "") for n, text in enumerate(MORE)])
     monkeypatch.chdir(tmp_path)
     paths = [os.path.relpath(path) for path in ("queries.csv", tiny_library, tiny_base, "out")]
+    for name in NAMES:
+        edit_json(tiny_library / name / "adapter_config.json", base_model_name_or_path=paths[2])
     assert main(arguments("proto_route", paths[:1], *paths[1:])) == 0
+    flags = arguments("proto_route", paths[:1], paths[1], paths[2], "named")
+    at = flags.index("--base_model")
+    assert main(flags[:at] + flags[at + 2 :]) == 0
     monkeypatch.chdir(tmp_path.parent)
+    assert Router.load(tmp_path / "named", device="cpu").candidates == [*NAMES, "base"]
     assert [query.input for query in load_run(tmp_path / "out").queries] == MORE
     assert len(Router.load(tmp_path / "out", device="cpu").variants) > 1
     assert read_adapters(tmp_path / "out").keys() == set(NAMES)

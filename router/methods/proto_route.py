@@ -36,8 +36,8 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
     """The routing of conversations, from that of their turns.
 
     A conversation stays with its candidate until another one leads it by SWITCH, or TO_BASE; in a message of
-    n words, fewer than BRIEF, by BRIEF / n times as much. One whose first message is so brief begins with the
-    base model.
+    n words, fewer than BRIEF, by BRIEF / n times as much. So has a brief first
+    message, or the conversation begins with the base model.
 
     Args:
         turns: what is read of each conversation.
@@ -69,7 +69,7 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
 
 
 def _begun(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
-    """The routing of turns in which a brief first message, such as "hi", is left to the base model."""
+    """The routing of turns in which a brief first message, such as "hi", has to lead by more."""
     starts = np.cumsum([0, *map(len, turns)])[:-1]
     brief = np.array([reads[0].words for reads in turns]) / BRIEF
     starts, brief = starts[brief < 1], brief[brief < 1]

@@ -62,12 +62,12 @@ class Evidence(Names):
             another adapter represents, or that is in `silent`, and in a large library for one that is
             not on the query's shortlist; its response is NaN then, too.
         base_score: (queries,) score of the base model, which an adapter's has to exceed; see equation 6.
-            A chat with a brief first message raises it.
+            A brief first message of a chat may raise it.
         residual: (queries,) what generic text does not explain of the highest score, in standard deviations.
         votes: (queries, modules) what each module says for the adapter with the highest score. Their mean is
             the score before what it loses away from home. NaN where the adapter has no prototype.
         frame: (queries,) the number of the frame that each query was compared in. Under a shared system
-            message it is the message's frame, whose lead counts half; scores and votes are of the template's.
+            message it is the message's frame, whose lead counts half; scores and votes are of the one around.
         later: (queries,) how many of the user's messages follow the one that all this is of.
     """
 

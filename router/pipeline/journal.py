@@ -1,8 +1,8 @@
 """The routing and answers of an unfinished run, so that the same command goes on where it stood.
 
 A folder `.journal` in the output folder holds the routing, part by part, and the answers, one a line. It goes
-when the run is finished. Only one run at a time may write to an output folder. Of a run in several processes
-each writes a file of answers and reads all; the first one does the rest.
+when every query is answered. Only one run at a time may write to an output folder. Of a run in several
+processes each writes a file of answers and reads all; the first one does the rest.
 """
 
 import json

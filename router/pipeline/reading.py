@@ -40,8 +40,8 @@ def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts
     """A query in what is its own and what stands around it; of a conversation each of its last turns."""
     if settings.frame == "none" and not query.messages:
         return [bare(query.input)]
-    if settings.frame and not query.messages:
-        return [within(query.input, settings.frame)]
+    if settings.frame and not query.messages and (told := within(query.input, settings.frame)).common != BARE:
+        return [told]
     if query.messages:
         turns = template.turns(query.conversation, query.id)
     else:

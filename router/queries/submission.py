@@ -244,6 +244,11 @@ def query_of(row: Mapping[str, Any], where: str, csv: bool = False) -> Query:
         raise InputError(f"{where}, column eval_type: expected {' or '.join(EVAL_TYPES)}, got {kind!r:.40}")
     if row.get("tools"):
         raise InputError(f"{where}: expected no `tools`, since a prompt has none; leave them out")
+    for key in () if csv else ("system", "instructions", "instruction"):
+        if row.get(key):
+            raise InputError(
+                f"{where}: expected no `{key}`; put it into `messages` or `input`, which are read"
+            )
     messages = checked(row["messages"], where) if "messages" in row else []
     text = shown(messages) if messages else row["input"]
     if not isinstance(text, str):

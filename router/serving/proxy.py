@@ -72,7 +72,7 @@ class Proxy:
     """The proxy of one server. What is not listed here is a flag of `proto-route serve`.
 
     Args:
-        router: decides; its variants are served by the upstream as `variant-N`.
+        router: decides; its variants are served by the upstream under their `served_names`.
         upstream: the server's address.
         load: makes a new router when a reload is asked for; None refuses it.
         api_key: that clients have to bring; None asks for none.

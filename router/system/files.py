@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from math import isfinite
@@ -210,6 +210,16 @@ def mark(folder: Path, finished: bool = False) -> None:
     """Makes a folder of ours; of a finished one, what is in it now, and nothing that comes later."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).write_text(json.dumps(hashes(folder)) if finished else "")
+
+
+def check_apart(inputs: Iterable[tuple[str, Path]], replaced: Path) -> None:
+    """Refuses what is read, as (what it is, path), in a folder that is about to be replaced."""
+    for what, path in inputs:
+        if path.resolve().is_relative_to(replaced.resolve()):
+            raise InputError(
+                f"{what} {path}: expected a folder that is not replaced, got one in {replaced}; "
+                "write the results to another folder"
+            )
 
 
 def work_folder(output: Path, prefix: str) -> Path:

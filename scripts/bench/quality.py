@@ -108,7 +108,7 @@ def answer(library: str, setting: str, name: str) -> dict[str, Any]:
             NaN; `alpaca` changes the queries, not the adapters.
     """
     (of,) = (one for one in libraries() if one.name == library)
-    base, adapters = load_base(of.base), load_library(list(map(str, of.adapters)))
+    base, adapters = load_base(of.base, dtype="float32"), load_library(list(map(str, of.adapters)))
     if setting in DECOYS:
         adapters = DECOYS[setting][1](adapters)
     rows = asked(of, name)

@@ -198,6 +198,15 @@ def test_a_run_that_was_killed_before_it_routed_is_no_hindrance(command, monkeyp
     assert command("proto_route", "--seed", 3)[0] == 0
 
 
+def test_a_method_whose_code_changed_does_not_go_on(command, own_method, capsys, monkeypatch):
+    code = "from router.methods.average import Average\n\n\nclass Mine(Average):\n    pass\n"
+    own_method("mine", code)
+    with pytest.raises(Killed), killed_after(1, monkeypatch):
+        command("mine", "--batch_size", 1)
+    own_method("mine", code.replace("Mine", "Other"))
+    assert command("mine", "--batch_size", 1)[0] == 2 and "code;" in capsys.readouterr().err
+
+
 def with_other(file, **fields):
     """Changes a file of the base model."""
     return lambda base, library: edit_json(base / file, **fields)

@@ -26,6 +26,7 @@ from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
 from router.pipeline.reading import BRIEF, FRAMES, SHARED, TURNS, Read
 from router.pipeline.result import Routing
+from router.pipeline.steps import route
 from router.queries.submission import Query, read_queries
 from router.routing.variants import Variant
 from router.serving.export import vllm
@@ -80,6 +81,7 @@ BAD = {
     "calls": ({"messages": [{"role": "assistant", "tool_calls": "x" * (5 << 20)}, *HI]}, "characters"),
     "a picture": ({"messages": talk([{"type": "text", "text": "x"}, {}])}, "parts"),
     "tools": ({"messages": HI, "tools": [{}]}, "tools"),
+    **{key: ({"input": "x", key: "Sort."}, f"`{key}`") for key in ("system", "instructions", "instruction")},
     "an id": ({"id": [], "messages": HI}, "id"),
     "half an id": ({"id": "\ud83d", "messages": HI}, "column id"),
     "an id twice": ({"id": "1", "input": "x"}, "line 1"),
@@ -525,6 +527,21 @@ def test_what_many_prompts_share_is_a_frame(method):
     np.testing.assert_array_equal(*(of.route(some, of.encoded(some)).weights for of, some in pairs))
 
 
+def test_prompts_outside_the_frame_that_was_told_are_named(method, caplog):
+    made = method(frame="Q: {input}\nA:")
+    told, chat, plain = (
+        Query(text, text, "generation")
+        for text in ("Q: how old is Ann?\nA:", "user: how old is Ann?\nassistant: ", "Q: how old?")
+    )
+    route(made, [told, chat, plain])
+    assert "2 of 3 prompts" in caplog.text
+    frames = [read.frame for (read,) in made.turns([told, chat, plain])]
+    assert frames == [("Q: ", "\nA:"), made.template.frame, BARE]
+    with pytest.raises(InputError, match=r"--frame 'Q: .*\$'"):
+        route(made, [plain, chat])
+    route(made, queries_of("hi"))
+
+
 @pytest.mark.parametrize(("others", "framed"), [(0, False), (SHARED, True)])
 def test_what_prompts_of_one_adapter_share_is_its_instruction(method, monkeypatch, others, framed):
     """The adapter with the highest score is made up: one for all, or another for half of the prompts."""
@@ -606,6 +623,17 @@ def test_a_variant_keeps_no_template_of_the_one_before(method, tiny_library, tmp
         made.write_variants([Variant({name: 1.0}, 0.0)], tmp_path / "variants")
         there.append((tmp_path / "variants" / "0" / "chat_template.jinja").exists())
     assert there == [True, False]
+
+
+def test_a_variant_brings_the_template_of_most_of_its_weight(method, tiny_library, tmp_path):
+    mine = PLAIN.replace("assistant: ", "them> ")
+    (tiny_library / "attention" / TEMPLATE).write_text(mine)
+    (tiny_library / "mlp" / TEMPLATE).write_text(PLAIN.replace("assistant: ", "they> "))
+    even = {"attention": 1 / 3, "everything": 1 / 3, "mlp": 1 / 3}
+    mixes = even, {"attention": 0.5, "everything": 0.5}, {"attention": 0.4, "mlp": 0.3, "everything": 0.3}
+    method().write_variants([Variant(weights, 0.0) for weights in mixes], tmp_path)
+    brought = [tmp_path / str(n) / TEMPLATE for n in range(3)]
+    assert [file.exists() for file in brought] == [False, False, True] and brought[2].read_text() == mine
 
 
 def test_a_template_that_wants_a_system_message_gets_one(chat_router):
