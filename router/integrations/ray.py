@@ -24,14 +24,14 @@ from router.main import stop
 from router.model.device import pick_device
 from router.pipeline.journal import alone_in
 from router.pipeline.record import versions
-from router.queries.submission import Query, check_id, id_of, query_of, read_queries, submitted
+from router.queries.submission import UNREAD, Query, check_id, id_of, query_of, read_queries, submitted
 from router.settings import Count, Settings, reader
 from router.system.errors import InputError, explain_out_of_memory, reason
 from router.system.files import explain_full_disk, is_folder, sha256_of
 from router.system.progress import progress
 
 # Of Parquet, as the keys of JSON lines.
-COLUMNS = ["id", "input", "messages", "eval_type", "answer_choices", "tools"]
+COLUMNS = ["id", "input", "messages", "eval_type", "answer_choices", *UNREAD]
 LESS = "fewer --actors, --dtype bfloat16 (half as much for weights)"
 TRIES = 3  # of a block whose actor dies; without a limit Ray would try for ever
 

@@ -1,8 +1,8 @@
 """The routing and answers of an unfinished run, so that the same command goes on where it stood.
 
 A folder `.journal` in the output folder holds the routing, part by part, and the answers, one a line. It goes
-when every query is answered. Only one run at a time may write to an output folder. Of a run in several
-processes each writes a file of answers and reads all; the first one does the rest.
+when the run is finished, unless --time_limit left queries out. Only one run at a time may write to an output
+folder. Of several processes each writes a file of answers and reads all; the first one does the rest.
 """
 
 import json
@@ -124,8 +124,9 @@ class Journal(UserDict[Query, Answer]):
             return
         if self.rank:  # other batches, of which some would be no process's
             raise InputError(
-                f"expected a process like the first, but this one differs in {', '.join(other)}; take cards "
-                "of one kind and the same OMP_NUM_THREADS, or pass --dtype, --apply and --batch_size"
+                f"expected a process like the first, but this one differs in {', '.join(other)}; take the "
+                "same versions, cards of one kind and the same OMP_NUM_THREADS, or pass --dtype, --apply and "
+                "--batch_size"
             )
         begun = self._routed or any(file.stat().st_size for file in self.folder.glob("answers*.jsonl"))
         if known and begun and not (self.folder / DONE).exists():

@@ -3,6 +3,7 @@
 A prompt is read as it is, a conversation by each message of the user under its system message.
 """
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -16,6 +17,9 @@ from router.model.template import Template
 from router.queries.submission import Query
 from router.routing.calibration import generic_prompts
 from router.settings import Settings
+from router.system.errors import InputError
+
+log = logging.getLogger(__name__)
 
 FRAMES = 8  # that one batch of queries may bring
 TURNS = 8  # of a conversation; each may be a pass of the base model
@@ -48,6 +52,22 @@ def parts_of(query: Query, template: Template, settings: Settings) -> list[Parts
         text = template.undated(query.input.removeprefix(template.first))
         turns = turns_of_text(text, template.usable, template.format)
     return _telling([turn._replace(later=len(turns) - n) for n, turn in enumerate(turns, 1)])
+
+
+def check_frame(queries: Sequence[Query], frame: str | None) -> None:
+    """Warns of prompts that do not stand in --frame.
+
+    Raises:
+        InputError: none does.
+    """
+    plain = [query.input for query in queries if not query.messages]
+    before, _, after = (frame or "").partition("{input}")
+    edge = Frame(before, after)
+    if frame != "none" and (outside := sum(bare(text, edge).own != edge for text in plain)):
+        said = f"{outside} of {len(plain)} prompts do not begin and end as --frame {frame!r} says"
+        if outside == len(plain):
+            raise InputError(f"{said}; in bash, $'\\n' is a line break; or leave --frame out")
+        log.warning("%s; they count as bare text, or in a format that is known", said)
 
 
 def _telling(turns: list[Parts]) -> list[Parts]:

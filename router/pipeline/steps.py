@@ -25,7 +25,7 @@ from router.library.adapters import Adapter, base_of, check_against_base, load_l
 from router.model.answer import FAILED, Answer, Rows, cut, cut_at, encode, positions
 from router.model.apply import applied, swap_order
 from router.model.base import EMBEDDED, EMBEDDED_ID, Base, linear_shapes, load_base
-from router.model.frames import BARE, Frame, within
+from router.model.frames import Frame
 from router.model.template import Template, brought, template_for
 from router.pipeline.answering import answered, answered_by_vllm, known_to
 from router.pipeline.context import Context
@@ -197,20 +197,21 @@ class Method(ABC):
                 rank = self.settings.variant_rank
                 write_variant(path, variant, self.adapters, self.base, self.shapes, rank)
                 write_card(path, self.recipe, self.base, self.adapters, variant)
-                (path / TEMPLATE).unlink(missing_ok=True)  # of a variant that was here before
-                if template := self._template_of(variant):
-                    (path / TEMPLATE).write_text(template, "utf-8")
+                self._bring_template(path, variant)
         return names
 
-    def _template_of(self, variant: Variant) -> str | None:
-        """The chat template that most of a variant's weight brings; None is the one that all share."""
-        shares: dict[str | None, float] = {None: 0.0}
+    def _bring_template(self, folder: Path, variant: Variant) -> None:
+        """Has a variant bring the chat template of most of its weight, if that is not the shared one."""
+        shares: dict[str | None, float] = {None: variant.base}  # of the one that all share
         for adapter in self.adapters:
             if weight := variant.weights.get(adapter.name):
                 template = brought(self.tokenizer, adapter.folder.path)
                 source = template.source if template and template.jinja != self.template.jinja else None
                 shares[source] = shares.get(source, 0.0) + weight
-        return max(shares, key=lambda source: round(shares[source], 6))  # of equal ones the shared one
+        most = max(shares, key=lambda source: round(shares[source], 6))  # of equal ones the shared one
+        (folder / TEMPLATE).unlink(missing_ok=True)  # of a variant that was here before
+        if most:
+            (folder / TEMPLATE).write_text(most, "utf-8")
 
     def predict(self, queries: Sequence[Query], rows: Rows, decision: Decision, folder: Path) -> list[Answer]:
         """Answers each query with its variant, in order; what another process answers has failed.
@@ -294,7 +295,6 @@ def route(method: Method, queries: Sequence[Query]) -> tuple[list[list[int]], Ro
     rows = method.encoded(queries)
     for shorter in _cuts(rows, method.settings, method.base.model):
         log.warning("%s", shorter)
-    _check_frame(queries, method.settings.frame)
     if (routing := method.kept("routing", len(queries))) is None:
         routing = method.route(queries, rows)
         shape = len(queries), len(method.adapters) + 1
@@ -379,18 +379,6 @@ def _cuts(rows: Rows, settings: Settings, model: PreTrainedModel) -> Iterator[st
         )
 
 
-def _check_frame(queries: Sequence[Query], frame: str | None) -> None:
-    """Warns of prompts that do not stand in --frame, and refuses a frame that none stands in."""
-    plain = [query.input for query in queries if not query.messages]
-    if not plain or frame in (None, "none"):
-        return
-    if outside := sum(within(text, frame).common == BARE for text in plain):
-        said = f"{outside} of {len(plain)} prompts do not begin and end as --frame {frame!r} says"
-        if outside == len(plain):
-            raise InputError(f"{said}; a shell writes a line break as $'\\n'; or leave --frame out")
-        log.warning("%s, and are compared as without it", said)
-
-
 def evenly(queries: Sequence[Query], adapters: Sequence[Adapter]) -> Routing:
     """The same weight for every adapter, none for the base model."""
     return without_base(np.full((len(queries), len(adapters)), 1.0 / len(adapters)))
@@ -448,4 +436,5 @@ class Static(Method):
         base = self.base
         write_adapter(folder / "0", updates, base.name, base.revision, base.model.dtype, rank)
         write_card(folder / "0", self.recipe, base, self.adapters)
+        self._bring_template(folder / "0", variants[0])
         return ["0"]

@@ -24,6 +24,8 @@ from router.system.files import record_of, replacing
 GENERATION, MULTIPLE_CHOICE = "generation", "multiple_choice"
 EVAL_TYPES = (GENERATION, MULTIPLE_CHOICE)
 COLUMNS = ("id", "input", "eval_type", "answer_choices")
+# Keys that make a query another one, and that are not read.
+UNREAD = "tools functions system system_prompt instruction instructions context choices options".split()
 JSON_LINES = ".jsonl"
 UNKNOWN = "unknown"
 SHOWN = 20  # problems of a file that are told at once
@@ -242,13 +244,11 @@ def query_of(row: Mapping[str, Any], where: str, csv: bool = False) -> Query:
     kind = row.get("eval_type", MULTIPLE_CHOICE if row.get("answer_choices") else GENERATION)
     if kind not in EVAL_TYPES:
         raise InputError(f"{where}, column eval_type: expected {' or '.join(EVAL_TYPES)}, got {kind!r:.40}")
-    if row.get("tools"):
-        raise InputError(f"{where}: expected no `tools`, since a prompt has none; leave them out")
-    for key in () if csv else ("system", "instructions", "instruction"):
-        if row.get(key):
-            raise InputError(
-                f"{where}: expected no `{key}`; put it into `messages` or `input`, which are read"
-            )
+    if unread := [key for key in UNREAD if row.get(key)]:
+        raise InputError(
+            f"{where}: expected no `{unread[0]}`, which would be lost: of a query `messages` or `input`, and "
+            "`answer_choices`, are read"
+        )
     messages = checked(row["messages"], where) if "messages" in row else []
     text = shown(messages) if messages else row["input"]
     if not isinstance(text, str):

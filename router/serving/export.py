@@ -24,7 +24,7 @@ from router.routing.variants import limited
 from router.serving.names import Served, read_adapters, read_served
 from router.settings import Count, reader
 from router.system.errors import InputError, printable
-from router.system.files import SEAL, is_sealed, remaking, replacing, sealed
+from router.system.files import SEAL, check_apart, is_sealed, remaking, replacing, sealed
 from router.system.hub import fetch
 
 GGUF = "gguf"  # a folder beside SCRIPT
@@ -134,6 +134,7 @@ def export(args: Namespace) -> list[str]:
         ranks = []
         dtype = getattr(torch, served.dtype)
         final = folder / f"{what}-rank-{max_rank}"
+        check_apart(served.folders.items(), final)
         with remaking(final) as out:
             for variant, path in served.folders.items():
                 rank, lost = recompressed(path, out / path.name, max_rank, served.base, dtype)

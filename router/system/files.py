@@ -214,8 +214,9 @@ def mark(folder: Path, finished: bool = False) -> None:
 
 def check_apart(inputs: Iterable[tuple[str, Path]], replaced: Path) -> None:
     """Refuses what is read, as (what it is, path), in a folder that is about to be replaced."""
+    replaced = replaced.resolve()
     for what, path in inputs:
-        if path.resolve().is_relative_to(replaced.resolve()):
+        if path.resolve().is_relative_to(replaced):
             raise InputError(
                 f"{what} {path}: expected a folder that is not replaced, got one in {replaced}; "
                 "write the results to another folder"

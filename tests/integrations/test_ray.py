@@ -116,7 +116,12 @@ def test_parquet_and_csv_hold_the_same_queries(tmp_path, queries):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("input", ["a", None]), ("eval_type", ["generation", "poem"]), ("input", [b"a", b"b"])],
+    [
+        ("input", ["a", None]),
+        ("eval_type", ["generation", "poem"]),
+        ("input", [b"a", b"b"]),
+        ("instruction", ["a", "b"]),
+    ],
 )
 def test_a_row_that_is_no_query_is_named(ray, answering, tmp_path, column, value):
     path = write_parquet(tmp_path / "queries.parquet", MANY[1:3], **{column: value})

@@ -203,6 +203,9 @@ def test_a_method_whose_code_changed_does_not_go_on(command, own_method, capsys,
     own_method("mine", code)
     with pytest.raises(Killed), killed_after(1, monkeypatch):
         command("mine", "--batch_size", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("router.run.CODE", [])  # as if another file of the package had changed
+        assert command("mine", "--batch_size", 1)[0] == 2 and "code;" in capsys.readouterr().err
     own_method("mine", code.replace("Mine", "Other"))
     assert command("mine", "--batch_size", 1)[0] == 2 and "code;" in capsys.readouterr().err
 

@@ -24,9 +24,8 @@ from router.model.template import Template, brought
 from router.pipeline import calibration
 from router.pipeline.evidence import Evidence
 from router.pipeline.journal import Journal
-from router.pipeline.reading import BRIEF, FRAMES, SHARED, TURNS, Read
+from router.pipeline.reading import BRIEF, FRAMES, SHARED, TURNS, Read, check_frame
 from router.pipeline.result import Routing
-from router.pipeline.steps import route
 from router.queries.submission import Query, read_queries
 from router.routing.variants import Variant
 from router.serving.export import vllm
@@ -81,7 +80,7 @@ BAD = {
     "calls": ({"messages": [{"role": "assistant", "tool_calls": "x" * (5 << 20)}, *HI]}, "characters"),
     "a picture": ({"messages": talk([{"type": "text", "text": "x"}, {}])}, "parts"),
     "tools": ({"messages": HI, "tools": [{}]}, "tools"),
-    **{key: ({"input": "x", key: "Sort."}, f"`{key}`") for key in ("system", "instructions", "instruction")},
+    **{key: ({"input": "x", key: "Sort."}, f"`{key}`") for key in ("system", "instruction", "options")},
     "an id": ({"id": [], "messages": HI}, "id"),
     "half an id": ({"id": "\ud83d", "messages": HI}, "column id"),
     "an id twice": ({"id": "1", "input": "x"}, "line 1"),
@@ -533,13 +532,13 @@ def test_prompts_outside_the_frame_that_was_told_are_named(method, caplog):
         Query(text, text, "generation")
         for text in ("Q: how old is Ann?\nA:", "user: how old is Ann?\nassistant: ", "Q: how old?")
     )
-    route(made, [told, chat, plain])
+    check_frame([told, chat, plain], made.settings.frame)
     assert "2 of 3 prompts" in caplog.text
     frames = [read.frame for (read,) in made.turns([told, chat, plain])]
     assert frames == [("Q: ", "\nA:"), made.template.frame, BARE]
     with pytest.raises(InputError, match=r"--frame 'Q: .*\$'"):
-        route(made, [plain, chat])
-    route(made, queries_of("hi"))
+        check_frame([plain, chat], made.settings.frame)
+    check_frame([plain, *queries_of("hi")], "{input}")
 
 
 @pytest.mark.parametrize(("others", "framed"), [(0, False), (SHARED, True)])
@@ -627,13 +626,22 @@ def test_a_variant_keeps_no_template_of_the_one_before(method, tiny_library, tmp
 
 def test_a_variant_brings_the_template_of_most_of_its_weight(method, tiny_library, tmp_path):
     mine = PLAIN.replace("assistant: ", "them> ")
-    (tiny_library / "attention" / TEMPLATE).write_text(mine)
-    (tiny_library / "mlp" / TEMPLATE).write_text(PLAIN.replace("assistant: ", "they> "))
-    even = {"attention": 1 / 3, "everything": 1 / 3, "mlp": 1 / 3}
-    mixes = even, {"attention": 0.5, "everything": 0.5}, {"attention": 0.4, "mlp": 0.3, "everything": 0.3}
-    method().write_variants([Variant(weights, 0.0) for weights in mixes], tmp_path)
-    brought = [tmp_path / str(n) / TEMPLATE for n in range(3)]
-    assert [file.exists() for file in brought] == [False, False, True] and brought[2].read_text() == mine
+    for name in ("attention", "mlp"):
+        (tiny_library / name / TEMPLATE).write_text(mine)
+    mixes = (
+        {"everything": 0.4, "attention": 0.3, "mlp": 0.3}, {"everything": 0.6, "attention": 0.4},
+        {"attention": 0.5, "everything": 0.5}, {"attention": 0.4},  # the rest is the base model's
+    )  # fmt: skip
+    variants = [Variant(weights, 1 - sum(weights.values())) for weights in mixes]
+    method().write_variants(variants, tmp_path)
+    brought = [tmp_path / str(n) / TEMPLATE for n in range(4)]
+    assert [file.exists() for file in brought] == [True, False, False, False] and brought[
+        0
+    ].read_text() == mine
+    merged = method_of("task_arithmetic", method().base, tiny_library)
+    merged.template = method().template
+    merged.write_variants([Variant(dict.fromkeys(NAMES, 1 / 3), 0.0)], tmp_path / "merged")
+    assert (tmp_path / "merged" / "0" / TEMPLATE).read_text() == mine
 
 
 def test_a_template_that_wants_a_system_message_gets_one(chat_router):

@@ -284,6 +284,9 @@ def test_a_rank_that_vllm_lacks_is_refused(out, capsys):
     assert main([str(out)]) == 2
     assert "--max_rank 512" in capsys.readouterr().err and not (out / "serve.sh").exists()
     assert main([str(out), "--max_rank", "512"]) == 0
+    (out / "variants").rename(out / "variants-rank-1")  # made of an earlier export's
+    (out / "variants").symlink_to(out / "variants-rank-1")
+    assert main([str(out), "--max_rank", "1"]) == 2 and "not replaced" in capsys.readouterr().err
 
 
 def exchanged(out):
