@@ -3,8 +3,8 @@
 An entry point of `vllm.endpoint_plugins`. PROTO_ROUTE names the folder of a saved router; its variants are
 the server's LoRA adapters. A request for `auto` starts on the base model, which reads the prompt anyway. The
 worker's half (vllm_worker.py) turns that reading into responses, and the gate decides. If no adapter fits,
-the request goes on. Else it is stopped, and asked again of a variant. Where this code
-fails, the base model answers.
+the request goes on. Else it is stopped, and asked again of a variant. Where this code fails, the base model
+answers.
 """
 
 import asyncio

@@ -36,8 +36,8 @@ def decided(routing: Routing, turns: Sequence[Sequence[Read]]) -> Routing:
     """The routing of conversations, from that of their turns.
 
     A conversation stays with its candidate until another one leads it by SWITCH, or TO_BASE; in a message of
-    n words, fewer than BRIEF, by BRIEF / n times as much. So has a brief first
-    message, or the conversation begins with the base model.
+    n words, fewer than BRIEF, by BRIEF / n times as much. So has a brief first message, or the
+    conversation begins with the base model.
 
     Args:
         turns: what is read of each conversation.
