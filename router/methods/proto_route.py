@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from router.model.answer import Rows, by_length
 from router.model.device import tokens_at_once
-from router.model.frames import ALPACA, BARE, Frame
+from router.model.frames import ALPACA, BARE, Frame, framing
 from router.model.passes import truncated
 from router.pipeline.calibration import Calibration
 from router.pipeline.evidence import joined as together
@@ -167,8 +167,8 @@ class ProtoRoute(Method):
     @property
     def _named(self) -> list[Frame]:
         """The frame that --frame names, if it names one."""
-        before, _, after = (self.settings.frame or "").partition("{input}")
-        return [Frame(before, after)] if self.settings.frame not in (None, "none") else []
+        frame = self.settings.frame
+        return [framing(frame)] if frame not in (None, "none") else []
 
     @property
     def full(self) -> bool:

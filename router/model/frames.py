@@ -113,10 +113,15 @@ def bare(text: str, frame: Frame = BARE) -> Parts:
     return Parts("", text, "", BARE)
 
 
+def framing(text: str) -> Frame:
+    """The frame that a text tells with `{input}` in the query's place."""
+    before, _, after = text.partition("{input}")
+    return Frame(before, after)
+
+
 def within(text: str, frame: str) -> Parts:
     """A plain text in its parts, if it stands in a frame that is told with `{input}` in the query's place."""
-    before, _, after = frame.partition("{input}")
-    parts = bare(text, Frame(before, after))
+    parts = bare(text, framing(frame))
     return parts._replace(common=parts.own)
 
 

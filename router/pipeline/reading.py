@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from router.model.answer import cut, encode
-from router.model.frames import BARE, Frame, Parts, bare, turns_of_text, usual, within
+from router.model.frames import BARE, Frame, Parts, bare, framing, turns_of_text, usual, within
 from router.model.passes import ENDS, MAX_TOKENS, ends_of, headed
 from router.model.template import Template
 from router.queries.submission import Query
@@ -61,8 +61,7 @@ def check_frame(queries: Sequence[Query], frame: str | None) -> None:
         InputError: none does.
     """
     plain = [query.input for query in queries if not query.messages]
-    before, _, after = (frame or "").partition("{input}")
-    edge = Frame(before, after)
+    edge = framing(frame or "")
     if frame != "none" and (outside := sum(bare(text, edge).own != edge for text in plain)):
         said = f"{outside} of {len(plain)} prompts do not begin and end as --frame {frame!r} says"
         if outside == len(plain):

@@ -635,9 +635,8 @@ def test_a_variant_brings_the_template_of_most_of_its_weight(method, tiny_librar
     variants = [Variant(weights, 1 - sum(weights.values())) for weights in mixes]
     method().write_variants(variants, tmp_path)
     brought = [tmp_path / str(n) / TEMPLATE for n in range(4)]
-    assert [file.exists() for file in brought] == [True, False, False, False] and brought[
-        0
-    ].read_text() == mine
+    assert [file.exists() for file in brought] == [True, False, False, False]
+    assert brought[0].read_text() == mine
     merged = method_of("task_arithmetic", method().base, tiny_library)
     merged.template = method().template
     merged.write_variants([Variant(dict.fromkeys(NAMES, 1 / 3), 0.0)], tmp_path / "merged")
